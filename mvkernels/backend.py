@@ -1,0 +1,148 @@
+"""Choosing a backend for a call, and saying why.
+
+Precedence: the call's ``backend=``, else :func:`use_backend`, else the environment variable
+``MVKERNELS_BACKEND``, else ``"auto"``. A backend that was named and cannot run raises
+:class:`BackendUnavailable` with its reasons; ``auto`` takes the fastest that can run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mvkernels.registry import OPS
+
+if TYPE_CHECKING:
+    from mvkernels.registry import Op
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# Fastest first. A backend for which an op has no kernel is passed over in silence; one that has a
+# kernel and cannot run is logged.
+_PREFERENCE = {
+    "cpu": ("cpp",),
+    "cuda": ("cuda", "triton"),
+    "xpu": ("triton",),
+}
+
+_log = logging.getLogger("mvkernels")
+_logged: set[tuple[str, str, str]] = set()
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was named that cannot run this call. The message gives every reason."""
+
+
+class _Chosen(threading.local):
+    # A class attribute, not a ContextVar: torch.compile traces and guards this, and each thread
+    # starts from None.
+    name: str | None = None
+
+
+_chosen = _Chosen()
+
+
+def _known(name: object, source: str) -> str:
+    if name not in BACKENDS and name != "auto":
+        raise ValueError(f"{source} is {name!r}, want one of auto, {', '.join(BACKENDS)}")
+    return name  # type: ignore[return-value]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops of this thread on ``name`` ("auto", "reference", "cpp", "triton", "cuda").
+
+    Nests; a call's own ``backend=`` still wins. Raises ValueError for an unknown name.
+    """
+    _known(name, "use_backend: name")
+    before = _chosen.name
+    _chosen.name = name
+    try:
+        yield
+    finally:
+        _chosen.name = before
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for, by precedence, possibly "auto"."""
+    if backend is not None:
+        return _known(backend, "backend")
+    if _chosen.name is not None:
+        return _chosen.name
+    name = os.environ.get("MVKERNELS_BACKEND")
+    if name:
+        return _known(name.strip().lower(), "MVKERNELS_BACKEND")
+    return "auto"
+
+
+def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
+    """Why ``backend`` cannot run ``op`` on these (checked) arguments; empty if it can."""
+    if backend == "reference":
+        return ""
+    why_not = op.why_not.get(backend)
+    if why_not is None:
+        return f"{op.name} has no {backend} kernel"
+    return why_not(*arguments) or ""
+
+
+def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
+    """The backend that runs this call: a name of BACKENDS, never "auto".
+
+    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend
+    was named and cannot run.
+    """
+    name = requested(backend)
+    if name == "reference":
+        return name
+    if name != "auto":
+        reason = reason_against(op, name, arguments)
+        if reason:
+            raise BackendUnavailable(f"{op.name}: backend {name} cannot run this: {reason}")
+        return name
+    for name in _PREFERENCE.get(arguments[0].device.type, ()):
+        if name not in op.why_not:
+            continue
+        reason = reason_against(op, name, arguments)
+        if not reason:
+            return name
+        if not torch.compiler.is_compiling():
+            _log_once(op.name, name, reason)
+    return "reference"
+
+
+def _log_once(op: str, backend: str, reason: str) -> None:
+    key = (op, backend, reason)
+    if key not in _logged:
+        _logged.add(key)
+        _log.warning("%s: not on %s: %s", op, backend, reason)
+
+
+def can_run(op: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Whether ``backend`` can run the op of that name on these arguments, and if not, why.
+
+    Takes the op's name and its own arguments; never raises. The reason is empty when it can.
+
+    >>> can_run("patch_attention", "cpp", q, k, v, 2)       # doctest: +SKIP
+    (False, 'the C++ extension is not built: ...')
+    """
+    try:
+        known = OPS.get(op)
+        if known is None:
+            return False, f"unknown op {op!r}, want one of {', '.join(OPS)}"
+        if backend not in BACKENDS:
+            return False, f"unknown backend {backend!r}, want one of {', '.join(BACKENDS)}"
+        bound = inspect.signature(known.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        bound.arguments.pop("backend", None)
+        arguments = known.check(*bound.arguments.values())
+        reason = reason_against(known, backend, arguments)
+    except Exception as error:  # the contract: an answer for any input whatever
+        return False, " ".join(str(error).split()) or type(error).__name__
+    return not reason, reason

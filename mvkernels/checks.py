@@ -1,0 +1,134 @@
+"""Argument checks shared by the ops.
+
+They run before any kernel and cost about a microsecond each. A message is one line: op, argument,
+what was found, what is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensors(op: str, **named: Any) -> None:
+    """Every value is a dense tensor of one floating dtype on one device; None is passed over.
+
+    Raises TypeError (not a tensor, or not float16, bfloat16, float32, float64) or ValueError
+    (mixed dtypes or devices).
+    """
+    first = None
+    for name, value in named.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a {type(value).__name__}, want a torch.Tensor")
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{op}: {name} has dtype {short(value.dtype)}, want float16, bfloat16, float32 or float64")
+        if value.layout is not torch.strided:
+            raise TypeError(f"{op}: {name} has layout {short(value.layout)}, want a dense (strided) tensor")
+    for name, value in named.items():
+        if value is None:
+            continue
+        if first is None:
+            first, first_name = value, name
+        elif value.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: {name} has dtype {short(value.dtype)}, {first_name} has {short(first.dtype)}, want one dtype"
+            )
+        elif value.device != first.device:
+            raise ValueError(f"{op}: {name} is on {value.device}, {first_name} is on {first.device}, want one device")
+
+
+def rank(op: str, name: str, value: torch.Tensor, axes: str) -> None:
+    """``axes`` names the axes, as in "(B, heads, head_dim, H, W)"."""
+    wanted = axes.count(",") + 1
+    if value.dim() != wanted:
+        raise ValueError(f"{op}: {name} has {value.dim()} axes {shape(value)}, want {wanted}: {axes}")
+
+
+def same(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.Tensor, axes: Sequence[int]) -> None:
+    """The two tensors have the same sizes along ``axes``."""
+    for axis in axes:
+        if value.shape[axis] != other.shape[axis]:
+            raise ValueError(
+                f"{op}: {name} is {shape(value)}, {other_name} is {shape(other)}: they differ along axis {axis}"
+            )
+
+
+def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
+    """The named axes (``H=3``) are not of size 0."""
+    for axis_name, axis in axes.items():
+        if value.shape[axis] == 0:
+            raise ValueError(f"{op}: {name} is {shape(value)}: {axis_name} is 0, want at least 1")
+
+
+def pair(op: str, name: str, value: Any) -> tuple[int, int]:
+    """An int, or a pair of ints, each at least 1, as a pair."""
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, (tuple, list)) or len(both) != 2:
+        kind = TypeError if not isinstance(both, (tuple, list)) else ValueError
+        raise kind(f"{op}: {name} is {value!r}, want an int or a pair of ints")
+    for part in both:
+        if not isinstance(part, int) or isinstance(part, bool):
+            raise TypeError(f"{op}: {name} is {value!r}, want an int or a pair of ints")
+        if part < 1:
+            raise ValueError(f"{op}: {name} is {value!r}, want at least 1")
+    return both[0], both[1]
+
+
+def number(op: str, name: str, value: Any, default: float) -> float:
+    """A real number, or ``default`` for None."""
+    if value is None:
+        return default
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}, want a number or None")
+    return float(value)
+
+
+def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
+    first = values[0]
+    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return values
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
+        for v in values
+    )
+
+
+def channels_last(value: torch.Tensor) -> bool:
+    """Whether a map (B, heads, head_dim, H, W) has its channels innermost."""
+    return value.stride(2) == 1
+
+
+def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """An uninitialised map of ``like``'s sizes, with another head_dim, that lies as ``like`` does.
+
+    Dense in the order (B, H, W, heads, head_dim) if ``like``'s stride over head_dim is 1, else in
+    (B, heads, head_dim, H, W). This one function says it for the kernels and for their fakes.
+    """
+    b, h, _, height, width = like.shape
+    if channels_last(like):
+        return like.new_empty((b, height, width, h, head_dim)).permute(0, 3, 4, 1, 2)
+    return like.new_empty((b, h, head_dim, height, width))
+
+
+def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``value`` laid out as :func:`empty_map` would; no copy where it lies so already."""
+    if channels_last(like):
+        return value.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    return value.contiguous()
+
+
+def shape(value: torch.Tensor) -> str:
+    return "(" + ", ".join(str(size) for size in value.shape) + ("," if value.dim() == 1 else "") + ")"
+
+
+def short(value: Any) -> str:
+    return str(value).removeprefix("torch.")

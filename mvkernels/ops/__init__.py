@@ -1,0 +1,1 @@
+"""The fused ops, one folder each: contract, reference, kernels, autograd, shape suite."""

@@ -1,0 +1,134 @@
+"""Patch-grouped self-attention: unfold + attention + fold in one kernel (MobileViT, EfficientFormer, CoAtNet)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, extension
+from mvkernels.backend import choose
+from mvkernels.ops.patch_attention import suite
+from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction
+from mvkernels.ops.patch_attention.reference import patch_attention as reference
+from mvkernels.registry import Op, register
+
+__all__ = ["OP", "PatchAttentionFunction", "patch_attention"]
+
+_NAME = "patch_attention"
+
+
+def patch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    patch_size: int | tuple[int, int] = (2, 2),
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention among the pixels with the same place in their patch, read and written in the map.
+
+    Pixel (y, x) belongs to group (y % ph, x % pw); attention runs inside each group. This is
+    MobileViT's unfold, attention, fold (arXiv 2110.02178, section 3.1) without the copies; a patch of 1 is
+    global attention over the map.
+
+    Args:
+        query, key: maps (B, heads, head_dim, H, W), any strides.
+        value: map (B, heads, value_dim, H, W), any strides.
+        patch_size: an int or a pair (ph, pw), at least 1. H and W need not be multiples: groups then
+            differ in size, nothing is padded.
+        bias: (heads, N, N), added to the scaled scores, shared by batch and groups; N is the number of
+            pixels of a group, and all groups must be equal. Has a gradient.
+        scale: factor of the scores, ``head_dim ** -0.5`` by default.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Map (B, heads, value_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
+        channels-last if the query's stride over head_dim is 1, else channels-first. Softmax and sums
+        are float32 at least.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or a setting has the wrong type.
+        ValueError: shapes do not fit, dtypes or devices differ, patch_size < 1, H or W of 0, or a bias
+            with groups of different sizes.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(query, key, value, patch_size, bias, scale)
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    query, key, value, (ph, pw), bias, scale = arguments
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen)
+    return KERNELS[chosen][0](query, key, value, ph, pw, bias, scale)[0]
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    patch_size: Any = (2, 2),
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    ph, pw = checks.pair(_NAME, "patch_size", patch_size)
+    query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
+    checks.tensors(_NAME, query=query, key=key, value=value, bias=bias)
+    for name, tensor, axes in (
+        ("query", query, "(B, heads, head_dim, H, W)"),
+        ("key", key, "(B, heads, head_dim, H, W)"),
+        ("value", value, "(B, heads, value_dim, H, W)"),
+    ):
+        checks.rank(_NAME, name, tensor, axes)
+    checks.same(_NAME, "key", key, "query", query, range(5))
+    checks.same(_NAME, "value", value, "query", query, (0, 1, 3, 4))
+    checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
+    checks.not_empty(_NAME, "value", value, value_dim=2)
+    if bias is not None:
+        h, height, width = query.shape[1], query.shape[3], query.shape[4]
+        checks.rank(_NAME, "bias", bias, "(heads, N, N)")
+        if height % ph or width % pw:
+            raise ValueError(
+                f"{_NAME}: bias needs groups of one size, but patch_size ({ph}, {pw}) does not divide {height} x {width}"
+            )
+        n = (height // ph) * (width // pw)
+        if bias.shape[0] != h or bias.shape[1] != n or bias.shape[2] != n:
+            raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (heads, N, N) = ({h}, {n}, {n})")
+    scale = checks.number(_NAME, "scale", scale, query.shape[2] ** -0.5)
+    return query, key, value, (ph, pw), bias, scale
+
+
+def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
+    if extension.module is None:
+        return extension.reason
+    if query.device.type != "cpu":
+        return f"the C++ kernels run on CPU tensors, these are on {query.device.type}"
+    return None
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.patch_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=patch_attention,
+        reference=reference,
+        autograd_function=PatchAttentionFunction,
+        check=_check,
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+    )
+)

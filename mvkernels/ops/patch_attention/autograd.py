@@ -1,0 +1,125 @@
+"""Patch attention as torch operators and as an autograd Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvkernels import checks, library
+from mvkernels.backend import choose
+
+_FORWARD = "(Tensor query, Tensor key, Tensor value, int patch_h, int patch_w, Tensor? bias, float scale)"
+_FORWARD += " -> (Tensor out, Tensor lse)"
+_BACKWARD = "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, int patch_h, int patch_w,"
+_BACKWARD += " Tensor? bias, float scale, bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+
+
+def _fake_forward(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
+    b, h, _, height, width = query.shape
+    sums = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = checks.empty_map(query, value.shape[2])
+    return out, query.new_empty((b, h, height, width), dtype=sums)
+
+
+def _fake_backward(grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias):  # type: ignore[no-untyped-def]
+    maps = tuple(checks.empty_map(m, m.shape[2]) for m in (query, key, value))
+    return *maps, bias.new_empty(bias.shape) if need_bias else query.new_empty(0)
+
+
+def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.patch_attention import triton_kernels
+
+    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward(query, *rest)
+    return triton_kernels.forward(query, *rest)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.patch_attention import triton_kernels
+
+    if grad.shape[0] == 0:
+        *maps, dbias = _fake_backward(grad, *rest)
+        return *maps, dbias.zero_()
+    return triton_kernels.backward(grad, *rest)
+
+
+KERNELS = {
+    "cpp": (
+        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward),
+        library.define("cpp", "patch_attention_backward", _BACKWARD, _fake_backward),
+    ),
+    "triton": (
+        library.define("triton", "patch_attention_forward", _FORWARD, _fake_forward, _triton_forward),
+        library.define("triton", "patch_attention_backward", _BACKWARD, _fake_backward, _triton_backward),
+    ),
+}
+
+
+class PatchAttentionFunction(torch.autograd.Function):
+    """:func:`mvkernels.patch_attention` with its own backward.
+
+    ``apply(query, key, value, patch_size, bias, scale, backend)``, the op's arguments in order; those
+    after ``value`` may be left out. Saves query, key, value, the output and the log-sum-exp of each
+    row of scores (B, heads, H, W): nothing unfolded, no scores. A second derivative raises
+    RuntimeError.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        patch_size: Any = (2, 2),
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        from mvkernels.ops.patch_attention import OP
+
+        arguments = OP.check(query, key, value, patch_size, bias, scale)
+        query, key, value, (ph, pw), bias, scale = arguments
+        ctx.arguments = (ph, pw, scale)
+        ctx.backend = choose(OP, backend, arguments)
+        if ctx.backend == "reference":
+            ctx.save_for_backward(query, key, value, bias)
+            return OP.reference(*arguments)
+        out, lse = KERNELS[ctx.backend][0](query, key, value, ph, pw, bias, scale)
+        ctx.save_for_backward(query, key, value, bias, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ph, pw, scale = ctx.arguments
+        needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
+        wanted = (*needs[:3], needs[4])
+        if ctx.backend == "reference":
+            dq, dk, dv, dbias = _reference_backward(grad, ctx.saved_tensors, wanted, (ph, pw), scale)
+        else:
+            query, key, value, bias, out, lse = ctx.saved_tensors
+            backward = KERNELS[ctx.backend][1]
+            dq, dk, dv, dbias = backward(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
+        grads = [g if w else None for g, w in zip((dq, dk, dv, dbias), wanted)]
+        return grads[0], grads[1], grads[2], None, grads[3], None, None
+
+
+def _reference_backward(
+    grad: Tensor,
+    saved: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    patch_size: tuple[int, int],
+    scale: float,
+) -> list[Tensor | None]:
+    from mvkernels.ops.patch_attention.reference import patch_attention
+
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
+        query, key, value, bias = inputs
+        out = patch_attention(query, key, value, patch_size, bias, scale)  # type: ignore[arg-type]
+        leaves = [t for t in inputs if t is not None and t.requires_grad]
+        grads = iter(torch.autograd.grad(out, leaves, grad))
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,0 +1,68 @@
+"""What an op is made of. Tests, verify, bench and the CLI walk ``OPS`` and need nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that the machine must do for one call: see the table of floors in docs/."""
+
+    bytes: int
+    flops: int
+    exponentials: int
+
+    def seconds(self, copy_bandwidth: float, flops: float) -> float:
+        """Lower bound in seconds for a copy bandwidth (B/s) and a peak rate (FLOP/s)."""
+        return max(self.bytes / copy_bandwidth, self.flops / flops)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of an op: what it is taken from, and how its arguments are made."""
+
+    label: str
+    model: str
+    make: Callable[..., dict[str, Any]]
+    """``make(batch=1, dtype=torch.float32, device="cpu", layout=None, seed=0)`` -> the op's arguments by name."""
+    layouts: tuple[str, ...] = ("channels_last",)
+    """The layouts that the model has; the first is the default."""
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A fused op and all that is said of it. Registered once, by its folder's ``__init__``."""
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    """The public function."""
+    reference: Callable[..., torch.Tensor]
+    """Plain PyTorch. Takes the op's arguments without ``backend``, and ``compute_dtype``."""
+    autograd_function: type[torch.autograd.Function]
+    check: Callable[..., tuple[Any, ...]]
+    """Checks the op's arguments, in order, and returns them normalised; raises TypeError, ValueError."""
+    why_not: Mapping[str, Callable[..., str | None]]
+    """For each backend with a kernel: why it cannot run these checked arguments, or None."""
+    suite: Callable[[str], list[Case]]
+    """``suite("small" | "full")``: the shapes that verify and bench run."""
+    peers: Mapping[str, Callable[..., torch.Tensor]]
+    """The same work done without this library, by name: takes the op's arguments without ``backend``."""
+    cost: Callable[[Mapping[str, Any], bool], Cost]
+    """``cost(arguments, backward)``: floor of the forward, or of the backward alone."""
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Make an op known to backend choice, verify, bench and the tests."""
+    if op.name in OPS:
+        raise ValueError(f"op {op.name} is registered already")
+    OPS[op.name] = op
+    return op

@@ -1,0 +1,236 @@
+"""The one error criterion, poisoned buffers, and inputs of every stride kind.
+
+``mvkernels verify``, the tests, the benchmarks and ``verify_swap`` all decide with :func:`compare`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from mvkernels import extension
+from mvkernels.registry import Op
+
+FORWARD_FACTOR = 2.0
+BACKWARD_FACTOR = 3.0
+FLOOR = 1e-6
+
+STRIDES = ("contiguous", "channels_last", "packed", "sliced", "transposed", "expanded", "offset")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor held against the float64 reference."""
+
+    name: str
+    error: float
+    """Largest absolute error of the tensor; infinite where NaNs or infinities stand in other places."""
+    allowed: float
+    """factor x PyTorch's own error with the same formula in the same dtype, plus the floor."""
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        sign, word = ("<=", "ok") if self.ok else (">", "WRONG")
+        return f"{self.name}: {word}, error {self.error:.2e} {sign} allowed {self.allowed:.2e} {self.detail}".rstrip()
+
+
+def max_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference, in float64. NaN must meet NaN and infinity the same infinity, else ``inf``."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    if actual.numel() == 0:
+        return 0.0
+    a, e = actual.detach().double(), exact.detach().double().to(actual.device)
+    same = (a == e) | (a.isnan() & e.isnan())
+    difference = torch.where(same, 0.0, (a - e).abs())
+    return float(torch.where(difference.isnan(), float("inf"), difference).max())
+
+
+def rms_error(actual: Tensor, exact: Tensor) -> float:
+    """Root of the mean squared difference over the finite elements, in float64."""
+    if actual.shape != exact.shape:
+        return float("inf")
+    a, e = actual.detach().double(), exact.detach().double().to(actual.device)
+    finite = a.isfinite() & e.isfinite()
+    count = int(finite.sum())
+    return float((torch.where(finite, a - e, 0.0).square().sum() / max(count, 1)).sqrt())
+
+
+def compare(
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    factor: float = FORWARD_FACTOR,
+    floor: float = FLOOR,
+) -> Comparison:
+    """The error criterion.
+
+    ``exact`` is the float64 reference, ``baseline`` the same formula done by PyTorch in the kernel's
+    dtype. The error of ``actual`` may be at most ``factor`` times that of ``baseline``, plus ``floor``;
+    the largest error is held to it and, so that one bad row cannot hide nor a general blur, the root
+    mean square too.
+    """
+    comparison = Comparison(name, max_error(actual, exact), factor * _finite(max_error(baseline, exact)) + floor)
+    if not comparison.ok:
+        return comparison
+    rms, rms_allowed = rms_error(actual, exact), factor * _finite(rms_error(baseline, exact)) + floor
+    if rms > rms_allowed:
+        return Comparison(name, rms, rms_allowed, "(root mean square)")
+    return comparison
+
+
+def _finite(error: float) -> float:
+    # A baseline that overflows where the exact value is finite gives no licence.
+    return error if error < float("inf") else 0.0
+
+
+def run(
+    function: Callable[..., Tensor],
+    arguments: Mapping[str, Any],
+    wanted: Sequence[str] = (),
+    cotangent: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Call ``function`` on copies of the arguments; return {"out": …} and {"d<name>": …} for the names wanted.
+
+    Strides are kept. With ``dtype`` the tensors are cast first. ``cotangent`` is the gradient of out.
+    """
+    inputs: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if dtype is not None and value.dtype != dtype:
+                value = value.to(dtype)
+            value = value.requires_grad_(name in wanted)
+        inputs[name] = value
+    with torch.set_grad_enabled(bool(wanted)):
+        out = function(**inputs)
+    results = {"out": out.detach()}
+    if wanted:
+        if cotangent is None:
+            raise ValueError("run: gradients need a cotangent")
+        grads = torch.autograd.grad(out, [inputs[n] for n in wanted], cotangent.to(out.dtype))
+        results.update({f"d{n}": g for n, g in zip(wanted, grads)})
+    return results
+
+
+def check(
+    op: Op,
+    arguments: Mapping[str, Any],
+    backend: str,
+    backward: bool = True,
+    function: Callable[..., Tensor] | None = None,
+) -> list[Comparison]:
+    """Compare an op on a backend with the float64 reference: the output and every gradient.
+
+    ``arguments`` are the op's, by name, without ``backend``. ``function`` replaces the op's own (a
+    compiled one, say). Kernels run on poisoned buffers.
+    """
+    tensors = [n for n, v in arguments.items() if isinstance(v, Tensor)]
+    wanted = tensors if backward else []
+    dtype = arguments[tensors[0]].dtype
+    call = function or op.function
+    exact_arguments = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        shape = op.reference(**exact_arguments).shape
+    device = arguments[tensors[0]].device
+    cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    exact = run(op.reference, exact_arguments, wanted, cotangent.double())
+    baseline = run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent)
+    with poisoned():
+        actual = run(lambda **kw: call(**kw, backend=backend), arguments, wanted, cotangent)
+    return [
+        compare(n, actual[n], exact[n], baseline[n], FORWARD_FACTOR if n == "out" else BACKWARD_FACTOR) for n in exact
+    ]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill every uninitialised buffer with NaN: those made in Python by torch.empty and those of the C++ kernels."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point() and not tensor.is_meta:
+                tensor.fill_(float("nan"))
+            return tensor
+
+        return made
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(torch, "empty_strided", poison(torch.empty_strided)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        if extension.module is None:
+            yield
+            return
+        before = extension.module.set_poison(True)
+        try:
+            yield
+        finally:
+            extension.module.set_poison(before)
+
+
+def make_map(
+    shape: Sequence[int],
+    strides: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A random map (B, heads, head_dim, H, W) of a stride kind; all that surrounds it in memory is NaN.
+
+    Kinds: "contiguous" (channels first), "channels_last", "packed" (a third of a channels-last qkv),
+    "sliced" (every second row and column of a larger map), "transposed" (H and W swapped in memory),
+    "expanded" (stride 0 over the heads), "offset" (starts inside its storage).
+    """
+    b, h, d, height, width = shape
+    values = torch.randn(b, h, d, height, width, generator=generator).to(dtype)
+    nan = float("nan")
+
+    def room(*sizes: int) -> Tensor:
+        return torch.full(sizes, nan, dtype=dtype)
+
+    if strides == "contiguous":
+        out = values
+    elif strides == "channels_last":
+        out = room(b, height, width, h, d).permute(0, 3, 4, 1, 2)
+    elif strides == "packed":
+        out = room(b, height, width, 3, h, d)[:, :, :, 1].permute(0, 3, 4, 1, 2)
+    elif strides == "sliced":
+        out = room(b, h, d, 2 * height + 1, 2 * width + 1)[..., 1::2, 1::2]
+    elif strides == "transposed":
+        out = room(b, h, d, width, height).transpose(-2, -1)
+    elif strides == "expanded":
+        values = values[:, :1]
+        out = room(b, 1, d, height, width)
+    elif strides == "offset":
+        out = room(b * h * d * height * width + 3)[3:].view(b, h, d, height, width)
+    else:
+        raise ValueError(f"unknown strides {strides!r}, want one of {', '.join(STRIDES)}")
+    out = out if out is values else out.copy_(values)
+    if strides == "expanded":
+        out = out.expand(b, h, d, height, width)
+    return _to(out, device)
+
+
+def _to(value: Tensor, device: torch.device | str) -> Tensor:
+    """``value`` on ``device`` with its strides and the NaNs around it."""
+    if torch.device(device).type == "cpu":
+        return value
+    storage = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(device)
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())

@@ -1,0 +1,131 @@
+"""Builds the optional C++ extension ``mvkernels._C``; everything else is in pyproject.toml.
+
+The extension uses only torch's stable C interface (torch >= 2.10) and Python's limited API, so one
+binary serves several versions of both. Each kernel source is compiled once per instruction set and
+chosen at run time, never with -march=native, so a wheel built here runs on older processors.
+
+Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python; ``MAX_JOBS`` bounds parallel compilers
+(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp") if p.name != "register.cpp")
+REGISTER = "csrc/cpu/register.cpp"
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
+MEMORY_OF_A_COMPILER = 2 << 30
+
+ISA_FLAGS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+            "-mprefer-vector-width=512",
+        ],
+    },
+    "aarch64": {"neon": []},
+}
+MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+
+
+def jobs() -> int:
+    """Parallel compilers: MAX_JOBS, else what cores and free memory allow."""
+    if os.environ.get("MAX_JOBS", "").isdigit():
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = 4 << 30
+    try:
+        text = Path("/proc/meminfo").read_text()
+        free = next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    return max(1, min(os.cpu_count() or 1, free // MEMORY_OF_A_COMPILER))
+
+
+class BuildExtension(build_ext):
+    """Compiles each kernel once per instruction set; a failure leaves a pure Python package."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # no compiler, no headers, a compiler too old: still a working install
+            if os.environ.get("MVKERNELS_REQUIRE_EXT") == "1":
+                raise
+            print(f"mvkernels: building without the C++ extension: {error}", file=sys.stderr)
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if version < (2, 10):
+            raise RuntimeError(f"the extension needs torch 2.10 or newer, this is {torch.__version__}")
+        isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
+        flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-g0"]
+        flags += ["-ffp-contract=fast", "-fno-plt", "-Wno-psabi"]
+        flags += shlex.split(os.environ.get("MVKERNELS_CXXFLAGS", ""))
+        define = [f"-DMVK_{isa.upper()}=1" for isa in isas]
+        info = {
+            "torch": torch.__version__,
+            "minimum_torch": "2.10",
+            "python_limited_api": "3.10",
+            "compiler": self._compiler_version(),
+            "flags": " ".join(flags),
+            "instruction_sets": list(isas),
+        }
+        quoted = json.dumps(json.dumps(info))
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build_info.h").write_text(f"#define MVK_BUILD_INFO {quoted}\n")
+
+        units = [(source, isa, [*isas[isa], f"-DMVK_ISA={isa}"]) for source in KERNELS for isa in isas]
+        includes = ["csrc/cpu", str(build), *ext.include_dirs]
+        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
+
+        def compile_kernel(unit: tuple[str, str, list[str]]) -> list[str]:
+            source, isa, isa_flags = unit
+            return self.compiler.compile(
+                [source], str(build / isa), include_dirs=["csrc/cpu"], extra_postargs=[*flags, *isa_flags]
+            )
+
+        def compile_register(_: object) -> list[str]:
+            return self.compiler.compile(
+                [REGISTER],
+                str(build / "register"),
+                include_dirs=[*includes, *include_paths()],
+                extra_postargs=[*flags, *define, *stable],
+            )
+
+        with ThreadPoolExecutor(jobs()) as pool:
+            work = [pool.submit(compile_register, None), *(pool.submit(compile_kernel, u) for u in units)]
+            objects = [name for job in work for name in job.result()]
+        # torch's symbols are found at run time in the libtorch that `import torch` has loaded.
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+
+    def _compiler_version(self) -> str:
+        command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
+        out = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+        return out.splitlines()[0]
+
+
+skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
+setup(
+    ext_modules=[]
+    if skip
+    else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=["csrc/cpu/simd.h"])],
+    cmdclass={"build_ext": BuildExtension},
+    options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
+)
