@@ -68,7 +68,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         import torch
-        from torch.utils.cpp_extension import include_paths
+        from torch.utils.cpp_extension import include_paths, library_paths
 
         version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         if version < (2, 10):
@@ -112,8 +112,14 @@ class BuildExtension(build_ext):
         with ThreadPoolExecutor(jobs()) as pool:
             work = [pool.submit(compile_register, None), *(pool.submit(compile_kernel, u) for u in units)]
             objects = [name for job in work for name in job.result()]
-        # torch's symbols are found at run time in the libtorch that `import torch` has loaded.
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++")
+        # By name only, no rpath: `import torch` has loaded libtorch_cpu before.
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=["torch_cpu"],
+            library_dirs=library_paths(),
+            target_lang="c++",
+        )
 
     def _compiler_version(self) -> str:
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]

@@ -1,4 +1,6 @@
-"""Registration of kernels as torch operators, one namespace a backend: ``torch.ops.mvkernels_cpp`` and so on.
+"""What the ops share towards torch: registration of kernels as operators, and the limit of one derivative.
+
+Each backend has a namespace: ``torch.ops.mvkernels_cpp`` and so on.
 
 The schema and the fake (meta) implementation of an op are written once, in Python, for all of its
 backends; the C++ extension only adds its CPU implementation.
@@ -6,10 +8,11 @@ backends; the C++ extension only adds its CPU implementation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # A Library removes its registrations when it is collected, so they live as long as the module.
 _libraries: dict[str, torch.library.Library] = {}
@@ -36,3 +39,28 @@ def define(
         library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+class _Refuse(torch.autograd.Function):
+    """Passes gradients through, tied to the inputs they came from; its own backward is the error."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.name = name
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            f"{ctx.name}: the fused kernels have no second derivative; call it with backend='reference' for one"
+        )
+
+
+def refuse_second_derivative(
+    name: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """``grads``, such that differentiating them again raises RuntimeError (instead of giving zeros).
+
+    For a backward that runs with ``create_graph=True``; ``inputs`` are what the gradients depend on.
+    """
+    return list(_Refuse.apply(name, len(grads), *grads, *inputs))

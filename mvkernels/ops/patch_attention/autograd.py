@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvkernels import checks, library
 from mvkernels.backend import choose
@@ -92,18 +91,21 @@ class PatchAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ph, pw, scale = ctx.arguments
+        saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
         wanted = (*needs[:3], needs[4])
-        if ctx.backend == "reference":
-            dq, dk, dv, dbias = _reference_backward(grad, ctx.saved_tensors, wanted, (ph, pw), scale)
-        else:
-            query, key, value, bias, out, lse = ctx.saved_tensors
-            backward = KERNELS[ctx.backend][1]
-            dq, dk, dv, dbias = backward(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
-        grads = [g if w else None for g, w in zip((dq, dk, dv, dbias), wanted)]
+        with torch.no_grad():
+            if ctx.backend == "reference":
+                grads = _reference_backward(grad, saved, wanted, (ph, pw), scale)
+            else:
+                query, key, value, bias, out, lse = saved
+                kernel = KERNELS[ctx.backend][1]
+                grads = kernel(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
+            grads = [g if w else None for g, w in zip(grads, wanted)]
+        if torch.is_grad_enabled():
+            grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
         return grads[0], grads[1], grads[2], None, grads[3], None, None
 
 

@@ -1,0 +1,65 @@
+// What the registration and the kernels of patch attention share: plain data, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace mvk {
+
+enum class DType { f32, f64, f16, bf16 };
+
+// A map (B, heads, dim, H, W): strides in elements.
+struct Map {
+  void* data;
+  int64_t b, h, d, y, x;
+};
+
+struct PatchAttention {
+  DType dtype;
+  int64_t B, heads, D, Dv, H, W, ph, pw;
+  double scale;
+  Map query, key, value, out;
+  void* lse;  // (B, heads, H, W), float or double as the sums are
+  const void* bias;  // (heads, N, N) or null
+  int64_t bias_stride[3];
+
+  // A unit of work is one (slice, head, chunk). A slice is one (batch, group); in the backward with a bias it is a
+  // run of them, whose part of the bias gradient one thread sums in order. Chunks split the rows
+  // (forward) or the keys (backward) when there are fewer units than threads.
+  int64_t slices, chunks;
+
+  // Backward only.
+  Map grad, dquery, dkey, dvalue;
+  void* dbias_partial;  // [slices][heads][N][N] in the type of the sums, or null
+  void* dquery_partial;  // [units][N][D rounded up to a vector] if chunks > 1, else null
+  void* dbias;  // (heads, N, N), contiguous
+
+  bool poison;  // fill scratch memory with NaN (tests)
+
+  int64_t groups_y() const { return ph < H ? ph : H; }
+  int64_t groups_x() const { return pw < W ? pw : W; }
+  int64_t groups() const { return groups_y() * groups_x(); }
+  // Pixels of group 0, the largest.
+  int64_t tokens() const { return ((H + ph - 1) / ph) * ((W + pw - 1) / pw); }
+  int64_t units() const { return slices * heads * chunks; }
+};
+
+// One set for each instruction set; ranges are over units, or over what the comment says.
+struct PatchAttentionKernels {
+  void (*forward)(const PatchAttention&, int64_t begin, int64_t end);
+  void (*backward)(const PatchAttention&, int64_t begin, int64_t end);
+  // Second stages, in a fixed order: sums of chunks into dquery (over slice x head), of slices into dbias (over heads).
+  void (*sum_dquery)(const PatchAttention&, int64_t begin, int64_t end);
+  void (*sum_dbias)(const PatchAttention&, int64_t begin, int64_t end);
+};
+
+#define MVK_DECLARE(isa) \
+  namespace isa {        \
+  extern const PatchAttentionKernels patch_attention_kernels; \
+  }
+MVK_DECLARE(baseline)
+MVK_DECLARE(avx2)
+MVK_DECLARE(avx512)
+MVK_DECLARE(neon)
+#undef MVK_DECLARE
+
+}  // namespace mvk

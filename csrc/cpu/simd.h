@@ -1,0 +1,290 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// GCC and Clang vector extensions, so that one source serves SSE2, AVX2, AVX-512 and NEON; intrinsics only
+// where the extensions have no word (partial loads and stores, half conversion). Everything lives in a
+// namespace named after the instruction set and nothing here has external linkage: an inline function that
+// two units shared would be merged by the linker, and the AVX-512 copy might be the one kept.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef MVK_ISA
+#define MVK_ISA baseline
+#endif
+
+#define MVK_INLINE static inline __attribute__((always_inline))
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct half {
+  uint16_t bits;
+};
+struct bfloat {
+  uint16_t bits;
+};
+
+template <class T>
+struct Simd {
+  static constexpr int width = kVectorBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using vec = typename Simd<T>::type;
+template <class T>
+constexpr int W = Simd<T>::width;
+
+template <class T, size_t... I>
+MVK_INLINE vec<T> splat_lanes(T x, std::index_sequence<I...>) {
+  return vec<T>{((void)I, x)...};
+}
+template <class T>
+MVK_INLINE vec<T> splat(T x) {
+  return splat_lanes<T>(x, std::make_index_sequence<W<T>>{});
+}
+
+template <class T>
+MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {  // b where either is NaN, as maxps
+  return a > b ? a : b;
+}
+
+// ---- halves, one at a time and by the vector ----
+
+MVK_INLINE float to_float(bfloat x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+MVK_INLINE float to_float(half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  // Shift exponent and mantissa into place and rescale by 2^112; this is right for subnormals too.
+  uint32_t bits = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  float magnitude;
+  if ((x.bits & 0x7c00) == 0x7c00) {
+    bits |= 0x7f800000u;
+    memcpy(&magnitude, &bits, 4);
+  } else {
+    memcpy(&magnitude, &bits, 4);
+    magnitude *= 0x1p112f;
+  }
+  uint32_t out;
+  memcpy(&out, &magnitude, 4);
+  out |= sign;
+  memcpy(&magnitude, &out, 4);
+  return magnitude;
+#endif
+}
+MVK_INLINE float to_float(float x) { return x; }
+MVK_INLINE double to_float(double x) { return x; }
+
+MVK_INLINE void from_float(float x, bfloat* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    out->bits = uint16_t((bits >> 16) | 0x40);  // stays a NaN
+    return;
+  }
+  out->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+MVK_INLINE void from_float(float x, half* out) {
+#if defined(__F16C__)
+  out->bits = uint16_t(_cvtss_sh(x, 0));
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    out->bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or more
+    out->bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000u) {  // subnormal: let the float adder round at 2^-24
+    float value, shifted;
+    memcpy(&value, &magnitude, 4);
+    shifted = value + 0.5f;
+    uint32_t shifted_bits;
+    memcpy(&shifted_bits, &shifted, 4);
+    out->bits = uint16_t(sign | (shifted_bits - 0x3f000000u));
+  } else {
+    magnitude += 0xc8000fffu + ((magnitude >> 13) & 1);
+    out->bits = uint16_t(sign | (magnitude >> 13));
+  }
+#endif
+}
+MVK_INLINE void from_float(float x, float* out) { *out = x; }
+MVK_INLINE void from_float(double x, double* out) { *out = x; }
+
+// ---- loads and stores: T is the type computed in, S the type in memory ----
+
+template <class T, class S>
+MVK_INLINE vec<T> load(const S* p) {
+  if constexpr (std::is_same_v<T, S>) {
+    return *reinterpret_cast<const typename Simd<T>::unaligned*>(p);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, half>) {
+      return (vec<T>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+    } else {
+      return (vec<T>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)), 16);
+    }
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<S, half>) {
+      return (vec<T>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+    } else {
+      return (vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+    }
+#else
+    vec<T> out;
+    for (int i = 0; i < W<T>; ++i) out[i] = to_float(p[i]);
+    return out;
+#endif
+  }
+}
+
+template <class T>
+MVK_INLINE void store(T* p, vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::unaligned*>(p) = v;
+}
+template <class T, class S>
+MVK_INLINE void store_as(S* p, vec<T> v) {
+  if constexpr (std::is_same_v<T, S>) {
+    store<T>(p, v);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<S, half>) {
+      _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      return;
+    }
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<S, half>) {
+      _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      return;
+    }
+#endif
+    for (int i = 0; i < W<T>; ++i) from_float(v[i], p + i);
+  }
+}
+
+// The first n < W lanes; the others are 0, and memory past them is not touched.
+template <class T, class S>
+MVK_INLINE vec<T> load_partial(const S* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) return (vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (vec<T>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
+  }
+#endif
+  vec<T> out = {};
+  for (int i = 0; i < W<T>; ++i) {
+    if (i < n) out[i] = to_float(p[i]);
+  }
+  return out;
+}
+
+template <class T, class S>
+MVK_INLINE void store_partial(S* p, vec<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes), (__m256)v);
+    return;
+  }
+#endif
+  for (int i = 0; i < W<T>; ++i) {
+    if (i < n) from_float(v[i], p + i);
+  }
+}
+
+// ---- arithmetic across lanes ----
+
+template <class T>
+MVK_INLINE T lane_sum(vec<T> v) {
+  T out[W<T>];
+  store<T>(out, v);
+  for (int step = W<T> / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) out[i] += out[i + step];
+  return out[0];
+}
+template <class T>
+MVK_INLINE T lane_max(vec<T> v) {
+  T out[W<T>];
+  store<T>(out, v);
+  for (int step = W<T> / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) out[i] = out[i] > out[i + step] ? out[i] : out[i + step];
+  return out[0];
+}
+
+// 2^x for x <= 0 (and a little above), to 1e-7 relative. Below 2^-126.5 exactly 0, as masked scores need;
+// NaN stays NaN. Round x to n by adding 1.5 * 2^23, which leaves n + 127 in the low bits: shifted by 23 they
+// are the float 2^n. The polynomial is the minimax of degree 5 for 2^f on [-1/2, 1/2].
+MVK_INLINE vec<float> exp2_nonpositive(vec<float> x) {
+  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+  x = maximum<float>(splat(-127.0f), x);
+  const vec<float> magic = splat(12582912.0f + 127.0f);
+  vec<float> shifted = x + magic;
+  vec<float> f = x - (shifted - magic);
+  vec<float> p = splat(1.3276472e-03f) * f + splat(9.6755413e-03f);
+  p = p * f + splat(5.5507133e-02f);
+  p = p * f + splat(2.4022120e-01f);
+  p = p * f + splat(6.9314697e-01f);
+  p = p * f + splat(1.0000000f);
+  ints scale = (ints)shifted << 23;
+  return p * (vec<float>)scale;
+}
+MVK_INLINE vec<double> exp2_nonpositive(vec<double> x) {
+  for (int i = 0; i < W<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+// Transpose W x W in registers: at each step blocks of `step` lanes change places across the diagonal.
+template <class T, int step, size_t... I>
+MVK_INLINE void exchange(vec<T>& a, vec<T>& b, std::index_sequence<I...>) {
+  constexpr int n = W<T>;
+  vec<T> low = __builtin_shufflevector(a, b, ((int(I) & step) ? n + int(I) - step : int(I))...);
+  b = __builtin_shufflevector(a, b, ((int(I) & step) ? n + int(I) : int(I) + step)...);
+  a = low;
+}
+template <class T, int step>
+MVK_INLINE void transpose_steps(vec<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W<T>; ++i)
+    if (!(i & step)) exchange<T, step>(rows[i], rows[i + step], std::make_index_sequence<W<T>>{});
+  if constexpr (step > 1) transpose_steps<T, step / 2>(rows);
+}
+template <class T>
+MVK_INLINE void transpose(vec<T>* rows) {
+  transpose_steps<T, W<T> / 2>(rows);
+}
+
+}  // namespace
+}  // namespace MVK_ISA
+}  // namespace mvk

@@ -1,0 +1,176 @@
+"""The ``mvkernels`` command: info, verify, bench, swap, tune.
+
+Exit status: 0, all is well; 1, something was computed wrongly; 2, what was asked for cannot be done.
+Errors are one line on stderr. With ``--json`` stdout is one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _list(value: str) -> list[str]:
+    return [part for part in value.split(",") if part]
+
+
+def _positive(value: str) -> int:
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Needs neither torch nor a device: ``--help`` is immediate."""
+    main = _Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
+    commands = main.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,swap,tune}")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        return sub
+
+    command("info", "Version, devices, which backend can run and why the others cannot.")
+
+    verify = command("verify", "Check values and gradients of every op against the float64 reference.")
+    verify.add_argument("--op", nargs="+", default=[], metavar="OP", help="ops (default: all)")
+    verify.add_argument("--backend", nargs="+", default=[], choices=BACKENDS, help="default: all that can run")
+    verify.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    verify.add_argument("--suite", default="small", choices=("small", "full"))
+    verify.add_argument("--device", default="cpu")
+
+    bench = command("bench", "Time the ops against the same work done without this library.")
+    bench.add_argument("op", nargs="*", help="ops (default: all)")
+    bench.add_argument("--suite", default="small", choices=("small", "full"))
+    bench.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
+    bench.add_argument("--batch", nargs="+", type=_positive, default=[1])
+    bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "full"), help="full: with the backward")
+    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    bench.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
+    bench.add_argument("--backend", nargs="+", default=[], choices=BACKENDS)
+    bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="eager,sdpa,compile")
+    bench.add_argument("--device", default="cpu")
+    bench.add_argument("--threads", type=_positive, default=1)
+    bench.add_argument("--rounds", type=_positive, help="samples of each (default: as --min-time allows)")
+    bench.add_argument("--min-time", type=float, default=0.3, help="seconds for each on average (default 0.3)")
+    bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    bench.add_argument("--csv", metavar="FILE")
+    bench.add_argument("--plot", metavar="FILE.png")
+    bench.add_argument(
+        "--allocator",
+        default="kept",
+        choices=("kept", "default"),
+        help="kept: freed memory stays with the process, so that page faults are not timed",
+    )
+
+    swap = command("swap", "Swap a model's attention, verify it, and time it.")
+    swap.add_argument("model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, timm:mobilevit_xs, ...")
+    swap.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
+    swap.add_argument("--image", metavar="FILE", help="a picture (default: a photograph of scikit-learn, else noise)")
+    swap.add_argument("--batch", type=_positive, default=1)
+    swap.add_argument("--size", type=_positive, default=256)
+    swap.add_argument("--backend", choices=("auto", *BACKENDS))
+    swap.add_argument("--device", default="cpu")
+    swap.add_argument("--threads", type=_positive, default=1)
+    swap.add_argument("--rounds", type=_positive)
+    swap.add_argument("--compile", action="store_true", help="time the original under torch.compile too")
+    swap.add_argument("--allocator", default="kept", choices=("kept", "default"))
+
+    tune = commands.add_parser("tune", help="Find launch configurations for this GPU.", add_help=False)
+    tune.add_argument("rest", nargs=argparse.REMAINDER)
+    return main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["tune"]:
+        return _tune(arguments[1:])
+    options = parser().parse_args(arguments)
+    from mvkernels.backend import BackendUnavailable
+    from mvkernels.report import UsageError, restart_keeping_pages
+
+    if getattr(options, "allocator", "default") == "kept":
+        restart_keeping_pages(["-m", "mvkernels", *arguments])
+    try:
+        return _COMMANDS[options.command](options)
+    except (UsageError, BackendUnavailable) as error:
+        print(f"mvkernels {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _print_json(document: Any) -> None:
+    json.dump(document, sys.stdout, indent=2, default=str)
+    print()
+
+
+def _info(options: argparse.Namespace) -> int:
+    from mvkernels import info
+
+    found = info.collect()
+    _print_json(found) if options.json else print(info.text(found))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mvkernels import verify
+
+    result = verify.verify(options.op, options.backend, options.dtype, options.suite, options.device)
+    _print_json(result.as_dict()) if options.json else print(result)
+    return 0 if result.ok else 1
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from mvkernels import bench, bench_report
+
+    return bench_report.command(
+        bench.Options(
+            ops=options.op,
+            suite=options.suite,
+            labels=options.shape,
+            batches=options.batch,
+            modes=options.mode,
+            dtypes=options.dtype,
+            layouts=options.layout,
+            backends=options.backend,
+            against=options.against,
+            device=options.device,
+            threads=options.threads,
+            rounds=options.rounds,
+            min_time=options.min_time,
+            memory=not options.no_memory,
+        ),
+        csv=options.csv,
+        plot=options.plot,
+        json=_print_json if options.json else None,
+    )
+
+
+def _swap(options: argparse.Namespace) -> int:
+    from mvkernels import swap_command
+
+    return swap_command.command(options, _print_json if options.json else None)
+
+
+def _tune(arguments: list[str]) -> int:
+    try:
+        from mvkernels import tune
+    except ImportError as error:
+        print(f"mvkernels tune: not available: {error}", file=sys.stderr)
+        return 2
+    return tune.main(arguments)
+
+
+_COMMANDS = {"info": _info, "verify": _verify, "bench": _bench, "swap": _swap}

@@ -1,0 +1,160 @@
+"""What the commands print: tables, progress, one-line errors, and the machine that they ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+from mvkernels.version import __version__
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the command prints the one line and exits with status 2."""
+
+
+class Progress:
+    """A bar on stderr, and only where somebody looks at it: a log file gets nothing."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self.total, self.done = max(total, 1), 0
+        self.stream = stream or sys.stderr
+        self.shown = self.stream.isatty()
+
+    def step(self, what: str = "") -> None:
+        """Say what is being done now, and count one more as begun."""
+        if self.shown:
+            filled = 24 * self.done // self.total
+            bar = f"[{'#' * filled}{'.' * (24 - filled)}] {self.done}/{self.total} {what}"
+            self.stream.write(f"\r\x1b[K{bar[:110]}")
+            self.stream.flush()
+        self.done += 1
+
+    def close(self) -> None:
+        if self.shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """Columns aligned, numbers to the right. No column is ever cut."""
+    lines = [[str(cell) for cell in header], *([_cell(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    numeric = [all(_is_number(line[i]) for line in lines[1:]) and len(lines) > 1 for i in range(len(header))]
+    out = []
+    for number, line in enumerate(lines):
+        cells = [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(line, widths, numeric)]
+        out.append("  ".join(cells).rstrip())
+        if number == 0:
+            out.append("  ".join("-" * w for w in widths))
+    return "\n".join(out)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    return text in {"", "-"} or re.fullmatch(r"[-+]?[\d.,]+(e[-+]?\d+)?[x%]?|inf|nan", text) is not None
+
+
+def megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.2f}"
+
+
+def microseconds(seconds: float | None) -> str:
+    """A time in microseconds with three significant figures."""
+    if seconds is None:
+        return "-"
+    us = seconds * 1e6
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    for key in ("model name", "Model", "Hardware"):
+        found = re.search(rf"^{key}\s*: (.+)$", text, re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.machine()
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """The columns that say where a figure comes from."""
+    import torch
+
+    from mvkernels import extension
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        name = torch.cuda.get_device_name(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = f"sm_{major}{minor}"
+    else:
+        name = cpu_name() if kind == "cpu" else kind
+        capability = extension.instruction_set() or torch.backends.cpu.get_cpu_capability().lower()
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "device": name,
+        "capability": capability,
+        "torch": torch.__version__,
+        "mvkernels": __version__,
+        "commit": commit(),
+        "threads": str(torch.get_num_threads()),
+        "allocator": "kept" if pages_are_kept() else "default",
+    }
+
+
+def slug(where: dict[str, str]) -> str:
+    """A folder name for results of this machine."""
+    name = re.sub(r"\((r|tm|c)\)|\bprocessor\b|\bcpu\b", " ", where["device"], flags=re.IGNORECASE)
+    return re.sub(r"[^a-z0-9.]+", "-", f"{name} {where['capability']}".lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit of a checkout, "-dirty" after it where files differ; empty for an installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# glibc maps every large temporary anew and the kernel clears its pages at each call: a benchmark then
+# times page faults. With these two, freed pages stay with the process. They are read at its start.
+KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+
+
+def pages_are_kept() -> bool:
+    return all(os.environ.get(name) == value for name, value in KEEP_PAGES.items())
+
+
+def restart_keeping_pages(arguments: Sequence[str]) -> None:
+    """Run ``python <arguments>`` in place of this process with pages kept; returns if they are, or cannot be."""
+    if pages_are_kept() or sys.platform != "linux":
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **KEEP_PAGES})
+
+
+def short(value: Any) -> str:
+    """``torch.float32`` as ``float32``."""
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,197 @@
+"""Times and memory of calls, measured so that they can be compared.
+
+All that is compared runs in one process, interleaved: each round takes one sample of everyone, in a
+random order, so that a disturbance of the machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHORTEST_SAMPLE = 100e-6
+"""Seconds. Shorter calls are repeated inside a sample, so that reading the clock costs nothing."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call, over rounds."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def min(self) -> float:
+        return min(self.samples)
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device | str = "cpu",
+    rounds: int | None = None,
+    min_time: float = 0.3,
+) -> dict[str, Times]:
+    """Time every call in turn, A B C A B C, after a warm-up.
+
+    Without ``rounds``, at least 15, and as many as fill ``min_time`` seconds for each call on average.
+    """
+    sample = _cuda_sample if torch.device(device).type == "cuda" else _host_sample
+    repeats = {name: _repeats(call, device) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    end = time.perf_counter() + min_time * len(order)
+    with _no_collection():
+        while True:
+            count = len(times[order[0]])
+            if count >= (rounds or 15) and (rounds is not None or time.perf_counter() >= end or count >= 5000):
+                break
+            shuffle(order)
+            for name in order:
+                times[name].append(sample(calls[name], repeats[name]))
+    return {name: Times(tuple(values)) for name, values in times.items()}
+
+
+def _repeats(call: Callable[[], Any], device: torch.device | str) -> int:
+    """Warm the call up, and say how often a sample repeats it."""
+    if torch.device(device).type == "cuda":
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+        return 1
+    call()
+    quickest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        quickest = min(quickest, time.perf_counter() - start)
+    return max(1, min(1000, round(SHORTEST_SAMPLE / max(quickest, 1e-7))))
+
+
+def _host_sample(call: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter_ns() - start) / repeats * 1e-9
+
+
+_flush: dict[int, torch.Tensor] = {}
+
+
+def _cuda_sample(call: Callable[[], Any], repeats: int) -> float:
+    """Time on the device alone, from cold caches: the queue is held up while the host fills it."""
+    index = torch.cuda.current_device()
+    if index not in _flush:
+        _flush[index] = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    _flush[index].zero_()
+    torch.cuda._sleep(4_000_000)  # about 2 ms: longer than Python takes to launch a forward and backward
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats * 1e-3
+
+
+@contextmanager
+def _no_collection() -> Any:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
+    """The most memory that a call holds at once beyond what was held before, as torch's allocator sees it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler greets on stderr
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = call()
+    del kept
+    result = profile.kineto_results
+    if result is None:
+        return None
+    held = peak = 0
+    changes = [(event.start_ns(), event.nbytes()) for event in result.events() if event.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def peak_resident(call: Callable[[], Any]) -> int | None:
+    """The growth of resident memory during a call, in bytes: sees what no allocator reports, rounded to pages.
+
+    Linux only. Memory that the process keeps for reuse is given back first, so that it counts again.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        kept = call()
+        after = _status("VmHWM")
+    except (OSError, AttributeError):
+        return None
+    del kept
+    return max(0, after - before)
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine can do in this run, on these threads: the two sides of a floor."""
+
+    copy: float
+    """Bytes read and written per second by a large copy."""
+    matmul: float
+    """FLOP/s of a large square matrix product in the benchmark's dtype."""
+
+
+def measure_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
+    """Copy bandwidth and matrix-product rate, the best of several. Half types on a CPU count as float32."""
+    cuda = torch.device(device).type == "cuda"
+    if not cuda and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    source = torch.ones((1 << 30 if cuda else 1 << 26) // 4, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if cuda else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    times = interleave(
+        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, a, out=out)}, device, rounds=15
+    )
+    return Rates(2 * source.numel() * 4 / times["copy"].min, 2 * size**3 / times["matmul"].min)

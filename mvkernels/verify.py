@@ -1,0 +1,193 @@
+"""``mvkernels verify``: every op, dtype and backend on this machine against the float64 reference.
+
+Values and gradients, at the shapes of the suite and at small odd ones: every kind of strides, and maps
+that the patch does not divide. The criterion is :func:`mvkernels.testing.compare`, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import report, testing
+from mvkernels.backend import BACKENDS, can_run
+from mvkernels.registry import OPS, Case, Op
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+# Height and width: even, odd, long, a single pixel; each with the strides that reads it hardest.
+ODD_MAPS = ((9, 7, "packed"), (7, 8, "contiguous"), (3, 17, "transposed"), (1, 1, "channels_last"))
+# Triton's interpreter takes seconds for what the device does in microseconds.
+INTERPRETER_PIXELS = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op on one backend in one dtype at one shape: its worst tensor."""
+
+    op: str
+    backend: str
+    dtype: str
+    shape: str
+    strides: str
+    ok: bool
+    worst: str = ""
+    """The tensor whose error comes closest to what is allowed, or passes it furthest: out, dquery, ..."""
+    error: float | None = None
+    allowed: float | None = None
+    note: str = ""
+
+
+@dataclass
+class Result:
+    """All rows, and what was left out."""
+
+    rows: list[Row] = field(default_factory=list)
+    not_run: dict[tuple[str, str], str] = field(default_factory=dict)
+    """(op, backend) -> why it did not run."""
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "rows": [asdict(row) for row in self.rows],
+            "not_run": [{"op": o, "backend": b, "reason": r} for (o, b), r in self.not_run.items()],
+        }
+
+    def __str__(self) -> str:
+        header = ("op", "backend", "dtype", "shape", "strides", "tensor", "error", "allowed", "")
+        lines = [
+            (r.op, r.backend, r.dtype, r.shape, r.strides, r.worst, _number(r.error), _number(r.allowed),
+             "ok" if r.ok else f"WRONG {r.note}".rstrip())
+            for r in self.rows
+        ]  # fmt: skip
+        wrong = sum(not row.ok for row in self.rows)
+        out = [report.table(lines, header), ""]
+        out += [f"not run: {op} on {backend}: {reason}" for (op, backend), reason in self.not_run.items()]
+        out.append(f"{len(self.rows)} checked, {wrong} wrong" if wrong else f"{len(self.rows)} checked, all right")
+        return "\n".join(out)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def verify(
+    ops: Sequence[str] = (),
+    backends: Sequence[str] = (),
+    dtypes: Sequence[str] = DTYPES,
+    suite: str = "small",
+    device: str = "cpu",
+) -> Result:
+    """Check ops (default: all) on backends (default: all that can run) and return every comparison.
+
+    Raises UsageError for an op that does not exist, a device that is not there, or a backend that was
+    named and cannot run.
+    """
+    from mvkernels.bench_report import check_backends, check_device
+
+    for name in ops:
+        if name not in OPS:
+            raise report.UsageError(f"unknown op {name!r}, want one of {', '.join(OPS)}")
+    check_device(device)
+    for name in ops or OPS:
+        check_backends(name, backends, device)
+    result = Result()
+    work = [
+        (OPS[name], backend, dtype, shape, strides, make)
+        for name in ops or OPS
+        for shape, strides, make in inputs(OPS[name], suite)
+        for dtype in dtypes
+        for backend in backends or BACKENDS
+    ]
+    progress = report.Progress(len(work))
+    for op, backend, dtype, shape, strides, make in work:
+        progress.step(f"{op.name} {backend} {dtype} {shape} {strides}")
+        arguments = make(getattr(torch, dtype), device)
+        able, reason = can_run(op.name, backend, **arguments)
+        if able and _too_slow(backend, arguments):
+            reason = f"on maps of more than {INTERPRETER_PIXELS} pixels: the interpreter is too slow for them"
+        if reason:
+            result.not_run.setdefault((op.name, backend), reason)
+            continue
+        result.rows.append(_check(op, backend, arguments, shape, strides))
+    progress.close()
+    return result
+
+
+def _check(op: Op, backend: str, arguments: dict[str, Any], shape: str, strides: str) -> Row:
+    dtype = next(report.short(v.dtype) for v in arguments.values() if isinstance(v, Tensor))
+    try:
+        found = testing.check(op, arguments, backend)
+    except Exception as error:  # a kernel that fails is a finding like any other, and the rest still runs
+        note = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Row(op.name, backend, dtype, shape, strides, ok=False, note=note)
+    worst = max(found, key=lambda c: c.error / c.allowed)
+    return Row(
+        op.name, backend, dtype, shape, strides, worst.ok, worst.name, worst.error, worst.allowed, worst.detail
+    )  # fmt: skip
+
+
+def _too_slow(backend: str, arguments: dict[str, Any]) -> bool:
+    maps = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() == 5]
+    interpreted = backend == "triton" and all(m.device.type == "cpu" for m in maps)
+    return interpreted and any(m.shape[3] * m.shape[4] > INTERPRETER_PIXELS for m in maps)
+
+
+Maker = Callable[[torch.dtype, str], dict[str, Any]]
+
+
+def inputs(op: Op, suite: str = "small") -> Iterator[tuple[str, str, Maker]]:
+    """What an op is checked on: (shape, strides, function of dtype and device that makes the arguments)."""
+    seen = set()
+    for case in op.suite(suite):
+        for layout in case.layouts:
+            yield f"{case.model} {case.label}", f"qkv {layout}", partial(_of_suite, case, layout)
+        example = case.make()
+        kind = tuple(sorted(example))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        wanted = [(8, 8, strides) for strides in testing.STRIDES] + list(ODD_MAPS)
+        if not _accepts(op, _resized(example, wanted[0], torch.float32, "cpu")):  # a bias fits one size only
+            height, width = next(v.shape[3:] for v in example.values() if isinstance(v, Tensor) and v.dim() == 5)
+            wanted = [(height, width, strides) for strides in testing.STRIDES]
+        for lie in wanted:
+            if _accepts(op, _resized(example, lie, torch.float32, "cpu")):
+                height, width, strides = lie
+                yield f"{case.label.split('_')[0]} {height}x{width}, batch 2", strides, partial(_resized, example, lie)
+
+
+def _of_suite(case: Case, layout: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return case.make(dtype=dtype, device=device, layout=layout)
+
+
+def _accepts(op: Op, arguments: dict[str, Any]) -> bool:
+    try:
+        op.check(**arguments)
+    except ValueError:
+        return False
+    return True
+
+
+def _resized(example: dict[str, Any], lie: tuple[int, int, str], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """The example's arguments, batch 2, with every map of another height, width and kind of strides."""
+    height, width, strides = lie
+    generator = torch.Generator().manual_seed(0)
+    out: dict[str, Any] = {}
+    for name, value in example.items():
+        if isinstance(value, Tensor) and value.dim() == 5:
+            shape = (2, value.shape[1], value.shape[2], height, width)
+            out[name] = testing.make_map(shape, strides, dtype, device, generator)
+        elif isinstance(value, Tensor):
+            out[name] = value.to(dtype=dtype, device=device)
+        else:
+            out[name] = value
+    return out
