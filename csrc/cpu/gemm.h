@@ -1,4 +1,4 @@
-// Small matrix products on packed operands: C (+)= A B, with C and B in row panels of two vectors.
+// Small matrix products on packed operands, C (+)= A B, in register tiles: rows of A are broadcast, rows of B are vectors.
 #pragma once
 
 #include "simd.h"
@@ -7,71 +7,114 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-// Columns of a panel.
+// Columns of a panel: a tile is two vectors wide.
 template <class T>
 constexpr int kPanel = 2 * W<T>;
 
-// Rows of a register tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32
-// registers twice as many.
+// Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many.
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
-// A tile one vector wide is as many rows high as it has accumulators.
+// A tile one vector wide needs as many rows to keep the multipliers busy.
 constexpr int kNarrowRows = 12;
 
-// C[m][n] (+)= sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors.
-template <class T, int M, int V, bool Accumulate>
-static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
+// How n rows are cut into the fewest tiles of at most `most`, nearly equal: 16 as 8 + 8, not as 12 + 4.
+struct Tiles {
+  int count, height, taller;  // the first `taller` tiles have height + 1 rows
+  Tiles(int64_t n, int most) {
+    count = (int(n) + most - 1) / most;
+    height = count ? int(n) / count : 0;
+    taller = int(n) - height * count;
+  }
+};
+
+enum class Start { zero, from };  // what a tile adds to
+
+// c[m][n] = start[m][n] + sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors; am is 1 if Adjacent. If
+// Top, top[n] becomes at least every c[m][n].
+template <class T, int M, int V, bool Adjacent, Start from, bool Top>
+static void tile(
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const T* start, int64_t lds, T* c, int64_t ldc,
+    T* top) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[m][v] = Accumulate ? load<T>(c + m * ldc + v * W<T>) : vec<T>{};
-  for (int64_t k = 0; k < K; ++k) {
+    for (int v = 0; v < V; ++v) {
+      if constexpr (from == Start::from)
+        acc[m][v] = load<T>(start + m * lds + v * W<T>);
+      else
+        acc[m][v] = vec<T>{};
+    }
+  auto step = [&]() __attribute__((always_inline)) {
     vec<T> bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      vec<T> av = splat<T>(a[m * am]);
+      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
     }
-    a += ak;
+    a += Adjacent ? ak : 1;
     b += ldb;
+  };
+  int64_t k = K;
+  for (; k >= 2; k -= 2) {
+    step();
+    step();
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
+  if (k) step();
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, acc[m][v]);
-}
-
-template <class T, int V, bool Accumulate, int M>
-MVK_INLINE void tile_of(
-    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  if (rows == M) return tile<T, M, V, Accumulate>(K, a, am, ak, b, ldb, c, ldc);
-  if constexpr (M > 1) tile_of<T, V, Accumulate, M - 1>(rows, K, a, am, ak, b, ldb, c, ldc);
-}
-
-template <class T, int V, bool Accumulate, int M>
-MVK_INLINE void column(
-    int64_t rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  // Tiles of nearly equal height: 16 rows as 8 + 8, not as 12 + 4.
-  int64_t tiles = (rows + M - 1) / M;
-  for (int64_t done = 0; tiles; --tiles) {
-    int64_t m = (rows - done + tiles - 1) / tiles;
-    tile_of<T, V, Accumulate, M>(int(m), K, a + done * am, am, ak, b, ldb, c + done * ldc, ldc);
-    done += m;
+  for (int v = 0; v < V; ++v) {
+    vec<T> most = Top ? load<T>(top + v * W<T>) : vec<T>{};
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      store<T>(c + m * ldc + v * W<T>, acc[m][v]);
+      if constexpr (Top) most = maximum<T>(most, acc[m][v]);
+    }
+    if constexpr (Top) store<T>(top + v * W<T>, most);
   }
 }
 
-// B's columns come in panels of kPanel: column n, row k at b[(n / kPanel) * panel + k * ldb + n % kPanel].
-// Writes whole vectors: C has room for cols rounded up to a vector.
-template <class T, bool Accumulate>
-static void gemm(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb,
-    int64_t panel, T* c, int64_t ldc) {
-  for (; cols > W<T>; cols -= kPanel<T>, b += panel, c += kPanel<T>)
-    column<T, 2, Accumulate, kTileRows>(rows, K, a, am, ak, b, ldb, c, ldc);
-  if (cols > 0) column<T, 1, Accumulate, kNarrowRows>(rows, K, a, am, ak, b, ldb, c, ldc);
+template <class T, int V, bool Adjacent, Start from, bool Top, int M>
+MVK_INLINE void tile_of(
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const T* start, int64_t lds, T* c,
+    int64_t ldc, T* top) {
+  if (rows == M) return tile<T, M, V, Adjacent, from, Top>(K, a, am, ak, b, ldb, start, lds, c, ldc, top);
+  if constexpr (M > 1)
+    tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, start, lds, c, ldc, top);
+}
+
+// Called between tiles, for work that hides behind them (prefetching).
+struct Nothing {
+  void between_tiles(int) const {}
+};
+constexpr Nothing kNothing;
+
+// c (+)= A B for one panel of columns, with A in rows: row m, element k at a[m * lda + k].
+template <class T, int V, Start from, bool Top, class Between = const Nothing>
+static void product_rows(
+    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* start, int64_t lds, T* c,
+    int64_t ldc, T* top, Between& between = kNothing) {
+  constexpr int M = V == 1 ? kNarrowRows : kTileRows;
+  const Tiles tiles(rows, M);
+  for (int i = 0; i < tiles.count; ++i) {
+    const int r = tiles.height + (i < tiles.taller);
+    tile_of<T, V, false, from, Top, M>(r, K, a, lda, 1, b, ldb, start, lds, c, ldc, top);
+    a += r * lda, c += r * ldc, start += r * lds;
+    between.between_tiles(tiles.count);
+  }
+}
+
+// The same for A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
+// K * (rows before it) + i * W, and has row m, element k at [k * r + m].
+template <class T, int V, Start from>
+static void product_tall(const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  for (int i = 0; i < tiles.count; ++i) {
+    const int r = tiles.height + (i < tiles.taller);
+    tile_of<T, V, true, from, false, kTileRows>(
+        r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, c, ldc, static_cast<T*>(nullptr));
+    a += r * K + W<T>, c += r * ldc;
+  }
 }
 
 }  // namespace

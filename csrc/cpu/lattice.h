@@ -54,7 +54,34 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
-// The pixels of a group in one map. `offset[n]` leads from the map's first element of a (batch, head) to token n.
+// One (batch, group, head): which pixels, and how many.
+struct Group {
+  int64_t b, h, y, x, high, wide, tokens;
+  Group(const PatchAttention& a, int64_t slice, int64_t head)
+      : b(slice / a.groups()),
+        h(head),
+        y(slice % a.groups() / a.groups_x()),
+        x(slice % a.groups() % a.groups_x()),
+        high((a.H - y + a.ph - 1) / a.ph),
+        wide((a.W - x + a.pw - 1) / a.pw),
+        tokens(high * wide) {}
+};
+
+// Offsets of a group's tokens from its first one, kept while they stay the same: for heads, and for groups of one size.
+struct Offsets {
+  int64_t* table;
+  int64_t high = 0, wide = 0, row = 0, step = 0;
+  const int64_t* of(const Group& g, int64_t row_stride, int64_t step_stride) {
+    if (g.high == high && g.wide == wide && row_stride == row && step_stride == step) return table;
+    high = g.high, wide = g.wide, row = row_stride, step = step_stride;
+    int64_t* out = table;
+    for (int64_t i = 0; i < high; ++i)
+      for (int64_t j = 0; j < wide; ++j) *out++ = i * row + j * step;
+    return table;
+  }
+};
+
+// The tokens of a group in one map: token n, dim i at data[offset[n] + i * d].
 template <class S>
 struct Lattice {
   S* data;
@@ -62,26 +89,14 @@ struct Lattice {
   int64_t d, step;
 };
 
-// Offsets of the tokens of a group, kept while group and strides stay the same (heads share them).
-struct Offsets {
-  int64_t* table;
-  int64_t group = -1, y = 0, x = 0;
-  const int64_t* of(const PatchAttention& a, const Map& map, int64_t g) {
-    if (g == group && map.y == y && map.x == x) return table;
-    group = g, y = map.y, x = map.x;
-    int64_t y0 = g / a.groups_x(), x0 = g % a.groups_x();
-    int64_t* out = table;
-    for (int64_t i = y0; i < a.H; i += a.ph)
-      for (int64_t j = x0; j < a.W; j += a.pw) *out++ = i * map.y + j * map.x;
-    return table;
-  }
-};
+template <class S>
+MVK_INLINE S* first_token(const Map& map, const Group& g) {
+  return static_cast<S*>(map.data) + g.b * map.b + g.h * map.h + g.y * map.y + g.x * map.x;
+}
 
 template <class S>
-MVK_INLINE Lattice<S> lattice(
-    const PatchAttention& a, const Map& map, Offsets& offsets, int64_t b, int64_t h, int64_t g) {
-  S* data = static_cast<S*>(map.data) + b * map.b + h * map.h;
-  return {data, offsets.of(a, map, g), map.d, map.x * a.pw};
+MVK_INLINE Lattice<S> lattice(const PatchAttention& a, const Map& map, Offsets& offsets, const Group& g) {
+  return {first_token<S>(map, g), offsets.of(g, map.y * a.ph, map.x * a.pw), map.d, map.x * a.pw};
 }
 
 // Whether tokens n .. n + W - 1 lie side by side.
@@ -153,15 +168,15 @@ static void pack_rows(const Lattice<S>& m, int64_t begin, int64_t end, int64_t d
   }
 }
 
-// Transposed, in panels of kPanel tokens: dst[(n / kPanel) * dims * kPanel + d * kPanel + n % kPanel] = factor * token
-// n, dim d. Tokens up to a whole vector are zero.
+// Transposed, V vectors of tokens side by side: dst[d * ldd + i] = factor * token begin + i, dim d. Tokens up to
+// whole vectors are zero.
 template <class T, class S>
-static void pack_panels(const Lattice<S>& m, int64_t count, int64_t dims, T factor, T* dst) {
+static void pack_panel(
+    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, T factor, T* dst, int64_t ldd) {
   vec<T> block[W<T>];
   const vec<T> f = splat<T>(factor);
-  for (int64_t n = 0; n < count; n += W<T>) {
-    const int tokens = at_most<T>(count - n);
-    T* panel = dst + n / kPanel<T> * dims * kPanel<T> + n % kPanel<T>;
+  for (int64_t n = begin; n < end; n += W<T>, dst += W<T>) {
+    const int tokens = at_most<T>(end - n);
     for (int64_t d = 0; d < dims; d += W<T>) {
       const int some = at_most<T>(dims - d);
       if (m.d == 1) {
@@ -170,42 +185,93 @@ static void pack_panels(const Lattice<S>& m, int64_t count, int64_t dims, T fact
       } else {
         load_by_dim<T>(m, n, tokens, d, some, block);
       }
-      for (int j = 0; j < some; ++j) store<T>(panel + (d + j) * kPanel<T>, f * block[j]);
+      for (int j = 0; j < some; ++j) store<T>(dst + (d + j) * ldd, f * block[j]);
     }
   }
 }
 
-// Token n, dim d of the map = src[(n - begin) * ld + d] * factor. src has whole vectors, and rows up to a whole vector of
-// tokens where the map's dims are not contiguous.
+// Rows [count][ld] cut into tall panels: panel i holds dims d0 .. d0 + r of every row, r apart, from dst + count * d0 + i * W.
+// Whole vectors are stored, each over the end of the one before it; a panel has W spare elements for the last.
+template <class T>
+static void pack_tall(const T* rows, int64_t ld, int64_t count, const Tiles& tiles, T* dst) {
+  for (int i = 0; i < tiles.count; ++i) {
+    const int r = tiles.height + (i < tiles.taller);
+    for (int64_t n = 0; n < count; ++n)
+      for (int d = 0; d < r; d += W<T>) store<T>(dst + n * r + d, load<T>(rows + n * ld + d));
+    rows += r;
+    dst += count * r + W<T>;
+  }
+}
+template <class T>
+int64_t tall_size(int64_t count, int64_t dims) {
+  return (count + W<T>) * dims + W<T>;
+}
+
+// block[j] (dims d + j, tokens n ..) into the map.
+template <class T, class S>
+MVK_INLINE void store_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, const vec<T>* block) {
+  const bool whole = tokens == W<T> && side_by_side<T>(m, n);
+  for (int j = 0; j < dims; ++j) {
+    S* p = m.data + (d + j) * m.d;
+    if (whole) {
+      store_as<T>(p + m.offset[n], block[j]);
+    } else {
+      T lanes[W<T>];
+      store<T>(lanes, block[j]);
+      for (int i = 0; i < tokens; ++i) from_float(lanes[i], p + m.offset[n + i]);
+    }
+  }
+}
+
+// block[i] (token n + i, dims d ..) into the map, whose dims are contiguous.
+template <class T, class S>
+MVK_INLINE void store_by_token(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, const vec<T>* block) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W<T>; ++i) {
+    if (i >= tokens) break;
+    S* p = m.data + m.offset[n + i] + d;
+    if (dims >= W<T>)
+      store_as<T>(p, block[i]);
+    else
+      store_partial<T>(p, block[i], dims);
+  }
+}
+
+// Token begin + i, dim d of the map = factor * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
 template <class T, class S>
 static void unpack_rows(const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, T factor) {
   const vec<T> f = splat<T>(factor);
-  if (m.d == 1) {
-    for (int64_t n = begin; n < end; ++n, src += ld) {
-      S* p = m.data + m.offset[n];
-      int64_t d = 0;
-      for (; d + W<T> <= dims; d += W<T>) store_as<T>(p + d, f * load<T>(src + d));
-      if (d < dims) store_partial<T>(p + d, f * load<T>(src + d), int(dims - d));
-    }
-    return;
-  }
   vec<T> block[W<T>];
   for (int64_t n = begin; n < end; n += W<T>, src += W<T> * ld) {
     const int tokens = at_most<T>(end - n);
-    const bool whole = tokens == W<T> && side_by_side<T>(m, n);
+    for (int64_t d = 0; d < dims; d += W<T>) {
+      for (int i = 0; i < W<T>; ++i) block[i] = f * load<T>(src + i * ld + d);
+      if (m.d == 1) {
+        store_by_token<T>(m, n, tokens, d, at_most<T>(dims - d), block);
+      } else {
+        transpose<T>(block);
+        store_by_dim<T>(m, n, tokens, d, at_most<T>(dims - d), block);
+      }
+    }
+  }
+}
+
+// Token begin + i, dim d of the map = factor[i] * src[d * lds + i]. src has whole vectors.
+template <class T, class S>
+static void unpack_panel(
+    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t lds, const T* factor) {
+  vec<T> block[W<T>];
+  for (int64_t n = begin; n < end; n += W<T>, src += W<T>, factor += W<T>) {
+    const int tokens = at_most<T>(end - n);
+    const vec<T> f = load<T>(factor);
     for (int64_t d = 0; d < dims; d += W<T>) {
       const int some = at_most<T>(dims - d);
-      for (int i = 0; i < W<T>; ++i) block[i] = i < tokens ? f * load<T>(src + i * ld + d) : vec<T>{};
-      transpose<T>(block);
-      for (int j = 0; j < some; ++j) {
-        S* p = m.data + (d + j) * m.d;
-        if (whole) {
-          store_as<T>(p + m.offset[n], block[j]);
-        } else {
-          T lanes[W<T>];
-          store<T>(lanes, block[j]);
-          for (int i = 0; i < tokens; ++i) from_float(lanes[i], p + m.offset[n + i]);
-        }
+      for (int j = 0; j < W<T>; ++j) block[j] = j < some ? f * load<T>(src + (d + j) * lds) : vec<T>{};
+      if (m.d == 1) {
+        transpose<T>(block);
+        store_by_token<T>(m, n, tokens, d, some, block);
+      } else {
+        store_by_dim<T>(m, n, tokens, d, some, block);
       }
     }
   }

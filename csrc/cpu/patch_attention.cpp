@@ -1,12 +1,15 @@
-// Patch attention on CPUs: unfold + attention + fold for one (batch, group, head) at a time.
+// Patch attention on CPUs: unfold + attention + fold for one (batch, group, head) at a time, straight from and into the maps.
 //
-// Forward. A unit packs the group's keys transposed (scaled by scale * log2 e) and its values into scratch that stays in
-// L1/L2, straight from the map, then goes over blocks of query rows: scores (register tiles of gemm.h), softmax over
-// the block in L1 in base 2, product with the values, one store into the map. Each of q, k, v is read from memory once and
-// out written once. Groups of more than kKeys tokens go over blocks of keys with a running maximum and sum.
+// Everything is computed transposed, with queries as vector lanes and keys as rows: softmax then needs no sums
+// across lanes and no masks for the last keys, and no head_dim is padded.
 //
-// Backward. For each block of keys and of rows the probabilities are made again from the saved log-sum-exp; dV, dK (over
-// the rows) and dQ (over the keys) are summed in scratch and stored once. No atomics: a bias gradient is
+// Forward. A unit packs the group's keys (rows) and values (tall panels) into scratch that stays in L1/L2; then, for each
+// panel of two vectors of queries: scores S^T = K Q^T in register tiles that also find the maximum, exponentials in
+// base 2 in L1, O^T = V^T P^T in register tiles, one store into the map. q, k, v are read and out is written once.
+// More than kKeys keys are taken in blocks with a running maximum and sum.
+//
+// Backward. For each block of queries and of keys the probabilities are made again from the saved log-sum-exp; dQ^T is
+// summed over keys in L1, dK and dV over queries in L2, and each is stored once. No atomics: a bias gradient is
 // summed per slice by one thread, then over slices in order.
 #include "lattice.h"
 
@@ -15,283 +18,410 @@ namespace MVK_ISA {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr int64_t kRows = 24;       // rows of scores at a time: 24 x 256 floats fill most of an L1
-constexpr int64_t kKeys = 256;      // keys of a block, forward
-constexpr int64_t kBackRows = 24;   // the backward holds P and dS: two blocks
-constexpr int64_t kBackKeys = 128;
+constexpr int64_t kBlock = PatchAttention::kBlock;
+constexpr int64_t kBackKeys = 128;  // the backward holds P and dS of a block: 128 x 32 floats each
+
+// Keys of a block in the forward: its scores fill half of an L1.
+template <class T>
+constexpr int64_t kKeys = 16384 / (kPanel<T> * int64_t(sizeof(T)));
 
 template <class T>
 constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__builtin_inf());
 
-// The size of the parts when n is cut into the fewest parts of at most `most`, each but the last a multiple of `of`.
-MVK_INLINE int64_t part(int64_t n, int64_t most, int64_t of) {
-  int64_t parts = (n + most - 1) / most;
-  return parts ? round_up((n + parts - 1) / parts, of) : of;
+MVK_INLINE float logarithm(float x) { return __builtin_logf(x); }
+MVK_INLINE double logarithm(double x) { return __builtin_log(x); }
+
+// The size of the parts when n is cut into the fewest parts of at most `most`.
+MVK_INLINE int64_t part(int64_t n, int64_t most) {
+  const int64_t parts = (n + most - 1) / most;
+  return parts ? (n + parts - 1) / parts : 1;
 }
 
-// S[r][c] = bias[row + r][col + c] * log2 e.
-template <class T, class S>
-static void fill_bias(
-    const PatchAttention& a, int64_t h, int64_t row, int64_t rows, int64_t col, int64_t cols, T* s, int64_t lds) {
-  const int64_t step = a.bias_stride[2];
-  const vec<T> f = splat<T>(T(kLog2E));
-  for (int64_t r = 0; r < rows; ++r, s += lds) {
-    const S* p = static_cast<const S*>(a.bias) + h * a.bias_stride[0] + (row + r) * a.bias_stride[1] + col * step;
-    int64_t c = 0;
-    if (step == 1) {
-      for (; c + W<T> <= cols; c += W<T>) store<T>(s + c, f * load<T>(p + c));
-      if (c < cols) store<T>(s + c, f * load_partial<T>(p + c, int(cols - c)));
-    } else {
-      for (; c < cols; ++c) s[c] = T(kLog2E) * to_float(p[c * step]);
+// Prefetches the next unit's rows into L2 between the tiles of this one: rows of a map are far apart, and the hardware
+// does not guess them.
+template <class S>
+struct Ahead {
+  const S* base[3] = {};
+  const int64_t* offset[3] = {};
+  int64_t bytes[3] = {}, next = 0, count = 0, panel = 0;
+  void between_tiles(int tiles) {
+    for (int64_t n = (panel + tiles - 1) / tiles; n > 0 && next < count; --n, ++next)
+      for (int i = 0; i < 3; ++i) {
+        const char* p = reinterpret_cast<const char*>(base[i] + offset[i][next]);
+        for (int64_t at = 0; at < bytes[i]; at += 64) __builtin_prefetch(p + at, 0, 2);
+      }
+  }
+};
+
+// P = 2^(S - top) in place over `rows` rows of V vectors; adds to the sums of each lane.
+template <class T, int V>
+MVK_INLINE void exponentials(T* s, int64_t rows, const T* top, T* sums) {
+  vec<T> m[V], sum[V];
+  for (int v = 0; v < V; ++v) m[v] = load<T>(top + v * W<T>), sum[v] = load<T>(sums + v * W<T>);
+  constexpr int R = 4 / V;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R, s += R * V * W<T>) {
+    vec<T> p[R * V];
+#pragma GCC unroll 4
+    for (int u = 0; u < R * V; ++u) p[u] = load<T>(s + u * W<T>) - m[u % V];
+    exp2_nonpositive<R * V>(p);
+#pragma GCC unroll 4
+    for (int u = 0; u < R * V; ++u) {
+      store<T>(s + u * W<T>, p[u]);
+      sum[u % V] += p[u];
     }
   }
+  for (; r < rows; ++r, s += V * W<T>) {
+    vec<T> p[V];
+    for (int v = 0; v < V; ++v) p[v] = load<T>(s + v * W<T>) - m[v];
+    exp2_nonpositive<V>(p);
+    for (int v = 0; v < V; ++v) {
+      store<T>(s + v * W<T>, p[v]);
+      sum[v] += p[v];
+    }
+  }
+  for (int v = 0; v < V; ++v) store<T>(sums + v * W<T>, sum[v]);
 }
 
-// One row of scores to probabilities relative to the running maximum; rescales what earlier blocks gave.
-template <class T>
-MVK_INLINE void softmax_row(T* s, int64_t cols, bool first, T* maximum_so_far, T* sum_so_far, T* o, int64_t out_cols) {
-  store<T>(s + cols, splat<T>(-kInfinity<T>));  // the lanes past the last key; the row has room
-  const int64_t end = round_up(cols, W<T>);
-  vec<T> top = load<T>(s), top2 = top;
-  int64_t c = W<T>;
-  for (; c + W<T> < end; c += 2 * W<T>) {
-    top = maximum<T>(top, load<T>(s + c));
-    top2 = maximum<T>(top2, load<T>(s + c + W<T>));
+// Attention of one panel of V vectors of queries over all keys: O^T, not yet divided, and the lanes' maxima and sums.
+template <class T, int V, class S>
+static void attend(
+    const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
+    const T* bias, int64_t ldb, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
+  constexpr int64_t L = V * W<T>;
+  for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, sums[i] = 0;
+  const int64_t step = part(N, kKeys<T>);
+  for (int64_t key = 0; key < N; key += step) {
+    const int64_t keys = key + step < N ? step : N - key;
+    T before[L], shift[L];
+    memcpy(before, top, sizeof before);
+    if (bias)
+      product_rows<T, V, Start::from, true>(keys, a.D, k + key * ldk, ldk, q, L, bias + key * ldb, ldb, s, L, top, ahead);
+    else
+      product_rows<T, V, Start::zero, true>(keys, a.D, k + key * ldk, ldk, q, L, q, int64_t(0), s, L, top, ahead);
+    // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
+    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : top[i];
+    if (key) {
+      vec<T> alpha[V];
+      for (int i = 0; i < V; ++i) alpha[i] = load<T>(before + i * W<T>) - load<T>(shift + i * W<T>);
+      exp2_nonpositive<V>(alpha);
+      for (int i = 0; i < V; ++i) store<T>(sums + i * W<T>, alpha[i] * load<T>(sums + i * W<T>));
+      for (int64_t d = 0; d < a.Dv; ++d)
+        for (int i = 0; i < V; ++i) store<T>(o + d * L + i * W<T>, alpha[i] * load<T>(o + d * L + i * W<T>));
+    }
+    exponentials<T, V>(s, keys, shift, sums);
+    if (key)
+      product_tall<T, V, Start::from>(v_tiles, N, key, key + keys, v, s, L, o, L);
+    else
+      product_tall<T, V, Start::zero>(v_tiles, N, 0, keys, v, s, L, o, L);
   }
-  if (c < end) top = maximum<T>(top, load<T>(s + c));
-  T m = lane_max<T>(maximum<T>(top, top2));
-  if (!first) m = m > *maximum_so_far ? m : *maximum_so_far;
-  const vec<T> mv = splat<T>(m);
-  vec<T> sum = {};
-#pragma GCC unroll 2
-  for (c = 0; c < end; c += W<T>) {
-    vec<T> p = exp2_nonpositive(load<T>(s + c) - mv);
-    store<T>(s + c, p);
-    sum += p;
-  }
-  T total = lane_sum<T>(sum);
-  if (!first) {
-    const vec<T> alpha = exp2_nonpositive(splat<T>(*maximum_so_far) - mv);
-    total += *sum_so_far * alpha[0];
-    for (c = 0; c < out_cols; c += W<T>) store<T>(o + c, alpha * load<T>(o + c));
-  }
-  *maximum_so_far = m;
-  *sum_so_far = total;
 }
 
 thread_local Arena arena;
 
 template <class T, class S>
 static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t most = a.tokens(), P = kPanel<T>;
-  const int64_t ldq = leading<T>(a.D), ldv = leading<T>(a.Dv);
-  const int64_t widest = part(most, kKeys, P), lds = leading<T>(round_up(widest, P) + W<T>);
-  const int64_t rows_most = round_up(kRows, W<T>);
+  constexpr int64_t P = kPanel<T>;
+  const int64_t most = a.tokens(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv), keys_most = most < kKeys<T> ? most : kKeys<T>;
   arena.reset(
-      4 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, P) * a.D) + Arena::bytes<T>(most * ldv) +
-          Arena::bytes<T>(rows_most * ldq) + Arena::bytes<T>(rows_most * lds) + Arena::bytes<T>(rows_most * ldv),
+      5 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) + Arena::bytes<T>(round_up(most, W<T>) * ldv) +
+          Arena::bytes<T>(tall_size<T>(most, a.Dv)) + Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) +
+          Arena::bytes<T>(a.Dv * P),
       a.poison);
-  Offsets oq{arena.take<int64_t>(most)}, ok{arena.take<int64_t>(most)};
-  Offsets ov{arena.take<int64_t>(most)}, oo{arena.take<int64_t>(most)};
-  T* kt = arena.take<T>(round_up(most, P) * a.D);
-  T* v = arena.take<T>(most * ldv);
-  T* q = arena.take<T>(rows_most * ldq);
-  T* s = arena.take<T>(rows_most * lds);
-  T* o = arena.take<T>(rows_most * ldv);
-  T row_max[kRows], row_sum[kRows];
+  auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
+  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
+  T* k = arena.take<T>(round_up(most, W<T>) * ldk);
+  T* v_rows = arena.take<T>(round_up(most, W<T>) * ldv);
+  T* v = arena.take<T>(tall_size<T>(most, a.Dv));
+  T* q = arena.take<T>(a.D * P);
+  T* s = arena.take<T>(keys_most * P);
+  T* o = arena.take<T>(a.Dv * P);
+  T top[P], sums[P];
+  const Tiles v_tiles(a.Dv, kTileRows);
+  const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit % a.chunks, h = unit / a.chunks % a.heads, slice = unit / a.chunks / a.heads;
-    const int64_t g = slice % a.groups(), b = slice / a.groups();
-    const int64_t y0 = g / a.groups_x(), x0 = g % a.groups_x();
-    const int64_t wide = (a.W - x0 + a.pw - 1) / a.pw, N = (a.H - y0 + a.ph - 1) / a.ph * wide;
-    const int64_t row_begin = N * chunk / a.chunks, row_end = N * (chunk + 1) / a.chunks;
+    const Group g(a, slice, h);
+    const int64_t N = g.tokens, blocks = (N + kBlock - 1) / kBlock;
+    const int64_t row_begin = blocks * chunk / a.chunks * kBlock, row_cut = blocks * (chunk + 1) / a.chunks * kBlock;
+    const int64_t row_end = row_cut < N ? row_cut : N;
     if (row_begin == row_end) continue;
-    const auto mq = lattice<S>(a, a.query, oq, b, h, g), mo = lattice<S>(a, a.out, oo, b, h, g);
-    pack_panels<T>(lattice<S>(a, a.key, ok, b, h, g), N, a.D, T(a.scale * kLog2E), kt);
-    pack_rows<T>(lattice<S>(a, a.value, ov, b, h, g), 0, N, a.Dv, v, ldv);
-    T* lse = static_cast<T*>(a.lse) + (b * a.heads + h) * a.H * a.W;
+    const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
+    const auto mo = lattice<S>(a, a.out, oo, g);
+    const auto lse = lattice<T>(a, lse_map, ol, g);
+    Ahead<S> ahead;
+    if (unit + 1 < end && a.chunks == 1 && mq.d == 1 && mk.d == 1 && mv.d == 1) {
+      const Group after(a, (unit + 1) / a.heads, (unit + 1) % a.heads);
+      const int64_t sizes[3] = {a.D, a.D, a.Dv};
+      const Map* maps[3] = {&a.query, &a.key, &a.value};
+      const int64_t* tables[3] = {mq.offset, mk.offset, mv.offset};
+      for (int i = 0; i < 3; ++i) {
+        ahead.base[i] = first_token<S>(*maps[i], after);
+        ahead.offset[i] = tables[i];
+        ahead.bytes[i] = sizes[i] * int64_t(sizeof(S));
+      }
+      ahead.count = N < after.tokens ? N : after.tokens, ahead.panel = P;
+    }
+    pack_rows<T>(mk, 0, N, a.D, k, ldk);
+    pack_rows<T>(mv, 0, N, a.Dv, v_rows, ldv);
+    pack_tall<T>(v_rows, ldv, N, v_tiles, v);
 
-    const int64_t row_step = part(row_end - row_begin, kRows, 1), key_step = part(N, kKeys, P);
-    for (int64_t row = row_begin; row < row_end; row += row_step) {
-      const int64_t rows = row + row_step < row_end ? row_step : row_end - row;
-      pack_rows<T>(mq, row, row + rows, a.D, q, ldq);
-      for (int64_t key = 0; key < N; key += key_step) {
-        const int64_t keys = key + key_step < N ? key_step : N - key;
-        const T* panels = kt + key * a.D;
-        if (a.bias) {
-          fill_bias<T, S>(a, h, row, rows, key, keys, s, lds);
-          gemm<T, true>(rows, keys, a.D, q, ldq, 1, panels, P, a.D * P, s, lds);
-        } else {
-          gemm<T, false>(rows, keys, a.D, q, ldq, 1, panels, P, a.D * P, s, lds);
-        }
-        for (int64_t r = 0; r < rows; ++r)
-          softmax_row<T>(s + r * lds, keys, key == 0, row_max + r, row_sum + r, o + r * ldv, a.Dv);
-        if (key == 0)
-          gemm<T, false>(rows, a.Dv, keys, s, lds, 1, v, ldv, P, o, ldv);
-        else
-          gemm<T, true>(rows, a.Dv, keys, s, lds, 1, v + key * ldv, ldv, P, o, ldv);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const vec<T> f = splat<T>(T(1) / row_sum[r]);
-        for (int64_t d = 0; d < a.Dv; d += W<T>) store<T>(o + r * ldv + d, f * load<T>(o + r * ldv + d));
-        const int64_t n = row + r, y = y0 + n / wide * a.ph, x = x0 + n % wide * a.pw;
-        lse[y * a.W + x] = T(kLn2) * row_max[r] + __builtin_log(row_sum[r]);
-      }
-      unpack_rows<T>(mo, row, row + rows, a.Dv, o, ldv, T(1));
+    for (int64_t row = row_begin; row < row_end; row += P) {
+      const int64_t stop = row + P < row_end ? row + P : row_end;
+      const int64_t L = stop - row > W<T> ? P : W<T>;
+      const T* bias = nullptr;
+      if (a.bias) bias = static_cast<const T*>(a.bias_transposed) + h * N * a.padded() + row;
+      pack_panel<T>(mq, row, stop, a.D, T(a.scale * kLog2E), q, L);
+      if (L == P)
+        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, a.padded(), s, o, top, sums, ahead);
+      else
+        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, a.padded(), s, o, top, sums, ahead);
+      for (int64_t i = 0; i < stop - row; ++i)
+        lse.data[lse.offset[row + i]] = T(kLn2) * top[i] + logarithm(sums[i]);
+      for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
+      unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
     }
   }
 }
 
+// P = 2^(S - lse log2 e), dS = P (dP - delta) over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
+// divided by its own sum and delta is sum_k P dP: as exact as softmax's backward, also for groups of a token or two.
+template <class T, int V>
+MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* lse, const T* delta, bool whole) {
+  vec<T> l[V], dl[V], sum[V] = {}, sum_dp[V] = {};
+  for (int v = 0; v < V; ++v) l[v] = load<T>(lse + v * W<T>), dl[v] = load<T>(delta + v * W<T>);
+  const vec<T> log2e = splat<T>(T(kLog2E));
+  auto some = [&](auto count, int64_t r) __attribute__((always_inline)) {
+    constexpr int R = decltype(count)::value;
+    vec<T> e[R * V];
+#pragma GCC unroll 4
+    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) - l[u % V] * log2e;
+    exp2_nonpositive<R * V>(e);
+#pragma GCC unroll 4
+    for (int u = 0; u < R * V; ++u) {
+      const int64_t at = (r + u / V) * ld + u % V * W<T>;
+      const vec<T> dp = load<T>(ds + at);
+      store<T>(p + at, e[u]);
+      if (whole)
+        sum[u % V] += e[u], sum_dp[u % V] += e[u] * dp;
+      else
+        store<T>(ds + at, e[u] * (dp - dl[u % V]));
+    }
+  };
+  constexpr int R = 4 / V;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) some(std::integral_constant<int, R>{}, r);
+  for (; r < rows; ++r) some(std::integral_constant<int, 1>{}, r);
+  if (!whole) return;
+  for (int v = 0; v < V; ++v) sum[v] = splat<T>(T(1)) / sum[v], dl[v] = sum_dp[v] * sum[v];
+  for (r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = r * ld + v * W<T>;
+      const vec<T> pn = load<T>(p + at) * sum[v];
+      store<T>(p + at, pn);
+      store<T>(ds + at, pn * (load<T>(ds + at) - dl[v]));
+    }
+  }
+}
+
+// S^T, dP^T, then P^T and dS^T of a block of keys for one panel of V vectors of queries; the blocks have kBlock columns.
+template <class T, int V>
+static void block_of_scores(
+    const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
+    const T* bias, int64_t ldb, T* p, T* ds, const T* lse, const T* delta, bool whole) {
+  constexpr int64_t P = kPanel<T>;
+  if (bias)
+    product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, bias, ldb, p, kBlock, nullptr);
+  else
+    product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, q, int64_t(0), p, kBlock, nullptr);
+  product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, go, int64_t(0), ds, kBlock, nullptr);
+  probabilities<T, V>(p, ds, keys, kBlock, lse, delta, whole);
+}
+
+// c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
+template <class T, Start from>
+static void sum_over_queries(int64_t keys, int64_t dims, int64_t queries, const T* a, const T* b, T* c, int64_t ld) {
+  int64_t d = 0;
+  for (; d + W<T> < dims; d += kPanel<T>)
+    product_rows<T, 2, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, c + d, ld, nullptr);
+  if (d < dims) product_rows<T, 1, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, c + d, ld, nullptr);
+}
+
 template <class T, class S>
 static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t most = a.tokens(), P = kPanel<T>, padded = round_up(most, P), tall = round_up(most, W<T>);
-  const int64_t ldq = leading<T>(a.D), ldv = leading<T>(a.Dv), ldp = leading<T>(kBackKeys + W<T>);
+  constexpr int64_t P = kPanel<T>;
+  const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
+  const int64_t ldb = a.padded();
   arena.reset(
-      8 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(padded * a.D) + Arena::bytes<T>(padded * a.Dv) +
-          4 * Arena::bytes<T>(tall * ldq) + 2 * Arena::bytes<T>(tall * ldv) + 2 * Arena::bytes<T>(tall) +
-          2 * Arena::bytes<T>(kBackRows * ldp),
+      9 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
+          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * (2 * a.D + 2 * a.Dv)) +
+          Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(kBackKeys * kBlock) + 4096,
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
-  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets();
+  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
   Offsets og = offsets(), odq = offsets(), odk = offsets(), odv = offsets();
-  T* kt = arena.take<T>(padded * a.D);
-  T* vt = arena.take<T>(padded * a.Dv);
-  T* k = arena.take<T>(tall * ldq);
-  T* q = arena.take<T>(tall * ldq);
-  T* dq_here = arena.take<T>(tall * ldq);
-  T* dk = arena.take<T>(tall * ldq);
+  T* k = arena.take<T>(tall * ldk);
+  T* v = arena.take<T>(tall * ldv);
+  T* dk = arena.take<T>(tall * ldk);
   T* dv = arena.take<T>(tall * ldv);
-  T* go = arena.take<T>(tall * ldv);
-  T* delta = arena.take<T>(tall);
-  T* lse2 = arena.take<T>(tall);
-  T* p = arena.take<T>(kBackRows * ldp);
-  T* ds = arena.take<T>(kBackRows * ldp);
+  T* k_tall = arena.take<T>(tall_size<T>(most, a.D));
+  T* q_panel = arena.take<T>(kBlock * a.D);
+  T* go_panel = arena.take<T>(kBlock * a.Dv);
+  T* o_panel = arena.take<T>(kBlock * a.Dv);
+  T* dq_here = arena.take<T>(kBlock * a.D);
+  T* q = arena.take<T>(kBlock * ldk);
+  T* go = arena.take<T>(kBlock * ldv);
+  T* p = arena.take<T>(kBackKeys * kBlock);
+  T* ds = arena.take<T>(kBackKeys * kBlock);
+  T lse_here[kBlock], delta[kBlock], scales[kBlock];
+  for (T& x : scales) x = T(a.scale);
+  const Tiles k_tiles(a.D, kTileRows);
+  const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   const int64_t all = a.B * a.groups();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit % a.chunks, h = unit / a.chunks % a.heads, slice = unit / a.chunks / a.heads;
     T* dbias = nullptr;
-    if (a.dbias_partial) dbias = static_cast<T*>(a.dbias_partial) + (slice * a.heads + h) * most * most;
+    if (a.dbias_partial) dbias = static_cast<T*>(a.dbias_partial) + (slice * a.heads + h) * most * ldb;
     const int64_t first = all * slice / a.slices, last = all * (slice + 1) / a.slices;
     for (int64_t item = first; item < last; ++item) {
-      const int64_t g = item % a.groups(), b = item / a.groups();
-      const int64_t y0 = g / a.groups_x(), x0 = g % a.groups_x();
-      const int64_t wide = (a.W - x0 + a.pw - 1) / a.pw, N = (a.H - y0 + a.ph - 1) / a.ph * wide;
-      const int64_t panels = (N + P - 1) / P;
-      const int64_t key_begin = panels * chunk / a.chunks * P;
-      const int64_t key_end = chunk + 1 == a.chunks ? N : panels * (chunk + 1) / a.chunks * P;
-      T* dq = a.dquery_partial ? static_cast<T*>(a.dquery_partial) + unit * most * ldq : dq_here;
-      if (key_begin == key_end) {
-        if (a.dquery_partial) memset(dq, 0, N * ldq * sizeof(T));
-        continue;
-      }
-      const auto mk = lattice<S>(a, a.key, ok, b, h, g), mv = lattice<S>(a, a.value, ov, b, h, g);
-      pack_panels<T>(mk, N, a.D, T(a.scale * kLog2E), kt);
-      pack_panels<T>(mv, N, a.Dv, T(1), vt);
-      pack_rows<T>(mk, 0, N, a.D, k, ldq);
-      pack_rows<T>(lattice<S>(a, a.query, oq, b, h, g), 0, N, a.D, q, ldq);
-      pack_rows<T>(lattice<S>(a, a.grad, og, b, h, g), 0, N, a.Dv, go, ldv);
-      const int64_t row_step = part(N, kBackRows, 1), key_step = part(key_end - key_begin, kBackKeys, P);
-      // delta = sum_j P dP over a whole row where one block of keys has it (as exact as softmax's own backward, also
-      // for groups of a token or two), else from the output: sum_d dO O.
+      const Group g(a, item, h);
+      const int64_t N = g.tokens, key_begin = N * chunk / a.chunks, key_end = N * (chunk + 1) / a.chunks;
+      const int64_t key_step = part(key_end - key_begin, kBackKeys);
       const bool whole = key_end - key_begin == N && key_step >= N;
-      if (!whole) pack_rows<T>(lattice<S>(a, a.out, oo, b, h, g), 0, N, a.Dv, dv, ldv);  // dv is free as yet
-      const T* lse = static_cast<const T*>(a.lse) + (b * a.heads + h) * a.H * a.W;
-      int64_t n = 0;
-      for (int64_t y = y0; y < a.H; y += a.ph) {
-        for (int64_t x = x0; x < a.W; x += a.pw, ++n) {
-          lse2[n] = lse[y * a.W + x] * T(kLog2E);
-          vec<T> sum = {};
-          if (!whole)
-            for (int64_t d = 0; d < a.Dv; d += W<T>) sum += load<T>(dv + n * ldv + d) * load<T>(go + n * ldv + d);
-          delta[n] = lane_sum<T>(sum);
-        }
-      }
+      const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
+      const auto mo = lattice<S>(a, a.out, oo, g), mg = lattice<S>(a, a.grad, og, g), mdq = lattice<S>(a, a.dquery, odq, g);
+      const auto lse = lattice<const T>(a, lse_map, ol, g);
+      pack_rows<T>(mk, 0, N, a.D, k, ldk);
+      pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
+      pack_tall<T>(k, ldk, N, k_tiles, k_tall);
 
-      for (int64_t key = key_begin; key < key_end; key += key_step) {
-        const int64_t keys = key + key_step < key_end ? key_step : key_end - key, wide_keys = round_up(keys, W<T>);
-        for (int64_t row = 0; row < N; row += row_step) {
-          const int64_t rows = row + row_step < N ? row_step : N - row;
-          if (a.bias) {
-            fill_bias<T, S>(a, h, row, rows, key, keys, p, ldp);
-            gemm<T, true>(rows, keys, a.D, q + row * ldq, ldq, 1, kt + key * a.D, P, a.D * P, p, ldp);
-          } else {
-            gemm<T, false>(rows, keys, a.D, q + row * ldq, ldq, 1, kt + key * a.D, P, a.D * P, p, ldp);
+      for (int64_t row = 0; row < N; row += kBlock) {
+        const int64_t rows = row + kBlock < N ? kBlock : N - row;
+        pack_rows<T>(mq, row, row + rows, a.D, q, ldk);
+        pack_rows<T>(mg, row, row + rows, a.Dv, go, ldv);
+        for (int64_t i = 0; i < kBlock; ++i) {
+          lse_here[i] = i < rows ? lse.data[lse.offset[row + i]] : T(0);
+          delta[i] = 0;
+        }
+        for (int64_t i = 0; i < rows; i += P) {
+          const int64_t stop = i + P < rows ? i + P : rows;
+          pack_panel<T>(mq, row + i, row + stop, a.D, T(a.scale * kLog2E), q_panel + i * a.D, P);
+          pack_panel<T>(mg, row + i, row + stop, a.Dv, T(1), go_panel + i * a.Dv, P);
+          if (whole) continue;
+          // delta = sum_d dO O
+          pack_panel<T>(mo, row + i, row + stop, a.Dv, T(1), o_panel + i * a.Dv, P);
+          for (int64_t j = 0; i + j < stop; j += W<T>) {
+            vec<T> sum = {};
+            for (int64_t d = 0; d < a.Dv; ++d)
+              sum += load<T>(o_panel + i * a.Dv + d * P + j) * load<T>(go_panel + i * a.Dv + d * P + j);
+            store<T>(delta + i + j, sum);
           }
-          gemm<T, false>(rows, keys, a.Dv, go + row * ldv, ldv, 1, vt + key * a.Dv, P, a.Dv * P, ds, ldp);
-          for (int64_t r = 0; r < rows; ++r) {
-            T *pr = p + r * ldp, *dsr = ds + r * ldp;
-            store<T>(pr + keys, splat<T>(-kInfinity<T>));  // lanes past the last key; the row has room
-            const vec<T> l = splat<T>(lse2[row + r]);
-            vec<T> sum = {}, dl = splat<T>(delta[row + r]);
-#pragma GCC unroll 2
-            for (int64_t c = 0; c < wide_keys; c += W<T>) {
-              const vec<T> e = exp2_nonpositive(load<T>(pr + c) - l);
-              store<T>(pr + c, e);
-              sum += e * load<T>(dsr + c);
-            }
-            if (whole) dl = splat<T>(lane_sum<T>(sum));
-#pragma GCC unroll 2
-            for (int64_t c = 0; c < wide_keys; c += W<T>)
-              store<T>(dsr + c, load<T>(pr + c) * (load<T>(dsr + c) - dl));
-          }
-          if (dbias) {
-            for (int64_t r = 0; r < rows; ++r) {
-              T* to = dbias + (row + r) * N + key;
-              const T* from = ds + r * ldp;
-              for (int64_t c = 0; c < keys; ++c) to[c] = item == first ? from[c] : to[c] + from[c];
+        }
+        T* dq = dq_here;
+        if (a.dquery_partial) dq = static_cast<T*>(a.dquery_partial) + (unit * ldb + row) * a.D;
+        if (key_begin == key_end) memset(dq, 0, kBlock * a.D * sizeof(T));
+        for (int64_t key = key_begin; key < key_end; key += key_step) {
+          const int64_t keys = key + key_step < key_end ? key_step : key_end - key;
+          for (int64_t i = 0; i < rows; i += P) {
+            const T* bias = nullptr;
+            if (a.bias) bias = static_cast<const T*>(a.bias_transposed) + (h * N + key) * ldb + row + i;
+            auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
+            scores(
+                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, bias, ldb, p + i, ds + i,
+                lse_here + i, delta + i, whole);
+            T* dqp = dq + i * a.D;
+            if (rows - i > W<T>) {
+              if (key == key_begin)
+                product_tall<T, 2, Start::zero>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+              else
+                product_tall<T, 2, Start::from>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+            } else {
+              if (key == key_begin)
+                product_tall<T, 1, Start::zero>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+              else
+                product_tall<T, 1, Start::from>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
             }
           }
           if (row == 0) {
-            gemm<T, false>(keys, a.Dv, rows, p, 1, ldp, go, ldv, P, dv + key * ldv, ldv);
-            gemm<T, false>(keys, a.D, rows, ds, 1, ldp, q, ldq, P, dk + key * ldq, ldq);
+            sum_over_queries<T, Start::zero>(keys, a.Dv, rows, p, go, dv + key * ldv, ldv);
+            sum_over_queries<T, Start::zero>(keys, a.D, rows, ds, q, dk + key * ldk, ldk);
           } else {
-            gemm<T, true>(keys, a.Dv, rows, p, 1, ldp, go + row * ldv, ldv, P, dv + key * ldv, ldv);
-            gemm<T, true>(keys, a.D, rows, ds, 1, ldp, q + row * ldq, ldq, P, dk + key * ldq, ldq);
+            sum_over_queries<T, Start::from>(keys, a.Dv, rows, p, go, dv + key * ldv, ldv);
+            sum_over_queries<T, Start::from>(keys, a.D, rows, ds, q, dk + key * ldk, ldk);
           }
-          if (key == key_begin)
-            gemm<T, false>(rows, a.D, keys, ds, ldp, 1, k + key * ldq, ldq, P, dq + row * ldq, ldq);
-          else
-            gemm<T, true>(rows, a.D, keys, ds, ldp, 1, k + key * ldq, ldq, P, dq + row * ldq, ldq);
+          if (dbias) {
+            for (int64_t r = 0; r < keys; ++r) {
+              T* to = dbias + (key + r) * ldb + row;
+              for (int64_t i = 0; i < rows; i += W<T>) {
+                const vec<T> x = load<T>(ds + r * kBlock + i);
+                store<T>(to + i, item == first ? x : x + load<T>(to + i));
+              }
+            }
+          }
         }
+        if (a.dquery_partial) continue;
+        for (int64_t i = 0; i < rows; i += P)
+          unpack_panel<T>(mdq, row + i, row + i + P < row + rows ? row + i + P : row + rows, a.D, dq + i * a.D, P, scales);
       }
-      const T scale = T(a.scale);
-      const auto mdk = lattice<S>(a, a.dkey, odk, b, h, g), mdv = lattice<S>(a, a.dvalue, odv, b, h, g);
-      unpack_rows<T>(mdk, key_begin, key_end, a.D, dk + key_begin * ldq, ldq, scale);
+      const auto mdk = lattice<S>(a, a.dkey, odk, g), mdv = lattice<S>(a, a.dvalue, odv, g);
+      unpack_rows<T>(mdk, key_begin, key_end, a.D, dk + key_begin * ldk, ldk, T(a.scale));
       unpack_rows<T>(mdv, key_begin, key_end, a.Dv, dv + key_begin * ldv, ldv, T(1));
-      if (!a.dquery_partial) unpack_rows<T>(lattice<S>(a, a.dquery, odq, b, h, g), 0, N, a.D, dq, ldq, scale);
     }
   }
 }
 
-// Over slice x head, where a slice is one (batch, group): with chunks there is no bias.
+// Over slice x head, where a slice is one (batch, group): with chunks there is no bias gradient.
 template <class T, class S>
 static void sum_dquery(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t most = a.tokens(), ldq = leading<T>(a.D);
+  constexpr int64_t P = kPanel<T>;
+  const int64_t most = a.tokens(), size = a.padded() * a.D;
   arena.reset(Arena::bytes<int64_t>(most), a.poison);
   Offsets odq{arena.take<int64_t>(most)};
+  T scales[P];
+  for (T& x : scales) x = T(a.scale);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t h = i % a.heads, slice = i / a.heads, g = slice % a.groups(), b = slice / a.groups();
-    const int64_t y0 = g / a.groups_x(), x0 = g % a.groups_x();
-    const int64_t N = ((a.H - y0 + a.ph - 1) / a.ph) * ((a.W - x0 + a.pw - 1) / a.pw);
-    T* sum = static_cast<T*>(a.dquery_partial) + i * a.chunks * most * ldq;
+    const Group g(a, i / a.heads, i % a.heads);
+    T* sum = static_cast<T*>(a.dquery_partial) + i * a.chunks * size;
     for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
-      const T* other = sum + chunk * most * ldq;
-      for (int64_t j = 0; j < N * ldq; ++j) sum[j] += other[j];
+      const T* other = sum + chunk * size;
+      for (int64_t j = 0; j < size; ++j) sum[j] += other[j];
     }
-    unpack_rows<T>(lattice<S>(a, a.dquery, odq, b, h, g), 0, N, a.D, sum, ldq, T(a.scale));
+    const auto mdq = lattice<S>(a, a.dquery, odq, g);
+    for (int64_t n = 0; n < g.tokens; n += P)
+      unpack_panel<T>(mdq, n, n + P < g.tokens ? n + P : g.tokens, a.D, sum + n * a.D, P, scales);
+  }
+}
+
+// Over heads: [key][query] = bias[query][key] * log2 e, so that a tile of scores starts from it.
+template <class T, class S>
+static void transpose_bias(const PatchAttention& a, int64_t begin, int64_t end) {
+  const int64_t N = a.tokens(), ld = a.padded();
+  arena.reset(Arena::bytes<int64_t>(N), false);
+  int64_t* offset = arena.take<int64_t>(N);
+  for (int64_t n = 0; n < N; ++n) offset[n] = n * a.bias_stride[1];
+  for (int64_t h = begin; h < end; ++h) {
+    const S* data = static_cast<const S*>(a.bias) + h * a.bias_stride[0];
+    // Queries as the tokens of a lattice, keys as its dims.
+    const Lattice<const S> m = {data, offset, a.bias_stride[2], a.bias_stride[1]};
+    pack_panel<T>(m, 0, N, N, T(kLog2E), static_cast<T*>(a.bias_transposed) + h * N * ld, ld);
   }
 }
 
 template <class T, class S>
 static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t size = a.tokens() * a.tokens();
-  for (int64_t i = begin * size; i < end * size; ++i) {
-    const T* from = static_cast<const T*>(a.dbias_partial) + i;
-    T sum = *from;
-    for (int64_t slice = 1; slice < a.slices; ++slice) sum += from[slice * a.heads * size];
-    from_float(sum, static_cast<S*>(a.dbias) + i);
+  const int64_t N = a.tokens(), ld = a.padded();
+  for (int64_t h = begin; h < end; ++h) {
+    for (int64_t query = 0; query < N; ++query) {
+      for (int64_t key = 0; key < N; ++key) {
+        const T* from = static_cast<const T*>(a.dbias_partial) + (h * N + key) * ld + query;
+        T sum = *from;
+        for (int64_t slice = 1; slice < a.slices; ++slice) sum += from[slice * a.heads * N * ld];
+        from_float(sum, static_cast<S*>(a.dbias) + (h * N + query) * N + key);
+      }
+    }
   }
 }
 
@@ -304,6 +434,7 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
       case DType::bf16: return name<float, bfloat>(a, begin, end);                   \
     }                                                                                 \
   }
+MVK_BY_DTYPE(transpose_bias)
 MVK_BY_DTYPE(forward)
 MVK_BY_DTYPE(backward)
 MVK_BY_DTYPE(sum_dquery)
@@ -314,7 +445,7 @@ MVK_BY_DTYPE(sum_dbias)
 
 extern const PatchAttentionKernels patch_attention_kernels;
 const PatchAttentionKernels patch_attention_kernels = {
-    forward_by_dtype, backward_by_dtype, sum_dquery_by_dtype, sum_dbias_by_dtype};
+    transpose_bias_by_dtype, forward_by_dtype, backward_by_dtype, sum_dquery_by_dtype, sum_dbias_by_dtype};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

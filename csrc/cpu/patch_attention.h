@@ -21,6 +21,7 @@ struct PatchAttention {
   void* lse;  // (B, heads, H, W), float or double as the sums are
   const void* bias;  // (heads, N, N) or null
   int64_t bias_stride[3];
+  void* bias_transposed;  // [heads][key N][query, padded] in the type of the sums, made by transpose_bias; or null
 
   // A unit of work is one (slice, head, chunk). A slice is one (batch, group); in the backward with a bias it is a
   // run of them, whose part of the bias gradient one thread sums in order. Chunks split the rows
@@ -29,8 +30,8 @@ struct PatchAttention {
 
   // Backward only.
   Map grad, dquery, dkey, dvalue;
-  void* dbias_partial;  // [slices][heads][N][N] in the type of the sums, or null
-  void* dquery_partial;  // [units][N][D rounded up to a vector] if chunks > 1, else null
+  void* dbias_partial;  // [slices][heads][key N][query, padded] in the type of the sums, or null
+  void* dquery_partial;  // [units][blocks of kBlock queries][D][kBlock] if chunks > 1, else null
   void* dbias;  // (heads, N, N), contiguous
 
   bool poison;  // fill scratch memory with NaN (tests)
@@ -40,11 +41,15 @@ struct PatchAttention {
   int64_t groups() const { return groups_y() * groups_x(); }
   // Pixels of group 0, the largest.
   int64_t tokens() const { return ((H + ph - 1) / ph) * ((W + pw - 1) / pw); }
+  // Queries rounded up to what any instruction set takes at a time.
+  static constexpr int64_t kBlock = 32;
+  int64_t padded() const { return (tokens() + kBlock - 1) / kBlock * kBlock; }
   int64_t units() const { return slices * heads * chunks; }
 };
 
 // One set for each instruction set; ranges are over units, or over what the comment says.
 struct PatchAttentionKernels {
+  void (*transpose_bias)(const PatchAttention&, int64_t begin, int64_t end);  // over heads
   void (*forward)(const PatchAttention&, int64_t begin, int64_t end);
   void (*backward)(const PatchAttention&, int64_t begin, int64_t end);
   // Second stages, in a fixed order: sums of chunks into dquery (over slice x head), of slices into dbias (over heads).

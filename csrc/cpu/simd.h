@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -61,8 +61,16 @@ MVK_INLINE vec<T> splat(T x) {
   return splat_lanes<T>(x, std::make_index_sequence<W<T>>{});
 }
 
+// b where either is NaN, as maxps; compilers do not make one instruction of the comparison.
 template <class T>
-MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {  // b where either is NaN, as maxps
+MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm_max_ps((__m128)a, (__m128)b);
+#endif
   return a > b ? a : b;
 }
 
@@ -243,26 +251,31 @@ MVK_INLINE T lane_max(vec<T> v) {
   return out[0];
 }
 
-// 2^x for x <= 0 (and a little above), to 1e-7 relative. Below 2^-126.5 exactly 0, as masked scores need;
+// x[i] = 2^x[i] for x <= 0 (and a little above), to 1e-7 relative. Below 2^-126.5 exactly 0, as masked scores need;
 // NaN stays NaN. Round x to n by adding 1.5 * 2^23, which leaves n + 127 in the low bits: shifted by 23 they
-// are the float 2^n. The polynomial is the minimax of degree 5 for 2^f on [-1/2, 1/2].
-MVK_INLINE vec<float> exp2_nonpositive(vec<float> x) {
+// are the float 2^n. The polynomial is the minimax of degree 5 for 2^f on [-1/2, 1/2]. Several vectors go in step, since
+// one chain of these operations fills the scheduler long before it fills the arithmetic units.
+template <int U>
+MVK_INLINE void exp2_nonpositive(vec<float>* x) {
   typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
-  x = maximum<float>(splat(-127.0f), x);
   const vec<float> magic = splat(12582912.0f + 127.0f);
-  vec<float> shifted = x + magic;
-  vec<float> f = x - (shifted - magic);
-  vec<float> p = splat(1.3276472e-03f) * f + splat(9.6755413e-03f);
-  p = p * f + splat(5.5507133e-02f);
-  p = p * f + splat(2.4022120e-01f);
-  p = p * f + splat(6.9314697e-01f);
-  p = p * f + splat(1.0000000f);
-  ints scale = (ints)shifted << 23;
-  return p * (vec<float>)scale;
+  vec<float> n[U], p[U];
+#define MVK_EACH _Pragma("GCC unroll 8") for (int u = 0; u < U; ++u)
+  MVK_EACH x[u] = maximum<float>(splat(-127.0f), x[u]);
+  MVK_EACH n[u] = x[u] + magic;
+  MVK_EACH x[u] -= n[u] - magic;
+  MVK_EACH p[u] = splat(1.3276472e-03f) * x[u] + splat(9.6755413e-03f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(5.5507133e-02f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(2.4022120e-01f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(6.9314697e-01f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(1.0f);
+  MVK_EACH x[u] = p[u] * (vec<float>)((ints)n[u] << 23);
+#undef MVK_EACH
 }
-MVK_INLINE vec<double> exp2_nonpositive(vec<double> x) {
-  for (int i = 0; i < W<double>; ++i) x[i] = __builtin_exp2(x[i]);
-  return x;
+template <int U>
+MVK_INLINE void exp2_nonpositive(vec<double>* x) {
+  for (int u = 0; u < U; ++u)
+    for (int i = 0; i < W<double>; ++i) x[u][i] = __builtin_exp2(x[u][i]);
 }
 
 // Transpose W x W in registers: at each step blocks of `step` lanes change places across the diagonal.
