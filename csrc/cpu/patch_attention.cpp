@@ -410,18 +410,25 @@ static void transpose_bias(const PatchAttention& a, int64_t begin, int64_t end) 
   }
 }
 
+// Over heads: the slices' parts, [key][query], summed in order into slice 0, which is then transposed into the gradient.
 template <class T, class S>
 static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t N = a.tokens(), ld = a.padded();
+  constexpr int64_t P = kPanel<T>;
+  const int64_t N = a.tokens(), ld = a.padded(), size = N * ld;
+  arena.reset(Arena::bytes<int64_t>(N), false);
+  int64_t* offset = arena.take<int64_t>(N);
+  for (int64_t n = 0; n < N; ++n) offset[n] = n * N;
+  T ones[P];
+  for (T& x : ones) x = T(1);
   for (int64_t h = begin; h < end; ++h) {
-    for (int64_t query = 0; query < N; ++query) {
-      for (int64_t key = 0; key < N; ++key) {
-        const T* from = static_cast<const T*>(a.dbias_partial) + (h * N + key) * ld + query;
-        T sum = *from;
-        for (int64_t slice = 1; slice < a.slices; ++slice) sum += from[slice * a.heads * N * ld];
-        from_float(sum, static_cast<S*>(a.dbias) + (h * N + query) * N + key);
-      }
+    T* sum = static_cast<T*>(a.dbias_partial) + h * size;
+    for (int64_t slice = 1; slice < a.slices; ++slice) {
+      const T* other = sum + slice * a.heads * size;
+      for (int64_t i = 0; i < size; i += W<T>) store<T>(sum + i, load<T>(sum + i) + load<T>(other + i));
     }
+    // Queries as the tokens of a lattice, keys as its dims.
+    const Lattice<S> m = {static_cast<S*>(a.dbias) + h * N * N, offset, 1, N};
+    for (int64_t n = 0; n < N; n += P) unpack_panel<T>(m, n, n + P < N ? n + P : N, N, sum + n, ld, ones);
   }
 }
 
