@@ -26,21 +26,20 @@ struct Tiles {
   }
 };
 
-enum class Start { zero, from };  // what a tile adds to
+enum class Start { zero, from };  // a tile adds to 0 or to what is there
 
-// c[m][n] = start[m][n] + sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors; am is 1 if Adjacent. If
-// Top, top[n] becomes at least every c[m][n].
+// c[m][n] = (c[m][n] or 0) + sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors; am is 1 if Adjacent, else
+// ak is. If Top, top[n] becomes at least every c[m][n].
 template <class T, int M, int V, bool Adjacent, Start from, bool Top>
 static void tile(
-    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const T* start, int64_t lds, T* c, int64_t ldc,
-    T* top) {
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       if constexpr (from == Start::from)
-        acc[m][v] = load<T>(start + m * lds + v * W<T>);
+        acc[m][v] = load<T>(c + m * ldc + v * W<T>);
       else
         acc[m][v] = vec<T>{};
     }
@@ -77,11 +76,11 @@ static void tile(
 
 template <class T, int V, bool Adjacent, Start from, bool Top, int M>
 MVK_INLINE void tile_of(
-    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const T* start, int64_t lds, T* c,
-    int64_t ldc, T* top) {
-  if (rows == M) return tile<T, M, V, Adjacent, from, Top>(K, a, am, ak, b, ldb, start, lds, c, ldc, top);
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+    T* top) {
+  if (rows == M) return tile<T, M, V, Adjacent, from, Top>(K, a, am, ak, b, ldb, c, ldc, top);
   if constexpr (M > 1)
-    tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, start, lds, c, ldc, top);
+    tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, c, ldc, top);
 }
 
 // Called between tiles, for work that hides behind them (prefetching).
@@ -93,14 +92,14 @@ constexpr Nothing kNothing;
 // c (+)= A B for one panel of columns, with A in rows: row m, element k at a[m * lda + k].
 template <class T, int V, Start from, bool Top, class Between = const Nothing>
 static void product_rows(
-    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* start, int64_t lds, T* c,
-    int64_t ldc, T* top, Between& between = kNothing) {
+    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
+    Between& between = kNothing) {
   constexpr int M = V == 1 ? kNarrowRows : kTileRows;
   const Tiles tiles(rows, M);
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile_of<T, V, false, from, Top, M>(r, K, a, lda, 1, b, ldb, start, lds, c, ldc, top);
-    a += r * lda, c += r * ldc, start += r * lds;
+    tile_of<T, V, false, from, Top, M>(r, K, a, lda, 1, b, ldb, c, ldc, top);
+    a += r * lda, c += r * ldc;
     between.between_tiles(tiles.count);
   }
 }
@@ -112,7 +111,7 @@ static void product_tall(const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, 
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
     tile_of<T, V, true, from, false, kTileRows>(
-        r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, c, ldc, static_cast<T*>(nullptr));
+        r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, static_cast<T*>(nullptr));
     a += r * K + W<T>, c += r * ldc;
   }
 }

@@ -83,11 +83,36 @@ MVK_INLINE void exponentials(T* s, int64_t rows, const T* top, T* sums) {
   for (int v = 0; v < V; ++v) store<T>(sums + v * W<T>, sum[v]);
 }
 
+thread_local Arena arena;
+
+// offset[n] = n * stride, in the arena.
+static int64_t* row_offsets(int64_t count, int64_t stride) {
+  int64_t* offset = arena.take<int64_t>(count);
+  for (int64_t n = 0; n < count; ++n) offset[n] = n * stride;
+  return offset;
+}
+
+// The (N, N) bias of a head, read as a map whose tokens are the queries and whose dims are the keys.
+template <class S>
+struct Bias {
+  Lattice<const S> scores = {};
+  Bias(const PatchAttention& a, int64_t h, const int64_t* rows) {
+    if (a.bias)
+      scores = {static_cast<const S*>(a.bias) + h * a.bias_stride[0], rows, a.bias_stride[2], a.bias_stride[1]};
+  }
+  // dst[(key - first) * ld + i] = bias[row + i][key] * log2 e, which the product with the keys is added to.
+  template <class T>
+  MVK_INLINE void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
+    const Lattice<const S> some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
+    pack_panel<T>(some, row, stop, keys, T(kLog2E), dst, ld);
+  }
+};
+
 // Attention of one panel of V vectors of queries over all keys: O^T, not yet divided, and the lanes' maxima and sums.
 template <class T, int V, class S>
 static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
-    const T* bias, int64_t ldb, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
+    const Bias<S>& bias, int64_t row, int64_t stop, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
   constexpr int64_t L = V * W<T>;
   for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, sums[i] = 0;
   const int64_t step = part(N, kKeys<T>);
@@ -95,10 +120,12 @@ static void attend(
     const int64_t keys = key + step < N ? step : N - key;
     T before[L], shift[L];
     memcpy(before, top, sizeof before);
-    if (bias)
-      product_rows<T, V, Start::from, true>(keys, a.D, k + key * ldk, ldk, q, L, bias + key * ldb, ldb, s, L, top, ahead);
-    else
-      product_rows<T, V, Start::zero, true>(keys, a.D, k + key * ldk, ldk, q, L, q, int64_t(0), s, L, top, ahead);
+    if (bias.scores.data) {
+      bias.template transposed<T>(row, stop, key, keys, s, L);
+      product_rows<T, V, Start::from, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
+    } else {
+      product_rows<T, V, Start::zero, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
+    }
     // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
     for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : top[i];
     if (key) {
@@ -117,19 +144,18 @@ static void attend(
   }
 }
 
-thread_local Arena arena;
-
 template <class T, class S>
 static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
   const int64_t most = a.tokens(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv), keys_most = most < kKeys<T> ? most : kKeys<T>;
   arena.reset(
-      5 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) + Arena::bytes<T>(round_up(most, W<T>) * ldv) +
+      6 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) + Arena::bytes<T>(round_up(most, W<T>) * ldv) +
           Arena::bytes<T>(tall_size<T>(most, a.Dv)) + Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) +
           Arena::bytes<T>(a.Dv * P),
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
   Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
+  int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
   T* k = arena.take<T>(round_up(most, W<T>) * ldk);
   T* v_rows = arena.take<T>(round_up(most, W<T>) * ldv);
   T* v = arena.take<T>(tall_size<T>(most, a.Dv));
@@ -150,6 +176,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
     const auto mo = lattice<S>(a, a.out, oo, g);
     const auto lse = lattice<T>(a, lse_map, ol, g);
+    const Bias<S> bias(a, h, bias_rows);
     Ahead<S> ahead;
     if (unit + 1 < end && a.chunks == 1 && mq.d == 1 && mk.d == 1 && mv.d == 1) {
       const Group after(a, (unit + 1) / a.heads, (unit + 1) % a.heads);
@@ -170,13 +197,11 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     for (int64_t row = row_begin; row < row_end; row += P) {
       const int64_t stop = row + P < row_end ? row + P : row_end;
       const int64_t L = stop - row > W<T> ? P : W<T>;
-      const T* bias = nullptr;
-      if (a.bias) bias = static_cast<const T*>(a.bias_transposed) + h * N * a.padded() + row;
       pack_panel<T>(mq, row, stop, a.D, T(a.scale * kLog2E), q, L);
       if (L == P)
-        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, a.padded(), s, o, top, sums, ahead);
+        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, s, o, top, sums, ahead);
       else
-        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, a.padded(), s, o, top, sums, ahead);
+        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, s, o, top, sums, ahead);
       for (int64_t i = 0; i < stop - row; ++i)
         lse.data[lse.offset[row + i]] = T(kLn2) * top[i] + logarithm(sums[i]);
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
@@ -226,17 +251,18 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* ls
   }
 }
 
-// S^T, dP^T, then P^T and dS^T of a block of keys for one panel of V vectors of queries; the blocks have kBlock columns.
+// S^T (added to the bias, which is in p), dP^T, then P^T and dS^T of a block of keys for one panel of V vectors of queries;
+// the blocks have kBlock columns.
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    const T* bias, int64_t ldb, T* p, T* ds, const T* lse, const T* delta, bool whole) {
+    T* p, T* ds, const T* lse, const T* delta, bool whole) {
   constexpr int64_t P = kPanel<T>;
-  if (bias)
-    product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, bias, ldb, p, kBlock, nullptr);
+  if (a.bias)
+    product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
   else
-    product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, q, int64_t(0), p, kBlock, nullptr);
-  product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, go, int64_t(0), ds, kBlock, nullptr);
+    product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
+  product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
   probabilities<T, V>(p, ds, keys, kBlock, lse, delta, whole);
 }
 
@@ -245,8 +271,8 @@ template <class T, Start from>
 static void sum_over_queries(int64_t keys, int64_t dims, int64_t queries, const T* a, const T* b, T* c, int64_t ld) {
   int64_t d = 0;
   for (; d + W<T> < dims; d += kPanel<T>)
-    product_rows<T, 2, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, c + d, ld, nullptr);
-  if (d < dims) product_rows<T, 1, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, c + d, ld, nullptr);
+    product_rows<T, 2, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, nullptr);
+  if (d < dims) product_rows<T, 1, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, nullptr);
 }
 
 template <class T, class S>
@@ -255,7 +281,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
   const int64_t ldb = a.padded();
   arena.reset(
-      9 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
+      11 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
           Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * (2 * a.D + 2 * a.Dv)) +
           Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(kBackKeys * kBlock) + 4096,
       a.poison);
@@ -275,11 +301,14 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* go = arena.take<T>(kBlock * ldv);
   T* p = arena.take<T>(kBackKeys * kBlock);
   T* ds = arena.take<T>(kBackKeys * kBlock);
-  T lse_here[kBlock], delta[kBlock], scales[kBlock];
+  T lse_here[kBlock], delta[kBlock], scales[kBlock], ones[kBlock];
   for (T& x : scales) x = T(a.scale);
+  for (T& x : ones) x = T(1);
   const Tiles k_tiles(a.D, kTileRows);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
+  int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
+  int64_t* dbias_rows = row_offsets(most, most);
   const int64_t all = a.B * a.groups();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit % a.chunks, h = unit / a.chunks % a.heads, slice = unit / a.chunks / a.heads;
@@ -294,6 +323,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
       const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
       const auto mo = lattice<S>(a, a.out, oo, g), mg = lattice<S>(a, a.grad, og, g), mdq = lattice<S>(a, a.dquery, odq, g);
       const auto lse = lattice<const T>(a, lse_map, ol, g);
+      const Bias<S> bias(a, h, bias_rows);
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
       pack_tall<T>(k, ldk, N, k_tiles, k_tall);
@@ -326,12 +356,16 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         for (int64_t key = key_begin; key < key_end; key += key_step) {
           const int64_t keys = key + key_step < key_end ? key_step : key_end - key;
           for (int64_t i = 0; i < rows; i += P) {
-            const T* bias = nullptr;
-            if (a.bias) bias = static_cast<const T*>(a.bias_transposed) + (h * N + key) * ldb + row + i;
+            const int64_t stop = i + P < rows ? i + P : rows;
+            if (a.bias) bias.template transposed<T>(row + i, row + stop, key, keys, p + i, kBlock);
             auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
             scores(
-                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, bias, ldb, p + i, ds + i,
+                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, p + i, ds + i,
                 lse_here + i, delta + i, whole);
+            if (a.dbias && !a.dbias_partial) {
+              const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N + key, dbias_rows, 1, N};
+              unpack_panel<T>(to, row + i, row + stop, keys, ds + i, kBlock, ones);
+            }
             T* dqp = dq + i * a.D;
             if (rows - i > W<T>) {
               if (key == key_begin)
@@ -395,29 +429,13 @@ static void sum_dquery(const PatchAttention& a, int64_t begin, int64_t end) {
   }
 }
 
-// Over heads: [key][query] = bias[query][key] * log2 e, so that a tile of scores starts from it.
-template <class T, class S>
-static void transpose_bias(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t N = a.tokens(), ld = a.padded();
-  arena.reset(Arena::bytes<int64_t>(N), false);
-  int64_t* offset = arena.take<int64_t>(N);
-  for (int64_t n = 0; n < N; ++n) offset[n] = n * a.bias_stride[1];
-  for (int64_t h = begin; h < end; ++h) {
-    const S* data = static_cast<const S*>(a.bias) + h * a.bias_stride[0];
-    // Queries as the tokens of a lattice, keys as its dims.
-    const Lattice<const S> m = {data, offset, a.bias_stride[2], a.bias_stride[1]};
-    pack_panel<T>(m, 0, N, N, T(kLog2E), static_cast<T*>(a.bias_transposed) + h * N * ld, ld);
-  }
-}
-
 // Over heads: the slices' parts, [key][query], summed in order into slice 0, which is then transposed into the gradient.
 template <class T, class S>
 static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
   const int64_t N = a.tokens(), ld = a.padded(), size = N * ld;
   arena.reset(Arena::bytes<int64_t>(N), false);
-  int64_t* offset = arena.take<int64_t>(N);
-  for (int64_t n = 0; n < N; ++n) offset[n] = n * N;
+  const int64_t* offset = row_offsets(N, N);
   T ones[P];
   for (T& x : ones) x = T(1);
   for (int64_t h = begin; h < end; ++h) {
@@ -441,7 +459,6 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
       case DType::bf16: return name<float, bfloat>(a, begin, end);                   \
     }                                                                                 \
   }
-MVK_BY_DTYPE(transpose_bias)
 MVK_BY_DTYPE(forward)
 MVK_BY_DTYPE(backward)
 MVK_BY_DTYPE(sum_dquery)
@@ -452,7 +469,7 @@ MVK_BY_DTYPE(sum_dbias)
 
 extern const PatchAttentionKernels patch_attention_kernels;
 const PatchAttentionKernels patch_attention_kernels = {
-    transpose_bias_by_dtype, forward_by_dtype, backward_by_dtype, sum_dquery_by_dtype, sum_dbias_by_dtype};
+    forward_by_dtype, backward_by_dtype, sum_dquery_by_dtype, sum_dbias_by_dtype};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

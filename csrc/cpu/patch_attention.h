@@ -21,7 +21,6 @@ struct PatchAttention {
   void* lse;  // (B, heads, H, W), float or double as the sums are
   const void* bias;  // (heads, N, N) or null
   int64_t bias_stride[3];
-  void* bias_transposed;  // [heads][key N][query, padded] in the type of the sums, made by transpose_bias; or null
 
   // A unit of work is one (slice, head, chunk). A slice is one (batch, group); in the backward with a bias it is a
   // run of them, whose part of the bias gradient one thread sums in order. Chunks split the rows
@@ -30,7 +29,7 @@ struct PatchAttention {
 
   // Backward only.
   Map grad, dquery, dkey, dvalue;
-  void* dbias_partial;  // [slices][heads][key N][query, padded] in the type of the sums, or null
+  void* dbias_partial;  // [slices][heads][key N][query, padded] in the type of the sums; null if there is one item
   void* dquery_partial;  // [units][blocks of kBlock queries][D][kBlock] if chunks > 1, else null
   void* dbias;  // (heads, N, N), contiguous
 
@@ -49,7 +48,6 @@ struct PatchAttention {
 
 // One set for each instruction set; ranges are over units, or over what the comment says.
 struct PatchAttentionKernels {
-  void (*transpose_bias)(const PatchAttention&, int64_t begin, int64_t end);  // over heads
   void (*forward)(const PatchAttention&, int64_t begin, int64_t end);
   void (*backward)(const PatchAttention&, int64_t begin, int64_t end);
   // Second stages, in a fixed order: sums of chunks into dquery (over slice x head), of slices into dbias (over heads).

@@ -253,15 +253,6 @@ int64_t chunks(const PatchAttention& a, double flops_of_a_pair, int64_t most) {
   return std::clamp<int64_t>((wanted + units - 1) / units, 1, std::max<int64_t>(most, 1));
 }
 
-// The bias as the kernels add it; the tensor returned owns it.
-Tensor transpose_bias(PatchAttention& a) {
-  if (!a.bias || !a.B) return Tensor();
-  Tensor made = empty({a.heads, a.tokens(), a.padded()}, sums_dtype(a));
-  a.bias_transposed = made.data();
-  parallel(a.heads, 1, [&](int64_t i, int64_t j) { current->patch_attention->transpose_bias(a, i, j); });
-  return made;
-}
-
 void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]), bias = take_optional(stack[5]);
   PatchAttention a = describe(
@@ -271,7 +262,6 @@ void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   if (a.B && a.heads && a.Dv) {
     a.out = map(out), a.lse = lse.data();
     const double pair = 2.0 * double(a.D + a.Dv);
-    const Tensor made = transpose_bias(a);
     a.chunks = chunks(a, pair, a.tokens() / PatchAttention::kBlock);
     parallel(a.units(), grain(a, pair), [&](int64_t i, int64_t j) { current->patch_attention->forward(a, i, j); });
   }
@@ -306,10 +296,10 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   if (need_bias) {
     a.slices = std::clamp<int64_t>((threads() + a.heads - 1) / std::max<int64_t>(a.heads, 1), 1, std::max<int64_t>(a.slices, 1));
     a.dbias = dbias.data();
-    if (a.B) {
+    if (a.B * a.groups() > 1) {
       partial = empty({a.slices, a.heads, N, a.padded()}, sums_dtype(a));
       a.dbias_partial = partial.data();
-    } else if (a.heads) {
+    } else if (!a.B && a.heads) {
       std::memset(a.dbias, 0, size_t(a.heads * N * N) * item_size(query.dtype()));
     }
   } else {
@@ -321,7 +311,6 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   }
   if (a.B && a.heads) {
     const PatchAttentionKernels& kernels = *current->patch_attention;
-    const Tensor made = transpose_bias(a);
     parallel(a.units(), need_bias ? 1 : grain(a, pair), [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
     if (a.dquery_partial)
       parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dquery(a, i, j); });
