@@ -2,15 +2,20 @@
 
 from mvkernels.backend import BackendUnavailable, can_run, use_backend
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
+from mvkernels.swap import swap, verify_swap
 from mvkernels.version import __version__
 
-
+from mvkernels import nn, testing  # isort: skip  (they use what is above)
 
 __all__ = [
     "BackendUnavailable",
     "PatchAttentionFunction",
     "__version__",
     "can_run",
+    "nn",
     "patch_attention",
+    "swap",
+    "testing",
     "use_backend",
+    "verify_swap",
 ]

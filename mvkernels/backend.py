@@ -96,11 +96,12 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
     """The backend that runs this call: a name of BACKENDS, never "auto".
 
     ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend
-    was named and cannot run.
+    was named and cannot run. During export and tracing it is the reference, whatever was named.
     """
     name = requested(backend)
-    if name == "reference":
-        return name
+    # An exported or traced graph is to run where this library is not installed.
+    if name == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "reference"
     if name != "auto":
         reason = reason_against(op, name, arguments)
         if reason:

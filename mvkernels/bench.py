@@ -95,11 +95,13 @@ COLUMNS = tuple(f.name for f in fields(Row))
 class Result:
     rows: list[Row] = field(default_factory=list)
     rates: dict[str, timing.Rates] = field(default_factory=dict)
+    not_run: dict[str, str] = field(default_factory=dict)
+    """Backends that were not asked for by name and cannot run, with the reason."""
 
     @property
-    def ok(self) -> bool:
-        """Whether every kernel of this library was right."""
-        return all(row.ok or row.provider not in BACKENDS for row in self.rows)
+    def wrong(self) -> list[Row]:
+        """The rows of this library's kernels that failed or gave a wrong result."""
+        return [row for row in self.rows if not row.ok and row.provider in BACKENDS]
 
 
 @dataclass
@@ -107,7 +109,7 @@ class Provider:
     """Somebody who does the work: a backend of this library, or a peer."""
 
     name: str
-    call: Callable[..., Tensor] | None
+    call: Callable[..., Tensor]
     note: str = ""
     work: Callable[[], Any] | None = None
     error: float | None = None
@@ -143,7 +145,13 @@ def measure(options: Options) -> Result:
                 "mode": mode,
             }
             arguments = case.make(batch=batch, dtype=getattr(torch, name), device=options.device, layout=layout)
-            result.rows += _measure_case(op, arguments, shared, options, result.rates[name])
+            backends, reasons = _backends(op, arguments, options)
+            result.not_run.update(reasons)
+            if mode == "full":
+                arguments = {n: v.requires_grad_() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+            providers = [*(Provider(b, _on(op, b)) for b in backends), *_peers(op, options.against)]
+            gate = Gate(op, arguments, mode == "full")
+            result.rows += _measure_case(gate, providers, shared, options, result.rates[name])
     finally:
         progress.close()
         torch.set_num_threads(before)
@@ -176,13 +184,9 @@ def size_class(case: Case) -> str:
 
 
 def _measure_case(
-    op: Op, arguments: dict[str, Any], shared: dict[str, Any], options: Options, rates: timing.Rates
+    gate: Gate, providers: list[Provider], shared: dict[str, Any], options: Options, rates: timing.Rates
 ) -> list[Row]:
-    backward = shared["mode"] == "full"
-    if backward:
-        arguments = {n: v.detach().requires_grad_() if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    providers = list(_providers(op, arguments, options, backward))
-    Gate(op, arguments, backward).apply(providers)
+    gate.apply(providers)
     # Of the compiled peers the quicker one runs; two of them would be one peer too many in every round.
     compiled = {p.name: p.work for p in providers if p.name.startswith("compile(") and p.work is not None}
     if len(compiled) > 1:
@@ -192,9 +196,9 @@ def _measure_case(
     timed = {p.name: p.work for p in providers if p.work is not None}
     times = timing.interleave(timed, options.device, options.rounds, options.min_time) if timed else {}
     peaks = {name: _memory(work, options.device) for name, work in timed.items()} if options.memory else {}
-    floor = op.cost(arguments, False).seconds(rates.copy, rates.matmul)
-    if backward:
-        floor += op.cost(arguments, True).seconds(rates.copy, rates.matmul)
+    floor = gate.op.cost(gate.arguments, False).seconds(rates.copy, rates.matmul)
+    if gate.backward:
+        floor += gate.op.cost(gate.arguments, True).seconds(rates.copy, rates.matmul)
     torch._dynamo.reset()
 
     peers = {name: t for name, t in times.items() if name not in BACKENDS}
@@ -233,15 +237,21 @@ def _memory(work: Callable[[], Any], device: str) -> tuple[int | None, int | Non
     return peak, timing.peak_resident(work) if torch.device(device).type == "cpu" else None
 
 
-def _providers(op: Op, arguments: Mapping[str, Any], options: Options, backward: bool) -> Iterator[Provider]:
+def _backends(op: Op, arguments: Mapping[str, Any], options: Options) -> tuple[list[str], dict[str, str]]:
+    """Who of this library runs: those named, else every kernel that can, else the reference; and why not the others."""
+    if options.backends:
+        return list(options.backends), {}
     checked = op.check(**arguments)
-    for backend in options.backends or [b for b in BACKENDS if b in op.why_not]:
-        reason = reason_against(op, backend, checked)
-        yield Provider(backend, _on(op, backend) if not reason else None, reason)
+    reasons = {b: reason_against(op, b, checked) for b in BACKENDS if b in op.why_not}
+    able = [b for b, reason in reasons.items() if not reason]
+    return able or ["reference"], {b: reason for b, reason in reasons.items() if reason}
+
+
+def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:
     for name, peer in op.peers.items():
-        if name in options.against:
+        if name in wanted:
             yield Provider(name, peer)
-        if "compile" in options.against:
+        if "compile" in wanted:
             yield Provider(f"compile({name})", torch.compile(peer, fullgraph=True, dynamic=False))
 
 
@@ -253,7 +263,7 @@ class Gate:
     """Lets only those be timed who compute the right thing on the arguments that are timed."""
 
     def __init__(self, op: Op, arguments: Mapping[str, Any], backward: bool) -> None:
-        self.arguments, self.backward = arguments, backward
+        self.op, self.arguments, self.backward = op, arguments, backward
         self.wanted = [n for n, v in arguments.items() if isinstance(v, Tensor)] if backward else []
         exact = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
         dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor))
@@ -272,8 +282,6 @@ class Gate:
     def apply(self, providers: Sequence[Provider]) -> None:
         """Give each provider that is right its work, and every other one the reason why it has none."""
         for provider in providers:
-            if provider.call is None:
-                continue
             try:
                 with _quiet():
                     actual = testing.run(provider.call, self.arguments, self.wanted, self.cotangent)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mvkernels import report
-from mvkernels.backend import BACKENDS, can_run
+from mvkernels.backend import can_run
 from mvkernels.bench import MODES, PEERS, Options, Result, Row, geomeans, measure, write_csv
 from mvkernels.registry import OPS
 
@@ -30,14 +30,20 @@ def command(options: Options, csv: str | None, plot: str | None, json: Callable[
         rates = {name: {"copy_b_s": r.copy, "matmul_flop_s": r.matmul} for name, r in result.rates.items()}
         machine = report.machine(options.device)
         machine["threads"] = str(options.threads)
-        json({"machine": machine, "rates": rates, "rows": result.rows and [asdict(r) for r in result.rows],
-              "summary": geomeans(result.rows)})  # fmt: skip
+        json(
+            {
+                "machine": machine,
+                "rates": rates,
+                "rows": [asdict(row) for row in result.rows],
+                "summary": geomeans(result.rows),
+                "not_run": result.not_run,
+            }
+        )
     else:
         print(text(result))
-    for row in result.rows:
-        if not row.ok and row.provider in BACKENDS:
-            print(f"mvkernels bench: {row.op} {row.label} {row.provider}: {row.note}", file=sys.stderr)
-    return 0 if result.ok else 1
+    for row in result.wrong:
+        print(f"mvkernels bench: {row.op} {row.label} on {row.provider}: {row.note}", file=sys.stderr)
+    return 1 if result.wrong else 0
 
 
 def check(options: Options) -> None:
@@ -111,6 +117,7 @@ def text(result: Result) -> str:
     if summary:
         names = ("op", "mode", "dtype", "provider", "tokens", "shapes", "x of medians", "x of minima", "worst")
         lines += ["Speed-up over the best peer, geometric mean:", report.table(summary, names)]
+    lines += [f"not run: {backend}: {reason}" for backend, reason in result.not_run.items()]
     return "\n".join(lines)
 
 

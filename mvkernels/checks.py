@@ -15,15 +15,15 @@ import torch
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tensors(op: str, **named: Any) -> None:
-    """Every value is a dense tensor of one floating dtype on one device; None is passed over.
+def tensors(op: str, *, optional: Sequence[str] = (), **named: Any) -> None:
+    """Every value is a dense tensor of one floating dtype on one device; those in ``optional`` may be None.
 
     Raises TypeError (not a tensor, or not float16, bfloat16, float32, float64) or ValueError
     (mixed dtypes or devices).
     """
     first = None
     for name, value in named.items():
-        if value is None:
+        if value is None and name in optional:
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} is a {type(value).__name__}, want a torch.Tensor")
@@ -121,9 +121,12 @@ def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``value`` laid out as :func:`empty_map` would; no copy where it lies so already."""
+    # Through one axis and back: contiguous() alone leaves the strides of axes of size 1 as they are.
     if channels_last(like):
-        return value.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-    return value.contiguous()
+        b, h, d, height, width = value.shape
+        dense = value.permute(0, 3, 4, 1, 2).contiguous().flatten()
+        return dense.view(b, height, width, h, d).permute(0, 3, 4, 1, 2)
+    return value.contiguous().flatten().view(value.shape)
 
 
 def shape(value: torch.Tensor) -> str:

@@ -33,7 +33,7 @@ def _positive(value: str) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line. Needs neither torch nor a device: ``--help`` is immediate."""
+    """The whole command line, without running any of it."""
     main = _Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
     commands = main.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,swap,tune}")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 # The contract between this Python code and the compiled ops (their schemas). Raised together with
-# MVK_INTERFACE in csrc/cpu/register.cpp, so that a stale build is refused and not misread.
-INTERFACE = 1
+# kInterface in csrc/cpu/register.cpp, so that a stale build is refused and not misread.
+INTERFACE = 2
 # The first torch whose stable C interface has parallel_for.
 MINIMUM_TORCH = (2, 10)
 

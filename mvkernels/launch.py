@@ -10,20 +10,29 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 CONFIGS = Path(__file__).parent / "configs"
 
 Config = dict[str, Any]
 Heuristic = Callable[[Mapping[str, Any]], Config]
+Candidates = Callable[[Mapping[str, Any]], list[Config]]
 
 _HEURISTICS: dict[tuple[str, str], Heuristic] = {}
+_CANDIDATES: dict[tuple[str, str], Candidates] = {}
+_caches: list[Callable[[], None]] = []
+# What tuning tries at the moment, and what was asked for meanwhile.
+_tried: dict[tuple[str, str, str], Config] = {}
+_asked: list[dict[tuple[str, str, str], Mapping[str, Any]]] = []
 _log = logging.getLogger("mvkernels")
 
 
@@ -49,15 +58,13 @@ def shared_memory_of(arch: str) -> int:
     return known.get(arch, 64) * 1024
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_of(type_: str, index: int | None) -> Device:
     """The :class:`Device` of ``tensor.device.type, tensor.device.index``."""
     if type_ == "cuda":
         properties = torch.cuda.get_device_properties(index)
-        if torch.version.hip:
-            arch = properties.gcnArchName.split(":")[0]
-        else:
-            arch = f"sm_{properties.major}{properties.minor}"
+        cuda = f"sm_{properties.major}{properties.minor}"
+        arch = properties.gcnArchName.split(":")[0] if torch.version.hip else cuda
         return Device(properties.name, arch, properties.multi_processor_count)
     if type_ == "xpu":
         properties = torch.xpu.get_device_properties(index)
@@ -75,6 +82,28 @@ def heuristic(op: str, kernel: str) -> Callable[[Heuristic], Heuristic]:
     return register
 
 
+def candidates(op: str, kernel: str) -> Callable[[Candidates], Candidates]:
+    """Register what tuning may try for a kernel: a function of the key to changes of the heuristic's choice."""
+
+    def register(function: Candidates) -> Candidates:
+        _CANDIDATES[op, kernel] = function
+        return function
+
+    return register
+
+
+def candidates_of(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
+    """The changes that tuning may try; none for a kernel that registered none."""
+    return _CANDIDATES[op, kernel](key) if (op, kernel) in _CANDIDATES else []
+
+
+def memo(function: Callable[..., T]) -> Callable[..., T]:
+    """An lru_cache for what follows from configurations: :func:`forget` empties it."""
+    cached = lru_cache(maxsize=4096)(function)
+    _caches.append(cached.cache_clear)
+    return cached
+
+
 def file_of(device_name: str) -> Path:
     """Where the measured configurations of a device lie, whether or not there are any."""
     return CONFIGS / (re.sub(r"[^A-Za-z0-9]+", "_", device_name).strip("_").lower() + ".json")
@@ -85,7 +114,7 @@ def key_text(key: Mapping[str, Any]) -> str:
     return ",".join(f"{name}={key[name]}" for name in sorted(key) if name != "arch")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _measured(device_name: str) -> Mapping[str, Mapping[str, Config]]:
     path = file_of(device_name)
     try:
@@ -97,10 +126,14 @@ def _measured(device_name: str) -> Mapping[str, Mapping[str, Config]]:
         return {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _config(op: str, kernel: str, device_name: str, items: tuple[tuple[str, Any], ...]) -> Config:
     key = dict(items)
-    return {**_HEURISTICS[op, kernel](key), **_measured(device_name).get(f"{op}.{kernel}", {}).get(key_text(key), {})}
+    text = key_text(key)
+    for record in _asked:
+        record[op, kernel, text] = key
+    measured = _measured(device_name).get(f"{op}.{kernel}", {}).get(text, {})
+    return {**_HEURISTICS[op, kernel](key), **measured, **_tried.get((op, kernel, text), {})}
 
 
 def config(op: str, kernel: str, device_name: str, key: Mapping[str, Any]) -> Config:
@@ -115,3 +148,29 @@ def forget() -> None:
     """Read the files anew at the next call (after tuning, and in tests)."""
     _measured.cache_clear()
     _config.cache_clear()
+    for clear in _caches:
+        clear()
+
+
+@contextmanager
+def trying(op: str, kernel: str, key: str, change: Config) -> Iterator[None]:
+    """Inside, the kernel's configuration for this key (as :func:`key_text` writes it) is changed. Not thread-safe."""
+    _tried[op, kernel, key] = change
+    forget()
+    try:
+        yield
+    finally:
+        del _tried[op, kernel, key]
+        forget()
+
+
+@contextmanager
+def recording() -> Iterator[dict[tuple[str, str, str], Mapping[str, Any]]]:
+    """Collect which configurations are asked for: {(op, kernel, key as text): key}. Not thread-safe."""
+    record: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    _asked.append(record)
+    forget()
+    try:
+        yield record
+    finally:
+        _asked.remove(record)

@@ -112,8 +112,8 @@ def verify(
         progress.step(f"{op.name} {backend} {dtype} {shape} {strides}")
         arguments = make(getattr(torch, dtype), device)
         able, reason = can_run(op.name, backend, **arguments)
-        if able and _too_slow(backend, arguments):
-            reason = f"on maps of more than {INTERPRETER_PIXELS} pixels: the interpreter is too slow for them"
+        if able and backend == "triton":
+            reason = _too_slow(arguments, named=bool(backends))
         if reason:
             result.not_run.setdefault((op.name, backend), reason)
             continue
@@ -135,10 +135,16 @@ def _check(op: Op, backend: str, arguments: dict[str, Any], shape: str, strides:
     )  # fmt: skip
 
 
-def _too_slow(backend: str, arguments: dict[str, Any]) -> bool:
+def _too_slow(arguments: dict[str, Any], named: bool) -> str:
+    """Why Triton's interpreter is spared these arguments, if it is what would run them."""
     maps = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() == 5]
-    interpreted = backend == "triton" and all(m.device.type == "cpu" for m in maps)
-    return interpreted and any(m.shape[3] * m.shape[4] > INTERPRETER_PIXELS for m in maps)
+    if any(m.device.type != "cpu" for m in maps):
+        return ""
+    if not named:
+        return "the interpreter takes minutes: name it with --backend triton"
+    if any(m.shape[3] * m.shape[4] > INTERPRETER_PIXELS for m in maps):
+        return f"on maps of more than {INTERPRETER_PIXELS} pixels: the interpreter is too slow for them"
+    return ""
 
 
 Maker = Callable[[torch.dtype, str], dict[str, Any]]

@@ -28,9 +28,6 @@ constexpr int64_t kKeys = 16384 / (kPanel<T> * int64_t(sizeof(T)));
 template <class T>
 constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__builtin_inf());
 
-MVK_INLINE float logarithm(float x) { return __builtin_logf(x); }
-MVK_INLINE double logarithm(double x) { return __builtin_log(x); }
-
 // The size of the parts when n is cut into the fewest parts of at most `most`.
 MVK_INLINE int64_t part(int64_t n, int64_t most) {
   const int64_t parts = (n + most - 1) / most;
@@ -53,34 +50,34 @@ struct Ahead {
   }
 };
 
-// P = 2^(S - top) in place over `rows` rows of V vectors; adds to the sums of each lane.
+// P = 2^(S - top) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
+// chain of additions would be the largest error of all.
 template <class T, int V>
 MVK_INLINE void exponentials(T* s, int64_t rows, const T* top, T* sums) {
   vec<T> m[V], sum[V];
-  for (int v = 0; v < V; ++v) m[v] = load<T>(top + v * W<T>), sum[v] = load<T>(sums + v * W<T>);
-  constexpr int R = 4 / V;
-  int64_t r = 0;
-  for (; r + R <= rows; r += R, s += R * V * W<T>) {
-    vec<T> p[R * V];
+  for (int v = 0; v < V; ++v) m[v] = load<T>(top + v * W<T>);
+  auto some = [&](auto count) __attribute__((always_inline)) {
+    constexpr int n = decltype(count)::value * V;
+    vec<T> p[n];
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) p[u] = load<T>(s + u * W<T>) - m[u % V];
-    exp2_nonpositive<R * V>(p);
+    for (int u = 0; u < n; ++u) p[u] = load<T>(s + u * W<T>) - m[u % V];
+    exp2_nonpositive<n>(p);
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) {
+    for (int u = 0; u < n; ++u) {
       store<T>(s + u * W<T>, p[u]);
       sum[u % V] += p[u];
     }
+    s += n * W<T>;
+  };
+  constexpr int R = 4 / V;
+  for (int64_t from = 0; from < rows; from += 32) {
+    const int64_t to = from + 32 < rows ? from + 32 : rows;
+    for (int v = 0; v < V; ++v) sum[v] = vec<T>{};
+    int64_t r = from;
+    for (; r + R <= to; r += R) some(std::integral_constant<int, R>{});
+    for (; r < to; ++r) some(std::integral_constant<int, 1>{});
+    for (int v = 0; v < V; ++v) store<T>(sums + v * W<T>, load<T>(sums + v * W<T>) + sum[v]);
   }
-  for (; r < rows; ++r, s += V * W<T>) {
-    vec<T> p[V];
-    for (int v = 0; v < V; ++v) p[v] = load<T>(s + v * W<T>) - m[v];
-    exp2_nonpositive<V>(p);
-    for (int v = 0; v < V; ++v) {
-      store<T>(s + v * W<T>, p[v]);
-      sum[v] += p[v];
-    }
-  }
-  for (int v = 0; v < V; ++v) store<T>(sums + v * W<T>, sum[v]);
 }
 
 thread_local Arena arena;
@@ -102,7 +99,7 @@ struct Bias {
   }
   // dst[(key - first) * ld + i] = bias[row + i][key] * log2 e, which the product with the keys is added to.
   template <class T>
-  MVK_INLINE void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
+  void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
     const Lattice<const S> some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
     pack_panel<T>(some, row, stop, keys, T(kLog2E), dst, ld);
   }
@@ -175,7 +172,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     if (row_begin == row_end) continue;
     const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
     const auto mo = lattice<S>(a, a.out, oo, g);
-    const auto lse = lattice<T>(a, lse_map, ol, g);
+    const auto lse = lattice<double>(a, lse_map, ol, g);
     const Bias<S> bias(a, h, bias_rows);
     Ahead<S> ahead;
     if (unit + 1 < end && a.chunks == 1 && mq.d == 1 && mk.d == 1 && mv.d == 1) {
@@ -203,25 +200,27 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
       else
         attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, s, o, top, sums, ahead);
       for (int64_t i = 0; i < stop - row; ++i)
-        lse.data[lse.offset[row + i]] = T(kLn2) * top[i] + logarithm(sums[i]);
+        lse.data[lse.offset[row + i]] = kLn2 * top[i] + __builtin_log(sums[i]);
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
       unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
     }
   }
 }
 
-// P = 2^(S - lse log2 e), dS = P (dP - delta) over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
+// P = 2^(S - high - low), where high + low is the log-sum-exp in base 2, and dS = P (dP - delta), over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
 // divided by its own sum and delta is sum_k P dP: as exact as softmax's backward, also for groups of a token or two.
 template <class T, int V>
-MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* lse, const T* delta, bool whole) {
-  vec<T> l[V], dl[V], sum[V] = {}, sum_dp[V] = {};
-  for (int v = 0; v < V; ++v) l[v] = load<T>(lse + v * W<T>), dl[v] = load<T>(delta + v * W<T>);
-  const vec<T> log2e = splat<T>(T(kLog2E));
+MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* high, const T* low, const T* delta, bool whole) {
+  vec<T> hi[V], lo[V], dl[V], sum[V] = {}, sum_dp[V] = {};
+  for (int v = 0; v < V; ++v) {
+    hi[v] = load<T>(high + v * W<T>), lo[v] = load<T>(low + v * W<T>);
+    dl[v] = load<T>(delta + v * W<T>);
+  }
   auto some = [&](auto count, int64_t r) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value;
     vec<T> e[R * V];
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) - l[u % V] * log2e;
+    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) - hi[u % V] - lo[u % V];
     exp2_nonpositive<R * V>(e);
 #pragma GCC unroll 4
     for (int u = 0; u < R * V; ++u) {
@@ -256,14 +255,14 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* ls
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    T* p, T* ds, const T* lse, const T* delta, bool whole) {
+    T* p, T* ds, const T* high, const T* low, const T* delta, bool whole) {
   constexpr int64_t P = kPanel<T>;
   if (a.bias)
     product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
   else
     product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
   product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
-  probabilities<T, V>(p, ds, keys, kBlock, lse, delta, whole);
+  probabilities<T, V>(p, ds, keys, kBlock, high, low, delta, whole);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -301,7 +300,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* go = arena.take<T>(kBlock * ldv);
   T* p = arena.take<T>(kBackKeys * kBlock);
   T* ds = arena.take<T>(kBackKeys * kBlock);
-  T lse_here[kBlock], delta[kBlock], scales[kBlock], ones[kBlock];
+  T high[kBlock], low[kBlock], delta[kBlock], scales[kBlock], ones[kBlock];
   for (T& x : scales) x = T(a.scale);
   for (T& x : ones) x = T(1);
   const Tiles k_tiles(a.D, kTileRows);
@@ -322,7 +321,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
       const bool whole = key_end - key_begin == N && key_step >= N;
       const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
       const auto mo = lattice<S>(a, a.out, oo, g), mg = lattice<S>(a, a.grad, og, g), mdq = lattice<S>(a, a.dquery, odq, g);
-      const auto lse = lattice<const T>(a, lse_map, ol, g);
+      const auto lse = lattice<const double>(a, lse_map, ol, g);
       const Bias<S> bias(a, h, bias_rows);
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
@@ -333,7 +332,9 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         pack_rows<T>(mq, row, row + rows, a.D, q, ldk);
         pack_rows<T>(mg, row, row + rows, a.Dv, go, ldv);
         for (int64_t i = 0; i < kBlock; ++i) {
-          lse_here[i] = i < rows ? lse.data[lse.offset[row + i]] : T(0);
+          const double lse2 = i < rows ? lse.data[lse.offset[row + i]] * kLog2E : 0;
+          high[i] = T(lse2);
+          low[i] = T(lse2 - high[i]);
           delta[i] = 0;
         }
         for (int64_t i = 0; i < rows; i += P) {
@@ -361,7 +362,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
             auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
             scores(
                 a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, p + i, ds + i,
-                lse_here + i, delta + i, whole);
+                high + i, low + i, delta + i, whole);
             if (a.dbias && !a.dbias_partial) {
               const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N + key, dbias_rows, 1, N};
               unpack_panel<T>(to, row + i, row + stop, keys, ds + i, kBlock, ones);

@@ -18,7 +18,7 @@ struct PatchAttention {
   int64_t B, heads, D, Dv, H, W, ph, pw;
   double scale;
   Map query, key, value, out;
-  void* lse;  // (B, heads, H, W), float or double as the sums are
+  double* lse;  // (B, heads, H, W): in float its rounding, times the size of the scores, would be P's relative error
   const void* bias;  // (heads, N, N) or null
   int64_t bias_stride[3];
 

@@ -23,7 +23,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 1;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 2;  // with INTERFACE in mvkernels/extension.py
 bool poison = false;
 
 // ---- instruction sets ----
@@ -258,9 +258,9 @@ void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   PatchAttention a = describe(
       query, key, value, torch::stable::detail::to<int64_t>(stack[3]), torch::stable::detail::to<int64_t>(stack[4]), bias,
       torch::stable::detail::to<double>(stack[6]));
-  Tensor out = empty_map(query, a.Dv), lse = empty({a.B, a.heads, a.H, a.W}, sums_dtype(a));
+  Tensor out = empty_map(query, a.Dv), lse = empty({a.B, a.heads, a.H, a.W}, aoti_torch_dtype_float64());
   if (a.B && a.heads && a.Dv) {
-    a.out = map(out), a.lse = lse.data();
+    a.out = map(out), a.lse = static_cast<double*>(lse.data());
     const double pair = 2.0 * double(a.D + a.Dv);
     a.chunks = chunks(a, pair, a.tokens() / PatchAttention::kBlock);
     parallel(a.units(), grain(a, pair), [&](int64_t i, int64_t j) { current->patch_attention->forward(a, i, j); });
@@ -281,11 +281,11 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
           same_sizes(out, value, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype() && out.dtype() == query.dtype(),
       "patch_attention: grad or out does not fit");
   require(
-      lse.dim() == 4 && lse.dtype() == sums_dtype(a) && lse.sizes()[0] == a.B && lse.sizes()[1] == a.heads &&
+      lse.dim() == 4 && lse.dtype() == aoti_torch_dtype_float64() && lse.sizes()[0] == a.B && lse.sizes()[1] == a.heads &&
           lse.sizes()[2] == a.H && lse.sizes()[3] == a.W,
       "patch_attention: lse does not fit");
   require(!need_bias || bias, "patch_attention: there is no bias to differentiate");
-  a.out = map(out), a.grad = map(grad), a.lse = lse.data();
+  a.out = map(out), a.grad = map(grad), a.lse = static_cast<double*>(lse.data());
   Tensor dquery = empty_map(query, a.D), dkey = empty_map(key, a.D), dvalue = empty_map(value, a.Dv);
   a.dquery = map(dquery), a.dkey = map(dkey), a.dvalue = map(dvalue);
 

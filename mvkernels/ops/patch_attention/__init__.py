@@ -78,7 +78,7 @@ def _check(
 ) -> tuple[Any, ...]:
     ph, pw = checks.pair(_NAME, "patch_size", patch_size)
     query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
-    checks.tensors(_NAME, query=query, key=key, value=value, bias=bias)
+    checks.tensors(_NAME, optional=("bias",), query=query, key=key, value=value, bias=bias)
     for name, tensor, axes in (
         ("query", query, "(B, heads, head_dim, H, W)"),
         ("key", key, "(B, heads, head_dim, H, W)"),

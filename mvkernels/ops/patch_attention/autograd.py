@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ _BACKWARD = "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, T
 _BACKWARD += " Tensor? bias, float scale, bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 
 
-def _fake_forward(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
-    b, h, _, height, width = query.shape
-    sums = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = checks.empty_map(query, value.shape[2])
-    return out, query.new_empty((b, h, height, width), dtype=sums)
+def _fake_forward(lse_dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
+        b, h, _, height, width = query.shape
+        out = checks.empty_map(query, value.shape[2])
+        return out, query.new_empty((b, h, height, width), dtype=lse_dtype)
+
+    return fake
 
 
 def _fake_backward(grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias):  # type: ignore[no-untyped-def]
@@ -32,7 +35,7 @@ def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from mvkernels.ops.patch_attention import triton_kernels
 
     if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(query, *rest)
+        return _fake_forward(torch.float32)(query, *rest)
     return triton_kernels.forward(query, *rest)
 
 
@@ -47,11 +50,11 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward),
+        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward(torch.float64)),
         library.define("cpp", "patch_attention_backward", _BACKWARD, _fake_backward),
     ),
     "triton": (
-        library.define("triton", "patch_attention_forward", _FORWARD, _fake_forward, _triton_forward),
+        library.define("triton", "patch_attention_forward", _FORWARD, _fake_forward(torch.float32), _triton_forward),
         library.define("triton", "patch_attention_backward", _BACKWARD, _fake_backward, _triton_backward),
     ),
 }

@@ -65,9 +65,7 @@ def _make(
         packed = packed.permute(0, 3, 1, 2).contiguous()
     else:
         packed = packed.permute(0, 3, 1, 2)
-    maps = [
-        m.unflatten(1, (heads, -1)) for m in packed.split((heads * dim, heads * dim, heads * value_dim), dim=1)
-    ]
+    maps = [m.unflatten(1, (heads, -1)) for m in packed.split((heads * dim, heads * dim, heads * value_dim), dim=1)]
     arguments: dict[str, Any] = dict(zip(("query", "key", "value"), maps))
     arguments["patch_size"] = (shape["patch"], shape["patch"])
     if shape["bias"]:

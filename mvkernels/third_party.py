@@ -1,0 +1,163 @@
+"""Models of other packages for ``mvkernels swap`` and the demo, and a picture to run through them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.report import UsageError
+
+# transformers' MobileViT by the names of its checkpoints: widths of the transformers, widths of the stages.
+_MOBILEVIT: dict[str, dict[str, Any]] = {
+    "xx-small": {
+        "hidden_sizes": [64, 80, 96],
+        "neck_hidden_sizes": [16, 16, 24, 48, 64, 80, 320],
+        "expand_ratio": 2.0,
+    },
+    "x-small": {"hidden_sizes": [96, 120, 144], "neck_hidden_sizes": [16, 32, 48, 64, 80, 96, 384]},
+    "small": {"hidden_sizes": [144, 192, 240], "neck_hidden_sizes": [16, 32, 64, 96, 128, 160, 640]},
+}
+_SHORT = {"mobilevit_xxs": "xx-small", "mobilevit_xs": "x-small", "mobilevit_s": "small"}
+
+
+def build(spec: str, pretrained: bool = False) -> nn.Module:
+    """The model "family:name" in eval mode, with random weights unless ``pretrained``.
+
+    Raises UsageError for an unknown family or model, and for a package that is missing or does not import.
+    """
+    family, _, name = spec.partition(":")
+    if family not in FAMILIES or not name:
+        known = ", ".join(f"{known}:MODEL" for known in FAMILIES)
+        raise UsageError(f"unknown model {spec!r}, want one of {known}, for example transformers:mobilevit_s")
+    model = FAMILIES[family](name, pretrained)
+    if not pretrained:
+        randomise(model)
+    return model.eval()
+
+
+def _transformers(name: str, pretrained: bool) -> nn.Module:
+    _hide_broken_torchvision()
+    package = _import("transformers")
+    size = _SHORT.get(name) or name.removeprefix("apple/").removeprefix("mobilevit-")
+    if size not in _MOBILEVIT and "/" not in name:
+        raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or a hub's owner/name")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is said below
+    try:
+        if size in _MOBILEVIT and not pretrained:
+            config = package.MobileViTConfig(**_MOBILEVIT[size], num_labels=1000)
+            return package.MobileViTForImageClassification(config)
+        hub = f"apple/mobilevit-{size}" if size in _MOBILEVIT else name
+        if pretrained:
+            return package.AutoModelForImageClassification.from_pretrained(hub)
+        return package.AutoModelForImageClassification.from_config(package.AutoConfig.from_pretrained(hub))
+    except Exception as error:  # the hub answers with many kinds; each means that there is no such model here
+        raise UsageError(f"transformers cannot load {name!r}: {_first_line(error)}") from None
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    package = _import("timm")
+    try:
+        return package.create_model(name, pretrained=pretrained)
+    except Exception as error:
+        raise UsageError(f"timm has no {name!r} here: {_first_line(error)}") from None
+
+
+FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {"transformers": _transformers, "timm": _timm}
+
+
+def _import(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise UsageError(f"{package} is not installed: pip install 'mvkernels[models]'") from None
+        raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+    except Exception as error:
+        raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+
+
+def _hide_broken_torchvision() -> None:
+    """A torchvision built for another torch fails to import, and takes transformers with it, which can do without."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass
+    except Exception:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Random weights that make a comparison mean something.
+
+    Default initialisations hide errors: norms that do nothing, biases of zero, attention that is uniform. And
+    small ones (MobileViT's 0.02) let activations shrink from layer to layer until they are denormal, on which a
+    processor is twenty times slower: no time of such a model means anything. Weights here keep the size of
+    what they act on; norms get weights, biases and running statistics of their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(value: Tensor, mean: float, deviation: float) -> None:
+        value.copy_(torch.randn(value.shape, generator=generator) * deviation + mean)
+
+    for module in model.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if value.dim() > 1:
+                normal(value, 0.0, math.sqrt(1.5 / value[0].numel()))
+            else:
+                norm = name == "weight"
+                normal(value, float(norm), 0.2 if norm else 0.1)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name == "running_mean":
+                normal(buffer, 0.0, 0.1)
+            elif name == "running_var":
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+
+
+def picture(path: str | None, size: int, batch: int = 1) -> tuple[Tensor, str]:
+    """A batch (batch, 3, size, size) in [0, 1] of a picture, each shifted further, and where it comes from.
+
+    Without a path: a photograph that scikit-learn ships, or noise where scikit-learn or pillow is missing.
+    Raises UsageError for a file that cannot be read.
+    """
+    pixels, source = _photograph(path, size)
+    return torch.stack([pixels.roll(i * size // batch, dims=2) for i in range(batch)]), source
+
+
+def _photograph(path: str | None, size: int) -> tuple[Tensor, str]:
+    try:
+        import numpy
+        from PIL import Image
+    except ImportError:
+        if path is not None:
+            raise UsageError("--image needs pillow: pip install 'mvkernels[models]'") from None
+        return torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)), "noise (pillow is not installed)"
+    if path is not None:
+        try:
+            image, source = Image.open(path).convert("RGB"), Path(path).name
+        except OSError as error:
+            raise UsageError(f"the picture {path} cannot be read: {_first_line(error)}") from None
+    else:
+        try:
+            from sklearn.datasets import load_sample_image
+        except ImportError:
+            noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
+            return noise, "noise (scikit-learn, whose photograph this would be, is not installed)"
+        image, source = Image.fromarray(load_sample_image("china.jpg")), "scikit-learn's photograph china.jpg"
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1).float() / 255, source

@@ -1,0 +1,255 @@
+"""``python -m mvkernels tune``: measure launch configurations on this GPU and keep the best.
+
+For every op and shape of the suite, the kernels that a call asks a configuration for are found by
+running it; each configuration registered to be tried is first held against the float64 reference by
+the shared criterion, then timed beside the default, interleaved. What is faster by more than the
+margin goes to ``configs/<device>.json``, which every later call reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvkernels import launch, testing, timing
+from mvkernels.launch import Config
+from mvkernels.registry import OPS, Op
+from mvkernels.report import Progress, table
+
+MARGIN = 0.02
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out for one kernel and key."""
+
+    kernel: str
+    key: str
+    tried: int
+    refused: int
+    """Of those tried: did not compile, did not fit, or gave wrong values."""
+    default_us: float
+    best_us: float
+    best: Config
+    """Changes of the heuristic's choice; empty where it is the best."""
+
+
+def _calls(op: Op, arguments: Mapping[str, Any]) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
+    # One call each for the forward alone and for forward and backward, giving all their results.
+    wanted = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    out = op.reference(**arguments)
+    cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
+    leaves = {n: v.detach().requires_grad_() if n in wanted else v for n, v in arguments.items()}
+    grad = _laid_as(cotangent.to(out.dtype), out)
+
+    def forward() -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"out": op.function(**arguments, backend="triton")}
+
+    def backward() -> dict[str, torch.Tensor]:
+        result = op.function(**leaves, backend="triton")
+        grads = torch.autograd.grad(result, [leaves[n] for n in wanted], grad)
+        return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
+
+    return {"forward": forward, "backward": backward}
+
+
+def _laid_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``value`` in memory as ``like``: a gradient arrives as the output lies."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _expected(op: Op, arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    # The float64 reference and PyTorch's own result in the dtype, gradients included.
+    wanted = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    dtype = arguments[wanted[0]].dtype
+    out = op.reference(**arguments)
+    cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
+    cotangent = cotangent.to(dtype)
+    exact = testing.run(op.reference, arguments, wanted, cotangent.double(), torch.float64)
+    plain = testing.run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent)
+    return exact, plain
+
+
+def _right(results: Mapping[str, torch.Tensor], expected: tuple[Mapping[str, torch.Tensor], ...]) -> bool:
+    exact, plain = expected
+    factors = {name: testing.FORWARD_FACTOR if name == "out" else testing.BACKWARD_FACTOR for name in results}
+    return all(testing.compare(n, r, exact[n], plain[n], factors[n]).ok for n, r in results.items())
+
+
+def tune_case(
+    op: Op,
+    arguments: Mapping[str, Any],
+    device: torch.device | str,
+    done: set[tuple[str, str]],
+    min_time: float = 0.1,
+) -> list[Finding]:
+    """Tune every kernel that a call with these arguments asks a configuration for and that is not in ``done``.
+
+    ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs.
+    """
+    calls = _calls(op, arguments)
+    expected = _expected(op, arguments)
+    findings = []
+    seen: set[tuple[str, str]] = set()
+    for call in calls.values():
+        with launch.recording() as asked:
+            call()
+        for (owner, kernel, text), key in asked.items():
+            if owner != op.name or (kernel, text) in done or (kernel, text) in seen:
+                continue
+            seen.add((kernel, text))
+            changes = launch.candidates_of(op.name, kernel, key)
+            if changes:
+                findings.append(_tune_kernel(op, kernel, text, changes, call, expected, device, min_time))
+    done |= seen
+    return findings
+
+
+def _tune_kernel(
+    op: Op,
+    kernel: str,
+    key: str,
+    changes: Sequence[Config],
+    call: Callable[[], dict[str, torch.Tensor]],
+    expected: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    device: torch.device | str,
+    min_time: float,
+) -> Finding:
+    def changed(change: Config) -> Callable[[], Any]:
+        def run() -> Any:
+            with launch.trying(op.name, kernel, key, change):
+                return call()
+
+        return run
+
+    good = []
+    for change in changes:
+        try:
+            if _right(changed(change)(), expected):
+                good.append(change)
+        except Exception:  # does not compile, or asks for more than the device has: not a candidate
+            continue
+    # Entering and leaving a trial costs host time, alike for all, the default included; device times are what
+    # is compared, by replaying a graph of the call where the device has graphs.
+    best: Config = {}
+    times: dict[str, Callable[[], Any]] = {}
+    for change in ({}, *good):
+        replay = changed(change)
+        if torch.device(device).type == "cuda":
+            with launch.trying(op.name, kernel, key, change):
+                replay = _graph(call)
+        times[json.dumps(change, sort_keys=True)] = replay
+    measured = timing.interleave(times, device, min_time=min_time)
+    default = measured["{}"].median
+    winner = min(measured, key=lambda text: measured[text].median)
+    if measured[winner].median < (1 - MARGIN) * default:
+        best = json.loads(winner)
+    return Finding(
+        kernel,
+        key,
+        len(changes),
+        len(changes) - len(good),
+        default * 1e6,
+        (measured[winner].median if best else default) * 1e6,
+        best,
+    )
+
+
+def _graph(call: Callable[[], Any]) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def save(path: Path, op: str, findings: Sequence[Finding], device: launch.Device) -> None:
+    """Merge the findings into a configuration file; a key whose default is the best is taken out."""
+    import triton
+
+    content: dict[str, Any] = {"configs": {}}
+    if path.exists():
+        content = json.loads(path.read_text())
+    configs = content["configs"]
+    for finding in findings:
+        entries = configs.setdefault(f"{op}.{finding.kernel}", {})
+        entries.pop(finding.key, None)
+        if finding.best:
+            entries[finding.key] = finding.best
+    content |= {"device": device.name, "arch": device.arch, "date": date.today().isoformat()}
+    content |= {"torch": torch.__version__, "triton": triton.__version__}
+    content["configs"] = {name: dict(sorted(entries.items())) for name, entries in sorted(configs.items()) if entries}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mvkernels tune", description="Find launch configurations for this GPU.")
+    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only shapes whose model or label has this")
+    parser.add_argument("--suite", choices=("small", "full"), default="full")
+    parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: mvkernels/configs/<device>.json")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status (2: no GPU, or nothing to tune)."""
+    options = _parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        print("mvkernels tune: needs a CUDA or ROCm device, and there is none", file=sys.stderr)
+        return 2
+    if options.batch < 1:
+        print(f"mvkernels tune: --batch is {options.batch}, want 1 or more", file=sys.stderr)
+        return 2
+    device = launch.device_of("cuda", torch.cuda.current_device())
+    path = options.output or launch.file_of(device.name)
+    work = [
+        (op, case, layout, dtype)
+        for op in OPS.values()
+        if (not options.op or op.name in options.op) and "triton" in op.kernels
+        for case in op.suite(options.suite)
+        if options.filter in f"{case.model} {case.label}"
+        for layout in case.layouts
+        for dtype in options.dtype or list(DTYPES)
+    ]
+    if not work:
+        print("mvkernels tune: no shape matches", file=sys.stderr)
+        return 2
+    progress = Progress(len(work))
+    done: set[tuple[str, str]] = set()
+    everything: list[Finding] = []
+    for op, case, layout, dtype in work:
+        progress.step(f"{op.name} {case.label} {dtype}")
+        arguments = case.make(batch=options.batch, dtype=DTYPES[dtype], device="cuda", layout=layout)
+        findings = tune_case(op, arguments, "cuda", done, options.min_time)
+        save(path, op.name, findings, device)
+        everything += findings
+    progress.close()
+    launch.forget()
+    if options.json:
+        print(json.dumps([vars(finding) for finding in everything], indent=1))
+    else:
+        header = ["kernel", "key", "tried", "refused", "default us", "best us", "change"]
+        rows = [[*list(vars(f).values())[:4], f"{f.default_us:.1f}", f"{f.best_us:.1f}", f.best] for f in everything]
+        print(table(rows, header))
+        print(f"written to {path}")
+    return 0

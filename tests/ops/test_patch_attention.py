@@ -1,0 +1,416 @@
+"""Patch attention: the reference against an independent formula, every backend against the reference."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mvkernels
+from mvkernels import checks, extension, testing
+from mvkernels.registry import OPS
+
+OP = OPS["patch_attention"]
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INSTRUCTION_SETS = extension.module.instruction_sets() if extension.module else []
+
+needs_cpp = pytest.mark.skipif(extension.module is None, reason=extension.reason)
+
+
+@pytest.fixture(scope="module")
+def instruction_set(request):
+    before = extension.module.set_instruction_set(request.param)
+    yield request.param
+    extension.module.set_instruction_set(before)
+
+
+def by_definition(query, key, value, patch_size, bias=None, scale=None):
+    """One dense attention over all pixels, with -inf between pixels of different groups."""
+    b, h, d, height, width = query.shape
+    ph, pw = patch_size
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    group = (y % ph * pw + x % pw).flatten()
+    scores = torch.einsum("bhdi,bhdj->bhij", query.flatten(3), key.flatten(3)) * (scale or 1 / math.sqrt(d))
+    if bias is not None:
+        token = ((y // ph) * (width // pw) + x // pw).flatten()
+        scores = scores + bias[:, token][:, :, token]
+    scores = scores.masked_fill(group[:, None] != group[None, :], -math.inf)
+    return torch.einsum("bhij,bhdj->bhdi", scores.softmax(-1), value.flatten(3)).reshape(value.shape)
+
+
+@st.composite
+def problems(draw, dtypes=DTYPES, with_bias=True):
+    """Arguments of patch attention: any shape, patch, stride kinds and dtype."""
+    dtype = draw(st.sampled_from(dtypes))
+    b, h = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    d, dv = draw(st.sampled_from([1, 3, 4, 8, 13, 16, 20, 30, 36, 48, 60, 100])), draw(st.integers(1, 40))
+    dv = draw(st.sampled_from([d, dv]))
+    ph, pw = draw(st.sampled_from([(1, 1), (2, 2), (1, 2), (3, 2), (2, 5), (7, 7)]))
+    bias = with_bias and draw(st.booleans())
+    if bias:
+        height, width = ph * draw(st.integers(1, 5)), pw * draw(st.integers(1, 5))
+    else:
+        height, width = draw(st.integers(1, 14)), draw(st.integers(1, 14))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    arguments = {}
+    for name, dim in (("query", d), ("key", d), ("value", dv)):
+        kind = draw(st.sampled_from(testing.STRIDES))
+        arguments[name] = testing.make_map((b, h, dim, height, width), kind, dtype, generator=generator)
+    arguments["patch_size"] = (ph, pw)
+    if bias:
+        n = (height // ph) * (width // pw)
+        full = torch.randn(h, n, n + 3, generator=generator).to(dtype)
+        arguments["bias"] = full[..., 1 : n + 1] if draw(st.booleans()) else full[..., :n].transpose(1, 2)
+    if draw(st.booleans()):
+        arguments["scale"] = draw(st.sampled_from([0.1, 1.0, -0.5]))
+    return arguments
+
+
+def assert_ok(comparisons):
+    wrong = [str(c) for c in comparisons if not c.ok]
+    assert not wrong, "; ".join(wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(dtypes=(torch.float64,)))
+def test_the_reference_is_the_definition(arguments):
+    torch.testing.assert_close(OP.reference(**arguments), by_definition(**arguments), rtol=1e-9, atol=1e-9)
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@settings(max_examples=60, deadline=None)
+@given(arguments=problems())
+def test_cpp_on_any_shape_stride_and_dtype(instruction_set, arguments):
+    assert_ok(testing.check(OP, arguments, "cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=checks.short)
+def test_cpp_on_the_suite(instruction_set, dtype):
+    for case in OP.suite("full"):
+        if case.shape["height"] > 16 or (dtype != torch.float32 and case.shape["height"] > 8):
+            continue
+        for layout in case.layouts:
+            assert_ok(testing.check(OP, case.make(batch=2, dtype=dtype, layout=layout), "cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("tokens", [255, 257, 300, 600, 1025])
+def test_cpp_on_large_groups(instruction_set, tokens):
+    """More keys than a block: running maximum, also where the first blocks are wholly masked."""
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (testing.make_map((1, 2, 12, 1, tokens), "channels_last", generator=generator) for _ in range(3))
+    arguments = {"query": 6 * q, "key": k, "value": v, "patch_size": (1, 1)}
+    assert_ok(testing.check(OP, arguments, "cpp"))
+    bias = torch.randn(2, tokens, tokens, generator=generator)
+    bias[:, : tokens // 2, : tokens - 3] = -math.inf
+    assert_ok(testing.check(OP, {**arguments, "bias": bias}, "cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1, 20, 31, 33), (1, 1, 8, 9, 9), (2, 3, 4, 12, 5)])
+def test_cpp_splits_few_groups_over_threads(threads, shape):
+    generator = torch.Generator().manual_seed(0)
+    arguments = dict(zip(("query", "key", "value"), (testing.make_map(shape, generator=generator) for _ in range(3))))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_ok(testing.check(OP, {**arguments, "patch_size": (1, 1)}, "cpp"))
+        n = shape[3] * shape[4]
+        if n < 200:
+            bias = torch.randn(shape[1], n, n, generator=generator)
+            assert_ok(testing.check(OP, {**arguments, "patch_size": (1, 1), "bias": bias}, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize(("size", "patch", "with_bias"), [((5, 7), (2, 2), False), ((4, 6), (2, 3), True), ((3, 3), 1, True)])
+def test_gradcheck(backend, size, patch, with_bias):
+    q, k, v = (torch.randn(2, 2, 3, *size, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    ph, pw = (patch, patch) if isinstance(patch, int) else patch
+    n = size[0] // ph * (size[1] // pw)
+    bias = torch.randn(2, n, n, dtype=torch.float64, requires_grad=True) if with_bias else None
+    for call in (mvkernels.patch_attention, None):
+        def f(q, k, v, bias, call=call):
+            if call is None:
+                return mvkernels.PatchAttentionFunction.apply(q, k, v, patch, bias, None, backend)
+            return call(q, k, v, patch, bias=bias, backend=backend)
+
+        assert torch.autograd.gradcheck(f, (q, k, v, bias), fast_mode=True)
+
+
+@needs_cpp
+@pytest.mark.parametrize("kind", testing.STRIDES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=checks.short)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(kind, dtype, with_bias):
+    q, k, v = (testing.make_map((2, 3, dim, 4, 6), kind, dtype) for dim in (5, 5, 7))
+    bias = torch.randn(3, 6, 6).to(dtype) if with_bias else None
+    forward, backward = torch.ops.mvkernels_cpp.patch_attention_forward, torch.ops.mvkernels_cpp.patch_attention_backward
+    torch.library.opcheck(forward, (q, k, v, 2, 2, bias, 0.4))
+    out, lse = forward(q, k, v, 2, 2, bias, 0.4)
+    grad = testing.make_map(out.shape, kind, dtype)
+    torch.library.opcheck(backward, (grad, q, k, v, out, lse, 2, 2, bias, 0.4, with_bias))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("kind", testing.STRIDES)
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)])
+def test_the_output_lies_as_the_query(backend, kind, size):
+    q = testing.make_map((2, 3, 5, *size), kind)
+    out = mvkernels.patch_attention(q, q, q[:, :, :4], 2, backend=backend)
+    assert out.stride() == checks.empty_map(q, 4).stride()
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_compile_without_graph_breaks_or_recompilation(backend):
+    torch._dynamo.reset()
+    compiles = 0
+
+    def count(graph, inputs):
+        nonlocal compiles
+        compiles += 1
+        return graph
+
+    def block(x, heads=2):
+        q, k, v = x.unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 5, 1, 2).unbind()
+        return mvkernels.patch_attention(q, k, v, 2, backend=backend).sin()
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(block, fullgraph=True, dynamic=True, backend=count)
+    for size in ((2, 6, 8), (3, 10, 4), (5, 12, 14)):
+        x = torch.randn(*size, 24, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        out, expected = compiled(x), block(y)
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        counted(x.detach())
+    assert compiles == 1
+
+
+@needs_cpp
+def test_inductor():
+    torch._dynamo.reset()
+    x = torch.randn(2, 4, 6, 3, 2, 8)
+
+    def f(x):
+        q, k, v = (m.permute(0, 3, 4, 1, 2) for m in x.unbind(3))
+        return mvkernels.patch_attention(q * 2, k, v).relu()
+
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(x), f(x))
+
+
+def test_the_export_is_the_reference():
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return mvkernels.patch_attention(q, q, q, 2, backend="cpp" if extension.module else None)
+
+    q = torch.randn(2, 2, 4, 6, 6)
+    exported = torch.export.export(Model(), (q,), dynamic_shapes={"q": {0: torch.export.Dim("batch", min=2)}})
+    assert not [n for n in exported.graph.nodes if "mvkernels" in str(n.target)]
+    other = torch.randn(5, 2, 4, 6, 6)
+    torch.testing.assert_close(exported.module()(other), mvkernels.patch_attention(other, other, other, 2))
+
+
+def _map(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+M = (1, 2, 4, 6, 6)
+BAD = {
+    "list": (TypeError, "query is a list", lambda: (([1.0], _map(*M), _map(*M)), {})),
+    "none": (TypeError, "value is a NoneType", lambda: ((_map(*M), _map(*M), None), {})),
+    "integer": (TypeError, "key has dtype int64", lambda: ((_map(*M), torch.ones(M, dtype=torch.int64), _map(*M)), {})),
+    "complex": (TypeError, "complex64", lambda: ((torch.zeros(M, dtype=torch.complex64),) * 3, {})),
+    "rank": (ValueError, "query has 4 axes", lambda: ((_map(2, 4, 6, 6),) * 3, {})),
+    "key shape": (ValueError, "differ along axis 2", lambda: ((_map(*M), _map(1, 2, 5, 6, 6), _map(*M)), {})),
+    "value shape": (ValueError, "differ along axis 4", lambda: ((_map(*M), _map(*M), _map(1, 2, 4, 6, 7)), {})),
+    "dtypes": (ValueError, "value has dtype float64", lambda: ((_map(*M), _map(*M), _map(*M, dtype=torch.float64)), {})),
+    "devices": (ValueError, "key is on meta", lambda: ((_map(*M), _map(*M).to("meta"), _map(*M)), {})),
+    "H = 0": (ValueError, "H is 0", lambda: ((_map(1, 2, 4, 0, 6),) * 3, {})),
+    "W = 0": (ValueError, "W is 0", lambda: ((_map(1, 2, 4, 6, 0),) * 3, {})),
+    "head_dim = 0": (ValueError, "head_dim is 0", lambda: ((_map(1, 2, 0, 6, 6),) * 3, {})),
+    "patch 0": (ValueError, "patch_size is 0", lambda: ((_map(*M),) * 3, {"patch_size": 0})),
+    "patch -1": (ValueError, r"patch_size is \(2, -1\)", lambda: ((_map(*M),) * 3, {"patch_size": (2, -1)})),
+    "patch 3": (ValueError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": (2, 2, 2)})),
+    "patch float": (TypeError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": 2.0})),
+    "patch text": (TypeError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": "2"})),
+    "scale": (TypeError, "scale is", lambda: ((_map(*M),) * 3, {"scale": "1"})),
+    "bias ragged": (ValueError, "does not divide", lambda: ((_map(*M),) * 3, {"patch_size": 4, "bias": _map(2, 4, 4)})),
+    "bias shape": (ValueError, r"want \(heads, N, N\) = \(2, 9, 9\)", lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 8)})),
+    "bias rank": (ValueError, "bias has 2 axes", lambda: ((_map(*M),) * 3, {"bias": _map(9, 9)})),
+    "bias dtype": (ValueError, "bias has dtype", lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 9, dtype=torch.float16)})),
+    "backend": (ValueError, "want one of auto", lambda: ((_map(*M),) * 3, {"backend": "cud"})),
+    "unavailable": (mvkernels.BackendUnavailable, "no cuda kernel", lambda: ((_map(*M),) * 3, {"backend": "cuda"})),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    error, message, make = BAD[name]
+    args, kwargs = make()
+    with pytest.raises(error, match=message) as caught:
+        mvkernels.patch_attention(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    runs, reason = mvkernels.can_run("patch_attention", kwargs.pop("backend", "reference"), *args, **kwargs)
+    assert not runs and reason
+
+
+@needs_cpp
+def test_the_raw_operator_checks_what_it_indexes():
+    q = torch.randn(1, 2, 4, 6, 6)
+    forward = torch.ops.mvkernels_cpp.patch_attention_forward
+    for arguments in (
+        (q, q[:, :1], q, 2, 2, None, 1.0),
+        (q[0], q[0], q[0], 2, 2, None, 1.0),
+        (q, q, q.double(), 2, 2, None, 1.0),
+        (q, q, q, 0, 2, None, 1.0),
+        (q, q, q, 2, 2, torch.zeros(2, 4, 4), 1.0),
+        (q, q, q, 4, 2, torch.zeros(2, 6, 6), 1.0),
+    ):
+        with pytest.raises(RuntimeError):
+            forward(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(backend, with_bias):
+    q = torch.randn(0, 2, 4, 6, 6, requires_grad=True)
+    bias = torch.randn(2, 9, 9, requires_grad=True) if with_bias else None
+    out = mvkernels.patch_attention(q, q, q[:, :, :3], 2, bias=bias, backend=backend)
+    assert out.shape == (0, 2, 3, 6, 6)
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+    if with_bias:
+        assert torch.equal(bias.grad, torch.zeros(2, 9, 9))
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_nan_and_infinity_stay_in_their_rows(backend, bad, which):
+    torch.manual_seed(0)
+    maps = {name: torch.randn(2, 2, 5, 6, 7) for name in ("query", "key", "value")}
+    maps[which][0, 1, 2, 3, 4] = bad
+    with testing.poisoned():
+        out = mvkernels.patch_attention(**maps, patch_size=2, backend=backend)
+    exact = OP.reference(**{n: m.double() for n, m in maps.items()})
+    assert torch.equal(out.isfinite(), exact.isfinite())
+    assert testing.max_error(out.nan_to_num(7, 8, 9), exact.nan_to_num(7, 8, 9)) < 1e-5
+
+
+@needs_cpp
+def test_a_wholly_masked_row_is_nan_and_a_masked_key_has_no_weight():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 3, 3) for _ in range(3))
+    bias = torch.zeros(1, 9, 9)
+    bias[0, 2] = -math.inf
+    bias[0, :, 5] = -math.inf
+    v[..., 1, 2] = 1e30
+    assert_ok(testing.check(OP, {"query": q, "key": k, "value": v, "patch_size": (1, 1), "bias": bias}, "cpp", backward=False))
+
+
+@needs_cpp
+def test_cpp_is_deterministic():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 20, 9, 14, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 126, 126, requires_grad=True)
+
+    def once():
+        out = mvkernels.patch_attention(q, k, v, 1, bias=bias, backend="cpp")
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+
+    first = once()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, once()))
+
+
+@needs_cpp
+def test_only_inputs_output_and_log_sum_exp_are_saved():
+    q, k, v = (torch.randn(2, 2, 8, 6, 6, requires_grad=True) for _ in range(3))
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        mvkernels.patch_attention(q, k, v, 2, backend="cpp")
+    assert sorted(t.numel() for t in saved) == sorted([q.numel()] * 4 + [2 * 2 * 6 * 6])
+    assert {t.data_ptr() for t in (q, k, v)} <= {t.data_ptr() for t in saved}
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
+def test_the_saved_log_sum_exp(dtype):
+    q, k, v = (torch.randn(1, 2, 8, 5, 7).to(dtype) for _ in range(3))
+    _, lse = torch.ops.mvkernels_cpp.patch_attention_forward(q, k, v, 1, 1, None, 0.3)
+    scores = torch.einsum("bhdi,bhdj->bhij", q.flatten(3), k.flatten(3)) * 0.3
+    torch.testing.assert_close(lse, scores.logsumexp(-1).unflatten(-1, (5, 7)).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_a_second_derivative_of_the_function_is_refused(backend):
+    q = torch.randn(1, 1, 4, 4, 4, requires_grad=True)
+    out = mvkernels.PatchAttentionFunction.apply(q, q, q, (2, 2), None, None, backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), q)
+
+
+@needs_cpp
+def test_some_gradients_only_and_an_expanded_cotangent():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 6, 4, 5) for _ in range(3))
+    for wanted in itertools.product([False, True], repeat=3):
+        if not any(wanted):
+            continue
+        inputs = [m.clone().requires_grad_(w) for m, w in zip((q, k, v), wanted)]
+        leaves = [m for m in inputs if m.requires_grad]
+        outs = [mvkernels.patch_attention(*inputs, 2, backend=b) for b in ("cpp", "reference")]
+        grads = [torch.autograd.grad(o.sum(), leaves) for o in outs]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
+def test_autocast_casts_as_sdpa_does(backend):
+    q = torch.randn(1, 2, 8, 6, 6, requires_grad=True)
+    k = torch.randn(1, 2, 8, 6, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mvkernels.patch_attention(q, k, k, 2, backend=backend)
+        kept = mvkernels.patch_attention(*(m.double() for m in (q, k, k)), 2, backend=backend)
+    assert out.dtype == torch.bfloat16 and kept.dtype == torch.float64
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32 and q.grad.isfinite().all()
+
+
+@needs_cpp
+@settings(max_examples=25, deadline=None)
+@given(problems(dtypes=(torch.float64,), with_bias=False), st.integers(0, 2**31))
+def test_invariants(arguments, seed):
+    """Linear in the value; permuting patches permutes the output; a batch is its items."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, patch = (arguments[n] for n in ("query", "key", "value", "patch_size"))
+
+    def f(q, k, v):
+        return mvkernels.patch_attention(q, k, v, patch, scale=arguments.get("scale"), backend="cpp")
+
+    out = f(q, k, v)
+    other = torch.randn(v.shape, generator=generator, dtype=v.dtype)
+    torch.testing.assert_close(f(q, k, v + 2 * other), out + 2 * f(q, k, other))
+    torch.testing.assert_close(torch.cat([f(*(m[i : i + 1] for m in (q, k, v))) for i in range(len(q))]), out)
+    rows = q.shape[3] // patch[0]
+    if rows and q.shape[3] % patch[0] == 0:
+        order = torch.randperm(rows, generator=generator)
+        index = (order[:, None] * patch[0] + torch.arange(patch[0])).flatten()
+        torch.testing.assert_close(f(*(m[:, :, :, index] for m in (q, k, v))), out[:, :, :, index])
