@@ -166,11 +166,11 @@ def _swap(options: argparse.Namespace) -> int:
 
 def _tune(arguments: list[str]) -> int:
     try:
-        from mvkernels import tune
+        from mvkernels.tune import main as tune
     except ImportError as error:
         print(f"mvkernels tune: not available: {error}", file=sys.stderr)
         return 2
-    return tune.main(arguments)
+    return tune(arguments)
 
 
 _COMMANDS = {"info": _info, "verify": _verify, "bench": _bench, "swap": _swap}

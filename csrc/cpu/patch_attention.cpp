@@ -50,17 +50,28 @@ struct Ahead {
   }
 };
 
-// P = 2^(S - top) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
+// The scores' factor, scale * log2 e, is applied where their exponential is taken, since rounding scaled queries would cost
+// accuracy; only its sign goes into the queries, so that the largest score stays the largest. With a bias, which is
+// added to scaled scores, the queries take all of it.
+struct Factor {
+  double queries, scores;
+  explicit Factor(const PatchAttention& a)
+      : queries(a.bias ? a.scale * kLog2E : __builtin_copysign(1.0, a.scale)),
+        scores(a.bias ? 1.0 : __builtin_fabs(a.scale) * kLog2E) {}
+};
+
+// P = 2^(factor S - top) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
 // chain of additions would be the largest error of all.
 template <class T, int V>
-MVK_INLINE void exponentials(T* s, int64_t rows, const T* top, T* sums) {
+MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums) {
+  const vec<T> f = splat<T>(factor);
   vec<T> m[V], sum[V];
   for (int v = 0; v < V; ++v) m[v] = load<T>(top + v * W<T>);
   auto some = [&](auto count) __attribute__((always_inline)) {
     constexpr int n = decltype(count)::value * V;
     vec<T> p[n];
 #pragma GCC unroll 4
-    for (int u = 0; u < n; ++u) p[u] = load<T>(s + u * W<T>) - m[u % V];
+    for (int u = 0; u < n; ++u) p[u] = load<T>(s + u * W<T>) * f - m[u % V];
     exp2_nonpositive<n>(p);
 #pragma GCC unroll 4
     for (int u = 0; u < n; ++u) {
@@ -109,14 +120,13 @@ struct Bias {
 template <class T, int V, class S>
 static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
-    const Bias<S>& bias, int64_t row, int64_t stop, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
+    const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
   constexpr int64_t L = V * W<T>;
-  for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, sums[i] = 0;
+  T shift[L];  // what the exponents were taken less: the rounded factor * top
+  for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, shift[i] = 0, sums[i] = 0;
   const int64_t step = part(N, kKeys<T>);
   for (int64_t key = 0; key < N; key += step) {
     const int64_t keys = key + step < N ? step : N - key;
-    T before[L], shift[L];
-    memcpy(before, top, sizeof before);
     if (bias.scores.data) {
       bias.template transposed<T>(row, stop, key, keys, s, L);
       product_rows<T, V, Start::from, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
@@ -124,7 +134,9 @@ static void attend(
       product_rows<T, V, Start::zero, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
     }
     // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
-    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : top[i];
+    T before[L];
+    memcpy(before, shift, sizeof before);
+    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : factor * top[i];
     if (key) {
       vec<T> alpha[V];
       for (int i = 0; i < V; ++i) alpha[i] = load<T>(before + i * W<T>) - load<T>(shift + i * W<T>);
@@ -133,7 +145,8 @@ static void attend(
       for (int64_t d = 0; d < a.Dv; ++d)
         for (int i = 0; i < V; ++i) store<T>(o + d * L + i * W<T>, alpha[i] * load<T>(o + d * L + i * W<T>));
     }
-    exponentials<T, V>(s, keys, shift, sums);
+    exponentials<T, V>(s, keys, factor, shift, sums);
+    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? top[i] : shift[i];
     if (key)
       product_tall<T, V, Start::from>(v_tiles, N, key, key + keys, v, s, L, o, L);
     else
@@ -161,6 +174,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* o = arena.take<T>(a.Dv * P);
   T top[P], sums[P];
   const Tiles v_tiles(a.Dv, kTileRows);
+  const Factor factor(a);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -194,23 +208,24 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     for (int64_t row = row_begin; row < row_end; row += P) {
       const int64_t stop = row + P < row_end ? row + P : row_end;
       const int64_t L = stop - row > W<T> ? P : W<T>;
-      pack_panel<T>(mq, row, stop, a.D, T(a.scale * kLog2E), q, L);
+      pack_panel<T>(mq, row, stop, a.D, T(factor.queries), q, L);
       if (L == P)
-        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, s, o, top, sums, ahead);
+        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, T(factor.scores), s, o, top, sums, ahead);
       else
-        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, s, o, top, sums, ahead);
+        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, T(factor.scores), s, o, top, sums, ahead);
       for (int64_t i = 0; i < stop - row; ++i)
-        lse.data[lse.offset[row + i]] = kLn2 * top[i] + __builtin_log(sums[i]);
+        lse.data[lse.offset[row + i]] = kLn2 * (T(factor.scores) * top[i]) + __builtin_log(sums[i]);
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
       unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
     }
   }
 }
 
-// P = 2^(S - high - low), where high + low is the log-sum-exp in base 2, and dS = P (dP - delta), over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
+// P = 2^(factor S - high - low), where high + low is the log-sum-exp in base 2, and dS = P (dP - delta), over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
 // divided by its own sum and delta is sum_k P dP: as exact as softmax's backward, also for groups of a token or two.
 template <class T, int V>
-MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* high, const T* low, const T* delta, bool whole) {
+MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* high, const T* low, const T* delta, bool whole) {
+  const vec<T> f = splat<T>(factor);
   vec<T> hi[V], lo[V], dl[V], sum[V] = {}, sum_dp[V] = {};
   for (int v = 0; v < V; ++v) {
     hi[v] = load<T>(high + v * W<T>), lo[v] = load<T>(low + v * W<T>);
@@ -220,7 +235,7 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* hi
     constexpr int R = decltype(count)::value;
     vec<T> e[R * V];
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) - hi[u % V] - lo[u % V];
+    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) * f - hi[u % V] - lo[u % V];
     exp2_nonpositive<R * V>(e);
 #pragma GCC unroll 4
     for (int u = 0; u < R * V; ++u) {
@@ -239,6 +254,8 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* hi
   for (; r < rows; ++r) some(std::integral_constant<int, 1>{}, r);
   if (!whole) return;
   for (int v = 0; v < V; ++v) sum[v] = splat<T>(T(1)) / sum[v], dl[v] = sum_dp[v] * sum[v];
+  // The softmax of one score does not depend on it.
+  for (int v = 0; rows == 1 && v < V; ++v) dl[v] = load<T>(ds + v * W<T>);
   for (r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -255,14 +272,14 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, const T* hi
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    T* p, T* ds, const T* high, const T* low, const T* delta, bool whole) {
+    T factor, T* p, T* ds, const T* high, const T* low, const T* delta, bool whole) {
   constexpr int64_t P = kPanel<T>;
   if (a.bias)
     product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
   else
     product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
   product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
-  probabilities<T, V>(p, ds, keys, kBlock, high, low, delta, whole);
+  probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -304,6 +321,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   for (T& x : scales) x = T(a.scale);
   for (T& x : ones) x = T(1);
   const Tiles k_tiles(a.D, kTileRows);
+  const Factor factor(a);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
@@ -339,7 +357,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         }
         for (int64_t i = 0; i < rows; i += P) {
           const int64_t stop = i + P < rows ? i + P : rows;
-          pack_panel<T>(mq, row + i, row + stop, a.D, T(a.scale * kLog2E), q_panel + i * a.D, P);
+          pack_panel<T>(mq, row + i, row + stop, a.D, T(factor.queries), q_panel + i * a.D, P);
           pack_panel<T>(mg, row + i, row + stop, a.Dv, T(1), go_panel + i * a.Dv, P);
           if (whole) continue;
           // delta = sum_d dO O
@@ -361,7 +379,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
             if (a.bias) bias.template transposed<T>(row + i, row + stop, key, keys, p + i, kBlock);
             auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
             scores(
-                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, p + i, ds + i,
+                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv, T(factor.scores), p + i, ds + i,
                 high + i, low + i, delta + i, whole);
             if (a.dbias && !a.dbias_partial) {
               const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N + key, dbias_rows, 1, N};

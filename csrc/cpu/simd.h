@@ -253,7 +253,7 @@ MVK_INLINE T lane_max(vec<T> v) {
 
 // x[i] = 2^x[i] for x <= 0 (and a little above), to 1e-7 relative. Below 2^-126.5 exactly 0, as masked scores need;
 // NaN stays NaN. Round x to n by adding 1.5 * 2^23, which leaves n + 127 in the low bits: shifted by 23 they
-// are the float 2^n. The polynomial is the minimax of degree 5 for 2^f on [-1/2, 1/2]. Several vectors go in step, since
+// are the float 2^n. The polynomial is the minimax of degree 6 for 2^f on [-1/2, 1/2]. Several vectors go in step, since
 // one chain of these operations fills the scheduler long before it fills the arithmetic units.
 template <int U>
 MVK_INLINE void exp2_nonpositive(vec<float>* x) {
@@ -264,10 +264,11 @@ MVK_INLINE void exp2_nonpositive(vec<float>* x) {
   MVK_EACH x[u] = maximum<float>(splat(-127.0f), x[u]);
   MVK_EACH n[u] = x[u] + magic;
   MVK_EACH x[u] -= n[u] - magic;
-  MVK_EACH p[u] = splat(1.3276472e-03f) * x[u] + splat(9.6755413e-03f);
-  MVK_EACH p[u] = p[u] * x[u] + splat(5.5507133e-02f);
-  MVK_EACH p[u] = p[u] * x[u] + splat(2.4022120e-01f);
-  MVK_EACH p[u] = p[u] * x[u] + splat(6.9314697e-01f);
+  MVK_EACH p[u] = splat(1.53458120e-04f) * x[u] + splat(1.33999312e-03f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(9.61848896e-03f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(5.55032878e-02f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(2.40226469e-01f);
+  MVK_EACH p[u] = p[u] * x[u] + splat(6.93147206e-01f);
   MVK_EACH p[u] = p[u] * x[u] + splat(1.0f);
   MVK_EACH x[u] = p[u] * (vec<float>)((ints)n[u] << 23);
 #undef MVK_EACH

@@ -1,0 +1,60 @@
+# `make demo` or `make test` is all that a fresh clone needs: both run `make setup` first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.setup-done
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+SUITE  ?= full
+
+TOOLS  := setuptools wheel ninja build ruff mypy clang-format
+NEEDS  := torch triton numpy pytest hypothesis expecttest matplotlib transformers pillow scikit-learn
+SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+
+.PHONY: setup demo test bench lint format audit gpu wheel clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TOOLS) $(NEEDS)
+	$(PIP) --no-deps torchvision timm
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -m "not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(SOURCE),$(BIN)/clang-format --dry-run -Werror $(SOURCE))
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(SOURCE),$(BIN)/clang-format -i $(SOURCE))
+
+bench: setup
+	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
+	$(BIN)/python benchmarks/mobilevit.py
+	$(BIN)/python benchmarks/threads.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/readme_table.py
+
+audit: setup
+	$(BIN)/python benchmarks/audit.py
+
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py
+
+wheel: setup
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)

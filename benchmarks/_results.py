@@ -1,0 +1,34 @@
+"""Where figures go, and the columns that all files share."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvkernels import report
+
+ROOT = Path(__file__).parent / "results"
+
+
+def folder(device: str = "cpu") -> Path:
+    """benchmarks/results/<device>, made if need be."""
+    path = ROOT / report.slug(report.machine(device))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows with the columns of the first one, and say where."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {path}", file=sys.stderr)
+
+
+def keep_pages() -> None:
+    """Run the script again with freed memory kept by the process, unless it is."""
+    report.restart_keeping_pages(sys.argv)

@@ -1,0 +1,131 @@
+"""Writes the README's figures from the CSV files under benchmarks/results: no number there is typed by hand.
+
+``--check`` changes nothing and exits with 1 if the README is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN = "<!-- figures: begin (written by benchmarks/readme_table.py) -->\n"
+END = "<!-- figures: end -->"
+CLASSES = {"N<=16": "N ≤ 16", "N<=64": "17 to 64", "N<=255": "65 to 255", "N>=256": "N ≥ 256", "all": "all"}
+OURS = ("cpp", "triton", "cuda")
+
+Row = dict[str, str]
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def geomean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def where(row: Row) -> str:
+    threads = "" if not row["device"] or row["capability"].startswith("sm_") else f", {row['threads']} thread(s)"
+    return (
+        f"{row['device']} ({row['capability']}){threads}, torch {row['torch']}, {row['date']}, commit `{row['commit']}`"
+    )
+
+
+def ops(rows: list[Row], title: str) -> list[str]:
+    """Speed-up of the first own backend by class of shapes, and memory against eager."""
+    mine = [row for row in rows if row["provider"] in OURS and row["speedup_median"]]
+    if not mine:
+        return []
+    lines = [f"`patch_attention`, {title}. {where(mine[0])}.", ""]
+    lines += [
+        "| backend | dtype | tokens of a group | shapes | forward | worst | forward + backward | worst | peak memory |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for backend, dtype in dict.fromkeys((row["provider"], row["dtype"]) for row in mine):
+        chosen = [row for row in mine if (row["provider"], row["dtype"]) == (backend, dtype)]
+        for klass, shown in CLASSES.items():
+            rows_of = {
+                mode: [r for r in chosen if r["mode"] == mode and klass in ("all", r["size_class"])]
+                for mode in ("fwd", "full")
+            }
+            if not rows_of["fwd"] and not rows_of["full"]:
+                continue
+            cells = [backend, dtype, shown, str(max(map(len, rows_of.values())))]
+            for of_mode in rows_of.values():
+                speedups = [float(row["speedup_median"]) for row in of_mode]
+                cells += [f"{geomean(speedups):.2f}×", f"{min(speedups):.2f}×"] if speedups else ["–", "–"]
+            cells.append(memory(rows_of["full"], rows))
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def memory(mine: list[Row], rows: list[Row]) -> str:
+    """Peak memory of forward + backward as a share of eager's at the same shape, geometric mean."""
+    shape = ("op", "model", "label", "batch", "dtype", "layout", "mode")
+    eager = {tuple(r[k] for k in shape): r["peak_bytes"] for r in rows if r["provider"] == "eager" and r["peak_bytes"]}
+    ratios = [
+        float(row["peak_bytes"]) / float(eager[key])
+        for row in mine
+        if row["peak_bytes"] and (key := tuple(row[k] for k in shape)) in eager
+    ]
+    return f"{geomean(ratios):.2f} of eager's" if ratios else "–"
+
+
+def models(rows: list[Row]) -> list[str]:
+    rows = [row for row in rows if row["provider"] != "original"]
+    if not rows:
+        return []
+    lines = [f"Whole models of transformers, against the original. {where(rows[0])}.", ""]
+    lines += [
+        "| model | input | batch | what | mode | median | against the original |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    mode = {"fwd": "forward", "full": "forward + backward"}
+    for r in rows:
+        cells = (r["model"].split(":")[1], f"{r['size']}²", r["batch"], r["provider"], mode[r["mode"]])
+        lines.append(
+            f"| {' | '.join(cells)} | {float(r['median_us']) / 1e3:.1f} ms | {float(r['speedup_median']):.2f}× |"
+        )
+    return [*lines, ""]
+
+
+def render(results: Path) -> str:
+    """The block between the markers."""
+    lines: list[str] = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()) if results.exists() else []:
+        best = "times as fast as the best of eager, SDPA and torch.compile at each shape, geometric mean of medians"
+        lines += ops(read(folder / "patch_attention.csv"), best)
+        lines += ops(read(folder / "patch_attention_default_allocator.csv"), "the same with glibc's default allocator")
+        lines += models(read(folder / "mobilevit.csv"))
+    if not lines:
+        lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]
+    else:
+        lines += ["Shape by shape: `benchmarks/results/<device>/*.csv`; on your machine: `make bench`.", ""]
+    return BEGIN + "\n".join(lines) + END
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    wanted = before + render(ROOT / "benchmarks" / "results") + rest.split(END, 1)[1]
+    if options.check and wanted != text:
+        print("README.md is not what benchmarks/results says: run benchmarks/readme_table.py", file=sys.stderr)
+        return 1
+    if not options.check:
+        readme.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,364 @@
+"""Backward Triton kernels of patch_attention. triton_kernels.py says which runs when.
+
+With P the probabilities, recomputed from lse, and delta the row sums of dout * out:
+dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
+Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
+NaN and Inf stay in the unit that they came in.
+"""
+
+import triton
+import triton.language as tl
+
+from mvkernels.ops.patch_attention.triton_forward import bias_tile
+from mvkernels.ops.patch_attention.triton_tiles import (
+    LOG2E,
+    dense_strides,
+    dot3_nt,
+    dot_nt,
+    group_extent,
+    load_tile,
+    load_tile3,
+    pixel_of,
+    plane,
+    row_offsets,
+    row_sum,
+    rows3,
+    store_tile,
+    store_tile3,
+    unit_of,
+)
+
+_INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
+_GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
+_OUT = ["osb", "osh", "osd", "osy", "osx"]
+_SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
+
+
+@triton.jit
+def _probabilities(
+    q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+    D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
+    if BIAS:
+        scores += bias_tile(bias_ptr, head, m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
+    return tl.where(inside, tl.exp2(scores - lse2[:, None]), 0.0)
+
+
+# One program, one unit of at most BLOCK tokens, all in one tile: scores are computed once, each of q, k,
+# v, out, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES)
+def backward_unit(
+    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_DELTA: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch, head, gy, gx = unit_of(tl.program_id(0), heads, ph, pw)
+    wg = group_extent(gx, W, pw)
+    tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    k_ptr += plane(batch, head, ksb, ksh, LK, AK)
+    v_ptr += plane(batch, head, vsb, vsh, LV, AV)
+    g_ptr += plane(batch, head, gsb, gsh, LG, AG)
+    o_ptr += plane(batch, head, osb, osh, LO, AO)
+    dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
+    dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
+    dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
+    lse_plane = (batch * heads + head) * H * W
+
+    n = tl.arange(0, BLOCK)
+    keep = n < tokens
+    inside = keep[:, None] & keep[None, :]
+    y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
+    at = lse_plane + (x if LINEAR else y * W + x)
+    g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
+    o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
+    delta = row_sum(g0, g1, o0, o1, V1, 1)
+    if STORE_DELTA:
+        tl.store(delta_ptr + at, delta, mask=keep)
+    lse2 = tl.load(lse_ptr + at, mask=keep, other=0.0) * LOG2E
+    q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
+    k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
+    p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, n, n, bsh, bsm, bsn,
+                       D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+    pt = tl.trans(p.to(g0.dtype))
+    dv0 = tl.dot(pt, g0, input_precision=PRECISION)
+    dv1 = dv0
+    if V1 > 0:
+        dv1 = tl.dot(pt, g1, input_precision=PRECISION)
+    dv_rows = row_offsets(y, x, dvy, dvx, DLV, ADV, LINEAR)
+    store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
+    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
+    dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+    ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
+    dst = tl.trans(ds)
+    dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
+    dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
+    dq1 = dq0
+    dk1 = dk0
+    if D1 > 0:
+        dq1 = tl.dot(ds, k1, input_precision=PRECISION) * scale
+        dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
+    dq_rows = row_offsets(y, x, dqy, dqx, DLQ, AD, LINEAR)
+    dk_rows = row_offsets(y, x, dky, dkx, DLK, AD, LINEAR)
+    store_tile(dq_ptr, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ, AD, WIDE)
+    store_tile(dk_ptr, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK, AD, WIDE)
+
+
+# dQ of one block of queries, while all keys pass by. Pointers are those of the unit; strides come as
+# (y, x, channel); delta is computed on the way and left for the keys' pass.
+@triton.jit
+def _queries(
+    first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, delta_ptr,
+    scale, scale2, qs, ks, vs, gs, os, dqs, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    m = first + tl.arange(0, BLOCK_M)
+    keep_m = m < tokens
+    my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
+    at = mx if LINEAR else my * W + mx
+    g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
+                       DV, V0, V1, LG, AG, WIDE)  # fmt: skip
+    o0, o1 = load_tile(o_ptr, row_offsets(my, mx, os[0], os[1], LO, AO, LINEAR), keep_m, os[2],
+                       DV, V0, V1, LO, AO, WIDE)  # fmt: skip
+    delta = row_sum(g0, g1, o0, o1, V1, 1)
+    tl.store(delta_ptr + at, delta, mask=keep_m)
+    lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
+    q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
+                       D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        keep_n = n < tokens
+        y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
+        inside = keep_m[:, None] & keep_n[None, :]
+        k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
+                           D, D0, D1, LK, AK, WIDE)  # fmt: skip
+        v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
+                           DV, V0, V1, LV, AV, WIDE)  # fmt: skip
+        p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+                           D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+        dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+        ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
+        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        if D1 > 0:
+            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+    dq0 = dq0 * scale
+    if D1 > 0:
+        dq1 = dq1 * scale
+    rows = row_offsets(my, mx, dqs[0], dqs[1], DLQ, AD, LINEAR)
+    store_tile(dq_ptr, dq0, dq1, rows, keep_m, dqs[2], D, D0, D1, DLQ, AD, WIDE)
+
+
+# dK and dV of one block of keys, while all queries pass by, with the scores transposed (keys are the
+# rows), so that P^T and dS^T are operands as they come.
+@triton.jit
+def _keys(
+    first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr, dk_ptr, dv_ptr,
+    delta_ptr, scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    BIAS: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    n = first + tl.arange(0, BLOCK_N)
+    keep_n = n < tokens
+    y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
+    k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
+                       D, D0, D1, LK, AK, WIDE)  # fmt: skip
+    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
+                       DV, V0, V1, LV, AV, WIDE)  # fmt: skip
+    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 1], tl.float32)
+    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        keep_m = m < tokens
+        my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
+        inside = keep_n[:, None] & keep_m[None, :]
+        at = mx if LINEAR else my * W + mx
+        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + at, mask=keep_m, other=0.0)
+        q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
+                           D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
+        g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
+                           DV, V0, V1, LG, AG, WIDE)  # fmt: skip
+        scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
+        if BIAS:
+            scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
+        pt = tl.where(inside, tl.exp2(scores - lse2[None, :]), 0.0)
+        dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
+        dst = tl.where(inside, pt * (dpt - delta[None, :]), 0.0).to(q0.dtype)
+        pt = pt.to(g0.dtype)
+        dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION)
+        dk0 = tl.dot(dst, q0, dk0, input_precision=PRECISION)
+        if V1 > 0:
+            dv1 = tl.dot(pt, g1, dv1, input_precision=PRECISION)
+        if D1 > 0:
+            dk1 = tl.dot(dst, q1, dk1, input_precision=PRECISION)
+    dk0 = dk0 * scale
+    if D1 > 0:
+        dk1 = dk1 * scale
+    dk_rows = row_offsets(y, x, dks[0], dks[1], DLK, AD, LINEAR)
+    dv_rows = row_offsets(y, x, dvs[0], dvs[1], DLV, ADV, LINEAR)
+    store_tile(dk_ptr, dk0, dk1, dk_rows, keep_n, dks[2], D, D0, D1, DLK, AD, WIDE)
+    store_tile(dv_ptr, dv0, dv1, dv_rows, keep_n, dvs[2], DV, V0, V1, DLV, ADV, WIDE)
+
+
+# PHASES 3: one program takes a unit whole, first the blocks of queries, then the blocks of keys. Scores
+# are computed twice, but no accumulator of the whole unit has to live in registers, and what the second
+# phase reads is still in cache: memory sees each map once. PHASES 1 and 2: one program takes one block,
+# of queries or of keys; for large groups, and when units are too few to fill the machine.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES)
+def backward_blocks(
+    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
+    Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
+    LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    unit = pid // PROGRAMS_PER_UNIT
+    block = pid - unit * PROGRAMS_PER_UNIT
+    batch, head, gy, gx = unit_of(unit, heads, ph, pw)
+    wg = group_extent(gx, W, pw)
+    tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    k_ptr += plane(batch, head, ksb, ksh, LK, AK)
+    v_ptr += plane(batch, head, vsb, vsh, LV, AV)
+    g_ptr += plane(batch, head, gsb, gsh, LG, AG)
+    lse_ptr += (batch * heads + head) * H * W
+    delta_ptr += (batch * heads + head) * H * W
+    qs = (qsy, qsx, qsd)
+    ks = (ksy, ksx, ksd)
+    vs = (vsy, vsx, vsd)
+    gs = (gsy, gsx, gsd)
+    if PHASES != 2:
+        o_ptr += plane(batch, head, osb, osh, LO, AO)
+        dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
+        dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
+        first = block * Q_BLOCK_M
+        last = tl.minimum(first + Q_BLOCK_M, tokens) if PHASES == 1 else tokens
+        while first < last:
+            _queries(
+                first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr,
+                dq_ptr, delta_ptr, scale, scale2, qs, ks, vs, gs, (osy, osx, osd), (dqy, dqx, dqd), bsh, bsm, bsn,
+                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, LO, AO, DLQ, AD, BIAS, BIAS_ALIGN,
+                LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
+            )  # fmt: skip
+            first += Q_BLOCK_M
+    if PHASES == 3:
+        tl.debug_barrier()  # delta, written above by other threads of this program, is read below
+    if PHASES != 1:
+        dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
+        dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+        dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
+        dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
+        first = block * K_BLOCK_N
+        last = tl.minimum(first + K_BLOCK_N, tokens) if PHASES == 2 else tokens
+        while first < last:
+            _keys(
+                first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr,
+                dk_ptr, dv_ptr, delta_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
+                bsh, bsm, bsn,
+                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
+                LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
+            )  # fmt: skip
+            first += K_BLOCK_N
+
+
+# UNITS small units as one batched product, as in forward_packed: everything is in one tile, so scores
+# are computed once, and each of q, k, v, out, dout is read once, each gradient written once.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES + ["units"])
+def backward_packed(
+    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn, units,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    BIAS: tl.constexpr, STORE_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    batch, head, gy, gx = unit_of(unit, heads, ph, pw)
+    wg = group_extent(gx, W, pw)
+    tokens = tl.where(unit < units, group_extent(gy, H, ph) * wg, 0)
+    n = tl.arange(0, TOKENS)[None, :]
+    row = n // tl.maximum(wg, 1)[:, None]
+    y = (gy[:, None] + row * ph).to(tl.int64)
+    x = (gx[:, None] + (n - row * wg[:, None]) * pw).to(tl.int64)
+    keep = n < tokens[:, None]
+    inside = keep[:, :, None] & keep[:, None, :]
+    lse_at = ((batch * heads + head) * H * W)[:, None] + y * W + x
+
+    q_rows = rows3(batch * qsb + head * qsh, y, x, qsy, qsx, LQ, AQ)
+    k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
+    v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
+    g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
+    o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
+    g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG)
+    o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
+    delta = row_sum(g0, g1, o0, o1, V1, 2)
+    if STORE_DELTA:
+        tl.store(delta_ptr + lse_at, delta, mask=keep)
+    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
+    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
+    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
+    lse2 = tl.load(lse_ptr + lse_at, mask=keep, other=0.0) * LOG2E
+
+    scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
+    if BIAS:
+        at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
+        scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    p = tl.where(inside, tl.exp2(scores - lse2[:, :, None]), 0.0)
+    dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
+    ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)
+    dst = tl.permute(ds, (0, 2, 1))
+    pt = tl.permute(p.to(g0.dtype), (0, 2, 1))
+
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+    dv0 = tl.dot(pt, g0, input_precision=PRECISION)
+    dv1 = dv0
+    if V1 > 0:
+        dv1 = tl.dot(pt, g1, input_precision=PRECISION)
+    dv_rows = rows3(batch * dvb + head * dvh, y, x, dvy, dvx, DLV, ADV)
+    store_tile3(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV)
+
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
+    dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
+    dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
+    dq1 = dq0
+    dk1 = dk0
+    if D1 > 0:
+        dq1 = tl.dot(ds, k1, input_precision=PRECISION) * scale
+        dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
+    dq_rows = rows3(batch * dqb + head * dqh, y, x, dqy, dqx, DLQ, AD)
+    dk_rows = rows3(batch * dkb + head * dkh, y, x, dky, dkx, DLK, AD)
+    store_tile3(dq_ptr, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ)
+    store_tile3(dk_ptr, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK)

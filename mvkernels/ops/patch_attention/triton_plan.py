@@ -1,0 +1,302 @@
+"""Which kernels run a call of patch_attention, with what: all that follows from shapes, strides and dtype alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mvkernels import launch
+from mvkernels.launch import Device
+from mvkernels.ops.patch_attention import triton_backward, triton_bias, triton_forward
+from mvkernels.ops.patch_attention.triton_configs import OP, pieces
+
+_INT32 = 2**31
+_PARTIAL_BYTES = 64 << 20
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call without its data: all that kernels and their configurations may depend on."""
+
+    query: Shape
+    value_dim: int
+    strides: tuple[tuple[str, Shape], ...]
+    """Of ``q``, ``k``, ``v`` and, in the backward, ``g`` (the incoming gradient) and ``o``."""
+    bias: Shape | None
+    """Strides of the bias."""
+    bias_itemsize: int
+    patch: tuple[int, int]
+    dtype: torch.dtype
+    precision: str
+    device: Device
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch without its tensors. Arguments go: pointers, floats, ints, then constexprs by name."""
+
+    kernel: Any
+    name: str
+    grid: int
+    pointers: tuple[str, ...]
+    floats: tuple[str, ...]
+    ints: tuple[int, ...]
+    meta: dict[str, Any]
+    options: dict[str, int]
+
+    def __call__(self, tensors: dict[str, torch.Tensor], floats: dict[str, float]) -> None:
+        """Launch on the current device."""
+        self.kernel[(self.grid,)](
+            *[tensors[name] for name in self.pointers],
+            *[floats[name] for name in self.floats],
+            *self.ints,
+            **self.meta,
+            **self.options,
+        )
+
+
+def _low_bit(*values: int, limit: int) -> int:
+    # The largest power of two up to limit that divides all values.
+    common = math.gcd(limit, *values)
+    return common & -common
+
+
+class _Geometry:
+    """Sizes and strides as the kernels see them: patches clipped to the map, flat maps flattened."""
+
+    def __init__(self, problem: Problem):
+        batch, heads, d, height, width = problem.query
+        dv = problem.value_dim
+        ph, pw = min(problem.patch[0], height), min(problem.patch[1], width)
+        self.tokens = -(-height // ph) * -(-width // pw)
+        self.units = batch * heads * ph * pw
+        self.vector = 16 // problem.dtype.itemsize
+        strides = {}
+        for name, (sb, sh, sd, sy, sx) in problem.strides:
+            channels = dv if name in "vgo" else d
+            strides[name] = (
+                sb if batch > 1 else 0,
+                sh if heads > 1 else 0,
+                sd if channels > 1 else 1,
+                sy if height > 1 else 0,
+                sx if width > 1 else 0,
+            )
+        extents = [height * width * heads * max(d, dv)]
+        extents += [max(d, dv) * abs(s[2]) + height * abs(s[3]) + width * abs(s[4]) for s in strides.values()]
+        self.wide = max(extents) >= _INT32
+        self.linear = ph == pw == 1 and all(s[3] == width * s[4] or min(height, width) == 1 for s in strides.values())
+        if self.linear:
+            strides = {name: (sb, sh, sd, 0, sx if width > 1 else sy) for name, (sb, sh, sd, sy, sx) in strides.items()}
+            height, width = 1, height * width
+        self.strides = strides
+        self.sizes = (heads, height, width, ph, pw)
+        self.area = height * width
+        equal = self.linear or problem.bias is not None
+        self.n_align = _low_bit(self.tokens, limit=self.vector) if equal else 1
+        self.maps: dict[str, tuple[int, int]] = {name: self._layout(s) for name, s in strides.items()}
+        self.bias_align = 0
+        self.bias = (0, 0, 0)
+        if problem.bias is not None:
+            self.bias = problem.bias  # type: ignore[assignment]
+            if self.bias[2] == 1 or self.tokens == 1:
+                self.bias_align = _low_bit(self.bias[0], self.bias[1], limit=16 // problem.bias_itemsize)
+
+    def _layout(self, stride: Shape) -> tuple[int, int]:
+        sb, sh, sd, sy, sx = stride
+        if sd == 1:
+            return 1, _low_bit(sb, sh, sy, sx, limit=self.vector)
+        if sx == 1:
+            return 2, _low_bit(sb, sh, sd, self.area, limit=self.vector) if self.linear else 1
+        return 0, 1
+
+    def dense(self, channels_last: bool, channels: int) -> tuple[int, int]:
+        """(LAYOUT, ALIGN) of a map that we allocate."""
+        if channels_last:
+            return 1, _low_bit(channels, limit=self.vector)
+        return 2, _low_bit(self.area, limit=self.vector) if self.linear else 1
+
+    def ints(self, names: str) -> tuple[int, ...]:
+        return tuple(stride for name in names for stride in self.strides[name])
+
+
+def _key(problem: Problem, tokens: int) -> dict[str, Any]:
+    n = min(512, max(16, 1 << (tokens - 1).bit_length()))
+    dtype = "f16" if problem.dtype.itemsize == 2 else "f32" if problem.precision == "ieee" else "tf32"
+    return {"n": n, "d": problem.query[2], "dv": problem.value_dim, "dtype": dtype, "arch": problem.device.arch}
+
+
+def _split(kernel: str, problem: Problem, tokens: int) -> tuple[dict[str, Any], dict[str, int]]:
+    # The kernel's configuration: (constexprs, launch options).
+    config = launch.config(OP, kernel, problem.device.name, _key(problem, tokens))
+    options = {name: value for name, value in config.items() if name.islower()}
+    return {name: value for name, value in config.items() if not name.islower()}, options
+
+
+def _common(problem: Problem, geometry: _Geometry, names: str) -> dict[str, Any]:
+    exact = problem.dtype == torch.float32 and problem.precision == "ieee"
+    d0, d1 = pieces(problem.query[2], exact)
+    v0, v1 = pieces(problem.value_dim, exact)
+    meta: dict[str, Any] = {"D": problem.query[2], "D0": d0, "D1": d1, "DV": problem.value_dim, "V0": v0, "V1": v1}
+    for name in names:
+        meta["L" + name.upper()], meta["A" + name.upper()] = geometry.maps[name]
+    return meta | {"PRECISION": problem.precision}
+
+
+def _loop(problem: Problem, bound: int) -> int:
+    # 0: the kernel takes the bound from its own data.
+    return bound if problem.device.arch == "interpreter" else 0
+
+
+def _is_last(problem: Problem, name: str) -> bool:
+    return dict(problem.strides)[name][2] == 1
+
+
+@launch.memo
+def forward_launches(problem: Problem) -> list[Launch]:
+    """The launches of a forward call; tensors ``q k v o lse bias``, floats ``scale2``."""
+    geometry = _Geometry(problem)
+    meta = _common(problem, geometry, "qkv")
+    meta["LO"], meta["AO"] = geometry.dense(_is_last(problem, "q"), problem.value_dim)
+    meta["BIAS"] = problem.bias is not None
+    pointers = ("q", "k", "v", "o", "lse", "bias")
+    ints = geometry.ints("qkv") + geometry.sizes + geometry.bias
+    if geometry.tokens <= 32:
+        blocks, options = _split("forward_packed", problem, geometry.tokens)
+        grid = -(-geometry.units // blocks["UNITS"])
+        return [Launch(triton_forward.forward_packed, "forward_packed", grid, pointers, ("scale2",),
+                       (*ints, geometry.units), meta | blocks, options)]  # fmt: skip
+    blocks, options = _split("forward_rows", problem, geometry.tokens)
+    steps = -(-geometry.tokens // blocks["BLOCK_M"])
+    # Several query blocks a program save reading k and v again, once there are programs for all processors.
+    if geometry.units < 4 * problem.device.processors:
+        blocks["Q_BLOCKS"] = 1
+    blocks["Q_BLOCKS"] = min(blocks["Q_BLOCKS"], steps)
+    programs = -(-steps // blocks["Q_BLOCKS"])
+    meta |= {
+        "N_ALIGN": geometry.n_align,
+        "BIAS_ALIGN": geometry.bias_align,
+        "LINEAR": geometry.linear,
+        "WIDE": geometry.wide,
+        "ONE_PASS": geometry.tokens <= blocks["BLOCK_N"],
+        "PROGRAMS_PER_UNIT": programs,
+        "LOOP": _loop(problem, geometry.tokens),
+    }
+    return [Launch(triton_forward.forward_rows, "forward_rows", geometry.units * programs, pointers, ("scale2",),
+                   ints, meta | blocks, options)]  # fmt: skip
+
+
+@launch.memo
+def backward_launches(problem: Problem, need_bias: bool) -> tuple[list[Launch], bool, int]:
+    """(launches, whether they use ``delta``, slices of the bias's partial sums).
+
+    Tensors ``q k v g o lse bias dq dk dv delta partial dbias``, floats ``scale scale2``.
+    """
+    geometry = _Geometry(problem)
+    d, dv = problem.query[2], problem.value_dim
+    meta = _common(problem, geometry, "qkvgo") | {"BIAS": problem.bias is not None}
+    for name, channels in ("q", d), ("k", d), ("v", dv):
+        meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels)
+        # One alignment serves dq and dk: the smaller of theirs.
+        which = "ADV" if name == "v" else "AD"
+        meta[which] = min(align, meta.get(which, align))
+    flat: dict[str, Any] = {
+        "N_ALIGN": geometry.n_align,
+        "BIAS_ALIGN": geometry.bias_align,
+        "LINEAR": geometry.linear,
+        "WIDE": geometry.wide,
+    }
+    inputs = ("q", "k", "v", "g")
+    every = (*inputs, "o", "lse", "bias", "dq", "dk", "dv", "delta")
+    scales = ("scale", "scale2")
+    ints = geometry.ints("qkvgo") + geometry.sizes + geometry.bias
+    launches = []
+    uses_delta = need_bias
+    unit_blocks, unit_options = _split("backward_unit", problem, geometry.tokens)
+    limit = unit_blocks.pop("MAX_TOKENS")
+    if geometry.tokens <= 32:
+        blocks, options = _split("backward_packed", problem, geometry.tokens)
+        launches.append(
+            Launch(
+                triton_backward.backward_packed,
+                "backward_packed",
+                -(-geometry.units // blocks["UNITS"]),
+                every,
+                scales,
+                (*ints, geometry.units),
+                meta | {"STORE_DELTA": need_bias} | blocks,
+                options,
+            )
+        )
+    elif geometry.tokens <= limit:
+        launches.append(
+            Launch(
+                triton_backward.backward_unit,
+                "backward_unit",
+                geometry.units,
+                every,
+                scales,
+                ints,
+                meta | flat | {"STORE_DELTA": need_bias} | unit_blocks,
+                unit_options,
+            )
+        )
+    else:
+        uses_delta = True
+        blocks, options = _split("backward_blocks", problem, geometry.tokens)
+        fused = geometry.tokens <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
+        meta |= flat | blocks | {"LOOP": _loop(problem, geometry.tokens)}
+        for phases, size in ((3, geometry.tokens),) if fused else ((1, blocks["Q_BLOCK_M"]), (2, blocks["K_BLOCK_N"])):
+            programs = -(-geometry.tokens // size)
+            mine = {"PHASES": phases, "PROGRAMS_PER_UNIT": programs}
+            launches.append(
+                Launch(
+                    triton_backward.backward_blocks,
+                    "backward_blocks",
+                    geometry.units * programs,
+                    every,
+                    scales,
+                    ints,
+                    meta | mine,
+                    options,
+                )
+            )
+    slices = 0
+    if need_bias:
+        blocks, options = _split("bias_partials", problem, geometry.tokens)
+        heads = problem.query[1]
+        m_blocks = -(-geometry.tokens // blocks["BLOCK_M"])
+        n_blocks = -(-geometry.tokens // blocks["BLOCK_N"])
+        size = heads * geometry.tokens**2
+        rest_units = geometry.units // heads
+        slices = -(-4 * problem.device.processors // (heads * m_blocks * n_blocks))
+        slices = max(1, min(slices, rest_units, _PARTIAL_BYTES // (4 * size)))
+        launches.append(
+            Launch(
+                triton_bias.bias_partials,
+                "bias_partials",
+                heads * m_blocks * n_blocks * slices,
+                (*inputs, "lse", "bias", "delta", "partial"),
+                ("scale2",),
+                (*geometry.ints("qkvg"), *geometry.sizes, *geometry.bias, slices, rest_units, m_blocks, n_blocks),
+                _common(problem, geometry, "qkvg") | flat | {"LOOP": _loop(problem, -(-rest_units // slices))} | blocks,
+                options,
+            )
+        )
+        launches.append(
+            Launch(
+                triton_bias.bias_sum,
+                "bias_sum",
+                -(-size // 1024),
+                ("partial", "dbias"),
+                (),
+                (size, slices),
+                {"BLOCK": 1024, "LOOP": _loop(problem, slices)},
+                {"num_warps": 4, "num_stages": 1},
+            )
+        )
+    return launches, uses_delta, slices

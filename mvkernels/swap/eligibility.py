@@ -1,0 +1,139 @@
+"""What makes a module one that a fused block may compute in place of the original.
+
+A check answers with a reason, or with an empty string, so that checks chain with ``or``. They run
+before every call of a swapped block (hooks, adapters and training mode come and go), so they are
+attribute reads and comparisons, and nothing that torch.compile could not trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_log = logging.getLogger("mvkernels")
+_logged: set[tuple[str, str]] = set()
+
+_ELEMENTWISE = frozenset(
+    {
+        nn.CELU,
+        nn.ELU,
+        nn.GELU,
+        nn.Hardsigmoid,
+        nn.Hardswish,
+        nn.Identity,
+        nn.LeakyReLU,
+        nn.Mish,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SELU,
+        nn.SiLU,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.Tanh,
+    }
+)
+_ELEMENTWISE_FILES = ("transformers.activations", "timm.layers.activations")
+_DENSE = (Tensor, nn.Parameter)
+
+
+def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
+    """``module`` must be exactly a ``kind``, with its class's own forward and no hooks.
+
+    Subclasses, parametrizations, adapters and quantized layers have another type; the old weight_norm
+    and pruning work through hooks.
+    """
+    if type(module) is not kind:
+        return f"{what} is a {type(module).__name__}, want a plain {kind.__name__}"
+    return not_hooked(module, what)
+
+
+def not_hooked(module: nn.Module, what: str) -> str:
+    """Nobody may listen to, or have replaced, a forward that the fused block does not call."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{what} has a hook"
+    if "forward" in module.__dict__:
+        return f"{what} has had its forward replaced"
+    return ""
+
+
+def not_linear(module: Any, like: Tensor | None, what: str) -> str:
+    """A plain Linear, of dense parameters with the dtype and device of ``like``."""
+    reason = not_plain(module, nn.Linear, what)
+    if reason or like is None:
+        return reason
+    weight = module.weight
+    if weight.dtype != like.dtype or weight.device != like.device:
+        return f"{what} has another dtype or device than the rest"
+    if type(weight) not in _DENSE and not torch.compiler.is_compiling():
+        return f"{what} has a {type(weight).__name__} as weight"
+    return ""
+
+
+def not_pointwise_conv(module: Any, what: str) -> str:
+    """A plain 1×1 convolution with stride 1, no padding and one group."""
+    reason = not_plain(module, nn.Conv2d, what)
+    if reason:
+        return reason
+    if (
+        module.kernel_size != (1, 1)
+        or module.stride != (1, 1)
+        or module.padding not in ((0, 0), 0, "valid", "same")
+        or module.groups != 1
+    ):
+        return f"{what} is not a plain 1x1 convolution"
+    return ""
+
+
+def not_layer_norm(module: Any, dim: int, what: str) -> str:
+    """A plain LayerNorm over the last axis."""
+    reason = not_plain(module, nn.LayerNorm, what)
+    if not reason and module.normalized_shape != (dim,):
+        return f"{what} normalizes over {module.normalized_shape}, want ({dim},)"
+    return reason
+
+
+def not_elementwise(module: Any, what: str) -> str:
+    """An activation known to treat every element alike, whatever the shape."""
+    kind = type(module)
+    if kind not in _ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
+        return f"{what} is a {kind.__name__}, not known to be element-wise"
+    return not_hooked(module, what)
+
+
+def drops_attention(module: Any, what: str) -> str:
+    """Dropout on the attention probabilities, which the fused kernel does not form, is allowed at rest only."""
+    reason = not_plain(module, nn.Dropout, what)
+    if not reason and module.p > 0 and module.training:
+        return f"dropout on the attention probabilities (p={module.p}) is active in training mode"
+    return reason
+
+
+def unusual_call(x: Any) -> str:
+    """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return "the input is not a 4-D tensor"
+    if torch.compiler.is_compiling():
+        return ""
+    if type(x) not in _DENSE and type(x).__name__ != "FakeTensor":
+        return f"the input is a {type(x).__name__}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is running"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    return ""
+
+
+def log_once(module: nn.Module, reason: str) -> None:
+    """Say once for each class and reason that a swapped module takes its original forward."""
+    if torch.compiler.is_compiling():
+        return
+    key = (type(module).__name__, reason)
+    if key not in _logged:
+        _logged.add(key)
+        _log.warning("%s takes its original forward: %s", *key)

@@ -1,0 +1,160 @@
+"""Finding attention modules, and giving them a fused class."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from mvkernels.backend import requested
+from mvkernels.swap.eligibility import not_hooked
+from mvkernels.swap.report import SwapEntry, SwapReport, restore_module
+
+Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A third party's class, known by name, so that its package is imported only once a model has brought it."""
+
+    source: str
+    """The module that defines the class."""
+    class_name: str
+    adapter: str
+    """The file here that has ``SWAPPED``, a subclass of that class, and ``why_not(module) -> str``."""
+
+
+# A further family is one file and one line.
+FAMILIES = (
+    Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
+    Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
+)
+
+
+def swap(model: nn.Module, only: Only | None = None, backend: str | None = None) -> SwapReport:
+    """Swap the attention blocks of ``model`` for fused ones, in place.
+
+    A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone, so the
+    state_dict is the same. What the fused block would not compute exactly as the original is declined
+    with a reason; what changes later (a hook or an adapter inside, dropout on the attention
+    probabilities, torch.jit tracing) sends the call to the original forward, which is logged once.
+
+    Args:
+        model: any module, or a block itself.
+        only: a name, names, or a predicate on (name, module), to choose among the blocks found.
+        backend: handed to the fused ops of these blocks (None: chosen at each call).
+
+    Returns:
+        A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they
+        are, with ``swapped`` true and the reason "already swapped", and are not in ``count``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``only`` none of its forms.
+        ValueError: a name in ``only`` is no attention module of the model, or the backend is unknown.
+
+    A named backend that cannot run raises BackendUnavailable when the block is called.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap: model is a {type(model).__name__}, want a torch.nn.Module")
+    if backend is not None:
+        requested(backend)
+    found = find(model)
+    chosen = _predicate(only, [name for name, _, _ in found])
+    report = SwapReport()
+    for name, module, family in found:
+        original: type[nn.Module] = getattr(type(module), "mvk_original", type(module))
+        if original is not type(module):
+            reason, swapped = "already swapped", True
+        elif not chosen(name, module):
+            reason, swapped = "not chosen by only", False
+        elif family is None:
+            reason, swapped = "no fused form of this class is known", False
+        else:
+            adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
+            reason = _why_not(module, adapter)
+            swapped = not reason
+            if swapped:
+                module.__class__ = adapter.SWAPPED
+                if backend is not None:
+                    module.mvk_backend = backend  # type: ignore[assignment]
+                report._changed.append((module, original))
+        report.entries.append(SwapEntry(name, original.__name__, swapped, reason))
+    return report
+
+
+def unswap(model: nn.Module) -> None:
+    """Restore every swapped module of ``model``, whoever swapped it."""
+    for module in model.modules():
+        original = getattr(type(module), "mvk_original", None)
+        if original is not None:
+            restore_module(module, original)
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, Family | None]]:
+    """Attention modules in the order of the model: the blocks of the families, and other classes called attention.
+
+    Of the others, those outside the blocks, and the innermost where they nest.
+    """
+    found: list[tuple[str, nn.Module, Family | None]] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        family = _family(type(module))
+        if family is not None:
+            found.append((name, module, family))
+            inside += (f"{name}." if name else "",)
+        elif "attention" in type(module).__name__.lower() and not _contains(module):
+            found.append((name, module, None))
+    return found
+
+
+def _contains(module: nn.Module) -> bool:
+    """Whether an attention module is somewhere inside."""
+    inner = (type(m) for m in module.modules() if m is not module)
+    return any("attention" in kind.__name__.lower() or _family(kind) is not None for kind in inner)
+
+
+def _family(kind: type) -> Family | None:
+    """The family whose class is ``kind``, or is among its bases."""
+    names = {(base.__module__, base.__qualname__) for base in kind.__mro__}
+    return next((f for f in FAMILIES if (f.source, f.class_name) in names), None)
+
+
+def _why_not(module: nn.Module, adapter: ModuleType) -> str:
+    original = adapter.SWAPPED.mvk_original
+    if type(module) is not original:
+        return f"a subclass of {original.__name__}, which may compute something else"
+    if "forward" in module.__dict__:
+        return not_hooked(module, "it") or "it has had its forward replaced"
+    if len(inspect.signature(original.forward).parameters) != 2:
+        return "this version of the package has another forward"
+    try:
+        return adapter.why_not(module)
+    except AttributeError as error:
+        return f"this version of the package is laid out differently: {error}"
+
+
+def _predicate(only: Only | None, names: list[str]) -> Callable[[str, nn.Module], bool]:
+    if only is None:
+        return lambda name, module: True
+    if isinstance(only, str):
+        only = [only]
+    if callable(only):
+        return only
+    if not isinstance(only, Iterable):
+        raise TypeError(f"swap: only is a {type(only).__name__}, want a name, names, or a predicate on (name, module)")
+    wanted = list(only)
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(f"swap: only has a {type(name).__name__}, want names")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "there is none in it"
+            raise ValueError(f"swap: only: {name!r} is no attention module of the model: {hint}")
+    return lambda name, module: name in wanted

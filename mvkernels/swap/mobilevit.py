@@ -1,0 +1,45 @@
+"""The middle of a MobileViT block: from the 1×1 convolution in to the 1×1 convolution out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvkernels.nn import patch_transformer_layer, pointwise_to_channels_first, pointwise_to_channels_last
+
+
+def transform(
+    features: Tensor,
+    conv_in: nn.Conv2d,
+    layers: Sequence[dict[str, Any]],
+    norm: nn.Module,
+    conv_out: nn.Conv2d,
+    patch_size: tuple[int, int],
+    backend: str | None,
+) -> Tensor:
+    """features (B, C, H, W) -> (B, C_out, H, W): 1×1 convolution, layers, LayerNorm, 1×1 convolution.
+
+    ``layers`` are the arguments of :func:`patch_transformer_layer`. A map that the patch does not divide
+    is resized before the layers and back after them (bilinear, corners not aligned), as MobileViT does.
+    """
+    height, width = features.shape[-2:]
+    size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
+    resized = size != (height, width)
+    x = pointwise_to_channels_last(features, conv_in.weight, conv_in.bias)
+    if resized:
+        x = _resize(x, size)
+    for layer in layers:
+        x = patch_transformer_layer(x, **layer, patch_size=patch_size, backend=backend)
+    x = norm(x)
+    if resized:
+        x = _resize(x, (height, width))
+    return pointwise_to_channels_first(x, conv_out.weight, conv_out.bias)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, on (B, H, W, C)."""
+    x = F.interpolate(x.permute(0, 3, 1, 2), size=size, mode="bilinear", align_corners=False)
+    return x.permute(0, 2, 3, 1).contiguous()

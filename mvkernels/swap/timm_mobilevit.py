@@ -1,0 +1,144 @@
+"""timm's MobileViT (v1): the whole ``MobileVitBlock``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Attention, ConvNormAct, DropPath, Mlp
+from timm.models.mobilevit import MobileVitBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mvkernels.swap.eligibility import (
+    drops_attention,
+    log_once,
+    not_elementwise,
+    not_layer_norm,
+    not_linear,
+    not_plain,
+    not_pointwise_conv,
+    unusual_call,
+)
+from mvkernels.swap.mobilevit import transform
+from mvkernels.swap.watch import examine
+
+_WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
+
+
+def why_not(block: Any) -> str:
+    """Why the fused block cannot stand for this ``MobileVitBlock`` as it is now; empty if it can."""
+    into, out = block.conv_1x1, block.conv_proj
+    reason = (
+        not_pointwise_conv(into, "conv_1x1")
+        or not_plain(out, ConvNormAct, "conv_proj")
+        or not_pointwise_conv(out.conv, "conv_proj.conv")
+        or not_plain(block.transformer, nn.Sequential, "transformer")
+        or not_layer_norm(block.norm, into.out_channels, "norm")
+    )
+    if reason:
+        return reason
+    like = block.norm.weight
+    for layer in block.transformer:
+        reason = _why_not_layer(layer, like)
+        if reason:
+            return f"transformer block: {reason}"
+    return ""
+
+
+def _why_not_layer(layer: Any, like: Tensor) -> str:
+    attention, mlp = layer.attn, layer.mlp
+    reason = not_plain(layer, Block, "it") or not_plain(attention, Attention, "attn") or not_plain(mlp, Mlp, "mlp")
+    if reason:
+        return reason
+    if attention.gate is not None:
+        return "attn has a gate"
+    return (
+        not_linear(attention.qkv, like, "attn.qkv")
+        or not_plain(attention.q_norm, nn.Identity, "attn.q_norm")
+        or not_plain(attention.k_norm, nn.Identity, "attn.k_norm")
+        or not_plain(attention.norm, nn.Identity, "attn.norm")
+        or drops_attention(attention.attn_drop, "attn.attn_drop")
+        or not_linear(attention.proj, like, "attn.proj")
+        or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
+        or not_plain(layer.ls1, nn.Identity, "ls1")
+        or not_plain(layer.ls2, nn.Identity, "ls2")
+        or _drops_path(layer.drop_path1, "drop_path1")
+        or _drops_path(layer.drop_path2, "drop_path2")
+        or not_layer_norm(layer.norm1, attention.qkv.in_features, "norm1")
+        or not_layer_norm(layer.norm2, mlp.fc1.in_features, "norm2")
+        or not_linear(mlp.fc1, like, "mlp.fc1")
+        or not_elementwise(mlp.act, "mlp.act")
+        or not_plain(mlp.drop1, nn.Dropout, "mlp.drop1")
+        or not_plain(mlp.norm, nn.Identity, "mlp.norm")
+        or not_linear(mlp.fc2, like, "mlp.fc2")
+        or not_plain(mlp.drop2, nn.Dropout, "mlp.drop2")
+    )
+
+
+def _drops_path(module: Any, what: str) -> str:
+    # Each of the patch's pixel groups is dropped on its own, which a map has no place for.
+    if type(module) is nn.Identity:
+        return not_plain(module, nn.Identity, what)
+    reason = not_plain(module, DropPath, what)
+    if not reason and module.drop_prob > 0 and module.training:
+        return f"drop path (p={module.drop_prob}) is active in training mode"
+    return reason
+
+
+class SwappedMobileVitBlock(MobileVitBlock):
+    """A ``MobileVitBlock`` that computes its transformer on the map, with the fused attention.
+
+    Never built: :func:`mvkernels.swap` gives an existing block this class, and restoring gives it its
+    own again. Parameters, hooks and state stay where they are.
+    """
+
+    mvk_original = MobileVitBlock
+    mvk_backend: str | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
+        reason = "it was called with more than x" if args or kwargs else unusual_call(x)
+        if not reason:
+            reason, layers = examine(self, _WATCHED, _examine)
+        if reason:
+            log_once(self, reason)
+            return MobileVitBlock.forward(self, x, *args, **kwargs)
+
+        projection: Any = self.conv_proj
+        y = transform(
+            self.conv_kxk(x), self.conv_1x1, layers, self.norm, projection.conv, self.patch_size, self.mvk_backend
+        )
+        y = projection.bn(y)
+        if projection.aa is not None:
+            y = projection.aa(y)
+        if self.conv_fusion is not None:
+            y = self.conv_fusion(torch.cat((x, y), dim=1))
+        return y
+
+
+def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
+    reason = why_not(block)
+    return reason, [] if reason else [_layer(layer) for layer in block.transformer]
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    attention, mlp = layer.attn, layer.mlp
+    return {
+        "norm1": layer.norm1,
+        "qkv": attention.qkv,
+        "proj": attention.proj,
+        "norm2": layer.norm2,
+        "fc1": mlp.fc1,
+        "activation": mlp.act,
+        "fc2": mlp.fc2,
+        "heads": attention.num_heads,
+        # Where timm runs scaled_dot_product_attention it does not look at its own scale.
+        "scale": None if attention.fused_attn else attention.scale,
+        "proj_dropout": attention.proj_drop,
+        "hidden_dropout": mlp.drop1,
+        "out_dropout": mlp.drop2,
+    }
+
+
+SWAPPED = SwappedMobileVitBlock

@@ -1,0 +1,156 @@
+"""transformers' MobileViT: the whole ``MobileViTLayer``, with the stride-2 block that it begins with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.mobilevit.modeling_mobilevit import (
+    MobileViTAttention,
+    MobileViTConvLayer,
+    MobileViTIntermediate,
+    MobileViTLayer,
+    MobileViTOutput,
+    MobileViTSelfAttention,
+    MobileViTSelfOutput,
+    MobileViTTransformer,
+    MobileViTTransformerLayer,
+)
+
+from mvkernels.swap.eligibility import (
+    drops_attention,
+    log_once,
+    not_elementwise,
+    not_layer_norm,
+    not_linear,
+    not_plain,
+    not_pointwise_conv,
+    unusual_call,
+)
+from mvkernels.swap.mobilevit import transform
+from mvkernels.swap.watch import examine
+
+_WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
+
+
+def why_not(block: Any) -> str:
+    """Why the fused block cannot stand for this ``MobileViTLayer`` as it is now; empty if it can."""
+    into, out, transformer = block.conv_1x1, block.conv_projection, block.transformer
+    reason = (
+        not_plain(into, MobileViTConvLayer, "conv_1x1")
+        or not_pointwise_conv(into.convolution, "conv_1x1.convolution")
+        or not_plain(out, MobileViTConvLayer, "conv_projection")
+        or not_pointwise_conv(out.convolution, "conv_projection.convolution")
+        or not_plain(transformer, MobileViTTransformer, "transformer")
+        or not_plain(transformer.layer, nn.ModuleList, "transformer.layer")
+        or not_layer_norm(block.layernorm, into.convolution.out_channels, "layernorm")
+    )
+    if reason:
+        return reason
+    if into.normalization is not None or into.activation is not None:
+        return "conv_1x1 has a normalization or an activation"
+    like = block.layernorm.weight
+    for layer in transformer.layer:
+        reason = _why_not_layer(layer, like)
+        if reason:
+            return f"transformer layer: {reason}"
+    return ""
+
+
+def _why_not_layer(layer: Any, like: Tensor) -> str:
+    reason = (
+        not_plain(layer, MobileViTTransformerLayer, "it")
+        or not_plain(layer.attention, MobileViTAttention, "attention")
+        or not_plain(layer.attention.attention, MobileViTSelfAttention, "attention.attention")
+        or not_plain(layer.attention.output, MobileViTSelfOutput, "attention.output")
+        or not_plain(layer.intermediate, MobileViTIntermediate, "intermediate")
+        or not_plain(layer.output, MobileViTOutput, "output")
+    )
+    if reason:
+        return reason
+    attention, self_output = layer.attention.attention, layer.attention.output
+    query, key, value = attention.query, attention.key, attention.value
+    reason = (
+        not_linear(query, like, "query")
+        or not_linear(key, like, "key")
+        or not_linear(value, like, "value")
+        or drops_attention(attention.dropout, "attention.dropout")
+        or not_linear(self_output.dense, like, "attention.output.dense")
+        or not_plain(self_output.dropout, nn.Dropout, "attention.output.dropout")
+        or not_linear(layer.intermediate.dense, like, "intermediate.dense")
+        or not_elementwise(layer.intermediate.intermediate_act_fn, "intermediate_act_fn")
+        or not_linear(layer.output.dense, like, "output.dense")
+        or not_plain(layer.output.dropout, nn.Dropout, "output.dropout")
+        or not_layer_norm(layer.layernorm_before, query.in_features, "layernorm_before")
+        or not_layer_norm(layer.layernorm_after, query.in_features, "layernorm_after")
+    )
+    if not reason and not (
+        query.weight.shape == key.weight.shape == value.weight.shape
+        and (query.bias is None) == (key.bias is None) == (value.bias is None)
+    ):
+        return "query, key and value are not alike"
+    return reason
+
+
+class SwappedMobileViTLayer(MobileViTLayer):
+    """A ``MobileViTLayer`` that computes its transformer on the map, with the fused attention.
+
+    Never built: :func:`mvkernels.swap` gives an existing layer this class, and restoring gives it its
+    own again. Parameters, hooks and state stay where they are.
+    """
+
+    mvk_original = MobileViTLayer
+    mvk_backend: str | None = None
+
+    def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
+        reason = "it was called with more than features" if args or kwargs else unusual_call(features)
+        if not reason:
+            reason, layers = examine(self, _WATCHED, _examine)
+        if reason:
+            log_once(self, reason)
+            return MobileViTLayer.forward(self, features, *args, **kwargs)
+
+        if self.downsampling_layer is not None:
+            features = self.downsampling_layer(features)
+        residual = features
+        projection = self.conv_projection
+        features = transform(
+            self.conv_kxk(features),
+            self.conv_1x1.convolution,
+            layers,
+            self.layernorm,
+            projection.convolution,
+            (self.patch_height, self.patch_width),  # type: ignore[arg-type]
+            self.mvk_backend,
+        )
+        if projection.normalization is not None:
+            features = projection.normalization(features)
+        if projection.activation is not None:
+            features = projection.activation(features)
+        return self.fusion(torch.cat((residual, features), dim=1))
+
+
+def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
+    reason = why_not(block)
+    return reason, [] if reason else [_layer(layer) for layer in block.transformer.layer]
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    attention, self_output = layer.attention.attention, layer.attention.output
+    return {
+        "norm1": layer.layernorm_before,
+        "qkv": (attention.query, attention.key, attention.value),
+        "proj": self_output.dense,
+        "norm2": layer.layernorm_after,
+        "fc1": layer.intermediate.dense,
+        "activation": layer.intermediate.intermediate_act_fn,
+        "fc2": layer.output.dense,
+        "heads": attention.num_attention_heads,
+        "proj_dropout": self_output.dropout,
+        "out_dropout": layer.output.dropout,
+    }
+
+
+SWAPPED = SwappedMobileViTLayer

@@ -1,0 +1,26 @@
+import importlib.util
+from pathlib import Path
+
+import torch
+
+
+def _operators_load() -> bool:
+    """Whether torchvision's compiled operators fit this torch."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return False
+    libraries = list(Path(spec.origin).parent.glob("_C*.*"))
+    try:
+        for library in libraries:
+            torch.ops.load_library(library)
+    except OSError:
+        return False
+    return bool(libraries)
+
+
+# timm and transformers import torchvision where it is installed, and that import fails if the compiled operators do
+# not load, unless these two are known. The name keeps the definitions: they go when the Library is collected.
+if not _operators_load():
+    _torchvision = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

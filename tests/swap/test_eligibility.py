@@ -1,0 +1,270 @@
+"""What is declined, and what sends a swapped block back to its original forward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from mvkernels.nn import patch_transformer
+from mvkernels.swap import swap
+
+from .conftest import timm_block
+
+
+class Adapter(nn.Linear):
+    """A Linear by name and shape, which computes more."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x.mean()
+
+
+def replace(block: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(parent), leaf, new)
+
+
+def adapt(block, family):
+    old = block.get_submodule(family.linear)
+    new = Adapter(old.in_features, old.out_features)
+    new.load_state_dict(old.state_dict())
+    replace(block, family.linear, new)
+
+
+def parametrize(block, family):
+    parametrizations.weight_norm(block.get_submodule(family.linear))
+
+
+def mix_dtypes(block, family):
+    block.get_submodule(family.linear).bfloat16()
+
+
+def replace_forward(block, family):
+    linear = block.get_submodule(family.linear)
+    linear.forward = lambda x, forward=linear.forward: 2 * forward(x)
+
+
+CHANGES = {
+    "adapter": (adapt, "Adapter"),
+    "parametrization": (parametrize, "ParametrizedLinear"),
+    "pruning": (lambda b, f: prune.l1_unstructured(b.get_submodule(f.linear), "weight", 0.5), "hook"),
+    "forward hook": (lambda b, f: b.get_submodule(f.linear).register_forward_hook(lambda m, i, o: 2 * o), "hook"),
+    "forward pre-hook": (
+        lambda b, f: b.get_submodule(f.container).register_forward_pre_hook(lambda m, i: (2 * i[0],)),
+        "hook",
+    ),
+    "backward hook": (lambda b, f: b.get_submodule(f.attention).register_full_backward_hook(lambda *a: None), "hook"),
+    "forward of the instance": (replace_forward, "forward replaced"),
+    "softmax": (lambda b, f: replace(b, f.activation, nn.Softmax(-1)), "not known to be element-wise"),
+    "activation with parameters": (lambda b, f: replace(b, f.activation, nn.PReLU()), "not known to be element-wise"),
+}
+
+
+def calls_of_attention(monkeypatch) -> list[int]:
+    """Grows by one whenever the fused attention is called."""
+    seen: list[int] = []
+    original = patch_transformer.patch_attention
+
+    def spy(*args, **kwargs):
+        seen.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(patch_transformer, "patch_attention", spy)
+    return seen
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_declined_when_swapped(family, change):
+    block = family.block()
+    alter, reason = CHANGES[change]
+    alter(block, family)
+    original, x = type(block), torch.randn(1, 12, 8, 8)
+    expected = block(x)
+    report = swap(block)
+    assert report.count == 0 and not report.entries[0].swapped
+    assert reason in report.entries[0].reason
+    assert type(block) is original
+    assert torch.equal(block(x), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_after_the_swap(family, change, monkeypatch, caplog):
+    """The original forward is taken, with whatever was changed in it, and said once."""
+    block = family.block()
+    swap(block)
+    x = torch.randn(1, 12, 8, 8)
+    seen = calls_of_attention(monkeypatch)
+    block(x)
+    assert len(seen) == 2
+    alter, reason = CHANGES[change]
+    twin = copy.deepcopy(block)
+    twin.__class__ = type(twin).mvk_original
+    for module in (block, twin):
+        torch.manual_seed(1)
+        alter(module, family)
+    with caplog.at_level(logging.WARNING, logger="mvkernels"):
+        out = block(x)
+        assert torch.equal(block(x), out)
+    assert len(seen) == 2
+    assert torch.equal(out, twin(x))
+    assert [reason in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_hook_removed_again(family, monkeypatch):
+    block = family.block()
+    swap(block)
+    x = torch.randn(1, 12, 8, 8)
+    seen = calls_of_attention(monkeypatch)
+    recorded = []
+    handle = block.get_submodule(family.linear).register_forward_hook(lambda m, i, o: recorded.append(i[0].shape))
+    block(x)
+    assert not seen and recorded[0][0] == 4  # the tokens of four groups, as in the original
+    handle.remove()
+    block(x)
+    assert len(seen) == 2 and len(recorded) == 1
+
+
+def test_hooks_of_the_block_itself_still_fire(family):
+    block = family.block()
+    fired = []
+    block.register_forward_pre_hook(lambda m, i: fired.append("pre"))
+    block.register_forward_hook(lambda m, i, o: fired.append("forward"))
+    block.register_full_backward_hook(lambda m, i, o: fired.append("backward"))
+    assert swap(block).count == 1
+    block(torch.randn(1, 12, 8, 8, requires_grad=True)).sum().backward()
+    assert fired == ["pre", "forward", "backward"]
+
+
+def test_attention_dropout(family, monkeypatch):
+    block = family.block(**family.attention_dropout)
+    assert "dropout on the attention probabilities" in swap(block.train()).entries[0].reason
+    report = swap(block.eval())
+    assert report.count == 1
+    seen = calls_of_attention(monkeypatch)
+    x = torch.randn(2, 12, 8, 8)
+    block(x)
+    assert len(seen) == 2
+    twin = copy.deepcopy(block).train()
+    twin.__class__ = type(twin).mvk_original
+    block.train()
+    outputs = []
+    for module in (block, twin):
+        torch.manual_seed(3)
+        outputs.append(module(x))
+    assert torch.equal(*outputs)
+    assert len(seen) == 2
+
+
+def test_replaced_forward_of_the_block(family):
+    """accelerate and others put a forward on the instance, which a class cannot replace."""
+    block = family.block()
+    block.forward = lambda x: x
+    report = swap(block)
+    assert not report.entries[0].swapped and "forward replaced" in report.entries[0].reason
+
+
+def test_more_arguments_go_to_the_original(family):
+    block = family.block()
+    swap(block)
+    with pytest.raises(TypeError):
+        block(torch.randn(1, 12, 8, 8), torch.ones(1))
+    with pytest.raises(TypeError):
+        block(torch.randn(1, 12, 8, 8), output_attentions=True)
+
+
+def test_keyword_input(family):
+    block = family.block()
+    x = torch.randn(1, 12, 8, 8)
+    expected = block(x)
+    swap(block)
+    name = "features" if family.class_name == "MobileViTLayer" else "x"
+    torch.testing.assert_close(block(**{name: x}), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda a, layer: setattr(a, "q_norm", nn.LayerNorm(6)), "q_norm"),
+        (lambda a, layer: setattr(a, "norm", nn.LayerNorm(24)), "attn.norm"),
+        (lambda a, layer: setattr(a, "gate", nn.Linear(24, 24)), "gate"),
+        (lambda a, layer: setattr(layer, "ls1", nn.Linear(24, 24)), "ls1"),
+        (lambda a, layer: setattr(layer, "norm2", nn.RMSNorm(24)), "norm2"),
+        (lambda a, layer: setattr(layer.mlp, "norm", nn.LayerNorm(48)), "mlp.norm"),
+    ],
+    ids=["qk-norm", "scale-norm", "gate", "layer-scale", "rms-norm", "mlp-norm"],
+)
+def test_timm_options(change, reason):
+    block = timm_block()
+    change(block.transformer[1].attn, block.transformer[1])
+    report = swap(block)
+    assert not report.entries[0].swapped
+    assert reason in report.entries[0].reason
+
+
+def test_timm_norm_layer_subclass():
+    timm_layers = pytest.importorskip("timm.layers")
+    block = timm_block(transformer_norm_layer=timm_layers.LayerNorm)
+    assert "LayerNorm" in swap(block).entries[0].reason
+
+
+def test_timm_drop_path(monkeypatch):
+    block = timm_block(drop_path_rate=0.2)
+    assert "drop path" in swap(block.train()).entries[0].reason
+    assert swap(block.eval()).count == 1
+    seen = calls_of_attention(monkeypatch)
+    x = torch.randn(2, 12, 8, 8)
+    block(x)
+    assert len(seen) == 2
+    block.train()(x)
+    assert len(seen) == 2
+
+
+def test_jit_trace_takes_the_original(family, monkeypatch):
+    block = family.block()
+    swap(block)
+    seen = calls_of_attention(monkeypatch)
+    x = torch.randn(1, 12, 8, 8)
+    traced = torch.jit.trace(block, x, check_trace=False)
+    assert not seen
+    torch.testing.assert_close(traced(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+def test_function_transforms_take_the_original(family):
+    block = family.block().double()
+    x = torch.randn(1, 12, 4, 4, dtype=torch.float64)
+    forward_mode = family.class_name == "MobileViTLayer"  # timm's own attention has none on the CPU
+
+    def results():
+        yield torch.func.grad(lambda x: block(x).sum())(x)
+        if forward_mode:
+            yield from torch.func.jvp(block, (x,), (x,))
+
+    expected = list(results())
+    swap(block)
+    for a, b in zip(results(), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradient_checkpointing():
+    """transformers recomputes the block in the backward pass, fused: same gradients, same dropout mask."""
+    from .conftest import transformers_model
+
+    model = transformers_model().train()
+    swap(model)
+    x = torch.randn(2, 3, 64, 64)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for m in model.modules():  # the same statistics for both runs
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+        torch.manual_seed(1)
+        loss = model(x).logits.square().sum()
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))

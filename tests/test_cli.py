@@ -1,0 +1,247 @@
+"""Exit codes, one-line errors and JSON of every command; the Makefile and the scripts behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvkernels import cli, report, third_party
+from mvkernels.backend import BACKENDS
+from mvkernels.registry import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BAD = [
+    ([], "required"),
+    (["frobnicate"], "invalid choice"),
+    (["info", "--nonsense"], "unrecognized"),
+    (["verify", "--op", "no_such_op"], "unknown op 'no_such_op'"),
+    (["verify", "--dtype", "int8"], "invalid choice"),
+    (["verify", "--backend", "no_such_backend"], "invalid choice"),
+    (["verify", "--backend", "cuda"], "patch_attention: backend cuda cannot run"),
+    (["verify", "--device", "no_such_device"], "no_such_device"),
+    (["bench", "no_such_op", "--allocator", "default"], "unknown op 'no_such_op'"),
+    (["bench", "--dtype", "int8"], "invalid choice"),
+    (["bench", "--backend", "cuda", "--allocator", "default"], "backend cuda cannot run"),
+    (["bench", "--against", "nobody", "--allocator", "default"], "unknown peer 'nobody'"),
+    (["bench", "--batch", "0"], "not at least 1"),
+    (["bench", "--batch", "many"], "invalid"),
+    (["bench", "--shape", "no_such_shape", "--allocator", "default"], "no shape fits"),
+    (["swap"], "required"),
+    (["swap", "no_such_family:m", "--allocator", "default"], "unknown model 'no_such_family:m'"),
+    (["swap", "transformers:", "--allocator", "default"], "unknown model 'transformers:'"),
+    (["swap", "transformers:no_such_model", "--allocator", "default"], "no_such_model"),
+    (["swap", "timm:no_such_model", "--allocator", "default"], "timm"),
+]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit:
+        assert isinstance(exit.code, int)
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_bad_usage_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if arguments[:2] == ["swap", "transformers:no_such_model"]:
+        pytest.importorskip("transformers")
+    status, out, err = run(arguments, capsys)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1 and err.startswith("mvkernels")
+    assert out == ""
+
+
+@pytest.mark.parametrize("family", ["transformers", "timm"])
+def test_a_missing_package_says_which_extra(
+    family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, family, None)
+    status, _, err = run(["swap", f"{family}:mobilevit_s", "--allocator", "default"], capsys)
+    assert status == 2
+    assert "pip install 'mvkernels[models]'" in err
+
+
+def test_a_package_that_does_not_import_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    monkeypatch.setattr(third_party.importlib, "import_module", broken)
+    status, _, err = run(["swap", "timm:mobilevit_s", "--allocator", "default"], capsys)
+    assert status == 2
+    assert err == "mvkernels swap: timm does not import: operator torchvision::nms does not exist\n"
+
+
+def test_a_plot_without_matplotlib_is_refused_before_any_time_is_spent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = run(["bench", "--plot", "x.png", "--allocator", "default"], capsys)
+    assert status == 2
+    assert "mvkernels[bench]" in err
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "bench", "swap"])
+def test_help_is_status_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run([command, "--help"], capsys)
+    assert status == 0
+    assert "--json" in out and err == ""
+
+
+def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(["info"], capsys)
+    assert status == 0
+    assert torch.__version__ in out and "has no cuda kernel" in out
+    for backend in BACKENDS:
+        assert backend in out
+
+
+def test_info_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MVKERNELS_BACKEND", "reference")
+    status, out, _ = run(["info", "--json"], capsys)
+    found = json.loads(out)
+    assert status == 0
+    assert set(found["ops"]) == set(OPS)
+    for by_device in found["ops"].values():
+        assert set(by_device["cpu"]) == set(BACKENDS)
+        assert by_device["cpu"]["reference"] == {"available": True, "reason": ""}
+        for answer in by_device["cpu"].values():
+            assert answer["available"] != bool(answer["reason"])
+    assert found["environment"]["MVKERNELS_BACKEND"] == "reference"
+    assert found["extension"]["available"] or found["extension"]["reason"]
+
+
+def test_swap_json(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    arguments = ["swap", "transformers:mobilevit_xxs", "--json", "--size", "64", "--rounds", "1"]
+    status, out, err = run([*arguments, "--allocator", "default"], capsys)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["parameters"] == 1_272_024
+    assert found["swapped"] == 3 and found["verified"]
+    assert found["times"]["swapped"]["median_us"] > 0
+
+
+def test_swap_of_a_wrong_model_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    from mvkernels import swap_command
+
+    class Wrong:
+        ok = False
+
+    monkeypatch.setattr(swap_command, "verify_swap", lambda model, image: Wrong())
+    arguments = ["swap", "transformers:mobilevit_xxs", "--size", "32", "--rounds", "1", "--allocator", "default"]
+    status, _, err = run(arguments, capsys)
+    assert status == 1
+    assert "differs from the original" in err
+
+
+def test_swap_of_a_picture_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("PIL")
+    arguments = ["swap", "transformers:mobilevit_xxs", "--image", "no/such.png", "--allocator", "default"]
+    status, _, err = run(arguments, capsys)
+    assert status == 2
+    assert "no/such.png cannot be read" in err
+
+
+def test_random_weights_leave_no_parameter_without_effect() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    third_party.randomise(model)
+    norm = model[1]
+    assert not torch.equal(norm.weight, torch.ones(4)) and (norm.bias != 0).all()
+    assert (norm.running_mean != 0).all() and (norm.running_var >= 0.5).all() and (norm.running_var <= 1.5).all()
+
+
+def test_a_picture_is_a_batch_in_range() -> None:
+    image, source = third_party.picture(None, 48, batch=2)
+    assert image.shape == (2, 3, 48, 48) and source
+    assert image.min() >= 0 and image.max() <= 1 and not torch.equal(image[0], image[1])
+
+
+def test_progress_writes_to_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = report.Progress(3)
+    progress.step("something")
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tables_align_and_cut_nothing() -> None:
+    text = report.table([("a", 1.5), ("long name", 10)], ("name", "number"))
+    assert text.splitlines() == ["name       number", "---------  ------", "a             1.5", "long name      10"]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=300,
+    )  # fmt: skip
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import mvkernels.cli
+        heavy = {"matplotlib", "transformers", "timm", "triton", "sklearn", "PIL", "pytest"}
+        print(sorted(heavy & (set(sys.modules) - before)))
+    """
+    assert python("-c", re.sub(r"^ +", "", code, flags=re.MULTILINE)).stdout.strip() == "[]"
+
+
+def test_the_benchmark_restarts_itself_with_pages_kept() -> None:
+    found = python(
+        "-m", "mvkernels", "bench", "--json", "--shape", "8x8", "--backend", "reference", "--against", "eager",
+        "--rounds", "1", "--no-memory", MALLOC_MMAP_MAX_="",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["machine"]["allocator"] == ("kept" if sys.platform == "linux" else "default")
+
+
+def test_gpu_without_a_gpu_says_so_and_is_status_2() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = python("benchmarks/gpu.py")
+    assert found.returncode == 2
+    assert "no CUDA device" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_tuning_without_a_gpu_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() or torch.xpu.is_available():
+        pytest.skip("there is a GPU")
+    status, _, err = run(["tune"], capsys)
+    assert status == 2
+    assert err.startswith("mvkernels tune: ") and err.count("\n") == 1
+
+
+def test_the_makefile_has_every_target() -> None:
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
+    assert {"setup", "demo", "test", "bench", "lint", "audit", "gpu", "clean", "wheel"} <= targets
+    for needs_setup in ("demo", "lint", "bench", "audit", "gpu"):
+        assert re.search(rf"^{needs_setup}: setup$", text, re.MULTILINE)
+    assert re.search(r"^test: lint$", text, re.MULTILINE)
+    for script in re.findall(r"(?:benchmarks|examples)/\w+\.py", text):
+        assert (ROOT / script).exists(), script
+
+
+def test_continuous_integration_runs_make_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text() and "set -e" in script.read_text()

@@ -1,0 +1,76 @@
+"""Every Python block of the README and of docs/ runs, and every command in them is one that parses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mvkernels import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(language: str) -> list[Any]:
+    found = []
+    for page in PAGES:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            line = page.read_text()[: match.start()].count("\n") + 1
+            found.append(pytest.param(match.group(1), id=f"{page.name}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_code_runs(code: str) -> None:
+    for package in re.findall(r"^(?:import|from) (transformers|timm)\b", code, re.MULTILINE):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    exec(compile(code, "<documentation>", "exec"), {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("text", blocks("console"))
+def test_commands_parse(text: str) -> None:
+    for line in text.splitlines():
+        command = shlex.split(line.removeprefix("$"), comments=True)
+        if command[:1] == ["mvkernels"]:
+            cli.parser().parse_args(command[1:])
+        elif command[:1] == ["make"]:
+            assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_shows_the_figures_of_the_csv_files() -> None:
+    script = ROOT / "benchmarks" / "readme_table.py"
+    found = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_figures_come_from_the_rows(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert "No figures are committed yet" in module.render(tmp_path)
+
+    names = "device,capability,threads,torch,date,commit,op,model,label,size_class,batch,dtype,layout,mode,provider,"
+    names += "speedup_median,peak_bytes"
+    where = "cpu,avx2,1,2.13,2026-01-01,abc,patch_attention,m,s,N<=16,1,float32,channels_last"
+    lines = [names, f"{where},full,eager,,400", f"{where},full,cpp,2.5,100", f"{where},fwd,cpp,3.5,50"]
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
+    text = module.render(tmp_path)
+    assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of eager's |" in text

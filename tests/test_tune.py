@@ -1,0 +1,62 @@
+"""Tuning: the search on a device that is not timed seriously, the file it writes, its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from mvkernels import launch, tune
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line_and_status_2(capsys):
+    assert tune.main([]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and "device" in told.err
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_search_refuses_wrong_candidates_and_is_told_once(monkeypatch):
+    from mvkernels.ops.patch_attention import OP
+
+    tried = [{"UNITS": 1}, {"UNITS": 3}]  # a tile of three units is no power of two: it does not compile
+    for kernel in ("forward_packed", "backward_packed"):
+        monkeypatch.setitem(launch._CANDIDATES, ("patch_attention", kernel), lambda key: tried)
+    query = torch.randn(1, 1, 8, 3, 3)
+    done: set[tuple[str, str]] = set()
+    arguments = {"query": query, "key": query + 1, "value": query - 1, "patch_size": (1, 1)}
+    findings = tune.tune_case(OP, arguments, "cpu", done, min_time=0.0)
+    assert [(f.kernel, f.tried, f.refused) for f in findings] == [("forward_packed", 2, 1), ("backward_packed", 2, 1)]
+    assert all(f.best in ({}, {"UNITS": 1}) and f.best_us <= f.default_us for f in findings)
+    assert tune.tune_case(OP, arguments, "cpu", done, min_time=0.0) == []
+
+
+def test_the_file_is_merged_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    device = launch.Device("Some GPU 80GB", "sm_90", 132)
+    path = launch.file_of(device.name)
+    key = {"n": 64, "d": 20, "dv": 20, "dtype": "f16", "arch": "sm_90"}
+    text = launch.key_text(key)
+
+    def finding(best):
+        return tune.Finding("forward_rows", text, 3, 0, 10.0, 8.0, best)
+
+    try:
+        tune.save(path, "patch_attention", [finding({"num_warps": 8})], device)
+        tune.save(path, "other_op", [], device)
+        launch.forget()
+        assert path.name == "some_gpu_80gb.json" and json.loads(path.read_text())["device"] == device.name
+        pytest.importorskip("mvkernels.ops.patch_attention.triton_configs")
+        assert launch.config("patch_attention", "forward_rows", device.name, key)["num_warps"] == 8
+        tune.save(path, "patch_attention", [finding({})], device)
+        assert json.loads(path.read_text())["configs"] == {}
+    finally:
+        monkeypatch.undo()
+        launch.forget()
