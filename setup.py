@@ -74,7 +74,16 @@ class BuildExtension(build_ext):
         if version < (2, 10):
             raise RuntimeError(f"the extension needs torch 2.10 or newer, this is {torch.__version__}")
         isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
-        flags = ["-O2", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-maybe-uninitialized", "-g0"]
+        flags = [
+            "-O2",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-Wall",
+            "-Wno-maybe-uninitialized",
+            "-g0",
+        ]
         flags += ["-ffp-contract=fast", "-fno-plt", "-Wno-psabi"]
         flags += shlex.split(os.environ.get("MVKERNELS_CXXFLAGS", ""))
         define = [f"-DMVK_{isa.upper()}=1" for isa in isas]

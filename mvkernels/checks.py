@@ -44,6 +44,24 @@ def tensors(op: str, *, optional: Sequence[str] = (), **named: Any) -> None:
             raise ValueError(f"{op}: {name} is on {value.device}, {first_name} is on {first.device}, want one device")
 
 
+def alike(first: Any, *others: Any) -> bool:
+    """Whether all are what :func:`tensors` wants, None among ``others`` passed over: the usual case, asked cheaply."""
+    if not isinstance(first, torch.Tensor):
+        return False
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOATING or first.layout is not torch.strided:
+        return False
+    for other in others:
+        if other is not None and not (
+            isinstance(other, torch.Tensor)
+            and other.dtype == dtype
+            and other.device == device
+            and other.layout is torch.strided
+        ):
+            return False
+    return True
+
+
 def rank(op: str, name: str, value: torch.Tensor, axes: str) -> None:
     """``axes`` names the axes, as in "(B, heads, head_dim, H, W)"."""
     wanted = axes.count(",") + 1

@@ -67,8 +67,8 @@ def device_of(type_: str, index: int | None) -> Device:
         arch = properties.gcnArchName.split(":")[0] if torch.version.hip else cuda
         return Device(properties.name, arch, properties.multi_processor_count)
     if type_ == "xpu":
-        properties = torch.xpu.get_device_properties(index)
-        return Device(properties.name, "xpu", getattr(properties, "gpu_subslice_count", 32))
+        xpu = torch.xpu.get_device_properties(index)
+        return Device(xpu.name, "xpu", getattr(xpu, "gpu_subslice_count", 32))
     return Device("interpreter", "interpreter", 2)
 
 
@@ -110,7 +110,7 @@ def file_of(device_name: str) -> Path:
 
 
 def key_text(key: Mapping[str, Any]) -> str:
-    """The key as it is written in a configuration file: ``d=36,dtype=f16,dv=36,n=256``, without ``arch``."""
+    """The key as it is written in a configuration file: ``bias=0,d=36,dtype=f16,dv=36,n=256``, without ``arch``."""
     return ",".join(f"{name}={key[name]}" for name in sorted(key) if name != "arch")
 
 

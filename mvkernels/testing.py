@@ -108,12 +108,10 @@ def run(
     """
     inputs: dict[str, Any] = {}
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if dtype is not None and value.dtype != dtype:
-                value = value.to(dtype)
-            value = value.requires_grad_(name in wanted)
         inputs[name] = value
+        if isinstance(value, Tensor):
+            cast = value.detach() if dtype in (None, value.dtype) else value.detach().to(dtype)
+            inputs[name] = cast.requires_grad_(name in wanted)
     with torch.set_grad_enabled(bool(wanted)):
         out = function(**inputs)
     results = {"out": out.detach()}

@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = [
         (op, case, layout, dtype)
         for op in OPS.values()
-        if (not options.op or op.name in options.op) and "triton" in op.kernels
+        if (not options.op or op.name in options.op) and "triton" in op.why_not
         for case in op.suite(options.suite)
         if options.filter in f"{case.model} {case.label}"
         for layout in case.layouts

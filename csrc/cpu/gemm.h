@@ -31,8 +31,7 @@ enum class Start { zero, from };  // a tile adds to 0 or to what is there
 // c[m][n] = (c[m][n] or 0) + sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors; am is 1 if Adjacent, else
 // ak is. If Top, top[n] becomes at least every c[m][n].
 template <class T, int M, int V, bool Adjacent, Start from, bool Top>
-static void tile(
-    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
+static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -76,11 +75,9 @@ static void tile(
 
 template <class T, int V, bool Adjacent, Start from, bool Top, int M>
 MVK_INLINE void tile_of(
-    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-    T* top) {
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
   if (rows == M) return tile<T, M, V, Adjacent, from, Top>(K, a, am, ak, b, ldb, c, ldc, top);
-  if constexpr (M > 1)
-    tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, c, ldc, top);
+  if constexpr (M > 1) tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, c, ldc, top);
 }
 
 // Called between tiles, for work that hides behind them (prefetching).
@@ -107,11 +104,11 @@ static void product_rows(
 // The same for A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
 // K * (rows before it) + i * W, and has row m, element k at [k * r + m].
 template <class T, int V, Start from>
-static void product_tall(const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+static void product_tall(
+    const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c, int64_t ldc) {
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile_of<T, V, true, from, false, kTileRows>(
-        r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, static_cast<T*>(nullptr));
+    tile_of<T, V, true, from, false, kTileRows>(r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, static_cast<T*>(nullptr));
     a += r * K + W<T>, c += r * ldc;
   }
 }

@@ -171,8 +171,7 @@ static void pack_rows(const Lattice<S>& m, int64_t begin, int64_t end, int64_t d
 // Transposed, V vectors of tokens side by side: dst[d * ldd + i] = factor * token begin + i, dim d. Tokens up to
 // whole vectors are zero.
 template <class T, class S>
-static void pack_panel(
-    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, T factor, T* dst, int64_t ldd) {
+static void pack_panel(const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, T factor, T* dst, int64_t ldd) {
   vec<T> block[W<T>];
   const vec<T> f = splat<T>(factor);
   for (int64_t n = begin; n < end; n += W<T>, dst += W<T>) {
@@ -204,7 +203,7 @@ static void pack_tall(const T* rows, int64_t ld, int64_t count, const Tiles& til
 }
 template <class T>
 int64_t tall_size(int64_t count, int64_t dims) {
-  return (count + W<T>) * dims + W<T>;
+  return (count + W<T>)*dims + W<T>;
 }
 
 // block[j] (dims d + j, tokens n ..) into the map.
@@ -239,7 +238,8 @@ MVK_INLINE void store_by_token(const Lattice<S>& m, int64_t n, int tokens, int64
 
 // Token begin + i, dim d of the map = factor * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
 template <class T, class S>
-static void unpack_rows(const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, T factor) {
+static void unpack_rows(
+    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, T factor) {
   const vec<T> f = splat<T>(factor);
   vec<T> block[W<T>];
   for (int64_t n = begin; n < end; n += W<T>, src += W<T> * ld) {

@@ -29,9 +29,9 @@ struct PatchAttention {
 
   // Backward only.
   Map grad, dquery, dkey, dvalue;
-  void* dbias_partial;  // [slices][heads][key N][query, padded] in the type of the sums; null if there is one item
+  void* dbias_partial;   // [slices][heads][key N][query, padded] in the type of the sums; null if there is one item
   void* dquery_partial;  // [units][blocks of kBlock queries][D][kBlock] if chunks > 1, else null
-  void* dbias;  // (heads, N, N), contiguous
+  void* dbias;           // (heads, N, N), contiguous
 
   bool poison;  // fill scratch memory with NaN (tests)
 
@@ -55,8 +55,8 @@ struct PatchAttentionKernels {
   void (*sum_dbias)(const PatchAttention&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa) \
-  namespace isa {        \
+#define MVK_DECLARE(isa)                                      \
+  namespace isa {                                             \
   extern const PatchAttentionKernels patch_attention_kernels; \
   }
 MVK_DECLARE(baseline)

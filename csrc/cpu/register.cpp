@@ -34,7 +34,8 @@ struct InstructionSet {
   const PatchAttentionKernels* patch_attention;
 };
 
-const InstructionSet kInstructionSets[] = {  // best first
+const InstructionSet kInstructionSets[] = {
+// best first
 #if defined(MVK_AVX512)
     {"avx512",
      [] {
@@ -46,9 +47,7 @@ const InstructionSet kInstructionSets[] = {  // best first
 #endif
 #if defined(MVK_AVX2)
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      &avx2::patch_attention_kernels},
 #endif
 #if defined(MVK_NEON)
@@ -197,7 +196,8 @@ constexpr double kWorthAThread = 2e6;  // FLOPs: some 30 microseconds
 
 // What forward and backward have in common; checks again what indexing relies on, for callers of the raw operator.
 PatchAttention describe(
-    const Tensor& query, const Tensor& key, const Tensor& value, int64_t ph, int64_t pw, const Tensor& bias, double scale) {
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t ph, int64_t pw, const Tensor& bias,
+    double scale) {
   require(query.dim() == 5 && key.dim() == 5 && value.dim() == 5, "patch_attention: maps have 5 axes");
   require(
       same_sizes(query, key, {0, 1, 2, 3, 4}) && same_sizes(query, value, {0, 1, 3, 4}),
@@ -256,8 +256,8 @@ int64_t chunks(const PatchAttention& a, double flops_of_a_pair, int64_t most) {
 void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]), bias = take_optional(stack[5]);
   PatchAttention a = describe(
-      query, key, value, torch::stable::detail::to<int64_t>(stack[3]), torch::stable::detail::to<int64_t>(stack[4]), bias,
-      torch::stable::detail::to<double>(stack[6]));
+      query, key, value, torch::stable::detail::to<int64_t>(stack[3]), torch::stable::detail::to<int64_t>(stack[4]),
+      bias, torch::stable::detail::to<double>(stack[6]));
   Tensor out = empty_map(query, a.Dv), lse = empty({a.B, a.heads, a.H, a.W}, aoti_torch_dtype_float64());
   if (a.B && a.heads && a.Dv) {
     a.out = map(out), a.lse = static_cast<double*>(lse.data());
@@ -274,15 +274,15 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor out = take(stack[4]), lse = take(stack[5]), bias = take_optional(stack[8]);
   const bool need_bias = torch::stable::detail::to<bool>(stack[10]);
   PatchAttention a = describe(
-      query, key, value, torch::stable::detail::to<int64_t>(stack[6]), torch::stable::detail::to<int64_t>(stack[7]), bias,
-      torch::stable::detail::to<double>(stack[9]));
+      query, key, value, torch::stable::detail::to<int64_t>(stack[6]), torch::stable::detail::to<int64_t>(stack[7]),
+      bias, torch::stable::detail::to<double>(stack[9]));
   require(
       grad.dim() == 5 && out.dim() == 5 && same_sizes(grad, value, {0, 1, 2, 3, 4}) &&
           same_sizes(out, value, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype() && out.dtype() == query.dtype(),
       "patch_attention: grad or out does not fit");
   require(
-      lse.dim() == 4 && lse.dtype() == aoti_torch_dtype_float64() && lse.sizes()[0] == a.B && lse.sizes()[1] == a.heads &&
-          lse.sizes()[2] == a.H && lse.sizes()[3] == a.W,
+      lse.dim() == 4 && lse.dtype() == aoti_torch_dtype_float64() && lse.sizes()[0] == a.B &&
+          lse.sizes()[1] == a.heads && lse.sizes()[2] == a.H && lse.sizes()[3] == a.W,
       "patch_attention: lse does not fit");
   require(!need_bias || bias, "patch_attention: there is no bias to differentiate");
   a.out = map(out), a.grad = map(grad), a.lse = static_cast<double*>(lse.data());
@@ -294,7 +294,8 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor dbias = need_bias ? empty({a.heads, N, N}, query.dtype()) : empty({0}, query.dtype());
   Tensor partial;
   if (need_bias) {
-    a.slices = std::clamp<int64_t>((threads() + a.heads - 1) / std::max<int64_t>(a.heads, 1), 1, std::max<int64_t>(a.slices, 1));
+    a.slices = std::clamp<int64_t>(
+        (threads() + a.heads - 1) / std::max<int64_t>(a.heads, 1), 1, std::max<int64_t>(a.slices, 1));
     a.dbias = dbias.data();
     if (a.B * a.groups() > 1) {
       partial = empty({a.slices, a.heads, N, a.padded()}, sums_dtype(a));
@@ -312,8 +313,7 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   if (a.B && a.heads) {
     const PatchAttentionKernels& kernels = *current->patch_attention;
     parallel(a.units(), need_bias ? 1 : grain(a, pair), [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
-    if (a.dquery_partial)
-      parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dquery(a, i, j); });
+    if (a.dquery_partial) parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dquery(a, i, j); });
     if (a.dbias_partial) parallel(a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dbias(a, i, j); });
   }
   give(stack, dquery);
@@ -362,12 +362,16 @@ PyMethodDef kMethods[] = {
     {"interface", interface, METH_NOARGS, "interface() -> int: the contract with the Python package."},
     {"build_info", build_info, METH_NOARGS, "build_info() -> str: JSON of compiler, flags, torch, instruction sets."},
     {"instruction_set", instruction_set, METH_NOARGS, "instruction_set() -> str: the one in use."},
-    {"instruction_sets", instruction_sets, METH_NOARGS, "instruction_sets() -> list: those built and supported, best first."},
-    {"set_instruction_set", set_instruction_set, METH_O, "set_instruction_set(name) -> str: use another; returns the one before."},
-    {"set_poison", set_poison, METH_O, "set_poison(on) -> bool: fill fresh buffers with NaN; returns the setting before."},
+    {"instruction_sets", instruction_sets, METH_NOARGS,
+     "instruction_sets() -> list: those built and supported, best first."},
+    {"set_instruction_set", set_instruction_set, METH_O,
+     "set_instruction_set(name) -> str: use another; returns the one before."},
+    {"set_poison", set_poison, METH_O,
+     "set_poison(on) -> bool: fill fresh buffers with NaN; returns the setting before."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", "mvkernels' C++ kernels.", -1, kMethods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT, "_C", "mvkernels' C++ kernels.", -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace mvk

@@ -155,7 +155,8 @@ MVK_INLINE vec<T> load(const S* p) {
     if constexpr (std::is_same_v<S, half>) {
       return (vec<T>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
     } else {
-      return (vec<T>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)), 16);
+      return (vec<T>)_mm512_maskz_slli_epi32(
+          0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)), 16);
     }
 #elif defined(__AVX2__)
     if constexpr (std::is_same_v<S, half>) {
@@ -182,7 +183,8 @@ MVK_INLINE void store_as(S* p, vec<T> v) {
   } else {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<S, half>) {
-      _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      _mm256_storeu_si256(
+          (__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
       return;
     }
 #elif defined(__AVX2__)

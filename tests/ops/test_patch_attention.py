@@ -28,7 +28,7 @@ def instruction_set(request):
 
 def by_definition(query, key, value, patch_size, bias=None, scale=None):
     """One dense attention over all pixels, with -inf between pixels of different groups."""
-    b, h, d, height, width = query.shape
+    d, height, width = query.shape[2:]
     ph, pw = patch_size
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     group = (y % ph * pw + x % pw).flatten()
@@ -131,13 +131,16 @@ def test_cpp_splits_few_groups_over_threads(threads, shape):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
-@pytest.mark.parametrize(("size", "patch", "with_bias"), [((5, 7), (2, 2), False), ((4, 6), (2, 3), True), ((3, 3), 1, True)])
+@pytest.mark.parametrize(
+    ("size", "patch", "with_bias"), [((5, 7), (2, 2), False), ((4, 6), (2, 3), True), ((3, 3), 1, True)]
+)
 def test_gradcheck(backend, size, patch, with_bias):
     q, k, v = (torch.randn(2, 2, 3, *size, dtype=torch.float64, requires_grad=True) for _ in range(3))
     ph, pw = (patch, patch) if isinstance(patch, int) else patch
     n = size[0] // ph * (size[1] // pw)
     bias = torch.randn(2, n, n, dtype=torch.float64, requires_grad=True) if with_bias else None
     for call in (mvkernels.patch_attention, None):
+
         def f(q, k, v, bias, call=call):
             if call is None:
                 return mvkernels.PatchAttentionFunction.apply(q, k, v, patch, bias, None, backend)
@@ -153,7 +156,10 @@ def test_gradcheck(backend, size, patch, with_bias):
 def test_opcheck(kind, dtype, with_bias):
     q, k, v = (testing.make_map((2, 3, dim, 4, 6), kind, dtype) for dim in (5, 5, 7))
     bias = torch.randn(3, 6, 6).to(dtype) if with_bias else None
-    forward, backward = torch.ops.mvkernels_cpp.patch_attention_forward, torch.ops.mvkernels_cpp.patch_attention_backward
+    forward, backward = (
+        torch.ops.mvkernels_cpp.patch_attention_forward,
+        torch.ops.mvkernels_cpp.patch_attention_backward,
+    )
     torch.library.opcheck(forward, (q, k, v, 2, 2, bias, 0.4))
     out, lse = forward(q, k, v, 2, 2, bias, 0.4)
     grad = testing.make_map(out.shape, kind, dtype)
@@ -234,7 +240,11 @@ BAD = {
     "rank": (ValueError, "query has 4 axes", lambda: ((_map(2, 4, 6, 6),) * 3, {})),
     "key shape": (ValueError, "differ along axis 2", lambda: ((_map(*M), _map(1, 2, 5, 6, 6), _map(*M)), {})),
     "value shape": (ValueError, "differ along axis 4", lambda: ((_map(*M), _map(*M), _map(1, 2, 4, 6, 7)), {})),
-    "dtypes": (ValueError, "value has dtype float64", lambda: ((_map(*M), _map(*M), _map(*M, dtype=torch.float64)), {})),
+    "dtypes": (
+        ValueError,
+        "value has dtype float64",
+        lambda: ((_map(*M), _map(*M), _map(*M, dtype=torch.float64)), {}),
+    ),
     "devices": (ValueError, "key is on meta", lambda: ((_map(*M), _map(*M).to("meta"), _map(*M)), {})),
     "H = 0": (ValueError, "H is 0", lambda: ((_map(1, 2, 4, 0, 6),) * 3, {})),
     "W = 0": (ValueError, "W is 0", lambda: ((_map(1, 2, 4, 6, 0),) * 3, {})),
@@ -246,9 +256,17 @@ BAD = {
     "patch text": (TypeError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": "2"})),
     "scale": (TypeError, "scale is", lambda: ((_map(*M),) * 3, {"scale": "1"})),
     "bias ragged": (ValueError, "does not divide", lambda: ((_map(*M),) * 3, {"patch_size": 4, "bias": _map(2, 4, 4)})),
-    "bias shape": (ValueError, r"want \(heads, N, N\) = \(2, 9, 9\)", lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 8)})),
+    "bias shape": (
+        ValueError,
+        r"want \(heads, N, N\) = \(2, 9, 9\)",
+        lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 8)}),
+    ),
     "bias rank": (ValueError, "bias has 2 axes", lambda: ((_map(*M),) * 3, {"bias": _map(9, 9)})),
-    "bias dtype": (ValueError, "bias has dtype", lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 9, dtype=torch.float16)})),
+    "bias dtype": (
+        ValueError,
+        "bias has dtype",
+        lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 9, dtype=torch.float16)}),
+    ),
     "backend": (ValueError, "want one of auto", lambda: ((_map(*M),) * 3, {"backend": "cud"})),
     "unavailable": (mvkernels.BackendUnavailable, "no cuda kernel", lambda: ((_map(*M),) * 3, {"backend": "cuda"})),
 }
@@ -316,7 +334,9 @@ def test_a_wholly_masked_row_is_nan_and_a_masked_key_has_no_weight():
     bias[0, 2] = -math.inf
     bias[0, :, 5] = -math.inf
     v[..., 1, 2] = 1e30
-    assert_ok(testing.check(OP, {"query": q, "key": k, "value": v, "patch_size": (1, 1), "bias": bias}, "cpp", backward=False))
+    assert_ok(
+        testing.check(OP, {"query": q, "key": k, "value": v, "patch_size": (1, 1), "bias": bias}, "cpp", backward=False)
+    )
 
 
 @needs_cpp

@@ -78,7 +78,26 @@ def _check(
 ) -> tuple[Any, ...]:
     ph, pw = checks.pair(_NAME, "patch_size", patch_size)
     query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
-    checks.tensors(_NAME, optional=("bias",), query=query, key=key, value=value, bias=bias)
+    if value is None or key is None or not checks.alike(query, key, value, bias):
+        checks.tensors(_NAME, optional=("bias",), query=query, key=key, value=value, bias=bias)
+    shape = query.shape
+    if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
+        _check_shapes(query, key, value)
+    if bias is not None:
+        _, h, _, height, width = shape
+        checks.rank(_NAME, "bias", bias, "(heads, N, N)")
+        if height % ph or width % pw:
+            raise ValueError(
+                f"{_NAME}: bias needs equal groups, but patch_size ({ph}, {pw}) does not divide {height} x {width}"
+            )
+        n = (height // ph) * (width // pw)
+        if bias.shape[0] != h or bias.shape[1] != n or bias.shape[2] != n:
+            raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (heads, N, N) = ({h}, {n}, {n})")
+    scale = checks.number(_NAME, "scale", scale, shape[2] ** -0.5)
+    return query, key, value, (ph, pw), bias, scale
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor, axes in (
         ("query", query, "(B, heads, head_dim, H, W)"),
         ("key", key, "(B, heads, head_dim, H, W)"),
@@ -89,18 +108,6 @@ def _check(
     checks.same(_NAME, "value", value, "query", query, (0, 1, 3, 4))
     checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
     checks.not_empty(_NAME, "value", value, value_dim=2)
-    if bias is not None:
-        h, height, width = query.shape[1], query.shape[3], query.shape[4]
-        checks.rank(_NAME, "bias", bias, "(heads, N, N)")
-        if height % ph or width % pw:
-            raise ValueError(
-                f"{_NAME}: bias needs groups of one size, but patch_size ({ph}, {pw}) does not divide {height} x {width}"
-            )
-        n = (height // ph) * (width // pw)
-        if bias.shape[0] != h or bias.shape[1] != n or bias.shape[2] != n:
-            raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (heads, N, N) = ({h}, {n}, {n})")
-    scale = checks.number(_NAME, "scale", scale, query.shape[2] ** -0.5)
-    return query, key, value, (ph, pw), bias, scale
 
 
 def _why_not_cpp(query: Tensor, *_: Any) -> str | None:

@@ -38,16 +38,15 @@ def patch_attention(
 
     with torch.autocast(query.device.type, enabled=False):
         if height % ph == 0 and width % pw == 0:
-            groups = _attention(*(_unfold(m, ph, pw) for m in maps), bias, scale)
-            out = _fold(groups, ph, pw, height, width)
+            q, k, v = (_unfold(m, ph, pw) for m in maps)
+            out = _fold(_attention(q, k, v, bias, scale), ph, pw, height, width)
         else:  # groups of different sizes: one after the other
             out = maps[2].new_empty(value.shape)
             for y in range(min(ph, height)):
                 for x in range(min(pw, width)):
-                    q, k, v = (m[..., y::ph, x::pw] for m in maps)
-                    tokens = (m.flatten(-2).transpose(-2, -1).unsqueeze(2) for m in (q, k, v))
-                    group = _attention(*tokens, bias, scale)
-                    out[..., y::ph, x::pw] = group.squeeze(2).transpose(-2, -1).unflatten(-1, v.shape[-2:])
+                    q, k, v = (m[..., y::ph, x::pw].flatten(-2).transpose(-2, -1).unsqueeze(2) for m in maps)
+                    group = _attention(q, k, v, bias, scale).squeeze(2).transpose(-2, -1)
+                    out[..., y::ph, x::pw] = group.reshape(out[..., y::ph, x::pw].shape)
     return lay_as(out.to(query.dtype), query)
 
 

@@ -55,7 +55,7 @@ def _make(
     layout: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments as a model has them: views of one packed qkv, "channels_last" of a Linear, "channels_first" of a conv."""
+    """Arguments as models have them: views of one packed qkv, channels_last of a Linear, channels_first of a conv."""
     generator = torch.Generator().manual_seed(seed)
     heads, dim, value_dim = shape["heads"], shape["head_dim"], shape["value_dim"]
     height, width = shape["height"], shape["width"]
@@ -101,8 +101,8 @@ def eager(
     """Unfold, matmul, softmax, matmul, fold, as the models' own code does."""
     height, width = query.shape[-2:]
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    tokens = (_unfold(m, *patch_size) for m in (query, key, value))
-    return _fold(_attention(*tokens, bias, scale), *patch_size, height, width)
+    q, k, v = (_unfold(m, *patch_size) for m in (query, key, value))
+    return _fold(_attention(q, k, v, bias, scale), *patch_size, height, width)
 
 
 def sdpa(

@@ -1,8 +1,8 @@
 """Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
 
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for
-all above), ``d`` and ``dv`` (head dimensions), ``dtype`` (``f16`` for both half types, ``f32`` for
-exact float32 products, ``tf32``) and ``arch``. The choices here are those that `make audit` shows
+all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16`` for both half types,
+``f32`` for exact float32 products, ``tf32``) and ``arch``. The choices here are those that `make audit` shows
 to need no spills and to fit shared memory on every architecture it compiles for.
 """
 
@@ -72,7 +72,7 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
     if n <= 64 and wide <= 128:
         return config
     # A whole row of 256 scores has to find room beside its operands.
-    if n <= (256 if key["arch"] in _ROOMY else 128) and wide <= 64:
+    if n <= (256 if key["arch"] in _ROOMY and not key["bias"] else 128) and wide <= 64:
         return {**config, "BLOCK_N": n, "Q_BLOCKS": n // 64}
     if wide <= 64:
         return {**config, "num_stages": 2}
@@ -94,7 +94,8 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     config |= {"num_warps": 4, "num_stages": 1}
     if _exact(key):
         size = 32 if wide <= 64 else 16
-        config |= {"Q_BLOCK_M": size, "Q_BLOCK_N": 16, "K_BLOCK_M": 16, "K_BLOCK_N": size, "num_warps": 8}
+        config |= {"Q_BLOCK_M": size, "Q_BLOCK_N": 16, "K_BLOCK_M": 16, "K_BLOCK_N": size}
+        config["num_warps"] = 4 if wide <= 32 else 8
     elif key["dtype"] == "tf32":
         config |= {"Q_BLOCK_N": 32} if wide <= 64 else {"Q_BLOCK_N": 16, "K_BLOCK_M": 16, "num_warps": 8}
     elif wide > 128:
@@ -109,9 +110,11 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
 
 @heuristic(OP, "bias_partials")
 def _bias_partials(key: Mapping[str, Any]) -> Config:
-    rows, columns = (64, 32) if _wide(key) <= 64 and key["dtype"] == "f16" else (32, 32)
-    warps = 8 if _wide(key) > 128 or (_wide(key) > 64 and key["dtype"] == "tf32") else 4
-    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": 1}
+    wide = _wide(key)
+    if key["dtype"] == "tf32" and wide > 64:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    rows = 64 if wide <= 64 and key["dtype"] == "f16" else 32
+    return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
 @candidates(OP, "forward_packed")

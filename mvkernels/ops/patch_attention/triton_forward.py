@@ -27,13 +27,16 @@ _SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
 
 @triton.jit
 def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexpr):
-    # (queries, keys) of the bias, in base 2. BIAS_ALIGN > 0: keys are contiguous.
-    rows = head * bsh + m * bsm.to(tl.int64)
+    # (queries, keys) of the bias, in base 2. BIAS_ALIGN > 0: keys are contiguous. Offsets inside a head are
+    # 32-bit: a tile of 64-bit ones does not fit the registers.
+    plane = head * bsh
+    rows = m * bsm
     if BIAS_ALIGN > 0:
+        plane = tl.multiple_of(plane, BIAS_ALIGN)
         offsets = tl.multiple_of(rows, BIAS_ALIGN)[:, None] + n[None, :]
     else:
-        offsets = rows[:, None] + (n * bsn.to(tl.int64))[None, :]
-    return tl.load(bias_ptr + offsets, mask=keep, other=0.0).to(tl.float32) * LOG2E
+        offsets = rows[:, None] + (n * bsn)[None, :]
+    return tl.load(bias_ptr + plane + offsets, mask=keep, other=0.0).to(tl.float32) * LOG2E
 
 
 # One program takes Q_BLOCKS blocks of BLOCK_M queries of one unit. With ONE_PASS all keys and values

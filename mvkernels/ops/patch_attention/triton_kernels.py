@@ -93,6 +93,8 @@ def why_not(
         return f"head_dim {max(d, dv)}: want at most {_MAX_HEAD_DIM}"
     if width * heads * max(d, dv) >= _INT32 or height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
+    if bias is not None and bias.shape[1] * max(map(abs, bias.stride()[1:])) * 2 >= _INT32:
+        return "a head's bias spans 2**31 elements"
     if batch * heads * height * width >= _INT32:
         return "batch * heads * pixels passes 2**31"
     return None

@@ -127,7 +127,9 @@ class _Geometry:
 def _key(problem: Problem, tokens: int) -> dict[str, Any]:
     n = min(512, max(16, 1 << (tokens - 1).bit_length()))
     dtype = "f16" if problem.dtype.itemsize == 2 else "f32" if problem.precision == "ieee" else "tf32"
-    return {"n": n, "d": problem.query[2], "dv": problem.value_dim, "dtype": dtype, "arch": problem.device.arch}
+    bias = int(problem.bias is not None)
+    d, arch = problem.query[2], problem.device.arch
+    return {"n": n, "d": d, "dv": problem.value_dim, "bias": bias, "dtype": dtype, "arch": arch}
 
 
 def _split(kernel: str, problem: Problem, tokens: int) -> tuple[dict[str, Any], dict[str, int]]:

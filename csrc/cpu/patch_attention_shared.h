@@ -1,0 +1,75 @@
+// What the forward and the backward of patch attention share.
+//
+// Everything is computed transposed, with queries as vector lanes and keys as rows: softmax then needs no sums
+// across lanes and no masks for the last keys, and no head_dim is padded.
+#pragma once
+
+#include "lattice.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int64_t kBlock = PatchAttention::kBlock;
+
+// The size of the parts when n is cut into the fewest parts of at most `most`.
+MVK_INLINE int64_t part(int64_t n, int64_t most) {
+  const int64_t parts = (n + most - 1) / most;
+  return parts ? (n + parts - 1) / parts : 1;
+}
+
+// The scores' factor, scale * log2 e, is applied where their exponential is taken, since rounding scaled queries would cost
+// accuracy; only its sign goes into the queries, so that the largest score stays the largest. With a bias, which is
+// added to scaled scores, the queries take all of it.
+struct Factor {
+  double queries, scores;
+  explicit Factor(const PatchAttention& a)
+      : queries(a.bias ? a.scale * kLog2E : __builtin_copysign(1.0, a.scale)),
+        scores(a.bias ? 1.0 : __builtin_fabs(a.scale) * kLog2E) {}
+};
+
+static thread_local Arena arena;
+
+// offset[n] = n * stride, in the arena.
+static int64_t* row_offsets(int64_t count, int64_t stride) {
+  int64_t* offset = arena.take<int64_t>(count);
+  for (int64_t n = 0; n < count; ++n) offset[n] = n * stride;
+  return offset;
+}
+
+// The (N, N) bias of a head, read as a map whose tokens are the queries and whose dims are the keys.
+template <class S>
+struct Bias {
+  Lattice<const S> scores = {};
+  Bias(const PatchAttention& a, int64_t h, const int64_t* rows) {
+    if (a.bias)
+      scores = {static_cast<const S*>(a.bias) + h * a.bias_stride[0], rows, a.bias_stride[2], a.bias_stride[1]};
+  }
+  // dst[(key - first) * ld + i] = bias[row + i][key] * log2 e, which the product with the keys is added to.
+  template <class T>
+  void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
+    const Lattice<const S> some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
+    pack_panel<T>(some, row, stop, keys, T(kLog2E), dst, ld);
+  }
+};
+
+}  // namespace
+
+// Instantiates name<T, S> for each dtype: computed in T, S in memory.
+#define MVK_BY_DTYPE(name)                                                    \
+  void name##_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) { \
+    switch (a.dtype) {                                                        \
+      case DType::f32:                                                        \
+        return name<float, float>(a, begin, end);                             \
+      case DType::f64:                                                        \
+        return name<double, double>(a, begin, end);                           \
+      case DType::f16:                                                        \
+        return name<float, half>(a, begin, end);                              \
+      case DType::bf16:                                                       \
+        return name<float, bfloat>(a, begin, end);                            \
+    }                                                                         \
+  }
+
+}  // namespace MVK_ISA
+}  // namespace mvk
