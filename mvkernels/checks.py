@@ -111,9 +111,12 @@ def number(op: str, name: str, value: Any, default: float) -> float:
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
     first = values[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, torch.Tensor):
         return values
-    dtype = torch.get_autocast_dtype(first.device.type)
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return values
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
         for v in values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def patch_attention(
     maps = [m.to(dtype) for m in (query, key, value)]
     bias = None if bias is None else bias.to(dtype)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device.type):
         if height % ph == 0 and width % pw == 0:
             q, k, v = (_unfold(m, ph, pw) for m in maps)
             out = _fold(_attention(q, k, v, bias, scale), ph, pw, height, width)
@@ -48,6 +50,12 @@ def patch_attention(
                     group = _attention(q, k, v, bias, scale).squeeze(2).transpose(-2, -1)
                     out[..., y::ph, x::pw] = group.reshape(out[..., y::ph, x::pw].shape)
     return lay_as(out.to(query.dtype), query)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
