@@ -110,7 +110,7 @@ def file_of(device_name: str) -> Path:
 
 
 def key_text(key: Mapping[str, Any]) -> str:
-    """The key as it is written in a configuration file: ``bias=0,d=36,dtype=f16,dv=36,n=256``, without ``arch``."""
+    """The key as it is written in a configuration file: ``bias=0,d=36,dtype=f16,…``, without ``arch``."""
     return ",".join(f"{name}={key[name]}" for name in sorted(key) if name != "arch")
 
 

@@ -42,7 +42,7 @@ def test_the_file_is_merged_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     device = launch.Device("Some GPU 80GB", "sm_90", 132)
     path = launch.file_of(device.name)
-    key = {"n": 64, "d": 20, "dv": 20, "bias": 0, "dtype": "f16", "arch": "sm_90"}
+    key = {"n": 64, "d": 20, "dv": 20, "bias": 0, "wide": 1, "dtype": "f16", "arch": "sm_90"}
     text = launch.key_text(key)
 
     def finding(best):

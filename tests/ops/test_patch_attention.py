@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mvkernels.registry import OPS
 
 OP = OPS["patch_attention"]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DEVICE = os.environ.get("MVKERNELS_TEST_DEVICE", "cpu")
 INSTRUCTION_SETS = extension.module.instruction_sets() if extension.module else []
 
 needs_cpp = pytest.mark.skipif(extension.module is None, reason=extension.reason)
@@ -41,7 +43,7 @@ def by_definition(query, key, value, patch_size, bias=None, scale=None):
 
 
 @st.composite
-def problems(draw, dtypes=DTYPES, with_bias=True):
+def problems(draw, dtypes=DTYPES, with_bias=True, device="cpu"):
     """Arguments of patch attention: any shape, patch, stride kinds and dtype."""
     dtype = draw(st.sampled_from(dtypes))
     b, h = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -57,11 +59,11 @@ def problems(draw, dtypes=DTYPES, with_bias=True):
     arguments = {}
     for name, dim in (("query", d), ("key", d), ("value", dv)):
         kind = draw(st.sampled_from(testing.STRIDES))
-        arguments[name] = testing.make_map((b, h, dim, height, width), kind, dtype, generator=generator)
+        arguments[name] = testing.make_map((b, h, dim, height, width), kind, dtype, device, generator)
     arguments["patch_size"] = (ph, pw)
     if bias:
         n = (height // ph) * (width // pw)
-        full = torch.randn(h, n, n + 3, generator=generator).to(dtype)
+        full = torch.randn(h, n, n + 3, generator=generator).to(device, dtype)
         arguments["bias"] = full[..., 1 : n + 1] if draw(st.booleans()) else full[..., :n].transpose(1, 2)
     if draw(st.booleans()):
         arguments["scale"] = draw(st.sampled_from([0.1, 0.3, -0.4]))
@@ -73,7 +75,7 @@ def assert_ok(comparisons):
     assert not wrong, "; ".join(wrong)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(problems(dtypes=(torch.float64,)))
 def test_the_reference_is_the_definition(arguments):
     torch.testing.assert_close(OP.reference(**arguments), by_definition(**arguments), rtol=1e-9, atol=1e-9)
@@ -81,10 +83,26 @@ def test_the_reference_is_the_definition(arguments):
 
 @needs_cpp
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(arguments=problems())
 def test_cpp_on_any_shape_stride_and_dtype(instruction_set, arguments):
     assert_ok(testing.check(OP, arguments, "cpp"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="MVKERNELS_TEST_DEVICE names no other device")
+@settings(max_examples=200, deadline=None)
+@given(problems(dtypes=(torch.float32, torch.float16, torch.bfloat16), device=DEVICE))
+def test_the_device_on_any_shape_stride_and_dtype(arguments):
+    assert mvkernels.can_run("patch_attention", "triton", **arguments) == (True, "")
+    assert_ok(testing.check(OP, arguments, "triton"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="MVKERNELS_TEST_DEVICE names no other device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=checks.short)
+def test_the_device_on_the_suite(dtype):
+    for case in OP.suite("full"):
+        for layout in case.layouts:
+            assert_ok(testing.check(OP, case.make(batch=3, dtype=dtype, device=DEVICE, layout=layout), "triton"))
 
 
 @needs_cpp
@@ -415,7 +433,7 @@ def test_autocast_casts_as_sdpa_does(backend):
 
 
 @needs_cpp
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(problems(dtypes=(torch.float64,), with_bias=False), st.integers(0, 2**31))
 def test_invariants(arguments, seed):
     """Linear in the value; permuting patches permutes the output; a batch is its items."""

@@ -273,10 +273,10 @@ def test_patch_larger_than_the_map_has_no_empty_groups():
 
 
 def test_a_configuration_file_overrides_the_heuristic(tmp_path, monkeypatch):
-    key = {"n": 256, "d": 36, "dv": 36, "bias": 0, "dtype": "f16", "arch": "sm_90"}
+    key = {"n": 256, "d": 36, "dv": 36, "bias": 0, "wide": 1, "dtype": "f16", "arch": "sm_90"}
     before = launch.config("patch_attention", "forward_rows", "A Device", key)
     (tmp_path / "a_device.json").write_text(
-        '{"configs": {"patch_attention.forward_rows": {"bias=0,d=36,dtype=f16,dv=36,n=256": {"num_warps": 8}}}}'
+        '{"configs": {"patch_attention.forward_rows": {"bias=0,d=36,dtype=f16,dv=36,n=256,wide=1": {"num_warps": 8}}}}'
     )
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     launch.forget()

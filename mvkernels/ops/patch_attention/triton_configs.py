@@ -1,9 +1,11 @@
 """Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
 
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for
-all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16`` for both half types,
-``f32`` for exact float32 products, ``tf32``) and ``arch``. The choices here are those that `make audit` shows
-to need no spills and to fit shared memory on every architecture it compiles for.
+all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16`` for
+both half types, ``f32`` for exact float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at
+least 8 bytes at a time: narrower loads take a register for every address) and ``arch``. The choices
+here are those that `make audit` shows to need no spills and to fit shared memory on every
+architecture it compiles for.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
     if n <= 64 and wide <= 128:
         return config
     # A whole row of 256 scores has to find room beside its operands.
-    if n <= (256 if key["arch"] in _ROOMY and not key["bias"] else 128) and wide <= 64:
+    if n <= (256 if key["arch"] in _ROOMY and key["wide"] and not key["bias"] else 128) and wide <= 64:
         return {**config, "BLOCK_N": n, "Q_BLOCKS": n // 64}
     if wide <= 64:
         return {**config, "num_stages": 2}
@@ -95,14 +97,24 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     if _exact(key):
         size = 32 if wide <= 64 else 16
         config |= {"Q_BLOCK_M": size, "Q_BLOCK_N": 16, "K_BLOCK_M": 16, "K_BLOCK_N": size}
-        config["num_warps"] = 4 if wide <= 32 else 8
+        few = (wide <= 32 and key["bias"]) or (wide > 128 and key["arch"].startswith("gfx"))
+        config["num_warps"] = 4 if few else 8
     elif key["dtype"] == "tf32":
-        config |= {"Q_BLOCK_N": 32} if wide <= 64 else {"Q_BLOCK_N": 16, "K_BLOCK_M": 16, "num_warps": 8}
+        config |= (
+            {"Q_BLOCK_N": 32}
+            if wide <= 64
+            else {
+                "Q_BLOCK_N": 16,
+                "K_BLOCK_M": 16,
+                "K_BLOCK_N": 32,
+                "num_warps": 8,
+            }
+        )
     elif wide > 128:
         rows = 16 if key["arch"].startswith("gfx") else 64
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": 32, "K_BLOCK_M": min(rows, 32), "K_BLOCK_N": 32, "num_warps": 8}
     elif wide > 64:
-        config |= {"Q_BLOCK_N": 32, "num_warps": 8}
+        config |= {"Q_BLOCK_N": 32, "K_BLOCK_M": 16, "num_warps": 8}
     elif key["arch"] not in _ROOMY and not key["arch"].startswith("gfx"):
         config |= {"Q_BLOCK_N": 32}
     return config

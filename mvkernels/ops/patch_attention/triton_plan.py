@@ -124,17 +124,23 @@ class _Geometry:
         return tuple(stride for name in names for stride in self.strides[name])
 
 
-def _key(problem: Problem, tokens: int) -> dict[str, Any]:
-    n = min(512, max(16, 1 << (tokens - 1).bit_length()))
+def _key(problem: Problem, geometry: _Geometry) -> dict[str, Any]:
+    inputs = [geometry.maps[name] for name in "qkv"]
     dtype = "f16" if problem.dtype.itemsize == 2 else "f32" if problem.precision == "ieee" else "tf32"
-    bias = int(problem.bias is not None)
-    d, arch = problem.query[2], problem.device.arch
-    return {"n": n, "d": d, "dv": problem.value_dim, "bias": bias, "dtype": dtype, "arch": arch}
+    return {
+        "n": min(512, max(16, 1 << (geometry.tokens - 1).bit_length())),
+        "d": problem.query[2],
+        "dv": problem.value_dim,
+        "bias": int(problem.bias is not None),
+        "dtype": dtype,
+        "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
+        "arch": problem.device.arch,
+    }
 
 
-def _split(kernel: str, problem: Problem, tokens: int) -> tuple[dict[str, Any], dict[str, int]]:
+def _split(kernel: str, problem: Problem, geometry: _Geometry) -> tuple[dict[str, Any], dict[str, int]]:
     # The kernel's configuration: (constexprs, launch options).
-    config = launch.config(OP, kernel, problem.device.name, _key(problem, tokens))
+    config = launch.config(OP, kernel, problem.device.name, _key(problem, geometry))
     options = {name: value for name, value in config.items() if name.islower()}
     return {name: value for name, value in config.items() if not name.islower()}, options
 
@@ -168,11 +174,11 @@ def forward_launches(problem: Problem) -> list[Launch]:
     pointers = ("q", "k", "v", "o", "lse", "bias")
     ints = geometry.ints("qkv") + geometry.sizes + geometry.bias
     if geometry.tokens <= 32:
-        blocks, options = _split("forward_packed", problem, geometry.tokens)
+        blocks, options = _split("forward_packed", problem, geometry)
         grid = -(-geometry.units // blocks["UNITS"])
         return [Launch(triton_forward.forward_packed, "forward_packed", grid, pointers, ("scale2",),
                        (*ints, geometry.units), meta | blocks, options)]  # fmt: skip
-    blocks, options = _split("forward_rows", problem, geometry.tokens)
+    blocks, options = _split("forward_rows", problem, geometry)
     steps = -(-geometry.tokens // blocks["BLOCK_M"])
     # Several query blocks a program save reading k and v again, once there are programs for all processors.
     if geometry.units < 4 * problem.device.processors:
@@ -218,10 +224,10 @@ def backward_launches(problem: Problem, need_bias: bool) -> tuple[list[Launch], 
     ints = geometry.ints("qkvgo") + geometry.sizes + geometry.bias
     launches = []
     uses_delta = need_bias
-    unit_blocks, unit_options = _split("backward_unit", problem, geometry.tokens)
+    unit_blocks, unit_options = _split("backward_unit", problem, geometry)
     limit = unit_blocks.pop("MAX_TOKENS")
     if geometry.tokens <= 32:
-        blocks, options = _split("backward_packed", problem, geometry.tokens)
+        blocks, options = _split("backward_packed", problem, geometry)
         launches.append(
             Launch(
                 triton_backward.backward_packed,
@@ -249,7 +255,7 @@ def backward_launches(problem: Problem, need_bias: bool) -> tuple[list[Launch], 
         )
     else:
         uses_delta = True
-        blocks, options = _split("backward_blocks", problem, geometry.tokens)
+        blocks, options = _split("backward_blocks", problem, geometry)
         fused = geometry.tokens <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
         meta |= flat | blocks | {"LOOP": _loop(problem, geometry.tokens)}
         for phases, size in ((3, geometry.tokens),) if fused else ((1, blocks["Q_BLOCK_M"]), (2, blocks["K_BLOCK_N"])):
@@ -269,7 +275,7 @@ def backward_launches(problem: Problem, need_bias: bool) -> tuple[list[Launch], 
             )
     slices = 0
     if need_bias:
-        blocks, options = _split("bias_partials", problem, geometry.tokens)
+        blocks, options = _split("bias_partials", problem, geometry)
         heads = problem.query[1]
         m_blocks = -(-geometry.tokens // blocks["BLOCK_M"])
         n_blocks = -(-geometry.tokens // blocks["BLOCK_N"])
