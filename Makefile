@@ -48,7 +48,7 @@ bench: setup
 	$(BIN)/python benchmarks/readme_table.py
 
 audit: setup
-	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/audit.py --processes 2
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
