@@ -99,7 +99,7 @@ def models(rows: list[Row]) -> list[str]:
 def render(results: Path) -> str:
     """The block between the markers."""
     lines: list[str] = []
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()) if results.exists() else []:
+    for folder in sorted(path for path in results.glob("*") if path.is_dir() and path.name != "audit"):
         best = "times as fast as the best of eager, SDPA and torch.compile at each shape, geometric mean of medians"
         lines += ops(read(folder / "patch_attention.csv"), best)
         lines += ops(read(folder / "patch_attention_default_allocator.csv"), "the same with glibc's default allocator")

@@ -118,8 +118,10 @@ class Provider:
         self.work, self.note = None, reason
 
 
-def measure(options: Options) -> Result:
-    """Run the benchmark. Raises UsageError for what cannot be measured at all."""
+def measure(options: Options, after_each: Callable[[Result], None] | None = None) -> Result:
+    """Run the benchmark. ``after_each`` sees what there is after each shape, so that a long run that is cut off
+    leaves its part. Raises UsageError for what cannot be measured at all.
+    """
     cases = list(_work(options))
     if not cases:
         raise report.UsageError("bench: no shape fits what was asked for")
@@ -152,6 +154,8 @@ def measure(options: Options) -> Result:
             providers = [*(Provider(b, _on(op, b)) for b in backends), *_peers(op, options.against)]
             gate = Gate(op, arguments, mode == "full")
             result.rows += _measure_case(gate, providers, shared, options, result.rates[name])
+            if after_each is not None:
+                after_each(result)
     finally:
         progress.close()
         torch.set_num_threads(before)

@@ -21,9 +21,7 @@ def command(options: Options, csv: str | None, plot: str | None, json: Callable[
     check(options)
     if plot is not None:
         pyplot()
-    result = measure(options)
-    if csv is not None:
-        write_csv(result.rows, csv)
+    result = measure(options, (lambda so_far: write_csv(so_far.rows, csv)) if csv is not None else None)
     if plot is not None:
         draw(result.rows, plot)
     if json is not None:
