@@ -24,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp") if p.name != "register.cpp")
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h"))
 REGISTER = "csrc/cpu/register.cpp"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
 MEMORY_OF_A_COMPILER = 2 << 30
@@ -138,9 +139,7 @@ class BuildExtension(build_ext):
 
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
-    ext_modules=[]
-    if skip
-    else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=["csrc/cpu/simd.h"])],
+    ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

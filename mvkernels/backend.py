@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
 from mvkernels.registry import OPS
 
@@ -89,6 +90,10 @@ def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
     why_not = op.why_not.get(backend)
     if why_not is None:
         return f"{op.name} has no {backend} kernel"
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    ):
+        return "torch.func transforms and forward-mode derivatives need the reference"
     return why_not(*arguments) or ""
 
 
@@ -125,15 +130,18 @@ def _log_once(op: str, backend: str, reason: str) -> None:
         _log.warning("%s: not on %s: %s", op, backend, reason)
 
 
-def can_run(op: str, backend: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+def can_run(op: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Whether ``backend`` can run the op of that name on these arguments, and if not, why.
 
-    Takes the op's name and its own arguments; never raises. The reason is empty when it can.
+    ``can_run(op, backend, *args, **kwargs)``: the op's name, a backend's, and the op's own arguments. Never raises.
+    The reason is empty when it can.
 
     >>> can_run("patch_attention", "cpp", q, k, v, 2)       # doctest: +SKIP
     (False, 'the C++ extension is not built: ...')
     """
     try:
+        # Not parameters of their own: the op's arguments may include a ``backend`` as well.
+        backend, *args = args or [kwargs.pop("backend")]  # type: ignore[assignment]
         known = OPS.get(op)
         if known is None:
             return False, f"unknown op {op!r}, want one of {', '.join(OPS)}"

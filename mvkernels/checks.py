@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+# A patch as large as the map or larger makes every pixel its own group; beyond this, kernels' integers would overflow.
+_LARGEST = 2**31 - 1
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -96,7 +99,7 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
             raise TypeError(f"{op}: {name} is {value!r}, want an int or a pair of ints")
         if part < 1:
             raise ValueError(f"{op}: {name} is {value!r}, want at least 1")
-    return both[0], both[1]
+    return min(both[0], _LARGEST), min(both[1], _LARGEST)
 
 
 def number(op: str, name: str, value: Any, default: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -109,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, BackendUnavailable) as error:
         print(f"mvkernels {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader (head, say) has seen enough; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _print_json(document: Any) -> None:

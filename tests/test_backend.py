@@ -72,7 +72,6 @@ def test_a_named_backend_that_cannot_run_says_why(arguments):
 @pytest.mark.parametrize(
     "call",
     [
-        (),
         ("patch_attention",),
         ("patch_attention", "cpp"),
         ("patch_attention", "cpp", 1, 2, 3),
@@ -83,10 +82,6 @@ def test_a_named_backend_that_cannot_run_says_why(arguments):
     ],
 )
 def test_can_run_never_raises_for_what_a_call_can_be(call):
-    if len(call) < 2:
-        with pytest.raises(TypeError):  # Python's own, for the arguments of can_run itself
-            mvkernels.can_run(*call)
-        return
     runs, reason = mvkernels.can_run(*call)
     assert runs is False and isinstance(reason, str) and reason
 
@@ -94,6 +89,8 @@ def test_can_run_never_raises_for_what_a_call_can_be(call):
 def test_can_run_says_what_the_call_does(arguments):
     q = arguments[0]
     assert mvkernels.can_run("patch_attention", "reference", q, q, q, 2, scale=0.5) == (True, "")
+    assert mvkernels.can_run("patch_attention", "reference", q, q, q, backend="cpp") == (True, "")
+    assert mvkernels.can_run("patch_attention", backend="reference", query=q, key=q, value=q) == (True, "")
     for name in backends.BACKENDS:
         runs, reason = mvkernels.can_run("patch_attention", name, q, q, q)
         assert runs == (not reason)

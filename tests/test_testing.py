@@ -23,7 +23,7 @@ def test_the_reference_passes_and_a_wrong_kernel_does_not():
     assert all(c.ok for c in testing.check(OP, arguments(), "reference"))
 
     def wrong_scale(backend=None, **kwargs):
-        return OP.reference(**kwargs, scale=0.36)
+        return OP.reference(**{**kwargs, "scale": 0.36})
 
     def one_pixel(backend=None, **kwargs):
         out = OP.reference(**kwargs)

@@ -37,10 +37,7 @@ static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int6
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      if constexpr (from == Start::from)
-        acc[m][v] = load<T>(c + m * ldc + v * W<T>);
-      else
-        acc[m][v] = vec<T>{};
+      acc[m][v] = vec<T>{};
     }
   auto step = [&]() __attribute__((always_inline)) {
     vec<T> bv[V];
@@ -66,6 +63,8 @@ static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int6
     vec<T> most = Top ? load<T>(top + v * W<T>) : vec<T>{};
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
+      // What is there is added last: sums of sums err less than one long chain.
+      if constexpr (from == Start::from) acc[m][v] += load<T>(c + m * ldc + v * W<T>);
       store<T>(c + m * ldc + v * W<T>, acc[m][v]);
       if constexpr (Top) most = maximum<T>(most, acc[m][v]);
     }

@@ -15,9 +15,6 @@ namespace {
 template <class T>
 constexpr int64_t kKeys = 16384 / (kPanel<T> * int64_t(sizeof(T)));
 
-template <class T>
-constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__builtin_inf());
-
 // Prefetches the next unit's rows into L2 between the tiles of this one: rows of a map are far apart, and the hardware
 // does not guess them.
 template <class S>
@@ -34,7 +31,7 @@ struct Ahead {
   }
 };
 
-// P = 2^(factor S - top) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
+// P = 2^(factor (S - top)) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
 // chain of additions would be the largest error of all.
 template <class T, int V>
 MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums) {
@@ -45,7 +42,7 @@ MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums
     constexpr int n = decltype(count)::value * V;
     vec<T> p[n];
 #pragma GCC unroll 4
-    for (int u = 0; u < n; ++u) p[u] = load<T>(s + u * W<T>) * f - m[u % V];
+    for (int u = 0; u < n; ++u) p[u] = (load<T>(s + u * W<T>) - m[u % V]) * f;
     exp2_nonpositive<n>(p);
 #pragma GCC unroll 4
     for (int u = 0; u < n; ++u) {
@@ -71,7 +68,7 @@ static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
     const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
   constexpr int64_t L = V * W<T>;
-  T shift[L];  // what the exponents were taken less: the rounded factor * top
+  T shift[L];  // what the scores were taken less
   for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, shift[i] = 0, sums[i] = 0;
   const int64_t step = part(N, kKeys<T>);
   for (int64_t key = 0; key < N; key += step) {
@@ -85,10 +82,11 @@ static void attend(
     // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
     T before[L];
     memcpy(before, shift, sizeof before);
-    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : factor * top[i];
+    for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? T(0) : top[i];
     if (key) {
       vec<T> alpha[V];
-      for (int i = 0; i < V; ++i) alpha[i] = load<T>(before + i * W<T>) - load<T>(shift + i * W<T>);
+      for (int i = 0; i < V; ++i)
+        alpha[i] = (load<T>(before + i * W<T>) - load<T>(shift + i * W<T>)) * splat<T>(factor);
       exp2_nonpositive<V>(alpha);
       for (int i = 0; i < V; ++i) store<T>(sums + i * W<T>, alpha[i] * load<T>(sums + i * W<T>));
       for (int64_t d = 0; d < a.Dv; ++d)
@@ -164,7 +162,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
       else
         attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, T(factor.scores), s, o, top, sums, ahead);
       for (int64_t i = 0; i < stop - row; ++i)
-        lse.data[lse.offset[row + i]] = kLn2 * (T(factor.scores) * top[i]) + __builtin_log(sums[i]);
+        lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + __builtin_log(sums[i]);
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
       unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
     }

@@ -12,8 +12,9 @@ namespace {
 
 constexpr int64_t kBackKeys = 256;  // the backward holds P and dS of a block, 256 x 32 floats each, in L2
 
-// P = 2^(factor S - high - low), where high + low is the log-sum-exp in base 2, and dS = P (dP - delta), over `rows` rows of V vectors, `ld` apart. If these are all keys, P is
-// divided by its own sum and delta is sum_k P dP: as exact as softmax's backward, also for groups of a token or two.
+// P = 2^(factor (S - high - low)), where high + low is the log-sum-exp in units of S, and dS = P (dP - delta), over `rows`
+// rows of V vectors, `ld` apart. If these are all keys, high is just their maximum: P is then divided by its own sum and
+// delta is sum_k P dP, as exact as softmax's backward, also for groups of a token or two.
 template <class T, int V>
 MVK_INLINE void probabilities(
     T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* high, const T* low, const T* delta, bool whole) {
@@ -27,7 +28,7 @@ MVK_INLINE void probabilities(
     constexpr int R = decltype(count)::value;
     vec<T> e[R * V];
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) e[u] = load<T>(p + (r + u / V) * ld + u % V * W<T>) * f - hi[u % V] - lo[u % V];
+    for (int u = 0; u < R * V; ++u) e[u] = (load<T>(p + (r + u / V) * ld + u % V * W<T>) - hi[u % V] - lo[u % V]) * f;
     exp2_nonpositive<R * V>(e);
 #pragma GCC unroll 4
     for (int u = 0; u < R * V; ++u) {
@@ -66,12 +67,14 @@ static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
     T factor, T* p, T* ds, const T* high, const T* low, const T* delta, bool whole) {
   constexpr int64_t P = kPanel<T>;
+  T top[P], zero[P];
+  for (int i = 0; i < P; ++i) top[i] = -kInfinity<T>, zero[i] = 0;
   if (a.bias)
-    product_rows<T, V, Start::from, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
+    product_rows<T, V, Start::from, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
   else
-    product_rows<T, V, Start::zero, false>(keys, a.D, k, ldk, q, P, p, kBlock, nullptr);
+    product_rows<T, V, Start::zero, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
   product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
-  probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
+  probabilities<T, V>(p, ds, keys, kBlock, factor, whole ? top : high, whole ? zero : low, delta, whole);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -145,9 +148,9 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         pack_rows<T>(mq, row, row + rows, a.D, q, ldk);
         pack_rows<T>(mg, row, row + rows, a.Dv, go, ldv);
         for (int64_t i = 0; i < kBlock; ++i) {
-          const double lse2 = i < rows ? lse.data[lse.offset[row + i]] * kLog2E : 0;
-          high[i] = T(lse2);
-          low[i] = T(lse2 - high[i]);
+          const double in_scores = i < rows ? lse.data[lse.offset[row + i]] / (factor.scores * kLn2) : 0;
+          high[i] = T(in_scores);
+          low[i] = T(in_scores - high[i]);
           delta[i] = 0;
         }
         for (int64_t i = 0; i < rows; i += P) {

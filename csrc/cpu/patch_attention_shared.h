@@ -13,20 +13,27 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kBlock = PatchAttention::kBlock;
 
+template <class T>
+constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__builtin_inf());
+
 // The size of the parts when n is cut into the fewest parts of at most `most`.
 MVK_INLINE int64_t part(int64_t n, int64_t most) {
   const int64_t parts = (n + most - 1) / most;
   return parts ? (n + parts - 1) / parts : 1;
 }
 
-// The scores' factor, scale * log2 e, is applied where their exponential is taken, since rounding scaled queries would cost
-// accuracy; only its sign goes into the queries, so that the largest score stays the largest. With a bias, which is
-// added to scaled scores, the queries take all of it.
+// Exponents are (score - maximum) * scores: subtracting first is exact for what matters and safe for scores of any
+// size, and unscaled queries need no rounding. Only the sign of the scale goes into the queries, so that the largest score
+// stays the largest. With a bias, which is added to scaled scores, and with a scale that float cannot invert, the
+// queries take all of it.
 struct Factor {
   double queries, scores;
-  explicit Factor(const PatchAttention& a)
-      : queries(a.bias ? a.scale * kLog2E : __builtin_copysign(1.0, a.scale)),
-        scores(a.bias ? 1.0 : __builtin_fabs(a.scale) * kLog2E) {}
+  explicit Factor(const PatchAttention& a) {
+    const float f = float(__builtin_fabs(a.scale) * kLog2E);
+    const bool whole = a.bias || !(f > 1e-30f && f < 1e30f);
+    queries = whole ? a.scale : __builtin_copysign(1.0, a.scale);
+    scores = whole ? kLog2E : __builtin_fabs(a.scale) * kLog2E;
+  }
 };
 
 static thread_local Arena arena;
@@ -46,11 +53,11 @@ struct Bias {
     if (a.bias)
       scores = {static_cast<const S*>(a.bias) + h * a.bias_stride[0], rows, a.bias_stride[2], a.bias_stride[1]};
   }
-  // dst[(key - first) * ld + i] = bias[row + i][key] * log2 e, which the product with the keys is added to.
+  // dst[(key - first) * ld + i] = bias[row + i][key], which the product with the keys is added to.
   template <class T>
   void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
     const Lattice<const S> some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
-    pack_panel<T>(some, row, stop, keys, T(kLog2E), dst, ld);
+    pack_panel<T>(some, row, stop, keys, T(1), dst, ld);
   }
 };
 

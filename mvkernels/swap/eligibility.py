@@ -118,6 +118,8 @@ def unusual_call(x: Any) -> str:
         return "the input is not a 4-D tensor"
     if torch.compiler.is_compiling():
         return ""
+    if nn.modules.module._has_any_global_hook():
+        return "global module hooks are registered"
     if type(x) not in _DENSE and type(x).__name__ != "FakeTensor":
         return f"the input is a {type(x).__name__}"
     if torch.jit.is_tracing():

@@ -37,6 +37,8 @@ _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
 def why_not(block: Any) -> str:
     """Why the fused block cannot stand for this ``MobileViTLayer`` as it is now; empty if it can."""
     into, out, transformer = block.conv_1x1, block.conv_projection, block.transformer
+    if not {"unfolding", "folding"}.isdisjoint(block.__dict__):
+        return "its unfolding or folding has been replaced"
     reason = (
         not_plain(into, MobileViTConvLayer, "conv_1x1")
         or not_pointwise_conv(into.convolution, "conv_1x1.convolution")
@@ -90,6 +92,11 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
         and (query.bias is None) == (key.bias is None) == (value.bias is None)
     ):
         return "query, key and value are not alike"
+    if not reason:
+        self_attention = layer.attention.attention
+        heads, size = self_attention.num_attention_heads, self_attention.attention_head_size
+        if heads * size != query.out_features:
+            return f"{heads} heads of {size} do not make the {query.out_features} channels of the projections"
     return reason
 
 

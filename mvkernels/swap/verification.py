@@ -31,8 +31,8 @@ class SwapVerification:
 
     @property
     def ok(self) -> bool:
-        """Whether every row is within what is allowed."""
-        return all(row.ok for row in self.rows)
+        """Whether there was anything to compare, and every row is within what is allowed."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
     def swapped(self) -> int:
@@ -221,7 +221,7 @@ def _compare(
             label = f"{where}{group}{name and ' ' + name}"
             rows.append(compare(label, actual[group][name], t, baseline[group][name], factor, floor))
         if group == "d parameter":
-            worst = max(rows, key=lambda row: row.error / row.allowed)
+            worst = max(rows, key=lambda row: row.error / max(row.allowed, 1e-300))
             detail = f"(the worst of {len(rows)}) {worst.detail}".rstrip()
             rows = [Comparison(worst.name, worst.error, worst.allowed, detail)]
         yield from rows

@@ -18,6 +18,11 @@ from torch import nn
 Examine = Callable[[Any], "tuple[str, list[dict[str, Any]]]"]
 
 
+# Settings of attention modules, and methods that the fused path does the work of.
+_HEADS = frozenset(("num_attention_heads", "attention_head_size", "all_head_size", "num_heads", "head_dim", "scale"))
+_METHODS = frozenset(("forward", "unfolding", "folding"))
+
+
 class _Snapshot:
     """The parts of some modules that decide whether they may be fused; equal while nothing has changed."""
 
@@ -27,6 +32,7 @@ class _Snapshot:
         self.attributes = [m.__dict__ for m in self.modules]
         self.containers = [block.__dict__] + [a for a in self.attributes if a["_modules"]]
         self.weighted = [a for a in self.attributes if "weight" in a["_parameters"]]
+        self.heads = [a for a in self.attributes if not _HEADS.isdisjoint(a)]
         self.rates = [a for a in self.attributes if "p" in a or "drop_prob" in a]
         self.state = self.read()
 
@@ -39,7 +45,8 @@ class _Snapshot:
                 not (a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"])
                 for a in self.attributes
             ],
-            ["forward" in a for a in self.attributes],
+            [not _METHODS.isdisjoint(a) for a in (*self.attributes, self.containers[0])],
+            [tuple(a.get(name) for name in _HEADS) for a in self.heads],
             [(a["training"], a.get("p"), a.get("drop_prob")) for a in self.rates],
             [tuple(a["_modules"].values()) for a in self.containers],
             [None if w is None else (type(w), w.dtype, w.device) for w in weights],
