@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from mvkernels.nn import patch_transformer
 from mvkernels.swap import swap
 
-from .conftest import timm_block
+from .conftest import FAMILIES, timm_block
 
 
 class Adapter(nn.Linear):
@@ -268,3 +268,33 @@ def test_gradient_checkpointing():
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+
+
+def test_global_hooks_take_the_original(family):
+    """A profiler's or a FLOP counter's hook on every module sees the inner modules, as it did before the swap."""
+    block = family.block()
+    seen: list[str] = []
+    swap(block)
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    try:
+        block(torch.randn(1, 12, 8, 8))
+    finally:
+        handle.remove()
+    assert type(block.get_submodule(family.attention)).__name__ in seen
+
+
+def test_head_counts_that_do_not_fit_or_change():
+    family = FAMILIES["transformers"]
+    x = torch.randn(1, 12, 8, 8)
+    block, twin = family.block(), family.block()
+    twin.load_state_dict(block.state_dict())
+    swap(block)
+    block(x)
+    for module in (block, twin):
+        attention = module.get_submodule(family.attention)
+        attention.num_attention_heads //= 2
+        attention.attention_head_size *= 2
+    torch.testing.assert_close(block(x), twin(x), atol=1e-5, rtol=1e-4)
+    bad = family.block()
+    bad.get_submodule(family.attention).num_attention_heads = 1
+    assert "do not make" in swap(bad).entries[0].reason

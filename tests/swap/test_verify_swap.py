@@ -114,3 +114,14 @@ def test_frozen_parameters(family):
 def test_not_a_module():
     with pytest.raises(TypeError, match="verify_swap"):
         verify_swap(torch.nn.functional.relu, torch.zeros(1))
+
+
+def test_gradients_that_are_exactly_zero(family):
+    model = family.model()
+    for parameter in list(model.parameters())[-2:]:  # the classifier
+        torch.nn.init.zeros_(parameter)
+    assert verify_swap(model, torch.randn(1, 3, 64, 64)).ok
+
+
+def test_nothing_to_compare_is_not_ok():
+    assert not verify_swap(nn.Identity(), torch.arange(3)).ok
