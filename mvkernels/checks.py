@@ -18,16 +18,14 @@ _LARGEST = 2**31 - 1
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tensors(op: str, *, optional: Sequence[str] = (), **named: Any) -> None:
-    """Every value is a dense tensor of one floating dtype on one device; those in ``optional`` may be None.
+def tensors(op: str, **named: Any) -> None:
+    """Every value is a dense tensor of one floating dtype on one device.
 
     Raises TypeError (not a tensor, or not float16, bfloat16, float32, float64) or ValueError
     (mixed dtypes or devices).
     """
     first = None
     for name, value in named.items():
-        if value is None and name in optional:
-            continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{op}: {name} is a {type(value).__name__}, want a torch.Tensor")
         if value.dtype not in FLOATING:
@@ -35,8 +33,6 @@ def tensors(op: str, *, optional: Sequence[str] = (), **named: Any) -> None:
         if value.layout is not torch.strided:
             raise TypeError(f"{op}: {name} has layout {short(value.layout)}, want a dense (strided) tensor")
     for name, value in named.items():
-        if value is None:
-            continue
         if first is None:
             first, first_name = value, name
         elif value.dtype != first.dtype:
@@ -48,14 +44,14 @@ def tensors(op: str, *, optional: Sequence[str] = (), **named: Any) -> None:
 
 
 def alike(first: Any, *others: Any) -> bool:
-    """Whether all are what :func:`tensors` wants, None among ``others`` passed over: the usual case, asked cheaply."""
+    """Whether all are what :func:`tensors` wants: the usual case, asked cheaply."""
     if not isinstance(first, torch.Tensor):
         return False
     dtype, device = first.dtype, first.device
     if dtype not in FLOATING or first.layout is not torch.strided:
         return False
     for other in others:
-        if other is not None and not (
+        if not (
             isinstance(other, torch.Tensor)
             and other.dtype == dtype
             and other.device == device

@@ -80,8 +80,9 @@ def _check(
 ) -> tuple[Any, ...]:
     ph, pw = checks.pair(_NAME, "patch_size", patch_size)
     query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
-    if value is None or key is None or not checks.alike(query, key, value, bias):
-        checks.tensors(_NAME, optional=("bias",), query=query, key=key, value=value, bias=bias)
+    given = (query, key, value) if bias is None else (query, key, value, bias)
+    if not checks.alike(*given):
+        checks.tensors(_NAME, **dict(zip(("query", "key", "value", "bias"), given)))
     shape = query.shape
     if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
         _check_shapes(query, key, value)
