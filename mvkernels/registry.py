@@ -44,7 +44,6 @@ class Op:
     """The public function."""
     reference: Callable[..., torch.Tensor]
     """Plain PyTorch. Takes the op's arguments without ``backend``, and ``compute_dtype``."""
-    autograd_function: type[torch.autograd.Function]
     check: Callable[..., tuple[Any, ...]]
     """Checks the op's arguments, in order, and returns them normalised; raises TypeError, ValueError."""
     why_not: Mapping[str, Callable[..., str | None]]

@@ -36,9 +36,7 @@ static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int6
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      acc[m][v] = vec<T>{};
-    }
+    for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
   auto step = [&]() __attribute__((always_inline)) {
     vec<T> bv[V];
 #pragma GCC unroll 4

@@ -61,20 +61,20 @@ MVK_INLINE void probabilities(
 }
 
 // S^T (added to the bias, which is in p), dP^T, then P^T and dS^T of a block of keys for one panel of V vectors of queries;
-// the blocks have kBlock columns.
+// the blocks have kBlock columns. If whole, high (-inf before) becomes the maximum of S.
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    T factor, T* p, T* ds, const T* high, const T* low, const T* delta, bool whole) {
+    T factor, T* p, T* ds, T* high, const T* low, const T* delta, bool whole) {
   constexpr int64_t P = kPanel<T>;
-  T top[P], zero[P];
-  for (int i = 0; i < P; ++i) top[i] = -kInfinity<T>, zero[i] = 0;
+  T unused[P] = {};
+  T* top = whole ? high : unused;
   if (a.bias)
     product_rows<T, V, Start::from, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
   else
     product_rows<T, V, Start::zero, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
   product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
-  probabilities<T, V>(p, ds, keys, kBlock, factor, whole ? top : high, whole ? zero : low, delta, whole);
+  probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -148,10 +148,12 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         pack_rows<T>(mq, row, row + rows, a.D, q, ldk);
         pack_rows<T>(mg, row, row + rows, a.Dv, go, ldv);
         for (int64_t i = 0; i < kBlock; ++i) {
-          const double in_scores = i < rows ? lse.data[lse.offset[row + i]] / (factor.scores * kLn2) : 0;
+          high[i] = whole ? -kInfinity<T> : T(0);
+          low[i] = delta[i] = 0;
+          if (whole || i >= rows) continue;
+          const double in_scores = lse.data[lse.offset[row + i]] / (factor.scores * kLn2);
           high[i] = T(in_scores);
           low[i] = T(in_scores - high[i]);
-          delta[i] = 0;
         }
         for (int64_t i = 0; i < rows; i += P) {
           const int64_t stop = i + P < rows ? i + P : rows;

@@ -136,7 +136,6 @@ OP = register(
         name=_NAME,
         function=patch_attention,
         reference=reference,
-        autograd_function=PatchAttentionFunction,
         check=_check,
         why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
