@@ -110,6 +110,28 @@ static void product_tall(
   }
 }
 
+// c (+)= A B with A given by its columns: row m, element k at a[k * lda + m]. `cols` is rounded up to whole vectors, which b
+// and c must have.
+template <class T, Start from>
+static void product_columns(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  auto panel = [&](auto width, int64_t col) {
+    constexpr int V = decltype(width)::value, M = V == 1 ? kNarrowRows : V == 2 ? kTileRows : kTileRows * 2 / V;
+    const Tiles tiles(rows, M);
+    int64_t m = 0;
+    for (int i = 0; i < tiles.count; ++i) {
+      const int r = tiles.height + (i < tiles.taller);
+      tile_of<T, V, true, from, false, M>(
+          r, K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, static_cast<T*>(nullptr));
+      m += r;
+    }
+  };
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
+  for (; left >= 2; left -= 2) panel(std::integral_constant<int, 2>{}, col), col += 2 * W<T>;
+  if (left) panel(std::integral_constant<int, 1>{}, col);
+}
+
 }  // namespace
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -67,6 +67,24 @@ struct Group {
         tokens(high * wide) {}
 };
 
+// The units of a forward in order. A division takes as long as a dozen vectors of arithmetic, so a group is worked out only
+// where the slice changes.
+struct Walk {
+  const PatchAttention* a;
+  int64_t chunk, slice;
+  Group group;
+  Walk(const PatchAttention& args, int64_t unit)
+      : a(&args),
+        chunk(unit % args.chunks),
+        slice(unit / args.chunks / args.heads),
+        group(args, slice, unit / args.chunks % args.heads) {}
+  void step() {
+    if (++chunk < a->chunks) return;
+    chunk = 0;
+    if (++group.h == a->heads) group = Group(*a, ++slice, 0);
+  }
+};
+
 // Offsets of a group's tokens from its first one, kept while they stay the same: for heads, and for groups of one size.
 struct Offsets {
   int64_t* table;
@@ -98,6 +116,31 @@ template <class S>
 MVK_INLINE Lattice<S> lattice(const PatchAttention& a, const Map& map, Offsets& offsets, const Group& g) {
   return {first_token<S>(map, g), offsets.of(g, map.y * a.ph, map.x * a.pw), map.d, map.x * a.pw};
 }
+
+// Prefetches the next unit's tokens into L2 between the tiles of this one: rows of a map are far apart, and the hardware
+// does not guess them. For maps whose dims are contiguous; others are left to the hardware.
+struct Ahead {
+  struct Rows {
+    const char* base;
+    const int64_t* offset;
+    int64_t item, bytes;
+  } maps[6];
+  int some = 0;
+  int64_t next = 0, count = 0, panel = 0;  // tokens: reached, all, and for one panel of queries
+  template <class S>
+  void add(const Map& map, const Group& g, const int64_t* offset, int64_t dims) {
+    if (map.d == 1)
+      maps[some++] = {
+          reinterpret_cast<const char*>(first_token<S>(map, g)), offset, sizeof(S), dims * int64_t(sizeof(S))};
+  }
+  void between_tiles(int tiles) {
+    for (int64_t n = (panel + tiles - 1) / tiles; n > 0 && next < count; --n, ++next)
+      for (int i = 0; i < some; ++i) {
+        const char* p = maps[i].base + maps[i].offset[next] * maps[i].item;
+        for (int64_t at = 0; at < maps[i].bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+      }
+  }
+};
 
 // Whether tokens n .. n + W - 1 lie side by side.
 template <class T, class S>
@@ -236,23 +279,31 @@ MVK_INLINE void store_by_token(const Lattice<S>& m, int64_t n, int tokens, int64
   }
 }
 
-// Token begin + i, dim d of the map = factor * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
+// Token begin + i, dim d of the map = factor[i * step] * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
 template <class T, class S>
 static void unpack_rows(
-    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, T factor) {
-  const vec<T> f = splat<T>(factor);
+    const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, const T* factor,
+    int64_t step) {
+  if (m.d == 1) {
+    for (int64_t n = begin; n < end; ++n, src += ld, factor += step) {
+      const vec<T> f = splat<T>(*factor);
+      S* p = m.data + m.offset[n];
+      int64_t d = 0;
+      for (; d + W<T> <= dims; d += W<T>) store_as<T>(p + d, f * load<T>(src + d));
+      if (d < dims) store_partial<T>(p + d, f * load<T>(src + d), int(dims - d));
+    }
+    return;
+  }
   vec<T> block[W<T>];
   for (int64_t n = begin; n < end; n += W<T>, src += W<T> * ld) {
     const int tokens = at_most<T>(end - n);
     for (int64_t d = 0; d < dims; d += W<T>) {
-      for (int i = 0; i < W<T>; ++i) block[i] = f * load<T>(src + i * ld + d);
-      if (m.d == 1) {
-        store_by_token<T>(m, n, tokens, d, at_most<T>(dims - d), block);
-      } else {
-        transpose<T>(block);
-        store_by_dim<T>(m, n, tokens, d, at_most<T>(dims - d), block);
-      }
+      for (int i = 0; i < W<T>; ++i)
+        block[i] = i < tokens ? splat<T>(factor[i * step]) * load<T>(src + i * ld + d) : vec<T>{};
+      transpose<T>(block);
+      store_by_dim<T>(m, n, tokens, d, at_most<T>(dims - d), block);
     }
+    factor += W<T> * step;
   }
 }
 

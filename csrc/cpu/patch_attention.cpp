@@ -1,10 +1,10 @@
 // Patch attention on CPUs, forward: unfold + attention + fold for one (batch, group, head) at a time, straight from and
 // into the maps.
 //
-// A unit packs the group's keys (rows) and values (tall panels) into scratch that stays in L1/L2; then, for each panel
-// of two vectors of queries: scores S^T = K Q^T in register tiles that also find the maximum, exponentials in base 2
-// in L1, O^T = V^T P^T in register tiles, one store into the map. q, k, v are read and out is written once. More than
-// kKeys keys are taken in blocks with a running maximum and sum.
+// A unit packs the group's keys and values into scratch that stays in L1/L2; then, for each panel of two vectors of
+// queries: scores S^T = K Q^T in register tiles that also find the maximum, exponentials in base 2 in L1, O = P V (small
+// groups) or O^T = V^T P^T in register tiles, one store into the map. q, k, v are read and out is written once. More
+// than kKeys keys are taken in blocks with a running maximum and sum.
 #include "patch_attention_shared.h"
 
 namespace mvk {
@@ -14,22 +14,6 @@ namespace {
 // Keys of a block in the forward: its scores fill half of an L1.
 template <class T>
 constexpr int64_t kKeys = 16384 / (kPanel<T> * int64_t(sizeof(T)));
-
-// Prefetches the next unit's rows into L2 between the tiles of this one: rows of a map are far apart, and the hardware
-// does not guess them.
-template <class S>
-struct Ahead {
-  const S* base[3] = {};
-  const int64_t* offset[3] = {};
-  int64_t bytes[3] = {}, next = 0, count = 0, panel = 0;
-  void between_tiles(int tiles) {
-    for (int64_t n = (panel + tiles - 1) / tiles; n > 0 && next < count; --n, ++next)
-      for (int i = 0; i < 3; ++i) {
-        const char* p = reinterpret_cast<const char*>(base[i] + offset[i][next]);
-        for (int64_t at = 0; at < bytes[i]; at += 64) __builtin_prefetch(p + at, 0, 2);
-      }
-  }
-};
 
 // P = 2^(factor (S - top)) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
 // chain of additions would be the largest error of all.
@@ -62,11 +46,13 @@ MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums
   }
 }
 
-// Attention of one panel of V vectors of queries over all keys: O^T, not yet divided, and the lanes' maxima and sums.
+// Attention of one panel of V vectors of queries over all keys: O^T (O if v_rows), not yet divided, and the lanes' maxima and
+// sums. v is in tall panels; v_rows has rows of ldv, as O then.
 template <class T, int V, class S>
 static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
-    const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* top, T* sums, Ahead<S>& ahead) {
+    const T* v_rows, int64_t ldv, const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* top, T* sums,
+    Ahead& ahead) {
   constexpr int64_t L = V * W<T>;
   T shift[L];  // what the scores were taken less
   for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, shift[i] = 0, sums[i] = 0;
@@ -94,7 +80,9 @@ static void attend(
     }
     exponentials<T, V>(s, keys, factor, shift, sums);
     for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? top[i] : shift[i];
-    if (key)
+    if (v_rows)
+      product_columns<T, Start::zero>(stop - row, a.Dv, keys, s, L, v_rows, ldv, o, ldv);
+    else if (key)
       product_tall<T, V, Start::from>(v_tiles, N, key, key + keys, v, s, L, o, L);
     else
       product_tall<T, V, Start::zero>(v_tiles, N, 0, keys, v, s, L, o, L);
@@ -109,7 +97,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   arena.reset(
       6 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) +
           Arena::bytes<T>(round_up(most, W<T>) * ldv) + Arena::bytes<T>(tall_size<T>(most, a.Dv)) +
-          Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) + Arena::bytes<T>(a.Dv * P),
+          Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) + Arena::bytes<T>(ldv * P),
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
   Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
@@ -119,52 +107,57 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* v = arena.take<T>(tall_size<T>(most, a.Dv));
   T* q = arena.take<T>(a.D * P);
   T* s = arena.take<T>(keys_most * P);
-  T* o = arena.take<T>(a.Dv * P);
+  T* o = arena.take<T>(ldv * P);
   T top[P], sums[P];
+  double logs[P];
   const Tiles v_tiles(a.Dv, kTileRows);
   const Factor factor(a);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
+  Walk after(a, begin);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t chunk = unit % a.chunks, h = unit / a.chunks % a.heads, slice = unit / a.chunks / a.heads;
-    const Group g(a, slice, h);
+    const int64_t chunk = after.chunk, h = after.group.h;
+    const Group g = after.group;
+    after.step();
     const int64_t N = g.tokens, blocks = (N + kBlock - 1) / kBlock;
-    const int64_t row_begin = blocks * chunk / a.chunks * kBlock, row_cut = blocks * (chunk + 1) / a.chunks * kBlock;
-    const int64_t row_end = row_cut < N ? row_cut : N;
-    if (row_begin == row_end) continue;
+    int64_t row_begin = 0, row_end = N;
+    if (a.chunks > 1) {
+      row_begin = blocks * chunk / a.chunks * kBlock, row_end = blocks * (chunk + 1) / a.chunks * kBlock;
+      if (row_end > N) row_end = N;
+      if (row_begin == row_end) continue;
+    }
     const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
     const auto mo = lattice<S>(a, a.out, oo, g);
     const auto lse = lattice<double>(a, lse_map, ol, g);
     const Bias<S> bias(a, h, bias_rows);
-    Ahead<S> ahead;
-    if (unit + 1 < end && a.chunks == 1 && mq.d == 1 && mk.d == 1 && mv.d == 1) {
-      const Group after(a, (unit + 1) / a.heads, (unit + 1) % a.heads);
-      const int64_t sizes[3] = {a.D, a.D, a.Dv};
-      const Map* maps[3] = {&a.query, &a.key, &a.value};
-      const int64_t* tables[3] = {mq.offset, mk.offset, mv.offset};
-      for (int i = 0; i < 3; ++i) {
-        ahead.base[i] = first_token<S>(*maps[i], after);
-        ahead.offset[i] = tables[i];
-        ahead.bytes[i] = sizes[i] * int64_t(sizeof(S));
-      }
-      ahead.count = N < after.tokens ? N : after.tokens, ahead.panel = P;
+    Ahead ahead;
+    if (unit + 1 < end && a.chunks == 1) {
+      ahead.count = N < after.group.tokens ? N : after.group.tokens, ahead.panel = P;
+      ahead.add<S>(a.query, after.group, mq.offset, a.D);
+      ahead.add<S>(a.key, after.group, mk.offset, a.D);
+      ahead.add<S>(a.value, after.group, mv.offset, a.Dv);
+      ahead.add<S>(a.out, after.group, mo.offset, a.Dv);
     }
     pack_rows<T>(mk, 0, N, a.D, k, ldk);
     pack_rows<T>(mv, 0, N, a.Dv, v_rows, ldv);
-    pack_tall<T>(v_rows, ldv, N, v_tiles, v);
+    const bool by_rows = N <= kKeys<T> && rows_are_cheaper<T>(N, a.Dv, mo.d == 1);
+    if (!by_rows) pack_tall<T>(v_rows, ldv, N, v_tiles, v);
 
     for (int64_t row = row_begin; row < row_end; row += P) {
       const int64_t stop = row + P < row_end ? row + P : row_end;
       const int64_t L = stop - row > W<T> ? P : W<T>;
       pack_panel<T>(mq, row, stop, a.D, T(factor.queries), q, L);
-      if (L == P)
-        attend<T, 2>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, T(factor.scores), s, o, top, sums, ahead);
-      else
-        attend<T, 1>(a, N, q, k, ldk, v, v_tiles, bias, row, stop, T(factor.scores), s, o, top, sums, ahead);
-      for (int64_t i = 0; i < stop - row; ++i)
-        lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + __builtin_log(sums[i]);
+      auto panel = L == P ? attend<T, 2, S> : attend<T, 1, S>;
+      panel(
+          a, N, q, k, ldk, v, v_tiles, by_rows ? v_rows : nullptr, ldv, bias, row, stop, T(factor.scores), s, o, top,
+          sums, ahead);
+      logarithms<T>(sums, int(L), logs);
+      for (int64_t i = 0; i < stop - row; ++i) lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + logs[i];
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
-      unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
+      if (by_rows)
+        unpack_rows<T>(mo, row, stop, a.Dv, o, ldv, sums, 1);
+      else
+        unpack_panel<T>(mo, row, stop, a.Dv, o, L, sums);
     }
   }
 }

@@ -65,14 +65,14 @@ MVK_INLINE void probabilities(
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    T factor, T* p, T* ds, T* high, const T* low, const T* delta, bool whole) {
+    T factor, T* p, T* ds, T* high, const T* low, const T* delta, bool whole, Ahead& ahead) {
   constexpr int64_t P = kPanel<T>;
   T unused[P] = {};
   T* top = whole ? high : unused;
   if (a.bias)
-    product_rows<T, V, Start::from, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
+    product_rows<T, V, Start::from, true>(keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
   else
-    product_rows<T, V, Start::zero, true>(keys, a.D, k, ldk, q, P, p, kBlock, top);
+    product_rows<T, V, Start::zero, true>(keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
   product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
   probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
 }
@@ -93,8 +93,8 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   const int64_t ldb = a.padded();
   arena.reset(
       11 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
-          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * (2 * a.D + 2 * a.Dv)) +
-          Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(kBackKeys * kBlock) +
+          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * (a.D + 2 * a.Dv)) +
+          2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(kBackKeys * kBlock) +
           4096,
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
@@ -108,7 +108,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* q_panel = arena.take<T>(kBlock * a.D);
   T* go_panel = arena.take<T>(kBlock * a.Dv);
   T* o_panel = arena.take<T>(kBlock * a.Dv);
-  T* dq_here = arena.take<T>(kBlock * a.D);
+  T* dq_here = arena.take<T>(kBlock * ldk);
   T* q = arena.take<T>(kBlock * ldk);
   T* go = arena.take<T>(kBlock * ldv);
   T* p = arena.take<T>(kBackKeys * kBlock);
@@ -139,9 +139,21 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
                  mdq = lattice<S>(a, a.dquery, odq, g);
       const auto lse = lattice<const double>(a, lse_map, ol, g);
       const Bias<S> bias(a, h, bias_rows);
+      Ahead ahead;
+      const bool within = item + 1 < last;
+      if (a.chunks == 1 && (within || unit + 1 < end)) {
+        const Group after(
+            a, within ? item + 1 : all * ((unit + 1) / a.heads) / a.slices, within ? h : (unit + 1) % a.heads);
+        ahead.count = N < after.tokens ? N : after.tokens, ahead.panel = P;
+        ahead.add<S>(a.query, after, mq.offset, a.D);
+        ahead.add<S>(a.key, after, mk.offset, a.D);
+        ahead.add<S>(a.value, after, mv.offset, a.Dv);
+        ahead.add<S>(a.grad, after, mg.offset, a.Dv);
+      }
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
-      pack_tall<T>(k, ldk, N, k_tiles, k_tall);
+      const bool by_rows = !a.dquery_partial && rows_are_cheaper<T>(N, a.D, mdq.d == 1);
+      if (!by_rows) pack_tall<T>(k, ldk, N, k_tiles, k_tall);
 
       for (int64_t row = 0; row < N; row += kBlock) {
         const int64_t rows = row + kBlock < N ? kBlock : N - row;
@@ -180,12 +192,13 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
             auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
             scores(
                 a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv,
-                T(factor.scores), p + i, ds + i, high + i, low + i, delta + i, whole);
+                T(factor.scores), p + i, ds + i, high + i, low + i, delta + i, whole, ahead);
             if (a.dbias && !a.dbias_partial) {
               const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N + key, dbias_rows, 1, N};
               unpack_panel<T>(to, row + i, row + stop, keys, ds + i, kBlock, ones);
             }
             T* dqp = dq + i * a.D;
+            if (by_rows) continue;
             if (rows - i > W<T>) {
               if (key == key_begin)
                 product_tall<T, 2, Start::zero>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
@@ -198,6 +211,10 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
                 product_tall<T, 1, Start::from>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
             }
           }
+          if (by_rows && key == key_begin)
+            product_columns<T, Start::zero>(rows, a.D, keys, ds, kBlock, k + key * ldk, ldk, dq, ldk);
+          else if (by_rows)
+            product_columns<T, Start::from>(rows, a.D, keys, ds, kBlock, k + key * ldk, ldk, dq, ldk);
           if (row == 0) {
             sum_over_queries<T, Start::zero>(keys, a.Dv, rows, p, go, dv + key * ldv, ldv);
             sum_over_queries<T, Start::zero>(keys, a.D, rows, ds, q, dk + key * ldk, ldk);
@@ -216,13 +233,17 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           }
         }
         if (a.dquery_partial) continue;
+        if (by_rows) {
+          unpack_rows<T>(mdq, row, row + rows, a.D, dq, ldk, scales, 0);
+          continue;
+        }
         for (int64_t i = 0; i < rows; i += P)
           unpack_panel<T>(
               mdq, row + i, row + i + P < row + rows ? row + i + P : row + rows, a.D, dq + i * a.D, P, scales);
       }
       const auto mdk = lattice<S>(a, a.dkey, odk, g), mdv = lattice<S>(a, a.dvalue, odv, g);
-      unpack_rows<T>(mdk, key_begin, key_end, a.D, dk + key_begin * ldk, ldk, T(a.scale));
-      unpack_rows<T>(mdv, key_begin, key_end, a.Dv, dv + key_begin * ldv, ldv, T(1));
+      unpack_rows<T>(mdk, key_begin, key_end, a.D, dk + key_begin * ldk, ldk, scales, 0);
+      unpack_rows<T>(mdv, key_begin, key_end, a.Dv, dv + key_begin * ldv, ldv, ones, 0);
     }
   }
 }

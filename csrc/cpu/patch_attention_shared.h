@@ -18,8 +18,9 @@ constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__bui
 
 // The size of the parts when n is cut into the fewest parts of at most `most`.
 MVK_INLINE int64_t part(int64_t n, int64_t most) {
+  if (n <= most) return n ? n : 1;
   const int64_t parts = (n + most - 1) / most;
-  return parts ? (n + parts - 1) / parts : 1;
+  return (n + parts - 1) / parts;
 }
 
 // Exponents are (score - maximum) * scores: subtracting first is exact for what matters and safe for scores of any
@@ -35,6 +36,15 @@ struct Factor {
     scores = whole ? kLog2E : __builtin_fabs(a.scale) * kLog2E;
   }
 };
+
+// Whether C = A B for N rows, whose head dims fill vectors, costs less than C^T = B^T A^T, whose rows do: multiplications by the
+// vector, and what packing B in tall panels and transposing one of the two into the map takes. `last` if the map's dims
+// are contiguous.
+template <class T>
+static bool rows_are_cheaper(int64_t N, int64_t dims, bool last) {
+  const int64_t vectors = (dims + W<T> - 1) / W<T>, panels = (N + W<T> - 1) / W<T>, turn = panels * vectors * 5 * W<T>;
+  return N * N * vectors + (last ? 0 : turn) <= N * panels * dims + 2 * N * vectors + (last ? turn : 0);
+}
 
 static thread_local Arena arena;
 

@@ -66,7 +66,7 @@ def patch_attention(
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen)
+        return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen, True)
     return KERNELS[chosen][0](query, key, value, ph, pw, bias, scale)[0]
 
 

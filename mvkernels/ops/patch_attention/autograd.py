@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mvkernels import checks, library
 from mvkernels.backend import choose
+from mvkernels.ops.patch_attention.reference import patch_attention as reference
 
 _FORWARD = "(Tensor query, Tensor key, Tensor value, int patch_h, int patch_w, Tensor? bias, float scale)"
 _FORWARD += " -> (Tensor out, Tensor lse)"
@@ -64,7 +65,8 @@ class PatchAttentionFunction(torch.autograd.Function):
     """:func:`mvkernels.patch_attention` with its own backward.
 
     ``apply(query, key, value, patch_size, bias, scale, backend)``, the op's arguments in order; those
-    after ``value`` may be left out. Saves query, key, value, the output and the log-sum-exp of each
+    after ``value`` may be left out; ``checked`` is the public function's, which has checked them and chosen the
+    backend. Saves query, key, value, the output and the log-sum-exp of each
     row of scores (B, heads, H, W): nothing unfolded, no scores. A second derivative raises
     RuntimeError.
     """
@@ -79,17 +81,22 @@ class PatchAttentionFunction(torch.autograd.Function):
         bias: Tensor | None = None,
         scale: float | None = None,
         backend: str | None = None,
+        checked: bool = False,
     ) -> Tensor:
-        from mvkernels.ops.patch_attention import OP
+        if not checked:
+            from mvkernels.ops.patch_attention import OP
 
-        arguments = OP.check(query, key, value, patch_size, bias, scale)
-        query, key, value, (ph, pw), bias, scale = arguments
-        ctx.arguments = (ph, pw, scale)
-        ctx.backend = choose(OP, backend, arguments)
-        if ctx.backend == "reference":
+            arguments = OP.check(query, key, value, patch_size, bias, scale)
+            backend = choose(OP, backend, arguments)
+            query, key, value, patch_size, bias, scale = arguments
+        ph, pw = patch_size
+        ctx.arguments, ctx.backend = (ph, pw, scale), backend
+        if backend == "reference":
             ctx.save_for_backward(query, key, value, bias)
-            return OP.reference(*arguments)
-        out, lse = KERNELS[ctx.backend][0](query, key, value, ph, pw, bias, scale)
+            return reference(query, key, value, patch_size, bias, scale)
+        out, lse = KERNELS[backend][0](  # type: ignore[index]
+            query, key, value, ph, pw, bias, scale
+        )
         ctx.save_for_backward(query, key, value, bias, out, lse)
         return out
 
@@ -109,7 +116,7 @@ class PatchAttentionFunction(torch.autograd.Function):
             grads = [g if w else None for g, w in zip(grads, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
-        return grads[0], grads[1], grads[2], None, grads[3], None, None
+        return grads[0], grads[1], grads[2], None, grads[3], None, None, None
 
 
 def _reference_backward(
@@ -119,12 +126,10 @@ def _reference_backward(
     patch_size: tuple[int, int],
     scale: float,
 ) -> list[Tensor | None]:
-    from mvkernels.ops.patch_attention.reference import patch_attention
-
     with torch.enable_grad():
         inputs = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
         query, key, value, bias = inputs
-        out = patch_attention(query, key, value, patch_size, bias, scale)  # type: ignore[arg-type]
+        out = reference(query, key, value, patch_size, bias, scale)  # type: ignore[arg-type]
         leaves = [t for t in inputs if t is not None and t.requires_grad]
         grads = iter(torch.autograd.grad(out, leaves, grad))
     return [next(grads) if t is not None and t.requires_grad else None for t in inputs]
