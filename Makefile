@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 SUITE  ?= full
 
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
-NEEDS  := torch triton numpy pytest hypothesis expecttest matplotlib transformers pillow scikit-learn
+NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers pillow scikit-learn
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 .PHONY: setup demo test bench lint format audit gpu wheel clean
@@ -26,8 +26,8 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	$(BIN)/python -m pytest -n auto -m "not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter
 
 lint: setup
 	$(BIN)/ruff check .

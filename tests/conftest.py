@@ -3,6 +3,10 @@ from pathlib import Path
 
 import torch
 
+# pytest-xdist already gives each core a process. On a busy machine a second thread in each would wait for a time slice
+# at every barrier; the tests of threading ask for theirs.
+torch.set_num_threads(1)
+
 
 def _operators_load() -> bool:
     """Whether torchvision's compiled operators fit this torch."""

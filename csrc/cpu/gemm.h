@@ -13,8 +13,9 @@ constexpr int kPanel = 2 * W<T>;
 
 // Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many.
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
-// A tile one vector wide needs as many rows to keep the multipliers busy.
-constexpr int kNarrowRows = 12;
+// Rows of a tile V vectors wide; one vector needs as many rows to keep the multipliers busy.
+template <int V>
+constexpr int kRowsOf = V == 1 ? 12 : 2 * kTileRows / V;
 
 // How n rows are cut into the fewest tiles of at most `most`, nearly equal: 16 as 8 + 8, not as 12 + 4.
 struct Tiles {
@@ -88,7 +89,7 @@ template <class T, int V, Start from, bool Top, class Between = const Nothing>
 static void product_rows(
     int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
     Between& between = kNothing) {
-  constexpr int M = V == 1 ? kNarrowRows : kTileRows;
+  constexpr int M = kRowsOf<V>;
   const Tiles tiles(rows, M);
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
@@ -116,7 +117,7 @@ template <class T, Start from>
 static void product_columns(
     int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   auto panel = [&](auto width, int64_t col) {
-    constexpr int V = decltype(width)::value, M = V == 1 ? kNarrowRows : V == 2 ? kTileRows : kTileRows * 2 / V;
+    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
     const Tiles tiles(rows, M);
     int64_t m = 0;
     for (int i = 0; i < tiles.count; ++i) {

@@ -54,6 +54,8 @@ class Arena {
   size_t size_ = 0, used_ = 0;
 };
 
+static thread_local Arena arena;
+
 // One (batch, group, head): which pixels, and how many.
 struct Group {
   int64_t b, h, y, x, high, wide, tokens;
@@ -307,14 +309,14 @@ static void unpack_rows(
   }
 }
 
-// Token begin + i, dim d of the map = factor[i] * src[d * lds + i]. src has whole vectors.
+// Token begin + i, dim d of the map = factor[i] * src[d * lds + i], factor null for 1. src has whole vectors.
 template <class T, class S>
 static void unpack_panel(
     const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t lds, const T* factor) {
   vec<T> block[W<T>];
-  for (int64_t n = begin; n < end; n += W<T>, src += W<T>, factor += W<T>) {
+  for (int64_t n = begin; n < end; n += W<T>, src += W<T>) {
     const int tokens = at_most<T>(end - n);
-    const vec<T> f = load<T>(factor);
+    const vec<T> f = factor ? load<T>(factor + (n - begin)) : splat(T(1));
     for (int64_t d = 0; d < dims; d += W<T>) {
       const int some = at_most<T>(dims - d);
       for (int j = 0; j < W<T>; ++j) block[j] = j < some ? f * load<T>(src + (d + j) * lds) : vec<T>{};
@@ -329,5 +331,21 @@ static void unpack_panel(
 }
 
 }  // namespace
+
+// Instantiates name<T, S> for each dtype: computed in T, S in memory.
+#define MVK_BY_DTYPE(Arguments, name)                                    \
+  void name##_by_dtype(const Arguments& a, int64_t begin, int64_t end) { \
+    switch (a.dtype) {                                                   \
+      case DType::f32:                                                   \
+        return name<float, float>(a, begin, end);                        \
+      case DType::f64:                                                   \
+        return name<double, double>(a, begin, end);                      \
+      case DType::f16:                                                   \
+        return name<float, half>(a, begin, end);                         \
+      case DType::bf16:                                                  \
+        return name<float, bfloat>(a, begin, end);                       \
+    }                                                                    \
+  }
+
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -111,7 +111,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   T top[P], sums[P];
   double logs[P];
   const Tiles v_tiles(a.Dv, kTileRows);
-  const Factor factor(a);
+  const Factor factor(a.scale, a.bias);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   Walk after(a, begin);
@@ -167,7 +167,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
 void backward_by_dtype(const PatchAttention&, int64_t, int64_t);
 void sum_dquery_by_dtype(const PatchAttention&, int64_t, int64_t);
 void sum_dbias_by_dtype(const PatchAttention&, int64_t, int64_t);
-static MVK_BY_DTYPE(forward)
+static MVK_BY_DTYPE(PatchAttention, forward)
 
     extern const PatchAttentionKernels patch_attention_kernels;
 const PatchAttentionKernels patch_attention_kernels = {

@@ -117,7 +117,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   for (T& x : scales) x = T(a.scale);
   for (T& x : ones) x = T(1);
   const Tiles k_tiles(a.D, kTileRows);
-  const Factor factor(a);
+  const Factor factor(a.scale, a.bias);
   const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
@@ -293,9 +293,9 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-MVK_BY_DTYPE(backward)
-MVK_BY_DTYPE(sum_dquery)
-MVK_BY_DTYPE(sum_dbias)
+MVK_BY_DTYPE(PatchAttention, backward)
+MVK_BY_DTYPE(PatchAttention, sum_dquery)
+MVK_BY_DTYPE(PatchAttention, sum_dbias)
 
 }  // namespace MVK_ISA
 }  // namespace mvk

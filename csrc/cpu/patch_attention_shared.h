@@ -5,16 +5,13 @@
 #pragma once
 
 #include "lattice.h"
+#include "softmax.h"
 
 namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kBlock = PatchAttention::kBlock;
-
-template <class T>
-constexpr T kInfinity = std::is_same_v<T, float> ? T(__builtin_inff()) : T(__builtin_inf());
 
 // The size of the parts when n is cut into the fewest parts of at most `most`.
 MVK_INLINE int64_t part(int64_t n, int64_t most) {
@@ -22,20 +19,6 @@ MVK_INLINE int64_t part(int64_t n, int64_t most) {
   const int64_t parts = (n + most - 1) / most;
   return (n + parts - 1) / parts;
 }
-
-// Exponents are (score - maximum) * scores: subtracting first is exact for what matters and safe for scores of any
-// size, and unscaled queries need no rounding. Only the sign of the scale goes into the queries, so that the largest score
-// stays the largest. With a bias, which is added to scaled scores, and with a scale that float cannot invert, the
-// queries take all of it.
-struct Factor {
-  double queries, scores;
-  explicit Factor(const PatchAttention& a) {
-    const float f = float(__builtin_fabs(a.scale) * kLog2E);
-    const bool whole = a.bias || !(f > 1e-30f && f < 1e30f);
-    queries = whole ? a.scale : __builtin_copysign(1.0, a.scale);
-    scores = whole ? kLog2E : __builtin_fabs(a.scale) * kLog2E;
-  }
-};
 
 // Whether C = A B for N rows, whose head dims fill vectors, costs less than C^T = B^T A^T, whose rows do: multiplications by the
 // vector, and what packing B in tall panels and transposing one of the two into the map takes. `last` if the map's dims
@@ -45,8 +28,6 @@ static bool rows_are_cheaper(int64_t N, int64_t dims, bool last) {
   const int64_t vectors = (dims + W<T> - 1) / W<T>, panels = (N + W<T> - 1) / W<T>, turn = panels * vectors * 5 * W<T>;
   return N * N * vectors + (last ? 0 : turn) <= N * panels * dims + 2 * N * vectors + (last ? turn : 0);
 }
-
-static thread_local Arena arena;
 
 // offset[n] = n * stride, in the arena.
 static int64_t* row_offsets(int64_t count, int64_t stride) {
@@ -72,21 +53,6 @@ struct Bias {
 };
 
 }  // namespace
-
-// Instantiates name<T, S> for each dtype: computed in T, S in memory.
-#define MVK_BY_DTYPE(name)                                                    \
-  void name##_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) { \
-    switch (a.dtype) {                                                        \
-      case DType::f32:                                                        \
-        return name<float, float>(a, begin, end);                             \
-      case DType::f64:                                                        \
-        return name<double, double>(a, begin, end);                           \
-      case DType::f16:                                                        \
-        return name<float, half>(a, begin, end);                              \
-      case DType::bf16:                                                       \
-        return name<float, bfloat>(a, begin, end);                            \
-    }                                                                         \
-  }
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -320,6 +320,17 @@ MVK_INLINE void transpose_steps(vec<T>* rows) {
     if (!(i & step)) exchange<T, step>(rows[i], rows[i + step], std::make_index_sequence<W<T>>{});
   if constexpr (step > 1) transpose_steps<T, step / 2>(rows);
 }
+// rows[0] becomes the sums across lanes of all rows: lane i that of row i. As a transpose whose halves are added at
+// each step.
+template <class T, int step = W<T> / 2>
+MVK_INLINE void add_across(vec<T>* rows) {
+#pragma GCC unroll 8
+  for (int i = 0; i < step; ++i) {
+    exchange<T, step>(rows[i], rows[i + step], std::make_index_sequence<W<T>>{});
+    rows[i] += rows[i + step];
+  }
+  if constexpr (step > 1) add_across<T, step / 2>(rows);
+}
 template <class T>
 MVK_INLINE void transpose(vec<T>* rows) {
   transpose_steps<T, W<T> / 2>(rows);

@@ -1,0 +1,160 @@
+// Former to Mobile on CPUs: every pixel of a map attends to a few tokens.
+//
+// For each block of pixels of a (batch, head): scores, softmax over the tokens (along rows: nothing goes across lanes),
+// out = x + V^T P. The map is read once and written once, the scores never leave L1. The backward makes P again in
+// the same way, writes dx, and sums dkey and dvalue over pixels by lane. Chunks of pixels are added up in order: no atomics.
+#include "pixels.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+// Softmax down the columns of s (M rows of whole vectors). With ds: ds = P (ds - sum P ds), its derivative.
+template <class T>
+static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
+  const vec<T> f = splat(factor);
+  for (int64_t n = 0; n < count; n += W<T>) {
+    vec<T> top = load<T>(s + n), sum = {}, sum_dp = {};
+    for (int64_t m = 1; m < M; ++m) top = maximum<T>(top, load<T>(s + m * ld + n));
+    auto some = [&](auto rows, int64_t m) __attribute__((always_inline)) {
+      constexpr int U = decltype(rows)::value;
+      vec<T> p[U];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) p[u] = (load<T>(s + (m + u) * ld + n) - top) * f;
+      exp2_nonpositive<U>(p);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        store<T>(s + (m + u) * ld + n, p[u]);
+        sum += p[u];
+        if (ds) sum_dp += p[u] * load<T>(ds + (m + u) * ld + n);
+      }
+    };
+    int64_t m = 0;
+    for (; m + 3 <= M; m += 3) some(std::integral_constant<int, 3>{}, m);
+    for (; m < M; ++m) some(std::integral_constant<int, 1>{}, m);
+    const vec<T> over = splat(T(1)) / sum, delta = sum_dp * over;
+    for (m = 0; m < M; ++m) {
+      const vec<T> p = load<T>(s + m * ld + n) * over;
+      store<T>(s + m * ld + n, p);
+      if (ds) store<T>(ds + m * ld + n, p * (load<T>(ds + m * ld + n) - delta));
+    }
+  }
+}
+
+template <class T, class S>
+static void forward(const Bridge& a, int64_t begin, int64_t end) {
+  const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
+  arena.reset(
+      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(M * ldk) + 2 * Arena::bytes<T>(D * K) + Arena::bytes<T>(M * K),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  int64_t* out_table = arena.take<int64_t>(K);
+  T* k = arena.take<T>(M * ldk);
+  T* v = arena.take<T>(M * ldk);
+  T* packed = arena.take<T>(D * K);
+  T* out_packed = arena.take<T>(D * K);
+  T* s = arena.take<T>(M * K);
+  const Factor factor(a.scale, false);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Pixels<T, const S> x(a, a.x, b, h, table);
+    Pixels<T, S> y(a, a.out_map, b, h, out_table);
+    pack_tokens<T, S>(a, a.key, b, h, T(factor.queries), k, ldk);
+    pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
+    int64_t from, to;
+    chunk_of<T>(a, unit % a.chunks, from, to);
+    Span<T> span(from, to, K);
+    for (int64_t n = span.next, count; (count = span.take()); n = span.next) {
+      int64_t ld, ldo;
+      const T* rows = x.rows(n, count, packed, K, ld);
+      scores<T>(M, D, k, ldk, rows, ld, count, s, K);
+      softmax<T>(M, count, s, static_cast<T*>(nullptr), K, T(factor.scores));
+      T* out = y.target(n, count, out_packed, K, ldo);
+      spread<T>(M, D, count, v, ldk, s, K, a.residual ? rows : nullptr, ld, out, ldo);
+      y.store(n, count, out, ldo, out_packed);
+    }
+  }
+}
+
+template <class T, class S>
+static void backward(const Bridge& a, int64_t begin, int64_t end) {
+  const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
+  arena.reset(
+      3 * Arena::bytes<int64_t>(K) + 3 * Arena::bytes<T>(M * ldk) + 3 * Arena::bytes<T>(D * K) +
+          Arena::bytes<T>(2 * M * K) + 2 * Arena::bytes<T>(M * D * W<T>) + Arena::bytes<T>(ldk),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  int64_t* grad_table = arena.take<int64_t>(K);
+  int64_t* dtable = arena.take<int64_t>(K);
+  T* k = arena.take<T>(M * ldk);
+  T* k_scaled = arena.take<T>(M * ldk);
+  T* v = arena.take<T>(M * ldk);
+  T* packed = arena.take<T>(D * K);
+  T* grad_packed = arena.take<T>(D * K);
+  T* dpacked = arena.take<T>(D * K);
+  T* s = arena.take<T>(2 * M * K);
+  T* ds = s + M * K;
+  T* dk = arena.take<T>(M * D * W<T>);
+  T* dv = arena.take<T>(M * D * W<T>);
+  T* row = arena.take<T>(ldk);
+  const Factor factor(a.scale, false);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Pixels<T, const S> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
+    Pixels<T, S> dx(a, a.dx, b, h, dtable);
+    pack_tokens<T, S>(a, a.key, b, h, T(factor.queries), k, ldk);
+    pack_tokens<T, S>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
+    pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
+    int64_t from, to;
+    chunk_of<T>(a, unit % a.chunks, from, to);
+    Span<T> span(from, to, K);
+    bool first = true;
+    for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {
+      int64_t ld, ldg, ldd;
+      const T* rows = x.rows(n, count, packed, K, ld);
+      const T* grads = grad.rows(n, count, grad_packed, K, ldg);
+      scores<T>(M, D, k, ldk, rows, ld, count, s, K);
+      scores<T>(M, D, v, ldk, grads, ldg, count, ds, K);
+      softmax<T>(M, count, s, ds, K, T(factor.scores));
+      fill_tail<T>(2 * M, s, K, count, T(0));
+      T* out = dx.target(n, count, dpacked, K, ldd);
+      spread<T>(M, D, count, k_scaled, ldk, ds, K, a.residual ? grads : nullptr, ldg, out, ldd);
+      dx.store(n, count, out, ldd, dpacked);
+      sums<T>(M, D, count, ds, K, rows, ld, dk, nullptr, first);
+      sums<T>(M, D, count, s, K, grads, ldg, dv, nullptr, first);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      T* partial = a.partial ? static_cast<T*>(a.partial) + unit * a.backward_partial() + m * D : nullptr;
+      across_lanes<T>(dk + m * D * W<T>, D, splat(T(a.scale)), row);
+      if (partial)
+        memcpy(partial, row, D * sizeof(T));
+      else
+        store_token<T, S>(a, a.dkey, b, h, m, row);
+      across_lanes<T>(dv + m * D * W<T>, D, splat(T(1)), row);
+      if (partial)
+        memcpy(partial + M * D, row, D * sizeof(T));
+      else
+        store_token<T, S>(a, a.dvalue, b, h, m, row);
+    }
+  }
+}
+
+// Over (batch, head).
+template <class T, class S>
+static void sum_dtokens(const Bridge& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    T* first = static_cast<T*>(a.partial) + item * a.chunks * a.backward_partial();
+    sum_chunks<T, S>(a, a.dkey, first, a.backward_partial(), item);
+    sum_chunks<T, S>(a, a.dvalue, first + a.M * a.D, a.backward_partial(), item);
+  }
+}
+
+}  // namespace
+
+static MVK_BY_DTYPE(Bridge, forward) static MVK_BY_DTYPE(Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dtokens)
+
+    extern const FormerToMobileKernels former_to_mobile_kernels;
+const FormerToMobileKernels former_to_mobile_kernels = {forward_by_dtype, backward_by_dtype, sum_dtokens_by_dtype};
+
+}  // namespace MVK_ISA
+}  // namespace mvk
