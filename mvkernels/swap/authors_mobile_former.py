@@ -11,7 +11,6 @@ Tokens are (M, B, token_dim) here, in front.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from mvkernels.swap.eligibility import log_once, not_hooked, unusual_call
 
 # The bridges' answers are compared in float64, on numbers of about one.
 _TOLERANCE = 1e-9
+_made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def why_not(bridge: Any, model: nn.Module) -> str:
@@ -44,10 +44,11 @@ def _base(bridge: nn.Module) -> Any:
     return SwappedLocal2Global if "layer_norm" in bridge._modules else SwappedGlobal2Local
 
 
-@functools.cache
-def _swapped_class(original: type[nn.Module], base: Any) -> type[nn.Module]:
-    namespace = {"mvk_original": original, "__doc__": base.__doc__, "__module__": __name__}
-    return type(f"Swapped{original.__name__}", (base, original), namespace)
+def _swapped_class(original: type[nn.Module], base: type[_SwappedBridge]) -> type[nn.Module]:
+    if (original, base) not in _made:
+        namespace = {"mvk_original": original, "__doc__": base.__doc__, "__module__": __name__}
+        _made[original, base] = type(f"Swapped{original.__name__}", (base, original), namespace)
+    return _made[original, base]
 
 
 def _blank(original: type[nn.Module], base: type[_SwappedBridge]) -> nn.Module:

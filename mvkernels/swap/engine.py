@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
@@ -92,7 +93,7 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
         else:
             adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
             if isinstance(family, Structure):
-                reason = _why_not(module, lambda m, adapter=adapter: adapter.why_not(m, model))
+                reason = _why_not(module, functools.partial(adapter.why_not, model=model))
             else:
                 reason = _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not)
             swapped = not reason
@@ -150,7 +151,7 @@ def _family(module: nn.Module) -> Family | Structure | None:
 
 
 def _not_exactly(module: nn.Module, swapped: type[nn.Module]) -> str:
-    original: type[nn.Module] = swapped.mvk_original  # type: ignore[assignment]
+    original: type[nn.Module] = swapped.mvk_original  # type: ignore[attr-defined]
     if type(module) is not original:
         return f"a subclass of {original.__name__}, which may compute something else"
     return ""
