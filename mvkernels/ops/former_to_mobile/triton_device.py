@@ -18,17 +18,23 @@ _TOKENS = ["ksb", "ksh", "ksm", "ksd", "vsb", "vsh", "vsm", "vsd"]
 
 
 @triton.jit
-def _key_scores(
-    x0, x1, block, batch, head, k_ptr, factor, ksb, ksh, ksm, ksd,
-    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+def _token_block(
+    block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    # Scores of a tile, (pixels, tokens), -inf past the last token; and the keys.
+    # Keys and values of a block of tokens, and which of them are tokens.
     m = block * TOKENS + tl.arange(0, TOKENS)
-    keep_m = m < M
-    k0, k1 = load_tokens(k_ptr, batch, head, m, keep_m, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK)
-    scores = dot_nt(x0, x1, k0, k1, D1, PRECISION) * factor
-    return tl.where(keep_m[None, :], scores, -float("inf")), m, keep_m, k0, k1
+    keep = m < M
+    k0, k1 = load_tokens(k_ptr, batch, head, m, keep, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK)
+    v0, v1 = load_tokens(v_ptr, batch, head, m, keep, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV)
+    return k0, k1, v0, v1, keep
+
+
+@triton.jit
+def _scores(x0, x1, k0, k1, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr):
+    # (pixels, tokens), -inf past the last token.
+    return tl.where(keep_m[None, :], dot_nt(x0, x1, k0, k1, D1, PRECISION) * factor, -float("inf"))
 
 
 @triton.jit
@@ -67,11 +73,31 @@ def forward_pixels(
     sum0 = tl.zeros([BLOCK, D0], ACC)
     sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
     for block in range(0, (M + TOKENS - 1) // TOKENS):
-        scores, m, keep_m, _k0, _k1 = _key_scores(
-            x0, x1, block, batch, head, k_ptr, factor, ksb, ksh, ksm, ksd, M, D, D0, D1, LK, AK, PRECISION, TOKENS
+        k0, k1, v0, v1, keep_m = _token_block(
+            block,
+            batch,
+            head,
+            k_ptr,
+            v_ptr,
+            ksb,
+            ksh,
+            ksm,
+            ksd,
+            vsb,
+            vsh,
+            vsm,
+            vsd,
+            M,
+            D,
+            D0,
+            D1,
+            LK,
+            AK,
+            LV,
+            AV,
+            TOKENS,
         )
-        v0, v1 = load_tokens(v_ptr, batch, head, m, keep_m, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV)
-        top, p, fade = _rescale(top, scores)
+        top, p, fade = _rescale(top, _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION))
         total = total * fade + tl.sum(p, 1)
         p = p.to(v0.dtype)
         sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -84,6 +110,15 @@ def forward_pixels(
         if D1 > 0:
             sum1 += x1.to(ACC)
     store_tile(out_ptr, sum0, sum1, row_offsets(y, x, oy, ox, LO, AO, LINEAR), keep, od, D, D0, D1, LO, AO, WIDE)
+
+
+# Probabilities and the gradient of the scores, (pixels, tokens), of a tile whose maxima and sums are known.
+@triton.jit
+def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr):
+    inside = keep[:, None] & keep_m[None, :]
+    p = tl.where(inside, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
+    ds = tl.where(inside, p * (dp - delta[:, None]), 0.0)
+    return p.to(dtype), ds.to(dtype)
 
 
 # One program: dx of one slice of a unit's pixels, from all tokens, and what these pixels add to dkey and dvalue.
@@ -111,6 +146,9 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
+    k0, k1, v0, v1, keep_m = _token_block(
+        block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd, M, D, D0, D1, LK, AK, LV, AV, TOKENS
+    )
     dk0 = tl.zeros([TOKENS, D0], ACC)
     dk1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     dv0 = tl.zeros([TOKENS, D0], ACC)
@@ -121,24 +159,29 @@ def backward_slices(
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
         g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, D, D0, D1, LG, AG, WIDE)
-        top = tl.full([BLOCK], -float("inf"), ACC)
-        total = tl.zeros([BLOCK], ACC)
-        delta = tl.zeros([BLOCK], ACC)
-        for other in range(0, (M + TOKENS - 1) // TOKENS):
-            scores, m, keep_m, k0, k1 = _key_scores(
-                x0, x1, other, batch, head, k_ptr, factor, ksb, ksh, ksm, ksd, M, D, D0, D1, LK, AK, PRECISION, TOKENS
-            )
-            v0, v1 = load_tokens(v_ptr, batch, head, m, keep_m, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV)
-            top, p, fade = _rescale(top, scores)
-            total = total * fade + tl.sum(p, 1)
-            delta = delta * fade + tl.sum(p * dot_nt(g0, g1, v0, v1, D1, PRECISION), 1)
-        base = tl.where(top == -float("inf"), 0.0, top)
-        share = 1.0 / total
-        delta = delta * share
-        p, ds, k0, k1 = _score_gradients(
-            x0, x1, g0, g1, keep, base, share, delta, block, batch, head, k_ptr, v_ptr, factor,
-            ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd, M, D, D0, D1, LK, AK, LV, AV, PRECISION, TOKENS,
-        )  # fmt: skip
+        scores = _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION)
+        dp = dot_nt(g0, g1, v0, v1, D1, PRECISION)
+        if M <= TOKENS:
+            base = tl.max(scores, 1)
+            p = tl.exp2(scores - base[:, None])
+            share = 1.0 / tl.sum(p, 1)
+            delta = tl.sum(p * dp, 1) * share
+        else:
+            top = tl.full([BLOCK], -float("inf"), ACC)
+            total = tl.zeros([BLOCK], ACC)
+            delta = tl.zeros([BLOCK], ACC)
+            for other in range(0, (M + TOKENS - 1) // TOKENS):
+                a0, a1, b0, b1, keep_b = _token_block(
+                    other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS,
+                )  # fmt: skip
+                top, p, fade = _rescale(top, _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION))
+                total = total * fade + tl.sum(p, 1)
+                delta = delta * fade + tl.sum(p * dot_nt(g0, g1, b0, b1, D1, PRECISION), 1)
+            base = tl.where(top == -float("inf"), 0.0, top)
+            share = 1.0 / total
+            delta = delta * share
+        p, ds = _gradients(scores, dp, keep, base, share, delta, keep_m, x0.dtype)
         pt = tl.trans(p)
         dst = tl.trans(ds)
         dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION, out_dtype=ACC)
@@ -152,13 +195,16 @@ def backward_slices(
             if D1 > 0:
                 dx1 = tl.dot(ds, k1, input_precision=PRECISION, out_dtype=ACC)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
-                p, ds, k0, k1 = _score_gradients(
-                    x0, x1, g0, g1, keep, base, share, delta, other, batch, head, k_ptr, v_ptr, factor,
-                    ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd, M, D, D0, D1, LK, AK, LV, AV, PRECISION, TOKENS,
+                a0, a1, b0, b1, keep_b = _token_block(
+                    other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS,
                 )  # fmt: skip
-                dx0 = tl.dot(ds, k0, dx0, input_precision=PRECISION, out_dtype=ACC)
+                scores = _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION)
+                dp = dot_nt(g0, g1, b0, b1, D1, PRECISION)
+                p, ds = _gradients(scores, dp, keep, base, share, delta, keep_b, x0.dtype)
+                dx0 = tl.dot(ds, a0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:
-                    dx1 = tl.dot(ds, k1, dx1, input_precision=PRECISION, out_dtype=ACC)
+                    dx1 = tl.dot(ds, a1, dx1, input_precision=PRECISION, out_dtype=ACC)
             dx0 = dx0 * scale
             if D1 > 0:
                 dx1 = dx1 * scale
@@ -174,22 +220,3 @@ def backward_slices(
         dk1 = dk1 * scale
     store_tokens(dk_ptr, dk0 * scale, dk1, row, m < M, D, D0, D1)
     store_tokens(dv_ptr, dv0, dv1, row, m < M, D, D0, D1)
-
-
-# Probabilities and the gradient of the scores, (pixels, tokens), of a tile whose maxima and sums are known.
-@triton.jit
-def _score_gradients(
-    x0, x1, g0, g1, keep, base, share, delta, block, batch, head, k_ptr, v_ptr, factor,
-    ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    scores, m, keep_m, k0, k1 = _key_scores(
-        x0, x1, block, batch, head, k_ptr, factor, ksb, ksh, ksm, ksd, M, D, D0, D1, LK, AK, PRECISION, TOKENS
-    )
-    v0, v1 = load_tokens(v_ptr, batch, head, m, keep_m, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV)
-    inside = keep[:, None] & keep_m[None, :]
-    p = tl.where(inside, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
-    ds = tl.where(inside, p * (dot_nt(g0, g1, v0, v1, D1, PRECISION) - delta[:, None]), 0.0)
-    return p.to(x0.dtype), ds.to(x0.dtype), k0, k1

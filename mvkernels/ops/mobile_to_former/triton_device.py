@@ -142,27 +142,31 @@ def forward_merge(
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out, mask=inside)
 
 
-# Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens, whose data
-# is returned with them.
+# What the backward has to know of a block of tokens.
 @triton.jit
-def _scores(
-    x0, x1, keep, block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr, factor,
+def _token_block(
+    block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
-    PRECISION: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr,
+    TOKENS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = block * TOKENS + tl.arange(0, TOKENS)
-    keep_m = m < M
+    keep = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
+    o0, o1 = load_tokens(o_ptr, batch, head, m, keep, osb, osh, osm, osd, D, D0, D1, LO, AO)
+    lse2 = tl.load(lse_ptr + unit * M + m, mask=keep, other=0.0) * LOG2E
+    return q0, q1, g0, g1, lse2, dot_rows(g0, g1, o0, o1, D1, ACC), keep
+
+
+# Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens.
+@triton.jit
+def _gradients(x0, x1, keep, q0, q1, g0, g1, lse2, delta, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr):
     inside = keep[:, None] & keep_m[None, :]
-    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
-    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
-    o0, o1 = load_tokens(o_ptr, batch, head, m, keep_m, osb, osh, osm, osd, D, D0, D1, LO, AO)
-    delta = dot_rows(g0, g1, o0, o1, D1, ACC)
-    lse2 = tl.load(lse_ptr + unit * M + m, mask=keep_m, other=0.0) * LOG2E
     p = tl.where(inside, tl.exp2(dot_nt(x0, x1, q0, q1, D1, PRECISION) * factor - lse2[None, :]), 0.0)
     ds = tl.where(inside, p * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
-    return p.to(x0.dtype), ds.to(x0.dtype), q0, q1, g0, g1
+    return p.to(x0.dtype), ds.to(x0.dtype)
 
 
 # One program: dx of one slice of a unit's pixels, from all tokens, and what these pixels add to dquery. Beyond
@@ -189,6 +193,11 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
+    q0, q1, g0, g1, lse2, delta, keep_m = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
+        M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
+    )  # fmt: skip
     dq0 = tl.zeros([TOKENS, D0], ACC)
     dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
@@ -196,11 +205,7 @@ def backward_slices(
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
-        p, ds, q0, q1, g0, g1 = _scores(
-            x0, x1, keep, block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr, factor,
-            qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
-            M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, PRECISION, TOKENS, ACC,
-        )  # fmt: skip
+        p, ds = _gradients(x0, x1, keep, q0, q1, g0, g1, lse2, delta, keep_m, factor, D1, PRECISION)
         dst = tl.trans(ds)
         dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
@@ -213,16 +218,17 @@ def backward_slices(
                 dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
-                p, ds, q0, q1, g0, g1 = _scores(
-                    x0, x1, keep, other, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr, factor,
+                a0, a1, b0, b1, lse2_b, delta_b, keep_b = _token_block(
+                    other, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
                     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
-                    M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, PRECISION, TOKENS, ACC,
+                    M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
                 )  # fmt: skip
-                dx0 += tl.dot(ds, q0, input_precision=PRECISION, out_dtype=ACC) * scale
-                dx0 = tl.dot(p, g0, dx0, input_precision=PRECISION, out_dtype=ACC)
+                p, ds = _gradients(x0, x1, keep, a0, a1, b0, b1, lse2_b, delta_b, keep_b, factor, D1, PRECISION)
+                dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
+                dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:
-                    dx1 += tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
-                    dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
+                    dx1 += tl.dot(ds, a1, input_precision=PRECISION, out_dtype=ACC) * scale
+                    dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
             at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
             store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
     m = block * TOKENS + tl.arange(0, TOKENS)
