@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib
 import math
 import re
 import subprocess
@@ -35,6 +36,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mvkernels.launch import Device, shared_memory_of
+from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
+from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
 from mvkernels.ops.patch_attention import triton_plan as patch_attention
 from mvkernels.report import Progress, table
 
@@ -44,9 +47,10 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), Device("audit", "sm_100", 148)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Device("audit", "gfx942", 304)),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
+          "fp64": torch.float64}  # fmt: skip
 """tf32: float32 maps whose products the user has allowed to round."""
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
 COLUMNS = [
     "op", "kernel", "target", "dtype", "batch", "heads", "head_dim", "value_dim", "map", "patch", "tokens", "bias",
     "layout", "config", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit",
@@ -56,13 +60,15 @@ SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
     "spill_bytes", "shared_bytes", "warps_per_processor", "matrix", "widest_load", "verdict",
 ]  # fmt: skip
+OPS = ["patch_attention", "mobile_to_former", "former_to_mobile"]
 QUICK = 6
-RESULTS = Path(__file__).parent / "results" / "audit" / "patch_attention.csv"
+RESULTS = Path(__file__).parent / "results" / "audit"
+"""A file for each op."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of the suite."""
+    """One shape of patch_attention's suite."""
 
     heads: int
     d: int
@@ -75,8 +81,80 @@ class Case:
     channels-last with strides that nothing divides, the slow path."""
     dtypes: tuple[str, ...]
 
+    op = "patch_attention"
 
-def suite() -> list[Case]:
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        forward = patch_attention.forward_launches(problem_of(self, batch, name, device, False))
+        return forward + patch_attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
+
+    def columns(self) -> dict[str, Any]:
+        return {
+            "heads": self.heads, "head_dim": self.d, "value_dim": self.dv, "map": f"{self.size}x{self.size}",
+            "patch": self.patch, "tokens": math.ceil(self.size / self.patch) ** 2, "bias": int(self.bias),
+            "layout": self.layout,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """One shape of mobile_to_former or former_to_mobile."""
+
+    op: str
+    d: int
+    size: int
+    tokens: int
+    layout: str
+    """``last`` and ``first``, as a convolution leaves its map; ``odd``: every second column of a larger map."""
+    dtypes: tuple[str, ...]
+    heads: int = 2
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        h, d, n = self.heads, self.d, self.size
+        maps = {"last": (n * n * h * d, d, 1, n * h * d, h * d), "first": (h * d * n * n, d * n * n, n * n, n, 1)}
+        maps["odd"] = (2 * h * d * n * n, 2 * d * n * n, 2 * n * n, 2 * n, 2)
+        of = {"x": maps[self.layout], "g": maps["last" if self.layout == "last" else "first"]}
+        dense, split = (h * self.tokens * d, self.tokens * d, d, 1), (h * self.tokens * d, d, h * d, 1)
+        of |= {"q": split, "o": dense, "k": split, "v": split}
+        if self.op == "mobile_to_former":
+            plan, each = mobile_to_former, ("qx", "gqox")
+            of["g"] = dense
+        else:
+            plan, each = former_to_mobile, ("xkv", "gxkv")
+        found: list[Any] = []
+        for names, launches in zip(each, (plan.forward_launches, plan.backward_launches), strict=True):
+            precision = "tf32" if name == "tf32" else "ieee"
+            strides = tuple((letter, of[letter]) for letter in names)
+            problem = mobile_to_former.Problem(
+                self.op, (batch, h, d, n, n), self.tokens, strides, True, DTYPES[name], precision, device
+            )
+            planned = launches(problem)
+            found += planned[0] if isinstance(planned, tuple) else planned
+        return found
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "tokens": self.tokens,
+                "layout": self.layout}  # fmt: skip
+
+
+def suite(ops: list[str]) -> list[Case | Bridge]:
+    """The shapes of the ops."""
+    found: list[Case | Bridge] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
+    return found + [bridge for bridge in bridges() if bridge.op in ops]
+
+
+def bridges() -> list[Bridge]:
+    """Maps and tokens of Mobile-Former, from its narrowest to its widest, and wider heads and more tokens beyond."""
+    every, both, half = ("bf16", "fp16", "fp32", "tf32", "fp64"), ("bf16", "fp32"), ("bf16",)
+    shapes = [(6, 56, 3, "first", every), (6, 56, 3, "last", both), (12, 28, 6, "first", both)]
+    shapes += [(22, 28, 6, "first", half), (24, 28, 6, "last", half), (36, 28, 6, "first", both)]
+    shapes += [(48, 14, 6, "first", every), (48, 14, 6, "last", both), (64, 14, 6, "first", both)]
+    shapes += [(88, 14, 6, "first", every), (88, 14, 6, "last", both), (120, 7, 6, "first", both)]
+    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", every), (256, 7, 6, "last", both)]
+    shapes += [(24, 28, 50, "first", every), (128, 14, 50, "last", ("bf16", "fp32", "fp64"))]
+    return [Bridge(op, *shape) for op in ("mobile_to_former", "former_to_mobile") for shape in shapes]
+
+
+def patches() -> list[Case]:
     """The shapes that patch_attention's models have, and beyond them what a user's own model may ask for.
 
     float16 compiles to the code of bfloat16 with other opcodes: one model stands for all. float32 stands for head
@@ -137,6 +215,7 @@ def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool
 class Unit:
     """One compilation: a launch on a target."""
 
+    module: str
     kernel: str
     target: str
     signature: tuple[tuple[str, str], ...]
@@ -147,13 +226,14 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    float32 = {"lse", "delta", "partial"}
+    sums = {"lse", "delta", "partial", "stats", "sums", "dq_sums", "dk_sums", "dv_sums"}
+    sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
     divisible = []
     for index, pointer in enumerate(launch.pointers):
-        is_float = pointer in float32 or (pointer == "bias" and not launch.meta.get("BIAS", True))
-        types[names[index]] = "*fp32" if is_float else POINTER[dtype]
+        is_sum = pointer in sums or (pointer == "bias" and not launch.meta.get("BIAS", True))
+        types[names[index]] = sum_type if is_sum else POINTER[dtype]
         divisible.append(index)  # allocations, and the slices of these models' qkv, begin at multiples of 16 bytes
     at = len(launch.pointers)
     for name in names[at : at + len(launch.floats)]:
@@ -174,16 +254,13 @@ def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
             if value % 16 == 0:
                 divisible.append(parameter.num)
     ordered = tuple((name, types[name]) for name in names)
-    return Unit(launch.name, target, ordered, tuple(constexprs.items()), tuple(divisible),
+    return Unit(launch.kernel.__module__, launch.name, target, ordered, tuple(constexprs.items()), tuple(divisible),
                 tuple(launch.options.items()))  # fmt: skip
 
 
 def compile_unit(unit: Unit) -> dict[str, Any]:
     """Compile and read the machine code. Never raises: an error is a row."""
-    module = {"bias_partials": "triton_bias", "bias_sum": "triton_bias"}.get(
-        unit.kernel, "triton_forward" if unit.kernel.startswith("forward") else "triton_backward"
-    )
-    kernel = getattr(getattr(patch_attention, module), unit.kernel)
+    kernel = getattr(importlib.import_module(unit.module), unit.kernel)
     source = ASTSource(
         fn=kernel,
         signature=dict(unit.signature),
@@ -287,25 +364,19 @@ def _row(registers: int, spill: int, stack: int, shared: int, target: str, block
     }  # fmt: skip
 
 
-def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str) -> dict[Unit, dict[str, Any]]:
+def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: list[str]) -> dict[Unit, dict[str, Any]]:
     """Distinct compilations, each with the columns of the first case that needs it."""
     units: dict[Unit, dict[str, Any]] = {}
     today = datetime.date.today().isoformat()
-    for target, name, case in _walk(targets, dtypes):
-        dtype, device = DTYPES[name], TARGETS[target][1]
+    for target, name, case in _walk(targets, dtypes, ops):
         for batch in (1, 128):
-            launches = patch_attention.forward_launches(problem_of(case, batch, name, device, False))
-            launches = launches + patch_attention.backward_launches(
-                problem_of(case, batch, name, device, True), case.bias
-            )[0]  # fmt: skip
-            for launch in launches:
-                unit = unit_of(launch, target, dtype)
+            for launch in case.launches(batch, name, TARGETS[target][1]):
+                unit = unit_of(launch, target, DTYPES[name])
                 blocks = [f"{k}={v}" for k, v in launch.meta.items() if k in _BLOCKS]
                 row = {
-                    "op": "patch_attention", "kernel": launch.name, "target": target, "dtype": name, "batch": batch,
-                    "heads": case.heads, "head_dim": case.d, "value_dim": case.dv, "map": f"{case.size}x{case.size}",
-                    "patch": case.patch, "tokens": math.ceil(case.size / case.patch) ** 2, "bias": int(case.bias),
-                    "layout": case.layout, "config": " ".join(blocks + [f"{k}={v}" for k, v in launch.options.items()]),
+                    "op": case.op, "kernel": launch.name, "target": target, "dtype": name, "batch": batch,
+                    **dict.fromkeys(("heads", "head_dim", "value_dim", "map", "patch", "tokens", "bias", "layout"), ""),
+                    **case.columns(), "config": " ".join(blocks + [f"{k}={v}" for k, v in launch.options.items()]),
                     "cases": 0, "triton": triton.__version__, "date": today,
                 }  # fmt: skip
                 if not re.search(wanted, " ".join(map(str, row.values()))):
@@ -318,11 +389,11 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str) -> dic
 
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
-           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N")  # fmt: skip
+           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS")  # fmt: skip
 
 
-def _walk(targets: list[str], dtypes: list[str]) -> Iterator[tuple[str, str, Case]]:
-    for case in suite():
+def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge]]:
+    for case in suite(ops):
         for target in targets:
             for name in dtypes:
                 # The launcher asks for tf32 on NVIDIA only.
@@ -354,9 +425,18 @@ def run(units: dict[Unit, dict[str, Any]], processes: int) -> list[dict[str, Any
     return [row | results[unit] for unit, row in units.items()]
 
 
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="audit", description="Static audit of the Triton kernels, without a GPU.")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op (repeatable)")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only rows whose columns match")
@@ -364,7 +444,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="compile in N processes (default 1)")
     parser.add_argument("--bad", action="store_true", help="print only rows with a finding")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write all rows there (a whole audit: results/audit/, by default)"
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write all rows there (an op's whole audit: results/audit/, by default)",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -376,7 +459,8 @@ def main(argv: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("audit: unset TRITON_INTERPRET, it replaces the compiler", file=sys.stderr)
         return 2
-    units = plan(arguments.target or list(TARGETS), arguments.dtype or list(DTYPES), arguments.quick, arguments.filter)
+    targets, dtypes, ops = arguments.target or list(TARGETS), arguments.dtype or list(DTYPES), arguments.op or OPS
+    units = plan(targets, dtypes, arguments.quick, arguments.filter, ops)
     if not units:
         print("audit: no row matches", file=sys.stderr)
         return 2
@@ -387,13 +471,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(rows)} kernels for {sum(row['cases'] for row in rows)} launches, at most {registers} registers, "
           f"{len(bad)} with a finding")  # fmt: skip
     whole = not (arguments.target or arguments.dtype or arguments.quick or arguments.filter)
-    path = arguments.csv or (RESULTS if whole else None)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
+    if arguments.csv:
+        _write(arguments.csv, rows)
+    elif whole:
+        for op in ops:
+            _write(RESULTS / f"{op}.csv", [row for row in rows if row["op"] == op])
     return 1 if bad else 0
 
 

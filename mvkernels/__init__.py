@@ -1,6 +1,8 @@
 """Fused attention kernels for mobile vision models."""
 
 from mvkernels.backend import BackendUnavailable, can_run, use_backend
+from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mobile
+from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
 from mvkernels.swap import swap, verify_swap
 from mvkernels.version import __version__
@@ -9,9 +11,13 @@ from mvkernels import nn, testing  # isort: skip  (they use what is above)
 
 __all__ = [
     "BackendUnavailable",
+    "FormerToMobileFunction",
+    "MobileToFormerFunction",
     "PatchAttentionFunction",
     "__version__",
     "can_run",
+    "former_to_mobile",
+    "mobile_to_former",
     "nn",
     "patch_attention",
     "swap",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import nn
 
@@ -29,10 +29,26 @@ class Family:
     """The file here that has ``SWAPPED``, a subclass of that class, and ``why_not(module) -> str``."""
 
 
+@dataclass(frozen=True)
+class Structure:
+    """Modules of published code that is no package, known by what they hold, whatever their class is called."""
+
+    holds: frozenset[str]
+    """Names of attributes and children that a module has if it is one of these."""
+    adapter: str
+    """The file here that has ``swapped_class(module)`` and ``why_not(module, model) -> str``."""
+
+
 # A further family is one file and one line.
 FAMILIES = (
     Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
     Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
+)
+STRUCTURES = (
+    Structure(
+        frozenset(("block", "num_heads", "token_num", "use_dynamic", "remove_proj_local", "proj", "drop_path")),
+        "authors_mobile_former",
+    ),
 )
 
 
@@ -76,10 +92,14 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
             reason, swapped = "no fused form of this class is known", False
         else:
             adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
-            reason = _why_not(module, adapter)
+            if isinstance(family, Structure):
+                reason = _why_not(module, functools.partial(adapter.why_not, model=model))
+            else:
+                reason = _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not)
             swapped = not reason
             if swapped:
-                module.__class__ = adapter.SWAPPED
+                kind = adapter.swapped_class(module) if isinstance(family, Structure) else adapter.SWAPPED
+                module.__class__ = kind
                 if backend is not None:
                     module.mvk_backend = backend  # type: ignore[assignment]
                 report._changed.append((module, original))
@@ -95,17 +115,17 @@ def unswap(model: nn.Module) -> None:
             restore_module(module, original)
 
 
-def find(model: nn.Module) -> list[tuple[str, nn.Module, Family | None]]:
+def find(model: nn.Module) -> list[tuple[str, nn.Module, Family | Structure | None]]:
     """Attention modules in the order of the model: the blocks of the families, and other classes called attention.
 
     Of the others, those outside the blocks, and the innermost where they nest.
     """
-    found: list[tuple[str, nn.Module, Family | None]] = []
+    found: list[tuple[str, nn.Module, Family | Structure | None]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
             continue
-        family = _family(type(module))
+        family = _family(module)
         if family is not None:
             found.append((name, module, family))
             inside += (f"{name}." if name else "",)
@@ -116,28 +136,36 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, Family | None]]:
 
 def _contains(module: nn.Module) -> bool:
     """Whether an attention module is somewhere inside."""
-    inner = (type(m) for m in module.modules() if m is not module)
-    return any("attention" in kind.__name__.lower() or _family(kind) is not None for kind in inner)
+    inner = (m for m in module.modules() if m is not module)
+    return any("attention" in type(m).__name__.lower() or _family(m) is not None for m in inner)
 
 
-def _family(kind: type) -> Family | None:
-    """The family whose class is ``kind``, or is among its bases."""
-    names = {(base.__module__, base.__qualname__) for base in kind.__mro__}
-    return next((f for f in FAMILIES if (f.source, f.class_name) in names), None)
+def _family(module: nn.Module) -> Family | Structure | None:
+    """The family whose class is the module's, or is among its bases; else that whose structure it has."""
+    names = {(base.__module__, base.__qualname__) for base in type(module).__mro__}
+    family = next((f for f in FAMILIES if (f.source, f.class_name) in names), None)
+    if family is not None:
+        return family
+    held = module.__dict__.keys() | module._modules.keys()
+    return next((s for s in STRUCTURES if s.holds <= held), None)
 
 
-def _why_not(module: nn.Module, adapter: ModuleType) -> str:
-    original = adapter.SWAPPED.mvk_original
+def _not_exactly(module: nn.Module, swapped: type[nn.Module]) -> str:
+    original: type[nn.Module] = swapped.mvk_original  # type: ignore[attr-defined]
     if type(module) is not original:
         return f"a subclass of {original.__name__}, which may compute something else"
+    return ""
+
+
+def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
     if "forward" in module.__dict__:
         return not_hooked(module, "it") or "it has had its forward replaced"
-    if len(inspect.signature(original.forward).parameters) != 2:
-        return "this version of the package has another forward"
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return "this version of its code has another forward"
     try:
-        return adapter.why_not(module)
+        return why_not(module)
     except AttributeError as error:
-        return f"this version of the package is laid out differently: {error}"
+        return f"this version of its code is laid out differently: {error}"
 
 
 def _predicate(only: Only | None, names: list[str]) -> Callable[[str, nn.Module], bool]:

@@ -90,8 +90,8 @@ def verify_swap(
     captured: dict[str, tuple[Any, ...]] = {}
     names = [entry.name for entry in report.entries if entry.swapped]
     runs = [
-        _run(exact, _cast(args, torch.float64), _cast(kwargs, torch.float64)),
-        _run(original, args, kwargs, names, captured),
+        _run(exact, _cast(args, torch.float64), _cast(kwargs, torch.float64), _not_formed(swapped)),
+        _run(original, args, kwargs, _not_formed(swapped), names, captured),
         _run(swapped, args, kwargs),
     ]
     results.rows += _compare("", runs, _WHOLE_MODEL, rtol)
@@ -100,13 +100,20 @@ def verify_swap(
             continue
         blocks = [m.get_submodule(name) for m in (exact, original, swapped)]
         inputs = captured[name]
-        runs = [_run(blocks[0], _cast(inputs, torch.float64), {})] + [_run(b, inputs, {}) for b in blocks[1:]]
+        skip = _not_formed(blocks[2])
+        runs = [_run(blocks[0], _cast(inputs, torch.float64), {}, skip)]
+        runs += [_run(block, inputs, {}, skip) for block in blocks[1:]]
         results.rows += _compare(name + ": ", runs, 1.0, rtol)
     return results
 
 
 def _is_swapped(model: nn.Module) -> bool:
     return any(hasattr(type(m), "mvk_original") for m in model.modules())
+
+
+def _not_formed(module: nn.Module) -> tuple[str, ...]:
+    """The outputs, by name, that a swapped block leaves out and its report says that nobody uses."""
+    return getattr(type(module), "mvk_not_formed", ())
 
 
 def _report(model: nn.Module, backend: str | None) -> SwapReport:
@@ -141,15 +148,18 @@ def _run(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    skip: Sequence[str] = (),
     capture: Sequence[str] = (),
     captured: dict[str, tuple[Any, ...]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """{"output": …, "d input": …, "d parameter": …}, each of tensors by name, on the CPU."""
+    """{"output": …, "d input": …, "d parameter": …}, each of tensors by name, on the CPU; outputs but for ``skip``."""
     inputs: dict[str, Tensor] = {}
 
     def leaf(name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
             value = inputs[name] = value.detach().clone().requires_grad_(True)
+        elif type(value) in (tuple, list):
+            value = type(value)(leaf(f"{name}[{i}]", item) for i, item in enumerate(value))
         return value
 
     args = [leaf(str(i), value) for i, value in enumerate(args)]
@@ -168,7 +178,7 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    outputs = dict(_tensors("", result))
+    outputs = {name: t for name, t in _tensors("", result) if name not in skip}
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves: dict[str, dict[str, Any]] = {"d input": inputs, "d parameter": parameters}
     found: dict[str, dict[str, Tensor]] = {"output": {n: t.detach().cpu() for n, t in outputs.items()}}

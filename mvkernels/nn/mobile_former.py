@@ -1,0 +1,419 @@
+"""Mobile-Former's sub-blocks: a feature map and a few tokens that tell each other what they know.
+
+Chen et al., Mobile-Former (arXiv 2108.05895), section 3. A block runs :class:`MobileToFormer`, :class:`Former`,
+:class:`Mobile` or :class:`DownsampleMobile`, and :class:`FormerToMobile`, in this order.
+
+Maps are (B, C, H, W), channels-first or channels-last, and are handed to the kernels as views. Tokens are
+batch first, (B, M, token_dim): that is the kernels' (B, heads, M, head_dim) but for a view, and a sample's tokens lie
+together, as its map does. (The authors' code has them as (M, B, token_dim).)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvkernels import checks
+from mvkernels.backend import requested
+from mvkernels.ops.former_to_mobile import former_to_mobile
+from mvkernels.ops.mobile_to_former import mobile_to_former
+
+
+class DropPath(nn.Module):
+    """In training, zeroes a residual branch of whole samples with probability ``p`` and scales up the others."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"DropPath: p is {p}, want 0 <= p < 1")
+        self.p = p
+
+    @property
+    def active(self) -> bool:
+        return self.training and self.p > 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, ...) -> the same shape."""
+        if not self.active:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - self.p)
+        return x * (keep / (1.0 - self.p))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class HeadwiseLinear(nn.Module):
+    """One Linear for each head, from its slice of the input to its slice of the output.
+
+    The paper's equations write the projections of the tokens so; the authors' code has a full Linear in their
+    place. weight (out, in / heads), bias (out,).
+    """
+
+    def __init__(self, in_features: int, out_features: int, heads: int) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if value % heads:
+                raise ValueError(f"HeadwiseLinear: {name} is {value}, want a multiple of heads = {heads}")
+        self.in_features, self.out_features, self.heads = in_features, out_features, heads
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // heads))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        weight = self.weight.unflatten(0, (self.heads, -1))
+        out = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.heads, -1)), weight)
+        return out.flatten(-2) + self.bias.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, heads={self.heads}"
+
+
+class _Bridge(nn.Module):
+    """What the two directions share: sizes, their checks, and the tokens' projections."""
+
+    def __init__(self, channels: int, token_dim: int, heads: int, headwise: bool, backend: str | None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for what, value in (("channels", channels), ("token_dim", token_dim), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name}: {what} is {value}, want at least 1")
+        if channels % heads:
+            raise ValueError(f"{name}: channels is {channels}, want a multiple of heads = {heads}")
+        if headwise and token_dim % heads:
+            raise ValueError(f"{name}: token_dim is {token_dim}, want a multiple of heads = {heads}")
+        if backend is not None:
+            requested(backend)
+        self.channels, self.token_dim, self.heads, self.headwise = channels, token_dim, heads, headwise
+        self.backend = backend
+
+    def _projection(self) -> nn.Module:
+        if self.headwise:
+            return HeadwiseLinear(self.token_dim, self.channels, self.heads)
+        return nn.Linear(self.token_dim, self.channels)
+
+    def _check(self, x: Tensor, tokens: Tensor) -> None:
+        name = type(self).__name__
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"{name}: x is {checks.shape(x)}, want (B, {self.channels}, H, W)")
+        if tokens.dim() != 3 or tokens.shape[0] != x.shape[0] or tokens.shape[2] != self.token_dim:
+            raise ValueError(f"{name}: tokens is {checks.shape(tokens)}, want ({x.shape[0]}, M, {self.token_dim})")
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(B, M, C) -> (B, heads, M, C / heads), a view."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, token_dim={self.token_dim}, heads={self.heads}"
+
+
+class MobileToFormer(_Bridge):
+    """Mobile→Former: the tokens look at the map, which is key and value as it is.
+
+    With h heads over the channels of x, and hsig(u) = clamp(u + 3, 0, 6) / 6::
+
+        out = mobile_to_former(query(tokens), x)
+        out = out * 2 * hsig(gate(tokens))                if gate
+        tokens = norm(tokens + drop_path(proj(out)))
+
+    Args:
+        channels: of the map, a multiple of ``heads``.
+        token_dim: width of a token.
+        heads: attention heads.
+        gate: whether what the tokens have seen is gated before ``proj``, by the tokens as they came in. The
+            authors' networks have it, the paper does not.
+        headwise: project each head's slice of a token by itself, as the paper's equations do, instead of the
+            whole token; needs a ``token_dim`` that is a multiple of ``heads``.
+        drop_path: probability of dropping the residual branch of a sample in training.
+        norm_eps: epsilon of the LayerNorm.
+        backend: handed to :func:`mvkernels.mobile_to_former`.
+        device, dtype: of the parameters.
+
+    Raises ValueError for settings that do not fit, and for inputs that are not (B, channels, H, W) and
+    (B, M, token_dim).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        token_dim: int,
+        heads: int = 2,
+        gate: bool = False,
+        headwise: bool = False,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, token_dim, heads, headwise, backend)
+        self.query = self._projection()
+        self.gate = nn.Linear(token_dim, channels) if gate else None
+        self.proj = nn.Linear(channels, token_dim)
+        self.drop_path = DropPath(drop_path)
+        self.norm = nn.LayerNorm(token_dim, eps=norm_eps)
+        self.to(device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, channels, H, W), tokens (B, M, token_dim) -> (B, M, token_dim)."""
+        self._check(x, tokens)
+        query = self._heads(self.query(tokens))
+        out = mobile_to_former(query, x.unflatten(1, (self.heads, -1)), backend=self.backend)
+        out = out.transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            out = out * (2.0 * F.hardsigmoid(self.gate(tokens)))
+        return self.norm(tokens + self.drop_path(self.proj(out)))
+
+
+class FormerToMobile(_Bridge):
+    """Former→Mobile: every pixel looks at the tokens, and what it sees is added to it.
+
+    With h heads over the channels of x, and hsig(u) = clamp(u + 3, 0, 6) / 6::
+
+        v = value(tokens) * 2 * hsig(gate(tokens))        if gate, else value(tokens)
+        x = x + drop_path(former_to_mobile(x, key(tokens), v))
+
+    The pixels are not projected, neither as queries nor as what comes out. The arguments are those of
+    :class:`MobileToFormer`; ``gate`` is a branch of the authors' code that their networks leave out. Where there
+    is nothing between the attention and the sum (no active drop path, no autocast, under which the sum has the
+    map's precision) one kernel does both.
+
+    Raises ValueError for settings that do not fit, and for inputs that are not (B, channels, H, W) and
+    (B, M, token_dim).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        token_dim: int,
+        heads: int = 2,
+        gate: bool = False,
+        headwise: bool = False,
+        drop_path: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, token_dim, heads, headwise, backend)
+        self.key = self._projection()
+        self.value = self._projection()
+        self.gate = nn.Linear(token_dim, channels) if gate else None
+        self.drop_path = DropPath(drop_path)
+        self.to(device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, channels, H, W), tokens (B, M, token_dim) -> (B, channels, H, W), laid out as x."""
+        self._check(x, tokens)
+        key, value = self.key(tokens), self.value(tokens)
+        if self.gate is not None:
+            value = value * (2.0 * F.hardsigmoid(self.gate(tokens)))
+        return add_attention(
+            x,
+            self._heads(key),
+            self._heads(value),
+            drop_path=self.drop_path if self.drop_path.active else None,
+            backend=self.backend,
+        )
+
+
+def add_attention(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    drop_path: nn.Module | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """x + drop_path(what each pixel of x sees of the tokens), in one kernel where that is the same.
+
+    x (B, C, H, W), key and value (B, heads, M, C / heads) -> (B, C, H, W), laid out as x.
+    """
+    heads = key.shape[1]
+    device = x.device.type
+    # Under autocast the op runs in the lower precision, to which x itself must not be rounded.
+    lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    fused = drop_path is None and not lower
+    out = former_to_mobile(
+        x.unflatten(1, (heads, -1)), key, value, scale=scale, residual=fused, backend=backend
+    ).flatten(1, 2)
+    if fused:
+        return out
+    return x + (out if drop_path is None else drop_path(out))
+
+
+class Former(nn.Module):
+    """Former: the tokens look at each other; a feed-forward network; a LayerNorm after either.
+
+    The tokens are key and value as they are, with h heads of token_dim / h::
+
+        out = softmax(query(tokens) tokensᵀ / sqrt(token_dim / h)) tokens
+        out = out * 2 * hsig(gate(tokens))                if gate
+        tokens = norm1(tokens + drop_path(proj(out)))
+        tokens = norm2(tokens + fc2(gelu(fc1(tokens))))   if ffn_ratio
+
+    Args:
+        token_dim: width of a token, a multiple of ``heads``.
+        heads: attention heads; the authors' networks have 4 here and 2 in the bridges.
+        ffn_ratio: hidden width of the feed-forward network over ``token_dim``; 0 for none.
+        gate: a branch of the authors' code that their networks leave out.
+        drop_path: probability of dropping the attention's branch of a sample in training.
+        norm_eps: epsilon of the LayerNorms.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        token_dim: int,
+        heads: int = 4,
+        ffn_ratio: int = 2,
+        gate: bool = False,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or token_dim < 1 or token_dim % heads:
+            raise ValueError(f"Former: token_dim is {token_dim}, want a positive multiple of heads = {heads}")
+        if ffn_ratio < 0:
+            raise ValueError(f"Former: ffn_ratio is {ffn_ratio}, want at least 0")
+        self.heads = heads
+        self.query = nn.Linear(token_dim, token_dim)
+        self.gate = nn.Linear(token_dim, token_dim) if gate else None
+        self.proj = nn.Linear(token_dim, token_dim)
+        self.drop_path = DropPath(drop_path)
+        self.norm1 = nn.LayerNorm(token_dim, eps=norm_eps)
+        self.has_ffn = ffn_ratio > 0
+        if self.has_ffn:
+            self.fc1 = nn.Linear(token_dim, ffn_ratio * token_dim)
+            self.fc2 = nn.Linear(ffn_ratio * token_dim, token_dim)
+            self.norm2 = nn.LayerNorm(token_dim, eps=norm_eps)
+        self.to(device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, M, token_dim) -> (B, M, token_dim)."""
+        query, memory = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.query(tokens), tokens))
+        # autocast would leave one of them as it is and cast the other
+        out = F.scaled_dot_product_attention(query, memory.to(query.dtype), memory.to(query.dtype))
+        out = out.transpose(1, 2).flatten(2)
+        if self.gate is not None:
+            out = out * (2.0 * F.hardsigmoid(self.gate(tokens)))
+        tokens = self.norm1(tokens + self.drop_path(self.proj(out)))
+        if self.has_ffn:
+            tokens = self.norm2(tokens + self.fc2(F.gelu(self.fc1(tokens))))
+        return tokens
+
+
+class DynamicReLU(nn.Module):
+    """DY-ReLU (arXiv 2003.10027) of two pieces without offsets, whose slopes a token says.
+
+    With theta = hsig(fc2(relu(fc1(token)))), 2C numbers in [0, 1], of which the first half makes a1 and the
+    second a2::
+
+        y = max(a1 x, a2 x),    a1 = 2 theta₁ in [0, 2],    a2 = 2 theta₂ - 1 in [-1, 1]
+
+    At theta = 1/2 this is ReLU. ``reduction`` divides ``token_dim`` for the hidden width.
+    """
+
+    def __init__(self, channels: int, token_dim: int, reduction: int = 4) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(token_dim, token_dim // reduction)
+        self.fc2 = nn.Linear(token_dim // reduction, 2 * channels)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """x (B, C, H, W), token (B, token_dim) -> (B, C, H, W)."""
+        theta = F.hardsigmoid(self.fc2(F.relu(self.fc1(token))))
+        a1, a2 = (2.0 * theta)[..., None, None].chunk(2, dim=1)
+        return torch.maximum(x * a1, x * (a2 - 1.0))
+
+
+class Mobile(nn.Module):
+    """Mobile at one resolution: an inverted residual whose activations follow a token.
+
+    1×1, BN, DY-ReLU; depthwise 3×3, BN, DY-ReLU; 1×1, BN; and the input is added where the widths are equal.
+
+    Args:
+        in_channels, out_channels: of the map.
+        expansion: hidden width over ``in_channels``.
+        token_dim: width of the token that says the slopes.
+        groups: of the 1×1 convolutions, whose outputs are then shuffled across groups.
+        drop_path: probability of dropping the branch of a sample in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: int,
+        token_dim: int,
+        groups: int = 1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = in_channels == out_channels
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, groups=groups, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden)
+        self.act1 = DynamicReLU(hidden, token_dim)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.act2 = DynamicReLU(hidden, token_dim)
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, groups=groups, bias=False)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), token (B, token_dim) -> (B, out_channels, H, W)."""
+        y = self.act1(self.shuffle(self.norm1(self.conv1(x))), token)
+        y = self.act2(self.norm2(self.conv2(y)), token)
+        y = self.shuffle(self.norm3(self.conv3(y)))
+        return x + self.drop_path(y) if self.residual else y
+
+
+class DownsampleMobile(nn.Module):
+    """Mobile that halves the resolution: two depthwise and two 1×1 convolutions, the second pair a residual.
+
+    Depthwise 3×3 of stride 2 that widens, BN, DY-ReLU; 1×1, BN, without activation; then added to it:
+    depthwise 3×3 that widens, BN, DY-ReLU; 1×1, BN. H and W become ceil(H / 2) and ceil(W / 2).
+
+    Args:
+        in_channels, out_channels: of the map.
+        expansion: hidden widths over ``in_channels`` and over ``out_channels``.
+        token_dim, groups, drop_path: as in :class:`Mobile`; with groups the widened maps are shuffled.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expansion: tuple[int, int],
+        token_dim: int,
+        groups: int = 1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        first, second = in_channels * expansion[0], out_channels * expansion[1]
+        self.conv1 = nn.Conv2d(in_channels, first, 3, stride=2, padding=1, groups=in_channels, bias=False)
+        self.norm1 = nn.BatchNorm2d(first)
+        self.shuffle1 = nn.ChannelShuffle(in_channels) if groups > 1 else nn.Identity()
+        self.act1 = DynamicReLU(first, token_dim)
+        self.conv2 = nn.Conv2d(first, out_channels, 1, groups=groups, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv3 = nn.Conv2d(out_channels, second, 3, padding=1, groups=out_channels, bias=False)
+        self.norm3 = nn.BatchNorm2d(second)
+        self.shuffle3 = nn.ChannelShuffle(out_channels) if groups > 1 else nn.Identity()
+        self.act3 = DynamicReLU(second, token_dim)
+        self.conv4 = nn.Conv2d(second, out_channels, 1, groups=groups, bias=False)
+        self.norm4 = nn.BatchNorm2d(out_channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), token (B, token_dim) -> (B, out_channels, ceil(H / 2), ceil(W / 2))."""
+        y = self.act1(self.shuffle1(self.norm1(self.conv1(x))), token)
+        short = self.norm2(self.conv2(y))
+        y = self.act3(self.shuffle3(self.norm3(self.conv3(short))), token)
+        return short + self.drop_path(self.norm4(self.conv4(y)))

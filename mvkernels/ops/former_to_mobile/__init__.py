@@ -1,0 +1,131 @@
+"""Former to Mobile: every pixel of a map attends to a few tokens, and the map is added (Mobile-Former)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, extension
+from mvkernels.backend import choose
+from mvkernels.ops.former_to_mobile import suite
+from mvkernels.ops.former_to_mobile.autograd import KERNELS, Checked, FormerToMobileFunction
+from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
+from mvkernels.registry import Op, register
+
+__all__ = ["OP", "FormerToMobileFunction", "former_to_mobile"]
+
+_NAME = "former_to_mobile"
+# Beyond it sums over head_dim in one chain lose what the error criterion allows.
+_MOST_HEAD_DIM = 256
+_IN_EXTENSION = extension.module is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "mvkernels_cpp::former_to_mobile_forward", "CPU"
+)
+
+
+def former_to_mobile(
+    x: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    residual: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention of every pixel of a map over a few tokens, added to the map.
+
+    This is the bridge from Former to Mobile (Mobile-Former, arXiv 2108.05895, section 3.1, equation 2) and the sum
+    that follows it. The map is read once and written once; the scores are not stored.
+
+    Args:
+        x: map (B, heads, head_dim, H, W), any strides.
+        key, value: tokens (B, heads, M, head_dim), any strides, M at least 1.
+        scale: factor of the scores, ``head_dim ** -0.5`` by default.
+        residual: whether the result is ``x + attention``, or the attention alone.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
+        channels-last if x's stride over head_dim is 1, else channels-first. Softmax and sums are float32 at
+        least.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, scale is not a number, or residual is not a bool.
+        ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(x, key, value, scale, residual)
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    x, key, value, scale, residual = arguments
+    if torch.is_grad_enabled() and (x.requires_grad or key.requires_grad or value.requires_grad):
+        return Checked.apply(x, key, value, scale, residual, chosen)
+    return KERNELS[chosen][0](x, key, value, scale, residual)
+
+
+def _check(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, residual: bool = True) -> tuple[Any, ...]:
+    x, key, value = checks.autocast(x, key, value)  # type: ignore[assignment]
+    if not checks.alike(x, key, value):
+        checks.tensors(_NAME, x=x, key=key, value=value)
+    shape, tokens = x.shape, key.shape
+    if (
+        len(shape) != 5
+        or len(tokens) != 4
+        or value.shape != tokens
+        or (*tokens[:2], tokens[3]) != shape[:3]
+        or 0 in tokens[1:]
+        or 0 in shape[1:]
+    ):
+        _check_shapes(x, key, value)
+    if not isinstance(residual, bool):
+        raise TypeError(f"{_NAME}: residual is {residual!r}, want True or False")
+    return x, key, value, checks.number(_NAME, "scale", scale, shape[2] ** -0.5), residual
+
+
+def _check_shapes(x: Tensor, key: Tensor, value: Tensor) -> None:
+    checks.rank(_NAME, "x", x, "(B, heads, head_dim, H, W)")
+    for name, tokens in (("key", key), ("value", value)):
+        checks.rank(_NAME, name, tokens, "(B, heads, M, head_dim)")
+        checks.same(_NAME, name, tokens, "x", x, (0, 1))
+        if tokens.shape[3] != x.shape[2]:
+            found = f"{name} is {checks.shape(tokens)}, x is {checks.shape(x)}"
+            raise ValueError(f"{_NAME}: {found}: they differ in head_dim")
+    checks.same(_NAME, "value", value, "key", key, (2,))
+    checks.not_empty(_NAME, "key", key, heads=1, M=2, head_dim=3)
+    checks.not_empty(_NAME, "x", x, H=3, W=4)
+
+
+def _why_not_cpp(x: Tensor, *_: Any) -> str | None:
+    if extension.module is None:
+        return extension.reason
+    if not _IN_EXTENSION:
+        return f"the C++ extension has no {_NAME}"
+    if x.device.type != "cpu":
+        return f"the C++ kernels run on CPU tensors, these are on {x.device.type}"
+    if x.shape[2] > _MOST_HEAD_DIM:
+        return f"head_dim is {x.shape[2]}: more than {_MOST_HEAD_DIM}"
+    return None
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.former_to_mobile import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=former_to_mobile,
+        reference=reference,
+        check=_check,
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+    )
+)

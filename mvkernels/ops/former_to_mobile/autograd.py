@@ -1,0 +1,118 @@
+"""Former to Mobile as torch operators and as an autograd Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, library
+from mvkernels.backend import choose
+
+_FORWARD = "(Tensor x, Tensor key, Tensor value, float scale, bool residual) -> Tensor"
+_BACKWARD = "(Tensor grad, Tensor x, Tensor key, Tensor value, float scale, bool residual)"
+_BACKWARD += " -> (Tensor dx, Tensor dkey, Tensor dvalue)"
+
+
+def _fake_forward(x, key, value, scale, residual):  # type: ignore[no-untyped-def]
+    return checks.empty_map(x, x.shape[2])
+
+
+def _fake_backward(grad, x, key, value, scale, residual):  # type: ignore[no-untyped-def]
+    return checks.empty_map(x, x.shape[2]), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
+    from mvkernels.ops.former_to_mobile import triton_kernels
+
+    if x.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward(x, *rest)
+    return triton_kernels.forward(x, *rest)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.former_to_mobile import triton_kernels
+
+    if grad.shape[0] == 0:
+        return _fake_backward(grad, *rest)
+    return triton_kernels.backward(grad, *rest)
+
+
+KERNELS = {
+    "cpp": (
+        library.define("cpp", "former_to_mobile_forward", _FORWARD, _fake_forward),
+        library.define("cpp", "former_to_mobile_backward", _BACKWARD, _fake_backward),
+    ),
+    "triton": (
+        library.define("triton", "former_to_mobile_forward", _FORWARD, _fake_forward, _triton_forward),
+        library.define("triton", "former_to_mobile_backward", _BACKWARD, _fake_backward, _triton_backward),
+    ),
+}
+
+
+class Checked(torch.autograd.Function):
+    """The Function on checked arguments and a chosen backend, so that the public function asks both but once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, key: Tensor, value: Tensor, scale: float, residual: bool, backend: str
+    ) -> Tensor:
+        ctx.settings, ctx.backend = (scale, residual), backend
+        ctx.save_for_backward(x, key, value)
+        if backend == "reference":
+            from mvkernels.ops.former_to_mobile.reference import former_to_mobile
+
+            return former_to_mobile(x, key, value, scale, residual)
+        return KERNELS[backend][0](x, key, value, scale, residual)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
+        with torch.no_grad():
+            if ctx.backend == "reference":
+                grads = _reference_backward(grad, saved, wanted, *ctx.settings)
+            else:
+                found = KERNELS[ctx.backend][1](grad, *saved, *ctx.settings)
+                grads = [g if w else None for g, w in zip(found, wanted)]
+        if torch.is_grad_enabled():
+            grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
+        return *grads, None, None, None
+
+
+class FormerToMobileFunction(Checked):
+    """:func:`mvkernels.former_to_mobile` with its own backward.
+
+    ``apply(x, key, value, scale, residual, backend)``, the op's arguments in order; those after ``value``
+    may be left out. Saves its inputs and nothing else: the backward recomputes the probabilities. A second
+    derivative raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        residual: bool = True,
+        backend: str | None = None,
+    ) -> Tensor:
+        from mvkernels.ops.former_to_mobile import OP
+
+        arguments = OP.check(x, key, value, scale, residual)
+        chosen = choose(OP, backend, arguments)
+        x, key, value, scale, residual = arguments
+        return Checked.forward(ctx, x, key, value, scale, residual, chosen)
+
+
+def _reference_backward(
+    grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float, residual: bool
+) -> list[Tensor | None]:
+    from mvkernels.ops.former_to_mobile.reference import former_to_mobile
+
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
+        out = former_to_mobile(inputs[0], inputs[1], inputs[2], scale, residual)
+        grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
+    return [next(grads) if w else None for w in wanted]

@@ -1,0 +1,34 @@
+"""Launches of former_to_mobile's Triton kernels: all that follows from shapes, strides and dtype alone."""
+
+from __future__ import annotations
+
+from mvkernels import launch
+from mvkernels.ops.former_to_mobile import triton_device
+from mvkernels.ops.mobile_to_former.triton_plan import SCALE2, SCALES, Plan, Problem
+from mvkernels.ops.patch_attention.triton_plan import Launch
+
+
+@launch.memo
+def forward_launches(problem: Problem) -> list[Launch]:
+    """The launch of a forward call; tensors ``x k v o``, floats ``scale2 scale2_low``."""
+    plan = Plan(problem, "forward_pixels", "xkv")
+    meta = plan.meta | plan.made_map("O") | {"RESIDUAL": problem.residual}
+    ints = (*plan.strides(), *plan.map.sizes[:3], plan.tiles)
+    return [Launch(triton_device.forward_pixels, "forward_pixels", plan.units * plan.tiles, ("x", "k", "v", "o"),
+                   SCALE2, ints, meta, plan.options)]  # fmt: skip
+
+
+@launch.memo
+def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
+    """(launches, slices) of a backward call; tensors ``g x k v dx dk dv``, more than one slice ``dk_sums dv_sums``.
+
+    Floats ``scale scale_low scale2 scale2_low``.
+    """
+    plan = Plan(problem, "backward_slices", "gxkv")
+    split = plan.slices > 1
+    meta = plan.meta | plan.made_map("D") | {"RESIDUAL": problem.residual, "LOOP": plan.loop(plan.steps)}
+    pointers = ("g", "x", "k", "v", "dx", *(("dk_sums", "dv_sums") if split else ("dk", "dv")))
+    ints = plan.strides() + plan.sizes()
+    launches = [Launch(triton_device.backward_slices, "backward_slices", plan.programs, pointers, SCALES, ints, meta,
+                       plan.options)]  # fmt: skip
+    return launches + ([plan.sum_slices("dk", "dv")] if split else []), plan.slices

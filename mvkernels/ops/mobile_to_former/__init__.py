@@ -1,0 +1,115 @@
+"""Mobile to Former: a few tokens attend to a map that is key and value at once, and is read once (Mobile-Former)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, extension
+from mvkernels.backend import choose
+from mvkernels.ops.mobile_to_former import suite
+from mvkernels.ops.mobile_to_former.autograd import KERNELS, Checked, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
+from mvkernels.registry import Op, register
+
+__all__ = ["OP", "MobileToFormerFunction", "mobile_to_former"]
+
+_NAME = "mobile_to_former"
+# Beyond it sums over head_dim in one chain lose what the error criterion allows.
+_MOST_HEAD_DIM = 256
+_IN_EXTENSION = extension.module is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "mvkernels_cpp::mobile_to_former_forward", "CPU"
+)
+
+
+def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
+    """Softmax attention of a few tokens over all pixels of a map, which is key and value at once.
+
+    This is the bridge from Mobile to Former (Mobile-Former, arXiv 2108.05895, section 3.1, equation 1), between
+    the projection of the tokens and that of the result. The map is read once and the scores are not stored.
+
+    Args:
+        query: tokens (B, heads, M, head_dim), any strides, M at least 1.
+        x: map (B, heads, head_dim, H, W), any strides.
+        scale: factor of the scores, ``head_dim ** -0.5`` by default.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Tokens (B, heads, M, head_dim), contiguous, in the input's dtype (float32, float16, bfloat16, float64).
+        Softmax and sums are float32 at least.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or scale is not a number.
+        ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(query, x, scale)
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    query, x, scale = arguments
+    if torch.is_grad_enabled() and (query.requires_grad or x.requires_grad):
+        return Checked.apply(query, x, scale, chosen)
+    return KERNELS[chosen][0](query, x, scale)[0]
+
+
+def _check(query: Tensor, x: Tensor, scale: float | None = None) -> tuple[Any, ...]:
+    query, x = checks.autocast(query, x)  # type: ignore[assignment]
+    if not checks.alike(query, x):
+        checks.tensors(_NAME, query=query, x=x)
+    tokens, shape = query.shape, x.shape
+    if (
+        len(tokens) != 4
+        or len(shape) != 5
+        or (*tokens[:2], tokens[3]) != shape[:3]
+        or 0 in tokens[1:]
+        or 0 in shape[1:]
+    ):
+        _check_shapes(query, x)
+    return query, x, checks.number(_NAME, "scale", scale, shape[2] ** -0.5)
+
+
+def _check_shapes(query: Tensor, x: Tensor) -> None:
+    checks.rank(_NAME, "query", query, "(B, heads, M, head_dim)")
+    checks.rank(_NAME, "x", x, "(B, heads, head_dim, H, W)")
+    checks.same(_NAME, "query", query, "x", x, (0, 1))
+    if query.shape[3] != x.shape[2]:
+        raise ValueError(f"{_NAME}: query is {checks.shape(query)}, x is {checks.shape(x)}: they differ in head_dim")
+    checks.not_empty(_NAME, "query", query, heads=1, M=2, head_dim=3)
+    checks.not_empty(_NAME, "x", x, H=3, W=4)
+
+
+def _why_not_cpp(query: Tensor, x: Tensor, scale: float) -> str | None:
+    if extension.module is None:
+        return extension.reason
+    if not _IN_EXTENSION:
+        return f"the C++ extension has no {_NAME}"
+    if query.device.type != "cpu":
+        return f"the C++ kernels run on CPU tensors, these are on {query.device.type}"
+    if query.shape[3] > _MOST_HEAD_DIM:
+        return f"head_dim is {query.shape[3]}: more than {_MOST_HEAD_DIM}"
+    return None
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.mobile_to_former import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=mobile_to_former,
+        reference=reference,
+        check=_check,
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+    )
+)

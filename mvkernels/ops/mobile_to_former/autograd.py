@@ -1,0 +1,123 @@
+"""Mobile to Former as torch operators and as an autograd Function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, library
+from mvkernels.backend import choose
+
+_FORWARD = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse)"
+_BACKWARD = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale) -> (Tensor dquery, Tensor dx)"
+
+
+def _fake_forward(lse_dtype: Callable[[torch.dtype], torch.dtype]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def fake(query, x, scale):  # type: ignore[no-untyped-def]
+        return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype(query.dtype))
+
+    return fake
+
+
+def _fake_backward(grad, query, x, out, lse, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), checks.empty_map(x, x.shape[2])
+
+
+def _cpp_lse(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64
+
+
+def _triton_lse(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _triton_forward(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, ...]:
+    from mvkernels.ops.mobile_to_former import triton_kernels
+
+    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward(_triton_lse)(query, x, scale)
+    return triton_kernels.forward(query, x, scale)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.mobile_to_former import triton_kernels
+
+    if grad.shape[0] == 0:
+        return _fake_backward(grad, *rest)
+    return triton_kernels.backward(grad, *rest)
+
+
+KERNELS = {
+    "cpp": (
+        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward(_cpp_lse)),
+        library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward),
+    ),
+    "triton": (
+        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward(_triton_lse), _triton_forward),
+        library.define("triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward),
+    ),
+}
+
+
+class Checked(torch.autograd.Function):
+    """The Function on checked arguments and a chosen backend, so that the public function asks both but once."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:  # type: ignore[override]
+        ctx.scale, ctx.backend = scale, backend
+        if backend == "reference":
+            from mvkernels.ops.mobile_to_former.reference import mobile_to_former
+
+            ctx.save_for_backward(query, x)
+            return mobile_to_former(query, x, scale)
+        out, lse = KERNELS[backend][0](query, x, scale)
+        ctx.save_for_backward(query, x, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            if ctx.backend == "reference":
+                grads = _reference_backward(grad, saved, wanted, ctx.scale)
+            else:
+                found = KERNELS[ctx.backend][1](grad, *saved, ctx.scale)
+                grads = [g if w else None for g, w in zip(found, wanted)]
+        if torch.is_grad_enabled():
+            grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
+        return *grads, None, None
+
+
+class MobileToFormerFunction(Checked):
+    """:func:`mvkernels.mobile_to_former` with its own backward.
+
+    ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out.
+    Saves query, x, the output and the log-sum-exp of each token's scores (B, heads, M): no scores. A second
+    derivative raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, x: Tensor, scale: float | None = None, backend: str | None = None
+    ) -> Tensor:
+        from mvkernels.ops.mobile_to_former import OP
+
+        arguments = OP.check(query, x, scale)
+        chosen = choose(OP, backend, arguments)
+        query, x, scale = arguments
+        return Checked.forward(ctx, query, x, scale, chosen)
+
+
+def _reference_backward(
+    grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float
+) -> list[Tensor | None]:
+    from mvkernels.ops.mobile_to_former.reference import mobile_to_former
+
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
+        out = mobile_to_former(inputs[0], inputs[1], scale)
+        grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
+    return [next(grads) if w else None for w in wanted]

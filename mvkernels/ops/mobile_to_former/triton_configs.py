@@ -1,0 +1,55 @@
+"""Default launch configurations of the Triton kernels of mobile_to_former and former_to_mobile. Needs no Triton.
+
+A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16`` for both
+half types, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
+``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the
+pixels of a unit stay in one. The choices here are those that `make audit` shows to
+need no spills on every architecture it compiles for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvkernels.launch import Config, candidates, heuristic
+from mvkernels.ops.patch_attention.triton_configs import width
+
+# Tokens of a block: the fewest that matrix instructions take.
+TOKENS = 16
+
+TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
+
+
+def _config(key: Mapping[str, Any], elements: int) -> Config:
+    # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
+    wide = width(key["d"])
+    block = max(16, min(128, 1 << (elements // wide).bit_length() - 1))
+    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4, "num_stages": 1}
+
+
+@heuristic(TO_FORMER, "forward_slices")
+@heuristic(TO_MOBILE, "forward_pixels")
+def _forward(key: Mapping[str, Any]) -> Config:
+    return _config(key, 8192 if key["dtype"] in ("f16", "tf32") else 4096)
+
+
+@heuristic(TO_FORMER, "backward_slices")
+@heuristic(TO_MOBILE, "backward_slices")
+def _backward(key: Mapping[str, Any]) -> Config:
+    return _config(key, 8192 if key["dtype"] in ("f16", "tf32") else 4096)
+
+
+@candidates(TO_FORMER, "forward_slices")
+@candidates(TO_FORMER, "backward_slices")
+@candidates(TO_MOBILE, "forward_pixels")
+@candidates(TO_MOBILE, "backward_slices")
+def _candidates(key: Mapping[str, Any]) -> list[Config]:
+    return [
+        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for block in (32, 64, 128, 256)
+        for warps in (1, 2, 4, 8)
+        for stages in (1, 2)
+        for programs in (4, 16)
+        if 8 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
+    ]

@@ -1,0 +1,169 @@
+"""Launches of mobile_to_former's Triton kernels, and what both bridges' launchers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mvkernels import launch
+from mvkernels.launch import Device
+from mvkernels.ops.mobile_to_former import triton_device
+from mvkernels.ops.mobile_to_former.triton_configs import TOKENS
+from mvkernels.ops.patch_attention import triton_plan as maps
+from mvkernels.ops.patch_attention.triton_configs import pieces
+from mvkernels.ops.patch_attention.triton_plan import Launch
+
+SCALE2 = ("scale2", "scale2_low")
+SCALES = ("scale", "scale_low", *SCALE2)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call without its data: all that kernels and their configurations may depend on."""
+
+    op: str
+    shape: Shape
+    """Of the map: (B, heads, head_dim, H, W)."""
+    tokens: int
+    strides: tuple[tuple[str, Shape], ...]
+    """By name: ``x``, and ``g`` where it is a map, have five; the token sets have four."""
+    residual: bool
+    dtype: torch.dtype
+    precision: str
+    device: Device
+
+
+class Plan:
+    """Sizes, strides and alignments of a call as the kernels see them, and the configuration of one of them."""
+
+    def __init__(self, problem: Problem, kernel: str, names: str):
+        self.problem, self.kernel, self.names = problem, kernel, names
+        batch, heads, d = problem.shape[:3]
+        of_maps = tuple((name, s) for name, s in problem.strides if len(s) == 5)
+        self.map = maps._Geometry(
+            maps.Problem(problem.shape, d, of_maps, None, 1, (1, 1), problem.dtype, problem.precision, problem.device)
+        )
+        self.token_strides = {name: s for name, s in problem.strides if len(s) == 4}
+        config = launch.config(problem.op, kernel, problem.device.name, self._key())
+        self.options = {name: value for name, value in config.items() if name.islower()}
+        self.block = min(config["BLOCK"], max(16, 1 << (self.map.area - 1).bit_length()))
+        self.tiles = -(-self.map.area // self.block)
+        self.units, self.rows = batch * heads, batch * heads * problem.tokens
+        self.token_blocks = -(-problem.tokens // TOKENS)
+        # Few units: their pixels are cut, such that every processor has programs.
+        wanted = config["PROGRAMS"] * problem.device.processors // (self.units * self.token_blocks)
+        self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
+        self.slices = -(-self.tiles // self.steps)
+        self.meta = self._meta()
+
+    def _key(self) -> dict[str, Any]:
+        problem, size = self.problem, self.problem.dtype.itemsize
+        exact = "f32" if problem.precision == "ieee" else "tf32"
+        return {
+            "d": problem.shape[2],
+            "m": TOKENS if problem.tokens <= TOKENS else 2 * TOKENS,
+            "dtype": {2: "f16", 4: exact, 8: "f64"}[size],
+            "last": int(self.map.maps["x"][0] == 1),
+            "arch": problem.device.arch,
+        }
+
+    def _meta(self) -> dict[str, Any]:
+        problem, d = self.problem, self.problem.shape[2]
+        d0, d1 = pieces(d, problem.dtype.itemsize == 4 and problem.precision == "ieee")
+        if problem.dtype == torch.float64:
+            d0, d1 = max(16, 1 << (d - 1).bit_length()), 0
+        meta = {"M": problem.tokens, "D": d, "D0": d0, "D1": d1, "TOKENS": TOKENS, "BLOCK": self.block}
+        meta |= {"N_ALIGN": self.map.n_align, "LINEAR": self.map.linear, "WIDE": self.map.wide}
+        for name in self.names:
+            layout = self.map.maps[name] if name in self.map.maps else self._token_layout(*self.token_strides[name])
+            meta["L" + name.upper()], meta["A" + name.upper()] = layout
+        return meta | {"PRECISION": problem.precision}
+
+    def _token_layout(self, sb: int, sh: int, sm: int, sd: int) -> tuple[int, int]:
+        return (1, maps._low_bit(sb, sh, sm, limit=self.map.vector)) if sd == 1 else (0, 1)
+
+    def made_map(self, name: str) -> dict[str, Any]:
+        """Layout of the map that is allocated like x, under ``L<name>`` and ``A<name>``."""
+        layout, align = self.map.dense(dict(self.problem.strides)["x"][2] == 1, self.problem.shape[2])
+        return {"L" + name: layout, "A" + name: align}
+
+    def loop(self, bound: int) -> int:
+        """The interpreter takes loop bounds as constants; 0: the kernel takes the bound from its own data."""
+        return bound if self.problem.device.arch == "interpreter" else 0
+
+    def strides(self) -> tuple[int, ...]:
+        of = self.map.strides | self.token_strides
+        return tuple(stride for name in self.names for stride in of[name])
+
+    def sizes(self) -> tuple[int, ...]:
+        """heads, H, W, blocks, slices, steps, rows: the arguments after the strides."""
+        return (*self.map.sizes[:3], self.token_blocks, self.slices, self.steps, self.rows)
+
+    @property
+    def programs(self) -> int:
+        return self.units * self.token_blocks * self.slices
+
+    def sum_slices(self, first: str, second: str = "") -> Launch:
+        """The second stage: ``<name>_sums`` (slices, rows, D) to ``<name>``, one tensor or two."""
+        size = self.rows * self.problem.shape[2]
+        names = (first, second or first)
+        return Launch(
+            triton_device.sum_slices,
+            "sum_slices",
+            -(-size // 512) * (2 if second else 1),
+            tuple(name + "_sums" for name in names) + names,
+            (),
+            (size, self.slices),
+            {"PAIR": bool(second), "BLOCK": 512, "LOOP": self.loop(self.slices)},
+            {"num_warps": 4, "num_stages": 1},
+        )
+
+
+@launch.memo
+def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
+    """(launches, slices) of a forward call; tensors ``q x o lse``, with more than one slice ``sums stats``."""
+    plan = Plan(problem, "forward_slices", "qx")
+    split = plan.slices > 1
+    meta = plan.meta | {"SPLIT": split, "LOOP": plan.loop(plan.steps)}
+    pointers = ("q", "x", "sums", "lse", "stats") if split else ("q", "x", "o", "lse", "lse")
+    ints = plan.strides() + plan.sizes()
+    launches = [Launch(triton_device.forward_slices, "forward_slices", plan.programs, pointers, SCALE2, ints, meta,
+                       plan.options)]  # fmt: skip
+    if split:
+        d = problem.shape[2]
+        wide = max(16, 1 << (d - 1).bit_length())
+        rows = max(1, 512 // wide)
+        merge = {"D": d, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
+        launches.append(
+            Launch(
+                triton_device.forward_merge,
+                "forward_merge",
+                -(-plan.rows // rows),
+                ("sums", "stats", "o", "lse"),
+                (),
+                (plan.rows, plan.slices),
+                merge,
+                {"num_warps": 4, "num_stages": 1},
+            )
+        )
+    return launches, plan.slices
+
+
+@launch.memo
+def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
+    """(launches, slices) of a backward call; tensors ``g q x o lse dq dx``, with more than one slice ``dq_sums``.
+
+    Floats ``scale scale_low scale2 scale2_low``.
+    """
+    plan = Plan(problem, "backward_slices", "gqox")
+    split = plan.slices > 1
+    meta = plan.meta | plan.made_map("D") | {"LOOP": plan.loop(plan.steps)}
+    pointers = ("g", "q", "x", "o", "lse", "dq_sums" if split else "dq", "dx")
+    ints = plan.strides() + plan.sizes()
+    launches = [Launch(triton_device.backward_slices, "backward_slices", plan.programs, pointers, SCALES, ints, meta,
+                       plan.options)]  # fmt: skip
+    return launches + ([plan.sum_slices("dq")] if split else []), plan.slices
