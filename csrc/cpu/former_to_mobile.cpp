@@ -41,11 +41,25 @@ static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor)
   }
 }
 
+// to[n][d] = start's pixel n (or 0) + sum_m r[m * ldr + n] v[m][d], with dims as lanes.
+template <class T, class S>
+static void spread_by_dim(
+    int64_t M, int64_t D, int64_t count, const T* v, int64_t ldv, const T* r, int64_t ldr, Pixels<T, const S>* start,
+    int64_t n, T* to, int64_t ld) {
+  if (start && start->last) {
+    pack_rows<T>(start->lattice(n, count), 0, count, D, to, ld);
+    product_columns<T, Start::from>(count, D, M, r, ldr, v, ldv, to, ld);
+  } else {
+    product_columns<T, Start::zero>(count, D, M, r, ldr, v, ldv, to, ld);
+  }
+}
+
 template <class T, class S>
 static void forward(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
-      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(M * ldk) + 2 * Arena::bytes<T>(D * K) + Arena::bytes<T>(M * K),
+      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(M * ldk) + 2 * Arena::bytes<T>(D * K) +
+          Arena::bytes<T>(M * K) + Arena::bytes<T>(K * ldk),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* out_table = arena.take<int64_t>(K);
@@ -54,6 +68,7 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
   T* packed = arena.take<T>(D * K);
   T* out_packed = arena.take<T>(D * K);
   T* s = arena.take<T>(M * K);
+  T* tokens = arena.take<T>(K * ldk);
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
@@ -69,9 +84,14 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
       const T* rows = x.rows(n, count, packed, K, ld);
       scores<T>(M, D, k, ldk, rows, ld, count, s, K);
       softmax<T>(M, count, s, static_cast<T*>(nullptr), K, T(factor.scores));
-      T* out = y.target(n, count, out_packed, K, ldo);
-      spread<T>(M, D, count, v, ldk, s, K, a.residual ? rows : nullptr, ld, out, ldo);
-      y.store(n, count, out, ldo, out_packed);
+      if (y.last) {
+        spread_by_dim<T, S>(M, D, count, v, ldk, s, K, a.residual ? &x : nullptr, n, tokens, ldk);
+        y.store_tokens(n, count, tokens, ldk);
+      } else {
+        T* out = y.target(n, count, out_packed, K, ldo);
+        spread<T>(M, D, count, v, ldk, s, K, a.residual ? rows : nullptr, ld, out, ldo);
+        y.store(n, count, out, ldo, out_packed);
+      }
     }
   }
 }
@@ -81,7 +101,8 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
       3 * Arena::bytes<int64_t>(K) + 3 * Arena::bytes<T>(M * ldk) + 3 * Arena::bytes<T>(D * K) +
-          Arena::bytes<T>(2 * M * K) + 2 * Arena::bytes<T>(M * D * W<T>) + Arena::bytes<T>(ldk),
+          Arena::bytes<T>(2 * M * K) + 2 * Arena::bytes<T>(M * D * W<T>) + Arena::bytes<T>(ldk) +
+          Arena::bytes<T>(K * ldk) + 2 * Arena::bytes<T>(M * ldk),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* grad_table = arena.take<int64_t>(K);
@@ -97,11 +118,15 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
   T* dk = arena.take<T>(M * D * W<T>);
   T* dv = arena.take<T>(M * D * W<T>);
   T* row = arena.take<T>(ldk);
+  T* tokens = arena.take<T>(K * ldk);
+  T* dk_rows = arena.take<T>(M * ldk);
+  T* dv_rows = arena.take<T>(M * ldk);
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Pixels<T, const S> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
     Pixels<T, S> dx(a, a.dx, b, h, dtable);
+    const bool dk_by_dim = dims_as_lanes<T>(a, x.last), dv_by_dim = dims_as_lanes<T>(a, grad.last);
     pack_tokens<T, S>(a, a.key, b, h, T(factor.queries), k, ldk);
     pack_tokens<T, S>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
     pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
@@ -117,20 +142,41 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
       scores<T>(M, D, v, ldk, grads, ldg, count, ds, K);
       softmax<T>(M, count, s, ds, K, T(factor.scores));
       fill_tail<T>(2 * M, s, K, count, T(0));
-      T* out = dx.target(n, count, dpacked, K, ldd);
-      spread<T>(M, D, count, k_scaled, ldk, ds, K, a.residual ? grads : nullptr, ldg, out, ldd);
-      dx.store(n, count, out, ldd, dpacked);
-      sums<T>(M, D, count, ds, K, rows, ld, dk, nullptr, first);
-      sums<T>(M, D, count, s, K, grads, ldg, dv, nullptr, first);
+      if (dx.last && grad.last) {
+        spread_by_dim<T, S>(M, D, count, k_scaled, ldk, ds, K, a.residual ? &grad : nullptr, n, tokens, ldk);
+        dx.store_tokens(n, count, tokens, ldk);
+      } else {
+        T* out = dx.target(n, count, dpacked, K, ldd);
+        spread<T>(M, D, count, k_scaled, ldk, ds, K, a.residual ? grads : nullptr, ldg, out, ldd);
+        dx.store(n, count, out, ldd, dpacked);
+      }
+      if (dk_by_dim) {
+        rows = x.tokens(n, count, tokens, ldk, ld);
+        sums_by_dim<T>(M, D, count, ds, K, rows, ld, dk_rows, ldk, nullptr, first);
+      } else {
+        sums<T>(M, D, count, ds, K, rows, ld, dk, nullptr, first);
+      }
+      if (dv_by_dim) {
+        grads = grad.tokens(n, count, tokens, ldk, ldg);
+        sums_by_dim<T>(M, D, count, s, K, grads, ldg, dv_rows, ldk, nullptr, first);
+      } else {
+        sums<T>(M, D, count, s, K, grads, ldg, dv, nullptr, first);
+      }
     }
     for (int64_t m = 0; m < M; ++m) {
       T* partial = a.partial ? static_cast<T*>(a.partial) + unit * a.backward_partial() + m * D : nullptr;
-      across_lanes<T>(dk + m * D * W<T>, D, splat(T(a.scale)), row);
+      if (dk_by_dim)
+        for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(a.scale)) * load<T>(dk_rows + m * ldk + d));
+      else
+        across_lanes<T>(dk + m * D * W<T>, D, splat(T(a.scale)), row);
       if (partial)
         memcpy(partial, row, D * sizeof(T));
       else
         store_token<T, S>(a, a.dkey, b, h, m, row);
-      across_lanes<T>(dv + m * D * W<T>, D, splat(T(1)), row);
+      if (dv_by_dim)
+        for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(1)) * load<T>(dv_rows + m * ldk + d));
+      else
+        across_lanes<T>(dv + m * D * W<T>, D, splat(T(1)), row);
       if (partial)
         memcpy(partial + M * D, row, D * sizeof(T));
       else

@@ -144,10 +144,10 @@ struct Ahead {
   }
 };
 
-// Whether tokens n .. n + W - 1 lie side by side.
+// Whether tokens n .. n + count - 1, at most W of them, lie side by side.
 template <class T, class S>
-MVK_INLINE bool side_by_side(const Lattice<S>& m, int64_t n) {
-  return m.step == 1 && m.offset[n + W<T> - 1] - m.offset[n] == W<T> - 1;
+MVK_INLINE bool side_by_side(const Lattice<S>& m, int64_t n, int count) {
+  return m.step == 1 && m.offset[n + count - 1] - m.offset[n] == count - 1;
 }
 
 // block[i] = dims d .. d + dims of token n + i, for `tokens` of them, zeros elsewhere. For maps with d stride 1.
@@ -167,7 +167,7 @@ MVK_INLINE void load_by_token(const Lattice<S>& m, int64_t n, int tokens, int64_
 // block[j] = tokens n .. n + tokens of dim d + j, for `dims` of them, zeros elsewhere. For any strides.
 template <class T, class S>
 MVK_INLINE void load_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, vec<T>* block) {
-  const bool whole = tokens >= W<T> && side_by_side<T>(m, n);
+  const bool together = side_by_side<T>(m, n, tokens), whole = together && tokens >= W<T>;
 #pragma GCC unroll 16
   for (int j = 0; j < W<T>; ++j) {
     vec<T> v = {};
@@ -175,6 +175,8 @@ MVK_INLINE void load_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t 
       const S* p = m.data + (d + j) * m.d;
       if (whole) {
         v = load<T>(p + m.offset[n]);
+      } else if (together) {
+        v = load_partial<T>(p + m.offset[n], tokens);
       } else {
         T lanes[W<T>] = {};
         for (int i = 0; i < tokens && i < W<T>; ++i) lanes[i] = to_float(p[m.offset[n + i]]);
@@ -254,7 +256,7 @@ int64_t tall_size(int64_t count, int64_t dims) {
 // block[j] (dims d + j, tokens n ..) into the map.
 template <class T, class S>
 MVK_INLINE void store_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, const vec<T>* block) {
-  const bool whole = tokens == W<T> && side_by_side<T>(m, n);
+  const bool whole = tokens == W<T> && side_by_side<T>(m, n, tokens);
   for (int j = 0; j < dims; ++j) {
     S* p = m.data + (d + j) * m.d;
     if (whole) {

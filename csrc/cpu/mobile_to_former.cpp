@@ -10,13 +10,14 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-// s = 2^(factor (s - top)) for a row of whole vectors, where top becomes the maximum of each lane so far and sum the lane's sum;
-// alpha is what was summed before is to be multiplied with.
+// s = 2^(factor (s - top)) for a row of whole vectors, where top becomes the maximum of each lane so far (of all, if not
+// by_lane) and sum the lane's sum; alpha is what was summed before is to be multiplied with.
 template <class T>
-MVK_INLINE void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha) {
+MVK_INLINE void exponentials(bool by_lane, T* s, int64_t count, T factor, T* top, T* sum, T* alpha) {
   const vec<T> f = splat(factor), before = load<T>(top);
   vec<T> most = before;
   for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
+  if (!by_lane) most = splat(lane_max<T>(most));
   store<T>(top, most);
   // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
   const vec<T> none = splat(-kInfinity<T>);
@@ -49,7 +50,8 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
   arena.reset(
       Arena::bytes<int64_t>(K) + Arena::bytes<T>(M * ldq) + Arena::bytes<T>(D * K) + Arena::bytes<T>(M * K) +
-          Arena::bytes<T>(M * D * W<T>) + 3 * Arena::bytes<T>(M * W<T>) + Arena::bytes<T>(ldq),
+          Arena::bytes<T>(M * D * W<T>) + 3 * Arena::bytes<T>(M * W<T>) + Arena::bytes<T>(ldq) +
+          Arena::bytes<T>(K * ldq) + Arena::bytes<T>(M * ldq),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   T* q = arena.take<T>(M * ldq);
@@ -60,11 +62,14 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
   T* sum = arena.take<T>(M * W<T>);
   T* alpha = arena.take<T>(M * W<T>);
   T* row = arena.take<T>(ldq);
+  T* tokens = arena.take<T>(K * ldq);
+  T* out = arena.take<T>(M * ldq);
   const Factor factor(a.scale, false);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Pixels<T, const S> x(a, a.x, b, h, table);
+    const bool by_dim = dims_as_lanes<T>(a, x.last);
     pack_tokens<T, S>(a, a.query, b, h, T(factor.queries), q, ldq);
     for (int64_t i = 0; i < M * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
     int64_t from, to;
@@ -77,8 +82,13 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
       scores<T>(M, D, q, ldq, rows, ld, count, s, K);
       fill_tail<T>(M, s, K, count, -kInfinity<T>);
       for (int64_t m = 0; m < M; ++m)
-        exponentials<T>(s + m * K, count, T(factor.scores), top + m * W<T>, sum + m * W<T>, alpha + m * W<T>);
-      sums<T>(M, D, count, s, K, rows, ld, acc, alpha, first);
+        exponentials<T>(!by_dim, s + m * K, count, T(factor.scores), top + m * W<T>, sum + m * W<T>, alpha + m * W<T>);
+      if (by_dim) {
+        rows = x.tokens(n, count, tokens, ldq, ld);
+        sums_by_dim<T>(M, D, count, s, K, rows, ld, out, ldq, alpha, first);
+      } else {
+        sums<T>(M, D, count, s, K, rows, ld, acc, alpha, first);
+      }
     }
     for (int64_t m = 0; m < M; ++m) {
       const T most = lane_max<T>(load<T>(top + m * W<T>));
@@ -86,13 +96,16 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
           (load<T>(top + m * W<T>) - splat(most == -kInfinity<T> ? T(0) : most)) * splat(T(factor.scores))};
       exp2_nonpositive<1>(part);
       const T total = lane_sum<T>(part[0] * load<T>(sum + m * W<T>));
+      const vec<T> f = a.partial ? part[0] : part[0] * splat(T(1) / total);
+      if (by_dim)
+        for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, f * load<T>(out + m * ldq + d));
+      else
+        across_lanes<T>(acc + m * D * W<T>, D, f, row);
       if (a.partial) {
-        across_lanes<T>(acc + m * D * W<T>, D, part[0], row);
         T* to_partial = static_cast<T*>(a.partial) + unit * a.forward_partial() + m * (D + 2);
         memcpy(to_partial, row, D * sizeof(T));
         to_partial[D] = most, to_partial[D + 1] = total;
       } else {
-        across_lanes<T>(acc + m * D * W<T>, D, part[0] * splat(T(1) / total), row);
         store_token<T, S>(a, a.out, b, h, m, row);
         a.lse[item * M + m] = kLn2 * factor.scores * most + __builtin_log(total);
       }
@@ -179,14 +192,18 @@ template <class T, class S>
 static void backward(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
   arena.reset(
-      2 * Arena::bytes<int64_t>(K) + 3 * Arena::bytes<T>(M * ldq) + 2 * Arena::bytes<T>(D * K) +
-          Arena::bytes<T>(2 * M * K) + Arena::bytes<T>(M * D * W<T>) + Arena::bytes<T>(ldq) + 3 * Arena::bytes<T>(M),
+      2 * Arena::bytes<int64_t>(K) + Arena::bytes<T>(5 * M * ldq) + 2 * Arena::bytes<T>(D * K) +
+          Arena::bytes<T>(2 * M * K) + Arena::bytes<T>(M * D * W<T>) + Arena::bytes<T>(ldq) + 3 * Arena::bytes<T>(M) +
+          2 * Arena::bytes<T>(K * ldq) + Arena::bytes<T>(M * ldq),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* dtable = arena.take<int64_t>(K);
-  T* q = arena.take<T>(2 * M * ldq);  // queries, then the output's gradient
-  T* go = q + M * ldq;
-  T* q_scaled = arena.take<T>(M * ldq);
+  T* q = arena.take<T>(2 * M * ldq);   // queries, then the output's gradient: for S and dP
+  T* go = arena.take<T>(2 * M * ldq);  // the output's gradient, then scaled queries: for dx
+  T* q_scaled = go + M * ldq;
+  T* tokens = arena.take<T>(K * ldq);
+  T* dtokens = arena.take<T>(K * ldq);
+  T* dq = arena.take<T>(M * ldq);
   T* packed = arena.take<T>(D * K);
   T* dpacked = arena.take<T>(D * K);
   T* s = arena.take<T>(2 * M * K);
@@ -204,6 +221,8 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
     Pixels<T, S> dx(a, a.dx, b, h, dtable);
     pack_tokens<T, S>(a, a.query, b, h, T(factor.queries), q, ldq);
     pack_tokens<T, S>(a, a.grad, b, h, T(1), go, ldq);
+    memcpy(q + M * ldq, go, M * ldq * sizeof(T));
+    const bool by_dim = dims_as_lanes<T>(a, x.last);
     pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
     for (int64_t m = 0; m < M; ++m) {
       const S* o = static_cast<const S*>(a.out.data) + b * a.out.b + h * a.out.h + m * a.out.m;
@@ -225,14 +244,27 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
       for (int64_t m = 0; m < M; ++m)
         probabilities<T>(
             s + m * K, ds + m * K, count, a.pixels(), T(factor.scores), high[m], low[m], delta[m], count == a.pixels());
-      T* out = dx.target(n, count, dpacked, K, ldd);
-      spread<T>(M, D, count, q_scaled, ldq, ds, K, nullptr, 0, out, ldd);
-      spread<T>(M, D, count, go, ldq, s, K, out, ldd, out, ldd);
-      dx.store(n, count, out, ldd, dpacked);
-      sums<T>(M, D, count, ds, K, rows, ld, acc, nullptr, first);
+      if (dx.last) {
+        product_columns<T, Start::zero>(count, D, 2 * M, s, K, go, ldq, dtokens, ldq);
+        dx.store_tokens(n, count, dtokens, ldq);
+      } else {
+        T* out = dx.target(n, count, dpacked, K, ldd);
+        spread<T>(M, D, count, q_scaled, ldq, ds, K, nullptr, 0, out, ldd);
+        spread<T>(M, D, count, go, ldq, s, K, out, ldd, out, ldd);
+        dx.store(n, count, out, ldd, dpacked);
+      }
+      if (by_dim) {
+        rows = x.tokens(n, count, tokens, ldq, ld);
+        sums_by_dim<T>(M, D, count, ds, K, rows, ld, dq, ldq, nullptr, first);
+      } else {
+        sums<T>(M, D, count, ds, K, rows, ld, acc, nullptr, first);
+      }
     }
     for (int64_t m = 0; m < M; ++m) {
-      across_lanes<T>(acc + m * D * W<T>, D, splat(T(a.scale)), row);
+      if (by_dim)
+        for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(a.scale)) * load<T>(dq + m * ldq + d));
+      else
+        across_lanes<T>(acc + m * D * W<T>, D, splat(T(a.scale)), row);
       if (a.partial)
         memcpy(static_cast<T*>(a.partial) + (unit * M + m) * D, row, D * sizeof(T));
       else

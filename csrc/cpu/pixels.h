@@ -2,7 +2,8 @@
 //
 // Pixels are vector lanes, taken in blocks that stay in cache; a block is rows of dims, read in place where memory has it
 // so, else packed (and transposed). Three products run on it: scores (tokens x dims, broadcast), sums over pixels (each
-// lane keeps its own, added up across lanes once at the end) and tokens spread over the pixels.
+// lane keeps its own, added up across lanes once at the end) and tokens spread over the pixels. On a map whose dims are
+// contiguous the last two take them as lanes instead, and nothing but the scores needs the pixels transposed.
 #pragma once
 
 #include "lattice.h"
@@ -24,18 +25,25 @@ MVK_INLINE int64_t block_of_pixels(const Bridge& a) {
   return most < all ? most : all;
 }
 
+// Whether sums over the pixels of a map take its dims as lanes: they are contiguous, and fill half a vector.
+template <class T>
+MVK_INLINE bool dims_as_lanes(const Bridge& a, bool last) {
+  return last && 2 * a.D >= W<T>;
+}
+
 // Splits [begin, end) into blocks of whole vectors, and what is left as a block of its own.
 template <class T>
 struct Span {
-  int64_t next, end, step;
-  Span(int64_t from, int64_t to, int64_t most) : next(from), end(to) {
+  int64_t next, end, step, most_;
+  Span(int64_t from, int64_t to, int64_t most) : next(from), end(to), most_(most) {
     const int64_t vectors = (to - from) / W<T>, blocks = vectors ? (vectors * W<T> + most - 1) / most : 1;
     step = vectors ? (vectors + blocks - 1) / blocks * W<T> : W<T>;
   }
   // The next block's size, 0 at the end; `next` is already past it.
   int64_t take() {
     const int64_t left = end - next, whole = left / W<T> * W<T>;
-    const int64_t count = whole ? (step < whole ? step : whole) : left;
+    int64_t count = whole ? (step < whole ? step : whole) : left;
+    if (left < 8 * W<T> && left <= most_) count = left;  // packing so few is cheaper than a block more
     next += count;
     return count;
   }
@@ -46,9 +54,9 @@ template <class T, class S>
 struct Pixels {
   S* base;
   Map map;
-  int64_t dims, width;
-  bool in_place, uniform;
-  int64_t* offset;  // of a block's pixels from its first
+  int64_t dims, width, pixels;
+  bool in_place, uniform, last;  // last: the dims are contiguous
+  int64_t* offset;               // of a block's pixels from its first
   int64_t known = 0;
 
   Pixels(const Bridge& a, const Map& m, int64_t b, int64_t h, int64_t* table)
@@ -56,7 +64,9 @@ struct Pixels {
         map(m),
         dims(a.D),
         width(a.W),
+        pixels(a.pixels()),
         uniform(m.y == a.W * m.x || a.H == 1),
+        last(m.d == 1),
         offset(table) {
     in_place = std::is_same_v<T, std::remove_const_t<S>> && m.x == 1 && uniform;
   }
@@ -78,6 +88,21 @@ struct Pixels {
     ld = scratch_ld;
     pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
     return scratch;
+  }
+  // For maps whose dims are contiguous: pixel n + i, dim d at [i * ld + d], whole vectors; what is beyond the dims is anything.
+  const T* tokens(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
+    // In place if a vector that reaches beyond its pixel stays within the map.
+    if (std::is_same_v<T, std::remove_const_t<S>> && uniform && map.x > 0 && n + count + W<T> <= pixels) {
+      ld = map.x;
+      return reinterpret_cast<const T*>(base + at(n));
+    }
+    ld = scratch_ld;
+    pack_rows<T>(lattice(n, count), 0, count, dims, scratch, ld);
+    return scratch;
+  }
+  void store_tokens(int64_t n, int64_t count, const T* from, int64_t ld) {
+    const T one = 1;
+    unpack_rows<T>(lattice(n, count), 0, count, dims, from, ld, &one, 0);
   }
   // Where rows of dims are to be written; store() brings them into the map.
   T* target(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
@@ -197,6 +222,28 @@ template <int J = kTokens, class F>
 MVK_INLINE void for_tokens(int64_t count, const F& f) {
   if (count == J) return f(std::integral_constant<int, J>{});
   if constexpr (J > 1) for_tokens<J - 1>(count, f);
+}
+
+// c[m][d] = c or 0, times alpha[m * W], + sum_n r[m * ldr + n] x[n * ldx + d], with the dims of x contiguous.
+template <class T>
+static void sums_by_dim(
+    int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* c, int64_t ldc,
+    const T* alpha, bool first) {
+  for (int64_t m = 0; alpha && !first && m < M; ++m)
+    for (int64_t d = 0; d < D; d += W<T>)
+      store<T>(c + m * ldc + d, load<T>(alpha + m * W<T>) * load<T>(c + m * ldc + d));
+  auto panel = [&](auto width, int64_t d) {
+    constexpr int V = decltype(width)::value;
+    if (first)
+      product_rows<T, V, Start::zero, false>(M, count, r, ldr, x + d, ldx, c + d, ldc, nullptr);
+    else
+      product_rows<T, V, Start::from, false>(M, count, r, ldr, x + d, ldx, c + d, ldc, nullptr);
+  };
+  int64_t d = 0;
+  if (M <= kTileRows / 2)
+    for (; d + 3 * W<T> < D; d += 4 * W<T>) panel(std::integral_constant<int, 4>{}, d);
+  for (; d + W<T> < D; d += 2 * W<T>) panel(std::integral_constant<int, 2>{}, d);
+  if (d < D) panel(std::integral_constant<int, 1>{}, d);
 }
 
 // The same two for any number of tokens: kTokens at a time.
