@@ -91,15 +91,15 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M)), both contiguous.
+    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2)), both contiguous.
 
-    lse is the natural logarithm of the sum of exponentials of a token's scores, float32 (float64 for float64).
-    Inputs are read in place, whatever their strides.
+    lse is float32 (float64 for float64): of each token's scores, times log2(e), the highest; and the sum of the
+    powers of two of their differences to it. Inputs are read in place, whatever their strides.
     """
     launches, slices = forward_launches(problem_of(TO_FORMER, x, query.shape[2], (("q", query), ("x", x))))
     dtype = sums_dtype(x.dtype)
     out = query.new_empty(query.shape)
-    tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty(query.shape[:3], dtype=dtype)}
+    tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty((*query.shape[:3], 2), dtype=dtype)}
     if slices > 1:
         tensors["sums"] = query.new_empty((slices, *query.shape), dtype=dtype)
         tensors["stats"] = query.new_empty((slices, *query.shape[:3], 2), dtype=dtype)
