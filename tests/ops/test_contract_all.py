@@ -133,7 +133,8 @@ def test_compile_without_graph_breaks_or_recompilation(name, backend):
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     counted = torch.compile(block, fullgraph=True, dynamic=True, backend=count)
-    for batch, size in ((2, (6, 8)), (3, (10, 4)), (5, (12, 14))):
+    # No two sizes of the first call are alike: they would be taken for one.
+    for batch, size in ((5, (10, 8)), (3, (12, 14))):
         values = list(tensors_of(example(name, batch=batch, size=size)).values())
         ours, plain = ([v.clone().requires_grad_() for v in values] for _ in range(2))
         out, expected = compiled(*ours), block(*plain)

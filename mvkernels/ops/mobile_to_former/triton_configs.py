@@ -24,10 +24,11 @@ TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
 def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
     # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
     wide = width(key["d"])
-    if key["dtype"] in ("f32", "f64"):  # operands of products on the ordinary cores take registers too
+    exact = key["dtype"] in ("f32", "f64")
+    if exact:  # operands of products on the ordinary cores take registers too
         elements, most = elements // 2, most // 2
     block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
-    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if wide <= 128 else 8, "num_stages": 1}
+    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if wide <= (32 if exact else 128) else 8, "num_stages": 1}
 
 
 @heuristic(TO_MOBILE, "forward_pixels")
