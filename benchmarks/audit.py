@@ -149,8 +149,12 @@ def bridges() -> list[Bridge]:
     shapes += [(22, 28, 6, "first", half), (24, 28, 6, "last", half), (36, 28, 6, "first", both)]
     shapes += [(48, 14, 6, "first", every), (48, 14, 6, "last", both), (64, 14, 6, "first", both)]
     shapes += [(88, 14, 6, "first", every), (88, 14, 6, "last", both), (120, 7, 6, "first", both)]
-    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", every), (256, 7, 6, "last", both)]
-    shapes += [(24, 28, 50, "first", every), (128, 14, 50, "last", ("bf16", "fp32", "fp64"))]
+    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", ("bf16", "fp16", "tf32")), (256, 7, 6, "last", half)]
+    shapes += [
+        (128, 7, 6, "first", ("fp32", "fp64")),
+        (24, 28, 50, "first", every),
+        (128, 14, 50, "last", ("bf16", "fp32", "fp64")),
+    ]
     return [Bridge(op, *shape) for op in ("mobile_to_former", "former_to_mobile") for shape in shapes]
 
 

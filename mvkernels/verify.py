@@ -156,7 +156,7 @@ def inputs(op: Op, suite: str = "small") -> Iterator[tuple[str, str, Maker]]:
     for case in op.suite(suite):
         for layout in case.layouts:
             yield f"{case.model} {case.label}", f"qkv {layout}", partial(_of_suite, case, layout)
-        example = case.make()
+        example = case.make(batch=2)
         kind = tuple(sorted(example))
         if kind in seen:
             continue

@@ -45,23 +45,26 @@ def test_quick_audit_finds_nothing_and_writes_its_rows(audit, tmp_path, capsys):
 
 
 def test_half_precision_uses_matrix_instructions_and_wide_loads(audit):
-    units = audit.plan(["sm_90"], ["bf16"], False, "forward_rows .* 36 36 32x32 .* last")
+    units = audit.plan(["sm_90"], ["bf16"], False, "forward_rows .* 36 36 32x32 .* last", audit.OPS)
     unit, row = next(iter(units.items()))
     row = row | audit.compile_unit(unit)
     assert row["matrix"] == "wgmma" and row["widest_load"] == 8  # 36 channels: 72-byte runs, 8-byte aligned
 
 
 def test_committed_results_are_of_this_audit_and_without_a_finding(audit):
-    with audit.RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == audit.COLUMNS
+    rows = []
+    for op in audit.OPS:
+        with (audit.RESULTS / f"{op}.csv").open() as file:
+            reader = csv.DictReader(file)
+            rows += list(reader)
+        assert reader.fieldnames == audit.COLUMNS
     assert {row["target"] for row in rows} == set(audit.TARGETS)
     assert {row["dtype"] for row in rows} == set(audit.DTYPES)
     assert all(row["verdict"] == "ok" for row in rows)
-    units = audit.plan(list(audit.TARGETS), list(audit.DTYPES), False, "")
-    told = {(r["kernel"], r["target"], r["dtype"], r["head_dim"], r["tokens"], r["config"]) for r in rows}
+    units = audit.plan(list(audit.TARGETS), list(audit.DTYPES), False, "", audit.OPS)
+    told = {(r["op"], r["kernel"], r["target"], r["dtype"], r["head_dim"], r["tokens"], r["config"]) for r in rows}
     now = {
-        (r["kernel"], r["target"], r["dtype"], str(r["head_dim"]), str(r["tokens"]), r["config"])
+        (r["op"], r["kernel"], r["target"], r["dtype"], str(r["head_dim"]), str(r["tokens"]), r["config"])
         for r in units.values()
     }
     assert told == now, "launch configurations have changed: run `make audit`"

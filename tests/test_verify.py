@@ -45,6 +45,8 @@ def test_inputs_cover_the_suite_and_every_kind_of_strides() -> None:
     assert any("9x7" in shape for shape, _, _ in found) and any("1x1" in shape for shape, _, _ in found)
     for case in op.suite("small"):
         assert any(case.label in shape for shape, _, _ in found)
+    tokens = {shape for shape, _, _ in verify.inputs(OPS["mobile_to_former"])}
+    assert any("9x7" in shape for shape in tokens)
     biased = [make(torch.float32, "cpu") for _, _, make in found]
     assert any("bias" in arguments for arguments in biased)
 
@@ -97,7 +99,7 @@ def test_a_kernel_that_raises_is_a_row_and_the_rest_still_runs(
 
 def test_without_kernels_the_reference_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, why_not={"cpp": lambda *_: "not built", "triton": lambda *_: "no Triton"})
-    result = verify.verify(dtypes=("float32",))
+    result = verify.verify(ops=(NAME,), dtypes=("float32",))
     assert result.ok and {row.backend for row in result.rows} == {"reference"}
     assert result.not_run == {
         (NAME, "cpp"): "not built",
@@ -114,9 +116,9 @@ def test_the_interpreter_runs_only_when_it_is_named(monkeypatch: pytest.MonkeyPa
         return reference(*args, **kw)
 
     change(monkeypatch, function=function, why_not={"triton": lambda *_: None})
-    result = verify.verify(dtypes=("float32",))
+    result = verify.verify(ops=(NAME,), dtypes=("float32",))
     assert {row.backend for row in result.rows} == {"reference"}
     assert "--backend triton" in result.not_run[NAME, "triton"]
-    result = verify.verify(backends=("triton",), dtypes=("float32",))
+    result = verify.verify(ops=(NAME,), backends=("triton",), dtypes=("float32",))
     assert {row.backend for row in result.rows} == {"triton"}
     assert "pixels" in result.not_run[NAME, "triton"]

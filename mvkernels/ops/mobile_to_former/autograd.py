@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,30 +14,26 @@ _FORWARD = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse)"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale) -> (Tensor dquery, Tensor dx)"
 
 
-def _fake_forward(lse_dtype: Callable[[torch.dtype], torch.dtype]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def fake(query, x, scale):  # type: ignore[no-untyped-def]
-        return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=lse_dtype(query.dtype))
+def _fake_forward_cpp(query, x, scale):  # type: ignore[no-untyped-def]
+    # The logarithm of the sum of exponentials of each token's scores.
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float64)
 
-    return fake
+
+def _fake_forward_triton(query, x, scale):  # type: ignore[no-untyped-def]
+    # The same as two numbers: highest score, and sum relative to it.
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty((*query.shape[:3], 2), dtype=dtype)
 
 
 def _fake_backward(grad, query, x, out, lse, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), checks.empty_map(x, x.shape[2])
 
 
-def _cpp_lse(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64
-
-
-def _triton_lse(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _triton_forward(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, ...]:
     from mvkernels.ops.mobile_to_former import triton_kernels
 
     if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(_triton_lse)(query, x, scale)
+        return _fake_forward_triton(query, x, scale)
     return triton_kernels.forward(query, x, scale)
 
 
@@ -52,11 +47,11 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward(_cpp_lse)),
+        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward_cpp),
         library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward),
     ),
     "triton": (
-        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward(_triton_lse), _triton_forward),
+        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward_triton, _triton_forward),
         library.define("triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward),
     ),
 }
@@ -95,7 +90,8 @@ class MobileToFormerFunction(Checked):
     """:func:`mvkernels.mobile_to_former` with its own backward.
 
     ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out.
-    Saves query, x, the output and the log-sum-exp of each token's scores (B, heads, M): no scores. A second
+    Saves query, x, the output and what is left of each token's scores (their log-sum-exp, (B, heads, M), or two numbers
+    for it): no scores. A second
     derivative raises RuntimeError.
     """
 

@@ -21,23 +21,26 @@ TOKENS = 16
 TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
 
 
-def _config(key: Mapping[str, Any], elements: int) -> Config:
+def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
     # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
     wide = width(key["d"])
-    block = max(16, min(128, 1 << (elements // wide).bit_length() - 1))
-    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4, "num_stages": 1}
+    exact = key["dtype"] in ("f32", "f64")
+    if exact:  # operands of products on the ordinary cores take registers too
+        elements, most = elements // 2, most // 2
+    block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
+    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if wide <= (32 if exact else 128) else 8, "num_stages": 1}
+
+
+@heuristic(TO_MOBILE, "forward_pixels")
+def _forward_pixels(key: Mapping[str, Any]) -> Config:
+    return _config(key, 4096, 128)
 
 
 @heuristic(TO_FORMER, "forward_slices")
-@heuristic(TO_MOBILE, "forward_pixels")
-def _forward(key: Mapping[str, Any]) -> Config:
-    return _config(key, 8192 if key["dtype"] in ("f16", "tf32") else 4096)
-
-
 @heuristic(TO_FORMER, "backward_slices")
 @heuristic(TO_MOBILE, "backward_slices")
-def _backward(key: Mapping[str, Any]) -> Config:
-    return _config(key, 8192 if key["dtype"] in ("f16", "tf32") else 4096)
+def _slices(key: Mapping[str, Any]) -> Config:
+    return _config(key, 2048, 64)
 
 
 @candidates(TO_FORMER, "forward_slices")

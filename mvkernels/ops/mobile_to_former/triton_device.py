@@ -2,7 +2,9 @@
 
 A *unit* is one (batch, head). Its pixels are cut into slices, a program each, so that few units fill a
 machine; tokens come in blocks, padded by mask. A map's tile is (pixels, channels) in two pieces, as
-patch_attention's (triton_tiles.py). Every sum over pixels has two stages: in a program, pixel by
+patch_attention's (triton_tiles.py). Of a token's scores two numbers are kept: the highest, times log2(e), and
+the sum of the exponentials of the differences to it. (Their logarithm alone would cost a digit of the probabilities
+that the backward makes of it.) Every sum over pixels has two stages: in a program, pixel by
 pixel; then over the slices, in their order. Sums are float32, float64 for float64.
 """
 
@@ -10,8 +12,6 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import (
-    LN2,
-    LOG2E,
     dense_strides,
     dot_nt,
     load_tile,
@@ -65,7 +65,7 @@ _SIZES = ["heads", "H", "W", "blocks", "slices", "steps"]
 # the result; else what it summed, not yet divided, for forward_merge.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
 def forward_slices(
-    q_ptr, x_ptr, out_ptr, lse_ptr, stats_ptr, scale2, scale2_low,
+    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
     qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
@@ -107,19 +107,18 @@ def forward_slices(
     row = unit * M + m
     if SPLIT:
         row += part * rows
-        tl.store(stats_ptr + row * 2, top, mask=keep_m)
-        tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
     else:
-        tl.store(lse_ptr + row, (top + tl.log2(total)) * LN2, mask=keep_m)
         sum0 = sum0 / total[:, None]
         sum1 = sum1 / total[:, None]
+    tl.store(stats_ptr + row * 2, top, mask=keep_m)
+    tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
     store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
 
 
 # Second stage: one program takes ROWS rows (batch, head, token) over all slices, in their order.
 @triton.jit(do_not_specialize=["rows", "slices"])
 def forward_merge(
-    sums_ptr, stats_ptr, out_ptr, lse_ptr, rows, slices,
+    sums_ptr, stats_ptr, out_ptr, merged_ptr, rows, slices,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -137,7 +136,8 @@ def forward_merge(
         weight = tl.exp2(tl.load(stats_ptr + at * 2, mask=keep, other=0.0) - base)
         total += weight * tl.load(stats_ptr + at * 2 + 1, mask=keep, other=0.0)
         sums += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + cols[None, :], mask=inside, other=0.0)
-    tl.store(lse_ptr + row, (highest + tl.log2(total)) * LN2, mask=keep)
+    tl.store(merged_ptr + row * 2, highest, mask=keep)
+    tl.store(merged_ptr + row * 2 + 1, total, mask=keep)
     out = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out, mask=inside)
 
@@ -145,7 +145,7 @@ def forward_merge(
 # What the backward has to know of a block of tokens.
 @triton.jit
 def _token_block(
-    block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
+    block, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
@@ -156,16 +156,21 @@ def _token_block(
     q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
     o0, o1 = load_tokens(o_ptr, batch, head, m, keep, osb, osh, osm, osd, D, D0, D1, LO, AO)
-    lse2 = tl.load(lse_ptr + unit * M + m, mask=keep, other=0.0) * LOG2E
-    return q0, q1, g0, g1, lse2, dot_rows(g0, g1, o0, o1, D1, ACC), keep
+    top = tl.load(stats_ptr + (unit * M + m) * 2, mask=keep, other=0.0)
+    share = 1.0 / tl.load(stats_ptr + (unit * M + m) * 2 + 1, mask=keep, other=1.0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    return q0, q1, g0, g1, base, share, dot_rows(g0, g1, o0, o1, D1, ACC), keep
 
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens.
 @triton.jit
-def _gradients(x0, x1, keep, q0, q1, g0, g1, lse2, delta, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr):
+def _gradients(
+    x0, x1, keep, several, q0, q1, g0, g1, base, share, delta, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr
+):
     inside = keep[:, None] & keep_m[None, :]
-    p = tl.where(inside, tl.exp2(dot_nt(x0, x1, q0, q1, D1, PRECISION) * factor - lse2[None, :]), 0.0)
-    ds = tl.where(inside, p * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
+    p = tl.where(inside, tl.exp2(dot_nt(x0, x1, q0, q1, D1, PRECISION) * factor - base[None, :]) * share[None, :], 0.0)
+    # The score of an only pixel has no gradient: two ways to round the same sum would leave some.
+    ds = tl.where(inside & several, p * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
     return p.to(x0.dtype), ds.to(x0.dtype)
 
 
@@ -173,7 +178,7 @@ def _gradients(x0, x1, keep, q0, q1, g0, g1, lse2, delta, keep_m, factor, D1: tl
 # one block of tokens a program has a block's dquery, and that of the first block has dx besides.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES + ["gsb", "gsh", "gsm", "gsd", "osb", "osh", "osm", "osd"])
 def backward_slices(
-    g_ptr, q_ptr, x_ptr, o_ptr, lse_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
+    g_ptr, q_ptr, x_ptr, o_ptr, stats_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
     gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, osb, osh, osm, osd, xsb, xsh, xsd, xsy, xsx,
     heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -193,8 +198,8 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    q0, q1, g0, g1, lse2, delta, keep_m = _token_block(
-        block, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
+    q0, q1, g0, g1, base, share, delta, keep_m = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
         qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
         M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
     )  # fmt: skip
@@ -205,7 +210,7 @@ def backward_slices(
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
-        p, ds = _gradients(x0, x1, keep, q0, q1, g0, g1, lse2, delta, keep_m, factor, D1, PRECISION)
+        p, ds = _gradients(x0, x1, keep, pixels > 1, q0, q1, g0, g1, base, share, delta, keep_m, factor, D1, PRECISION)
         dst = tl.trans(ds)
         dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
@@ -218,12 +223,14 @@ def backward_slices(
                 dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
-                a0, a1, b0, b1, lse2_b, delta_b, keep_b = _token_block(
-                    other, batch, head, unit, q_ptr, g_ptr, o_ptr, lse_ptr,
+                a0, a1, b0, b1, base_b, share_b, delta_b, keep_b = _token_block(
+                    other, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
                     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
                     M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
                 )  # fmt: skip
-                p, ds = _gradients(x0, x1, keep, a0, a1, b0, b1, lse2_b, delta_b, keep_b, factor, D1, PRECISION)
+                p, ds = _gradients(
+                    x0, x1, keep, pixels > 1, a0, a1, b0, b1, base_b, share_b, delta_b, keep_b, factor, D1, PRECISION
+                )
                 dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:

@@ -23,7 +23,8 @@ from mvkernels.ops.patch_attention.triton_kernels import _precision
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 _LOG2E = 1.4426950408889634
-_MAX_HEAD_DIM = 256
+# Exact float32 and float64 products hold their operands in registers whole.
+_MAX_HEAD_DIM, _MAX_EXACT_HEAD_DIM = 256, 128
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 _INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)
@@ -49,8 +50,10 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
             return f"compute capability {major}.x: want 8.0 or more"
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
-    if d > _MAX_HEAD_DIM:
-        return f"head_dim {d}: want at most {_MAX_HEAD_DIM}"
+    exact = x.dtype.itemsize >= 4 and _precision(x.dtype, type_) == "ieee"
+    most = _MAX_EXACT_HEAD_DIM if exact else _MAX_HEAD_DIM
+    if d > most:
+        return f"head_dim {d}: want at most {most}" + (" for products that may not be rounded" if exact else "")
     if width * heads * d >= _INT32 or 2 * height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
     if batch * heads * (height * width + m) * (1 + m // 16) >= _INT32:
@@ -91,15 +94,15 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M)), both contiguous.
+    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2)), both contiguous.
 
-    lse is the natural logarithm of the sum of exponentials of a token's scores, float32 (float64 for float64).
-    Inputs are read in place, whatever their strides.
+    lse is float32 (float64 for float64): of each token's scores, times log2(e), the highest; and the sum of the
+    powers of two of their differences to it. Inputs are read in place, whatever their strides.
     """
     launches, slices = forward_launches(problem_of(TO_FORMER, x, query.shape[2], (("q", query), ("x", x))))
     dtype = sums_dtype(x.dtype)
     out = query.new_empty(query.shape)
-    tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty(query.shape[:3], dtype=dtype)}
+    tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty((*query.shape[:3], 2), dtype=dtype)}
     if slices > 1:
         tensors["sums"] = query.new_empty((slices, *query.shape), dtype=dtype)
         tensors["stats"] = query.new_empty((slices, *query.shape[:3], 2), dtype=dtype)

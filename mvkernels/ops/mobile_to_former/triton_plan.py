@@ -129,7 +129,7 @@ def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
     plan = Plan(problem, "forward_slices", "qx")
     split = plan.slices > 1
     meta = plan.meta | {"SPLIT": split, "LOOP": plan.loop(plan.steps)}
-    pointers = ("q", "x", "sums", "lse", "stats") if split else ("q", "x", "o", "lse", "lse")
+    pointers = ("q", "x", "sums", "stats") if split else ("q", "x", "o", "lse")
     ints = plan.strides() + plan.sizes()
     launches = [Launch(triton_device.forward_slices, "forward_slices", plan.programs, pointers, SCALE2, ints, meta,
                        plan.options)]  # fmt: skip

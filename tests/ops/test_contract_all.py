@@ -1,0 +1,254 @@
+"""What every op keeps to, asked of all that are registered: gradients, compilation, export, autocast, bad input."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvkernels
+from mvkernels import can_run, checks, testing
+from mvkernels.registry import OPS
+from tests.ops.bridges import INTERPRETER
+
+FUNCTIONS = {name.lower(): getattr(mvkernels, name) for name in mvkernels.__all__ if name.endswith("Function")}
+
+
+def example(name, dtype=torch.float32, batch=2, size=(4, 6), strides="contiguous"):
+    """The arguments of the op's first shape, with every map of another size and kind of strides."""
+    generator = torch.Generator().manual_seed(0)
+    arguments = OPS[name].suite("small")[0].make(batch=batch)
+    for key, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[key] = value.to(dtype)
+            if value.dim() == 5:
+                arguments[key] = testing.make_map((batch, *value.shape[1:3], *size), strides, dtype, "cpu", generator)
+    return arguments
+
+
+def tensors_of(arguments):
+    return {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def needs(name, backend):
+    able, reason = can_run(name, backend, **example(name))
+    return [pytest.mark.skipif(not able, reason=reason or "it runs")]
+
+
+NATIVE = [pytest.param(name, "reference", id=f"{name}-reference") for name in OPS]
+NATIVE += [pytest.param(name, "cpp", id=f"{name}-cpp", marks=needs(name, "cpp")) for name in OPS]
+ALL = NATIVE + [pytest.param(name, "triton", id=f"{name}-triton", marks=INTERPRETER) for name in OPS]
+KERNELS = [param for param in ALL if "reference" not in param.id]
+
+
+@functools.cache
+def function_of(name):
+    return FUNCTIONS[name.replace("_", "") + "function"]
+
+
+def call_function(name, arguments, backend):
+    """The public autograd Function, given the op's checked arguments in order."""
+    return function_of(name).apply(*OPS[name].check(**arguments), backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+def test_gradcheck(name, backend):
+    arguments = example(name, torch.float64)
+    names = list(tensors_of(arguments))
+
+    def of(call):
+        def f(*values):
+            return call(arguments | dict(zip(names, values)))
+
+        return f
+
+    inputs = [arguments[n].requires_grad_() for n in names]
+    public = of(lambda given: OPS[name].function(**given, backend=backend))
+    assert torch.autograd.gradcheck(public, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(of(lambda given: call_function(name, given, backend)), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_function_checks_chooses_and_takes_defaults(name):
+    arguments = example(name)
+    values = list(tensors_of(arguments).values())
+    with pytest.raises(TypeError, match=f"{name}: "):
+        function_of(name).apply(*values[:-1], [1.0])
+    out = function_of(name).apply(*values)
+    torch.testing.assert_close(out, OPS[name].function(*values))
+
+
+@pytest.mark.parametrize(("name", "backend"), ALL)
+def test_a_second_derivative_of_the_function_is_refused(name, backend):
+    arguments = example(name)
+    first = next(iter(tensors_of(arguments)))
+    arguments[first].requires_grad_()
+    out = call_function(name, arguments, backend)
+    (grad,) = torch.autograd.grad(out.square().sum(), arguments[first], create_graph=True)
+    with pytest.raises(RuntimeError, match=f"{name}: .* no second derivative"):
+        torch.autograd.grad(grad.sum(), arguments[first])
+
+
+@pytest.mark.parametrize(("name", "backend"), ALL)
+def test_an_empty_batch_gives_an_empty_result_and_zero_gradients(name, backend):
+    arguments = example(name, batch=0)
+    inputs = tensors_of(arguments)
+    for value in inputs.values():
+        value.requires_grad_()
+    out = OPS[name].function(**arguments, backend=backend)
+    assert out.shape[0] == 0 and out.shape == OPS[name].reference(**example(name, batch=0)).shape
+    out.sum().backward()
+    for value in inputs.values():
+        assert value.grad.shape == value.shape and not value.grad.any()
+
+
+@pytest.mark.parametrize(("name", "backend"), ALL)
+@pytest.mark.parametrize("kind", testing.STRIDES)
+@pytest.mark.parametrize("size", [(4, 6), (1, 1)])
+def test_a_map_lies_as_the_first_map_and_tokens_are_contiguous(name, backend, kind, size):
+    arguments = example(name, size=size, strides=kind)
+    out = OPS[name].function(**arguments, backend=backend)
+    if out.dim() == 5:
+        like = next(v for v in arguments.values() if isinstance(v, Tensor) and v.dim() == 5)
+        assert out.stride() == checks.empty_map(like, out.shape[2]).stride()
+    else:
+        assert out.is_contiguous()
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+def test_compile_without_graph_breaks_or_recompilation(name, backend):
+    torch._dynamo.reset()
+    compiles = 0
+
+    def count(graph, inputs):
+        nonlocal compiles
+        compiles += 1
+        return graph
+
+    names = list(tensors_of(example(name)))
+    settings = {key: value for key, value in example(name).items() if key not in names}
+
+    def block(*values):
+        return OPS[name].function(**dict(zip(names, values)), **settings, backend=backend).sin()
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    counted = torch.compile(block, fullgraph=True, dynamic=True, backend=count)
+    # No two sizes of the first call are alike: they would be taken for one.
+    for batch, size in ((5, (10, 8)), (3, (12, 14))):
+        values = list(tensors_of(example(name, batch=batch, size=size)).values())
+        ours, plain = ([v.clone().requires_grad_() for v in values] for _ in range(2))
+        out, expected = compiled(*ours), block(*plain)
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for a, b in zip(ours, plain):
+            torch.testing.assert_close(a.grad, b.grad)
+        counted(*values)
+    assert compiles == 1
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_export_is_the_reference(name):
+    arguments = example(name)
+    names = list(tensors_of(arguments))
+    backend = "cpp" if can_run(name, "cpp", **arguments)[0] else None
+
+    class Model(torch.nn.Module):
+        def forward(self, *values):
+            return OPS[name].function(**(arguments | dict(zip(names, values))), backend=backend)
+
+    values = tuple(arguments[n] for n in names)
+    exported = torch.export.export(Model(), values)
+    assert not [n for n in exported.graph.nodes if "mvkernels" in str(n.target)]
+    torch.testing.assert_close(exported.module()(*values), OPS[name].function(**arguments))
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+def test_autocast_casts_as_sdpa_does(name, backend):
+    arguments = example(name)
+    inputs = tensors_of(arguments)
+    first, *others = inputs
+    inputs[first].requires_grad_()
+    half = arguments | {n: inputs[n].bfloat16() for n in others}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = OPS[name].function(**half, backend=backend)
+        wide = {n: v.detach().double() for n, v in inputs.items()}
+        kept = OPS[name].function(**(arguments | wide), backend=backend)
+    assert out.dtype == torch.bfloat16 and kept.dtype == torch.float64
+    out.float().sum().backward()
+    assert inputs[first].grad.dtype == torch.float32 and inputs[first].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode_and_transforms_take_the_reference(name):
+    arguments = example(name, torch.float64)
+    first = next(iter(tensors_of(arguments)))
+
+    def f(value, backend=None):
+        return OPS[name].function(**(arguments | {first: value}), backend=backend)
+
+    value, tangent = arguments[first], torch.randn_like(arguments[first])
+    wanted = torch.func.jvp(lambda v: f(v, "reference"), (value,), (tangent,))[1]
+    assert torch.equal(torch.func.jvp(f, (value,), (tangent,))[1], wanted)
+    assert torch.func.grad(lambda v: f(v).sum())(value).isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+def test_some_gradients_only_and_an_expanded_cotangent(name, backend):
+    arguments = example(name)
+    for wanted in tensors_of(arguments):
+        grads = []
+        for which in (backend, "reference"):
+            leaf = arguments[wanted].detach().clone().requires_grad_()
+            out = OPS[name].function(**(arguments | {wanted: leaf}), backend=which)
+            grads += torch.autograd.grad(out.sum(), leaf)
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+def test_the_same_bits_in_every_run(name, backend):
+    arguments = example(name, batch=1, size=(13, 14) if backend == "triton" else (40, 41))
+    inputs = [v.requires_grad_() for v in tensors_of(arguments).values()]
+
+    def once():
+        out = OPS[name].function(**arguments, backend=backend)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    first = once()
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, once()))
+
+
+WRONG = {
+    "list": (TypeError, "{0} is a list", lambda t: [1.0]),
+    "none": (TypeError, "{0} is a NoneType", lambda t: None),
+    "integer": (TypeError, "{0} has dtype int64", lambda t: torch.ones(t.shape, dtype=torch.int64)),
+    "complex": (TypeError, "{0} has dtype complex64", lambda t: torch.zeros(t.shape, dtype=torch.complex64)),
+    "sparse": (TypeError, "{0} has layout sparse_coo", lambda t: t.to_sparse()),
+    "dtypes": (ValueError, "want one dtype", lambda t: t.double()),
+    "devices": (ValueError, "want one device", lambda t: t.to("meta")),
+    "rank": (ValueError, "{0} has .* axes", lambda t: t[0]),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("kind", WRONG)
+def test_bad_tensors(name, kind):
+    error, message, wrong = WRONG[kind]
+    for which in tensors_of(example(name)):
+        arguments = example(name)
+        arguments[which] = wrong(arguments[which])
+        with pytest.raises(error, match=message.format(which)) as caught:
+            OPS[name].function(**arguments)
+        assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{name}: ")
+        runs, reason = can_run(name, "reference", **arguments)
+        assert not runs and reason
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bad_backends(name):
+    with pytest.raises(ValueError, match="want one of auto"):
+        OPS[name].function(**example(name), backend="cud")
+    missing = next(b for b in ("cuda", "triton", "cpp") if not can_run(name, b, **example(name))[0])
+    with pytest.raises(mvkernels.BackendUnavailable, match=f"{name}: backend {missing} cannot run this: "):
+        OPS[name].function(**example(name), backend=missing)

@@ -1,0 +1,223 @@
+"""Mobile to Former: the reference against its definition, every backend against the reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+import mvkernels
+from mvkernels import checks, extension, testing
+from mvkernels.registry import OPS
+from tests.ops import bridges
+from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device, tokens
+
+OP = OPS["mobile_to_former"]
+NAMES = ("query", "x")
+needs_cpp = bridges.needs_cpp(OP.name)
+KERNELS = [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=bridges.INTERPRETER)]
+
+
+@pytest.fixture(scope="module")
+def instruction_set(request):
+    before = extension.module.set_instruction_set(request.param)
+    yield request.param
+    extension.module.set_instruction_set(before)
+
+
+def by_definition(query, x, scale=None):
+    """Token by token, exponentials and their sum spelt out."""
+    out = torch.empty_like(query)
+    for m in range(query.shape[2]):
+        score = (query[:, :, m, :, None, None] * x).sum(2) * (query.shape[3] ** -0.5 if scale is None else scale)
+        weight = (score - score.amax((-2, -1), keepdim=True)).exp()
+        weight = weight / weight.sum((-2, -1), keepdim=True)
+        out[:, :, m] = (weight[:, :, None] * x).sum((-2, -1))
+    return out
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(bridges.problems(NAMES, dtypes=(torch.float64,)))
+def test_the_reference_is_the_definition(arguments):
+    torch.testing.assert_close(OP.reference(**arguments), by_definition(**arguments), rtol=1e-9, atol=1e-9)
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(arguments=bridges.problems(NAMES))
+def test_cpp_on_any_shape_stride_and_dtype(instruction_set, arguments):
+    assert_ok(testing.check(OP, arguments, "cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=checks.short)
+def test_cpp_on_the_suite(instruction_set, dtype):
+    for case in OP.suite("full"):
+        if case.shape["height"] > 28:
+            continue
+        for layout in case.layouts:
+            assert_ok(testing.check(OP, case.make(batch=2, dtype=dtype, layout=layout), "cpp"))
+
+
+@needs_device
+@settings(max_examples=200, deadline=None)
+@given(bridges.problems(NAMES, device=DEVICE, most=40))
+def test_the_device_on_any_shape_stride_and_dtype(arguments):
+    assert mvkernels.can_run(OP.name, "triton", **arguments) == (True, "")
+    assert_ok(testing.check(OP, arguments, "triton"))
+
+
+@needs_device
+@pytest.mark.parametrize("dtype", bridges.DTYPES, ids=checks.short)
+def test_the_device_on_the_suite(dtype):
+    for case in OP.suite("full"):
+        for layout in case.layouts:
+            assert_ok(testing.check(OP, case.make(batch=3, dtype=dtype, device=DEVICE, layout=layout), "triton"))
+
+
+@interpreter
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(bridges.problems(NAMES, dtypes=(torch.float32, torch.float16, torch.float64)))
+def test_triton_on_any_shape_stride_and_dtype(arguments):
+    assert_ok(testing.check(OP, arguments, "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
+@pytest.mark.parametrize("m", [4, 20])
+@pytest.mark.parametrize("shape", [(1, 1, 6, 30, 40), (1, 2, 40, 21, 23)])
+def test_triton_merges_slices_of_pixels(shape, m, dtype):
+    from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
+
+    generator = torch.Generator().manual_seed(0)
+    x = testing.make_map(shape, "contiguous", dtype, generator=generator)
+    query = tokens((*shape[:2], m, shape[2]), "split", dtype, "cpu", generator)
+    named = (("q", query), ("x", x))
+    launches, slices = triton_plan.forward_launches(triton_kernels.problem_of(OP.name, x, m, named))
+    assert slices > 1 and [one.name for one in launches] == ["forward_slices", "forward_merge"]
+    assert_ok(testing.check(OP, {"query": 4 * query, "x": x}, "triton"))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
+def test_the_saved_log_sum_exp(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = testing.make_map((2, 2, 8, 5, 7), "packed", dtype, generator=generator)
+    query = tokens((2, 2, 3, 8), "strided", dtype, "cpu", generator)
+    _, lse = getattr(torch.ops, f"mvkernels_{backend}").mobile_to_former_forward(query, x, 0.3)
+    scores = torch.einsum("bhmd,bhdp->bhmp", query, x.flatten(3)).double() * 0.3
+    if backend == "triton":
+        assert lse.dtype == dtype
+        lse = (lse[..., 0] + lse[..., 1].log2()) * math.log(2)
+    assert lse.is_contiguous() and (lse.dtype == torch.float64 or backend == "triton")
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", testing.STRIDES)
+def test_opcheck(backend, kind):
+    generator = torch.Generator().manual_seed(0)
+    namespace = getattr(torch.ops, f"mvkernels_{backend}")
+    x = testing.make_map((2, 3, 5, 4, 6), kind, generator=generator)
+    query, grad = (tokens((2, 3, 4, 5), lie, torch.float32, "cpu", generator) for lie in ("split", "strided"))
+    torch.library.opcheck(namespace.mobile_to_former_forward, (query, x, 0.4))
+    out, lse = namespace.mobile_to_former_forward(query, x, 0.4)
+    torch.library.opcheck(namespace.mobile_to_former_backward, (grad, query, x, out, lse, 0.4))
+
+
+def _tokens(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+Q, X = (1, 2, 3, 4), (1, 2, 4, 6, 5)
+BAD = {
+    "query rank": (ValueError, "query has 5 axes", lambda: ((_tokens(*X), _tokens(*X)), {})),
+    "x rank": (ValueError, "x has 4 axes", lambda: ((_tokens(*Q), _tokens(*Q)), {})),
+    "batch": (ValueError, "differ along axis 0", lambda: ((_tokens(2, 2, 3, 4), _tokens(*X)), {})),
+    "heads": (ValueError, "differ along axis 1", lambda: ((_tokens(1, 1, 3, 4), _tokens(*X)), {})),
+    "head_dim": (ValueError, "differ in head_dim", lambda: ((_tokens(1, 2, 3, 5), _tokens(*X)), {})),
+    "M = 0": (ValueError, "M is 0", lambda: ((_tokens(1, 2, 0, 4), _tokens(*X)), {})),
+    "H = 0": (ValueError, "H is 0", lambda: ((_tokens(*Q), _tokens(1, 2, 4, 0, 5)), {})),
+    "W = 0": (ValueError, "W is 0", lambda: ((_tokens(*Q), _tokens(1, 2, 4, 6, 0)), {})),
+    "heads = 0": (ValueError, "heads is 0", lambda: ((_tokens(1, 0, 3, 4), _tokens(1, 0, 4, 6, 5)), {})),
+    "head_dim = 0": (ValueError, "head_dim is 0", lambda: ((_tokens(1, 2, 3, 0), _tokens(1, 2, 0, 6, 5)), {})),
+    "scale": (TypeError, "scale is '1'", lambda: ((_tokens(*Q), _tokens(*X)), {"scale": "1"})),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    error, message, make = BAD[name]
+    args, kwargs = make()
+    with pytest.raises(error, match=message) as caught:
+        mvkernels.mobile_to_former(*args, **kwargs)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("mobile_to_former: ")
+    runs, reason = mvkernels.can_run("mobile_to_former", "reference", *args, **kwargs)
+    assert not runs and reason
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", NAMES)
+@pytest.mark.parametrize("pixels", [(3, 5), (20, 31)], ids=["one slice", "slices"])
+def test_nan_and_infinity_stay_in_their_rows(backend, bad, which, pixels):
+    torch.manual_seed(0)
+    arguments = {"query": torch.randn(1, 2, 3, 5), "x": torch.randn(1, 2, 5, *pixels)}
+    arguments[which][(0, 1, 2, 2, 1)[: arguments[which].dim()]] = bad
+    with testing.poisoned():
+        out = mvkernels.mobile_to_former(**arguments, backend=backend)
+    exact = OP.reference(**{n: m.double() for n, m in arguments.items()})
+    assert torch.equal(out.isfinite(), exact.isfinite())
+    assert testing.max_error(out.nan_to_num(7, 8, 9), exact.nan_to_num(7, 8, 9)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
+def test_scores_of_any_size(backend, dtype):
+    """Attention to one pixel, scores past what 24 bits count, scales of 0 and near it: finite as the reference is."""
+    torch.manual_seed(0)
+    query, x = torch.randn(1, 1, 3, 8).to(dtype), torch.randn(1, 1, 8, 20, 20).to(dtype)
+    for factor, scale in ((1e5, None), (1e5, 1e4), (1.0, 3e8), (1.0, 0.0), (1.0, 1e-40), (1.0, -1e6)):
+        inputs = [(query * factor).requires_grad_(), (x * factor).requires_grad_()]
+        for name in (backend, "reference"):
+            out = mvkernels.mobile_to_former(*inputs, scale=scale, backend=name)
+            assert out.isfinite().all()
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() / factor, inputs))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_no_scores_are_saved(backend):
+    query, x = torch.randn(2, 2, 3, 8, requires_grad=True), torch.randn(2, 2, 8, 6, 6, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mvkernels.mobile_to_former(query, x, backend=backend)
+    rest = 2 * 2 * 3 * (2 if backend == "triton" else 1)
+    assert sorted(t.numel() for t in saved) == sorted([query.numel()] * 2 + [x.numel(), rest])
+    assert {query.data_ptr(), x.data_ptr()} <= {t.data_ptr() for t in saved}
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_invariants(backend):
+    """The order of pixels and of tokens does not matter; a constant map comes out."""
+    torch.manual_seed(0)
+    query, x = torch.randn(2, 2, 5, 6).double(), torch.randn(2, 2, 6, 7, 9).double()
+    out = mvkernels.mobile_to_former(query, x, backend=backend)
+    shuffled = x.flatten(3)[..., torch.randperm(63)].unflatten(3, (9, 7))
+    torch.testing.assert_close(mvkernels.mobile_to_former(query, shuffled, backend=backend), out)
+    order = torch.randperm(5)
+    torch.testing.assert_close(mvkernels.mobile_to_former(query[:, :, order], x, backend=backend), out[:, :, order])
+    constant = x[..., :1, :1].expand_as(x)
+    expected = constant[:, :, None, :, 0, 0].expand(2, 2, 5, 6)
+    torch.testing.assert_close(mvkernels.mobile_to_former(query, constant, backend=backend), expected)
+
+
+def test_why_not():
+    query, x = torch.zeros(1, 1, 2, 257), torch.zeros(1, 1, 257, 2, 2)
+    for backend in ("cpp", "triton"):
+        runs, reason = mvkernels.can_run("mobile_to_former", backend, query, x)
+        assert not runs and reason
+        runs, reason = mvkernels.can_run("mobile_to_former", backend, query.to("meta"), x.to("meta"))
+        assert not runs and reason
+    assert mvkernels.mobile_to_former(query, x).shape == query.shape
