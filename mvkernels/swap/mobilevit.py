@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import patch_transformer_layer, pointwise_to_channels_first, pointwise_to_channels_last
+from mvkernels.swap.eligibility import log_once, unusual_call
+from mvkernels.swap.watch import examine
+
+Layers = list[dict[str, Any]]
+
+
+def layers_for_call(
+    block: nn.Module, x: Tensor, more: bool, watched: Sequence[str], examine_block: Callable[[Any], tuple[str, Layers]]
+) -> Layers | None:
+    """The arguments of the block's layers as it stands, or None if this call is the original's; logs why, once.
+
+    ``more``: the call has arguments beside the map.
+    """
+    reason = "it was called with more than a map" if more else unusual_call(x)
+    if not reason:
+        reason, layers = examine(block, watched, examine_block)
+        if not reason:
+            return layers
+    log_once(block, reason)
+    return None
 
 
 def transform(

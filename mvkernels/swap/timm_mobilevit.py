@@ -12,16 +12,13 @@ from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import (
     drops_attention,
-    log_once,
     not_elementwise,
     not_layer_norm,
     not_linear,
     not_plain,
     not_pointwise_conv,
-    unusual_call,
 )
-from mvkernels.swap.mobilevit import transform
-from mvkernels.swap.watch import examine
+from mvkernels.swap.mobilevit import layers_for_call, transform
 
 _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
 
@@ -98,11 +95,8 @@ class SwappedMobileVitBlock(MobileVitBlock):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
-        reason = "it was called with more than x" if args or kwargs else unusual_call(x)
-        if not reason:
-            reason, layers = examine(self, _WATCHED, _examine)
-        if reason:
-            log_once(self, reason)
+        layers = layers_for_call(self, x, bool(args or kwargs), _WATCHED, _examine)
+        if layers is None:
             return MobileVitBlock.forward(self, x, *args, **kwargs)
 
         projection: Any = self.conv_proj

@@ -20,16 +20,13 @@ from transformers.models.mobilevit.modeling_mobilevit import (
 
 from mvkernels.swap.eligibility import (
     drops_attention,
-    log_once,
     not_elementwise,
     not_layer_norm,
     not_linear,
     not_plain,
     not_pointwise_conv,
-    unusual_call,
 )
-from mvkernels.swap.mobilevit import transform
-from mvkernels.swap.watch import examine
+from mvkernels.swap.mobilevit import layers_for_call, transform
 
 _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
 
@@ -112,11 +109,8 @@ class SwappedMobileViTLayer(MobileViTLayer):
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
-        reason = "it was called with more than features" if args or kwargs else unusual_call(features)
-        if not reason:
-            reason, layers = examine(self, _WATCHED, _examine)
-        if reason:
-            log_once(self, reason)
+        layers = layers_for_call(self, features, bool(args or kwargs), _WATCHED, _examine)
+        if layers is None:
             return MobileViTLayer.forward(self, features, *args, **kwargs)
 
         if self.downsampling_layer is not None:
