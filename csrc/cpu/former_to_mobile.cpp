@@ -9,12 +9,14 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-// Softmax down the columns of s (M rows of whole vectors). With ds: ds = P (ds - sum P ds), its derivative.
+// Softmax down the columns of s (M rows of whole vectors). With ds: ds = P (ds - sum P ds), its derivative, which does
+// not depend on what all of a column have in common: less its first row, tokens that are alike give 0.
 template <class T>
 static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
   const vec<T> f = splat(factor);
   for (int64_t n = 0; n < count; n += W<T>) {
-    vec<T> top = load<T>(s + n), sum = {}, sum_dp = {};
+    vec<T> top = load<T>(s + n), sum = {}, sum_dp = {}, base = {};
+    if (ds) base = finite_or_zero<T>(load<T>(ds + n));
     for (int64_t m = 1; m < M; ++m) top = maximum<T>(top, load<T>(s + m * ld + n));
     auto some = [&](auto rows, int64_t m) __attribute__((always_inline)) {
       constexpr int U = decltype(rows)::value;
@@ -26,7 +28,7 @@ static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor)
       for (int u = 0; u < U; ++u) {
         store<T>(s + (m + u) * ld + n, p[u]);
         sum += p[u];
-        if (ds) sum_dp += p[u] * load<T>(ds + (m + u) * ld + n);
+        if (ds) sum_dp += p[u] * (load<T>(ds + (m + u) * ld + n) - base);
       }
     };
     int64_t m = 0;
@@ -36,7 +38,7 @@ static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor)
     for (m = 0; m < M; ++m) {
       const vec<T> p = load<T>(s + m * ld + n) * over;
       store<T>(s + m * ld + n, p);
-      if (ds) store<T>(ds + m * ld + n, p * (load<T>(ds + m * ld + n) - delta));
+      if (ds) store<T>(ds + m * ld + n, p * (load<T>(ds + m * ld + n) - base - delta));
     }
   }
 }

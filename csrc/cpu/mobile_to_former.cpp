@@ -143,29 +143,28 @@ static void merge(const Bridge& a, int64_t begin, int64_t end) {
 }
 
 // P = 2^(factor (S - high - low)) over the rows s, and dS = P (dP - delta) over the rows ds. `whole` if these are all pixels: high
-// is then their maximum, P is divided by its own sum and delta is sum P dP, as exact as softmax's backward on maps of a pixel
-// or two.
+// is then their maximum, P is divided by its own sum, and delta is sum P dP, both less the first dP: as exact as softmax's
+// backward on maps of a pixel or two.
 template <class T>
-MVK_INLINE void probabilities(
-    T* s, T* ds, int64_t count, int64_t pixels, T factor, T high, T low, T delta, bool whole) {
+MVK_INLINE void probabilities(T* s, T* ds, int64_t count, T factor, T high, T low, T delta, bool whole) {
   const vec<T> f = splat(factor);
   if (whole) {
     vec<T> most = splat(-kInfinity<T>), sum = {}, sum_dp = {};
+    const vec<T> base = finite_or_zero<T>(splat(ds[0]));
     for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
     const vec<T> hi = splat(lane_max<T>(most));
     for (int64_t n = 0; n < count; n += W<T>) {
       vec<T> p[1] = {(load<T>(s + n) - hi) * f};
       exp2_nonpositive<1>(p);
       store<T>(s + n, p[0]);
-      sum += p[0], sum_dp += p[0] * load<T>(ds + n);
+      sum += p[0], sum_dp += p[0] * (load<T>(ds + n) - base);
     }
     const T over = T(1) / lane_sum<T>(sum);
-    // The softmax of one score does not depend on it.
-    const vec<T> to_one = splat(over), dl = splat(pixels == 1 ? ds[0] : lane_sum<T>(sum_dp) * over);
+    const vec<T> to_one = splat(over), dl = splat(lane_sum<T>(sum_dp) * over);
     for (int64_t n = 0; n < count; n += W<T>) {
       const vec<T> p = load<T>(s + n) * to_one;
       store<T>(s + n, p);
-      store<T>(ds + n, p * (load<T>(ds + n) - dl));
+      store<T>(ds + n, p * (load<T>(ds + n) - base - dl));
     }
     return;
   }
@@ -243,7 +242,7 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
       fill_tail<T>(M, ds, K, count, T(0));
       for (int64_t m = 0; m < M; ++m)
         probabilities<T>(
-            s + m * K, ds + m * K, count, a.pixels(), T(factor.scores), high[m], low[m], delta[m], count == a.pixels());
+            s + m * K, ds + m * K, count, T(factor.scores), high[m], low[m], delta[m], count == a.pixels());
       if (dx.last) {
         product_columns<T, Start::zero>(count, D, 2 * M, s, K, go, ldq, dtokens, ldq);
         dx.store_tokens(n, count, dtokens, ldq);

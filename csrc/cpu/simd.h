@@ -74,6 +74,11 @@ MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
+template <class T>
+MVK_INLINE vec<T> finite_or_zero(vec<T> x) {
+  return x - x == vec<T>{} ? x : vec<T>{};
+}
+
 // ---- halves, one at a time and by the vector ----
 
 MVK_INLINE float to_float(bfloat x) {
