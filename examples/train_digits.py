@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import mvkernels
 import mvmodels
 from mvkernels import bench_report, report
+from mvkernels.backend import requested
 
 COLUMNS = ("backend", "epoch", "loss", "accuracy", "cpu_seconds", "model", "parameters", "device", "threads", "torch")
 
@@ -138,6 +139,8 @@ def main() -> int:
             parser.error(f"--{name} is {getattr(options, name)}, want at least {least}")
     torch.set_num_threads(options.threads)
     try:
+        for backend in options.backend:
+            requested(backend)  # a misspelt one is told before anything is trained
         return run(options)
     except (report.UsageError, mvkernels.BackendUnavailable, ValueError) as error:
         print(f"train_digits: {error}", file=sys.stderr)

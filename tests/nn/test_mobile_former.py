@@ -24,6 +24,11 @@ from tests.mobile_former_layout import DyReLU, HyperFunc
 BRIDGES = [MobileToFormer, FormerToMobile]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def randomise(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
@@ -70,7 +75,7 @@ def test_bridge_against_its_formula(kind, settings, batch, tokens):
     leaves = [x, z, *module.parameters()]
     cotangent = torch.randn_like(out)
     grads = [torch.autograd.grad(y, leaves, cotangent) for y in (out, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-7)  # hardsigmoid's gradient is no better in PyTorch
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)  # hardsigmoid's gradient is no better in PyTorch
 
 
 @pytest.mark.parametrize("kind", BRIDGES)
