@@ -150,20 +150,6 @@ MVK_INLINE bool side_by_side(const Lattice<S>& m, int64_t n, int count) {
   return m.step == 1 && m.offset[n + count - 1] - m.offset[n] == count - 1;
 }
 
-// block[i] = dims d .. d + dims of token n + i, for `tokens` of them, zeros elsewhere. For maps with d stride 1.
-template <class T, class S>
-MVK_INLINE void load_by_token(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, vec<T>* block) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W<T>; ++i) {
-    if (i >= tokens) {
-      block[i] = vec<T>{};
-    } else {
-      const S* p = m.data + m.offset[n + i] + d;
-      block[i] = dims >= W<T> ? load<T>(p) : load_partial<T>(p, dims);
-    }
-  }
-}
-
 // block[j] = tokens n .. n + tokens of dim d + j, for `dims` of them, zeros elsewhere. For any strides.
 template <class T, class S>
 MVK_INLINE void load_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, vec<T>* block) {
@@ -219,19 +205,39 @@ static void pack_rows(const Lattice<S>& m, int64_t begin, int64_t end, int64_t d
 // whole vectors are zero.
 template <class T, class S>
 static void pack_panel(const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, T factor, T* dst, int64_t ldd) {
-  vec<T> block[W<T>];
   const vec<T> f = splat<T>(factor);
+  // Blocks are known to be whole at compile time where they are, and stay in registers.
+  auto turn = [&](auto whole, int64_t n, int tokens, int64_t d, int some) __attribute__((always_inline)) {
+    vec<T> block[W<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < W<T>; ++i) {
+      if (!whole && i >= tokens) {
+        block[i] = vec<T>{};
+      } else {
+        const S* p = m.data + m.offset[n + i] + d;
+        block[i] = whole ? load<T>(p) : load_partial<T>(p, some);
+      }
+    }
+    transpose<T>(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < W<T>; ++j)
+      if (whole || j < some) store<T>(dst + (d + j) * ldd, f * block[j]);
+  };
   for (int64_t n = begin; n < end; n += W<T>, dst += W<T>) {
     const int tokens = at_most<T>(end - n);
     for (int64_t d = 0; d < dims; d += W<T>) {
       const int some = at_most<T>(dims - d);
-      if (m.d == 1) {
-        load_by_token<T>(m, n, tokens, d, some, block);
-        transpose<T>(block);
+      if (m.d == 1 && tokens == W<T> && some == W<T>) {
+        turn(std::true_type{}, n, tokens, d, some);
+      } else if (m.d == 1) {
+        turn(std::false_type{}, n, tokens, d, some);
       } else {
+        vec<T> block[W<T>];
         load_by_dim<T>(m, n, tokens, d, some, block);
+#pragma GCC unroll 16
+        for (int j = 0; j < W<T>; ++j)
+          if (j < some) store<T>(dst + (d + j) * ldd, f * block[j]);
       }
-      for (int j = 0; j < some; ++j) store<T>(dst + (d + j) * ldd, f * block[j]);
     }
   }
 }
@@ -269,20 +275,6 @@ MVK_INLINE void store_by_dim(const Lattice<S>& m, int64_t n, int tokens, int64_t
   }
 }
 
-// block[i] (token n + i, dims d ..) into the map, whose dims are contiguous.
-template <class T, class S>
-MVK_INLINE void store_by_token(const Lattice<S>& m, int64_t n, int tokens, int64_t d, int dims, const vec<T>* block) {
-#pragma GCC unroll 16
-  for (int i = 0; i < W<T>; ++i) {
-    if (i >= tokens) break;
-    S* p = m.data + m.offset[n + i] + d;
-    if (dims >= W<T>)
-      store_as<T>(p, block[i]);
-    else
-      store_partial<T>(p, block[i], dims);
-  }
-}
-
 // Token begin + i, dim d of the map = factor[i * step] * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
 template <class T, class S>
 static void unpack_rows(
@@ -315,17 +307,33 @@ static void unpack_rows(
 template <class T, class S>
 static void unpack_panel(
     const Lattice<S>& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t lds, const T* factor) {
-  vec<T> block[W<T>];
+  auto turn = [&](auto whole, vec<T> f, int64_t n, int tokens, int64_t d, int some) __attribute__((always_inline)) {
+    vec<T> block[W<T>];
+#pragma GCC unroll 16
+    for (int j = 0; j < W<T>; ++j) block[j] = whole || j < some ? f * load<T>(src + (d + j) * lds) : vec<T>{};
+    transpose<T>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < W<T>; ++i) {
+      if (!whole && i >= tokens) break;
+      S* p = m.data + m.offset[n + i] + d;
+      if (whole || some == W<T>)
+        store_as<T>(p, block[i]);
+      else
+        store_partial<T>(p, block[i], some);
+    }
+  };
   for (int64_t n = begin; n < end; n += W<T>, src += W<T>) {
     const int tokens = at_most<T>(end - n);
     const vec<T> f = factor ? load<T>(factor + (n - begin)) : splat(T(1));
     for (int64_t d = 0; d < dims; d += W<T>) {
       const int some = at_most<T>(dims - d);
-      for (int j = 0; j < W<T>; ++j) block[j] = j < some ? f * load<T>(src + (d + j) * lds) : vec<T>{};
-      if (m.d == 1) {
-        transpose<T>(block);
-        store_by_token<T>(m, n, tokens, d, some, block);
+      if (m.d == 1 && tokens == W<T> && some == W<T>) {
+        turn(std::true_type{}, f, n, tokens, d, some);
+      } else if (m.d == 1) {
+        turn(std::false_type{}, f, n, tokens, d, some);
       } else {
+        vec<T> block[W<T>];
+        for (int j = 0; j < W<T>; ++j) block[j] = j < some ? f * load<T>(src + (d + j) * lds) : vec<T>{};
         store_by_dim<T>(m, n, tokens, d, some, block);
       }
     }
