@@ -23,8 +23,9 @@ from mvkernels.ops.patch_attention.triton_kernels import _precision
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 _LOG2E = 1.4426950408889634
-# Exact float32 and float64 products hold their operands in registers whole.
-_MAX_HEAD_DIM, _MAX_EXACT_HEAD_DIM = 256, 128
+# Beyond these the tiles of the backward do not fit the registers. Exact products hold their operands there whole.
+_MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 96, torch.float64: 64}
+_MAX_TF32_HEAD_DIM = 128
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 _INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)
@@ -50,10 +51,10 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
             return f"compute capability {major}.x: want 8.0 or more"
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
-    exact = x.dtype.itemsize >= 4 and _precision(x.dtype, type_) == "ieee"
-    most = _MAX_EXACT_HEAD_DIM if exact else _MAX_HEAD_DIM
+    rounded = _precision(x.dtype, type_) == "tf32"
+    most = _MAX_TF32_HEAD_DIM if rounded else _MAX_HEAD_DIM[x.dtype]
     if d > most:
-        return f"head_dim {d}: want at most {most}" + (" for products that may not be rounded" if exact else "")
+        return f"head_dim {d}: want at most {most} in {'tf32' if rounded else str(x.dtype).removeprefix('torch.')}"
     if width * heads * d >= _INT32 or 2 * height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
     if batch * heads * (height * width + m) * (1 + m // 16) >= _INT32:
