@@ -145,15 +145,22 @@ def suite(ops: list[str]) -> list[Case | Bridge]:
 def bridges() -> list[Bridge]:
     """Maps and tokens of Mobile-Former, from its narrowest to its widest, and wider heads and more tokens beyond."""
     every, both, half = ("bf16", "fp16", "fp32", "tf32", "fp64"), ("bf16", "fp32"), ("bf16",)
+    all_but_exact = ("bf16", "fp16", "tf32")
     shapes = [(6, 56, 3, "first", every), (6, 56, 3, "last", both), (12, 28, 6, "first", both)]
     shapes += [(22, 28, 6, "first", half), (24, 28, 6, "last", half), (36, 28, 6, "first", both)]
-    shapes += [(48, 14, 6, "first", every), (48, 14, 6, "last", both), (64, 14, 6, "first", both)]
-    shapes += [(88, 14, 6, "first", every), (88, 14, 6, "last", both), (120, 7, 6, "first", both)]
-    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", ("bf16", "fp16", "tf32")), (256, 7, 6, "last", half)]
     shapes += [
-        (128, 7, 6, "first", ("fp32", "fp64")),
+        (48, 14, 6, "first", every),
+        (64, 14, 6, "last", ("fp64",)),
+        (48, 14, 6, "last", both),
+        (64, 14, 6, "first", both),
+    ]
+    shapes += [(88, 14, 6, "first", all_but_exact), (88, 14, 6, "last", half), (120, 7, 6, "first", half)]
+    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", ("bf16", "fp16")), (256, 7, 6, "last", half)]
+    shapes += [
+        (64, 7, 6, "first", ("fp32", "fp64")),
         (24, 28, 50, "first", every),
-        (128, 14, 50, "last", ("bf16", "fp32", "fp64")),
+        (128, 14, 50, "last", half),
+        (32, 14, 50, "last", ("fp32", "fp64")),
     ]
     return [Bridge(op, *shape) for op in ("mobile_to_former", "former_to_mobile") for shape in shapes]
 
@@ -393,7 +400,7 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
 
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
-           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS")  # fmt: skip
+           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS")  # fmt: skip
 
 
 def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge]]:

@@ -121,9 +121,9 @@ def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr
     return p.to(dtype), ds.to(dtype)
 
 
-# One program: dx of one slice of a unit's pixels, from all tokens, and what these pixels add to dkey and dvalue.
-# Beyond one block of tokens a program has a block's dkey and dvalue, and that of the first block has dx besides;
-# each finds the rows' maxima, sums and deltas anew.
+# One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dkey and
+# dvalue. Both at once with one block of tokens; beyond that a launch each, the second with a program for each block,
+# and each finds the pixels' maxima, sums and deltas anew.
 @triton.jit(do_not_specialize=_TOKENS + _MAP + _SIZES + ["gsb", "gsh", "gsd", "gsy", "gsx"])
 def backward_slices(
     g_ptr, x_ptr, k_ptr, v_ptr, dx_ptr, dk_ptr, dv_ptr, scale, scale_low, scale2, scale2_low,
@@ -133,7 +133,7 @@ def backward_slices(
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr,
     LV: tl.constexpr, AV: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    DX: tl.constexpr, DTOKENS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -182,14 +182,15 @@ def backward_slices(
             share = 1.0 / total
             delta = delta * share
         p, ds = _gradients(scores, dp, keep, base, share, delta, keep_m, x0.dtype)
-        pt = tl.trans(p)
-        dst = tl.trans(ds)
-        dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION, out_dtype=ACC)
-        dk0 = tl.dot(dst, x0, dk0, input_precision=PRECISION, out_dtype=ACC)
-        if D1 > 0:
-            dv1 = tl.dot(pt, g1, dv1, input_precision=PRECISION, out_dtype=ACC)
-            dk1 = tl.dot(dst, x1, dk1, input_precision=PRECISION, out_dtype=ACC)
-        if M <= TOKENS or block == 0:
+        if DTOKENS:
+            pt = tl.trans(p)
+            dst = tl.trans(ds)
+            dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION, out_dtype=ACC)
+            dk0 = tl.dot(dst, x0, dk0, input_precision=PRECISION, out_dtype=ACC)
+            if D1 > 0:
+                dv1 = tl.dot(pt, g1, dv1, input_precision=PRECISION, out_dtype=ACC)
+                dk1 = tl.dot(dst, x1, dk1, input_precision=PRECISION, out_dtype=ACC)
+        if DX:
             dx0 = tl.dot(ds, k0, input_precision=PRECISION, out_dtype=ACC)
             dx1 = dx0
             if D1 > 0:
@@ -214,9 +215,10 @@ def backward_slices(
                     dx1 += g1.to(ACC)
             at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
             store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
-    m = block * TOKENS + tl.arange(0, TOKENS)
-    row = unit * M + m + part * rows
-    if D1 > 0:
-        dk1 = dk1 * scale
-    store_tokens(dk_ptr, dk0 * scale, dk1, row, m < M, D, D0, D1)
-    store_tokens(dv_ptr, dv0, dv1, row, m < M, D, D0, D1)
+    if DTOKENS:
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        if D1 > 0:
+            dk1 = dk1 * scale
+        store_tokens(dk_ptr, dk0 * scale, dk1, row, m < M, D, D0, D1)
+        store_tokens(dv_ptr, dv0, dv1, row, m < M, D, D0, D1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mvkernels import launch
 from mvkernels.ops.former_to_mobile import triton_device
-from mvkernels.ops.mobile_to_former.triton_plan import SCALE2, SCALES, Plan, Problem
+from mvkernels.ops.mobile_to_former.triton_plan import SCALE2, Plan, Problem
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 
@@ -26,9 +26,7 @@ def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
     """
     plan = Plan(problem, "backward_slices", "gxkv")
     split = plan.slices > 1
-    meta = plan.meta | plan.made_map("D") | {"RESIDUAL": problem.residual, "LOOP": plan.loop(plan.steps)}
     pointers = ("g", "x", "k", "v", "dx", *(("dk_sums", "dv_sums") if split else ("dk", "dv")))
-    ints = plan.strides() + plan.sizes()
-    launches = [Launch(triton_device.backward_slices, "backward_slices", plan.programs, pointers, SCALES, ints, meta,
-                       plan.options)]  # fmt: skip
+    meta = plan.made_map("D") | {"RESIDUAL": problem.residual}
+    launches = plan.backward(triton_device.backward_slices, pointers, meta)
     return launches + ([plan.sum_slices("dk", "dv")] if split else []), plan.slices

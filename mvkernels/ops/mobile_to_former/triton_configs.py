@@ -24,11 +24,14 @@ TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
 def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
     # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
     wide = width(key["d"])
-    exact = key["dtype"] in ("f32", "f64")
-    if exact:  # operands of products on the ordinary cores take registers too
-        elements, most = elements // 2, most // 2
+    # Wide types take more registers, and operands of products on the ordinary cores more still.
+    share = {"tf32": 2, "f32": 2, "f64": 4}.get(key["dtype"], 1)
+    if key["m"] > TOKENS and key["dtype"] in ("f32", "f64"):
+        share *= 2
+    elements, most = elements // share, most // share
+    few = wide <= {"tf32": 64, "f32": 32, "f64": 16}.get(key["dtype"], 128)
     block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
-    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if wide <= (32 if exact else 128) else 8, "num_stages": 1}
+    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if few else 8, "num_stages": 1}
 
 
 @heuristic(TO_MOBILE, "forward_pixels")

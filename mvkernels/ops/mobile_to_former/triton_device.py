@@ -174,8 +174,8 @@ def _gradients(
     return p.to(x0.dtype), ds.to(x0.dtype)
 
 
-# One program: dx of one slice of a unit's pixels, from all tokens, and what these pixels add to dquery. Beyond
-# one block of tokens a program has a block's dquery, and that of the first block has dx besides.
+# One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
+# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES + ["gsb", "gsh", "gsm", "gsd", "osb", "osh", "osm", "osd"])
 def backward_slices(
     g_ptr, q_ptr, x_ptr, o_ptr, stats_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
@@ -184,7 +184,7 @@ def backward_slices(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -211,11 +211,12 @@ def backward_slices(
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
         p, ds = _gradients(x0, x1, keep, pixels > 1, q0, q1, g0, g1, base, share, delta, keep_m, factor, D1, PRECISION)
-        dst = tl.trans(ds)
-        dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
-        if D1 > 0:
-            dq1 = tl.dot(dst, x1, dq1, input_precision=PRECISION, out_dtype=ACC)
-        if M <= TOKENS or block == 0:
+        if DTOKENS:
+            dst = tl.trans(ds)
+            dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
+            if D1 > 0:
+                dq1 = tl.dot(dst, x1, dq1, input_precision=PRECISION, out_dtype=ACC)
+        if DX:
             dx0 = tl.dot(ds, q0, input_precision=PRECISION, out_dtype=ACC) * scale
             dx0 = tl.dot(p, g0, dx0, input_precision=PRECISION, out_dtype=ACC)
             dx1 = dx0
@@ -238,11 +239,12 @@ def backward_slices(
                     dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
             at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
             store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
-    m = block * TOKENS + tl.arange(0, TOKENS)
-    row = unit * M + m + part * rows
-    if D1 > 0:
-        dq1 = dq1 * scale
-    store_tokens(dq_ptr, dq0 * scale, dq1, row, m < M, D, D0, D1)
+    if DTOKENS:
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        if D1 > 0:
+            dq1 = dq1 * scale
+        store_tokens(dq_ptr, dq0 * scale, dq1, row, m < M, D, D0, D1)
 
 
 @triton.jit

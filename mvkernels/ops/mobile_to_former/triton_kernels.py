@@ -17,14 +17,15 @@ import triton
 from mvkernels import launch
 from mvkernels.checks import empty_map
 from mvkernels.ops.mobile_to_former import triton_device
-from mvkernels.ops.mobile_to_former.triton_configs import TO_FORMER
+from mvkernels.ops.mobile_to_former.triton_configs import TO_FORMER, TOKENS
 from mvkernels.ops.mobile_to_former.triton_plan import Problem, backward_launches, forward_launches
 from mvkernels.ops.patch_attention.triton_kernels import _precision
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 _LOG2E = 1.4426950408889634
-# Exact float32 and float64 products hold their operands in registers whole.
-_MAX_HEAD_DIM, _MAX_EXACT_HEAD_DIM = 256, 128
+# Beyond these the tiles of the backward do not fit the registers. Exact products hold their operands there whole.
+_MAX_HEAD_DIM = {"float16": 256, "bfloat16": 256, "tf32": 96, "float32": 64, "float64": 64}
+_MAX_EXACT_HEAD_DIM_OF_MANY_TOKENS = 32
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 _INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)
@@ -50,13 +51,15 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
             return f"compute capability {major}.x: want 8.0 or more"
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
-    exact = x.dtype.itemsize >= 4 and _precision(x.dtype, type_) == "ieee"
-    most = _MAX_EXACT_HEAD_DIM if exact else _MAX_HEAD_DIM
+    name = "tf32" if _precision(x.dtype, type_) == "tf32" else str(x.dtype).removeprefix("torch.")
+    most = _MAX_HEAD_DIM[name]
+    if m > TOKENS and name in ("float32", "float64"):
+        most = _MAX_EXACT_HEAD_DIM_OF_MANY_TOKENS
     if d > most:
-        return f"head_dim {d}: want at most {most}" + (" for products that may not be rounded" if exact else "")
+        return f"head_dim {d}: want at most {most} in {name} with {m} tokens"
     if width * heads * d >= _INT32 or 2 * height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
-    if batch * heads * (height * width + m) * (1 + m // 16) >= _INT32:
+    if batch * heads * (height * width + m) * (1 + m // TOKENS) >= _INT32:
         return "batch * heads * pixels * tokens / 16 passes 2**31"
     return None
 

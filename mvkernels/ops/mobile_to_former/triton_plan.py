@@ -99,13 +99,22 @@ class Plan:
         of = self.map.strides | self.token_strides
         return tuple(stride for name in self.names for stride in of[name])
 
-    def sizes(self) -> tuple[int, ...]:
-        """heads, H, W, blocks, slices, steps, rows: the arguments after the strides."""
-        return (*self.map.sizes[:3], self.token_blocks, self.slices, self.steps, self.rows)
+    def launch(self, kernel: Any, blocks: int, pointers: tuple[str, ...], floats: tuple[str, ...],
+               meta: dict[str, Any]) -> Launch:  # fmt: skip
+        """A program for every slice of every unit, for each of so many blocks of tokens."""
+        ints = (*self.strides(), *self.map.sizes[:3], blocks, self.slices, self.steps, self.rows)
+        meta = self.meta | meta | {"LOOP": self.loop(self.steps)}
+        return Launch(
+            kernel, self.kernel, self.units * blocks * self.slices, pointers, floats, ints, meta, self.options
+        )
 
-    @property
-    def programs(self) -> int:
-        return self.units * self.token_blocks * self.slices
+    def backward(self, kernel: Any, pointers: tuple[str, ...], meta: dict[str, Any]) -> list[Launch]:
+        """Gradients of map and tokens: at once with one block of tokens, else one after the other."""
+        both = [(1, True, True)] if self.token_blocks == 1 else [(1, True, False), (self.token_blocks, False, True)]
+        return [
+            self.launch(kernel, blocks, pointers, SCALES, meta | {"DX": dx, "DTOKENS": dtokens})
+            for blocks, dx, dtokens in both
+        ]
 
     def sum_slices(self, first: str, second: str = "") -> Launch:
         """The second stage: ``<name>_sums`` (slices, rows, D) to ``<name>``, one tensor or two."""
@@ -128,11 +137,8 @@ def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
     """(launches, slices) of a forward call; tensors ``q x o lse``, with more than one slice ``sums stats``."""
     plan = Plan(problem, "forward_slices", "qx")
     split = plan.slices > 1
-    meta = plan.meta | {"SPLIT": split, "LOOP": plan.loop(plan.steps)}
     pointers = ("q", "x", "sums", "stats") if split else ("q", "x", "o", "lse")
-    ints = plan.strides() + plan.sizes()
-    launches = [Launch(triton_device.forward_slices, "forward_slices", plan.programs, pointers, SCALE2, ints, meta,
-                       plan.options)]  # fmt: skip
+    launches = [plan.launch(triton_device.forward_slices, plan.token_blocks, pointers, SCALE2, {"SPLIT": split})]
     if split:
         d = problem.shape[2]
         wide = max(16, 1 << (d - 1).bit_length())
@@ -161,9 +167,6 @@ def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
     """
     plan = Plan(problem, "backward_slices", "gqox")
     split = plan.slices > 1
-    meta = plan.meta | plan.made_map("D") | {"LOOP": plan.loop(plan.steps)}
     pointers = ("g", "q", "x", "o", "lse", "dq_sums" if split else "dq", "dx")
-    ints = plan.strides() + plan.sizes()
-    launches = [Launch(triton_device.backward_slices, "backward_slices", plan.programs, pointers, SCALES, ints, meta,
-                       plan.options)]  # fmt: skip
+    launches = plan.backward(triton_device.backward_slices, pointers, plan.made_map("D"))
     return launches + ([plan.sum_slices("dq")] if split else []), plan.slices
