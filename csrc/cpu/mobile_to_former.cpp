@@ -22,7 +22,7 @@ MVK_INLINE void exponentials(bool by_lane, T* s, int64_t count, T factor, T* top
   // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
   const vec<T> none = splat(-kInfinity<T>);
   const vec<T> shift = most == none ? vec<T>{} : most;
-  vec<T> a[1] = {((before == none ? vec<T>{} : before) - shift) * f};
+  vec<T> a[1] = {(before - shift) * f};
   exp2_nonpositive<1>(a);
   store<T>(alpha, a[0]);
   vec<T> total = {};

@@ -189,6 +189,18 @@ def test_scores_of_any_size(backend, dtype):
             assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() / factor, inputs))
 
 
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
+@pytest.mark.parametrize("pixels", [(3, 3), (20, 31)])
+def test_scores_far_below_zero(instruction_set, dtype, pixels):
+    """What was summed before the first block is 0, however large the factor that it would be shifted with."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 12, *pixels, generator=generator, dtype=dtype) + 40
+    query = torch.randn(2, 2, 3, 12, generator=generator, dtype=dtype) - 40
+    assert_ok(testing.check(OP, {"query": query, "x": x}, "cpp"))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_no_scores_are_saved(backend):
     query, x = torch.randn(2, 2, 3, 8, requires_grad=True), torch.randn(2, 2, 8, 6, 6, requires_grad=True)
