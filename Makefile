@@ -42,7 +42,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
+	$(BIN)/python benchmarks/mobile_to_former.py --suite $(SUITE)
+	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobilevit.py
+	$(BIN)/python benchmarks/mobile_former.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/readme_table.py

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+OPS = ("patch_attention", "mobile_to_former", "former_to_mobile")
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         [python, "-m", "mvkernels", "info"],
         [python, "-m", "pytest", "-m", "not interpreter"],
         [python, "-m", "mvkernels", "verify", "--device", "cuda", "--suite", "full"],
-        [python, str(HERE / "patch_attention.py"), "--device", "cuda"],
+        *([python, str(HERE / f"{op}.py"), "--device", "cuda"] for op in OPS),
         [python, str(HERE / "mobilevit.py"), "--device", "cuda", "--batch", "1", "32", "128"],
     ):
         print("$", *command[1:], flush=True)

@@ -14,7 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- figures: begin (written by benchmarks/readme_table.py) -->\n"
 END = "<!-- figures: end -->"
-CLASSES = {"N<=16": "N ≤ 16", "N<=64": "17 to 64", "N<=255": "65 to 255", "N>=256": "N ≥ 256", "all": "all"}
+GROUPS = {"N<=16": "N ≤ 16", "N<=64": "17 to 64", "N<=255": "65 to 255", "N>=256": "N ≥ 256", "all": "all"}
+LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last", "all": "all"}
+# op, what its shapes are told apart by: the heading, the column of the files, its values
+OPS = (
+    ("patch_attention", "tokens of a group", "size_class", GROUPS),
+    ("mobile_to_former", "layout", "layout", LAYOUTS),
+    ("former_to_mobile", "layout", "layout", LAYOUTS),
+)
 OURS = ("cpp", "triton", "cuda")
 
 Row = dict[str, str]
@@ -38,21 +45,19 @@ def where(row: Row) -> str:
     )
 
 
-def ops(rows: list[Row], title: str) -> list[str]:
+def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, classes: dict[str, str]) -> list[str]:
     """Speed-up of the first own backend by class of shapes, and memory against eager."""
     mine = [row for row in rows if row["provider"] in OURS and row["speedup_median"]]
     if not mine:
         return []
-    lines = [f"`patch_attention`, {title}. {where(mine[0])}.", ""]
-    lines += [
-        "| backend | dtype | tokens of a group | shapes | forward | worst | forward + backward | worst | peak memory |"
-    ]
+    lines = [f"`{op}`, {title}. {where(mine[0])}.", ""]
+    lines += [f"| backend | dtype | {heading} | shapes | forward | worst | forward + backward | worst | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for backend, dtype in dict.fromkeys((row["provider"], row["dtype"]) for row in mine):
         chosen = [row for row in mine if (row["provider"], row["dtype"]) == (backend, dtype)]
-        for klass, shown in CLASSES.items():
+        for klass, shown in classes.items():
             rows_of = {
-                mode: [r for r in chosen if r["mode"] == mode and klass in ("all", r["size_class"])]
+                mode: [r for r in chosen if r["mode"] == mode and klass in ("all", r[column])]
                 for mode in ("fwd", "full")
             }
             if not rows_of["fwd"] and not rows_of["full"]:
@@ -99,10 +104,12 @@ def models(rows: list[Row]) -> list[str]:
 def render(results: Path) -> str:
     """The block between the markers."""
     lines: list[str] = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir() and path.name != "audit"):
+    for folder in sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits")):
         best = "times as fast as the best of eager, SDPA and torch.compile at each shape, geometric mean of medians"
-        lines += ops(read(folder / "patch_attention.csv"), best)
-        lines += ops(read(folder / "patch_attention_default_allocator.csv"), "the same with glibc's default allocator")
+        for op, *classes in OPS:
+            lines += op_table(read(folder / f"{op}.csv"), best, op, *classes)
+            default = read(folder / f"{op}_default_allocator.csv")
+            lines += op_table(default, "the same with glibc's default allocator", op, *classes)
         lines += models(read(folder / "mobilevit.csv"))
     if not lines:
         lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]

@@ -1,0 +1,38 @@
+"""The benchmark of one op against eager, SDPA and torch.compile, as each op's own file runs it."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from _results import folder
+
+
+def run(op: str, description: str | None) -> int:
+    """Two files for a CPU, for the two things that users meet: freed memory kept by the process (primary), and
+    glibc's default allocator, where every large temporary is faulted in anew.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", default="full", choices=("small", "full"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", nargs="+", help="default: 1 8 on a CPU, 1 32 128 on a GPU")
+    parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, bfloat16 float32 on a GPU")
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--min-time", default="0.5")
+    parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
+    options = parser.parse_args()
+    cpu = options.device == "cpu"
+    status = 0
+    for allocator in options.allocator if cpu else ["default"]:
+        name = op + ("" if allocator == "kept" or not cpu else "_default_allocator")
+        name += f"_{options.threads}_threads" if options.threads != "1" else ""
+        target = folder(options.device) / name
+        command = [sys.executable, "-m", "mvkernels", "bench", op, "--suite", options.suite]
+        command += ["--batch", *(options.batch or (["1", "8"] if cpu else ["1", "32", "128"]))]
+        command += ["--dtype", *(options.dtype or (["float32"] if cpu else ["bfloat16", "float32"]))]
+        command += ["--mode", "fwd", "full", "--device", options.device, "--threads", options.threads]
+        command += ["--min-time", options.min_time, "--allocator", allocator]
+        command += ["--csv", f"{target}.csv", "--plot", f"{target}.png"]
+        status = max(status, subprocess.run(command, check=False).returncode)
+    return status
