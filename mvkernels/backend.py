@@ -130,7 +130,7 @@ def _log_once(op: str, backend: str, reason: str) -> None:
         _log.warning("%s: not on %s: %s", op, backend, reason)
 
 
-def can_run(op: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+def can_run(op: str = "", *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """Whether ``backend`` can run the op of that name on these arguments, and if not, why.
 
     ``can_run(op, backend, *args, **kwargs)``: the op's name, a backend's, and the op's own arguments. Never raises.
@@ -141,7 +141,7 @@ def can_run(op: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
     """
     try:
         # Not parameters of their own: the op's arguments may include a ``backend`` as well.
-        backend, *args = args or [kwargs.pop("backend")]  # type: ignore[assignment]
+        backend, *args = args or [kwargs.pop("backend", None)]  # type: ignore[assignment]
         known = OPS.get(op)
         if known is None:
             return False, f"unknown op {op!r}, want one of {', '.join(OPS)}"

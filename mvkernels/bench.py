@@ -124,7 +124,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
     """
     cases = list(_work(options))
     if not cases:
-        raise report.UsageError("bench: no shape fits what was asked for")
+        raise report.UsageError("no shape fits what was asked for")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     result, progress = Result(), report.Progress(len(cases))

@@ -19,8 +19,13 @@ from mvkernels.registry import OPS
 def command(options: Options, csv: str | None, plot: str | None, json: Callable[[Any], None] | None) -> int:
     """Measure, print, write files. 1 if a kernel of this library was wrong, else 0."""
     check(options)
+    for path in (csv, plot):
+        if path is not None:
+            check_file(path)
     if plot is not None:
-        pyplot()
+        known = pyplot().gcf().canvas.get_supported_filetypes()
+        if Path(plot).suffix[1:] not in known:
+            raise report.UsageError(f"--plot {plot}: want a name that ends in one of {', '.join(sorted(known))}")
     result = measure(options, (lambda so_far: write_csv(so_far.rows, csv)) if csv is not None else None)
     if plot is not None:
         draw(result.rows, plot)
@@ -60,10 +65,19 @@ def check(options: Options) -> None:
         check_backends(name, options.backends, options.device)
 
 
-def check_device(device: str) -> None:
-    """Raise UsageError unless tensors can live there."""
+def check_file(path: str) -> None:
+    """Raise UsageError unless a file can be written there; makes its folder."""
     try:
-        torch.empty(1, device=device)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).open("a").close()
+    except OSError as error:
+        raise report.UsageError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError unless tensors live there, with values."""
+    try:
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise report.UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
 

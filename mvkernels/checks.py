@@ -104,7 +104,10 @@ def number(op: str, name: str, value: Any, default: float) -> float:
         return default
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} is {value!r}, want a number or None")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} is beyond what a float holds") from None
 
 
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -100,11 +100,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["tune"]:
         return _tune(arguments[1:])
     options = parser().parse_args(arguments)
-    from mvkernels.backend import BackendUnavailable
-    from mvkernels.report import UsageError, restart_keeping_pages
+    from mvkernels.backend import BackendUnavailable, requested
+    from mvkernels.report import UsageError, launched, restart_keeping_pages
 
+    try:
+        requested(None)  # MVKERNELS_BACKEND
+    except ValueError as error:
+        print(f"mvkernels: {error}", file=sys.stderr)
+        return 2
     if getattr(options, "allocator", "default") == "kept":
-        restart_keeping_pages(["-m", "mvkernels", *arguments])
+        restart_keeping_pages(launched(arguments))
     try:
         return _COMMANDS[options.command](options)
     except (UsageError, BackendUnavailable) as error:

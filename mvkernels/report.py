@@ -146,6 +146,17 @@ def pages_are_kept() -> bool:
     return all(os.environ.get(name) == value for name, value in KEEP_PAGES.items())
 
 
+def launched(arguments: Sequence[str]) -> list[str]:
+    """What followed ``python`` when this command was started with ``arguments``: "-m mvkernels", or the script's path.
+
+    Not always "-m mvkernels", which would find a checkout in the working directory before the installed package.
+    """
+    started, count = sys.orig_argv[1:], len(arguments)
+    if count and started[-count:] != list(arguments):
+        return ["-m", "mvkernels", *arguments]  # called from Python
+    return started
+
+
 def restart_keeping_pages(arguments: Sequence[str]) -> None:
     """Run ``python <arguments>`` in place of this process with pages kept; returns if they are, or cannot be."""
     if pages_are_kept() or sys.platform != "linux":

@@ -72,6 +72,7 @@ def test_a_named_backend_that_cannot_run_says_why(arguments):
 @pytest.mark.parametrize(
     "call",
     [
+        (),
         ("patch_attention",),
         ("patch_attention", "cpp"),
         ("patch_attention", "cpp", 1, 2, 3),

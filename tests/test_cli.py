@@ -35,6 +35,11 @@ BAD = [
     (["bench", "--batch", "0"], "not at least 1"),
     (["bench", "--batch", "many"], "invalid"),
     (["bench", "--shape", "no_such_shape", "--allocator", "default"], "no shape fits"),
+    (["verify", "--device", "meta"], "device 'meta' cannot be used"),
+    (["bench", "--csv", "/proc/no/such.csv", "--allocator", "default"], "/proc/no/such.csv cannot be written"),
+    (["bench", "--csv", "/", "--allocator", "default"], "/ cannot be written"),
+    (["bench", "--plot", "/proc/no/such.png", "--allocator", "default"], "cannot be written"),
+    (["swap", "transformers:mobilevit_xxs", "--device", "meta", "--allocator", "default"], "'meta' cannot be used"),
     (["swap"], "required"),
     (["swap", "no_such_family:m", "--allocator", "default"], "unknown model 'no_such_family:m'"),
     (["swap", "transformers:", "--allocator", "default"], "unknown model 'transformers:'"),
@@ -245,3 +250,25 @@ def test_continuous_integration_runs_make_test() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text() and "set -e" in script.read_text()
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(["bench", "--plot", str(tmp_path / "a.xyz"), "--allocator", "default"], capsys)
+    assert status == 2 and "want a name that ends in one of" in err and err.count("\n") == 1
+
+
+def test_a_bad_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MVKERNELS_BACKEND", "bogus")
+    status, _, err = run(["swap", "transformers:mobilevit_xxs", "--allocator", "default"], capsys)
+    assert status == 2 and "MVKERNELS_BACKEND is 'bogus'" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("started", [["/venv/bin/mvkernels"], ["-m", "mvkernels"], ["-X", "dev", "-m", "mvkernels"]])
+def test_the_restart_is_the_start(monkeypatch: pytest.MonkeyPatch, started: list[str]) -> None:
+    """ "-m" in place of the script would import a checkout in the working directory, not the installed package."""
+    arguments = ["bench", "--rounds", "2"]
+    monkeypatch.setattr(sys, "orig_argv", ["python", *started, *arguments])
+    assert report.launched(arguments) == [*started, *arguments]
+    assert report.launched(["info"]) == ["-m", "mvkernels", "info"]

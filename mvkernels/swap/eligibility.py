@@ -48,7 +48,24 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     """
     if type(module) is not kind:
         return f"{what} is a {type(module).__name__}, want a plain {kind.__name__}"
+    if kind.forward is not _own_forward(kind):
+        return f"{kind.__name__} has had its forward replaced"
     return not_hooked(module, what)
+
+
+_forwards: dict[type[nn.Module], Any] = {}
+
+
+def _own_forward(kind: type[nn.Module]) -> Any:
+    """The forward that a class was written with, or None if another one stood there when it was first met."""
+    if kind not in _forwards:
+        owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+        forward: Any = owner.__dict__["forward"]
+        written = (owner.__module__, f"{owner.__qualname__}.forward")
+        own = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)) == written
+        # nn.Module's own subclasses take some forwards from functions elsewhere; those of torch are as they are.
+        _forwards[kind] = forward if own or owner.__module__.startswith("torch.") else None
+    return _forwards[kind]
 
 
 def not_hooked(module: nn.Module, what: str) -> str:

@@ -18,7 +18,7 @@ from mvkernels.swap.eligibility import (
     not_plain,
     not_pointwise_conv,
 )
-from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
 
 _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
 
@@ -92,6 +92,9 @@ class SwappedMobileVitBlock(MobileVitBlock):
 
     mvk_original = MobileVitBlock
     mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""

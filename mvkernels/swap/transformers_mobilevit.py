@@ -26,7 +26,7 @@ from mvkernels.swap.eligibility import (
     not_plain,
     not_pointwise_conv,
 )
-from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
 
 _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
 
@@ -106,6 +106,9 @@ class SwappedMobileViTLayer(MobileViTLayer):
 
     mvk_original = MobileViTLayer
     mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
 
     def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""

@@ -19,7 +19,9 @@ Examine = Callable[[Any], "tuple[str, list[dict[str, Any]]]"]
 
 
 # Settings of attention modules, and methods that the fused path does the work of.
-_HEADS = frozenset(("num_attention_heads", "attention_head_size", "all_head_size", "num_heads", "head_dim", "scale"))
+_HEADS = frozenset(
+    ("num_attention_heads", "attention_head_size", "all_head_size", "num_heads", "head_dim", "scale", "fused_attn")
+)
 _METHODS = frozenset(("forward", "unfolding", "folding"))
 
 
@@ -40,6 +42,7 @@ class _Snapshot:
         weights = [a["_parameters"].get("weight") for a in self.weighted]
         return (
             [*map(type, self.modules)],
+            [type(m).forward for m in self.modules],
             # whether there are hooks, and not which: `not` makes a bool of a dictionary
             [
                 not (a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"])

@@ -77,6 +77,49 @@ def calls_of_attention(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_replaced_in_a_class(family, when, monkeypatch):
+    block = family.block()
+    kind = type(block.get_submodule(family.attention))
+    forward, x = kind.forward, torch.randn(1, 12, 8, 8)
+
+    def twice(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        return tuple(2 * o for o in out) if isinstance(out, tuple) else 2 * out
+
+    if when == "after":
+        assert swap(block).count == 1
+        block(x)
+    monkeypatch.setattr(kind, "forward", twice)
+    if when == "before":
+        report = swap(block)
+        assert report.count == 0 and "had its forward replaced" in report.entries[0].reason
+    twin = copy.deepcopy(block)
+    twin.__class__ = getattr(type(twin), "mvk_original", type(twin))
+    torch.testing.assert_close(block(x), twin(x), rtol=0, atol=0)
+
+
+def test_settings_of_timms_attention_changed_after_a_call():
+    block = FAMILIES["timm"].block()
+    twin, x = copy.deepcopy(block), torch.randn(1, 12, 8, 8)
+    assert swap(block).count == 1
+    for setting, value in (("scale", 1.0), ("fused_attn", False), ("scale", 0.5)):
+        for module in (block, twin):
+            for layer in module.transformer:
+                setattr(layer.attn, setting, value)
+        torch.testing.assert_close(block(x), twin(x))
+
+
+def test_scripting_compiles_the_original():
+    block, x = FAMILIES["timm"].block(), torch.randn(1, 12, 8, 8)
+    expected = block(x)
+    assert swap(block).count == 1
+    scripted = torch.jit.script(block)
+    assert "mvkernels" not in str(scripted.inlined_graph)
+    torch.testing.assert_close(scripted(x), expected)
+    torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_declined_when_swapped(family, change):
     block = family.block()
