@@ -69,7 +69,10 @@ def check_file(path: str) -> None:
     """Raise UsageError unless a file can be written there; makes its folder."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        there = Path(path).exists()
         Path(path).open("a").close()
+        if not there:
+            Path(path).unlink()
     except OSError as error:
         raise report.UsageError(f"{path} cannot be written: {error.strerror}") from None
 
