@@ -144,24 +144,19 @@ def suite(ops: list[str]) -> list[Case | Bridge]:
 
 def bridges() -> list[Bridge]:
     """Maps and tokens of Mobile-Former, from its narrowest to its widest, and wider heads and more tokens beyond."""
-    every, both, half = ("bf16", "fp16", "fp32", "tf32", "fp64"), ("bf16", "fp32"), ("bf16",)
-    all_but_exact = ("bf16", "fp16", "tf32")
-    shapes = [(6, 56, 3, "first", every), (6, 56, 3, "last", both), (12, 28, 6, "first", both)]
-    shapes += [(22, 28, 6, "first", half), (24, 28, 6, "last", half), (36, 28, 6, "first", both)]
-    shapes += [
-        (48, 14, 6, "first", every),
-        (64, 14, 6, "last", ("fp64",)),
-        (48, 14, 6, "last", both),
-        (64, 14, 6, "first", both),
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes = [
+        (6, 56, 3, "first", both),
+        (6, 56, 3, "last", half),
+        (12, 28, 6, "first", half),
+        (22, 28, 6, "last", half),
     ]
-    shapes += [(88, 14, 6, "first", all_but_exact), (88, 14, 6, "last", half), (120, 7, 6, "first", half)]
-    shapes += [(24, 28, 6, "odd", both), (256, 7, 6, "first", ("bf16", "fp16")), (256, 7, 6, "last", half)]
-    shapes += [
-        (64, 7, 6, "first", ("fp32", "fp64")),
-        (24, 28, 50, "first", every),
-        (128, 14, 50, "last", half),
-        (32, 14, 50, "last", ("fp32", "fp64")),
-    ]
+    shapes += [(36, 28, 6, "first", both), (36, 28, 6, "odd", half), (48, 14, 6, "first", single)]
+    shapes += [(48, 14, 6, "last", both), (64, 14, 6, "last", both), (64, 7, 6, "first", ("fp32",))]
+    shapes += [(88, 14, 6, "first", ("bf16", "tf32")), (88, 14, 6, "last", half), (120, 7, 6, "first", half)]
+    shapes += [(256, 7, 6, "first", half), (256, 7, 6, "last", half), (24, 28, 50, "first", both)]
+    shapes += [(32, 14, 50, "last", ("fp32",)), (128, 14, 50, "last", half)]
+    shapes += [(d, 14, m, layout, ("fp64",)) for d, m in ((32, 6), (16, 50)) for layout in ("first", "last")]
     return [Bridge(op, *shape) for op in ("mobile_to_former", "former_to_mobile") for shape in shapes]
 
 

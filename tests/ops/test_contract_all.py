@@ -207,7 +207,7 @@ def test_some_gradients_only_and_an_expanded_cotangent(name, backend):
 
 @pytest.mark.parametrize(("name", "backend"), KERNELS)
 def test_the_same_bits_in_every_run(name, backend):
-    arguments = example(name, batch=1, size=(13, 14) if backend == "triton" else (40, 41))
+    arguments = example(name, batch=1, size=(9, 10) if backend == "triton" else (40, 41))
     inputs = [v.requires_grad_() for v in tensors_of(arguments).values()]
 
     def once():

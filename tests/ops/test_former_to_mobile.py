@@ -76,14 +76,14 @@ def test_the_device_on_any_shape_stride_and_dtype(arguments):
 @pytest.mark.parametrize("dtype", bridges.DTYPES, ids=checks.short)
 def test_the_device_on_the_suite(dtype):
     for case in OP.suite("full"):
-        if case.shape["head_dim"] > (256 if dtype.itemsize == 2 else 64):
+        if case.shape["head_dim"] > {torch.float32: 64, torch.float64: 32}.get(dtype, 256):
             continue
         for layout in case.layouts:
             assert_ok(testing.check(OP, case.make(batch=3, dtype=dtype, device=DEVICE, layout=layout), "triton"))
 
 
 @interpreter
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(bridges.problems(NAMES, dtypes=(torch.float32, torch.float16, torch.float64), residual=True))
 def test_triton_on_any_shape_stride_and_dtype(arguments):
     assert_ok(testing.check(OP, arguments, "triton"))
@@ -91,7 +91,7 @@ def test_triton_on_any_shape_stride_and_dtype(arguments):
 
 @interpreter
 @pytest.mark.parametrize("m", [4, 20])
-@pytest.mark.parametrize("shape", [(1, 1, 6, 30, 40), (1, 2, 24, 21, 23)])
+@pytest.mark.parametrize("shape", [(1, 1, 6, 11, 15), (1, 2, 24, 9, 13)])
 def test_triton_adds_up_slices_of_pixels(shape, m):
     from mvkernels.ops.former_to_mobile import triton_plan
     from mvkernels.ops.mobile_to_former import triton_kernels
@@ -101,12 +101,13 @@ def test_triton_adds_up_slices_of_pixels(shape, m):
     key, value = (tokens((*shape[:2], m, shape[2]), "split", x.dtype, "cpu", generator) for _ in range(2))
     problem = triton_kernels.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
     launches, slices = triton_plan.backward_launches(problem)
-    assert slices > 1 and [one.name for one in launches] == ["backward_slices", "sum_slices"]
+    first = ["backward_slices"] * (1 if m <= 16 else 2)
+    assert slices > 1 and [one.name for one in launches] == [*first, "sum_slices"]
     assert_ok(testing.check(OP, {"x": x, "key": 4 * key, "value": value}, "triton"))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("kind", testing.STRIDES)
+@pytest.mark.parametrize("kind", ["contiguous", "packed", "sliced", "transposed", "expanded"])
 def test_opcheck(backend, kind):
     generator = torch.Generator().manual_seed(0)
     namespace = getattr(torch.ops, f"mvkernels_{backend}")

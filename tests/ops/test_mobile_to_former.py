@@ -73,23 +73,22 @@ def test_the_device_on_any_shape_stride_and_dtype(arguments):
 @pytest.mark.parametrize("dtype", bridges.DTYPES, ids=checks.short)
 def test_the_device_on_the_suite(dtype):
     for case in OP.suite("full"):
-        if case.shape["head_dim"] > (256 if dtype.itemsize == 2 else 64):
+        if case.shape["head_dim"] > {torch.float32: 64, torch.float64: 32}.get(dtype, 256):
             continue
         for layout in case.layouts:
             assert_ok(testing.check(OP, case.make(batch=3, dtype=dtype, device=DEVICE, layout=layout), "triton"))
 
 
 @interpreter
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(bridges.problems(NAMES, dtypes=(torch.float32, torch.float16, torch.float64)))
 def test_triton_on_any_shape_stride_and_dtype(arguments):
     assert_ok(testing.check(OP, arguments, "triton"))
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
-@pytest.mark.parametrize("m", [4, 20])
-@pytest.mark.parametrize("shape", [(1, 1, 6, 30, 40), (1, 2, 24, 21, 23)])
+@pytest.mark.parametrize(("m", "dtype"), [(4, torch.float32), (4, torch.float64), (20, torch.float32)])
+@pytest.mark.parametrize("shape", [(1, 1, 6, 11, 15), (1, 2, 24, 9, 13)])
 def test_triton_merges_slices_of_pixels(shape, m, dtype):
     from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
 
@@ -118,7 +117,7 @@ def test_the_saved_log_sum_exp(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("kind", testing.STRIDES)
+@pytest.mark.parametrize("kind", ["contiguous", "packed", "sliced", "transposed", "expanded"])
 def test_opcheck(backend, kind):
     generator = torch.Generator().manual_seed(0)
     namespace = getattr(torch.ops, f"mvkernels_{backend}")
@@ -163,7 +162,7 @@ def test_bad_input(name):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", NAMES)
-@pytest.mark.parametrize("pixels", [(3, 5), (20, 31)], ids=["one slice", "slices"])
+@pytest.mark.parametrize("pixels", [(3, 5), (10, 13)], ids=["one slice", "slices"])
 def test_nan_and_infinity_stay_in_their_rows(backend, bad, which, pixels):
     torch.manual_seed(0)
     arguments = {"query": torch.randn(1, 2, 3, 5), "x": torch.randn(1, 2, 5, *pixels)}
@@ -180,7 +179,7 @@ def test_nan_and_infinity_stay_in_their_rows(backend, bad, which, pixels):
 def test_scores_of_any_size(backend, dtype):
     """Attention to one pixel, scores past what 24 bits count, scales of 0 and near it: finite as the reference is."""
     torch.manual_seed(0)
-    query, x = torch.randn(1, 1, 3, 8).to(dtype), torch.randn(1, 1, 8, 20, 20).to(dtype)
+    query, x = torch.randn(1, 1, 3, 8).to(dtype), torch.randn(1, 1, 8, 10, 10).to(dtype)
     for factor, scale in ((1e5, None), (1e5, 1e4), (1.0, 3e8), (1.0, 0.0), (1.0, 1e-40), (1.0, -1e6)):
         inputs = [(query * factor).requires_grad_(), (x * factor).requires_grad_()]
         for name in (backend, "reference"):

@@ -26,10 +26,10 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
     wide = width(key["d"])
     # Wide types take more registers, and operands of products on the ordinary cores more still.
     share = {"tf32": 2, "f32": 2, "f64": 4}.get(key["dtype"], 1)
+    few = wide <= {"tf32": 64, "f32": 32, "f64": 0}.get(key["dtype"], 128)
     if key["m"] > TOKENS and key["dtype"] in ("f32", "f64"):
-        share *= 2
+        share, few = 2 * share, few and wide <= 16
     elements, most = elements // share, most // share
-    few = wide <= {"tf32": 64, "f32": 32, "f64": 16}.get(key["dtype"], 128)
     block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
     return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if few else 8, "num_stages": 1}
 

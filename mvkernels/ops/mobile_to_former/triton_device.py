@@ -88,7 +88,7 @@ def forward_slices(
     sum0 = tl.zeros([TOKENS, D0], ACC)
     sum1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
@@ -206,7 +206,7 @@ def backward_slices(
     dq0 = tl.zeros([TOKENS, D0], ACC)
     dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
