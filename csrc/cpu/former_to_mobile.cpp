@@ -88,11 +88,11 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
       softmax<T>(M, count, s, static_cast<T*>(nullptr), K, T(factor.scores));
       if (y.last) {
         spread_by_dim<T, S>(M, D, count, v, ldk, s, K, a.residual ? &x : nullptr, n, tokens, ldk);
-        y.store_tokens(n, count, tokens, ldk);
+        y.put_tokens(n, count, tokens, ldk);
       } else {
         T* out = y.target(n, count, out_packed, K, ldo);
         spread<T>(M, D, count, v, ldk, s, K, a.residual ? rows : nullptr, ld, out, ldo);
-        y.store(n, count, out, ldo, out_packed);
+        y.put(n, count, out, ldo, out_packed);
       }
     }
   }
@@ -146,11 +146,11 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
       fill_tail<T>(2 * M, s, K, count, T(0));
       if (dx.last && grad.last) {
         spread_by_dim<T, S>(M, D, count, k_scaled, ldk, ds, K, a.residual ? &grad : nullptr, n, tokens, ldk);
-        dx.store_tokens(n, count, tokens, ldk);
+        dx.put_tokens(n, count, tokens, ldk);
       } else {
         T* out = dx.target(n, count, dpacked, K, ldd);
         spread<T>(M, D, count, k_scaled, ldk, ds, K, a.residual ? grads : nullptr, ldg, out, ldd);
-        dx.store(n, count, out, ldd, dpacked);
+        dx.put(n, count, out, ldd, dpacked);
       }
       if (dk_by_dim) {
         rows = x.tokens(n, count, tokens, ldk, ld);

@@ -245,12 +245,12 @@ static void backward(const Bridge& a, int64_t begin, int64_t end) {
             s + m * K, ds + m * K, count, T(factor.scores), high[m], low[m], delta[m], count == a.pixels());
       if (dx.last) {
         product_columns<T, Start::zero>(count, D, 2 * M, s, K, go, ldq, dtokens, ldq);
-        dx.store_tokens(n, count, dtokens, ldq);
+        dx.put_tokens(n, count, dtokens, ldq);
       } else {
         T* out = dx.target(n, count, dpacked, K, ldd);
         spread<T>(M, D, count, q_scaled, ldq, ds, K, nullptr, 0, out, ldd);
         spread<T>(M, D, count, go, ldq, s, K, out, ldd, out, ldd);
-        dx.store(n, count, out, ldd, dpacked);
+        dx.put(n, count, out, ldd, dpacked);
       }
       if (by_dim) {
         rows = x.tokens(n, count, tokens, ldq, ld);

@@ -86,7 +86,17 @@ struct Pixels {
       return reinterpret_cast<const T*>(base + n);
     }
     ld = scratch_ld;
-    pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
+    if (in_place) {
+      const auto* from = reinterpret_cast<const T*>(base + n);
+      for (int64_t d = 0; d < dims; ++d, from += map.d) {
+        T* to = scratch + d * ld;
+        int64_t i = 0;
+        for (; i + W<T> <= count; i += W<T>) store<T>(to + i, load<T>(from + i));
+        if (i < count) store<T>(to + i, load_partial<T>(from + i, int(count - i)));
+      }
+    } else {
+      pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
+    }
     return scratch;
   }
   // For maps whose dims are contiguous: pixel n + i, dim d at [i * ld + d], whole vectors; what is beyond the dims is anything.
@@ -100,11 +110,11 @@ struct Pixels {
     pack_rows<T>(lattice(n, count), 0, count, dims, scratch, ld);
     return scratch;
   }
-  void store_tokens(int64_t n, int64_t count, const T* from, int64_t ld) {
+  void put_tokens(int64_t n, int64_t count, const T* from, int64_t ld) {
     const T one = 1;
     unpack_rows<T>(lattice(n, count), 0, count, dims, from, ld, &one, 0);
   }
-  // Where rows of dims are to be written; store() brings them into the map.
+  // Where rows of dims are to be written; put() brings them into the map.
   T* target(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
       ld = map.d;
@@ -113,7 +123,7 @@ struct Pixels {
     ld = scratch_ld;
     return scratch;
   }
-  void store(int64_t n, int64_t count, const T* from, int64_t ld, const T* scratch) {
+  void put(int64_t n, int64_t count, const T* from, int64_t ld, const T* scratch) {
     if (from == scratch) unpack_panel<T>(lattice(n, count), 0, count, dims, from, ld, static_cast<const T*>(nullptr));
   }
 };
@@ -135,6 +145,7 @@ template <class T>
 static void scores(
     int64_t J, int64_t D, const T* a, int64_t lda, const T* x, int64_t ldx, int64_t count, T* s, int64_t lds) {
   int64_t n = 0;
+  count = round_up(count, W<T>);
   if (J <= kTileRows / 2)
     for (; n + 4 * W<T> <= count; n += 4 * W<T>)
       product_rows<T, 4, Start::zero, false>(J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
@@ -242,6 +253,10 @@ static void sums_by_dim(
   int64_t d = 0;
   if (M <= kTileRows / 2)
     for (; d + 3 * W<T> < D; d += 4 * W<T>) panel(std::integral_constant<int, 4>{}, d);
+  if (D - d > 2 * W<T> && D - d <= 3 * W<T>) {
+    panel(std::integral_constant<int, 3>{}, d);
+    return;
+  }
   for (; d + W<T> < D; d += 2 * W<T>) panel(std::integral_constant<int, 2>{}, d);
   if (d < D) panel(std::integral_constant<int, 1>{}, d);
 }
@@ -290,6 +305,10 @@ MVK_INLINE void fill_tail(int64_t J, T* s, int64_t lds, int64_t count, T value) 
 template <class T, class S>
 MVK_INLINE void store_token(const Bridge& a, const Tokens& t, int64_t b, int64_t h, int64_t m, const T* from) {
   S* p = static_cast<S*>(t.data) + b * t.b + h * t.h + m * t.m;
+  if (std::is_same_v<T, S> && t.d == 1) {
+    memcpy(p, from, a.D * sizeof(S));
+    return;
+  }
   for (int64_t d = 0; d < a.D; ++d) from_float(from[d], p + d * t.d);
 }
 
