@@ -10,7 +10,7 @@ from torch import Tensor
 from mvkernels import checks, extension
 from mvkernels.backend import choose
 from mvkernels.ops.former_to_mobile import suite
-from mvkernels.ops.former_to_mobile.autograd import KERNELS, Checked, FormerToMobileFunction
+from mvkernels.ops.former_to_mobile.autograd import KERNELS, FormerToMobileFunction
 from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
 from mvkernels.registry import Op, register
 
@@ -61,7 +61,7 @@ def former_to_mobile(
         return reference(*arguments)
     x, key, value, scale, residual = arguments
     if torch.is_grad_enabled() and (x.requires_grad or key.requires_grad or value.requires_grad):
-        return Checked.apply(x, key, value, scale, residual, chosen)
+        return FormerToMobileFunction.apply(x, key, value, scale, residual, chosen, True)
     return KERNELS[chosen][0](x, key, value, scale, residual)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvkernels import checks, library
 from mvkernels.backend import choose
+from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
 
 _FORWARD = "(Tensor x, Tensor key, Tensor value, float scale, bool residual) -> Tensor"
 _BACKWARD = "(Tensor grad, Tensor x, Tensor key, Tensor value, float scale, bool residual)"
@@ -51,20 +52,37 @@ KERNELS = {
 }
 
 
-class Checked(torch.autograd.Function):
-    """The Function on checked arguments and a chosen backend, so that the public function asks both but once."""
+class FormerToMobileFunction(torch.autograd.Function):
+    """:func:`mvkernels.former_to_mobile` with its own backward.
+
+    ``apply(x, key, value, scale, residual, backend)``, the op's arguments in order; those after ``value``
+    may be left out; ``checked`` is the public function's, which has checked them and chosen the backend. Saves
+    its inputs and nothing else: the backward recomputes the probabilities. A second derivative raises
+    RuntimeError.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, key: Tensor, value: Tensor, scale: float, residual: bool, backend: str
+        ctx: Any,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None = None,
+        residual: bool = True,
+        backend: str | None = None,
+        checked: bool = False,
     ) -> Tensor:
+        if not checked:
+            from mvkernels.ops.former_to_mobile import OP
+
+            arguments = OP.check(x, key, value, scale, residual)
+            backend = choose(OP, backend, arguments)
+            x, key, value, scale, residual = arguments
         ctx.settings, ctx.backend = (scale, residual), backend
         ctx.save_for_backward(x, key, value)
         if backend == "reference":
-            from mvkernels.ops.former_to_mobile.reference import former_to_mobile
-
-            return former_to_mobile(x, key, value, scale, residual)
-        return KERNELS[backend][0](x, key, value, scale, residual)
+            return reference(x, key, value, scale, residual)
+        return KERNELS[backend][0](x, key, value, scale, residual)  # type: ignore[index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -77,42 +95,14 @@ class Checked(torch.autograd.Function):
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
-        return *grads, None, None, None
-
-
-class FormerToMobileFunction(Checked):
-    """:func:`mvkernels.former_to_mobile` with its own backward.
-
-    ``apply(x, key, value, scale, residual, backend)``, the op's arguments in order; those after ``value``
-    may be left out. Saves its inputs and nothing else: the backward recomputes the probabilities. A second
-    derivative raises RuntimeError.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None = None,
-        residual: bool = True,
-        backend: str | None = None,
-    ) -> Tensor:
-        from mvkernels.ops.former_to_mobile import OP
-
-        arguments = OP.check(x, key, value, scale, residual)
-        chosen = choose(OP, backend, arguments)
-        x, key, value, scale, residual = arguments
-        return Checked.forward(ctx, x, key, value, scale, residual, chosen)
+        return *grads, None, None, None, None
 
 
 def _reference_backward(
     grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float, residual: bool
 ) -> list[Tensor | None]:
-    from mvkernels.ops.former_to_mobile.reference import former_to_mobile
-
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
-        out = former_to_mobile(inputs[0], inputs[1], inputs[2], scale, residual)
+        out = reference(inputs[0], inputs[1], inputs[2], scale, residual)
         grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
     return [next(grads) if w else None for w in wanted]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvkernels import checks, extension
 from mvkernels.backend import choose
 from mvkernels.ops.mobile_to_former import suite
-from mvkernels.ops.mobile_to_former.autograd import KERNELS, Checked, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.autograd import KERNELS, MobileToFormerFunction
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 from mvkernels.registry import Op, register
 
@@ -51,7 +51,7 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
         return reference(*arguments)
     query, x, scale = arguments
     if torch.is_grad_enabled() and (query.requires_grad or x.requires_grad):
-        return Checked.apply(query, x, scale, chosen)
+        return MobileToFormerFunction.apply(query, x, scale, chosen, True)
     return KERNELS[chosen][0](query, x, scale)[0]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvkernels import checks, library
 from mvkernels.backend import choose
+from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 
 _FORWARD = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse)"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale) -> (Tensor dquery, Tensor dx)"
@@ -57,18 +58,35 @@ KERNELS = {
 }
 
 
-class Checked(torch.autograd.Function):
-    """The Function on checked arguments and a chosen backend, so that the public function asks both but once."""
+class MobileToFormerFunction(torch.autograd.Function):
+    """:func:`mvkernels.mobile_to_former` with its own backward.
+
+    ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
+    ``checked`` is the public function's, which has checked them and chosen the backend. Saves query, x, the
+    output and what is left of each token's scores, their log-sum-exp: no scores. A second derivative raises
+    RuntimeError.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, x: Tensor, scale: float, backend: str) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        x: Tensor,
+        scale: float | None = None,
+        backend: str | None = None,
+        checked: bool = False,
+    ) -> Tensor:
+        if not checked:
+            from mvkernels.ops.mobile_to_former import OP
+
+            arguments = OP.check(query, x, scale)
+            backend = choose(OP, backend, arguments)
+            query, x, scale = arguments
         ctx.scale, ctx.backend = scale, backend
         if backend == "reference":
-            from mvkernels.ops.mobile_to_former.reference import mobile_to_former
-
             ctx.save_for_backward(query, x)
-            return mobile_to_former(query, x, scale)
-        out, lse = KERNELS[backend][0](query, x, scale)
+            return reference(query, x, scale)
+        out, lse = KERNELS[backend][0](query, x, scale)  # type: ignore[index]
         ctx.save_for_backward(query, x, out, lse)
         return out
 
@@ -83,37 +101,14 @@ class Checked(torch.autograd.Function):
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
-        return *grads, None, None
-
-
-class MobileToFormerFunction(Checked):
-    """:func:`mvkernels.mobile_to_former` with its own backward.
-
-    ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out.
-    Saves query, x, the output and what is left of each token's scores (their log-sum-exp, (B, heads, M), or two numbers
-    for it): no scores. A second
-    derivative raises RuntimeError.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, x: Tensor, scale: float | None = None, backend: str | None = None
-    ) -> Tensor:
-        from mvkernels.ops.mobile_to_former import OP
-
-        arguments = OP.check(query, x, scale)
-        chosen = choose(OP, backend, arguments)
-        query, x, scale = arguments
-        return Checked.forward(ctx, query, x, scale, chosen)
+        return *grads, None, None, None
 
 
 def _reference_backward(
     grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float
 ) -> list[Tensor | None]:
-    from mvkernels.ops.mobile_to_former.reference import mobile_to_former
-
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
-        out = mobile_to_former(inputs[0], inputs[1], scale)
+        out = reference(inputs[0], inputs[1], scale)
         grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
     return [next(grads) if w else None for w in wanted]
