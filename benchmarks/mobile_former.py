@@ -67,6 +67,7 @@ def main() -> int:
         model.eval().to(options.device, memory_format=layout)
         models = {"reference": on("reference", model), "fused": on(options.backend, model)}
         if not options.no_compile:
+            torch._dynamo.reset()  # all models are one class, and its code is compiled only so often
             models["reference, compiled"] = torch.compile(on("reference", model))
             models["fused, compiled"] = torch.compile(on(options.backend, model))
         for size in options.size:
