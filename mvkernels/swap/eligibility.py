@@ -8,6 +8,8 @@ attribute reads and comparisons, and nothing that torch.compile could not trace.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from typing import Any
 
 import torch
@@ -48,24 +50,42 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     """
     if type(module) is not kind:
         return f"{what} is a {type(module).__name__}, want a plain {kind.__name__}"
-    if kind.forward is not _own_forward(kind):
-        return f"{kind.__name__} has had its forward replaced"
-    return not_hooked(module, what)
+    return replaced(kind, "forward") or not_hooked(module, what)
 
 
-_forwards: dict[type[nn.Module], Any] = {}
+_written: dict[tuple[type[nn.Module], str], Any] = {}
 
 
-def _own_forward(kind: type[nn.Module]) -> Any:
-    """The forward that a class was written with, or None if another one stood there when it was first met."""
-    if kind not in _forwards:
-        owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
-        forward: Any = owner.__dict__["forward"]
-        written = (owner.__module__, f"{owner.__qualname__}.forward")
-        own = (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)) == written
-        # nn.Module's own subclasses take some forwards from functions elsewhere; those of torch are as they are.
-        _forwards[kind] = forward if own or owner.__module__.startswith("torch.") else None
-    return _forwards[kind]
+def replaced(kind: type[nn.Module], *methods: str) -> str:
+    """Nobody may have put another method in the place of one that the class was written with."""
+    for name in methods:
+        method = getattr(kind, name)
+        if (kind, name) not in _written:
+            if torch.compiler.is_compiling():  # a model unpickled and compiled at once
+                continue
+            if method is not _as_written(kind, name):
+                return f"{kind.__name__} has had its {name} replaced"
+            _written[kind, name] = method
+        if method is not _written[kind, name]:
+            return f"{kind.__name__} has had its {name} replaced"
+    return ""
+
+
+def _as_written(kind: type[nn.Module], name: str) -> Any:
+    """The method of the class, or None if what stands there was written elsewhere: its name or its file says so."""
+    owner = next(base for base in kind.__mro__ if name in base.__dict__)
+    method = owner.__dict__[name]
+    package = owner.__module__.partition(".")[0]
+    if package == "torch":  # some of its forwards come from functions elsewhere in it
+        return method
+    names = (getattr(method, "__module__", None), getattr(method, "__qualname__", None))
+    if names != (owner.__module__, f"{owner.__qualname__}.{name}"):
+        return None
+    # functools.wraps copies the names, not the code.
+    home, code = getattr(sys.modules.get(package), "__file__", None), getattr(method, "__code__", None)
+    if home is not None and code is not None and not code.co_filename.startswith(os.path.dirname(home)):
+        return None
+    return method
 
 
 def not_hooked(module: nn.Module, what: str) -> str:

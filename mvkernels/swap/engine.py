@@ -81,12 +81,14 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
         requested(backend)
     found = find(model)
     chosen = _predicate(only, [name for name, _, _ in found])
+    # Asked before anything is changed: a predicate may raise.
+    picked = {name for name, module, _ in found if not hasattr(type(module), "mvk_original") and chosen(name, module)}
     report = SwapReport()
     for name, module, family in found:
         original: type[nn.Module] = getattr(type(module), "mvk_original", type(module))
         if original is not type(module):
             reason, swapped = "already swapped", True
-        elif not chosen(name, module):
+        elif name not in picked:
             reason, swapped = "not chosen by only", False
         elif family is None:
             reason, swapped = "no fused form of this class is known", False

@@ -17,6 +17,7 @@ from mvkernels.swap.eligibility import (
     not_linear,
     not_plain,
     not_pointwise_conv,
+    replaced,
 )
 from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
 
@@ -27,7 +28,8 @@ def why_not(block: Any) -> str:
     """Why the fused block cannot stand for this ``MobileVitBlock`` as it is now; empty if it can."""
     into, out = block.conv_1x1, block.conv_proj
     reason = (
-        not_pointwise_conv(into, "conv_1x1")
+        replaced(MobileVitBlock, "forward")
+        or not_pointwise_conv(into, "conv_1x1")
         or not_plain(out, ConvNormAct, "conv_proj")
         or not_pointwise_conv(out.conv, "conv_proj.conv")
         or not_plain(block.transformer, nn.Sequential, "transformer")

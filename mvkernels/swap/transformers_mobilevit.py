@@ -25,6 +25,7 @@ from mvkernels.swap.eligibility import (
     not_linear,
     not_plain,
     not_pointwise_conv,
+    replaced,
 )
 from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
 
@@ -37,7 +38,8 @@ def why_not(block: Any) -> str:
     if not {"unfolding", "folding"}.isdisjoint(block.__dict__):
         return "its unfolding or folding has been replaced"
     reason = (
-        not_plain(into, MobileViTConvLayer, "conv_1x1")
+        replaced(MobileViTLayer, "forward", "unfolding", "folding")
+        or not_plain(into, MobileViTConvLayer, "conv_1x1")
         or not_pointwise_conv(into.convolution, "conv_1x1.convolution")
         or not_plain(out, MobileViTConvLayer, "conv_projection")
         or not_pointwise_conv(out.convolution, "conv_projection.convolution")

@@ -34,6 +34,7 @@ class _Snapshot:
         self.attributes = [m.__dict__ for m in self.modules]
         self.containers = [block.__dict__] + [a for a in self.attributes if a["_modules"]]
         self.weighted = [a for a in self.attributes if "weight" in a["_parameters"]]
+        self.kind = getattr(type(block), "mvk_original", type(block))
         self.heads = [a for a in self.attributes if not _HEADS.isdisjoint(a)]
         self.rates = [a for a in self.attributes if "p" in a or "drop_prob" in a]
         self.state = self.read()
@@ -43,6 +44,7 @@ class _Snapshot:
         return (
             [*map(type, self.modules)],
             [type(m).forward for m in self.modules],
+            [getattr(self.kind, name, None) for name in _METHODS],
             # whether there are hooks, and not which: `not` makes a bool of a dictionary
             [
                 not (a["_forward_hooks"] or a["_forward_pre_hooks"] or a["_backward_hooks"] or a["_backward_pre_hooks"])

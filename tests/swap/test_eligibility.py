@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from mvkernels.nn import patch_transformer
-from mvkernels.swap import swap
+from mvkernels.swap import eligibility, swap
 
 from .conftest import FAMILIES, timm_block
 
@@ -77,23 +78,32 @@ def calls_of_attention(monkeypatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_forward_replaced_in_a_class(family, when, monkeypatch):
+@pytest.mark.parametrize("when", ["before", "after", "before the library met it"])
+@pytest.mark.parametrize(
+    ("part", "method"), [("attention", "forward"), ("block", "forward"), ("block", "unfolding"), ("block", "folding")]
+)
+def test_a_method_replaced_in_a_class(family, part, method, when, monkeypatch):
     block = family.block()
-    kind = type(block.get_submodule(family.attention))
-    forward, x = kind.forward, torch.randn(1, 12, 8, 8)
+    kind = type(block.get_submodule(family.attention) if part == "attention" else block)
+    if not hasattr(kind, method):
+        pytest.skip("it has none")
+    written, x = getattr(kind, method), torch.randn(1, 12, 8, 8)
 
+    @functools.wraps(written)
     def twice(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        return tuple(2 * o for o in out) if isinstance(out, tuple) else 2 * out
+        out = written(self, *args, **kwargs)
+        return tuple(2 * o if isinstance(o, torch.Tensor) else o for o in out) if isinstance(out, tuple) else 2 * out
 
     if when == "after":
         assert swap(block).count == 1
         block(x)
-    monkeypatch.setattr(kind, "forward", twice)
+    if when == "before the library met it":
+        monkeypatch.setattr(eligibility, "_written", {})
+        when = "before"
+    monkeypatch.setattr(kind, method, twice)
     if when == "before":
         report = swap(block)
-        assert report.count == 0 and "had its forward replaced" in report.entries[0].reason
+        assert report.count == 0 and f"had its {method} replaced" in report.entries[0].reason
     twin = copy.deepcopy(block)
     twin.__class__ = getattr(type(twin), "mvk_original", type(twin))
     torch.testing.assert_close(block(x), twin(x), rtol=0, atol=0)

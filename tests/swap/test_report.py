@@ -109,7 +109,7 @@ def test_only_with_an_unknown_name(family):
     assert not any(hasattr(type(m), "mvk_original") for m in model.modules())
 
 
-@pytest.mark.parametrize("only", [3, [3], object()], ids=str)
+@pytest.mark.parametrize("only", [3, [3], object()], ids=["int", "list", "object"])
 def test_only_of_the_wrong_type(family, only):
     with pytest.raises(TypeError, match="only"):
         swap(family.block(), only=only)
@@ -243,3 +243,17 @@ assert swap.__module__ == "mvkernels.swap.engine"
 @pytest.mark.parametrize("script", [_LAZY, _ORDERS], ids=["lazy", "orders"])
 def test_imports(script):
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120)
+
+
+def test_a_predicate_that_raises_leaves_the_model_as_it_was(family):
+    model = family.model()
+    before = [type(m) for m in model.modules()]
+
+    def second_time_unlucky(name, module):
+        if name != family.blocks[0]:
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        swap(model, only=second_time_unlucky)
+    assert [type(m) for m in model.modules()] == before
