@@ -6,6 +6,7 @@ what was found, what is wanted.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -122,6 +123,13 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(
         v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
         for v in values
+    )
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
+    """A context in which autocast is off for a device type."""
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
     )
 
 

@@ -38,6 +38,22 @@ module, reason = _load()
 """The module, or None and the reason in one line."""
 
 
+# Beyond it sums over head_dim in one chain lose what the error criterion allows.
+_MOST_HEAD_DIM = 256
+
+
+def why_not(tensor: torch.Tensor, **dims: int) -> str | None:
+    """Why the C++ kernels cannot run on such a tensor, with heads of these ``dims`` (``head_dim=36``), or None."""
+    if module is None:
+        return reason
+    if tensor.device.type != "cpu":
+        return f"the C++ kernels run on CPU tensors, these are on {tensor.device.type}"
+    if max(dims.values()) > _MOST_HEAD_DIM:
+        found = ", ".join(f"{name} {size}" for name, size in dims.items()).replace(" ", " is ", 1)
+        return f"{found}: more than {_MOST_HEAD_DIM}"
+    return None
+
+
 def build_info() -> dict[str, Any]:
     """Compiler, flags, torch and instruction sets that the extension was built with; empty without it."""
     return json.loads(module.build_info()) if module is not None else {}

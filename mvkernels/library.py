@@ -41,6 +41,17 @@ def define(
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def differentiate(
+    function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` by autograd for the inputs wanted, None for the others."""
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(inputs, wanted)]
+        asked = [t for t in leaves if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(function(*leaves), asked, grad))
+    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+
+
 class _Refuse(torch.autograd.Function):
     """Passes gradients through, tied to the inputs they came from; its own backward is the error."""
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import mvkernels
-from mvkernels import checks, extension, testing
+from mvkernels import checks, testing
 from mvkernels.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device, tokens
@@ -16,13 +16,6 @@ OP = OPS["former_to_mobile"]
 NAMES = ("x", "key", "value")
 needs_cpp = bridges.needs_cpp(OP.name)
 KERNELS = [pytest.param("cpp", marks=needs_cpp), pytest.param("triton", marks=bridges.INTERPRETER)]
-
-
-@pytest.fixture(scope="module")
-def instruction_set(request):
-    before = extension.module.set_instruction_set(request.param)
-    yield request.param
-    extension.module.set_instruction_set(before)
 
 
 def by_definition(x, key, value, scale=None, residual=True):

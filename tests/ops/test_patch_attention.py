@@ -21,13 +21,6 @@ INSTRUCTION_SETS = extension.module.instruction_sets() if extension.module else 
 needs_cpp = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 
 
-@pytest.fixture(scope="module")
-def instruction_set(request):
-    before = extension.module.set_instruction_set(request.param)
-    yield request.param
-    extension.module.set_instruction_set(before)
-
-
 def by_definition(query, key, value, patch_size, bias=None, scale=None):
     """One dense attention over all pixels, with -inf between pixels of different groups."""
     d, height, width = query.shape[2:]

@@ -17,11 +17,6 @@ from mvkernels.registry import Op, register
 __all__ = ["OP", "FormerToMobileFunction", "former_to_mobile"]
 
 _NAME = "former_to_mobile"
-# Beyond it sums over head_dim in one chain lose what the error criterion allows.
-_MOST_HEAD_DIM = 256
-_IN_EXTENSION = extension.module is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "mvkernels_cpp::former_to_mobile_forward", "CPU"
-)
 
 
 def former_to_mobile(
@@ -98,15 +93,7 @@ def _check_shapes(x: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _why_not_cpp(x: Tensor, *_: Any) -> str | None:
-    if extension.module is None:
-        return extension.reason
-    if not _IN_EXTENSION:
-        return f"the C++ extension has no {_NAME}"
-    if x.device.type != "cpu":
-        return f"the C++ kernels run on CPU tensors, these are on {x.device.type}"
-    if x.shape[2] > _MOST_HEAD_DIM:
-        return f"head_dim is {x.shape[2]}: more than {_MOST_HEAD_DIM}"
-    return None
+    return extension.why_not(x, head_dim=x.shape[2])
 
 
 def _why_not_triton(*arguments: Any) -> str | None:

@@ -89,20 +89,10 @@ class FormerToMobileFunction(torch.autograd.Function):
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
         with torch.no_grad():
             if ctx.backend == "reference":
-                grads = _reference_backward(grad, saved, wanted, *ctx.settings)
+                grads = library.differentiate(lambda x, k, v: reference(x, k, v, *ctx.settings), grad, saved, wanted)
             else:
                 found = KERNELS[ctx.backend][1](grad, *saved, *ctx.settings)
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
         return *grads, None, None, None, None
-
-
-def _reference_backward(
-    grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float, residual: bool
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
-        out = reference(inputs[0], inputs[1], inputs[2], scale, residual)
-        grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
-    return [next(grads) if w else None for w in wanted]

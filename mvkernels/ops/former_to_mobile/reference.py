@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvkernels.checks import lay_as
-from mvkernels.ops.patch_attention.reference import _without_autocast
+from mvkernels.checks import lay_as, without_autocast
 
 
 def former_to_mobile(
@@ -28,7 +27,7 @@ def former_to_mobile(
     scale = x.shape[2] ** -0.5 if scale is None else scale
     half = x.dtype in (torch.float16, torch.bfloat16)
     dtype = compute_dtype or (torch.float32 if half else x.dtype)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         pixels = x.flatten(3).to(dtype)
         weights = (key.to(dtype) @ pixels * scale).softmax(-2)
         out = value.to(dtype).transpose(-2, -1) @ weights

@@ -17,11 +17,6 @@ from mvkernels.registry import Op, register
 __all__ = ["OP", "MobileToFormerFunction", "mobile_to_former"]
 
 _NAME = "mobile_to_former"
-# Beyond it sums over head_dim in one chain lose what the error criterion allows.
-_MOST_HEAD_DIM = 256
-_IN_EXTENSION = extension.module is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "mvkernels_cpp::mobile_to_former_forward", "CPU"
-)
 
 
 def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
@@ -81,16 +76,8 @@ def _check_shapes(query: Tensor, x: Tensor) -> None:
     checks.not_empty(_NAME, "x", x, H=3, W=4)
 
 
-def _why_not_cpp(query: Tensor, x: Tensor, scale: float) -> str | None:
-    if extension.module is None:
-        return extension.reason
-    if not _IN_EXTENSION:
-        return f"the C++ extension has no {_NAME}"
-    if query.device.type != "cpu":
-        return f"the C++ kernels run on CPU tensors, these are on {query.device.type}"
-    if query.shape[3] > _MOST_HEAD_DIM:
-        return f"head_dim is {query.shape[3]}: more than {_MOST_HEAD_DIM}"
-    return None
+def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
+    return extension.why_not(query, head_dim=query.shape[3])
 
 
 def _why_not_triton(*arguments: Any) -> str | None:

@@ -95,20 +95,10 @@ class MobileToFormerFunction(torch.autograd.Function):
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
         with torch.no_grad():
             if ctx.backend == "reference":
-                grads = _reference_backward(grad, saved, wanted, ctx.scale)
+                grads = library.differentiate(lambda q, x: reference(q, x, ctx.scale), grad, saved, wanted)
             else:
                 found = KERNELS[ctx.backend][1](grad, *saved, ctx.scale)
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
         return *grads, None, None, None
-
-
-def _reference_backward(
-    grad: Tensor, saved: tuple[Tensor, ...], wanted: tuple[bool, ...], scale: float
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
-        out = reference(inputs[0], inputs[1], scale)
-        grads = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], grad))
-    return [next(grads) if w else None for w in wanted]

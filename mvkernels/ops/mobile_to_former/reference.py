@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvkernels.ops.patch_attention.reference import _without_autocast
+from mvkernels.checks import without_autocast
 
 
 def mobile_to_former(
@@ -21,7 +21,7 @@ def mobile_to_former(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     half = query.dtype in (torch.float16, torch.bfloat16)
     dtype = compute_dtype or (torch.float32 if half else query.dtype)
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         pixels = x.flatten(3).to(dtype)
         weights = (query.to(dtype) @ pixels * scale).softmax(-1)
         return (weights @ pixels.transpose(-2, -1)).to(query.dtype).contiguous()

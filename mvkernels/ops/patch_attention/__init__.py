@@ -17,8 +17,6 @@ from mvkernels.registry import Op, register
 __all__ = ["OP", "PatchAttentionFunction", "patch_attention"]
 
 _NAME = "patch_attention"
-# Beyond it sums over head_dim in one chain lose what the error criterion allows.
-_MOST_HEAD_DIM = 256
 
 
 def patch_attention(
@@ -114,13 +112,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    if extension.module is None:
-        return extension.reason
-    if query.device.type != "cpu":
-        return f"the C++ kernels run on CPU tensors, these are on {query.device.type}"
-    if query.shape[2] > _MOST_HEAD_DIM or value.shape[2] > _MOST_HEAD_DIM:
-        return f"head_dim is {query.shape[2]}, value_dim {value.shape[2]}: more than {_MOST_HEAD_DIM}"
-    return None
+    return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
 
 
 def _why_not_triton(*arguments: Any) -> str | None:

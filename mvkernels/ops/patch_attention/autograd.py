@@ -108,7 +108,9 @@ class PatchAttentionFunction(torch.autograd.Function):
         wanted = (*needs[:3], needs[4])
         with torch.no_grad():
             if ctx.backend == "reference":
-                grads = _reference_backward(grad, saved, wanted, (ph, pw), scale)
+                grads = library.differentiate(
+                    lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted
+                )
             else:
                 query, key, value, bias, out, lse = saved
                 kernel = KERNELS[ctx.backend][1]
@@ -117,19 +119,3 @@ class PatchAttentionFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
         return grads[0], grads[1], grads[2], None, grads[3], None, None, None
-
-
-def _reference_backward(
-    grad: Tensor,
-    saved: tuple[Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    patch_size: tuple[int, int],
-    scale: float,
-) -> list[Tensor | None]:
-    with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(saved, wanted)]
-        query, key, value, bias = inputs
-        out = reference(query, key, value, patch_size, bias, scale)  # type: ignore[arg-type]
-        leaves = [t for t in inputs if t is not None and t.requires_grad]
-        grads = iter(torch.autograd.grad(out, leaves, grad))
-    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

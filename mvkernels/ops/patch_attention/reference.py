@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from mvkernels.checks import lay_as
+from mvkernels.checks import lay_as, without_autocast
 
 
 def patch_attention(
@@ -38,7 +36,7 @@ def patch_attention(
     maps = [m.to(dtype) for m in (query, key, value)]
     bias = None if bias is None else bias.to(dtype)
 
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         if height % ph == 0 and width % pw == 0:
             q, k, v = (_unfold(m, ph, pw) for m in maps)
             out = _fold(_attention(q, k, v, bias, scale), ph, pw, height, width)
@@ -50,12 +48,6 @@ def patch_attention(
                     group = _attention(q, k, v, bias, scale).squeeze(2).transpose(-2, -1)
                     out[..., y::ph, x::pw] = group.reshape(out[..., y::ph, x::pw].shape)
     return lay_as(out.to(query.dtype), query)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

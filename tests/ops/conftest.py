@@ -1,0 +1,10 @@
+import pytest
+
+from mvkernels import extension
+
+
+@pytest.fixture(scope="module")
+def instruction_set(request):
+    before = extension.module.set_instruction_set(request.param)
+    yield request.param
+    extension.module.set_instruction_set(before)
