@@ -26,7 +26,7 @@ BAD = [
     (["verify", "--op", "no_such_op"], "unknown op 'no_such_op'"),
     (["verify", "--dtype", "int8"], "invalid choice"),
     (["verify", "--backend", "no_such_backend"], "invalid choice"),
-    (["verify", "--backend", "cuda"], "patch_attention: backend cuda cannot run"),
+    (["verify", "--backend", "cuda"], "backend cuda cannot run"),
     (["verify", "--device", "no_such_device"], "no_such_device"),
     (["bench", "no_such_op", "--allocator", "default"], "unknown op 'no_such_op'"),
     (["bench", "--dtype", "int8"], "invalid choice"),
