@@ -76,6 +76,7 @@ OP = register(
         function=relu_linear_attention,
         reference=reference,
         check=_check,
+        maps=("query", "key", "value"),
         why_not={},
         suite=suite.cases,
         peers=suite.PEERS,
