@@ -70,13 +70,22 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
 
 
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.relu_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
         function=relu_linear_attention,
         reference=reference,
         check=_check,
-        why_not={},
+        maps=("query", "key", "value"),
+        why_not={"triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
