@@ -32,10 +32,7 @@ def _depthwise(
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, WIDTH)
-    if LAYOUT == 1:
-        total = tl.zeros([BLOCK, WIDTH], ACC)
-    else:
-        total = tl.zeros([WIDTH, BLOCK], ACC)
+    total = tl.zeros([BLOCK, WIDTH] if LAYOUT == 1 else [WIDTH, BLOCK], ACC)
     for tap in range(0, K * K):
         ty = y + SIGN * (tap // K - K // 2)
         tx = x + SIGN * (tap % K - K // 2)
