@@ -11,18 +11,26 @@ from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 
-_FORWARD = "(Tensor query, Tensor key, Tensor value, float eps) -> (Tensor out, Tensor sums)"
-_BACKWARD = "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor sums, float eps)"
-_BACKWARD += " -> (Tensor dq, Tensor dk, Tensor dv)"
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_GRADS = "(Tensor dquery, Tensor dkey, Tensor dvalue)"
+
+
+def _fake_forward_cpp(query, key, value, eps):  # type: ignore[no-untyped-def]
+    # Sums over pixels: of value times relu(key), and of relu(key).
+    b, heads, dim = query.shape[:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    kv, keys = query.new_empty((b, heads, dim, dim), dtype=dtype), query.new_empty((b, heads, dim), dtype=dtype)
+    return checks.empty_map(query, dim), kv, keys
 
 
 def _fake_forward_triton(query, key, value, eps):  # type: ignore[no-untyped-def]
-    b, h, d = query.shape[:3]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return checks.empty_map(query, d), query.new_empty((b, h, d + 1, d), dtype=dtype)
+    # The same in one: a row of D for each of D channels of the key, and one more.
+    b, heads, dim = query.shape[:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return checks.empty_map(query, dim), query.new_empty((b, heads, dim + 1, dim), dtype=dtype)
 
 
-def _fake_backward(grad, query, key, value, sums, eps):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
     return tuple(checks.empty_map(each, each.shape[2]) for each in (query, key, value))
 
 
@@ -42,11 +50,23 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return triton_kernels.backward(grad, *rest)
 
 
-_NAME = "relu_linear_attention"
+_FORWARD = {
+    "cpp": f"({_INPUTS}, float eps) -> (Tensor out, Tensor kv, Tensor keys)",
+    "triton": f"({_INPUTS}, float eps) -> (Tensor out, Tensor sums)",
+}
+_BACKWARD = {
+    "cpp": f"(Tensor grad, {_INPUTS}, Tensor kv, Tensor keys, float eps) -> {_GRADS}",
+    "triton": f"(Tensor grad, {_INPUTS}, Tensor sums, float eps) -> {_GRADS}",
+}
+_NAMES = ("relu_linear_attention_forward", "relu_linear_attention_backward")
 KERNELS = {
+    "cpp": (
+        library.define("cpp", _NAMES[0], _FORWARD["cpp"], _fake_forward_cpp),
+        library.define("cpp", _NAMES[1], _BACKWARD["cpp"], _fake_backward),
+    ),
     "triton": (
-        library.define("triton", _NAME + "_forward", _FORWARD, _fake_forward_triton, _triton_forward),
-        library.define("triton", _NAME + "_backward", _BACKWARD, _fake_backward, _triton_backward),
+        library.define("triton", _NAMES[0], _FORWARD["triton"], _fake_forward_triton, _triton_forward),
+        library.define("triton", _NAMES[1], _BACKWARD["triton"], _fake_backward, _triton_backward),
     ),
 }
 """By backend: ``forward(query, key, value, eps) -> (out, *sums)`` and

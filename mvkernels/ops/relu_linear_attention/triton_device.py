@@ -81,7 +81,8 @@ _OUT = ["osb", "osh", "osd", "osy", "osx"]
 _SIZES = ["heads", "H", "W", "slices", "steps", "units"]
 
 
-# STAGE 1: S of a slice of k and v. STAGE 2: the output of a slice of q from S of the whole unit. 0: one after the other.
+# STAGE 1: S of a slice of k and v. STAGE 2: the output of a slice of q from S of the whole unit.
+# 0: one after the other.
 @triton.jit(do_not_specialize=_Q + _K + _V + _OUT + _SIZES)
 def forward_slices(
     q_ptr, k_ptr, v_ptr, o_ptr, s_ptr, eps, eps_low,

@@ -81,18 +81,16 @@ def run(launches: list[Launch], tensors: dict[str, torch.Tensor], eps: float = 0
             each(tensors, floats)
 
 
-def forward_into(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, eps: float
-                 ) -> torch.Tensor:  # fmt: skip
-    """Write the output to the map ``out`` of any strides; return the sums (B, h, D + 1, D)."""
+def forward_into(
+    out: torch.Tensor, sums: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, eps: float
+) -> None:
+    """Write the output to the map ``out`` of any strides, and the sums, (B, h, D + 1, D), contiguous."""
     named = (("q", query), ("k", key), ("v", value), ("o", out))
     launches, slices = forward_launches(problem_of(named))
-    b, h, d = query.shape[:3]
-    sums = query.new_empty((b, h, d + 1, d), dtype=sums_dtype(query.dtype))
     tensors = dict(named) | {"sums": sums}
     if slices > 1:
         tensors["parts"] = sums.new_empty((slices, *sums.shape))
     run(launches, tensors, eps)
-    return sums
 
 
 def backward_into(
@@ -104,7 +102,7 @@ def backward_into(
     sums: torch.Tensor,
     eps: float,
 ) -> None:
-    """Write dq, dk, dv to the maps ``grads`` of any strides."""
+    """Write dq, dk, dv to the maps ``grads`` of any strides, which may be query, key and value themselves."""
     named = (("g", grad), ("q", query), ("k", key), ("v", value), *zip(("dq", "dk", "dv"), grads))
     launches, slices = backward_launches(problem_of(named))
     # With one slice the sums' gradient is not written: any tensor will do.
@@ -121,8 +119,11 @@ def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, eps: fl
     sums is float32 (float64 for float64): row d < D the sum over pixels of relu(k)_d v, row D that of relu(k). Inputs
     are read in place, whatever their strides.
     """
-    out = empty_map(query, query.shape[2])
-    return out, forward_into(out, query, key, value, eps)
+    b, h, d = query.shape[:3]
+    out = empty_map(query, d)
+    sums = query.new_empty((b, h, d + 1, d), dtype=sums_dtype(query.dtype))
+    forward_into(out, sums, query, key, value, eps)
+    return out, sums
 
 
 def backward(
