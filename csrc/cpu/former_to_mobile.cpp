@@ -110,8 +110,7 @@ template <class T, class S>
 static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
-      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(M * ldk) + 2 * Arena::bytes<T>(D * K) +
-          Arena::bytes<T>(M * K),
+      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(M * ldk) + 2 * Arena::bytes<T>(D * K) + Arena::bytes<T>(M * K),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* out_table = arena.take<int64_t>(K);

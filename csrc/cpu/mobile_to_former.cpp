@@ -161,12 +161,10 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
         dots<T, G>(D, blocks.count, rows, ld, q + g * D * G, s, -kInfinity<T>);
         exponentials<T, TokensInTurn<T, G>>(
             s, blocks.count * G, T(factor.scores), top + g * W<T>, sum + g * W<T>, alpha);
-        weigh<T, G>(
-            smaller(M - g * G, G), D, blocks.count, s, rows, ld, out + g * G * ldq, ldq, alpha, blocks.first());
+        weigh<T, G>(smaller(M - g * G, G), D, blocks.count, s, rows, ld, out + g * G * ldq, ldq, alpha, blocks.first());
       }
     }
-    for (int64_t g = 0; g < groups; ++g)
-      store<T>(sum + g * W<T>, TokensInTurn<T, G>::sum(load<T>(sum + g * W<T>)));
+    for (int64_t g = 0; g < groups; ++g) store<T>(sum + g * W<T>, TokensInTurn<T, G>::sum(load<T>(sum + g * W<T>)));
     for (int64_t m = 0; m < M; ++m) {
       const int64_t at = m / G * W<T> + m % G;
       T* row = out + m * ldq;
