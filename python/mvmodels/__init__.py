@@ -1,6 +1,6 @@
 """The papers' models in plain PyTorch, on the modules of :mod:`mvkernels.nn`."""
 
-from mvmodels import mobile_former
+from mvmodels import mobile_former, mobilevit, mobilevit_dense
 from mvmodels.macs import count_macs
 from mvmodels.registry import ModelInfo, WeightSource, create_model, list_models, load_weights, model_info
 
@@ -12,5 +12,7 @@ __all__ = [
     "list_models",
     "load_weights",
     "mobile_former",
+    "mobilevit",
+    "mobilevit_dense",
     "model_info",
 ]
