@@ -90,6 +90,21 @@ class LayerScale(nn.Module):
         return x * self.gamma.view(-1, *(1,) * (x.dim() - self.axis - 1))
 
 
+class Mlp(nn.Module):
+    """Linear, GELU, Linear over the last axis, each with dropout after it."""
+
+    def __init__(self, channels: int, ratio: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, ratio * channels)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(ratio * channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) -> the same shape."""
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(x)))))
+
+
 class PoolMixer(nn.Module):
     """PoolFormer's token mixer: the mean over 3×3 pixels, those of the picture only, minus the pixel.
 

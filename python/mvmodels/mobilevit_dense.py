@@ -251,9 +251,7 @@ def anchors(sides: list[tuple[int, int]]) -> Tensor:
         for ratio in ratios:
             wide = math.sqrt(ratio)
             shapes += [(small * wide, small / wide), (small / wide, small * wide)]
-        y, x = torch.meshgrid(
-            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
-        )
+        y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
         centres = torch.stack((x, y), -1).reshape(-1, 1, 2).expand(-1, len(shapes), -1)
         found.append(torch.cat((centres, torch.tensor(shapes).expand(height * width, -1, -1)), -1).flatten(0, 1))
     return torch.cat(found).clamp(0.0, 1.0)

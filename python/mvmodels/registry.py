@@ -159,6 +159,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
             loaded[name] = own[name]
             continue
         value, want = _joined(values), tuple(own[name].shape)
+        if value is not None and tuple(value.shape) == (*want, 1, 1):  # a 1×1 convolution is a Linear
+            value = value.flatten(1)
         if value is None or tuple(value.shape) != want:
             found = ", ".join(str(tuple(v.shape)) for v in values)
             joined = " together" if len(group) > 1 else ""
