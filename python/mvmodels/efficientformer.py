@@ -92,7 +92,7 @@ class BiasedAttention(nn.Module):
 
     def bias(self, height: int, width: int) -> Tensor:
         """(heads, height * width, height * width), gathered from the parameter as it is now: nothing is cached."""
-        table = self.attention_biases
+        table: Tensor = self.attention_biases
         if (height, width) != (self.side, self.side):
             table = table.view(1, _HEADS, self.side, self.side)
             table = F.interpolate(table, size=(height, width), mode="bilinear", align_corners=True).view(_HEADS, -1)
@@ -132,6 +132,19 @@ class MB3D(nn.Module):
         """(B, H, W, C) -> the same shape."""
         x = x + self.drop_path(self.scale1(self.mixer(self.norm1(x))))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class Stage(nn.Sequential):
+    """MB4D blocks, then MB3D blocks, which get a map that lies channels-last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        last = False
+        for block in self:
+            if isinstance(block, MB3D) and not last:
+                x, last = x.permute(0, 2, 3, 1).contiguous(), True
+            x = block(x)
+        return x.permute(0, 3, 1, 2) if last else x
 
 
 class EfficientFormer(nn.Module):
@@ -185,7 +198,7 @@ class EfficientFormer(nn.Module):
             pooling = depth if i < 3 else depth - size.attention_blocks
             blocks: list[nn.Module] = [MB4D(width, dropout, next(rates)) for _ in range(pooling)]
             blocks += [MB3D(width, side, dropout, next(rates), backend) for _ in range(depth - pooling)]
-            self.blocks.append(nn.ModuleList(blocks))
+            self.blocks.append(Stage(*blocks))
         self.first_attention = size.depths[3] - size.attention_blocks
         self.stages = tuple((width, 4 * 2**i) for i, width in enumerate(widths))
         """For each stage: the channels of its map, and the picture's side over the map's."""
@@ -205,16 +218,12 @@ class EfficientFormer(nn.Module):
         for i, blocks in enumerate(self.blocks):
             if i > 0:
                 x = self.downsample[i - 1](x)
-            last = False
-            for block in blocks:
-                if isinstance(block, MB3D) and not last:
-                    x, last = x.permute(0, 2, 3, 1).contiguous(), True
-                x = block(x)
-            maps.append(x.permute(0, 3, 1, 2) if last else x)
+            x = blocks(x)
+            maps.append(x)
         return maps
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), a pair of them, or with features_only a list of maps."""
+        """A picture (B, in_chans, H, W) -> logits (B, num_classes), a pair of them, or a list of maps."""
         maps = self.forward_features(x)
         if self.norm is None:
             return maps
@@ -241,7 +250,7 @@ class EfficientFormer(nn.Module):
         }
 
     def _shifted(self, name: str) -> str:
-        """In both other codes the map is flattened by a module of its own, which takes a place before the first MB3D."""
+        """In both other codes a module that flattens the map takes the place before the first MB3D."""
         parts = name.split(".")
         if parts[:2] == ["blocks", "3"] and int(parts[2]) >= self.first_attention:
             parts[2] = str(int(parts[2]) + 1)

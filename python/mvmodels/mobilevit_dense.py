@@ -92,7 +92,7 @@ class DeepLabV3(nn.Module):
         return self.backbone.stages
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes, H / output_stride, W / output_stride), rounded up."""
+        """A picture (B, in_chans, H, W) -> logits (B, num_classes, H, W over the output stride, rounded up)."""
         maps = self.backbone(x)
         if self.features_only:
             return maps

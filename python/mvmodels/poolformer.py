@@ -83,7 +83,8 @@ class PoolFormer(nn.Module):
             loads timm's weights, which makes it "pool_norm", so that the logits are timm's.
         backend: taken for the sake of the other models' arguments: there is no fused op in this one.
 
-    H and W of a picture are free, from 3 up. Raises ValueError for a setting out of range or an input that is no picture.
+    H and W of a picture are free, from 3 up. Raises ValueError for a setting out of range or an input that is no
+    picture.
     """
 
     def __init__(
