@@ -2,6 +2,15 @@
 
 from mvmodels import mobile_former
 from mvmodels.macs import count_macs
-from mvmodels.registry import ModelInfo, create_model, list_models, load_weights, model_info
+from mvmodels.registry import ModelInfo, WeightSource, create_model, list_models, load_weights, model_info
 
-__all__ = ["ModelInfo", "count_macs", "create_model", "list_models", "load_weights", "mobile_former", "model_info"]
+__all__ = [
+    "ModelInfo",
+    "WeightSource",
+    "count_macs",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "mobile_former",
+    "model_info",
+]
