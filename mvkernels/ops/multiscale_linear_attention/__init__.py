@@ -77,7 +77,7 @@ def _check(
     pointwise_bias: Sequence[Tensor | None] | None = None,
     eps: float = 1e-15,
 ) -> tuple[Any, ...]:
-    lists = {"depthwise": depthwise, "pointwise": pointwise}
+    lists: dict[str, Sequence[Any]] = {"depthwise": depthwise, "pointwise": pointwise}
     biases = {"depthwise_bias": depthwise_bias, "pointwise_bias": pointwise_bias}
     lists |= {name: value for name, value in biases.items() if value is not None}
     named: dict[str, Any] = {"qkv": qkv}
@@ -88,7 +88,7 @@ def _check(
                 f"{_NAME}: {name} has {len(value)} entries, depthwise has {len(depthwise)}, want one for each scale"
             )
         named |= {f"{name}[{i}]": each for i, each in enumerate(value) if each is not None or name not in biases}
-    cast = dict(zip(named, checks.autocast(*named.values())))
+    cast: dict[str, Any] = dict(zip(named, checks.autocast(*named.values())))
     if not checks.alike(*cast.values()):
         checks.tensors(_NAME, **cast)
     if not isinstance(head_dim, int) or isinstance(head_dim, bool):
@@ -111,7 +111,7 @@ def _check(
         _check_shape(f"pointwise[{i}]", cast, (channels, head_dim, 1, 1), "(3C, head_dim, 1, 1)")
         _check_shape(f"depthwise_bias[{i}]", cast, (channels,), "(3C,)")
         _check_shape(f"pointwise_bias[{i}]", cast, (channels,), "(3C,)")
-    found = {name: tuple(cast.get(f"{name}[{i}]") for i in range(len(depthwise))) for name in lists}
+    found: dict[str, Any] = {name: tuple(cast.get(f"{name}[{i}]") for i in range(len(depthwise))) for name in lists}
     for name in biases:  # no bias at all is said in one way
         if all(each is None for each in found.get(name, ())):
             found[name] = None
@@ -132,6 +132,7 @@ OP = register(
         function=multiscale_linear_attention,
         reference=reference,
         check=_check,
+        maps=("qkv",),
         why_not={},
         suite=suite.cases,
         peers=suite.PEERS,

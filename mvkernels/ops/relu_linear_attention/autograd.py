@@ -8,11 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import library
+from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+_FORWARD = "(Tensor query, Tensor key, Tensor value, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
+_BACKWARD = (
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor kv, Tensor keys, float eps)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+)
+
+
+def _fake_forward(query, key, value, eps):  # type: ignore[no-untyped-def]
+    # Sums over pixels: of value times relu(key), and of relu(key).
+    b, heads, dim = query.shape[:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    kv, keys = query.new_empty((b, heads, dim, dim), dtype=dtype), query.new_empty((b, heads, dim), dtype=dtype)
+    return checks.empty_map(query, dim), kv, keys
+
+
+def _fake_backward(grad, query, key, value, kv, keys, eps):  # type: ignore[no-untyped-def]
+    return tuple(checks.empty_map(m, m.shape[2]) for m in (query, key, value))
+
+
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "cpp": (
+        library.define("cpp", "relu_linear_attention_forward", _FORWARD, _fake_forward),
+        library.define("cpp", "relu_linear_attention_backward", _BACKWARD, _fake_backward),
+    ),
+}
 
 
 class ReLULinearAttentionFunction(torch.autograd.Function):
