@@ -314,6 +314,20 @@ def test_another_name_and_the_same_computation():
     assert swap(module).entries == []
 
 
+def test_a_norm_that_runs_elsewhere():
+    """DC-AE's norm in MIT's code is a kernel for CUDA; the module is asked on the CPU."""
+
+    class OnCUDA(nn.BatchNorm2d):
+        def forward(self, x):
+            if not x.is_cuda:
+                raise AssertionError("Torch not compiled with CUDA enabled")
+            return super().forward(x)
+
+    module = mit_attention()
+    module.proj.norm = OnCUDA(16)
+    assert swap(module).count == 1
+
+
 @pytest.mark.parametrize("method", ["forward", "_attn"])
 @pytest.mark.parametrize("when", ["before", "after", "before the library met it"])
 def test_a_method_of_timms_class_replaced(method, when, monkeypatch):
