@@ -19,7 +19,7 @@ struct InstructionSet {
   const LinearAttentionKernels* relu_linear_attention;
 };
 
-#define MVK_KERNELS(isa)                                                                               \
+#define MVK_KERNELS(isa)                                                                         \
   &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels, \
       &isa::relu_linear_attention_kernels
 const InstructionSet kInstructionSets[] = {

@@ -154,8 +154,7 @@ static void product(
 
 // c[m][n] = f[n] sum_k a[m * lda + k] b[k * ldb + n] for M rows and V vectors.
 template <class T, int M, int V>
-static void scaled_tile(
-    int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
+static void scaled_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)

@@ -144,8 +144,6 @@ static void weigh_tile(
     }
 }
 
-constexpr int64_t kChain = 64;
-
 // The same for one group of M tokens and all dims. c has whole vectors.
 template <class T, int G>
 static void weigh(

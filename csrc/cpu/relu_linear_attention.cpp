@@ -23,8 +23,8 @@ struct Scratch {
     const int64_t wide = ldn < 2 * W<T> ? 2 * W<T> : ldn;  // as outputs() takes them
     const int64_t rows_size = (a.D + 1) * wide, tokens_size = round_up(N, W<T>) * ldk, sums_size = (a.D + 1) * ldk;
     arena.reset(
-        4 * Arena::bytes<int64_t>(N) + 2 * Arena::bytes<T>(sums_size) + Arena::bytes<T>(ldk * ldk) + Arena::bytes<T>(wide) +
-            3 * Arena::bytes<T>(rows_size) + 3 * Arena::bytes<T>(tokens_size),
+        4 * Arena::bytes<int64_t>(N) + 2 * Arena::bytes<T>(sums_size) + Arena::bytes<T>(ldk * ldk) +
+            Arena::bytes<T>(wide) + 3 * Arena::bytes<T>(rows_size) + 3 * Arena::bytes<T>(tokens_size),
         a.poison);
     first = arena.take<int64_t>(N), second = arena.take<int64_t>(N), third = arena.take<int64_t>(N);
     fourth = arena.take<int64_t>(N);
