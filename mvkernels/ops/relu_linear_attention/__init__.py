@@ -74,6 +74,14 @@ def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
     return extension.why_not(query, head_dim=query.shape[2])
 
 
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.relu_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -81,7 +89,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp},
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
