@@ -49,6 +49,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, item: int | Item) -> tuple[Tensor, int]:
         index, h, w = (item, self.size, self.size) if isinstance(item, int) else item
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
         return self.load(index, h, w), self.labels[index]
 
 

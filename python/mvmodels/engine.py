@@ -319,8 +319,16 @@ class Trainer:
     def _step(self, pictures: Tensor, labels: Tensor) -> Tensor:
         # Seeds of neighbouring steps and ranks differ, whatever the seed of the run.
         torch.manual_seed((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            logits = self.parallel(pictures)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+                logits = self.parallel(pictures)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            shape = " x ".join(str(n) for n in pictures.shape)
+            raise UsageError(f"BatchNorm has one value only of {shape}: want more pictures or larger ones") from None
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise UsageError(f"{self.options.model} is no classifier of pictures")
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.options.smoothing)
         self.optimizer.zero_grad()
         loss.backward()
