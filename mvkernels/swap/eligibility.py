@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 _log = logging.getLogger("mvkernels")
 _logged: set[tuple[str, str]] = set()
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
         nn.CELU,
         nn.ELU,
@@ -53,10 +53,10 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     return replaced(kind, "forward") or not_hooked(module, what)
 
 
-_written: dict[tuple[type[nn.Module], str], Any] = {}
+_written: dict[tuple[type, str], Any] = {}
 
 
-def replaced(kind: type[nn.Module], *methods: str) -> str:
+def replaced(kind: type, *methods: str) -> str:
     """Nobody may have put another method in the place of one that the class was written with."""
     for name in methods:
         method = getattr(kind, name)
@@ -71,7 +71,7 @@ def replaced(kind: type[nn.Module], *methods: str) -> str:
     return ""
 
 
-def _as_written(kind: type[nn.Module], name: str) -> Any:
+def _as_written(kind: type, name: str) -> Any:
     """The method of the class, or None if what stands there was written elsewhere: its name or its file says so."""
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     method = owner.__dict__[name]
@@ -105,6 +105,11 @@ def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     weight = module.weight
     if weight.dtype != like.dtype or weight.device != like.device:
         return f"{what} has another dtype or device than the rest"
+    return not_dense(weight, what)
+
+
+def not_dense(weight: Tensor, what: str) -> str:
+    """A weight of no kind of its own: quantized ones are."""
     if type(weight) not in _DENSE and not torch.compiler.is_compiling():
         return f"{what} has a {type(weight).__name__} as weight"
     return ""
@@ -136,7 +141,7 @@ def not_layer_norm(module: Any, dim: int, what: str) -> str:
 def not_elementwise(module: Any, what: str) -> str:
     """An activation known to treat every element alike, whatever the shape."""
     kind = type(module)
-    if kind not in _ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
+    if kind not in ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
         return f"{what} is a {kind.__name__}, not known to be element-wise"
     return not_hooked(module, what)
 
@@ -149,10 +154,10 @@ def drops_attention(module: Any, what: str) -> str:
     return reason
 
 
-def unusual_call(x: Any) -> str:
+def unusual_call(x: Any, axes: int = 4) -> str:
     """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return "the input is not a 4-D tensor"
+    if not isinstance(x, Tensor) or x.dim() != axes:
+        return f"the input is not a {axes}-D tensor"
     if torch.compiler.is_compiling():
         return ""
     if nn.modules.module._has_any_global_hook():
@@ -168,8 +173,8 @@ def unusual_call(x: Any) -> str:
     return ""
 
 
-def log_once(module: nn.Module, reason: str) -> None:
-    """Say once for each class and reason that a swapped module takes its original forward."""
+def log_once(module: object, reason: str) -> None:
+    """Say once for each class and reason that a swapped module (or its processor) takes its original forward."""
     if torch.compiler.is_compiling():
         return
     key = (type(module).__name__, reason)

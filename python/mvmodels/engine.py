@@ -318,7 +318,7 @@ class Trainer:
 
     def _step(self, pictures: Tensor, labels: Tensor) -> Tensor:
         # Seeds of neighbouring steps and ranks differ, whatever the seed of the run.
-        torch.manual_seed((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank)
+        torch.manual_seed(((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank) % 2**63)
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
                 logits = self.parallel(pictures)
