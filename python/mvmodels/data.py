@@ -68,7 +68,7 @@ class Digits(Pictures):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError:
-            raise UsageError("scikit-learn is not installed: pip install 'mvkernels[models]'") from None
+            raise UsageError("scikit-learn is not installed: pip install 'mvkernels[train]'") from None
         data = load_digits()
         chosen = train_test_split(range(len(data.target)), test_size=0.25, random_state=0, stratify=data.target)
         indices = chosen[1 if held_out else 0]
@@ -153,7 +153,7 @@ def _open(path: Path, channels: int) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise UsageError("pillow is not installed: pip install 'mvkernels[models]'") from None
+        raise UsageError("pillow is not installed: pip install 'mvkernels[train]'") from None
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")

@@ -327,9 +327,12 @@ class Trainer:
                 raise
             shape = " x ".join(str(n) for n in pictures.shape)
             raise UsageError(f"BatchNorm has one value only of {shape}: want more pictures or larger ones") from None
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
+        # EfficientFormer has a second classifier, for a teacher; without one both learn the labels.
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        if not all(isinstance(head, Tensor) and head.dim() == 2 for head in heads):
             raise UsageError(f"{self.options.model} is no classifier of pictures")
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.options.smoothing)
+        losses = [F.cross_entropy(h.float(), labels, label_smoothing=self.options.smoothing) for h in heads]
+        loss = torch.stack(losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         if self.options.clip > 0:

@@ -165,7 +165,7 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("tensorboard is not installed, nothing is logged for it: pip install tensorboard")
+        say("tensorboard is not installed, nothing is logged for it: pip install 'mvkernels[train]'")
         return None
     return SummaryWriter(str(folder), purge_step=step)
 
