@@ -3,7 +3,9 @@
 from mvkernels.backend import BackendUnavailable, can_run, use_backend
 from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mobile
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
+from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
+from mvkernels.ops.relu_linear_attention import ReLULinearAttentionFunction, relu_linear_attention
 from mvkernels.swap import swap, verify_swap
 from mvkernels.version import __version__
 
@@ -13,13 +15,17 @@ __all__ = [
     "BackendUnavailable",
     "FormerToMobileFunction",
     "MobileToFormerFunction",
+    "MultiscaleLinearAttentionFunction",
     "PatchAttentionFunction",
+    "ReLULinearAttentionFunction",
     "__version__",
     "can_run",
     "former_to_mobile",
     "mobile_to_former",
+    "multiscale_linear_attention",
     "nn",
     "patch_attention",
+    "relu_linear_attention",
     "swap",
     "testing",
     "use_backend",

@@ -99,6 +99,12 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     return min(both[0], _LARGEST), min(both[1], _LARGEST)
 
 
+def sequence(op: str, name: str, value: Any) -> None:
+    """A list or tuple, or another sequence of tensors such as a ParameterList, and not a tensor."""
+    if isinstance(value, torch.Tensor) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, want a list of tensors")
+
+
 def number(op: str, name: str, value: Any, default: float) -> float:
     """A real number, or ``default`` for None."""
     if value is None:
@@ -153,8 +159,11 @@ def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
     """An uninitialised map of ``like``'s sizes, with another head_dim, that lies as ``like`` does.
 
     Dense in the order (B, H, W, heads, head_dim) if ``like``'s stride over head_dim is 1, else in
-    (B, heads, head_dim, H, W). This one function says it for the kernels and for their fakes.
+    (B, heads, head_dim, H, W). A map of four axes (B, C, H, W) counts as one head of C channels.
+    This one function says it for the kernels and for their fakes.
     """
+    if like.dim() == 4:
+        return empty_map(like.unsqueeze(1), head_dim).squeeze(1)
     b, h, _, height, width = like.shape
     if channels_last(like):
         return like.new_empty((b, height, width, h, head_dim)).permute(0, 3, 4, 1, 2)
@@ -163,6 +172,8 @@ def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``value`` laid out as :func:`empty_map` would; no copy where it lies so already."""
+    if like.dim() == 4:
+        return lay_as(value.unsqueeze(1), like.unsqueeze(1)).squeeze(1)
     if torch.compiler.is_exporting():  # strides of axes of size 1 are not worth a node, nor a guard on the sizes
         if channels_last(like):
             return value.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     swap = command("swap", "Swap a model's attention, verify it, and time it.")
-    swap.add_argument("model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, timm:mobilevit_xs, ...")
+    swap.add_argument("model", metavar="FAMILY:MODEL", help="timm:mobilevit_xs, diffusers:dc-ae-f32c32-in-1.0, ...")
     swap.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
     swap.add_argument("--image", metavar="FILE", help="a picture (default: a photograph of scikit-learn, else noise)")
     swap.add_argument("--batch", type=_positive, default=1)

@@ -1,5 +1,6 @@
 """Modules that hold parameters, built on the fused ops."""
 
+from mvkernels.nn.efficientvit import ConvNormAct, EfficientViTBlock, LiteMLA, MBConv, Residual
 from mvkernels.nn.mobile_former import (
     DownsampleMobile,
     DropPath,
@@ -14,15 +15,20 @@ from mvkernels.nn.patch_transformer import PatchTransformer, patch_transformer_l
 from mvkernels.nn.pointwise import pointwise_to_channels_first, pointwise_to_channels_last
 
 __all__ = [
+    "ConvNormAct",
     "DownsampleMobile",
     "DropPath",
     "DynamicReLU",
+    "EfficientViTBlock",
     "Former",
     "FormerToMobile",
     "HeadwiseLinear",
+    "LiteMLA",
+    "MBConv",
     "Mobile",
     "MobileToFormer",
     "PatchTransformer",
+    "Residual",
     "patch_transformer_layer",
     "pointwise_to_channels_first",
     "pointwise_to_channels_last",

@@ -1,7 +1,6 @@
 """Mobile-Former as its authors publish it: the two bridges, ``Local2Global`` and ``Global2Local``.
 
-The code is no package: people copy its files, so that its classes have no name that could be relied on. A bridge is
-recognised by what it holds, and then asked: a copy with random weights has to compute the known formula. Only the
+The code is no package, so a bridge is recognised by its structure: see :mod:`mvkernels.swap.by_structure`. Only the
 attention is replaced; the projections of the tokens, the gate and the norm are called where they were, so
 that hooks and adapters on them keep working.
 
@@ -10,7 +9,6 @@ Tokens are (M, B, token_dim) here, in front.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -18,11 +16,8 @@ from torch import Tensor, nn
 
 from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
+from mvkernels.swap import by_structure
 from mvkernels.swap.eligibility import log_once, not_hooked, unusual_call
-
-# The bridges' answers are compared in float64, on numbers of about one.
-_TOLERANCE = 1e-9
-_made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 def why_not(bridge: Any, model: nn.Module) -> str:
@@ -36,7 +31,7 @@ def why_not(bridge: Any, model: nn.Module) -> str:
 
 def swapped_class(bridge: nn.Module) -> type[nn.Module]:
     """The class that takes the place of the bridge's own."""
-    return _swapped_class(type(bridge), _base(bridge))
+    return by_structure.swapped_class(type(bridge), _base(bridge))
 
 
 def _base(bridge: nn.Module) -> Any:
@@ -44,67 +39,29 @@ def _base(bridge: nn.Module) -> Any:
     return SwappedLocal2Global if "layer_norm" in bridge._modules else SwappedGlobal2Local
 
 
-def _swapped_class(original: type[nn.Module], base: type[_SwappedBridge]) -> type[nn.Module]:
-    if (original, base) not in _made:
-        namespace = {"mvk_original": original, "__doc__": base.__doc__, "__module__": __name__}
-        _made[original, base] = type(f"Swapped{original.__name__}", (base, original), namespace)
-    return _made[original, base]
-
-
-def _blank(original: type[nn.Module], base: type[_SwappedBridge]) -> nn.Module:
-    """What unpickling and copying begin with: a class made here cannot be found by its name."""
-    kind = _swapped_class(original, base)
-    return kind.__new__(kind)
-
-
 def _scores_are_wanted(model: nn.Module) -> bool:
     """Whether a block mixes its activation's slopes from all tokens, pixel by pixel, by the bridge's scores."""
     return any(-1 in (m.__dict__.get("hyper_token_id"), m.__dict__.get("sel_token_id")) for m in model.modules())
 
 
-def _computes_something_else(bridge: Any, base: type[_SwappedBridge]) -> str:
-    """Ask the bridge's own forward, on a small example and with weights that hide nothing."""
+def _computes_something_else(bridge: Any, base: type) -> str:
     token_dim, channels = bridge.proj.in_features, bridge.proj.out_features
     if base is SwappedLocal2Global:
         token_dim, channels = channels, token_dim
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, 3, 5, generator=generator, dtype=torch.float64)
     tokens = torch.randn(bridge.token_num, 2, token_dim, generator=generator, dtype=torch.float64)
-    try:
-        twin = copy.deepcopy(bridge).to_empty(device="cpu").double().eval()
-        for module in twin.modules():
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
-        with torch.no_grad():
-            for value in (*twin.parameters(), *twin.buffers()):
-                value.copy_(0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64))
-            # The fused form first: it reads settings that a forward may set.
-            twin.__class__, twin.mvk_backend = swapped_class(bridge), "reference"
-            actual = twin.fused(x, tokens)
-            twin.__class__ = type(bridge)
-            expected = twin((x, tokens))
-        if isinstance(actual, tuple):
-            if not isinstance(expected, tuple) or len(expected) != 2:
-                return "its forward does not return (tokens, scores)"
-            actual, expected = actual[0], expected[0]
-        difference = float((actual - expected).abs().max())
-    except Exception as error:  # whatever somebody's forward may raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        return f"its forward cannot be compared with the known formula: {lines[0]}"
-    if not difference <= _TOLERANCE:
-        return "its forward computes something else than the known formula"
-    return ""
+    return by_structure.computes_something_else(
+        bridge,
+        base,
+        [(x, tokens)],
+        lambda twin, example: twin.fused(*example),
+        shape="(tokens, scores)" if base is SwappedLocal2Global else "",
+    )
 
 
-class _SwappedBridge:
-    """What the two directions share. Never built: :func:`mvkernels.swap` gives an existing bridge a class made from
-    this and its own, and restoring gives it its own again."""
-
-    mvk_original: type[nn.Module]
-    mvk_backend: str | None = None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.mvk_original, _base(self)), self.__dict__.copy()  # type: ignore[arg-type]
+class _SwappedBridge(by_structure.SwappedByStructure):
+    """What the two directions share."""
 
     @staticmethod
     def why_not_now(bridge: Any) -> str:

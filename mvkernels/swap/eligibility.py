@@ -53,10 +53,10 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     return replaced(kind, "forward") or not_hooked(module, what)
 
 
-_written: dict[tuple[type[nn.Module], str], Any] = {}
+_written: dict[tuple[type, str], Any] = {}
 
 
-def replaced(kind: type[nn.Module], *methods: str) -> str:
+def replaced(kind: type, *methods: str) -> str:
     """Nobody may have put another method in the place of one that the class was written with."""
     for name in methods:
         method = getattr(kind, name)
@@ -71,7 +71,7 @@ def replaced(kind: type[nn.Module], *methods: str) -> str:
     return ""
 
 
-def _as_written(kind: type[nn.Module], name: str) -> Any:
+def _as_written(kind: type, name: str) -> Any:
     """The method of the class, or None if what stands there was written elsewhere: its name or its file says so."""
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     method = owner.__dict__[name]
@@ -97,6 +97,14 @@ def not_hooked(module: nn.Module, what: str) -> str:
     return ""
 
 
+def not_its_own(module: Any, *methods: str) -> str:
+    """Nobody may have put a method on the module itself."""
+    for name in methods:
+        if name in module.__dict__:
+            return f"it has had its {name} replaced"
+    return ""
+
+
 def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     """A plain Linear, of dense parameters with the dtype and device of ``like``."""
     reason = not_plain(module, nn.Linear, what)
@@ -105,6 +113,11 @@ def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     weight = module.weight
     if weight.dtype != like.dtype or weight.device != like.device:
         return f"{what} has another dtype or device than the rest"
+    return not_dense(weight, what)
+
+
+def not_dense(weight: Tensor, what: str) -> str:
+    """A weight of no kind of its own: quantized ones are."""
     if type(weight) not in _DENSE and not torch.compiler.is_compiling():
         return f"{what} has a {type(weight).__name__} as weight"
     return ""
@@ -149,10 +162,10 @@ def drops_attention(module: Any, what: str) -> str:
     return reason
 
 
-def unusual_call(x: Any) -> str:
+def unusual_call(x: Any, axes: int = 4) -> str:
     """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return "the input is not a 4-D tensor"
+    if not isinstance(x, Tensor) or x.dim() != axes:
+        return f"the input is not a {axes}-D tensor"
     if torch.compiler.is_compiling():
         return ""
     if nn.modules.module._has_any_global_hook():
@@ -168,8 +181,8 @@ def unusual_call(x: Any) -> str:
     return ""
 
 
-def log_once(module: nn.Module, reason: str) -> None:
-    """Say once for each class and reason that a swapped module takes its original forward."""
+def log_once(module: object, reason: str) -> None:
+    """Say once for each class and reason that a swapped module (or its processor) takes its original forward."""
     if torch.compiler.is_compiling():
         return
     key = (type(module).__name__, reason)

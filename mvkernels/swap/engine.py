@@ -13,7 +13,7 @@ from torch import nn
 
 from mvkernels.backend import requested
 from mvkernels.swap.eligibility import not_hooked
-from mvkernels.swap.report import SwapEntry, SwapReport, restore_module
+from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -39,25 +39,41 @@ class Structure:
     """The file here that has ``swapped_class(module)`` and ``why_not(module, model) -> str``."""
 
 
+@dataclass(frozen=True)
+class Processor:
+    """A third party's class that leaves its work to a processor object, which is exchanged; the class stays."""
+
+    source: str
+    class_name: str
+    adapter: str
+    """The file here that has ``FUSED``, made from the processor whose place it takes, and ``why_not(module)``."""
+
+
+AnyFamily = Family | Processor | Structure
+
 # A further family is one file and one line.
-FAMILIES = (
+FAMILIES: tuple[Family | Processor, ...] = (
     Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
     Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
+    Family("timm.models.efficientvit_mit", "LiteMLA", "timm_efficientvit"),
+    Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),
+    Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
 STRUCTURES = (
     Structure(
         frozenset(("block", "num_heads", "token_num", "use_dynamic", "remove_proj_local", "proj", "drop_path")),
         "authors_mobile_former",
     ),
+    Structure(frozenset(("eps", "dim", "qkv", "aggreg", "kernel_func", "proj")), "authors_efficientvit"),
 )
 
 
 def swap(model: nn.Module, only: Only | None = None, backend: str | None = None) -> SwapReport:
     """Swap the attention blocks of ``model`` for fused ones, in place.
 
-    A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone, so the
-    state_dict is the same. What the fused block would not compute exactly as the original is declined
-    with a reason; what changes later (a hook or an adapter inside, dropout on the attention
+    A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
+    has one, its processor), so the state_dict is the same. What the fused block would not compute exactly as the
+    original is declined with a reason; what changes later (a hook or an adapter inside, dropout on the attention
     probabilities, torch.jit tracing) sends the call to the original forward, which is logged once.
 
     Args:
@@ -82,47 +98,58 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
     found = find(model)
     chosen = _predicate(only, [name for name, _, _ in found])
     # Asked before anything is changed: a predicate may raise.
-    picked = {name for name, module, _ in found if not hasattr(type(module), "mvk_original") and chosen(name, module)}
+    picked = {name for name, module, _ in found if original_of(module) is None and chosen(name, module)}
     report = SwapReport()
     for name, module, family in found:
-        original: type[nn.Module] = getattr(type(module), "mvk_original", type(module))
-        if original is not type(module):
+        class_name = getattr(type(module), "mvk_original", type(module)).__name__
+        if original_of(module) is not None:
             reason, swapped = "already swapped", True
         elif name not in picked:
             reason, swapped = "not chosen by only", False
         elif family is None:
             reason, swapped = "no fused form of this class is known", False
         else:
-            adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
-            if isinstance(family, Structure):
-                reason = _why_not(module, functools.partial(adapter.why_not, model=model))
-            else:
-                reason = _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not)
+            reason, change = _exchange(module, model, family)
             swapped = not reason
             if swapped:
-                kind = adapter.swapped_class(module) if isinstance(family, Structure) else adapter.SWAPPED
-                module.__class__ = kind
-                if backend is not None:
-                    module.mvk_backend = backend  # type: ignore[assignment]
-                report._changed.append((module, original))
-        report.entries.append(SwapEntry(name, original.__name__, swapped, reason))
+                change()
+                set_backend(module, backend)
+                report._changed.append((module, original_of(module)))
+        report.entries.append(SwapEntry(name, class_name, swapped, reason))
     return report
 
 
 def unswap(model: nn.Module) -> None:
     """Restore every swapped module of ``model``, whoever swapped it."""
-    for module in model.modules():
-        original = getattr(type(module), "mvk_original", None)
+    for module in [*model.modules()]:
+        original = original_of(module)
         if original is not None:
             restore_module(module, original)
 
 
-def find(model: nn.Module) -> list[tuple[str, nn.Module, Family | Structure | None]]:
+def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:
+    """Why a module of ``model`` may not be swapped (empty if it may), and what swaps it."""
+    adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
+
+    def class_() -> None:
+        module.__class__ = adapter.swapped_class(module) if isinstance(family, Structure) else adapter.SWAPPED
+
+    def processor() -> None:
+        module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]
+
+    if isinstance(family, Structure):
+        return _why_not(module, functools.partial(adapter.why_not, model=model)), class_
+    if isinstance(family, Processor):
+        return _asked(module, adapter.why_not), processor
+    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not), class_
+
+
+def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
     """Attention modules in the order of the model: the blocks of the families, and other classes called attention.
 
     Of the others, those outside the blocks, and the innermost where they nest.
     """
-    found: list[tuple[str, nn.Module, Family | Structure | None]] = []
+    found: list[tuple[str, nn.Module, AnyFamily | None]] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside) and inside:
@@ -142,7 +169,7 @@ def _contains(module: nn.Module) -> bool:
     return any("attention" in type(m).__name__.lower() or _family(m) is not None for m in inner)
 
 
-def _family(module: nn.Module) -> Family | Structure | None:
+def _family(module: nn.Module) -> AnyFamily | None:
     """The family whose class is the module's, or is among its bases; else that whose structure it has."""
     names = {(base.__module__, base.__qualname__) for base in type(module).__mro__}
     family = next((f for f in FAMILIES if (f.source, f.class_name) in names), None)
@@ -164,6 +191,10 @@ def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
         return not_hooked(module, "it") or "it has had its forward replaced"
     if len(inspect.signature(type(module).forward).parameters) != 2:
         return "this version of its code has another forward"
+    return _asked(module, why_not)
+
+
+def _asked(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
     try:
         return why_not(module)
     except AttributeError as error:

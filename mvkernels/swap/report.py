@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +28,7 @@ class SwapReport:
     """The answer of :func:`mvkernels.swap`. Prints as a table."""
 
     entries: list[SwapEntry] = field(default_factory=list)
-    _changed: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
+    _changed: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
@@ -50,11 +51,29 @@ class SwapReport:
         return table(("name", "class", "swapped", "reason"), rows) + "\n" + total
 
 
-def restore_module(module: nn.Module, original: type[nn.Module]) -> None:
-    """Give a swapped module its own class back; one that is not swapped is left alone."""
-    if getattr(type(module), "mvk_original", None) is original:
+def original_of(module: nn.Module) -> Any:
+    """What a swapped module had in the place of what it has now: its class, or its processor. None if not swapped."""
+    kind = getattr(type(module), "mvk_original", None)
+    return kind if kind is not None else getattr(module.__dict__.get("processor"), "mvk_original", None)
+
+
+def set_backend(module: nn.Module, backend: str | None) -> None:
+    """Choose the backend of a swapped module's fused ops; None: its class's own choice."""
+    holder: Any = module if hasattr(type(module), "mvk_original") else module.processor
+    holder.__dict__.pop("mvk_backend", None)
+    if backend is not None:
+        holder.mvk_backend = backend
+
+
+def restore_module(module: nn.Module, original: Any) -> None:
+    """Give a swapped module its own class or processor back; one that is not swapped is left alone."""
+    if original_of(module) is not original:
+        return
+    set_backend(module, None)
+    if isinstance(original, type):
         module.__class__ = original
-        module.__dict__.pop("mvk_backend", None)
+    else:
+        module.set_processor(original)  # type: ignore[operator]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

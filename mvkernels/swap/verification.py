@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.swap.engine import swap, unswap
-from mvkernels.swap.report import SwapReport, table
+from mvkernels.swap.report import SwapReport, original_of, set_backend, table
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 
 # Through a whole model rounding errors are amplified by the same weights but not in step: of two equally
@@ -108,7 +108,7 @@ def verify_swap(
 
 
 def _is_swapped(model: nn.Module) -> bool:
-    return any(hasattr(type(m), "mvk_original") for m in model.modules())
+    return any(original_of(m) is not None for m in model.modules())
 
 
 def _not_formed(module: nn.Module) -> tuple[str, ...]:
@@ -120,8 +120,8 @@ def _report(model: nn.Module, backend: str | None) -> SwapReport:
     """The report of a model that was swapped before, which stays as it is but for a backend that is asked for."""
     if backend is not None:
         for module in model.modules():
-            if hasattr(type(module), "mvk_original"):
-                module.mvk_backend = backend  # type: ignore[assignment]
+            if original_of(module) is not None:
+                set_backend(module, backend)
     return swap(model, only=lambda name, module: False, backend=backend)
 
 

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.nn import FormerToMobile, MobileToFormer
+from mvkernels.nn import FormerToMobile, MobileToFormer, PatchTransformer
 from mvkernels.nn.mobile_former import HeadwiseLinear
 
 
 def count_macs(model: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of ``model(*inputs)``: convolutions, Linears and the two products of each bridge.
+    """Multiply-adds of ``model(*inputs)``: convolutions, Linears and the two products of each attention.
 
-    Biases, norms, activations, softmax and sums are not counted. The model runs once, in eval mode and without
-    gradients, and is left as it was.
+    Biases, norms, activations, softmax and sums are not counted. A module of another kind whose forward has products
+    beside those of its parts says how many in ``products(*inputs) -> int``. The model runs once, in eval mode and
+    without gradients, and is left as it was; models and inputs on the meta device will do.
     """
     total = 0
 
@@ -26,6 +27,11 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
         elif isinstance(module, (MobileToFormer, FormerToMobile)):
             x: Tensor = given[0]
             total += 2 * x.numel() * given[1].shape[1]
+        elif isinstance(module, PatchTransformer):
+            batch, dim, height, width = given[0].shape
+            total += len(module.layers) * 2 * batch * dim * _pairs(height, width, *module.patch_size)
+        elif hasattr(module, "products"):
+            total += module.products(*given)
 
     training = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(count) for module in model.modules()]
@@ -38,3 +44,10 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
         for module, mode in training.items():
             module.training = mode
     return total
+
+
+def _pairs(height: int, width: int, patch_height: int, patch_width: int) -> int:
+    """Pairs of pixels that see each other: those of one place in their patches."""
+    rows = sum(len(range(y, height, patch_height)) ** 2 for y in range(patch_height))
+    columns = sum(len(range(x, width, patch_width)) ** 2 for x in range(patch_width))
+    return rows * columns

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,11 +26,40 @@ class ModelInfo:
     macs: float
     """Multiply-adds of one picture of ``input_size`` as :func:`mvmodels.count_macs` counts them, in millions."""
     published_params: str
+    """As the authors print it; empty where they do not."""
     published_flops: str
-    """As the authors print it; they count multiply-adds."""
-    published_top1: float
-    """ImageNet-1k top-1 accuracy in percent of the authors' checkpoint."""
+    """As the authors print it; they count multiply-adds. Empty where they do not."""
+    published_top1: float | None
+    """ImageNet-1k top-1 accuracy in percent of the authors' checkpoint, or None: no classifier, or none published."""
     input_size: int = 224
+    note: str = ""
+    """What else a reader of the figures has to know."""
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """How another code names the tensors of one of our models.
+
+    A model that takes the weights of others has a ``weight_sources``: a dict of these by the source's name.
+    """
+
+    name_of: Callable[[str], str | tuple[str, ...]]
+    """Our name -> theirs. Several tensors of theirs are joined along the first axis: q, k and v of a packed qkv."""
+    passed_over: str = ""
+    """A regular expression for names that a checkpoint holds and the model has no use for; matched from the start."""
+    loaded: Callable[[Any], None] | None = None
+    """Called with the model once the weights are in it."""
+
+
+def renaming(pairs: Sequence[tuple[str, str]]) -> Callable[[str], str]:
+    """A ``name_of`` that applies regular expressions and their replacements, one after the other."""
+
+    def name_of(name: str) -> str:
+        for pattern, replacement in pairs:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return name_of
 
 
 MODELS: dict[str, ModelInfo] = {}
@@ -86,18 +117,18 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
         model: one of :func:`create_model`.
         state_dict: tensors by name, or a checkpoint that holds them under "state_dict" or "model"; a prefix
             "module." is dropped.
-        source: whose names they are: "authors" for those of the authors' code, "mvmodels" for the model's own. The
-            weights of a head that a ``features_only`` model lacks are passed over.
+        source: whose names they are: "authors" for those of the authors' code, "timm", "transformers", or "mvmodels"
+            for the model's own; which of them a model knows is in its ``weight_sources``. The weights of a head
+            that a ``features_only`` model lacks are passed over.
 
-    Raises TypeError for a model or state_dict that is none, and ValueError for an unknown source or with a line
-    for everything that does not fit: missing, left over, of another shape.
+    Raises TypeError for a model or state_dict that is none, and ValueError for a source that the model does not know
+    or with a line for everything that does not fit: missing, left over, of another shape.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights: model is a {type(model).__name__}, want a torch.nn.Module")
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"load_weights: state_dict is a {type(state_dict).__name__}, want a dict of tensors by name")
-    if source not in ("authors", "mvmodels"):
-        raise ValueError(f"load_weights: source is {source!r}, want authors or mvmodels")
+    names_of = _source(model, source)
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
@@ -105,27 +136,67 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
     given = {name.removeprefix("module."): value for name, value in state_dict.items()}
 
     own = model.state_dict()
-    names = {name: name for name in own}
-    if source == "authors":
-        authors_name: Any = getattr(model, "authors_name", None)
-        if authors_name is None:
-            raise ValueError(f"load_weights: a {type(model).__name__} has no authors' names, want source='mvmodels'")
-        names = {name: authors_name(name) for name in own}
-    unused: Any = getattr(model, "unused_prefixes", {})
-    known = set(names.values())
-    left_over = [name for name in given if name not in known and not name.startswith(unused.get(source, ()))]
+    names: dict[str, tuple[str, ...]] = {}
+    for name in own:
+        theirs = names_of.name_of(name)
+        names[name] = (theirs,) if isinstance(theirs, str) else theirs
+    known = {theirs for group in names.values() for theirs in group}
+    passed = re.compile(names_of.passed_over) if names_of.passed_over else None
+    left_over = [name for name in given if name not in known and not (passed and passed.match(name))]
     # BatchNorm counts batches for a momentum that is not used here; old checkpoints leave it out.
     optional = {name for name in own if name.endswith("num_batches_tracked")}
-    wanted = [theirs for name, theirs in names.items() if name not in optional]
+    wanted = [theirs for name, group in names.items() if name not in optional for theirs in group]
     problems = [f"{theirs} is missing" for theirs in wanted if theirs not in given]
     problems += [f"{name} is left over" for name in left_over]
-    for name, theirs in names.items():
-        value = given.get(theirs)
-        if value is not None and not isinstance(value, Tensor):
-            problems.append(f"{theirs} is a {type(value).__name__}, want a tensor")
-        elif value is not None and value.shape != own[name].shape:
-            problems.append(f"{theirs} is {tuple(value.shape)}, want {tuple(own[name].shape)}")
+    loaded: dict[str, Tensor] = {}
+    for name, group in names.items():
+        values = [given[theirs] for theirs in group if theirs in given]
+        strange = [theirs for theirs in group if theirs in given and not isinstance(given[theirs], Tensor)]
+        problems += [f"{theirs} is a {type(given[theirs]).__name__}, want a tensor" for theirs in strange]
+        if strange or len(values) < len(group):
+            loaded[name] = own[name]
+            continue
+        value, want = _joined(values), tuple(own[name].shape)
+        if value is None or tuple(value.shape) != want:
+            found = ", ".join(str(tuple(v.shape)) for v in values)
+            joined = " together" if len(group) > 1 else ""
+            problems.append(f"{', '.join(group)} {'are' if joined else 'is'} {found}, want {want}{joined}")
+        else:
+            loaded[name] = value
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ValueError("load_weights: the weights do not fit:\n  " + "\n  ".join(shown))
-    model.load_state_dict({name: given.get(theirs, own[name]) for name, theirs in names.items()})
+    model.load_state_dict(loaded)
+    if names_of.loaded is not None:
+        names_of.loaded(model)
+
+
+def _source(model: Any, source: str) -> WeightSource:
+    """The model's answer to whose names those are."""
+    known: dict[str, WeightSource] = dict(getattr(model, "weight_sources", {}))
+    # What a model without a head passes over, and its names in the authors' code, may also be given by themselves.
+    unused: Mapping[str, tuple[str, ...]] = getattr(model, "unused_prefixes", {})
+    passed = {name: "|".join(map(re.escape, prefixes)) for name, prefixes in unused.items()}
+    if hasattr(model, "authors_name"):
+        known.setdefault("authors", WeightSource(model.authors_name, passed.get("authors", "")))
+    known.setdefault("mvmodels", WeightSource(lambda name: name, passed.get("mvmodels", "")))
+    if source in known:
+        return known[source]
+    if source == "authors":
+        raise ValueError(
+            f"load_weights: a {type(model).__name__} has no authors' names, want source={_either(sorted(known))}"
+        )
+    raise ValueError(f"load_weights: source is {source!r}, want {_either(sorted(known), str)}")
+
+
+def _either(names: Sequence[str], form: Callable[[str], str] = repr) -> str:
+    return " or ".join(filter(None, (", ".join(map(form, names[:-1])), form(names[-1]))))
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor | None:
+    """The tensors one under the other, or None if they do not fit together."""
+    if len(values) == 1:
+        return values[0]
+    if any(v.dim() == 0 or v.shape[1:] != values[0].shape[1:] for v in values):
+        return None
+    return torch.cat([*values])

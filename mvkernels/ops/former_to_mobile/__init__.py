@@ -110,6 +110,7 @@ OP = register(
         function=former_to_mobile,
         reference=reference,
         check=_check,
+        maps=("x",),
         why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,

@@ -94,6 +94,7 @@ OP = register(
         function=mobile_to_former,
         reference=reference,
         check=_check,
+        maps=("x",),
         why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,

@@ -129,6 +129,7 @@ OP = register(
         function=patch_attention,
         reference=reference,
         check=_check,
+        maps=("query", "key", "value"),
         why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,

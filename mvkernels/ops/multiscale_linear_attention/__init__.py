@@ -1,0 +1,141 @@
+"""Multi-scale linear attention: LiteMLA between its two projections (EfficientViT, DC-AE)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks
+from mvkernels.backend import choose
+from mvkernels.ops.multiscale_linear_attention import suite
+from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
+from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
+from mvkernels.registry import Op, register
+
+__all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
+
+_NAME = "multiscale_linear_attention"
+
+
+def multiscale_linear_attention(
+    qkv: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    *,
+    head_dim: int,
+    depthwise_bias: Sequence[Tensor | None] | None = None,
+    pointwise_bias: Sequence[Tensor | None] | None = None,
+    eps: float = 1e-15,
+    backend: str | None = None,
+) -> Tensor:
+    """ReLU linear attention on the heads of qkv and of its aggregated scales.
+
+    This is LiteMLA of EfficientViT (MIT's, arXiv 2205.14756, section 3.1) between its two 1 x 1 projections. A scale is
+    qkv after a depthwise k x k convolution (zeros around, no activation) and a pointwise one in 3 * heads groups;
+    the heads of all scales, qkv's own first, go through :func:`mvkernels.relu_linear_attention`. With no scale it is
+    that alone.
+
+    Args:
+        qkv: map (B, 3C, H, W), any strides; per head [q | k | v] of head_dim channels each.
+        depthwise: a weight (3C, 1, k, k) for each scale, k odd; k may differ between scales.
+        pointwise: a weight (3C, head_dim, 1, 1) for each scale.
+        head_dim: channels of a head's query.
+        depthwise_bias, pointwise_bias: for each scale a (3C,) tensor or None; or None.
+        eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Map (B, (1 + scales) * C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
+        channels-last if qkv's stride over channels is 1, else channels-first. Sums and division are float32 at least.
+
+    Raises:
+        TypeError: an argument is not a floating tensor (or a list of them), or a setting has the wrong type.
+        ValueError: shapes do not fit, dtypes or devices differ, lists differ in length, head_dim does not divide the
+            channels, k is even, or H or W is 0.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps)
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps = arguments
+    weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
+    if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
+        return Flat.apply(qkv, head_dim, eps, chosen, *weights)
+    return KERNELS[chosen][0](*arguments)[0]
+
+
+def _check(
+    qkv: Tensor,
+    depthwise: Sequence[Tensor],
+    pointwise: Sequence[Tensor],
+    head_dim: int,
+    depthwise_bias: Sequence[Tensor | None] | None = None,
+    pointwise_bias: Sequence[Tensor | None] | None = None,
+    eps: float = 1e-15,
+) -> tuple[Any, ...]:
+    lists: dict[str, Sequence[Any]] = {"depthwise": depthwise, "pointwise": pointwise}
+    biases = {"depthwise_bias": depthwise_bias, "pointwise_bias": pointwise_bias}
+    lists |= {name: value for name, value in biases.items() if value is not None}
+    named: dict[str, Any] = {"qkv": qkv}
+    for name, value in lists.items():
+        checks.sequence(_NAME, name, value)
+        if len(value) != len(depthwise):
+            raise ValueError(
+                f"{_NAME}: {name} has {len(value)} entries, depthwise has {len(depthwise)}, want one for each scale"
+            )
+        named |= {f"{name}[{i}]": each for i, each in enumerate(value) if each is not None or name not in biases}
+    cast: dict[str, Any] = dict(zip(named, checks.autocast(*named.values())))
+    if not checks.alike(*cast.values()):
+        checks.tensors(_NAME, **cast)
+    if not isinstance(head_dim, int) or isinstance(head_dim, bool):
+        raise TypeError(f"{_NAME}: head_dim is {head_dim!r}, want an int")
+    qkv = cast["qkv"]
+    checks.rank(_NAME, "qkv", qkv, "(B, 3C, H, W)")
+    channels = qkv.shape[1]
+    if head_dim < 1 or channels == 0 or channels % (3 * head_dim):
+        raise ValueError(
+            f"{_NAME}: head_dim is {head_dim}, qkv is {checks.shape(qkv)}: want channels in multiples of 3 * head_dim"
+        )
+    checks.not_empty(_NAME, "qkv", qkv, H=2, W=3)
+    for i in range(len(depthwise)):
+        wide = cast[f"depthwise[{i}]"]
+        k = wide.shape[-1] if wide.dim() == 4 else 0
+        if wide.shape != (channels, 1, k, k) or k % 2 == 0:
+            raise ValueError(
+                f"{_NAME}: depthwise[{i}] is {checks.shape(wide)}, want (3C, 1, k, k) = ({channels}, 1, k, k), k odd"
+            )
+        _check_shape(f"pointwise[{i}]", cast, (channels, head_dim, 1, 1), "(3C, head_dim, 1, 1)")
+        _check_shape(f"depthwise_bias[{i}]", cast, (channels,), "(3C,)")
+        _check_shape(f"pointwise_bias[{i}]", cast, (channels,), "(3C,)")
+    found: dict[str, Any] = {name: tuple(cast.get(f"{name}[{i}]") for i in range(len(depthwise))) for name in lists}
+    for name in biases:  # no bias at all is said in one way
+        if all(each is None for each in found.get(name, ())):
+            found[name] = None
+    return (
+        qkv, found["depthwise"], found["pointwise"], head_dim, found["depthwise_bias"], found["pointwise_bias"],
+        checks.number(_NAME, "eps", eps, 1e-15),
+    )  # fmt: skip
+
+
+def _check_shape(name: str, cast: dict[str, Tensor], wanted: tuple[int, ...], axes: str) -> None:
+    if name in cast and cast[name].shape != wanted:
+        raise ValueError(f"{_NAME}: {name} is {checks.shape(cast[name])}, want {axes} = {wanted}")
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=multiscale_linear_attention,
+        reference=reference,
+        check=_check,
+        maps=("qkv",),
+        why_not={},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+    )
+)

@@ -1,0 +1,97 @@
+"""ReLU linear attention (EfficientViT, DC-AE, Sana): its cost grows with the pixels, not with their square."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, extension
+from mvkernels.backend import choose
+from mvkernels.ops.relu_linear_attention import suite
+from mvkernels.ops.relu_linear_attention.autograd import KERNELS, ReLULinearAttentionFunction
+from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
+from mvkernels.registry import Op, register
+
+__all__ = ["OP", "ReLULinearAttentionFunction", "relu_linear_attention"]
+
+_NAME = "relu_linear_attention"
+
+
+def relu_linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15, backend: str | None = None
+) -> Tensor:
+    """Linear attention over all pixels of a map, with weights relu(q_i) . relu(k_j), normalised by their sum.
+
+    ``out_i = sum_j (relu(q_i) . relu(k_j)) v_j / (sum_j relu(q_i) . relu(k_j) + eps)``. This is the attention of
+    EfficientViT (MIT's, arXiv 2205.14756, section 3.1), of the DC-AE autoencoders and of Sana: no scale, no softmax.
+
+    Args:
+        query, key, value: maps (B, heads, head_dim, H, W), any strides.
+        eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
+        channels-last if the query's stride over head_dim is 1, else channels-first. Sums and division are float32
+        at least: half types overflow nowhere, and a pixel whose query has nothing above 0 gets 0.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or eps is not a number.
+        ValueError: shapes do not fit, dtypes or devices differ, or heads, head_dim, H or W is 0.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(query, key, value, eps)
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    query, key, value, eps = arguments
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return ReLULinearAttentionFunction.apply(query, key, value, eps, chosen, True)
+    return KERNELS[chosen][0](query, key, value, eps)[0]
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> tuple[Any, ...]:
+    query, key, value = checks.autocast(query, key, value)  # type: ignore[assignment]
+    if not checks.alike(query, key, value):
+        checks.tensors(_NAME, query=query, key=key, value=value)
+    shape = query.shape
+    if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
+        _check_shapes(query, key, value)
+    return query, key, value, checks.number(_NAME, "eps", eps, 1e-15)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.rank(_NAME, name, tensor, "(B, heads, head_dim, H, W)")
+    checks.same(_NAME, "key", key, "query", query, range(5))
+    checks.same(_NAME, "value", value, "query", query, range(5))
+    checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
+
+
+def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
+    return extension.why_not(query, head_dim=query.shape[2])
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.relu_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=relu_linear_attention,
+        reference=reference,
+        check=_check,
+        maps=("query", "key", "value"),
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+    )
+)

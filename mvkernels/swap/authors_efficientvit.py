@@ -1,0 +1,49 @@
+"""EfficientViT and DC-AE as their authors at MIT publish them: ``LiteMLA``, recognised by structure.
+
+See :mod:`mvkernels.swap.by_structure`. The original has a quadratic form for maps of no more pixels than a head has
+channels; the fused op's result is the same but for rounding, so a copy is asked with a map on either side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mvkernels.swap import by_structure, lite_mla
+from mvkernels.swap.eligibility import not_its_own
+from mvkernels.swap.mobilevit import as_original
+
+_METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
+
+
+def why_not(module: Any, model: nn.Module) -> str:
+    """Why the fused form cannot stand for this ``LiteMLA``; empty if it can."""
+    reason = lite_mla.why_not(module)
+    if reason:
+        return reason
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((3, module.dim // 3 + 1), (1, 2))
+    maps = [
+        torch.randn(2, module.qkv.conv.in_channels, *size, generator=generator, dtype=torch.float64, device="cpu")
+        for size in sizes
+    ]
+    return by_structure.computes_something_else(module, SwappedAuthorsLiteMLA, maps, lite_mla.fused)
+
+
+def swapped_class(module: nn.Module) -> type[nn.Module]:
+    """The class that takes the place of the module's own."""
+    return by_structure.swapped_class(type(module), SwappedAuthorsLiteMLA)
+
+
+class SwappedAuthorsLiteMLA(by_structure.SwappedByStructure):
+    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x (B, C, H, W) -> (B, C_out, H, W)."""
+        out = lite_mla.forward(self, x, bool(args or kwargs), not_its_own(self, *_METHODS))
+        return self.mvk_original.forward(self, x, *args, **kwargs) if out is None else out  # type: ignore[arg-type]

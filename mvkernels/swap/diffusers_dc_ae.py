@@ -1,0 +1,101 @@
+"""diffusers' DC-AE (``AutoencoderDC``): ``SanaMultiscaleLinearAttention``.
+
+Its ``to_q``, ``to_k`` and ``to_v`` are names for thirds of one projection, whose outputs are put together and split
+anew into [q | k | v] of each head: the first head's query, key and value are all in ``to_q`` if that has three
+heads' channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import (
+    SanaMultiscaleAttentionProjection,
+    SanaMultiscaleAttnProcessor2_0,
+    SanaMultiscaleLinearAttention,
+)
+from torch import Tensor, nn
+
+from mvkernels.nn import pointwise_to_channels_last
+from mvkernels.nn.efficientvit import aggregate_and_attend
+from mvkernels.swap.eligibility import log_once, not_its_own, not_linear, not_plain, replaced, unusual_call
+from mvkernels.swap.lite_mla import not_scale
+from mvkernels.swap.mobilevit import as_original
+
+_METHODS = ("forward", "apply_linear_attention", "apply_quadratic_attention")
+
+
+def why_not(module: Any) -> str:
+    """Why the fused form cannot stand for this attention as it is now; empty if it can."""
+    processor, like = module.processor, module.to_q.weight
+    if type(processor) is not SanaMultiscaleAttnProcessor2_0:
+        return f"its processor is a {type(processor).__name__}, want a SanaMultiscaleAttnProcessor2_0"
+    reason = (
+        replaced(SanaMultiscaleLinearAttention, *_METHODS)
+        or replaced(SanaMultiscaleAttnProcessor2_0, "__call__")
+        or not_its_own(module, *_METHODS)
+        or not_plain(module.nonlinearity, nn.ReLU, "nonlinearity")
+    )
+    for name in ("to_q", "to_k", "to_v", "to_out"):
+        linear = getattr(module, name)
+        reason = reason or not_linear(linear, like, name)
+        if not reason and linear.bias is not None:
+            reason = f"{name} has a bias"
+    if reason:
+        return reason
+    inner = module.to_q.out_features
+    if not inner == module.to_k.out_features == module.to_v.out_features or inner % module.attention_head_dim:
+        return f"to_q, to_k and to_v do not make heads of {module.attention_head_dim} channels"
+    for scale in module.to_qkv_multiscale:
+        reason = not_plain(scale, SanaMultiscaleAttentionProjection, "to_qkv_multiscale") or not_scale(
+            scale.proj_in, scale.proj_out, 3 * inner, module.attention_head_dim, "to_qkv_multiscale"
+        )
+        if reason:
+            return reason
+    return ""
+
+
+class SwappedSanaMultiscaleLinearAttention(SanaMultiscaleLinearAttention):
+    """A ``SanaMultiscaleLinearAttention`` on a channels-last map, with :func:`mvkernels.multiscale_linear_attention`.
+
+    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
+    """
+
+    mvk_original = SanaMultiscaleLinearAttention
+    mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, C, H, W) -> (B, C_out, H, W)."""
+        reason = "it was called with more than a map" if args or kwargs else unusual_call(hidden_states)
+        reason = reason or why_not(self)
+        if reason:
+            log_once(self, reason)
+            return SanaMultiscaleLinearAttention.forward(self, hidden_states, *args, **kwargs)
+        out = aggregate_and_attend(
+            self._qkv(hidden_states),
+            [(scale.proj_in, scale.proj_out) for scale in self.to_qkv_multiscale],
+            self.attention_head_dim,
+            self.eps,
+            self.mvk_backend,
+        )
+        y = self.to_out(out.to(hidden_states.dtype).movedim(1, -1))
+        over_channels = self.norm_type == "rms_norm"
+        y = self.norm_out(y).movedim(-1, 1) if over_channels else self.norm_out(y.movedim(-1, 1))
+        return y + hidden_states if self.residual_connection else y
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, 3 C_inner, H, W), in channels-last memory."""
+        weights = [linear.weight[:, :, None, None] for linear in (self.to_q, self.to_k, self.to_v)]
+        # What is put together is the smaller: the weights, or what they make of a small map.
+        if x.shape[0] * x.shape[2] * x.shape[3] >= x.shape[1]:
+            packed = pointwise_to_channels_last(x, torch.cat(weights))
+        else:
+            packed = torch.cat([pointwise_to_channels_last(x, weight) for weight in weights], dim=-1)
+        return packed.permute(0, 3, 1, 2)
+
+
+SWAPPED = SwappedSanaMultiscaleLinearAttention

@@ -1,0 +1,135 @@
+"""diffusers' Sana: the linear self-attention of its transformer, exchanged through ``Attention.set_processor``.
+
+Everything around the attention (projections, norms of queries and keys, dropout) is called where it was. Sana's video
+model rotates queries and keys after the ReLU, which is another formula and another processor.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
+from torch import Tensor, nn
+
+from mvkernels.ops.relu_linear_attention import relu_linear_attention
+from mvkernels.swap.eligibility import log_once, not_linear, not_plain, replaced, unusual_call
+
+
+def why_not(module: Any) -> str:
+    """Why the fused processor cannot stand for the one that this ``Attention`` has; empty if it can."""
+    if type(module) is not Attention:
+        return "a subclass of Attention, which may compute something else"
+    processor = module.processor
+    if type(processor) is not SanaLinearAttnProcessor2_0:
+        return f"its processor is a {type(processor).__name__}, want a SanaLinearAttnProcessor2_0"
+    return replaced(SanaLinearAttnProcessor2_0, "__call__") or _why_not_now(module) or _asked()[1]
+
+
+def _why_not_now(attn: Any) -> str:
+    """What can change after a swap, looked at in every call."""
+    q, k, v, like = attn.to_q, attn.to_k, attn.to_v, attn.to_q.weight
+    reason = (
+        not_linear(q, like, "to_q")
+        or not_linear(k, like, "to_k")
+        or not_linear(v, like, "to_v")
+        or not_linear(attn.to_out[0], like, "to_out.0")
+        or not_plain(attn.to_out[1], nn.Dropout, "to_out.1")
+    )
+    if reason:
+        return reason
+    if not q.out_features == k.out_features == v.out_features or q.out_features % attn.heads:
+        return f"to_q, to_k and to_v do not make {attn.heads} heads of one width"
+    return ""
+
+
+class FusedSanaLinearAttnProcessor:
+    """A ``SanaLinearAttnProcessor2_0`` with :func:`mvkernels.relu_linear_attention`.
+
+    Args:
+        original: the processor whose place it takes, and to which it leaves what it does not do: masks, keys from
+            elsewhere, changed projections.
+        eps: added to the normalizer; None for what the original adds.
+    """
+
+    mvk_backend: str | None = None
+
+    def __init__(self, original: SanaLinearAttnProcessor2_0, eps: float | None = None) -> None:
+        self.mvk_original = original
+        self.eps = _asked()[0] if eps is None else eps
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, pixels, C) -> (B, pixels, C_out)."""
+        reason = unusual_call(hidden_states, axes=3)
+        if encoder_hidden_states is not None:
+            reason = "its keys come from elsewhere (encoder_hidden_states)"
+        elif attention_mask is not None:
+            reason = "it was called with a mask"
+        reason = reason or replaced(SanaLinearAttnProcessor2_0, "__call__") or _why_not_now(attn)
+        if reason:
+            log_once(self, reason)
+            return self.mvk_original(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return self.fused(attn, hidden_states)
+
+    def fused(self, attn: Any, hidden_states: Tensor) -> Tensor:
+        """(B, pixels, C) -> (B, pixels, C_out)."""
+        dtype = hidden_states.dtype
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if not query.dtype == key.dtype == value.dtype:  # a norm may answer in float32
+            query, key, value = query.float(), key.float(), value.float()
+        maps = [_map(t, attn.heads) for t in (query, key, value)]
+        out = relu_linear_attention(*maps, eps=self.eps, backend=self.mvk_backend)
+        out = out.permute(0, 3, 4, 1, 2).flatten(3).squeeze(1).to(dtype)
+        out = attn.to_out[1](attn.to_out[0](out))
+        return out.clip(-65504, 65504) if dtype == torch.float16 else out
+
+
+def _map(tokens: Tensor, heads: int) -> Tensor:
+    """(B, pixels, C) -> (B, heads, C / heads, 1, pixels), a view: a channels-last map of one row."""
+    return tokens.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1).unsqueeze(3)
+
+
+@functools.cache
+def _asked() -> tuple[float, str]:
+    """What this version's processor adds to the normalizer, which it keeps to itself, and the reason against swapping.
+
+    Asked by calling it: of one pixel with q = k = v = c it makes c³ / (c² + eps), which says eps. With that
+    the fused form has to give what it gives.
+    """
+    original = SanaLinearAttnProcessor2_0()
+
+    def attention(heads: int) -> Any:
+        parts = {name: nn.Identity() for name in ("to_q", "to_k", "to_v")}
+        return SimpleNamespace(**parts, norm_q=None, norm_k=None, heads=heads, to_out=[nn.Identity(), nn.Identity()])
+
+    try:
+        with torch.no_grad():
+            c = 3e-8
+            seen = float(original(attention(1), torch.full((1, 1, 1), c, dtype=torch.float32, device="cpu")))
+            eps = float(f"{max(0.0, c * c * (c / seen - 1.0)):.3g}")  # what is written there, without rounding errors
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 7, 6, generator=generator, dtype=torch.float32, device="cpu")
+            processor = FusedSanaLinearAttnProcessor(original, eps)
+            processor.mvk_backend = "reference"
+            difference = float((processor.fused(attention(2), x) - original(attention(2), x)).abs().max())
+    except Exception as error:  # whatever another version may raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        return 0.0, f"this version's processor cannot be compared with the known formula: {lines[0]}"
+    if not difference <= 1e-5:
+        return 0.0, "this version's processor computes something else than the known formula"
+    return eps, ""
+
+
+FUSED = FusedSanaLinearAttnProcessor

@@ -1,0 +1,50 @@
+"""timm's EfficientViT (MIT's, of ``timm.models.efficientvit_mit``): ``LiteMLA``, between its two projections.
+
+Microsoft's EfficientViT (``efficientvit_m0`` to ``m5``) is another network, of softmax attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.efficientvit_mit import ConvNormAct, LiteMLA
+from torch import Tensor, nn
+
+from mvkernels.swap import lite_mla
+from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
+from mvkernels.swap.mobilevit import as_original
+
+
+def why_not(module: Any) -> str:
+    """Why the fused form cannot stand for this ``LiteMLA`` as it is now; empty if it can."""
+    return _of_timm(module) or lite_mla.why_not(module)
+
+
+def _of_timm(module: Any) -> str:
+    return (
+        replaced(LiteMLA, "forward", "_attn")
+        or not_its_own(module, "forward", "_attn")
+        or not_plain(module.qkv, ConvNormAct, "qkv")
+        or not_plain(module.proj, ConvNormAct, "proj")
+    )
+
+
+class SwappedLiteMLA(LiteMLA):
+    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps.
+
+    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
+    """
+
+    mvk_original = LiteMLA
+    mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (B, C, H, W) -> (B, C_out, H, W)."""
+        out = lite_mla.forward(self, x, bool(args or kwargs), _of_timm(self))
+        return LiteMLA.forward(self, x, *args, **kwargs) if out is None else out
+
+
+SWAPPED = SwappedLiteMLA

@@ -1,0 +1,300 @@
+"""EfficientViT (Cai et al., arXiv 2205.14756): the B models for devices, the L models for everything larger.
+
+MIT's EfficientViT and not Microsoft's (arXiv 2305.07027, timm's ``efficientvit_m*``), which only shares the name.
+
+Follows the authors' published code; their checkpoints and timm's load by :func:`mvmodels.load_weights`. The two
+differ in constants that no checkpoint holds, so loading sets those too: see :func:`follow`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvkernels.nn import ConvNormAct, EfficientViTBlock, LiteMLA, MBConv, Residual
+from mvmodels.registry import ModelInfo, WeightSource, register, renaming
+
+_PAPER = "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction, arXiv 2205.14756"
+_ATTENTION_EPS = {"mit": 1e-15, "timm": 1e-5}
+_HARDSWISH = functools.partial(nn.Hardswish, inplace=True)
+_GELU = functools.partial(nn.GELU, approximate="tanh")
+
+Act = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network by its numbers."""
+
+    widths: tuple[int, int, int, int, int]
+    """Of the stem and of the four stages."""
+    depths: tuple[int, int, int, int, int]
+    """Blocks of the stem beside its first convolution, and of the stages: in a B model without attention the one that
+    halves the resolution is among them, else it is not."""
+    head: tuple[int, int]
+    """Widths of the classifier's two hidden layers."""
+    head_dim: int = 32
+    large: bool = False
+    """An L model: full convolutions in the early stages, attention in the last stage alone, GELU."""
+
+
+SIZES = {
+    "b0": Size((8, 16, 32, 64, 128), (1, 2, 2, 2, 2), (1024, 1280), head_dim=16),
+    "b1": Size((16, 32, 64, 128, 256), (1, 2, 3, 3, 4), (1536, 1600), head_dim=16),
+    "b2": Size((24, 48, 96, 192, 384), (1, 3, 4, 4, 6), (2304, 2560)),
+    "b3": Size((32, 64, 128, 256, 512), (1, 4, 6, 6, 9), (2304, 2560)),
+    # The authors have the L0 without a classifier, as a backbone of SAM. Its widths are the L1's, and so is the head.
+    "l0": Size((32, 64, 128, 256, 512), (1, 1, 1, 4, 4), (3072, 3200), large=True),
+    "l1": Size((32, 64, 128, 256, 512), (1, 1, 1, 6, 6), (3072, 3200), large=True),
+    "l2": Size((32, 64, 128, 256, 512), (1, 2, 2, 8, 8), (3072, 3200), large=True),
+    "l3": Size((64, 128, 256, 512, 1024), (1, 2, 2, 8, 8), (6144, 6400), large=True),
+}
+
+
+class Head(nn.Module):
+    """1×1 convolution, BN, activation; mean; Linear, LayerNorm, activation; dropout, Linear."""
+
+    def __init__(
+        self, channels: int, widths: tuple[int, int], num_classes: int, drop_rate: float, act: Act, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(channels, widths[0], norm_eps=norm_eps, act=act)
+        self.fc = nn.Linear(widths[0], widths[1], bias=False)
+        self.norm = nn.LayerNorm(widths[1], eps=norm_eps)
+        self.act = act()
+        self.dropout = nn.Dropout(drop_rate)
+        self.classifier = nn.Linear(widths[1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, H, W) -> logits (B, num_classes)."""
+        hidden = F.adaptive_avg_pool2d(self.conv(x), 1).flatten(1)
+        return self.classifier(self.dropout(self.act(self.norm(self.fc(hidden)))))
+
+
+class EfficientViT(nn.Module):
+    """EfficientViT: a stem of stride 2, and four stages that each halve the map once more; the last have attention.
+
+    Args:
+        size: the network's numbers.
+        num_classes: width of the last layer.
+        in_chans: channels of a picture.
+        drop_rate: dropout before the last layer.
+        features_only: return the last map of each stage, finest first, and build no head.
+        scales: of the attention, see :class:`mvkernels.nn.LiteMLA`. Checkpoints have (5,).
+        dw_in_ffn: whether the feed-forward network beside the attention has its depthwise 3×3. In checkpoints it has.
+        conventions: whose constants the network has, "mit" or "timm": see :func:`follow`.
+        backend: handed to the fused ops.
+
+    H and W of a picture are free.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        features_only: bool = False,
+        scales: Sequence[int] = (5,),
+        dw_in_ffn: bool = True,
+        conventions: str = "mit",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_classes", num_classes), ("in_chans", in_chans)):
+            if value < 1:
+                raise ValueError(f"EfficientViT: {name} is {value}, want at least 1")
+        self.size, self.in_chans, self.features_only = size, in_chans, features_only
+        act, norm_eps = (_GELU, 1e-7) if size.large else (_HARDSWISH, 1e-5)
+        block = functools.partial(
+            EfficientViTBlock,
+            head_dim=size.head_dim,
+            expand_ratio=6.0 if size.large else 4.0,
+            scales=scales,
+            dw_in_ffn=dw_in_ffn,
+            act=act,
+            norm_eps=norm_eps,
+            backend=backend,
+        )
+        build = _large_stage if size.large else _stage
+        width = size.widths[0]
+        self.stem = nn.Sequential(
+            ConvNormAct(in_chans, width, 3, stride=2, norm_eps=norm_eps, act=act),
+            *(Residual(_convolutions(width, width, size.large, act, norm_eps)) for _ in range(size.depths[0])),
+        )
+        self.body = nn.ModuleList()
+        for stage, (out, depth) in enumerate(zip(size.widths[1:], size.depths[1:]), 1):
+            self.body.append(build(stage, width, out, depth, block, act, norm_eps))
+            width = out
+        self.stages = tuple(zip(size.widths[1:], (4, 8, 16, 32)))
+        """For each stage: the channels of its map, and the picture's side over the map's."""
+        self.head = None if features_only else Head(width, size.head, num_classes, drop_rate, act, norm_eps)
+        follow(self, conventions)
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"EfficientViT: x is {tuple(x.shape)}, want (B, {self.in_chans}, H, W)")
+        x = self.stem(x)
+        maps = []
+        for stage in self.body:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        maps = self.forward_features(x)
+        return maps if self.head is None else self.head(maps[-1])
+
+    @property
+    def weight_sources(self) -> dict[str, WeightSource]:
+        """Whose tensors load into this model: see :class:`mvmodels.WeightSource`."""
+        unused = "" if self.head is not None else r"head\."
+        mit = _MIT_LARGE if self.size.large else _MIT_B
+        return {
+            "mit": WeightSource(renaming([*mit, *_MIT]), unused, functools.partial(follow, conventions="mit")),
+            "timm": WeightSource(renaming(_TIMM), unused, functools.partial(follow, conventions="timm")),
+            "mvmodels": WeightSource(lambda name: name, unused),
+        }
+
+
+def follow(model: EfficientViT, conventions: str) -> None:
+    """Give a model the constants of the authors' code ("mit") or of timm's ("timm"), which no checkpoint holds.
+
+    The epsilon of the attention's normalizer is 1e-15 there and 1e-5 in timm. The L models' norms have 1e-7, except
+    for that of the head's first layer in timm, which has BatchNorm's own 1e-5.
+
+    Raises ValueError for other conventions.
+    """
+    if conventions not in _ATTENTION_EPS:
+        raise ValueError(f"EfficientViT: conventions is {conventions!r}, want {' or '.join(_ATTENTION_EPS)}")
+    for module in model.modules():
+        if isinstance(module, LiteMLA):
+            module.eps = _ATTENTION_EPS[conventions]
+    if model.head is not None and model.size.large:
+        norm = model.head.conv.norm
+        norm.eps = 1e-7 if conventions == "mit" else 1e-5  # type: ignore[assignment]
+
+
+def _convolutions(
+    in_channels: int,
+    out_channels: int,
+    full: bool,
+    act: Act,
+    norm_eps: float,
+    stride: int = 1,
+    expand_ratio: int = 1,
+) -> nn.Module:
+    """Two convolutions: depthwise and 1×1, or ``full``: two of 3×3, or a widening 3×3 and a 1×1."""
+    make = functools.partial(ConvNormAct, norm_eps=norm_eps)
+    if not full:
+        parts = {
+            "depth_conv": make(in_channels, in_channels, 3, stride, groups=in_channels, act=act),
+            "point_conv": make(in_channels, out_channels),
+        }
+    elif expand_ratio == 1:
+        parts = {
+            "conv1": make(in_channels, in_channels, 3, stride, act=act),
+            "conv2": make(in_channels, out_channels, 3),
+        }
+    else:
+        hidden = in_channels * expand_ratio
+        parts = {
+            "spatial_conv": make(in_channels, hidden, 3, stride, act=act),
+            "point_conv": make(hidden, out_channels),
+        }
+    return nn.Sequential(OrderedDict(parts))
+
+
+def _stage(
+    stage: int, width: int, out: int, depth: int, block: Callable[[int], nn.Module], act: Act, norm_eps: float
+) -> nn.Sequential:
+    """A stage of a B model: inverted residuals, and attention in the third and the fourth."""
+    local = functools.partial(MBConv, act=act, norm_eps=norm_eps, expand_ratio=4.0)
+    first = _main(local(width, out, 2, fewer_norm=stage >= 3))
+    if stage >= 3:
+        return nn.Sequential(first, *(block(out) for _ in range(depth)))
+    return nn.Sequential(first, *(Residual(local(out, out)) for _ in range(depth - 1)))
+
+
+def _large_stage(
+    stage: int, width: int, out: int, depth: int, block: Callable[[int], nn.Module], act: Act, norm_eps: float
+) -> nn.Sequential:
+    """A stage of an L model: full convolutions in the first two, inverted residuals, attention in the fourth."""
+
+    def local(in_channels: int, stride: int, expand_ratio: int) -> nn.Module:
+        if stage <= 2:
+            return _convolutions(in_channels, out, True, act, norm_eps, stride, expand_ratio)
+        return MBConv(in_channels, out, stride, expand_ratio, fewer_norm=True, act=act, norm_eps=norm_eps)
+
+    first = _main(local(width, 2, 24 if stage == 4 else 16))
+    return nn.Sequential(first, *(block(out) if stage == 4 else Residual(local(out, 1, 4)) for _ in range(depth)))
+
+
+def _main(module: nn.Module) -> nn.Module:
+    """The module under the name that it has inside a residual."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict(main=module)
+    return nn.Sequential(parts)
+
+
+_TIMM = [
+    (r"^stem\.0\.", "stem.in_conv."),
+    (r"^stem\.1\.", "stem.res0."),
+    (r"^body\.(\d)\.", r"stages.\1.blocks."),
+    (r"^head\.conv\.", "head.in_conv."),
+    (r"^head\.fc\.", "head.classifier.0."),
+    (r"^head\.norm\.", "head.classifier.1."),
+    (r"^head\.classifier\.(?=weight|bias)", "head.classifier.4."),
+]
+_MIT = [
+    (r"^head\.conv\.", "head.op_list.0."),
+    (r"^head\.fc\.", "head.op_list.2.linear."),
+    (r"^head\.norm\.", "head.op_list.2.norm."),
+    (r"^head\.classifier\.", "head.op_list.3.linear."),
+]
+_MIT_B = [(r"^stem\.", "backbone.input_stem.op_list."), (r"^body\.(\d)\.", r"backbone.stages.\1.op_list.")]
+_MIT_LARGE = [
+    (r"^stem\.", "backbone.stages.0.op_list."),  # here the stem is one of the stages
+    *((rf"^body\.{i}\.", f"backbone.stages.{i + 1}.op_list.") for i in range(4)),
+]
+
+
+def _register(
+    size: str, params: int, macs: float, printed: tuple[str, str], top1: float | None, note: str = ""
+) -> None:
+    register(
+        ModelInfo(
+            name=f"efficientvit_{size}",
+            build=functools.partial(EfficientViT, SIZES[size]),
+            paper=_PAPER,
+            params=params,
+            macs=macs,
+            published_params=printed[0],
+            published_flops=printed[1],
+            published_top1=top1,
+            note=note,
+        )
+    )
+
+
+_register("b0", 3_410_008, 100.2, ("", ""), None)
+_register("b1", 9_102_024, 519.2, ("9.1M", "0.52G"), 79.39)
+_register("b2", 24_330_712, 1_584.9, ("24M", "1.6G"), 82.10)
+_register("b3", 48_646_056, 3_953.8, ("49M", "4.0G"), 83.47)
+_register(
+    "l0",
+    42_422_280,
+    4_594.7,
+    ("", ""),
+    None,
+    "published as a backbone of SAM without a classifier; the head here is the L1's",
+)
+_register("l1", 52_654_088, 5_258.5, ("53M", "5.3G"), 84.48)
+_register("l2", 63_707_016, 6_949.9, ("64M", "6.9G"), 85.05)
+_register("l3", 246_037_288, 27_586.5, ("246M", "28G"), 85.81)
