@@ -78,6 +78,16 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         raise UsageError(f"timm has no {name!r} here: {_first_line(error)}") from None
 
 
+def _mvmodels(name: str, pretrained: bool) -> nn.Module:
+    package = _import("mvmodels")
+    if pretrained:
+        raise UsageError("mvmodels has no weights to download: see mvmodels.load_weights")
+    try:
+        return package.create_model(name)
+    except ValueError as error:
+        raise UsageError(_first_line(error)) from None
+
+
 def _diffusers(name: str, pretrained: bool) -> nn.Module:
     _mend_broken_torchvision()
     package = _import("diffusers")
@@ -129,7 +139,14 @@ FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {
     "transformers": _transformers,
     "timm": _timm,
     "diffusers": _diffusers,
+    "mvmodels": _mvmodels,
 }
+
+
+def input_size(spec: str) -> int:
+    """The side of the pictures that a model of :func:`build` was made for; 256 where nobody says."""
+    family, _, name = spec.partition(":")
+    return _import("mvmodels").model_info(name).input_size if family == "mvmodels" else 256
 
 
 def _import(package: str) -> Any:

@@ -106,6 +106,8 @@ static void dots(int64_t D, int64_t count, const T* x, int64_t ldx, const T* q, 
   constexpr int R = kVectorBytes == 64 ? 12 : 8;
   int64_t n = 0;
   for (; n + R <= count; n += R) dots_tile<T, G, R>(D, x + n * ldx, ldx, q, s + n * G);
+  // What is left, with some of the tile before once more: few pixels alone wait for each product.
+  if (n < count && count >= R) n = count, dots_tile<T, G, R>(D, x + (n - R) * ldx, ldx, q, s + (n - R) * G);
   for (; n + 4 <= count; n += 4) dots_tile<T, G, 4>(D, x + n * ldx, ldx, q, s + n * G);
   for (; n < count; ++n) dots_tile<T, G, 1>(D, x + n * ldx, ldx, q, s + n * G);
   for (int64_t i = count * G; i % W<T>; ++i) s[i] = tail;
@@ -141,8 +143,6 @@ static void weigh_tile(
       store<T>(to, sum[m][v]);
     }
 }
-
-constexpr int64_t kChain = 64;
 
 // The same for one group of M tokens and all dims. c has whole vectors.
 template <class T, int G>
@@ -246,6 +246,7 @@ static void spread_rows(
     };
     int64_t n = 0;
     for (; n + R <= count; n += R) rows(std::integral_constant<int, R>{}, n);
+    if (n < count && count >= R && start != out) n = count, rows(std::integral_constant<int, R>{}, n - R);
     for (; n < count; ++n) rows(std::integral_constant<int, 1>{}, n);
   };
   const Tiles tiles((D + W<T> - 1) / W<T>, 3);

@@ -27,6 +27,8 @@ class Family:
     class_name: str
     adapter: str
     """The file here that has ``SWAPPED``, a subclass of that class, and ``why_not(module) -> str``."""
+    parameters: tuple[str, ...] | None = None
+    """The names that its forward takes beside self, where that is more than one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Structure:
     """Names of attributes and children that a module has if it is one of these."""
     adapter: str
     """The file here that has ``swapped_class(module)`` and ``why_not(module, model) -> str``."""
+    parameters: tuple[str, ...] | None = None
+    """As of :class:`Family`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
     Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
     Family("timm.models.efficientvit_mit", "LiteMLA", "timm_efficientvit"),
+    Family("timm.models.efficientformer", "Attention", "timm_efficientformer"),
+    Family("timm.models.maxxvit", "Attention2d", "timm_coatnet", ("x", "shared_rel_pos")),
     Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),
     Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
@@ -65,6 +71,11 @@ STRUCTURES = (
         "authors_mobile_former",
     ),
     Structure(frozenset(("eps", "dim", "qkv", "aggreg", "kernel_func", "proj")), "authors_efficientvit"),
+    Structure(
+        frozenset(("local_rep", "global_rep", "conv_proj", "fusion", "patch_h", "patch_w", "patch_area", "n_heads")),
+        "cvnets_mobilevit",
+        ("x", "args", "kwargs"),
+    ),
 )
 
 
@@ -138,10 +149,10 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
         module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]
 
     if isinstance(family, Structure):
-        return _why_not(module, functools.partial(adapter.why_not, model=model)), class_
+        return _why_not(module, functools.partial(adapter.why_not, model=model), family.parameters), class_
     if isinstance(family, Processor):
         return _asked(module, adapter.why_not), processor
-    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not), class_
+    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not, family.parameters), class_
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
@@ -186,10 +197,11 @@ def _not_exactly(module: nn.Module, swapped: type[nn.Module]) -> str:
     return ""
 
 
-def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
+def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str], parameters: tuple[str, ...] | None = None) -> str:
     if "forward" in module.__dict__:
         return not_hooked(module, "it") or "it has had its forward replaced"
-    if len(inspect.signature(type(module).forward).parameters) != 2:
+    taken = [*inspect.signature(type(module).forward).parameters][1:]
+    if len(taken) != 1 if parameters is None else tuple(taken) != parameters:
         return "this version of its code has another forward"
     return _asked(module, why_not)
 

@@ -318,10 +318,21 @@ class Trainer:
 
     def _step(self, pictures: Tensor, labels: Tensor) -> Tensor:
         # Seeds of neighbouring steps and ranks differ, whatever the seed of the run.
-        torch.manual_seed((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            logits = self.parallel(pictures)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.options.smoothing)
+        torch.manual_seed(((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank) % 2**63)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+                logits = self.parallel(pictures)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            shape = " x ".join(str(n) for n in pictures.shape)
+            raise UsageError(f"BatchNorm has one value only of {shape}: want more pictures or larger ones") from None
+        # EfficientFormer has a second classifier, for a teacher; without one both learn the labels.
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        if not all(isinstance(head, Tensor) and head.dim() == 2 for head in heads):
+            raise UsageError(f"{self.options.model} is no classifier of pictures")
+        losses = [F.cross_entropy(h.float(), labels, label_smoothing=self.options.smoothing) for h in heads]
+        loss = torch.stack(losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         if self.options.clip > 0:

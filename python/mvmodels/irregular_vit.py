@@ -118,9 +118,8 @@ class IrregularPatchEmbedding(nn.Module):
         )
         self.trunk = nn.Sequential(stem, *(block(a, b, 2) for a, b in itertools.pairwise(trunk)))
         self.fine = block(trunk[-1], dim, 2)
-        self.coarse = block(trunk[-1], dim, 4)
-        if coarse == "two":
-            self.coarse = nn.Sequential(block(trunk[-1], dim, 2), block(dim, dim, 2))
+        strides = (2, 2) if coarse == "two" else (4,)
+        self.coarse = nn.Sequential(*(block(dim if i else trunk[-1], dim, s) for i, s in enumerate(strides)))
         self.whole = block(trunk[-1], dim, 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:

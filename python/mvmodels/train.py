@@ -112,7 +112,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         size=arguments.size or (32 if digits else info.input_size),
         device=device(where),
         backend=backend(arguments.backend),
-        workers=(0 if digits else min(4, os.cpu_count() or 1)) if arguments.workers is None else arguments.workers,
+        workers=(0 if digits else min(4, _cores())) if arguments.workers is None else arguments.workers,
     )
     for name in (
         "epochs", "batch_size", "lr", "lr_min", "warmup", "weight_decay", "smoothing", "ema", "clip", "multi_scale",
@@ -120,6 +120,11 @@ def _options(arguments: argparse.Namespace) -> Options:
     ):  # fmt: skip
         setattr(options, name, getattr(arguments, name))
     return options
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(arguments: argparse.Namespace, options: Options, train: Pictures, test: Pictures, output: Path) -> int:
@@ -160,7 +165,7 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("tensorboard is not installed, nothing is logged for it: pip install tensorboard")
+        say("tensorboard is not installed, nothing is logged for it: pip install 'mvkernels[train]'")
         return None
     return SummaryWriter(str(folder), purge_step=step)
 

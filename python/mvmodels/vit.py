@@ -56,7 +56,6 @@ class ConvStem(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(in_channels, dim, 1)
         nn.init.normal_(self.proj.weight, 0.0, math.sqrt(2.0 / dim))
-        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
@@ -70,7 +69,6 @@ class PatchStem(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, PATCH, PATCH)
         nn.init.normal_(self.proj.weight, 0.0, math.sqrt(1.0 / (in_channels * PATCH * PATCH)))
-        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
