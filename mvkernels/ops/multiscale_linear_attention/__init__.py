@@ -11,7 +11,7 @@ from torch import Tensor
 from mvkernels import checks
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention import suite
-from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
+from mvkernels.ops.multiscale_linear_attention.autograd import Flat, MultiscaleLinearAttentionFunction, call, flat
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 from mvkernels.registry import Op, register
 
@@ -65,7 +65,7 @@ def multiscale_linear_attention(
     weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         return Flat.apply(qkv, head_dim, eps, chosen, *weights)
-    return KERNELS[chosen][0](*arguments)[0]
+    return call(chosen, qkv, head_dim, eps, weights)[0]
 
 
 def _check(
@@ -126,6 +126,14 @@ def _check_shape(name: str, cast: dict[str, Tensor], wanted: tuple[int, ...], ax
         raise ValueError(f"{_NAME}: {name} is {checks.shape(cast[name])}, want {axes} = {wanted}")
 
 
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.multiscale_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -133,7 +141,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("qkv",),
-        why_not={},
+        why_not={"triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
