@@ -1,10 +1,10 @@
 """multiscale_linear_attention on Triton, composed of two kinds of kernels.
 
 Forward: ``aggregate`` makes a scale's qkv, both convolutions in one pass; relu_linear_attention's kernels read the
-heads of each scale where they lie in it and write them where they belong in the output. Nothing is concatenated. Backward:
-a scale's qkv is made again; the attention's gradient takes its place; ``pointwise_backward`` and ``depthwise_backward``
-bring that to qkv, and add it to what is there; ``pointwise_backward`` and ``depthwise_weight`` sum the gradients of the
-weights, in two stages.
+heads of each scale where they lie in it and write them where they belong in the output. Nothing is concatenated.
+Backward: a scale's qkv is made again; the attention's gradient takes its place; ``pointwise_backward`` and
+``depthwise_backward`` bring that to qkv, and add it to what is there; ``pointwise_backward`` and ``depthwise_weight``
+sum the gradients of the weights, in two stages.
 """
 
 from __future__ import annotations
