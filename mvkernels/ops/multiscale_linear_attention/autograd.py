@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,58 @@ def call_reference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> 
     return reference(qkv, depthwise, pointwise, head_dim, first, second, eps)
 
 
-_WEIGHTS = "Tensor[] depthwise, Tensor[] pointwise, int head_dim, Tensor?[] depthwise_bias, Tensor?[] pointwise_bias"
-_FORWARD = f"(Tensor qkv, {_WEIGHTS}, float eps) -> (Tensor out, Tensor sums)"
-_BACKWARD = f"(Tensor grad, Tensor qkv, Tensor sums, {_WEIGHTS}, float eps, bool weights) -> Tensor[]"
+_FORWARD = "(Tensor qkv, Tensor[] weights, int head_dim, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
+_BACKWARD = (
+    "(Tensor grad, Tensor qkv, Tensor[] weights, Tensor kv, Tensor keys, int head_dim, float eps)"
+    " -> (Tensor dqkv, Tensor[] dweights)"
+)
+
+
+def _fake_forward(qkv, weights, head_dim, eps):  # type: ignore[no-untyped-def]
+    # Sums over pixels, for every head of every scale: of value times relu(key), and of relu(key).
+    channels = qkv.shape[1] // 3 * (1 + len(weights) // 4)
+    shape = (qkv.shape[0], channels // head_dim, head_dim)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    return _empty(qkv, channels), qkv.new_empty((*shape, head_dim), dtype=dtype), qkv.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(grad, qkv, weights, kv, keys, head_dim, eps):  # type: ignore[no-untyped-def]
+    return _empty(qkv, qkv.shape[1]), [w.new_empty(w.shape) for w in weights]
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """As :func:`checks.empty_map`, of a map (B, C, H, W)."""
+    b, _, height, width = like.shape
+    if like.stride(1) == 1:
+        return like.new_empty((b, height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((b, channels, height, width))
+
+
+_CPP = (
+    library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
+    library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
+)
+
+
+def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
+    """The weights as operators take them: a bias that is not there has no elements."""
+    return [qkv.new_empty(0) if w is None else w for w in weights]
+
+
+def _cpp_forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
+    return _CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
+
+
+def _cpp_backward(
+    grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
+) -> Any:
+    dqkv, dweights = _CPP[1](grad, qkv, _dense(qkv, weights), *saved, head_dim, eps)
+    return dqkv, *dweights
+
+
+_LISTS = "Tensor[] depthwise, Tensor[] pointwise, int head_dim, Tensor?[] depthwise_bias, Tensor?[] pointwise_bias"
+_FORWARD_TRITON = f"(Tensor qkv, {_LISTS}, float eps) -> (Tensor out, Tensor sums)"
+_BACKWARD_TRITON = f"(Tensor grad, Tensor qkv, Tensor sums, {_LISTS}, float eps, bool weights) -> Tensor[]"
 
 
 def _fake_forward_triton(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps):  # type: ignore[no-untyped-def]
@@ -68,22 +117,35 @@ def _triton_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
     return triton_kernels.backward(grad, *rest)
 
 
-_NAMES = ("multiscale_linear_attention_forward", "multiscale_linear_attention_backward")
-KERNELS = {
-    "triton": (
-        library.define("triton", _NAMES[0], _FORWARD, _fake_forward_triton, _triton_forward),
-        library.define("triton", _NAMES[1], _BACKWARD, _fake_backward_triton, _triton_backward),
+_TRITON = (
+    library.define(
+        "triton", "multiscale_linear_attention_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward
     ),
-}
-"""By backend: ``forward(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps) -> (out, *saved)``
-and ``backward(grad, qkv, *saved, depthwise, …, eps, weights) -> [dqkv, *dweights]``, the weights' in the order of
-:func:`flat` and only if ``weights``. The lists of biases are as long as the others."""
+    library.define(
+        "triton", "multiscale_linear_attention_backward", _BACKWARD_TRITON, _fake_backward_triton, _triton_backward
+    ),
+)
 
 
-def call(backend: str, qkv: Tensor, head_dim: int, eps: float, weights: Weights) -> tuple[Tensor, ...]:
-    """The output, and what the backward needs, of a backend that has kernels."""
+def _forward_on_triton(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
     depthwise, pointwise, first, second = parts(weights)
-    return KERNELS[backend][0](qkv, depthwise, pointwise, head_dim, first, second, eps)
+    return _TRITON[0](qkv, depthwise, pointwise, head_dim, first, second, eps)
+
+
+def _backward_on_triton(
+    grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
+) -> Any:
+    depthwise, pointwise, first, second = parts(weights)
+    return _TRITON[1](grad, qkv, *saved, depthwise, pointwise, head_dim, first, second, eps, wanted)
+
+
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "cpp": (_cpp_forward, _cpp_backward),
+    "triton": (_forward_on_triton, _backward_on_triton),
+}
+"""By backend: ``forward(qkv, weights, head_dim, eps) -> (out, *saved)`` and ``backward(grad, qkv, weights, saved,
+head_dim, eps, wanted) -> (dqkv, *dweights)``, with the weights as :func:`flat` puts them; ``wanted``: whether any
+gradient of theirs is."""
 
 
 class Flat(torch.autograd.Function):
@@ -100,7 +162,7 @@ class Flat(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(qkv, *weights)
             return call_reference(qkv, weights, head_dim, eps)
-        out, *saved = call(backend, qkv, head_dim, eps, weights)
+        out, *saved = KERNELS[backend][0](qkv, weights, head_dim, eps)
         ctx.save_for_backward(qkv, *weights, *saved)
         return out
 
@@ -109,17 +171,13 @@ class Flat(torch.autograd.Function):
         needs = ctx.needs_input_grad
         wanted = (needs[0], *needs[4:])
         inputs, saved = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
-        head_dim, eps = ctx.settings
         with torch.no_grad():
             if ctx.backend == "reference":
                 grads = library.differentiate(
-                    lambda qkv, *weights: call_reference(qkv, weights, head_dim, eps), grad, inputs, wanted
+                    lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, inputs, wanted
                 )
             else:
-                depthwise, pointwise, first, second = parts(inputs[1:])
-                found = KERNELS[ctx.backend][1](
-                    grad, inputs[0], *saved, depthwise, pointwise, head_dim, first, second, eps, any(wanted[1:])
-                )
+                found = KERNELS[ctx.backend][1](grad, inputs[0], inputs[1:], saved, *ctx.settings, any(wanted[1:]))
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
