@@ -163,46 +163,69 @@ static void product(
   if (left) panel(std::integral_constant<int, 1>{}, col);
 }
 
-// c[m][n] = f[n] sum_k a[m * lda + k] b[k * ldb + n] for M rows and V vectors.
-template <class T, int M, int V>
-static void scaled_tile(
-    int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
+// What is done to a product as it is stored: n is the column.
+template <class T>
+struct Scaled {
+  const T* f;
+  vec<T> operator()(vec<T> x, int64_t n) const { return x * load<T>(f + n); }
+};
+template <class T>
+struct Rectified {
+  vec<T> operator()(vec<T> x, int64_t) const { return relu<T>(x); }
+};
+
+// c[m][n] = end(sum_k a[m * am + k * ak] b[k * ldb + n], n) for M rows and V vectors; am is 1 if Adjacent, else ak is.
+template <class T, int M, int V, bool Adjacent, class End>
+static void ended_tile(
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
-  for (int64_t k = 0; k < K; ++k, ++a, b += ldb) {
+  for (int64_t k = 0; k < K; ++k) {
     vec<T> bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const vec<T> av = splat<T>(a[m * lda]);
+      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
     }
+    a += Adjacent ? ak : 1;
+    b += ldb;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, acc[m][v] * load<T>(f + v * W<T>));
+    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, end(acc[m][v], col + v * W<T>));
 }
-template <class T, int M, int V>
-MVK_INLINE void scaled_tile_of(
-    int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
-  if (rows == M) return scaled_tile<T, M, V>(K, a, lda, b, ldb, f, c, ldc);
-  if constexpr (M > 1) scaled_tile_of<T, M - 1, V>(rows, K, a, lda, b, ldb, f, c, ldc);
+template <class T, int M, int V, bool Adjacent, class End>
+MVK_INLINE void ended_tile_of(
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
+  if (rows == M) return ended_tile<T, M, V, Adjacent>(K, a, am, ak, b, ldb, end, col, c, ldc);
+  if constexpr (M > 1) ended_tile_of<T, M - 1, V, Adjacent>(rows, K, a, am, ak, b, ldb, end, col, c, ldc);
 }
-template <class T, int V>
-static void scaled_product(
-    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
-  const Tiles tiles(rows, kRowsOf<V>);
-  for (int i = 0; i < tiles.count; ++i) {
-    const int r = tiles.height + (i < tiles.taller);
-    scaled_tile_of<T, kRowsOf<V>, V>(r, K, a, lda, b, ldb, f, c, ldc);
-    a += r * lda, c += r * ldc;
-  }
+template <class T, bool Adjacent, class End>
+static void ended_product(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end,
+    T* c, int64_t ldc) {
+  auto panel = [&](auto width, int64_t col) {
+    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
+    const Tiles tiles(rows, M);
+    int64_t m = 0;
+    for (int i = 0; i < tiles.count; ++i) {
+      const int r = tiles.height + (i < tiles.taller);
+      ended_tile_of<T, M, V, Adjacent>(r, K, a + m * am, am, ak, b + col, ldb, end, col, c + m * ldc + col, ldc);
+      m += r;
+    }
+  };
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
+  if (left) panel(std::integral_constant<int, 1>{}, col);
 }
 
 // to[n] = 1 / (sum_i keys[i] q[i * ld + n] + eps) for V vectors of pixels.

@@ -74,53 +74,63 @@ static void add_sums(Head<T, const S> key, Head<T, const S> value, int64_t n0, i
   }
 }
 
-// out over pixels n0 .. n1.
-template <class T, class Q, class S>
-static void outputs(Head<T, const Q> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s) {
+// The same of pixels that lie ready: k [count][ldk], rectified, and [v, 1] as rows.
+template <class T>
+static void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, Scratch<T>& s) {
+  for (int64_t n = 0, step = s.step(count); n < count; n += step)
+    product<T, Start::from>(
+        s.D + 1, s.D, count - n < step ? count - n : step, v + n, ldv, k + n * s.ldk, s.ldk, s.sums, s.ldk);
+}
+
+// out of `count` pixels from n on, at most two vectors of them, whose rectified queries are rows.
+template <class T, class S>
+static void output_rows(const T* q, int64_t ldq, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s) {
+  if (count > W<T>)
+    reciprocals<T, 2>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
+  else
+    reciprocals<T, 1>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
+  T* to = out.in_place_panel(n, count);
+  const int64_t ldo = to ? out.map.d : 2 * W<T>;
+  if (!to) to = s.rows[1];
+  ended_product<T, false>(s.D, count, s.D, s.sums, s.ldk, 1, q, ldq, Scaled<T>{s.factor}, to, ldo);
+  if (to == s.rows[1]) out.put_panel(n, count, to, ldo);
+}
+
+// The same of pixels whose rectified queries are q[count][ldk], which are changed.
+template <class T, class S>
+static void output_tokens(T* q, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s) {
   const int64_t D = s.D, ldk = s.ldk;
-  const T* keys = s.sums + D * ldk;
-  if (out.last) {
-    turn<T>(D, D, s.sums, ldk, s.turned, ldk);
-    for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
-      const int64_t count = n1 - n < step ? n1 - n : step;
-      T* q = s.tokens[0];
-      query.template tokens<true>(n, count, q, ldk);
-      for (int64_t p = 0; p < count; p += W<T>) {
-        const int some = at_most<T>(count - p);
-        T over[W<T>];
-        store<T>(over, splat(T(1)) / (dots<T>(some, D, q + p * ldk, ldk, keys, 0) + splat(s.eps)));
-        for (int m = 0; m < some; ++m)
-          for (int64_t i = 0; i < D; i += W<T>) {
-            T* at = q + (p + m) * ldk + i;
-            store<T>(at, splat(over[m]) * load<T>(at));
-          }
+  for (int64_t p = 0; p < count; p += W<T>) {
+    const int some = at_most<T>(count - p);
+    T over[W<T>];
+    store<T>(over, splat(T(1)) / (dots<T>(some, D, q + p * ldk, ldk, s.sums + D * ldk, 0) + splat(s.eps)));
+    for (int m = 0; m < some; ++m)
+      for (int64_t i = 0; i < D; i += W<T>) {
+        T* at = q + (p + m) * ldk + i;
+        store<T>(at, splat(over[m]) * load<T>(at));
       }
-      T* to = out.in_place_tokens(n);
-      int64_t ldo = out.map.x;
-      if (!to) to = s.tokens[1], ldo = ldk;
-      product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo);
-      if (to == s.tokens[1]) out.put_tokens(n, count, to, ldk);
-    }
-    return;
   }
-  constexpr int64_t wide = 2 * W<T>;
-  for (int64_t n = n0, count; n < n1; n += count) {
-    count = n1 - n < wide ? n1 - n : wide;
-    T* q = s.rows[0];
-    query.template panel<true>(n, count, q, wide);
-    auto vectors = [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      reciprocals<T, V>(D, keys, q, wide, s.eps, s.factor);
-      T* to = out.in_place_panel(n, count);
-      const int64_t ldo = to ? out.map.d : wide;
-      if (!to) to = s.rows[1];
-      scaled_product<T, V>(D, D, s.sums, ldk, q, wide, s.factor, to, ldo);
-      if (to == s.rows[1]) out.put_panel(n, count, to, wide);
-    };
-    if (count > W<T>)
-      vectors(std::integral_constant<int, 2>{});
-    else
-      vectors(std::integral_constant<int, 1>{});
+  T* to = out.in_place_tokens(n);
+  const int64_t ldo = to ? out.map.x : ldk;
+  if (!to) to = s.tokens[1];
+  product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo);
+  if (to == s.tokens[1]) out.put_tokens(n, count, to, ldk);
+}
+
+// out over pixels n0 .. n1.
+template <class T, class S>
+static void outputs(Head<T, const S> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s) {
+  const int64_t step = out.last ? s.step(n1 - n0) : 2 * W<T>;
+  if (out.last) turn<T>(s.D, s.D, s.sums, s.ldk, s.turned, s.ldk);
+  for (int64_t n = n0; n < n1; n += step) {
+    const int64_t count = n1 - n < step ? n1 - n : step;
+    if (out.last) {
+      query.template tokens<true>(n, count, s.tokens[0], s.ldk);
+      output_tokens<T, S>(s.tokens[0], n, count, out, s);
+    } else {
+      query.template panel<true>(n, count, s.rows[0], step);
+      output_rows<T, S>(s.rows[0], step, n, count, out, s);
+    }
   }
 }
 

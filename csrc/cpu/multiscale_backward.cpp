@@ -93,7 +93,7 @@ struct Backward {
     for (int64_t d = 0; d < D; ++d) {
       T* rows = plane(u, scale, p * D + d);
       for (int64_t y = y0; y < y1; ++y)
-        put_row<T, T>(narrow + d * ld + (y - y0) * a.W, 1, a.W, k / 2, rows + y * pitch);
+        put_row_and_zeros<T>(narrow + d * ld + (y - y0) * a.W, a.W, k / 2, rows + y * pitch);
       if (y1 == a.H)
         for (int64_t i = a.H * pitch; i < a.plane_size(k); ++i) rows[i] = 0;
     }

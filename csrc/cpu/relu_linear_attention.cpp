@@ -49,7 +49,7 @@ static void forward(const LinearAttention& a, int64_t begin, int64_t end) {
       give_sums(D, s.sums, s.ldk, to, to + D * D);
     } else {
       if (u.chunk == 0) give_sums(D, s.sums, s.ldk, kv_of<T>(a, u), keys_of<T>(a, u));
-      outputs<T, S, S>(head<T, const S>(a, a.query, u, s, 0), head<T, S>(a, a.out, u, s, 1), n0, n1, s);
+      outputs<T, S>(head<T, const S>(a, a.query, u, s, 0), head<T, S>(a, a.out, u, s, 1), n0, n1, s);
     }
   }
 }
