@@ -149,13 +149,45 @@ struct Head {
   }
 };
 
+// Prefetches into L2, between the tiles of a product, what is read after it: heads of a map are far apart, and the hardware
+// does not guess them.
+struct Next {
+  struct Lines {
+    const char* base;
+    int64_t stride, bytes, count;
+  } some[2];
+  int maps = 0;
+  int64_t at = 0;
+  template <class T, class S>
+  void add(const Head<T, S>& head, int64_t n, int64_t count) {
+    if (count <= 0) return;
+    const char* base = reinterpret_cast<const char*>(head.base + head.at(n));
+    constexpr int64_t size = sizeof(S);
+    if (head.rows)
+      some[maps++] = {base, head.map.d * size, count * size, head.dims};
+    else if (head.last && head.uniform)
+      some[maps++] = {base, head.map.x * size, head.dims * size, count};
+  }
+  // A share of the rows, for one of so many tiles.
+  void between_tiles(int tiles) {
+    for (int i = 0; i < maps; ++i) {
+      const Lines& m = some[i];
+      const int64_t share = (m.count + tiles - 1) / tiles, from = at * share;
+      for (int64_t r = from; r < from + share && r < m.count; ++r)
+        for (int64_t b = 0; b < m.bytes; b += 64) __builtin_prefetch(m.base + r * m.stride + b, 0, 2);
+    }
+    ++at;
+  }
+};
+
 // c (+)= A B over all columns, with A in rows: row m, element k at a[m * lda + k]. b and c have whole vectors.
-template <class T, Start from>
+template <class T, Start from, class Between = const Nothing>
 static void product(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    Between& between = kNothing) {
   auto panel = [&](auto width, int64_t col) {
     product_rows<T, decltype(width)::value, from, false>(
-        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr));
+        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr), between);
   };
   int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
   if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
@@ -209,10 +241,10 @@ MVK_INLINE void ended_tile_of(
   if (rows == M) return ended_tile<T, M, V, Adjacent>(K, a, am, ak, b, ldb, end, col, c, ldc);
   if constexpr (M > 1) ended_tile_of<T, M - 1, V, Adjacent>(rows, K, a, am, ak, b, ldb, end, col, c, ldc);
 }
-template <class T, bool Adjacent, class End>
+template <class T, bool Adjacent, class End, class Between = const Nothing>
 static void ended_product(
     int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end,
-    T* c, int64_t ldc) {
+    T* c, int64_t ldc, Between& between = kNothing) {
   auto panel = [&](auto width, int64_t col) {
     constexpr int V = decltype(width)::value, M = kRowsOf<V>;
     const Tiles tiles(rows, M);
@@ -221,6 +253,7 @@ static void ended_product(
       const int r = tiles.height + (i < tiles.taller);
       ended_tile_of<T, M, V, Adjacent>(r, K, a + m * am, am, ak, b + col, ldb, end, col, c + m * ldc + col, ldc);
       m += r;
+      between.between_tiles(tiles.count);
     }
   };
   int64_t col = 0, left = (cols + W<T> - 1) / W<T>;

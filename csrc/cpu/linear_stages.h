@@ -48,15 +48,21 @@ static void fill(T* to, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// Adds [v, 1] relu(k)^T over pixels n0 .. n1 to the sums.
+// Adds [v, 1] relu(k)^T over pixels n0 .. n1 to the sums; `then` is read after them.
 template <class T, class S>
-static void add_sums(Head<T, const S> key, Head<T, const S> value, int64_t n0, int64_t n1, Scratch<T>& s) {
+static void add_sums(
+    Head<T, const S> key, Head<T, const S> value, const Head<T, const S>& then, int64_t n0, int64_t n1, Scratch<T>& s) {
   const int64_t D = s.D, ldk = s.ldk;
   T* sums = s.sums;
   fill(s.rows[0] + D * s.ldn, s.N, T(1));
   for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
     const int64_t count = n1 - n < step ? n1 - n : step;
     key.template tokens<true>(n, count, s.tokens[0], ldk);
+    Next next;
+    if (n + step < n1)
+      next.add(key, n + step, n1 - n - step < step ? n1 - n - step : step), next.add(value, n + step, n1 - n - step < step ? n1 - n - step : step);
+    else
+      next.add(then, n0, n1 - n0 < step ? n1 - n0 : step);
     if (value.last) {
       for (int64_t i = 0; i < ldk; i += W<T>) {
         vec<T> sum = {};
@@ -66,10 +72,14 @@ static void add_sums(Head<T, const S> key, Head<T, const S> value, int64_t n0, i
       const T* v = value.tokens_in_place(n);
       int64_t ldv = value.map.x;
       if (!v) value.template tokens<false>(n, count, s.tokens[1], ldk), v = s.tokens[1], ldv = ldk;
-      product_columns<T, Start::from>(D, D, count, v, ldv, s.tokens[0], ldk, sums, ldk);
+      for (int part = 0; part < 4; ++part) {
+        const int64_t p = count * part / 4, some = count * (part + 1) / 4 - p;
+        product_columns<T, Start::from>(D, D, some, v + p * ldv, ldv, s.tokens[0] + p * ldk, ldk, sums, ldk);
+        next.between_tiles(4);
+      }
     } else {
       value.template panel<false>(n, count, s.rows[0], s.ldn);
-      product<T, Start::from>(D + 1, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk);
+      product<T, Start::from>(D + 1, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk, next);
     }
   }
 }
@@ -83,8 +93,9 @@ static void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, S
 }
 
 // out of `count` pixels from n on, at most two vectors of them, whose rectified queries are rows.
-template <class T, class S>
-static void output_rows(const T* q, int64_t ldq, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s) {
+template <class T, class S, class Between = const Nothing>
+static void output_rows(
+    const T* q, int64_t ldq, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s, Between& between = kNothing) {
   if (count > W<T>)
     reciprocals<T, 2>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
   else
@@ -92,13 +103,14 @@ static void output_rows(const T* q, int64_t ldq, int64_t n, int64_t count, Head<
   T* to = out.in_place_panel(n, count);
   const int64_t ldo = to ? out.map.d : 2 * W<T>;
   if (!to) to = s.rows[1];
-  ended_product<T, false>(s.D, count, s.D, s.sums, s.ldk, 1, q, ldq, Scaled<T>{s.factor}, to, ldo);
+  ended_product<T, false>(s.D, count, s.D, s.sums, s.ldk, 1, q, ldq, Scaled<T>{s.factor}, to, ldo, between);
   if (to == s.rows[1]) out.put_panel(n, count, to, ldo);
 }
 
 // The same of pixels whose rectified queries are q[count][ldk], which are changed.
-template <class T, class S>
-static void output_tokens(T* q, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s) {
+template <class T, class S, class Between = const Nothing>
+static void output_tokens(
+    T* q, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s, Between& between = kNothing) {
   const int64_t D = s.D, ldk = s.ldk;
   for (int64_t p = 0; p < count; p += W<T>) {
     const int some = at_most<T>(count - p);
@@ -113,23 +125,31 @@ static void output_tokens(T* q, int64_t n, int64_t count, Head<T, S>& out, Scrat
   T* to = out.in_place_tokens(n);
   const int64_t ldo = to ? out.map.x : ldk;
   if (!to) to = s.tokens[1];
-  product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo);
+  product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo, between);
   if (to == s.tokens[1]) out.put_tokens(n, count, to, ldk);
 }
 
-// out over pixels n0 .. n1.
+// out over pixels n0 .. n1; `keys` and `values`, if any, are read after them.
 template <class T, class S>
-static void outputs(Head<T, const S> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s) {
-  const int64_t step = out.last ? s.step(n1 - n0) : 2 * W<T>;
+static void outputs(
+    Head<T, const S> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s,
+    const Head<T, const S>* keys = nullptr, const Head<T, const S>* values = nullptr) {
+  const int64_t step = out.last ? s.step(n1 - n0) : 2 * W<T>, first = s.step(n1 - n0);
   if (out.last) turn<T>(s.D, s.D, s.sums, s.ldk, s.turned, s.ldk);
   for (int64_t n = n0; n < n1; n += step) {
-    const int64_t count = n1 - n < step ? n1 - n : step;
+    const int64_t count = n1 - n < step ? n1 - n : step, left = n1 - n - step;
+    // The first block of what follows, a share with each of the steps here.
+    const int64_t i = n0 + first * (n - n0) / (n1 - n0), j = n0 + first * (n + count - n0) / (n1 - n0);
+    Next next, after;
+    if (left > 0) next.add(query, n + step, left < step ? left : step);
+    if (keys) after.add(*keys, i, j - i), after.add(*values, i, j - i);
+    after.between_tiles(1);
     if (out.last) {
       query.template tokens<true>(n, count, s.tokens[0], s.ldk);
-      output_tokens<T, S>(s.tokens[0], n, count, out, s);
+      output_tokens<T, S>(s.tokens[0], n, count, out, s, next);
     } else {
       query.template panel<true>(n, count, s.rows[0], step);
-      output_rows<T, S>(s.rows[0], step, n, count, out, s);
+      output_rows<T, S>(s.rows[0], step, n, count, out, s, next);
     }
   }
 }

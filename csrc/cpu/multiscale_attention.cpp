@@ -33,7 +33,7 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       int64_t y0, y1;
       if (a.stage != Stage::rest) {
         fill(s.sums, s.sums_size(), T(0));
-        if (!scale) add_sums<T, S>(part(1), part(2), n0, n1, s);
+        if (!scale) add_sums<T, S>(part(1), part(2), part(0), n0, n1, s);
         for (Bands bands(a, u); scale && bands.next(y0, y1);) {
           const int64_t count = (y1 - y0) * a.W;
           convolutions.template depthwise<S>(*scale, u.b, u.h, 1, y0, y1, wide);

@@ -32,6 +32,17 @@ static T sum_of(const T* p, int64_t count) {
   return lane_sum<T>(sum);
 }
 
+// to[i] = the sum of the lanes of vector i.
+template <class T>
+static void across_lanes(const T* vectors, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += W<T>) {
+    vec<T> rows[W<T>];
+    for (int j = 0; j < W<T>; ++j) rows[j] = i + j < count ? load<T>(vectors + (i + j) * W<T>) : vec<T>{};
+    add_across<T>(rows);
+    store_partial<T>(to + i, rows[0], at_most<T>(count - i));
+  }
+}
+
 template <class T, class S>
 struct Backward {
   static constexpr int64_t kGroup = 16;  // channels that go through the depthwise convolutions together
@@ -184,8 +195,7 @@ struct Backward {
           for (; n < pixels; ++n) sum[n] += step[n];
           fill(lanes, taps * W<T>, T(0));
           convolve_weights<T>(k, grad, x + i * map, a.H, a.W, lanes);
-          for (int64_t t = 0; t < taps; ++t)
-            weights.depthwise[(c + i) * taps + t] = lane_sum<T>(load<T>(lanes + t * W<T>));
+          across_lanes(lanes, taps, weights.depthwise + (c + i) * taps);
           weights.depthwise_bias[c + i] = sum_of(grad, a.H * pitch);
         }
       }
@@ -214,11 +224,16 @@ static void backward(const Multiscale& a, int64_t begin, int64_t end) {
 template <class T, class S, class F>
 static void add_up(const Multiscale& a, int64_t h, bool chunks, int64_t count, void* to, int64_t at, const F& from) {
   if (!to) return;
-  for (int64_t i = 0; i < count; ++i) {
-    T sum = 0;
+  constexpr int64_t most = 64;
+  for (int64_t i = 0; i < count; i += most) {
+    const int64_t some = count - i < most ? count - i : most;
+    T sum[most] = {};
     for (int64_t b = 0; b < a.B; ++b)
-      for (int64_t c = 0; c < (chunks ? a.chunks : 1); ++c) sum += from((b * a.heads + h) * a.chunks + c)[i];
-    from_float(sum, static_cast<S*>(to) + at + i);
+      for (int64_t c = 0; c < (chunks ? a.chunks : 1); ++c) {
+        const T* p = from((b * a.heads + h) * a.chunks + c) + i;
+        for (int64_t n = 0; n < some; ++n) sum[n] += p[n];
+      }
+    for (int64_t n = 0; n < some; ++n) from_float(sum[n], static_cast<S*>(to) + at + i + n);
   }
 }
 
