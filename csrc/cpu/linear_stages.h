@@ -1,7 +1,8 @@
 // The stages of ReLU linear attention for one head: sums over pixels, outputs, and their gradients.
 //
 // With p = 1 / (keys . relu(q) + eps) and g' = p dout the backward is, for each pixel, t = kv^T g', r = p (q . t), dq = t - r
-// keys; the gradients of the sums are products of [g', -r] with relu(q), of which dk and dv are made.
+// keys; the gradients of the sums are products of [g', -r] with relu(q), of which dk and dv are made. Where few of q are above
+// 0, t and r keys nearly cancel: what rounding left in r is found from q . dq, which is r eps, and taken off too.
 #pragma once
 
 #include "linear.h"
@@ -180,15 +181,24 @@ static void query_gradients(
       product<T, Start::zero>(count, D, D, g, ldk, s.sums, ldk, t, ldk);
       for (int64_t p = 0; p < count; p += W<T>) {
         const int some = at_most<T>(count - p);
-        T r[W<T>];
-        store<T>(r, dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) * load<T>(s.factor + p));
+        T r[W<T>], rest[W<T>];
+        const vec<T> over = load<T>(s.factor + p);
+        store<T>(r, dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) * over);
+        for (int m = 0; m < some; ++m)
+          for (int64_t i = 0; i < D; i += W<T>) {
+            T* at = t + (p + m) * ldk + i;
+            store<T>(at, load<T>(at) - splat(r[m]) * load<T>(keys + i));
+          }
+        store<T>(
+            rest, finite_or_zero<T>(
+                      (dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) - load<T>(r) * splat(s.eps)) * over));
         for (int64_t i = 0; i < D; i += W<T>) {
           vec<T> sum = {};
           for (int m = 0; m < some; ++m) {
             const vec<T> qm = load<T>(q + (p + m) * ldk + i);
             T* at = t + (p + m) * ldk + i;
-            store<T>(at, where_positive<T>(qm, load<T>(at) - splat(r[m]) * load<T>(keys + i)));
-            sum += splat(r[m]) * qm;
+            store<T>(at, where_positive<T>(qm, load<T>(at) - splat(rest[m]) * load<T>(keys + i)));
+            sum += splat(r[m] + rest[m]) * qm;
           }
           store<T>(dsums + D * ldk + i, load<T>(dsums + D * ldk + i) - sum);
         }
@@ -206,17 +216,21 @@ static void query_gradients(
       }
       product_columns<T, Start::zero>(D, count, D, s.sums, ldk, g, ldn, t, ldn);
       for (int64_t p = 0; p < count; p += W<T>) {
-        vec<T> even = {}, odd = {};
-        for (int64_t i = 0; i < D; ++i) {
-          const vec<T> term = load<T>(q + i * ldn + p) * load<T>(t + i * ldn + p);
-          i % 2 ? odd += term : even += term;
-        }
-        const vec<T> r = (even + odd) * load<T>(s.factor + p);
-        store<T>(g + D * ldn + p, -r);
-        for (int64_t i = 0; i < D; ++i) {
-          T* at = t + i * ldn + p;
-          store<T>(at, where_positive<T>(load<T>(q + i * ldn + p), load<T>(at) - splat(keys[i]) * r));
-        }
+        const vec<T> over = load<T>(s.factor + p);
+        auto dot = [&](const auto& term) __attribute__((always_inline)) {
+          vec<T> even = {}, odd = {};
+          int64_t i = 0;
+          for (; i + 2 <= D; i += 2)
+            even += load<T>(q + i * ldn + p) * term(i), odd += load<T>(q + (i + 1) * ldn + p) * term(i + 1);
+          if (i < D) even += load<T>(q + i * ldn + p) * term(i);
+          return even + odd;
+        };
+        const vec<T> r = dot([&](int64_t i) { return load<T>(t + i * ldn + p); }) * over;
+        auto less = [&](int64_t i) { return load<T>(t + i * ldn + p) - splat(keys[i]) * r; };
+        const vec<T> rest = finite_or_zero<T>((dot(less) - r * splat(s.eps)) * over);
+        store<T>(g + D * ldn + p, -(r + rest));
+        for (int64_t i = 0; i < D; ++i)
+          store<T>(t + i * ldn + p, where_positive<T>(load<T>(q + i * ldn + p), less(i) - splat(keys[i]) * rest));
       }
       dquery.put_panel(n, count, t, ldn);
       turn<T>(D, count, q, ldn, s.tokens[0], ldk);
