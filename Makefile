@@ -46,6 +46,7 @@ bench: setup
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobilevit.py
 	$(BIN)/python benchmarks/mobile_former.py
+	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/efficientvit.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
