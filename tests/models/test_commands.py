@@ -24,7 +24,7 @@ from tests.models import pictures
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, image_size=32)
     info = dataclasses.replace(registry.model_info("vit_p_1gf"), name="vit_tiny", build=build, input_size=32)
     monkeypatch.setitem(registry.MODELS, "vit_tiny", info)
 
@@ -108,7 +108,7 @@ class TestTrain:
             ("--model vit_tiny --data digits --backend fastest", "backend is 'fastest', want one of"),
             ("--model vit_tiny --data digits --device abacus", "--device abacus cannot be used"),
             ("--model vit_tiny --data digits --set depth=3", "depth"),
-            ("--model vit_tiny --data digits --set img_size=0", "img_size is 0"),
+            ("--model vit_tiny --data digits --set image_size=0", "image_size is 0"),
             ("--model vit_tiny --data digits --backend cuda --epochs 1", "cuda"),
             ("--model vit_tiny --multi-scale variable --scales 64 32", "minimum is 64, above the maximum of 32"),
         ],

@@ -25,7 +25,7 @@ _spec.loader.exec_module(digits)
 @pytest.fixture
 def tiny(monkeypatch):
     """A network of a few thousand parameters, and a tenth of the digits."""
-    build = functools.partial(VisionTransformer, vit.Size(32, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(32, 1, 2, 2, ()), False, image_size=32)
     monkeypatch.setitem(registry.MODELS, "tiny", registry.ModelInfo("tiny", build, "", 1, 0.0, "", "", None))
 
     class Fewer(digits.Digits):

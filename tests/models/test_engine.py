@@ -29,7 +29,7 @@ def tiny(monkeypatch):
     info = registry.ModelInfo("tiny", build, "", 0, 0.0, "", "", None)
     monkeypatch.setitem(registry.MODELS, "tiny", info)
     # Without BatchNorm, whose statistics need more steps than a test has.
-    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, image_size=32)
     monkeypatch.setitem(registry.MODELS, "tiny_vit", dataclasses.replace(info, name="tiny_vit", build=build))
 
 

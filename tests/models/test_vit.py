@@ -54,8 +54,8 @@ def test_twins_differ_in_the_stem_and_by_one_block():
     assert strides == [2, 2, 2, 2, 1]
     with torch.device("meta"):
         stem = mvmodels.create_model("vit_c_18gf").stem
-    assert [m.stride[0] for m in stem.convs if isinstance(m, nn.Conv2d)] == [2, 2, 1, 2, 1, 2]
-    assert stem.proj.bias is not None and stem.convs[0].bias is None
+    assert [layer.conv.stride[0] for layer in stem.convs] == [2, 2, 1, 2, 1, 2]
+    assert stem.proj.bias is not None and stem.convs[0].conv.bias is None
 
 
 def shallow(conv_stem: bool, **settings) -> VisionTransformer:
@@ -124,8 +124,8 @@ def test_positions_follow_the_picture():
     summed = resize_tokens(values.abs(), ((1, 1), (2, 3)), ((1, 1), (4, 6)), "bilinear", keep_sum=True)
     torch.testing.assert_close(summed.sum(1), values.abs().sum(1))
     # Pictures of one size give what a model that was built for it gives.
-    model = shallow(False, img_size=(32, 48))
-    other = shallow(False, img_size=(64, 96))
+    model = shallow(False, image_size=(32, 48))
+    other = shallow(False, image_size=(64, 96))
     weights = model.state_dict()
     weights["pos_embed"] = resize_tokens(model.pos_embed.detach(), ((1, 1), (2, 3)), ((1, 1), (4, 6)), "bicubic")
     other.load_state_dict(weights)
@@ -142,7 +142,7 @@ def test_the_rest_of_a_picture_is_zero():
 class TestOtherLibraries:
     def model(self) -> nn.Module:
         size = dataclasses.replace(SIZES["1gf"], dim=48, depth=2, heads=3, mlp_ratio=3)
-        return VisionTransformer(size, False, num_classes=7, img_size=64).eval()
+        return VisionTransformer(size, False, num_classes=7, image_size=64).eval()
 
     def test_timm(self):
         timm = pytest.importorskip("timm")
@@ -181,7 +181,11 @@ class TestOtherLibraries:
 
 @pytest.mark.parametrize(
     "settings, match",
-    [({"num_classes": 0}, "num_classes is 0"), ({"img_size": 0}, "img_size is 0"), ({"backend": "fast"}, "backend")],
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"backend": "fast"}, "backend"),
+    ],
     ids=str,
 )
 def test_bad_settings(settings, match):
