@@ -254,3 +254,13 @@ def test_two_processes_train_as_one(folder, tmp_path, capsys):
     assert json.loads(again[0])["history"] == both["history"]
     assert run(folder, tmp_path / "both", "--batch-size", "3", "--resume") == 2
     assert "is of a run whose ranks is 2, here it is 1" in one_line_on_stderr(capsys, "train")
+
+
+def test_a_model_that_is_no_classifier(folder, trained, tmp_path, capsys):
+    name = "mobilevit_xxs_deeplabv3"
+    assert run(folder, tmp_path / "dense", "--model", name, "--size", "64", "--epochs", "1") == 2
+    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "train")
+    torch.save(registry.create_model(name, num_classes=3).state_dict(), tmp_path / "dense.pt")
+    named = ["--model", name, "--checkpoint", str(tmp_path / "dense.pt"), "--size", "64", "--set", "num_classes=3"]
+    assert predict.main([str(folder / "red" / "0.png"), *named]) == 2
+    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "predict")

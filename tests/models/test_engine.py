@@ -189,7 +189,7 @@ def test_a_lost_loss_is_told_and_not_saved(data, tmp_path):
 
 
 def test_a_batch_too_small_for_batchnorm(data):
-    with pytest.raises(UsageError, match="BatchNorm has one value only of 1 x 3 x 32 x 32"):
+    with pytest.raises(UsageError, match="BatchNorm has one value only, of a batch of 1 x 3 x 32 x 32"):
         Trainer(options(batch_size=1), *data()).run()
 
 
