@@ -39,6 +39,7 @@ from mvkernels.launch import Device, shared_memory_of
 from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
 from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
 from mvkernels.ops.patch_attention import triton_plan as patch_attention
+from mvkernels.ops.relu_linear_attention import triton_plan as relu_linear_attention
 from mvkernels.report import Progress, table
 
 TARGETS = {
@@ -60,7 +61,7 @@ SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
     "spill_bytes", "shared_bytes", "warps_per_processor", "matrix", "widest_load", "verdict",
 ]  # fmt: skip
-OPS = ["patch_attention", "mobile_to_former", "former_to_mobile"]
+OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention"]
 QUICK = 6
 RESULTS = Path(__file__).parent / "results" / "audit"
 """A file for each op."""
@@ -136,10 +137,62 @@ class Bridge:
                 "layout": self.layout}  # fmt: skip
 
 
-def suite(ops: list[str]) -> list[Case | Bridge]:
+@dataclass(frozen=True)
+class Linear:
+    """One shape of relu_linear_attention."""
+
+    heads: int
+    d: int
+    size: int
+    layout: str
+    """``last`` and ``first``: slices of a map that has [q|k|v] by head; ``odd``: every second column."""
+    dtypes: tuple[str, ...]
+
+    op = "relu_linear_attention"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        h, d, n = self.heads, self.d, self.size
+        last, first = (n * n * h * d, d, 1, n * h * d, h * d), (h * d * n * n, d * n * n, n * n, n, 1)
+        packed = {
+            "last": (3 * n * n * h * d, 3 * d, 1, 3 * n * h * d, 3 * h * d),
+            "first": (3 * h * d * n * n, 3 * d * n * n, n * n, n, 1),
+            "odd": (2 * h * d * n * n, 2 * d * n * n, 2 * n * n, 2 * n, 2),
+        }[self.layout]
+        out = last if self.layout == "last" else first
+        of = {name: packed if name in "qkv" else out for name in ("q", "k", "v", "o", "g", "dq", "dk", "dv")}
+        found: list[Any] = []
+        for names, launches in (
+            (("q", "k", "v", "o"), relu_linear_attention.forward_launches),
+            (("g", "q", "k", "v", "dq", "dk", "dv"), relu_linear_attention.backward_launches),
+        ):
+            problem = relu_linear_attention.Problem(
+                (batch, h, d, n, n), tuple((each, of[each]) for each in names), DTYPES[name],
+                "tf32" if name == "tf32" else "ieee", device,
+            )  # fmt: skip
+            found += launches(problem)[0]
+        return found
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "layout": self.layout}
+
+
+def suite(ops: list[str]) -> list[Case | Bridge | Linear]:
     """The shapes of the ops."""
-    found: list[Case | Bridge] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
-    return found + [bridge for bridge in bridges() if bridge.op in ops]
+    found: list[Case | Bridge | Linear] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
+    return found + [case for case in [*bridges(), *linears()] if case.op in ops]
+
+
+def linears() -> list[Linear]:
+    """Maps of EfficientViT, DC-AE and Sana, and wider heads beyond them."""
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes = [(8, 16, 14, "first", both), (8, 16, 32, "last", both), (16, 32, 32, "first", single)]
+    shapes += [(16, 32, 32, "last", single), (70, 32, 32, "last", half), (32, 32, 16, "first", half)]
+    shapes += [(16, 32, 32, "odd", half), (16, 32, 4, "first", half), (16, 32, 4, "last", half)]
+    shapes += [(8, 24, 15, "first", both), (4, 64, 32, "first", single), (4, 64, 32, "last", single)]
+    shapes += [(4, 64, 4, "first", half), (4, 64, 4, "last", half)]
+    shapes += [(2, 128, 32, "first", half), (2, 128, 32, "last", half), (2, 128, 4, "last", half)]
+    shapes += [(8, 16, 14, "first", ("fp64",)), (8, 32, 14, "last", ("fp64",))]
+    return [Linear(*shape) for shape in shapes]
 
 
 def bridges() -> list[Bridge]:
@@ -232,7 +285,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "delta", "partial", "stats", "sums", "dq_sums", "dk_sums", "dv_sums"}
+    sums = {"lse", "delta", "partial", "stats", "sums", "dsums", "parts", "dq_sums", "dk_sums", "dv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
@@ -395,10 +448,11 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
 
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
-           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS")  # fmt: skip
+           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS",
+           "PRODUCT", "STAGE")  # fmt: skip
 
 
-def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge]]:
+def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge | Linear]]:
     for case in suite(ops):
         for target in targets:
             for name in dtypes:

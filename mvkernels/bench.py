@@ -150,7 +150,8 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
             backends, reasons = _backends(op, arguments, options)
             result.not_run.update(reasons)
             if mode == "full":
-                arguments = {n: v.requires_grad_() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+                for value in testing.tensors_in(arguments).values():
+                    value.requires_grad_()
             providers = [*(Provider(b, _on(op, b)) for b in backends), *_peers(op, options.against)]
             gate = Gate(op, arguments, mode == "full")
             result.rows += _measure_case(gate, providers, shared, options, result.rates[name])
@@ -268,14 +269,15 @@ class Gate:
 
     def __init__(self, op: Op, arguments: Mapping[str, Any], backward: bool) -> None:
         self.op, self.arguments, self.backward = op, arguments, backward
-        self.wanted = [n for n, v in arguments.items() if isinstance(v, Tensor)] if backward else []
-        exact = {n: v.detach().double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
-        dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor))
+        tensors = testing.tensors_in(arguments)
+        self.wanted = list(tensors) if backward else []
+        exact = testing.with_tensors(arguments, {n: v.detach().double() for n, v in tensors.items()})
+        first = next(iter(tensors.values()))
+        dtype, device = first.dtype, first.device
         with torch.no_grad():
             shape = op.reference(**exact).shape if backward else ()
         generator = torch.Generator().manual_seed(1)
         cotangent = torch.randn(shape, generator=generator, dtype=torch.float64) if backward else None
-        device = next(v.device for v in arguments.values() if isinstance(v, Tensor))
         self.cotangent = None if cotangent is None else cotangent.to(device=device, dtype=dtype)
         exact_cotangent = None if self.cotangent is None else self.cotangent.double()
         self.exact = testing.run(op.reference, exact, self.wanted, exact_cotangent)
@@ -311,10 +313,9 @@ class Gate:
 
     def _work(self, call: Callable[..., Tensor]) -> Callable[[], Any]:
         # Fresh leaves for each provider: a compiled function guards on the tensors that it first met.
-        arguments = {
-            n: v.detach().requires_grad_(n in self.wanted) if isinstance(v, Tensor) else v
-            for n, v in self.arguments.items()
-        }
+        tensors = testing.tensors_in(self.arguments)
+        fresh = {n: v.detach().requires_grad_(n in self.wanted) for n, v in tensors.items()}
+        arguments = testing.with_tensors(self.arguments, fresh)
         if not self.backward:
 
             def forward() -> Tensor:
@@ -322,7 +323,7 @@ class Gate:
                     return call(**arguments)
 
             return forward
-        leaves = [arguments[n] for n in self.wanted]
+        leaves = [fresh[n] for n in self.wanted]
         # The gradient of the output lies as the output does, as it would from whatever follows.
         assert self.cotangent is not None
         cotangent = torch.empty_like(call(**arguments).detach()).copy_(self.cotangent)

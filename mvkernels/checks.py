@@ -16,6 +16,8 @@ import torch
 # A patch as large as the map or larger makes every pixel its own group; beyond this, kernels' integers would overflow.
 _LARGEST = 2**31 - 1
 
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -119,6 +121,9 @@ def number(op: str, name: str, value: Any, default: float) -> float:
 
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
+    # One question for all devices: the usual answer is no. Dynamo traces the longer way.
+    if not torch.compiler.is_compiling() and not _any_autocast():
+        return values
     first = values[0]
     if not isinstance(first, torch.Tensor):
         return values
@@ -133,15 +138,26 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which autocast is off for a device type."""
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
+    """A context in which autocast is off for a device type; none where it is off already, so that no export holds one."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes or strides holds; in an export only if it does for every size that may come.
+
+    Asking more of a symbolic size would tie the exported graph to those sizes that answer alike.
+    """
+    if not torch.compiler.is_exporting():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
+
+    return statically_known_true(condition)
 
 
 def channels_last(value: torch.Tensor) -> bool:
     """Whether a map (B, heads, head_dim, H, W) has its channels innermost."""
-    return value.stride(2) == 1
+    return known(value.stride(2) == 1)
 
 
 def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -163,6 +179,10 @@ def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``value`` laid out as :func:`empty_map` would; no copy where it lies so already."""
     if like.dim() == 4:
         return lay_as(value.unsqueeze(1), like.unsqueeze(1)).squeeze(1)
+    if torch.compiler.is_exporting():  # strides of axes of size 1 are not worth a node, nor a guard on the sizes
+        if channels_last(like):
+            return value.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        return value.contiguous()
     # Through one axis and back: contiguous() alone leaves the strides of axes of size 1 as they are.
     if channels_last(like):
         b, h, d, height, width = value.shape

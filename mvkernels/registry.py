@@ -46,6 +46,8 @@ class Op:
     """Plain PyTorch. Takes the op's arguments without ``backend``, and ``compute_dtype``."""
     check: Callable[..., tuple[Any, ...]]
     """Checks the op's arguments, in order, and returns them normalised; raises TypeError, ValueError."""
+    maps: tuple[str, ...]
+    """The arguments that are maps, (B, heads, head_dim, H, W) or (B, C, H, W)."""
     why_not: Mapping[str, Callable[..., str | None]]
     """For each backend with a kernel: why it cannot run these checked arguments, or None."""
     suite: Callable[[str], list[Case]]

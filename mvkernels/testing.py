@@ -96,6 +96,25 @@ def _finite(error: float) -> float:
     return error if error < float("inf") else 0.0
 
 
+def tensors_in(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among an op's arguments by name; those of a list ``weights`` are ``weights[0]`` and so on."""
+    found: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        each = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
+        found |= {key: v for key, v in each.items() if isinstance(v, Tensor)}
+    return found
+
+
+def with_tensors(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments with these tensors in the places that :func:`tensors_in` names."""
+    return {
+        name: type(value)(tensors.get(f"{name}[{i}]", v) for i, v in enumerate(value))
+        if isinstance(value, (list, tuple))
+        else tensors.get(name, value)
+        for name, value in arguments.items()
+    }
+
+
 def run(
     function: Callable[..., Tensor],
     arguments: Mapping[str, Any],
@@ -107,14 +126,12 @@ def run(
 
     Strides are kept. With ``dtype`` the tensors are cast first. ``cotangent`` is the gradient of out.
     """
-    inputs: dict[str, Any] = {}
-    for name, value in arguments.items():
-        inputs[name] = value
-        if isinstance(value, Tensor):
-            cast = value.detach() if dtype in (None, value.dtype) else value.detach().to(dtype)
-            inputs[name] = cast.requires_grad_(name in wanted)
+    inputs = {}
+    for name, value in tensors_in(arguments).items():
+        cast = value.detach() if dtype in (None, value.dtype) else value.detach().to(dtype)
+        inputs[name] = cast.requires_grad_(name in wanted)
     with torch.set_grad_enabled(bool(wanted)):
-        out = function(**inputs)
+        out = function(**with_tensors(arguments, inputs))
     results = {"out": out.detach()}
     if wanted:
         if cotangent is None:
@@ -138,15 +155,15 @@ def check(
     """
     names = inspect.signature(op.check).parameters
     arguments = dict(zip(names, op.check(**arguments)))  # as the reference takes them: a pair for an int, say
-    tensors = [n for n, v in arguments.items() if isinstance(v, Tensor)]
-    wanted = tensors if backward else []
-    dtype = arguments[tensors[0]].dtype
+    tensors = tensors_in(arguments)
+    wanted = list(tensors) if backward else []
+    first = next(iter(tensors.values()))
+    dtype, device = first.dtype, first.device
     call = function or op.function
-    exact_arguments = {n: v.double() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    exact_arguments = with_tensors(arguments, {n: v.double() for n, v in tensors.items()})
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         shape = op.reference(**exact_arguments).shape
-    device = arguments[tensors[0]].device
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
     exact = run(op.reference, exact_arguments, wanted, cotangent.double())
     baseline = run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent)
@@ -193,12 +210,17 @@ def make_map(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A random map (B, heads, head_dim, H, W) of a stride kind; all that surrounds it in memory is NaN.
+    """A random map (B, heads, head_dim, H, W) or (B, C, H, W) of a stride kind; all around it in memory is NaN.
 
     Kinds: "contiguous" (channels first), "channels_last", "packed" (a third of a channels-last qkv),
     "sliced" (every second row and column of a larger map), "transposed" (H and W swapped in memory),
-    "expanded" (stride 0 over the heads), "offset" (starts inside its storage).
+    "expanded" (stride 0 over the heads, or over C), "offset" (starts inside its storage).
     """
+    if len(shape) == 4:
+        b, c, *size = shape
+        if strides == "expanded":
+            return make_map((b, c, 1, *size), strides, dtype, device, generator)[:, :, 0]
+        return make_map((b, 1, c, *size), strides, dtype, device, generator)[:, 0]
     b, h, d, height, width = shape
     values = torch.randn(b, h, d, height, width, generator=generator).to(dtype)
     nan = float("nan")

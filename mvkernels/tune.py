@@ -45,10 +45,10 @@ class Finding:
 
 def _calls(op: Op, arguments: Mapping[str, Any]) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
     # One call each for the forward alone and for forward and backward, giving all their results.
-    wanted = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     out = op.reference(**arguments)
     cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
-    leaves = {n: v.detach().requires_grad_() if n in wanted else v for n, v in arguments.items()}
+    leaves = testing.with_tensors(arguments, wanted)
     grad = _laid_as(cotangent.to(out.dtype), out)
 
     def forward() -> dict[str, torch.Tensor]:
@@ -57,7 +57,7 @@ def _calls(op: Op, arguments: Mapping[str, Any]) -> dict[str, Callable[[], dict[
 
     def backward() -> dict[str, torch.Tensor]:
         result = op.function(**leaves, backend="triton")
-        grads = torch.autograd.grad(result, [leaves[n] for n in wanted], grad)
+        grads = torch.autograd.grad(result, list(wanted.values()), grad)
         return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
 
     return {"forward": forward, "backward": backward}
@@ -70,8 +70,8 @@ def _laid_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def _expected(op: Op, arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     # The float64 reference and PyTorch's own result in the dtype, gradients included.
-    wanted = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
-    dtype = arguments[wanted[0]].dtype
+    tensors = testing.tensors_in(arguments)
+    wanted, dtype = list(tensors), next(iter(tensors.values())).dtype
     out = op.reference(**arguments)
     cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
     cotangent = cotangent.to(dtype)

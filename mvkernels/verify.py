@@ -113,7 +113,7 @@ def verify(
         arguments = make(getattr(torch, dtype), device)
         able, reason = can_run(op.name, backend, **arguments)
         if able and backend == "triton":
-            reason = _too_slow(arguments, named=bool(backends))
+            reason = _too_slow([arguments[name] for name in op.maps], named=bool(backends))
         if reason:
             result.not_run.setdefault((op.name, backend), reason)
             continue
@@ -123,7 +123,7 @@ def verify(
 
 
 def _check(op: Op, backend: str, arguments: dict[str, Any], shape: str, strides: str) -> Row:
-    dtype = next(report.short(v.dtype) for v in arguments.values() if isinstance(v, Tensor))
+    dtype = report.short(arguments[op.maps[0]].dtype)
     try:
         found = testing.check(op, arguments, backend)
     except Exception as error:  # a kernel that fails is a finding like any other, and the rest still runs
@@ -135,14 +135,13 @@ def _check(op: Op, backend: str, arguments: dict[str, Any], shape: str, strides:
     )  # fmt: skip
 
 
-def _too_slow(arguments: dict[str, Any], named: bool) -> str:
-    """Why Triton's interpreter is spared these arguments, if it is what would run them."""
-    maps = [v for v in arguments.values() if isinstance(v, Tensor) and v.dim() == 5]
+def _too_slow(maps: list[Tensor], named: bool) -> str:
+    """Why Triton's interpreter is spared these maps, if it is what would run them."""
     if any(m.device.type != "cpu" for m in maps):
         return ""
     if not named:
         return "the interpreter takes minutes: name it with --backend triton"
-    if any(m.shape[3] * m.shape[4] > INTERPRETER_PIXELS for m in maps):
+    if any(m.shape[-2] * m.shape[-1] > INTERPRETER_PIXELS for m in maps):
         return f"on maps of more than {INTERPRETER_PIXELS} pixels: the interpreter is too slow for them"
     return ""
 
@@ -162,13 +161,17 @@ def inputs(op: Op, suite: str = "small") -> Iterator[tuple[str, str, Maker]]:
             continue
         seen.add(kind)
         wanted = [(8, 8, strides) for strides in testing.STRIDES] + list(ODD_MAPS)
-        if not _accepts(op, _resized(example, wanted[0], torch.float32, "cpu")):  # a bias fits one size only
-            height, width = next(v.shape[3:] for v in example.values() if isinstance(v, Tensor) and v.dim() == 5)
+        if not _accepts(op, _resized(op, example, wanted[0], torch.float32, "cpu")):  # a bias fits one size only
+            height, width = example[op.maps[0]].shape[-2:]
             wanted = [(height, width, strides) for strides in testing.STRIDES]
         for lie in wanted:
-            if _accepts(op, _resized(example, lie, torch.float32, "cpu")):
+            if _accepts(op, _resized(op, example, lie, torch.float32, "cpu")):
                 height, width, strides = lie
-                yield f"{case.label.split('_')[0]} {height}x{width}, batch 2", strides, partial(_resized, example, lie)
+                yield (
+                    f"{case.label.split('_')[0]} {height}x{width}, batch 2",
+                    strides,
+                    partial(_resized, op, example, lie),
+                )
 
 
 def _of_suite(case: Case, layout: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
@@ -183,17 +186,17 @@ def _accepts(op: Op, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def _resized(example: dict[str, Any], lie: tuple[int, int, str], dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _resized(
+    op: Op, example: dict[str, Any], lie: tuple[int, int, str], dtype: torch.dtype, device: str
+) -> dict[str, Any]:
     """The example's arguments, batch 2, with every map of another height, width and kind of strides."""
     height, width, strides = lie
     generator = torch.Generator().manual_seed(0)
-    out: dict[str, Any] = {}
-    for name, value in example.items():
-        if isinstance(value, Tensor) and value.dim() == 5:
-            shape = (2, value.shape[1], value.shape[2], height, width)
-            out[name] = testing.make_map(shape, strides, dtype, device, generator)
-        elif isinstance(value, Tensor):
-            out[name] = value.to(dtype=dtype, device=device)
+    tensors = {}
+    for name, value in testing.tensors_in(example).items():
+        if name in op.maps:
+            shape = (2, *value.shape[1:-2], height, width)
+            tensors[name] = testing.make_map(shape, strides, dtype, device, generator)
         else:
-            out[name] = value
-    return out
+            tensors[name] = value.to(dtype=dtype, device=device)
+    return testing.with_tensors(example, tensors)

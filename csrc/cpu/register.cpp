@@ -8,13 +8,15 @@
 #include <cstdlib>
 
 #include "build_info.h"
+#include "linear_attention_op.h"
 #include "mobile_former_op.h"
+#include "multiscale_op.h"
 #include "patch_attention_op.h"
 
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 3;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 4;  // with INTERFACE in mvkernels/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -75,6 +77,10 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("mobile_to_former_backward", &mvk::mobile_to_former_backward);
   m.impl("former_to_mobile_forward", &mvk::former_to_mobile_forward);
   m.impl("former_to_mobile_backward", &mvk::former_to_mobile_backward);
+  m.impl("relu_linear_attention_forward", &mvk::relu_linear_attention_forward);
+  m.impl("relu_linear_attention_backward", &mvk::relu_linear_attention_backward);
+  m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward);
+  m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
 }
 
 PyMODINIT_FUNC PyInit__C() {

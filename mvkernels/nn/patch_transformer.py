@@ -39,7 +39,8 @@ def patch_transformer_layer(
 ) -> Tensor:
     """One pre-norm layer with the parameters of the modules given; it keeps no state of its own.
 
-    x is a dense (B, H, W, C), and so is the result::
+    x is a dense (B, H, W, C) and so is the result; or tokens (B, N, C), which all attend to each other in plain
+    PyTorch, as :func:`gather_groups` lays them for an export::
 
         x = x + proj_dropout(proj(attention(qkv(norm1(x)))))
         x = x + out_dropout(fc2(hidden_dropout(activation(fc1(norm2(x))))))
@@ -49,23 +50,61 @@ def patch_transformer_layer(
     called. All else is called on (B, H, W, channels). Errors are those of
     :func:`mvkernels.patch_attention` and of the modules.
     """
-    if isinstance(qkv, tuple):
-        # One product over the joined weights is 10 to 20 % faster than three, and joining them costs
-        # microseconds: nothing to cache, so nothing that could go stale.
-        weights: list[Tensor] = [m.weight for m in qkv]
-        biases: list[Tensor] = [m.bias for m in qkv if m.bias is not None]
-        packed = F.linear(norm1(x), torch.cat(weights), torch.cat(biases) if biases else None)
+    if x.dim() == 3:
+        out = _among_tokens(norm1(x), qkv, heads, scale)
     else:
-        packed = qkv(norm1(x))
-    # split and not unbind: its backward joins the three gradients in one pass, as the product wants them.
-    maps = [part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1)]
-    out = patch_attention(maps[0], maps[1], maps[2], patch_size, scale=scale, backend=backend)
-    out = proj(out.permute(0, 3, 4, 1, 2).flatten(-2))
+        if isinstance(qkv, tuple):
+            # One product over the joined weights is 10 to 20 % faster than three, and joining them costs
+            # microseconds: nothing to cache, so nothing that could go stale.
+            weights: list[Tensor] = [m.weight for m in qkv]
+            biases: list[Tensor] = [m.bias for m in qkv if m.bias is not None]
+            packed = F.linear(norm1(x), torch.cat(weights), torch.cat(biases) if biases else None)
+        else:
+            packed = qkv(norm1(x))
+        # split and not unbind: its backward joins the three gradients in one pass, as the product wants them.
+        maps = [part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1)]
+        out = patch_attention(maps[0], maps[1], maps[2], patch_size, scale=scale, backend=backend)
+        out = out.permute(0, 3, 4, 1, 2).flatten(-2)
+    out = proj(out)
     x = x + (out if proj_dropout is None else proj_dropout(out))
 
     hidden = activation(fc1(norm2(x)))
     out = fc2(hidden if hidden_dropout is None else hidden_dropout(hidden))
     return x + (out if out_dropout is None else out_dropout(out))
+
+
+def _among_tokens(
+    x: Tensor, qkv: nn.Linear | tuple[nn.Linear, nn.Linear, nn.Linear], heads: int, scale: float | None
+) -> Tensor:
+    """(B, N, C) -> (B, N, C): attention among all tokens, of ops that every converter knows."""
+    if isinstance(qkv, tuple):  # three products: joined weights would be no constants to a converter
+        query, key, value = (m(x).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for m in qkv)
+    else:
+        packed = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        query, key, value = packed.unbind(0)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    # bmm and not matmul, which becomes copies that expand nothing where a runtime has no views.
+    out = torch.bmm((torch.bmm(query * scale, key.transpose(1, 2))).softmax(-1), value)
+    return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
+def gather_groups(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Map (B, C, H, W) -> (B * ph * pw, N, C), the pixels of each group; the patch divides H and W.
+
+    What an exported graph does once before the layers, in one transposition, instead of once in each: its runtime
+    has no kernel that reads the groups in place.
+    """
+    ph, pw = patch_size
+    b, c, height, width = x.shape
+    x = x.reshape(b, c, height // ph, ph, width // pw, pw)
+    return x.permute(0, 3, 5, 2, 4, 1).reshape(b * ph * pw, (height // ph) * (width // pw), c)
+
+
+def scatter_groups(x: Tensor, patch_size: tuple[int, int], height: int, width: int) -> Tensor:
+    """The inverse of :func:`gather_groups`: (B * ph * pw, N, C) -> (B, C, H, W)."""
+    ph, pw = patch_size
+    x = x.reshape(-1, ph, pw, height // ph, width // pw, x.shape[-1])
+    return x.permute(0, 5, 3, 1, 4, 2).reshape(-1, x.shape[-1], height, width)
 
 
 class _Layer(nn.Module):
@@ -173,6 +212,13 @@ class PatchTransformer(nn.Module):
         """(B, dim, H, W) -> (B, dim, H, W)."""
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"{_NAME}: x is {checks.shape(x)}, want (B, {self.dim}, H, W)")
+        if torch.compiler.is_exporting() and all(
+            checks.known(size % patch == 0) for size, patch in zip(x.shape[2:], self.patch_size)
+        ):
+            size, x = x.shape[2:], gather_groups(x, self.patch_size)
+            for layer in self.layers:
+                x = layer(x)
+            return scatter_groups(self.norm(x), self.patch_size, *size)
         channels_last = x.stride(1) == 1
         x = x.permute(0, 2, 3, 1).contiguous()
         for layer in self.layers:

@@ -50,7 +50,7 @@ def _blank(original: type[nn.Module], base: type) -> nn.Module:
 
 
 def computes_something_else(
-    module: nn.Module, base: type, inputs: Any, fused: Callable[[Any], Any], shape: str = ""
+    module: nn.Module, base: type, inputs: Any, fused: Callable[[Any, Any], Any], shape: str = ""
 ) -> str:
     """Ask the module's own forward, on small examples and with weights that hide nothing.
 

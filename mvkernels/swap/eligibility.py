@@ -97,6 +97,14 @@ def not_hooked(module: nn.Module, what: str) -> str:
     return ""
 
 
+def not_its_own(module: Any, *methods: str) -> str:
+    """Nobody may have put a method on the module itself."""
+    for name in methods:
+        if name in module.__dict__:
+            return f"it has had its {name} replaced"
+    return ""
+
+
 def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     """A plain Linear, of dense parameters with the dtype and device of ``like``."""
     reason = not_plain(module, nn.Linear, what)

@@ -6,10 +6,13 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvkernels.checks import known
 from mvkernels.nn import patch_transformer_layer, pointwise_to_channels_first, pointwise_to_channels_last
+from mvkernels.nn.patch_transformer import gather_groups, scatter_groups
 from mvkernels.swap.eligibility import log_once, unusual_call
 from mvkernels.swap.watch import examine
 
@@ -53,8 +56,10 @@ def transform(
     ``layers`` are the arguments of :func:`patch_transformer_layer`. A map that the patch does not divide
     is resized before the layers and back after them (bilinear, corners not aligned), as MobileViT does.
     """
+    if torch.compiler.is_exporting():
+        return _exported(features, conv_in, layers, norm, conv_out, patch_size)
     height, width = features.shape[-2:]
-    size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
+    size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
     resized = size != (height, width)
     x = pointwise_to_channels_last(features, conv_in.weight, conv_in.bias)
     if resized:
@@ -65,6 +70,39 @@ def transform(
     if resized:
         x = _resize(x, (height, width))
     return pointwise_to_channels_first(x, conv_out.weight, conv_out.bias)
+
+
+def _up(size: int, patch: int) -> int:
+    """The next multiple. Of positive numbers only: ONNX divides towards zero where Python goes down."""
+    return (size + patch - 1) // patch * patch
+
+
+def _exported(
+    features: Tensor,
+    conv_in: nn.Conv2d,
+    layers: Sequence[dict[str, Any]],
+    norm: nn.Module,
+    conv_out: nn.Conv2d,
+    patch_size: tuple[int, int],
+) -> Tensor:
+    """:func:`transform` for a graph that runs elsewhere: the pixels are gathered by group once, and scattered once.
+
+    A map of unknown size is always resized: where the patch divides it that changes nothing, and any other answer
+    would hold for some sizes only.
+    """
+    x = F.conv2d(features, conv_in.weight, conv_in.bias)
+    height, width = x.shape[-2:]
+    size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
+    resized = not (known(size[0] == height) and known(size[1] == width))
+    if resized:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    x = gather_groups(x, patch_size)
+    for layer in layers:
+        x = patch_transformer_layer(x, **layer)
+    x = scatter_groups(norm(x), patch_size, *size)
+    if resized:
+        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+    return F.conv2d(x, conv_out.weight, conv_out.bias)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

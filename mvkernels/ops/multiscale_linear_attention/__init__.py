@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks
+from mvkernels import checks, extension
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention import suite
 from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
@@ -65,7 +65,7 @@ def multiscale_linear_attention(
     weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         return Flat.apply(qkv, head_dim, eps, chosen, *weights)
-    return KERNELS[chosen][0](*arguments)[0]
+    return KERNELS[chosen][0](qkv, weights, head_dim, eps)[0]
 
 
 def _check(
@@ -77,7 +77,7 @@ def _check(
     pointwise_bias: Sequence[Tensor | None] | None = None,
     eps: float = 1e-15,
 ) -> tuple[Any, ...]:
-    lists = {"depthwise": depthwise, "pointwise": pointwise}
+    lists: dict[str, Sequence[Any]] = {"depthwise": depthwise, "pointwise": pointwise}
     biases = {"depthwise_bias": depthwise_bias, "pointwise_bias": pointwise_bias}
     lists |= {name: value for name, value in biases.items() if value is not None}
     named: dict[str, Any] = {"qkv": qkv}
@@ -88,7 +88,7 @@ def _check(
                 f"{_NAME}: {name} has {len(value)} entries, depthwise has {len(depthwise)}, want one for each scale"
             )
         named |= {f"{name}[{i}]": each for i, each in enumerate(value) if each is not None or name not in biases}
-    cast = dict(zip(named, checks.autocast(*named.values())))
+    cast: dict[str, Any] = dict(zip(named, checks.autocast(*named.values())))
     if not checks.alike(*cast.values()):
         checks.tensors(_NAME, **cast)
     if not isinstance(head_dim, int) or isinstance(head_dim, bool):
@@ -111,7 +111,7 @@ def _check(
         _check_shape(f"pointwise[{i}]", cast, (channels, head_dim, 1, 1), "(3C, head_dim, 1, 1)")
         _check_shape(f"depthwise_bias[{i}]", cast, (channels,), "(3C,)")
         _check_shape(f"pointwise_bias[{i}]", cast, (channels,), "(3C,)")
-    found = {name: tuple(cast.get(f"{name}[{i}]") for i in range(len(depthwise))) for name in lists}
+    found: dict[str, Any] = {name: tuple(cast.get(f"{name}[{i}]") for i in range(len(depthwise))) for name in lists}
     for name in biases:  # no bias at all is said in one way
         if all(each is None for each in found.get(name, ())):
             found[name] = None
@@ -126,13 +126,18 @@ def _check_shape(name: str, cast: dict[str, Tensor], wanted: tuple[int, ...], ax
         raise ValueError(f"{_NAME}: {name} is {checks.shape(cast[name])}, want {axes} = {wanted}")
 
 
+def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_: Any) -> str | None:
+    return extension.why_not(qkv, head_dim=head_dim)
+
+
 OP = register(
     Op(
         name=_NAME,
         function=multiscale_linear_attention,
         reference=reference,
         check=_check,
-        why_not={},
+        maps=("qkv",),
+        why_not={"cpp": _why_not_cpp},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -35,13 +35,14 @@ def multiscale_linear_attention(
     """
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     dtype = compute_dtype or (torch.float32 if half else qkv.dtype)
-    channels, none = qkv.shape[1], [None] * len(depthwise)
+    channels = qkv.shape[1]
+    first, second = (b or [None] * len(depthwise) for b in (depthwise_bias, pointwise_bias))
     with without_autocast(qkv.device.type):
         scales = [qkv.to(dtype)]
-        for wide, mixing, first, second in zip(depthwise, pointwise, depthwise_bias or none, pointwise_bias or none):
-            first, second = (None if b is None else b.to(dtype) for b in (first, second))
-            each = conv2d(scales[0], wide.to(dtype), first, padding=wide.shape[-1] // 2, groups=channels)
-            scales.append(conv2d(each, mixing.to(dtype), second, groups=channels // head_dim))
+        for wide, mixing, b, c in zip(depthwise, pointwise, first, second):
+            b, c = (None if each is None else each.to(dtype) for each in (b, c))  # noqa: PLW2901
+            each = conv2d(scales[0], wide.to(dtype), b, padding=wide.shape[-1] // 2, groups=channels)
+            scales.append(conv2d(each, mixing.to(dtype), c, groups=channels // head_dim))
         q, k, v = torch.cat(scales, 1).unflatten(1, (-1, 3, head_dim)).unbind(2)
         out = relu_linear_attention(q, k, v, eps)
     return lay_as(out.flatten(1, 2).to(qkv.dtype), qkv)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks
+from mvkernels import checks, extension
 from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention import suite
 from mvkernels.ops.relu_linear_attention.autograd import KERNELS, ReLULinearAttentionFunction
@@ -70,13 +70,26 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
 
 
+def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
+    return extension.why_not(query, head_dim=query.shape[2])
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.relu_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
         function=relu_linear_attention,
         reference=reference,
         check=_check,
-        why_not={},
+        maps=("query", "key", "value"),
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
