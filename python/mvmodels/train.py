@@ -68,7 +68,8 @@ def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
     """To train on and to test on. Raises UsageError for what cannot be read."""
     if where == "digits":
         return Digits(False, options.size), Digits(True, options.size)
-    return folder_data(where, options.size, flip=options.flip, held_out=options.held_out, seed=options.seed)
+    channels = options.settings.get("in_chans", 3)
+    return folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,6 +86,13 @@ class TestTrain:
         asked = {"multi_scale": "variable", "scales": [32, 64], "ema": 0.0, "warmup": 3, "clip": 1.0, "amp": True}
         assert {key: state["options"][key] for key in asked} == asked and result["backend"] == "reference"
 
+    def test_grey_pictures(self, folder, tmp_path, capsys):
+        assert run(folder, tmp_path, "--set", "in_chans=1", "--json") == 0
+        capsys.readouterr()
+        state = checkpoint.read_training(tmp_path / "best.pt")
+        assert state["channels"] == 1 and state["state_dict"]["stem.proj.weight"].shape[1] == 1
+        assert predict.main([str(folder / "red" / "0.png"), "--checkpoint", str(tmp_path / "best.pt")]) == 0
+
     def test_tensorboard(self, folder, tmp_path, monkeypatch, capsys):
         def board(output: Path) -> str:
             common = f"--model vit_tiny --data {folder} --output {output} --epochs 1 --batch-size 6 --device cpu"

@@ -12,7 +12,7 @@ import mvmodels
 from mvkernels import third_party
 from mvmodels.encoder import TokenAttention, resize_tokens
 from mvmodels.vit import SIZES, VisionTransformer
-from tests.models.agreement import backends_agree
+from tests.models.agreement import backends_agree, need_cpp
 
 # Counted here; the paper's tables print millions of parameters and billions of multiply-adds.
 TABLE = {
@@ -82,16 +82,33 @@ def test_backends_agree(conv_stem, size):
     backends_agree(build, torch.randn(2, 3, *size), 5)
 
 
-def test_bfloat16_is_near():
-    model = shallow(True)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_bfloat16_is_near(backend):
+    if backend == "cpp":
+        need_cpp()
+    model = shallow(True, backend=backend)
     x = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         expected = model(x)
         with torch.autocast("cpu", torch.bfloat16):
             cast = model(x).float()
-        half = model.bfloat16()(x.bfloat16()).float()
-    for out in (cast, half):
+    half = model.bfloat16()(x.bfloat16())
+    half.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for out in (cast, half.detach().float()):
         assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_compiles_and_exports():
+    """In one graph, at a size whose positions are resized; an exported one needs nothing of this library."""
+    model, x = shallow(False).double(), torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), expected)
+    namespaces = {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
+    assert not any(name.startswith("mvkernels") for name in namespaces), namespaces
 
 
 @pytest.mark.parametrize("conv_stem", [True, False], ids=["conv", "patch"])
