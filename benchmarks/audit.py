@@ -38,6 +38,7 @@ from triton.compiler import ASTSource
 from mvkernels.launch import Device, shared_memory_of
 from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
 from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
+from mvkernels.ops.multiscale_linear_attention import triton_plan as multiscale_linear_attention
 from mvkernels.ops.patch_attention import triton_plan as patch_attention
 from mvkernels.ops.relu_linear_attention import triton_plan as relu_linear_attention
 from mvkernels.report import Progress, table
@@ -61,7 +62,8 @@ SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
     "spill_bytes", "shared_bytes", "warps_per_processor", "matrix", "widest_load", "verdict",
 ]  # fmt: skip
-OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention"]
+OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
+       "multiscale_linear_attention"]  # fmt: skip
 QUICK = 6
 RESULTS = Path(__file__).parent / "results" / "audit"
 """A file for each op."""
@@ -176,10 +178,58 @@ class Linear:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "layout": self.layout}
 
 
-def suite(ops: list[str]) -> list[Case | Bridge | Linear]:
+@dataclass(frozen=True)
+class Multiscale:
+    """The convolutions of one scale of multiscale_linear_attention; its attention is another op's."""
+
+    heads: int
+    d: int
+    size: int
+    kernel: int
+    layout: str
+    dtypes: tuple[str, ...]
+
+    op = "multiscale_linear_attention"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        groups, d, n = 3 * self.heads, self.d, self.size
+        strides = {
+            "last": (n * n * groups * d, d, 1, n * groups * d, groups * d),
+            "first": (groups * d * n * n, d * n * n, n * n, n, 1),
+        }[self.layout]
+
+        def problem(names: str) -> Any:
+            maps = relu_linear_attention.Problem(
+                (batch, groups, d, n, n), tuple((each, strides) for each in names), DTYPES[name],
+                "tf32" if name == "tf32" else "ieee", device,
+            )  # fmt: skip
+            return multiscale_linear_attention.Problem(maps, self.kernel, (False, False))
+
+        forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
+        return forward + multiscale_linear_attention.gradient_launches(problem("gxeo"), True)[0]
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,
+                "layout": self.layout}  # fmt: skip
+
+
+Every = Case | Bridge | Linear | Multiscale
+
+
+def suite(ops: list[str]) -> list[Every]:
     """The shapes of the ops."""
-    found: list[Case | Bridge | Linear] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
-    return found + [case for case in [*bridges(), *linears()] if case.op in ops]
+    found: list[Every] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
+    return found + [case for case in [*bridges(), *linears(), *multiscales()] if case.op in ops]
+
+
+def multiscales() -> list[Multiscale]:
+    """The scales of EfficientViT and DC-AE, and other kernels and wider heads beyond them."""
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes = [(4, 16, 14, 5, "first", both), (4, 16, 14, 5, "last", half), (16, 32, 32, 5, "first", single)]
+    shapes += [(16, 32, 32, 5, "last", both), (16, 32, 16, 3, "first", half), (16, 32, 16, 7, "last", half)]
+    shapes += [(8, 24, 15, 5, "first", half), (4, 64, 32, 5, "first", both), (4, 64, 32, 5, "last", both)]
+    shapes += [(2, 128, 32, 5, "first", half), (2, 128, 32, 5, "last", half), (4, 32, 14, 5, "first", ("fp64",))]
+    return [Multiscale(*shape) for shape in shapes]
 
 
 def linears() -> list[Linear]:
@@ -285,7 +335,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "delta", "partial", "stats", "sums", "dsums", "parts", "dq_sums", "dk_sums", "dv_sums"}
+    sums = {"lse", "delta", "partial", "stats", "sums", "dsums", "parts", "p", "pw", "dq_sums", "dk_sums", "dv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
@@ -452,7 +502,7 @@ _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PA
            "PRODUCT", "STAGE")  # fmt: skip
 
 
-def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge | Linear]]:
+def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Every]]:
     for case in suite(ops):
         for target in targets:
             for name in dtypes:

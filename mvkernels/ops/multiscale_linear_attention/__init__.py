@@ -130,6 +130,14 @@ def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_:
     return extension.why_not(qkv, head_dim=head_dim)
 
 
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.multiscale_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -137,7 +145,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("qkv",),
-        why_not={"cpp": _why_not_cpp},
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -33,12 +33,20 @@ def _depthwise(
 ):  # fmt: skip
     cols = tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK, WIDTH] if LAYOUT == 1 else [WIDTH, BLOCK], ACC)
+    rows = row_offsets(y, x, sy, sx, LAYOUT, ALIGN, False)
+    offsets, inside = _piece(rows, keep, sd, 0, WIDTH, D, LAYOUT, ALIGN, WIDE)
+    if WIDE:
+        sy = sy.to(tl.int64)
+        sx = sx.to(tl.int64)
     for tap in range(0, K * K):
-        ty = y + SIGN * (tap // K - K // 2)
-        tx = x + SIGN * (tap % K - K // 2)
-        rows = row_offsets(ty, tx, sy, sx, LAYOUT, ALIGN, False)
-        offsets, mask = _piece(rows, _inside(ty, tx, keep, H, W), sd, 0, WIDTH, D, LAYOUT, ALIGN, WIDE)
-        value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        dy = SIGN * (tap // K - K // 2)
+        dx = SIGN * (tap % K - K // 2)
+        there = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
+        mask = inside & (there[:, None] if LAYOUT == 1 else there[None, :])
+        shift = dy * sy + dx * sx
+        if LAYOUT == 1:
+            shift = tl.multiple_of(shift, ALIGN)
+        value = tl.load(x_ptr + shift + offsets, mask=mask, other=0.0).to(ACC)
         weight = tl.load(w_ptr + cols * (K * K) + tap, mask=cols < D, other=0.0).to(ACC)
         total += value * (weight[None, :] if LAYOUT == 1 else weight[:, None])
     return total if LAYOUT == 1 else tl.trans(total)

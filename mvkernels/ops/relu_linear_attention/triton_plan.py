@@ -60,11 +60,12 @@ class _Plan:
             maps.Problem(problem.shape, d, problem.strides, None, 1, (1, 1), problem.dtype, problem.precision,
                          problem.device)
         )  # fmt: skip
+        itemsize = problem.dtype.itemsize
         exact = "f32" if problem.precision == "ieee" else "tf32"
         key = {
             "d": d,
-            "dtype": {2: "f16", 4: exact, 8: "f64"}[problem.dtype.itemsize],
-            "last": int(self.map.maps["q"][0] == 1),
+            "dtype": {2: "f16", 4: exact, 8: "f64"}[itemsize],
+            "wide": int(all(layout and align * itemsize >= 8 for layout, align in self.map.maps.values())),
             "arch": problem.device.arch,
         }
         config = launch.config(OP, kernel, problem.device.name, key)
