@@ -11,7 +11,12 @@ TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers pillow scikit-learn
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: setup demo test bench lint format audit gpu wheel clean
+# gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+SANITIZED ?= tests/ops/test_patch_attention.py tests/ops/test_mobile_to_former.py tests/ops/test_former_to_mobile.py \
+	tests/ops/test_relu_linear_attention.py tests/ops/test_multiscale_linear_attention.py tests/test_concurrency.py
+
+.PHONY: setup demo test bench lint format audit gpu sanitize wheel clean
 
 setup: $(STAMP)
 
@@ -55,6 +60,17 @@ audit: setup
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside a copy of the tests: the checkout's own
+# extension stays as it is. Leaks are Python's own and not looked for.
+sanitize: setup
+	rm -rf build/sanitize && mkdir -p build/sanitize/lib
+	MVKERNELS_REQUIRE_EXT=1 MVKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		-fno-omit-frame-pointer -O1 -g1" $(BIN)/python setup.py --quiet build --build-temp build/sanitize/objects \
+		--build-lib build/sanitize/lib
+	cp -r tests pyproject.toml build/sanitize/lib
+	cd build/sanitize/lib && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -x -q -m "not interpreter" $(SANITIZED)
 
 wheel: setup
 	$(BIN)/python -m build --no-isolation

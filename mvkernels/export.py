@@ -151,7 +151,7 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
 
     def ops(graph: torch.fx.Graph) -> list[str]:
         # What only takes a tuple apart is no work of anybody.
-        called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        called = [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
         return [name for name in called if "getitem" not in name and "executorch_call_delegate" not in name]
 
     parts = get_lowered_submodules(program.graph_module)
