@@ -34,7 +34,7 @@ def run(world: int, folder: Path, function: Callable[..., Any], *arguments: Any)
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     for process in processes:
         if process.is_alive():
             process.kill()
@@ -48,7 +48,7 @@ def _process(rank: int, world: int, folder: Path, function: Callable[..., Any], 
     try:
         torch.set_num_threads(1)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=240)
         )
         torch.save(function(rank, *arguments), folder / f"result{rank}")
         dist.barrier()
