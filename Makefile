@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 SUITE  ?= full
 
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
-NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers pillow scikit-learn
+NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers pillow scikit-learn
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobilevit.py
 	$(BIN)/python benchmarks/mobile_former.py
+	$(BIN)/python benchmarks/efficientvit.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/readme_table.py

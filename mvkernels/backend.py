@@ -71,12 +71,19 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.name = before
 
 
+# What os.environ wraps, where it does so in the known way: asked directly, a missing variable costs next to nothing.
+_VARIABLE = b"MVKERNELS_BACKEND"
+_raw_environment: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
 def requested(backend: str | None) -> str:
     """The backend asked for, by precedence, possibly "auto"."""
     if backend is not None:
         return _known(backend, "backend")
     if _chosen.name is not None:
         return _chosen.name
+    if _raw_environment is not None and not torch.compiler.is_compiling() and _VARIABLE not in _raw_environment:
+        return "auto"
     name = os.environ.get("MVKERNELS_BACKEND")
     if name:
         return _known(name.strip().lower(), "MVKERNELS_BACKEND")
@@ -112,7 +119,8 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
         if reason:
             raise BackendUnavailable(f"{op.name}: backend {name} cannot run this: {reason}")
         return name
-    for name in _PREFERENCE.get(arguments[0].device.type, ()):
+    first = arguments[0]
+    for name in _PREFERENCE.get("cpu" if first.is_cpu else first.device.type, ()):
         if name not in op.why_not:
             continue
         reason = reason_against(op, name, arguments)

@@ -46,11 +46,12 @@ def why_not(tensor: torch.Tensor, **dims: int) -> str | None:
     """Why the C++ kernels cannot run on such a tensor, with heads of these ``dims`` (``head_dim=36``), or None."""
     if module is None:
         return reason
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"the C++ kernels run on CPU tensors, these are on {tensor.device.type}"
-    if max(dims.values()) > _MOST_HEAD_DIM:
-        found = ", ".join(f"{name} {size}" for name, size in dims.items()).replace(" ", " is ", 1)
-        return f"{found}: more than {_MOST_HEAD_DIM}"
+    for size in dims.values():
+        if size > _MOST_HEAD_DIM:
+            found = ", ".join(f"{name} {size}" for name, size in dims.items()).replace(" ", " is ", 1)
+            return f"{found}: more than {_MOST_HEAD_DIM}"
     return None
 
 

@@ -8,6 +8,7 @@ backends; the C++ extension only adds its CPU implementation.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,16 @@ def define(
         library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+# torch.no_grad() costs a call some microseconds, and a backward runs without recording anyhow unless it is itself to be
+# differentiated.
+_NOTHING = contextlib.nullcontext()
+
+
+def not_recording() -> contextlib.AbstractContextManager[None]:
+    """``torch.no_grad()``, where it would change anything."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 def differentiate(

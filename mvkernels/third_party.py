@@ -70,6 +70,7 @@ def _transformers(name: str, pretrained: bool) -> nn.Module:
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
+    _mend_broken_torchvision()
     package = _import("timm")
     try:
         return package.create_model(name, pretrained=pretrained)
@@ -88,7 +89,7 @@ def _mvmodels(name: str, pretrained: bool) -> nn.Module:
 
 
 def _diffusers(name: str, pretrained: bool) -> nn.Module:
-    _hide_broken_torchvision()
+    _mend_broken_torchvision()
     package = _import("diffusers")
     known = ("dc-ae-f32c32-sana-1.0", *_DC_AE)
     short = name.removeprefix("mit-han-lab/").removesuffix("-diffusers")
@@ -167,6 +168,30 @@ def _hide_broken_torchvision() -> None:
         pass
     except Exception:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+_operators: list[torch.library.Library] = []
+
+
+def _mend_broken_torchvision() -> None:
+    """Let a torchvision built for another torch import for timm, which wants its transforms and none of its operators.
+
+    It fails at two operators that its compiled part would define; with their signatures known it imports.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        try:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            _operators.append(library)  # the definitions go when it is collected
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:  # they are known, so that it fails at something else
+            pass
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,8 +27,8 @@ template <class T, class S>
 struct Head {
   S* base;
   Map map;
-  int64_t dims, width;
-  bool uniform, rows, last;  // whether all pixels are equally far apart; pixels, or dims, side by side
+  int64_t dims, width, first = 0;  // first: the pixel that base is
+  bool uniform, rows, last;        // whether all pixels are equally far apart; pixels, or dims, side by side
   int64_t* table;
   int64_t known = 0;
 
@@ -41,7 +41,18 @@ struct Head {
         rows(m.x == 1 && uniform),
         last(m.d == 1),
         table(table) {}
-  int64_t at(int64_t n) const { return uniform ? n * map.x : n / width * map.y + n % width * map.x; }
+  // Of rows in scratch that hold pixels from `first` on.
+  Head(S* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
+      : base(rows),
+        map{nullptr, 0, 0, ld, 1, 1},
+        dims(dims),
+        width(1),
+        first(first),
+        uniform(true),
+        rows(true),
+        last(false),
+        table(table) {}
+  int64_t at(int64_t n) const { n -= first; return uniform ? n * map.x : n / width * map.y + n % width * map.x; }
   Lattice<S> lattice(int64_t n, int64_t count) {
     if (!uniform) {
       for (int64_t i = 0; i < count; ++i) table[i] = at(n + i) - at(n);
@@ -56,7 +67,7 @@ struct Head {
     auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
     if (rows) {
       for (int64_t d = 0; d < dims; ++d) {
-        const S* p = base + d * map.d + n;
+        const S* p = base + d * map.d + at(n);
         T* to = dst + d * ld;
         int64_t i = 0;
         for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act(load<T>(p + i)));
@@ -90,7 +101,7 @@ struct Head {
       for (int64_t d = 0; d < dims; d += W<T>) {
         T* to = dst + i * ld + d;
         if (rows && some == W<T> && d + W<T> <= dims) {
-          const S* p = base + d * map.d + n + i;
+          const S* p = base + d * map.d + at(n) + i;
 #pragma GCC unroll 16
           for (int j = 0; j < W<T>; ++j) block[j] = act(load<T>(p + j * map.d));
           transpose<T>(block);
@@ -113,7 +124,7 @@ struct Head {
   // Where whole vectors can be written in place, or null.
   T* in_place_panel(int64_t n, int64_t count) const {
     if constexpr (!std::is_same_v<T, S>) return nullptr;
-    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + n)) : nullptr;
+    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
   }
   T* in_place_tokens(int64_t n) const {
     if constexpr (!std::is_same_v<T, S>) return nullptr;
@@ -122,7 +133,7 @@ struct Head {
   void put_panel(int64_t n, int64_t count, const T* src, int64_t ld) {
     if (rows) {
       for (int64_t d = 0; d < dims; ++d) {
-        S* p = base + d * map.d + n;
+        S* p = base + d * map.d + at(n);
         const T* from = src + d * ld;
         int64_t i = 0;
         for (; i + W<T> <= count; i += W<T>) store_as<T>(p + i, load<T>(from + i));
@@ -154,8 +165,7 @@ static void product(
 
 // c[m][n] = f[n] sum_k a[m * lda + k] b[k * ldb + n] for M rows and V vectors.
 template <class T, int M, int V>
-static void scaled_tile(
-    int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
+static void scaled_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)

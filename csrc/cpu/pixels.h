@@ -2,8 +2,8 @@
 //
 // Pixels are vector lanes, taken in blocks that stay in cache; a block is rows of dims, read in place where memory has it
 // so, else packed (and transposed). Three products run on it: scores (tokens x dims, broadcast), sums over pixels (each
-// lane keeps its own, added up across lanes once at the end) and tokens spread over the pixels. On a map whose dims are
-// contiguous the last two take them as lanes instead, and nothing but the scores needs the pixels transposed.
+// lane keeps its own, added up across lanes once at the end) and tokens spread over the pixels. Maps whose dims are
+// contiguous take another way: pixel_rows.h.
 #pragma once
 
 #include "lattice.h"
@@ -25,13 +25,8 @@ MVK_INLINE int64_t block_of_pixels(const Bridge& a) {
   return most < all ? most : all;
 }
 
-// Whether sums over the pixels of a map take its dims as lanes: they are contiguous, and fill half a vector.
-template <class T>
-MVK_INLINE bool dims_as_lanes(const Bridge& a, bool last) {
-  return last && 2 * a.D >= W<T>;
-}
-
-// Splits [begin, end) into blocks of whole vectors, and what is left as a block of its own.
+// Splits [begin, end) into nearly equal blocks of whole vectors. What is left over is a block of its own, which must be
+// packed, unless so little is left in all that one packed block costs less than two.
 template <class T>
 struct Span {
   int64_t next, end, step, most_;
@@ -98,21 +93,6 @@ struct Pixels {
       pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
     }
     return scratch;
-  }
-  // For maps whose dims are contiguous: pixel n + i, dim d at [i * ld + d], whole vectors; what is beyond the dims is anything.
-  const T* tokens(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
-    // In place if a vector that reaches beyond its pixel stays within the map.
-    if (std::is_same_v<T, std::remove_const_t<S>> && uniform && map.x > 0 && n + count + W<T> <= pixels) {
-      ld = map.x;
-      return reinterpret_cast<const T*>(base + at(n));
-    }
-    ld = scratch_ld;
-    pack_rows<T>(lattice(n, count), 0, count, dims, scratch, ld);
-    return scratch;
-  }
-  void put_tokens(int64_t n, int64_t count, const T* from, int64_t ld) {
-    const T one = 1;
-    unpack_rows<T>(lattice(n, count), 0, count, dims, from, ld, &one, 0);
   }
   // Where rows of dims are to be written; put() brings them into the map.
   T* target(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
@@ -235,33 +215,7 @@ MVK_INLINE void for_tokens(int64_t count, const F& f) {
   if constexpr (J > 1) for_tokens<J - 1>(count, f);
 }
 
-// c[m][d] = c or 0, times alpha[m * W], + sum_n r[m * ldr + n] x[n * ldx + d], with the dims of x contiguous.
-template <class T>
-static void sums_by_dim(
-    int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* c, int64_t ldc,
-    const T* alpha, bool first) {
-  for (int64_t m = 0; alpha && !first && m < M; ++m)
-    for (int64_t d = 0; d < D; d += W<T>)
-      store<T>(c + m * ldc + d, load<T>(alpha + m * W<T>) * load<T>(c + m * ldc + d));
-  auto panel = [&](auto width, int64_t d) {
-    constexpr int V = decltype(width)::value;
-    if (first)
-      product_rows<T, V, Start::zero, false>(M, count, r, ldr, x + d, ldx, c + d, ldc, nullptr);
-    else
-      product_rows<T, V, Start::from, false>(M, count, r, ldr, x + d, ldx, c + d, ldc, nullptr);
-  };
-  int64_t d = 0;
-  if (M <= kTileRows / 2)
-    for (; d + 3 * W<T> < D; d += 4 * W<T>) panel(std::integral_constant<int, 4>{}, d);
-  if (D - d > 2 * W<T> && D - d <= 3 * W<T>) {
-    panel(std::integral_constant<int, 3>{}, d);
-    return;
-  }
-  for (; d + W<T> < D; d += 2 * W<T>) panel(std::integral_constant<int, 2>{}, d);
-  if (d < D) panel(std::integral_constant<int, 1>{}, d);
-}
-
-// The same two for any number of tokens: kTokens at a time.
+// Both for any number of tokens: kTokens at a time.
 template <class T>
 static void sums(
     int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* acc, const T* alpha,
@@ -293,6 +247,64 @@ static void across_lanes(const T* acc, int64_t D, vec<T> factor, T* out) {
     store<T>(out + d, rows[0]);
   }
 }
+
+// out[j * ldo + d] = sum_n r[j][n] x[d][n] for J tokens and all dims, W / J dims at a time, added up across lanes in registers.
+template <class T, int J>
+static void sums_at_once(
+    int64_t count, int64_t D, const T* r, int64_t ldr, const T* x, int64_t ldx, T* out, int64_t ldo) {
+  constexpr int R = W<T> / J;
+  for (int64_t d = 0; d < D; d += R) {
+    const T* dims[R];
+    for (int i = 0; i < R; ++i) dims[i] = x + (d + i < D ? d + i : D - 1) * ldx;
+    vec<T> sum[W<T>];
+#pragma GCC unroll 16
+    for (int i = 0; i < W<T>; ++i) sum[i] = vec<T>{};
+    for (int64_t n = 0; n < count; n += W<T>) {
+      vec<T> p[J];
+#pragma GCC unroll 4
+      for (int j = 0; j < J; ++j) p[j] = load<T>(r + j * ldr + n);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const vec<T> v = load<T>(dims[i] + n);
+#pragma GCC unroll 4
+        for (int j = 0; j < J; ++j) sum[j * R + i] += p[j] * v;
+      }
+    }
+    add_across<T>(sum);
+    T lanes[W<T>];
+    store<T>(lanes, sum[0]);
+    for (int j = 0; j < J; ++j) memcpy(out + j * ldo + d, lanes + j * R, R * sizeof(T));
+  }
+}
+
+// Sums over the pixels of a unit for all tokens. If they are one block they are added up across lanes at once, else each
+// lane keeps its own in memory until the end.
+template <class T>
+struct Sums {
+  int64_t M, D, ld;
+  bool once;
+  T *lanes, *rows;
+  Sums(const Bridge& a, T* lanes_memory, T* rows_memory)
+      : M(a.M), D(a.D), ld(round_up(a.D, W<T>)), once(false), lanes(lanes_memory), rows(rows_memory) {}
+  static size_t lanes_size(const Bridge& a) { return a.M * a.D * W<T>; }
+  static size_t rows_size(const Bridge& a) { return a.M * round_up(a.D, W<T>); }
+
+  void add(int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, const T* alpha, bool first) {
+    if (!once) return sums<T>(M, D, count, r, ldr, x, ldx, lanes, alpha, first);
+    int64_t m = 0;
+    for (; m + 2 <= M; m += 2) sums_at_once<T, 2>(count, D, r + m * ldr, ldr, x, ldx, rows + m * ld, ld);
+    for (; m < M; ++m) sums_at_once<T, 1>(count, D, r + m * ldr, ldr, x, ldx, rows + m * ld, ld);
+  }
+  // Token m's sums, each lane's share times factor, whose lanes are equal if all was added at once.
+  T* token(int64_t m, vec<T> factor) {
+    T* row = rows + m * ld;
+    if (once)
+      for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, factor * load<T>(row + d));
+    else
+      across_lanes<T>(lanes + m * D * W<T>, D, factor, row);
+    return row;
+  }
+};
 
 // Lanes from `count` to the end of its vector, in J rows.
 template <class T>

@@ -22,7 +22,7 @@ class ModelInfo:
     """``build(num_classes=, in_chans=, drop_rate=, features_only=, …)`` -> the model with random weights."""
     paper: str
     params: int
-    """Parameters with 1000 classes and 3 input channels."""
+    """Parameters with ``num_classes`` classes and 3 input channels."""
     macs: float
     """Multiply-adds of one picture of ``input_size`` as :func:`mvmodels.count_macs` counts them, in millions."""
     published_params: str
@@ -32,6 +32,8 @@ class ModelInfo:
     published_top1: float | None
     """ImageNet-1k top-1 accuracy in percent of the authors' checkpoint, or None: no classifier, or none published."""
     input_size: int = 224
+    num_classes: int = 1000
+    """What was counted has so many; the default of :func:`create_model` is 1000 for every model."""
     note: str = ""
     """What else a reader of the figures has to know."""
 
@@ -157,6 +159,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
             loaded[name] = own[name]
             continue
         value, want = _joined(values), tuple(own[name].shape)
+        if value is not None and tuple(value.shape) == (*want, 1, 1):  # a 1×1 convolution is a Linear
+            value = value.flatten(1)
         if value is None or tuple(value.shape) != want:
             found = ", ".join(str(tuple(v.shape)) for v in values)
             joined = " together" if len(group) > 1 else ""

@@ -64,19 +64,16 @@ def _check(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, re
     x, key, value = checks.autocast(x, key, value)  # type: ignore[assignment]
     if not checks.alike(x, key, value):
         checks.tensors(_NAME, x=x, key=key, value=value)
-    shape, tokens = x.shape, key.shape
-    if (
-        len(shape) != 5
-        or len(tokens) != 4
-        or value.shape != tokens
-        or (*tokens[:2], tokens[3]) != shape[:3]
-        or 0 in tokens[1:]
-        or 0 in shape[1:]
-    ):
+    # Sizes are unpacked, not sliced: slicing a torch.Size costs as much as all of the other checks.
+    sizes, tokens = tuple(x.shape), tuple(key.shape)
+    if len(sizes) != 5 or len(tokens) != 4 or value.shape != tokens:
+        _check_shapes(x, key, value)
+    batch, heads, count, dim = tokens
+    if (batch, heads, dim) != sizes[:3] or not (heads and count and dim and sizes[3] and sizes[4]):
         _check_shapes(x, key, value)
     if not isinstance(residual, bool):
         raise TypeError(f"{_NAME}: residual is {residual!r}, want True or False")
-    return x, key, value, checks.number(_NAME, "scale", scale, shape[2] ** -0.5), residual
+    return x, key, value, checks.number(_NAME, "scale", scale, dim**-0.5), residual
 
 
 def _check_shapes(x: Tensor, key: Tensor, value: Tensor) -> None:

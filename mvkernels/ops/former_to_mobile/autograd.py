@@ -87,7 +87,7 @@ class FormerToMobileFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        with torch.no_grad():
+        with library.not_recording():
             if ctx.backend == "reference":
                 grads = library.differentiate(lambda x, k, v: reference(x, k, v, *ctx.settings), grad, saved, wanted)
             else:

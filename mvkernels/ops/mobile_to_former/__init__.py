@@ -54,16 +54,14 @@ def _check(query: Tensor, x: Tensor, scale: float | None = None) -> tuple[Any, .
     query, x = checks.autocast(query, x)  # type: ignore[assignment]
     if not checks.alike(query, x):
         checks.tensors(_NAME, query=query, x=x)
-    tokens, shape = query.shape, x.shape
-    if (
-        len(tokens) != 4
-        or len(shape) != 5
-        or (*tokens[:2], tokens[3]) != shape[:3]
-        or 0 in tokens[1:]
-        or 0 in shape[1:]
-    ):
+    # Sizes are unpacked, not sliced: slicing a torch.Size costs as much as all of the other checks.
+    tokens, sizes = tuple(query.shape), tuple(x.shape)
+    if len(tokens) != 4 or len(sizes) != 5:
         _check_shapes(query, x)
-    return query, x, checks.number(_NAME, "scale", scale, shape[2] ** -0.5)
+    batch, heads, count, dim = tokens
+    if (batch, heads, dim) != sizes[:3] or not (heads and count and dim and sizes[3] and sizes[4]):
+        _check_shapes(query, x)
+    return query, x, checks.number(_NAME, "scale", scale, dim**-0.5)
 
 
 def _check_shapes(query: Tensor, x: Tensor) -> None:

@@ -93,7 +93,7 @@ class MobileToFormerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        with torch.no_grad():
+        with library.not_recording():
             if ctx.backend == "reference":
                 grads = library.differentiate(lambda q, x: reference(q, x, ctx.scale), grad, saved, wanted)
             else:

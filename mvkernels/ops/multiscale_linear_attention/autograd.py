@@ -12,10 +12,6 @@ from mvkernels import library
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-"""By backend: ``forward(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps) -> (out, *saved)``
-and ``backward(grad, qkv, *saved, …the same…, wanted) -> (dqkv, *ddepthwise, *dpointwise, *biases')``."""
-
 Weights = Sequence[Tensor | None]
 
 
@@ -36,6 +32,58 @@ def call_reference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> 
     return reference(qkv, depthwise, pointwise, head_dim, first, second, eps)
 
 
+_FORWARD = "(Tensor qkv, Tensor[] weights, int head_dim, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
+_BACKWARD = (
+    "(Tensor grad, Tensor qkv, Tensor[] weights, Tensor kv, Tensor keys, int head_dim, float eps)"
+    " -> (Tensor dqkv, Tensor[] dweights)"
+)
+
+
+def _fake_forward(qkv, weights, head_dim, eps):  # type: ignore[no-untyped-def]
+    # Sums over pixels, for every head of every scale: of value times relu(key), and of relu(key).
+    channels = qkv.shape[1] // 3 * (1 + len(weights) // 4)
+    shape = (qkv.shape[0], channels // head_dim, head_dim)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    return _empty(qkv, channels), qkv.new_empty((*shape, head_dim), dtype=dtype), qkv.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(grad, qkv, weights, kv, keys, head_dim, eps):  # type: ignore[no-untyped-def]
+    return _empty(qkv, qkv.shape[1]), [w.new_empty(w.shape) for w in weights]
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """As :func:`checks.empty_map`, of a map (B, C, H, W)."""
+    b, _, height, width = like.shape
+    if like.stride(1) == 1:
+        return like.new_empty((b, height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((b, channels, height, width))
+
+
+_CPP = (
+    library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
+    library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
+)
+
+
+def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
+    """The weights as operators take them: a bias that is not there has no elements."""
+    return [qkv.new_empty(0) if w is None else w for w in weights]
+
+
+def _cpp_forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
+    return _CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
+
+
+def _cpp_backward(grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float) -> Any:
+    dqkv, dweights = _CPP[1](grad, qkv, _dense(qkv, weights), *saved, head_dim, eps)
+    return dqkv, *dweights
+
+
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {"cpp": (_cpp_forward, _cpp_backward)}
+"""By backend: ``forward(qkv, weights, head_dim, eps) -> (out, *saved)`` and ``backward(grad, qkv, weights, saved, head_dim,
+eps) -> (dqkv, *dweights)``, with the weights as :func:`flat` puts them."""
+
+
 class Flat(torch.autograd.Function):
     """What stands behind :class:`MultiscaleLinearAttentionFunction`: checked, and with tensors in no lists.
 
@@ -50,19 +98,25 @@ class Flat(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(qkv, *weights)
             return call_reference(qkv, weights, head_dim, eps)
-        raise NotImplementedError(backend)
+        out, *saved = KERNELS[backend][0](qkv, weights, head_dim, eps)
+        ctx.save_for_backward(qkv, *weights, *saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad
         wanted = (needs[0], *needs[4:])
-        saved = ctx.saved_tensors
+        inputs, saved = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
         with torch.no_grad():
-            grads = library.differentiate(
-                lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, saved, wanted
-            )
+            if ctx.backend == "reference":
+                grads = library.differentiate(
+                    lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, inputs, wanted
+                )
+            else:
+                found = KERNELS[ctx.backend][1](grad, inputs[0], inputs[1:], saved, *ctx.settings)
+                grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *saved))
+            grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
         return grads[0], None, None, None, *grads[1:]
 
 

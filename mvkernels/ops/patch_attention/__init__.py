@@ -81,7 +81,7 @@ def _check(
     given = (query, key, value) if bias is None else (query, key, value, bias)
     if not checks.alike(*given):
         checks.tensors(_NAME, **dict(zip(("query", "key", "value", "bias"), given)))
-    shape = query.shape
+    shape = tuple(query.shape)  # slicing a torch.Size costs as much as all of the other checks
     if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
         _check_shapes(query, key, value)
     if bias is not None:

@@ -106,7 +106,7 @@ class PatchAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
         wanted = (*needs[:3], needs[4])
-        with torch.no_grad():
+        with library.not_recording():
             if ctx.backend == "reference":
                 grads = library.differentiate(
                     lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted

@@ -1,0 +1,129 @@
+"""The transformer encoder of models that work on a list of tokens: ViT, and ViT with irregular patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mvkernels
+from mvkernels.nn import DropPath
+
+Grids = tuple[tuple[int, int], ...]
+"""Heights and widths of the grids whose pixels, row by row and grid after grid, are the tokens."""
+
+
+class TokenAttention(nn.Module):
+    """Self-attention over tokens by :func:`mvkernels.patch_attention`.
+
+    With a patch of 1 that op is attention over all pixels of a map, whatever its shape. Tokens that fill no map, for
+    one of them is the class or they come from several grids, are a map of one row; the packed qkv is read as it is.
+    """
+
+    def __init__(self, dim: int, heads: int, backend: str | None = None) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"TokenAttention: dim is {dim}, want a multiple of {heads} heads")
+        self.heads, self.backend = heads, backend
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
+        batch, count, dim = tokens.shape
+        qkv = self.qkv(tokens).view(batch, 1, count, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(3, 0, 4, 5, 1, 2)  # (B, heads, head_dim, 1, N) each
+        out = mvkernels.patch_attention(query, key, value, patch_size=1, backend=self.backend)
+        return self.proj(out.permute(0, 3, 4, 1, 2).reshape(batch, count, dim))
+
+    def products(self, tokens: Tensor) -> int:
+        """Multiply-adds of scores and sums, for :func:`mvmodels.count_macs`."""
+        batch, count, dim = tokens.shape
+        return 2 * batch * count * count * dim
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class EncoderBlock(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = TokenAttention(dim, heads, backend)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, dim) -> (B, N, dim)."""
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens)))
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+
+
+def encoder(
+    dim: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float, backend: str | None
+) -> nn.Sequential:
+    """``depth`` blocks; the last has ``drop_path_rate``, earlier ones less, in proportion, the first none."""
+    rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+    return nn.Sequential(*(EncoderBlock(dim, heads, mlp_ratio, rate, backend) for rate in rates))
+
+
+def resize_tokens(values: Tensor, trained: Grids, wanted: Grids, mode: str, keep_sum: bool = False) -> Tensor:
+    """Values that belong to the tokens of some grids, for grids of other sizes.
+
+    Args:
+        values: (1, N, C), N the pixels of all ``trained`` grids.
+        trained, wanted: as many grids; each is resized by itself.
+        mode: "bilinear" or "bicubic".
+        keep_sum: scale, so that the values of a grid weigh as much together as before.
+    """
+    if trained == wanted:
+        return values
+    parts = []
+    counts = [h * w for h, w in trained]
+    for part, (h, w), (height, width) in zip(values.split(counts, 1), trained, wanted):
+        if (h, w) == (height, width):
+            parts.append(part)
+            continue
+        grid = part.transpose(1, 2).unflatten(2, (h, w))
+        resized = F.interpolate(grid.float(), size=(height, width), mode=mode, align_corners=False).to(values.dtype)
+        scale = h * w / (height * width) if keep_sum else 1.0
+        parts.append(resized.flatten(2).transpose(1, 2) * scale)
+    return torch.cat(parts, 1)
+
+
+def check_picture(model: str, x: Tensor, in_chans: int) -> None:
+    """Raises ValueError unless ``x`` is (B, in_chans, H, W) with pixels in it."""
+    if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
+        raise ValueError(f"{model}: x is {tuple(x.shape)}, want (B, {in_chans}, H, W)")
+
+
+def check_settings(model: str, **least: int) -> None:
+    """Raises ValueError for a number below 1."""
+    for name, value in least.items():
+        if value < 1:
+            raise ValueError(f"{model}: {name} is {value}, want at least 1")
+
+
+def initialise(modules: Sequence[nn.Module]) -> None:
+    """Linears from a truncated normal of 0.02, their biases zero."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,290 @@
+"""ViT with irregular patches and adaptive patch fusion, after arXiv 2108.13015.
+
+("Exploring and Improving Mobile Level Vision Transformers".) The text that this rests on says: three parallel branches
+of inverted residuals with squeeze and excitation, of different strides, give 7 × 7, 4 × 4 and 1 × 1 patches, which are
+concatenated (66 tokens); and in place of a class token the tokens are summed with weights, weights shared by all
+pictures times weights that an MLP makes of the picture. All else (widths, depths, expansion, activation, order, which
+MLP) it leaves open. What is chosen here is a setting each, and no parity with the authors' networks is claimed. The
+encoders are those of DeiT-Tiny and DeiT-Small.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvmodels.encoder import Grids, check_picture, check_settings, encoder, initialise, resize_tokens
+from mvmodels.registry import ModelInfo, register
+
+_PAPER = "Exploring and Improving Mobile Level Vision Transformers, arXiv 2108.13015"
+# What the trunk makes of a picture's side, and the branches of that.
+_TRUNK, _FINE, _COARSE = 16, 2, 4
+
+
+@dataclass(frozen=True)
+class Size:
+    """An encoder by its numbers."""
+
+    dim: int
+    depth: int
+    heads: int
+
+
+SIZES = {"tiny": Size(192, 12, 3), "small": Size(384, 12, 6)}
+_MLP_RATIO = 4
+
+
+def _activation(name: str) -> nn.Module:
+    known = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "hardswish": nn.Hardswish}
+    if name not in known:
+        raise ValueError(f"IrregularViT: activation is {name!r}, want one of {', '.join(known)}")
+    return known[name]()
+
+
+class SqueezeExcite(nn.Module):
+    """Channels scaled by what their means say: 1 × 1, ReLU, 1 × 1, sigmoid."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        reduced = max(1, round(channels * ratio))
+        self.fc1 = nn.Conv2d(channels, reduced, 1)
+        self.fc2 = nn.Conv2d(reduced, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class InvertedResidual(nn.Module):
+    """1 × 1 that widens, 3 × 3 depthwise, squeeze and excitation, 1 × 1; plus the input where shapes allow."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, expansion: int, se_ratio: float, activation: str
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == out_channels
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.norm2 = nn.BatchNorm2d(hidden)
+        self.se = SqueezeExcite(hidden, se_ratio) if se_ratio > 0 else nn.Identity()
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(out_channels)
+        self.act = _activation(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
+        y = self.act(self.norm1(self.conv1(x)))
+        y = self.norm3(self.conv3(self.se(self.act(self.norm2(self.conv2(y))))))
+        return x + y if self.residual else y
+
+
+class IrregularPatchEmbedding(nn.Module):
+    """A convolutional trunk, then three branches side by side: 7 × 7, 4 × 4 and 1 × 1 tokens of a 224 × 224 picture.
+
+    Args:
+        in_channels: of the picture.
+        dim: of a token.
+        trunk: widths of the trunk, each halving the map: a 3 × 3 convolution, then inverted residuals.
+        coarse: how the 4 × 4 branch comes by its stride: "two" inverted residuals of stride 2, or "one" of stride 4.
+        expansion, se_ratio, activation: of the inverted residuals; a ``se_ratio`` of 0 leaves excitation out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        trunk: tuple[int, int, int, int] = (32, 48, 64, 96),
+        coarse: str = "two",
+        expansion: int = 4,
+        se_ratio: float = 0.25,
+        activation: str = "silu",
+    ) -> None:
+        super().__init__()
+        check_settings("IrregularViT", expansion=expansion, trunk=min(trunk))
+        if len(trunk) != 4:
+            raise ValueError(f"IrregularViT: trunk is {trunk}, want 4 widths")
+        if coarse not in ("two", "one"):
+            raise ValueError(f"IrregularViT: coarse is {coarse!r}, want 'two' or 'one'")
+        block = functools.partial(InvertedResidual, expansion=expansion, se_ratio=se_ratio, activation=activation)
+        stem = nn.Sequential(
+            nn.Conv2d(in_channels, trunk[0], 3, 2, 1, bias=False), nn.BatchNorm2d(trunk[0]), _activation(activation)
+        )
+        self.trunk = nn.Sequential(stem, *(block(a, b, 2) for a, b in itertools.pairwise(trunk)))
+        self.fine = block(trunk[-1], dim, 2)
+        strides = (2, 2) if coarse == "two" else (4,)
+        self.coarse = nn.Sequential(*(block(dim if i else trunk[-1], dim, s) for i, s in enumerate(strides)))
+        self.whole = block(trunk[-1], dim, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, in_channels, H, W) -> maps of dim channels: at a 32nd and a 64th of H and W, rounded up, and 1 × 1."""
+        x = self.trunk(x)
+        return [self.fine(x), self.coarse(x), self.whole(x).mean((2, 3), keepdim=True)]
+
+
+class AdaptivePatchFusion(nn.Module):
+    """A weighted sum of the tokens, in place of a class token.
+
+    With tokens X (B, N, d): ``w = s * m``, ``y = sum over n of w[n] X[n]``. ``s`` is learned, the same for all
+    pictures, and starts at 1 / N; ``m`` is what an MLP with a sigmoid at its end makes of the tokens.
+
+    Args:
+        dim: d.
+        tokens: N, or the sizes of the grids of which the tokens are, so that others can be given to ``forward``.
+        source: m of each "token" by itself, d -> d / reduction -> 1; or of the "mean" token, d -> d / reduction -> N.
+        per_channel: s has d numbers for a token, else one.
+        softmax: over the tokens' products, so that they sum to 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        tokens: int | Grids,
+        source: str = "token",
+        per_channel: bool = False,
+        softmax: bool = False,
+        reduction: int = 4,
+    ) -> None:
+        super().__init__()
+        self.grids: Grids = ((1, tokens),) if isinstance(tokens, int) else tokens
+        count = sum(h * w for h, w in self.grids)
+        check_settings("AdaptivePatchFusion", dim=dim, tokens=count, reduction=reduction)
+        if source not in ("token", "mean"):
+            raise ValueError(f"AdaptivePatchFusion: source is {source!r}, want 'token' or 'mean'")
+        self.source, self.softmax = source, softmax
+        self.weight = nn.Parameter(torch.full((count, dim if per_channel else 1), 1.0 / count))
+        hidden = max(1, dim // reduction)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1 if source == "token" else count), nn.Sigmoid()
+        )
+
+    def weights(self, tokens: Tensor, grids: Grids | None = None) -> Tensor:
+        """w (B, N, 1 or d). For other grids s and m are resized, s so that a grid weighs what it did."""
+        grids = self.grids if grids is None else grids
+        shared = resize_tokens(self.weight[None], self.grids, grids, "bilinear", keep_sum=True)
+        if self.source == "token":
+            made = self.mlp(tokens)
+        else:
+            made = resize_tokens(self.mlp(tokens.mean(1))[..., None], self.grids, grids, "bilinear")
+        product = shared * made
+        return product.softmax(1) if self.softmax else product
+
+    def forward(self, tokens: Tensor, grids: Grids | None = None) -> Tensor:
+        """tokens (B, N, d), and their grids where they are not the trained ones -> (B, d)."""
+        return (self.weights(tokens, grids) * tokens).sum(1)
+
+
+class IrregularViT(nn.Module):
+    """Irregular patches, a transformer encoder, adaptive fusion, a classifier.
+
+    Args:
+        size: the encoder's numbers.
+        num_classes: width of the last layer.
+        in_chans: channels of a picture.
+        drop_rate: dropout before the last layer.
+        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
+        features_only: return the tokens of the two finer grids as maps, and build no fusion and no head.
+        img_size: side of the pictures whose positions are learned.
+        position: learned positions, added once.
+        trunk, coarse, expansion, se_ratio, activation: of :class:`IrregularPatchEmbedding`.
+        fusion, per_channel, softmax, reduction: of :class:`AdaptivePatchFusion` (``fusion`` is its source).
+        backend: handed to the fused op.
+
+    Tokens are in the order of their grids, 49, 16, 1, and row by row in each. H and W of a picture are free: what
+    belongs to a token's place is resized with its grid. Attention is :func:`mvkernels.patch_attention` with a patch
+    of 1.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        features_only: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        position: bool = True,
+        trunk: tuple[int, int, int, int] = (32, 48, 64, 96),
+        coarse: str = "two",
+        expansion: int = 4,
+        se_ratio: float = 0.25,
+        activation: str = "silu",
+        fusion: str = "token",
+        per_channel: bool = False,
+        softmax: bool = False,
+        reduction: int = 4,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_settings("IrregularViT", num_classes=num_classes, in_chans=in_chans, img_size=min(height, width))
+        dim = size.dim
+        self.in_chans, self.features_only = in_chans, features_only
+        self.stages = ((dim, _TRUNK * _FINE), (dim, _TRUNK * _COARSE))
+        """For each map of ``features_only``: its channels, and the picture's side over the map's."""
+        self.grids: Grids = (
+            *((math.ceil(height / reduction), math.ceil(width / reduction)) for _, reduction in self.stages),
+            (1, 1),
+        )
+        count = sum(h * w for h, w in self.grids)
+        self.embedding = IrregularPatchEmbedding(in_chans, dim, trunk, coarse, expansion, se_ratio, activation)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, count, dim)) if position else None
+        self.blocks = encoder(dim, size.depth, size.heads, _MLP_RATIO, drop_path_rate, backend)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.fusion: AdaptivePatchFusion | None = None
+        self.head: nn.Linear | None = None
+        if not features_only:
+            self.fusion = AdaptivePatchFusion(dim, self.grids, fusion, per_channel, softmax, reduction)
+            self.head = nn.Linear(dim, num_classes)
+        self.dropout = nn.Dropout(drop_rate)
+        initialise([*self.blocks.modules(), *([] if self.head is None else [self.head])])
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Grids]:
+        """A picture (B, in_chans, H, W) -> normalized tokens (B, N, dim) and the grids they are of."""
+        check_picture("IrregularViT", x, self.in_chans)
+        maps = self.embedding(x)
+        grids = tuple((m.shape[2], m.shape[3]) for m in maps)
+        tokens = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)
+        if self.pos_embed is not None:
+            tokens = tokens + resize_tokens(self.pos_embed, self.grids, grids, "bicubic")
+        return self.norm(self.blocks(tokens)), grids
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of two maps."""
+        tokens, grids = self.forward_features(x)
+        if self.fusion is not None and self.head is not None:
+            return self.head(self.dropout(self.fusion(tokens, grids)))
+        parts = tokens.transpose(1, 2).split([h * w for h, w in grids], 2)
+        return [part.unflatten(2, grid) for part, grid in zip(parts[:2], grids)]
+
+    @property
+    def unused_prefixes(self) -> dict[str, tuple[str, ...]]:
+        """By source: how the names begin of what a checkpoint holds and this model is built without."""
+        return {} if self.head is not None else {"mvmodels": ("fusion.", "head.")}
+
+
+def _register(size: str, params: int, macs: float) -> None:
+    register(
+        ModelInfo(
+            name=f"irregular_vit_{size}",
+            build=functools.partial(IrregularViT, SIZES[size]),
+            paper=_PAPER,
+            params=params,
+            macs=macs,
+            published_params="",
+            published_flops="",
+            published_top1=None,
+            note="after the paper's description; its networks' numbers are not known here, the choices are settings",
+        )
+    )
+
+
+_register("tiny", 6_867_131, 569.0)
+_register("small", 25_058_267, 1693.6)

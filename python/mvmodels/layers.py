@@ -1,0 +1,129 @@
+"""What several families are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvkernels import patch_attention
+from mvkernels.nn import pointwise_to_channels_first, pointwise_to_channels_last
+
+
+def check_sizes(model: str, **sizes: int) -> None:
+    """Raise ValueError for a size below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{model}: {name} is {value}, want at least 1")
+
+
+def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) -> None:
+    """Raise ValueError for an x that is no (B, in_chans, H, W) with sides of at least ``least``."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"{type(model).__name__}: x is {tuple(x.shape)}, want (B, {in_chans}, H, W)")
+    if min(x.shape[2:]) < least:
+        raise ValueError(f"{type(model).__name__}: x is {tuple(x.shape)}, want H and W of at least {least}")
+
+
+class ConvNorm(nn.Module):
+    """Convolution, BN, and perhaps an activation. The padding keeps H and W where the stride is 1."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
+        activation: type[nn.Module] = nn.Identity,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        padding = (kernel_size - 1) // 2 * dilation
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_channels, eps=eps)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
+        return self.activation(self.norm(self.conv(x)))
+
+
+class ToChannelsLast(nn.Conv2d):
+    """1×1 convolution whose result lies in channels-last memory, with no copy on the way."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        return pointwise_to_channels_last(x, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+class ToChannelsFirst(nn.Conv2d):
+    """1×1 convolution of a channels-last map into a contiguous one (channels-last if the weight is)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        return pointwise_to_channels_first(x.permute(0, 2, 3, 1).contiguous(), self.weight, self.bias)
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel. ``axis`` is where the channels are."""
+
+    def __init__(self, channels: int, init: float, axis: int = 1) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), init))
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape with the channels on the axis -> the same."""
+        if self.axis in (-1, x.dim() - 1):
+            return x * self.gamma
+        return x * self.gamma.view(-1, *(1,) * (x.dim() - self.axis - 1))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear over the last axis, each with dropout after it."""
+
+    def __init__(self, channels: int, ratio: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, ratio * channels)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(ratio * channels, channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) -> the same shape."""
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(x)))))
+
+
+class PoolMixer(nn.Module):
+    """PoolFormer's token mixer: the mean over 3×3 pixels, those of the picture only, minus the pixel.
+
+    The pixel is subtracted because the block adds it again (Yu et al., arXiv 2111.11418, algorithm 1).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x
+
+
+def attention_over_map(
+    packed: Tensor, sizes: tuple[int, int, int], heads: int, bias: Tensor | None, scale: float, backend: str | None
+) -> Tensor:
+    """Global attention on a dense (B, H, W, heads * sum(sizes)), packed head by head as [q | k | v] of these sizes.
+
+    ``bias`` (heads, H * W, H * W) is added to the scores. Returns (B, H, W, heads * size of v). The parts are read
+    where they lie: one kernel, no copy.
+    """
+    maps = packed.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2).split(sizes, dim=2)
+    out = patch_attention(maps[0], maps[1], maps[2], 1, bias=bias, scale=scale, backend=backend)
+    return out.permute(0, 3, 4, 1, 2).flatten(-2)

@@ -1,0 +1,191 @@
+"""Train a model of this package: ``python -m mvmodels.train --model mobilevit_xxs --data FOLDER``.
+
+DATA is a folder with a folder of pictures for each class (or with train and val, each like that), or "digits" for
+scikit-learn's. Checkpoints go to --output: last.pt, from which --resume goes on as if nothing had happened, and
+best.pt, the best weights. Under torchrun every process trains on its share of each batch's pictures.
+
+Exit status: 0, trained; 2, what was asked for cannot be done, in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mvkernels.report import Progress, UsageError, machine, table
+from mvmodels import checkpoint
+from mvmodels.command import Parser, backend, device, number, print_json, run, setting
+from mvmodels.data import Digits, Pictures, folder_data
+from mvmodels.engine import Options, Trainer, say
+from mvmodels.registry import model_info
+
+_PROG = "python -m mvmodels.train"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    main = Parser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = main.add_argument
+    add("--model", required=True, help="a name of mvmodels.list_models()")
+    add("--data", default="digits", metavar="FOLDER|digits", help="default: digits")
+    add("--output", type=Path, metavar="DIR", help="checkpoints and logs (default: runs/MODEL)")
+    add("--resume", action="store_true", help="go on from DIR/last.pt, if it is there")
+    add("--save-every", type=number(int, 0), default=0, metavar="STEPS", help="beside the end of each epoch")
+    add("--epochs", type=number(int, 1), default=12)
+    add("--batch-size", type=number(int, 1), default=64, help="of each process (default 64)")
+    add("--lr", type=number(float, 0), default=2e-3, help="highest learning rate (default 2e-3)")
+    add("--lr-min", type=number(float, 0), help="where it starts and ends (default: a tenth of --lr)")
+    add("--warmup", type=number(int, 0), metavar="STEPS", help="to the highest rate (default: a twentieth of all)")
+    add("--weight-decay", type=number(float, 0), default=0.01)
+    add("--smoothing", type=number(float, 0, 1), default=0.1, help="of labels (default 0.1)")
+    add("--ema", type=number(float, 0, 1), default=5e-4, help="share of each step in the average; 0: none")
+    add("--clip", type=number(float, 0), default=0.0, metavar="NORM", help="largest norm of the gradient")
+    add("--size", type=number(int, 8), help="side of a picture (default: 32 for digits, else the model's)")
+    add("--multi-scale", choices=("variable", "fixed"), help="sizes from --scales, with a variable or fixed batch")
+    add("--scales", type=number(int, 8), nargs=2, default=(160, 320), metavar=("MIN", "MAX"))
+    add("--held-out", type=number(float, 0, 1), default=0.1, help="share of a folder without train and val")
+    add("--no-flip", action="store_true", help="never mirror a picture of a folder")
+    add("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help="settings of the model")
+    add("--seed", type=number(int, 0), default=0)
+    add("--device", help="default: cuda if there is one, else cpu; under torchrun, cuda means each process's own")
+    add("--backend", default="auto", help="of the fused ops: auto, reference, cpp, triton, cuda")
+    add("--amp", action="store_true", help="autocast to bfloat16")
+    add("--workers", type=number(int, 0), help="processes that read pictures (default: 0 for digits, else up to 4)")
+    add("--threads", type=number(int, 1), help="of torch on the CPU")
+    add("--no-tensorboard", action="store_true")
+    add("--json", action="store_true", help="the final figures as one JSON document on stdout")
+    return main
+
+
+def data_sets(where: str, size: int, held_out: float, flip: bool, seed: int) -> tuple[Pictures, Pictures]:
+    """To train on and to test on. Raises UsageError for what cannot be read."""
+    if where == "digits":
+        return Digits(False, size), Digits(True, size)
+    return folder_data(where, size, flip=flip, held_out=held_out, seed=seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    options = parser().parse_args(argv)
+    return run(_PROG, lambda: _train(options))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    options.output = output = arguments.output or Path("runs") / options.model
+    train, test = data_sets(arguments.data, options.size, arguments.held_out, not arguments.no_flip, arguments.seed)
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if many:
+        dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
+    try:
+        return _run(arguments, options, train, test, output)
+    finally:
+        if many:
+            dist.destroy_process_group()
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """What the command line asks for, checked before any data are read."""
+    try:
+        info = model_info(arguments.model)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    digits = arguments.data == "digits"
+    where = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where == "cuda":
+        where = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if where.startswith("cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(device(where))
+    options = Options(
+        model=arguments.model,
+        scales=tuple(arguments.scales),
+        settings=dict(arguments.set),
+        size=arguments.size or (32 if digits else info.input_size),
+        device=device(where),
+        backend=backend(arguments.backend),
+        workers=(0 if digits else min(4, _cores())) if arguments.workers is None else arguments.workers,
+    )
+    for name in (
+        "epochs", "batch_size", "lr", "lr_min", "warmup", "weight_decay", "smoothing", "ema", "clip", "multi_scale",
+        "seed", "amp", "save_every",
+    ):  # fmt: skip
+        setattr(options, name, getattr(arguments, name))
+    return options
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(arguments: argparse.Namespace, options: Options, train: Pictures, test: Pictures, output: Path) -> int:
+    last = output / "last.pt"
+    first = not (dist.is_initialized() and dist.get_rank() > 0)
+    state: dict[str, Any] | None = None
+    if last.exists():
+        if not arguments.resume:
+            raise UsageError(f"{last} is there: --resume goes on from it, another --output begins anew")
+        state = checkpoint.read_training(last)
+    try:
+        trainer = Trainer(options, train, test, report=_report if first else None)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    if state is not None:
+        trainer.restore(state, last)
+        if first:
+            say(f"resumed at step {trainer.step} of {trainer.steps}")
+    progress = Progress(trainer.steps) if first else None
+    if progress is not None:
+        progress.done = trainer.step
+        trainer.progress = progress
+        trainer.board = None if arguments.no_tensorboard else _board(output / "tensorboard", trainer.step)
+    try:
+        result = trainer.run()
+    finally:
+        if progress is not None:
+            progress.close()
+        if trainer.board is not None:
+            trainer.board.close()
+    if first:
+        _print({**result, "data": arguments.data, "backend": options.backend}, options.device, output, arguments.json)
+    return 0
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A TensorBoard writer that goes on at ``step``, or None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("tensorboard is not installed, nothing is logged for it: pip install 'mvkernels[train]'")
+        return None
+    return SummaryWriter(str(folder), purge_step=step)
+
+
+def _report(row: dict[str, Any]) -> None:
+    average = f", of the average {100 * row['ema_accuracy']:.2f} %" if "ema_accuracy" in row else ""
+    say(
+        f"epoch {row['epoch']}: loss {row['loss']:.4f}, accuracy {100 * row['accuracy']:.2f} %{average}, "
+        f"{row['seconds']:.1f} s"
+    )
+
+
+def _print(result: dict[str, Any], where: str, output: Path, as_json: bool) -> None:
+    if as_json:
+        print_json({**result, "output": str(output), "machine": machine(where)})
+        return
+    shown = [name for name in result["history"][0] if name != "cpu_seconds"]
+    print(table([[str(row[name]) for name in shown] for row in result["history"]], shown))
+    print(f"best accuracy {100 * result['best_accuracy']:.2f} %, weights in {output / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

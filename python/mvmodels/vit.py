@@ -1,0 +1,203 @@
+"""ViT with an early convolution stem, and its twin with patches (Xiao et al., arXiv 2106.14881).
+
+A plain ViT begins with one 16 × 16 convolution of stride 16. The paper puts a few 3 × 3 convolutions of stride 2 in
+its place and takes one encoder block away, which leaves the multiply-adds as they were and trains more easily.
+``vit_c_*`` has the convolutions, ``vit_p_*`` the patches.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mvmodels.encoder import check_picture, check_settings, encoder, initialise, resize_tokens
+from mvmodels.registry import ModelInfo, WeightSource, register, renaming
+
+_PAPER = "Early Convolutions Help Transformers See Better, arXiv 2106.14881"
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    """A network by its numbers; the patchify twin has one block more."""
+
+    dim: int
+    depth: int
+    """Of the network with the convolution stem."""
+    heads: int
+    mlp_ratio: int
+    stem: tuple[int, ...]
+    """Widths of the 3 × 3 convolutions; the stride is 2 where the width changes, else 1."""
+
+
+SIZES = {
+    "1gf": Size(192, 11, 3, 3, (24, 48, 96, 192)),
+    "4gf": Size(384, 11, 6, 3, (48, 96, 192, 384)),
+    "18gf": Size(768, 11, 12, 4, (64, 128, 128, 256, 256, 512)),
+    "36gf": Size(1024, 13, 16, 4, (64, 128, 128, 256, 256, 512)),
+}
+
+
+class ConvStem(nn.Module):
+    """3 × 3 convolutions with BN and ReLU down to a sixteenth, then a 1 × 1 convolution to the encoder's width."""
+
+    def __init__(self, in_channels: int, widths: tuple[int, ...], dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in widths:
+            stride = 2 if width != in_channels else 1
+            layers += [nn.Conv2d(in_channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            in_channels = width
+        self.convs = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(in_channels, dim, 1)
+        nn.init.normal_(self.proj.weight, 0.0, math.sqrt(2.0 / dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
+        return self.proj(self.convs(x))
+
+
+class PatchStem(nn.Module):
+    """One convolution that sees each patch once. What a picture lacks to whole patches is zero."""
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, PATCH, PATCH)
+        nn.init.normal_(self.proj.weight, 0.0, math.sqrt(1.0 / (in_channels * PATCH * PATCH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
+        height, width = x.shape[2:]
+        if height % PATCH or width % PATCH:
+            x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH))
+        return self.proj(x)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with a class token and learned positions, behind a stem of convolutions or of patches.
+
+    Args:
+        size: the network's numbers.
+        conv_stem: convolutions in front, or patches and one block more.
+        num_classes: width of the last layer.
+        in_chans: channels of a picture.
+        drop_rate: dropout before the last layer.
+        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
+        features_only: return a list of one map, the encoder's tokens at a sixteenth, and build no head.
+        img_size: side of the pictures whose positions are learned.
+        backend: handed to the fused op.
+
+    H and W of a picture are free: positions are resized (bicubic) to its grid, rounded up. Attention is
+    :func:`mvkernels.patch_attention` with a patch of 1, the class token and the map's pixels in one row.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        conv_stem: bool,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        features_only: bool = False,
+        img_size: int | tuple[int, int] = 224,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        check_settings(type(self).__name__, num_classes=num_classes, in_chans=in_chans, img_size=min(height, width))
+        dim = size.dim
+        self.in_chans, self.features_only = in_chans, features_only
+        self.stages = ((dim, PATCH),)
+        """Channels of the map, and the picture's side over the map's."""
+        self.grid = (math.ceil(height / PATCH), math.ceil(width / PATCH))
+        self.stem: nn.Module = ConvStem(in_chans, size.stem, dim) if conv_stem else PatchStem(in_chans, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid[0] * self.grid[1], dim))
+        depth = size.depth if conv_stem else size.depth + 1
+        self.blocks = encoder(dim, depth, size.heads, size.mlp_ratio, drop_path_rate, backend)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.dropout = nn.Dropout(drop_rate)
+        self.head = None if features_only else nn.Linear(dim, num_classes)
+        initialise([*self.blocks.modules(), *([] if self.head is None else [self.head])])
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A picture (B, in_chans, H, W) -> class token (B, dim), map (B, dim, H / 16, W / 16), both normalized."""
+        check_picture(type(self).__name__, x, self.in_chans)
+        x = self.stem(x)
+        grid = (x.shape[2], x.shape[3])
+        positions = resize_tokens(self.pos_embed, ((1, 1), self.grid), ((1, 1), grid), "bicubic")
+        tokens = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), 1) + positions
+        tokens = self.norm(self.blocks(tokens))
+        return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of one map."""
+        token, features = self.forward_features(x)
+        return [features] if self.head is None else self.head(self.dropout(token))
+
+    @property
+    def weight_sources(self) -> dict[str, WeightSource]:
+        """Whose weights load: timm's and transformers' ViT have the patches' stem."""
+        unused = "" if self.head is not None else r"head\."
+        own = WeightSource(lambda name: name, unused)
+        if isinstance(self.stem, ConvStem):
+            return {"mvmodels": own}
+        return {
+            "mvmodels": own,
+            "timm": WeightSource(renaming([(r"^stem\.", "patch_embed.")]), unused),
+            "transformers": WeightSource(_transformers_name, "" if self.head is not None else r"classifier\."),
+        }
+
+
+# As transformers has them since its version 5.
+_rename = renaming(
+    [
+        (r"^cls_token", "vit.embeddings.cls_token"),
+        (r"^pos_embed", "vit.embeddings.position_embeddings"),
+        (r"^stem\.proj", "vit.embeddings.patch_embeddings.projection"),
+        (r"^norm\.", "vit.layernorm."),
+        (r"^head\.", "classifier."),
+        (r"^blocks\.", "vit.layers."),
+        (r"norm1", "layernorm_before"),
+        (r"norm2", "layernorm_after"),
+        (r"attn\.proj", "attention.o_proj"),
+        (r"attn\.qkv", "attention.{}_proj"),
+    ]
+)
+
+
+def _transformers_name(name: str) -> str | tuple[str, ...]:
+    name = _rename(name)
+    return tuple(name.format(part) for part in "qkv") if "{}" in name else name
+
+
+def _register(size: str, stem: str, params: int, macs: float, published: tuple[str, str]) -> None:
+    register(
+        ModelInfo(
+            name=f"vit_{stem}_{size}",
+            build=functools.partial(VisionTransformer, SIZES[size], stem == "c"),
+            paper=_PAPER,
+            params=params,
+            macs=macs,
+            published_params=published[0],
+            published_flops=published[1],
+            published_top1=None,
+            note="the paper's parameters and multiply-adds as remembered of its tables; the counts are of this code",
+        )
+    )
+
+
+_register("1gf", "c", 4_567_936, 1075.9, ("4.6M", "1.1G"))
+_register("4gf", "c", 17_754_136, 3958.9, ("17.8M", "4.0G"))
+_register("18gf", "c", 81_573_160, 17711.5, ("81.6M", "17.7G"))
+_register("36gf", "c", 167_796_008, 35002.0, ("167.8M", "35.0G"))
+_register("1gf", "p", 4_830_376, 1079.4, ("4.8M", "1.1G"))
+_register("4gf", "p", 18_507_112, 3901.7, ("18.5M", "3.9G"))
+_register("18gf", "p", 86_567_656, 17563.8, ("86.7M", "17.5G"))
+_register("36gf", "p", 178_364_392, 35971.6, ("178.4M", "35.9G"))
