@@ -145,7 +145,15 @@ def test_openvino_runs(small, tmp_path):
     assert found.ok and found.error < 1e-4
 
 
-@pytest.mark.parametrize("name", ["small", "transformers:mobilevit_xxs", "mvmodels:mobile_former_26m", "mvmodels:efficientvit_b0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small",
+        pytest.param("transformers:mobilevit_xxs", marks=pytest.mark.slow),
+        pytest.param("mvmodels:mobile_former_26m", marks=pytest.mark.slow),
+        pytest.param("mvmodels:efficientvit_b0", marks=pytest.mark.slow),
+    ],
+)
 def test_executorch_runs_and_xnnpack_has_most_of_it(name, small, tmp_path):
     pytest.importorskip("executorch.exir")
     from mvkernels import third_party

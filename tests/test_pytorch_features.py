@@ -13,9 +13,22 @@ from torch.utils.checkpoint import checkpoint
 
 from mvkernels import nn as fused
 from mvkernels.registry import OPS
-from tests.ops.test_contract_all import NATIVE, example, tensors_of
-from tests.swap.conftest import randomise, timm_block, transformers_block
 from mvkernels.swap import swap
+from tests.ops import test_contract_all as contract
+from tests.ops.test_contract_all import NATIVE, tensors_of
+from tests.swap.conftest import randomise, timm_block, transformers_block
+
+
+def example(name, dtype=torch.float32, batch=2, size=(4, 6)):
+    """The contract's example, its lists of tensors and its 4-D maps of this dtype and size too."""
+    arguments = contract.example(name, dtype, batch, size)
+    for key, value in arguments.items():
+        if isinstance(value, (list, tuple)):
+            arguments[key] = [v.to(dtype) if isinstance(v, torch.Tensor) else v for v in value]
+        elif isinstance(value, torch.Tensor) and key in OPS[name].maps and value.dim() == 4:
+            generator = torch.Generator().manual_seed(0)
+            arguments[key] = torch.randn(batch, value.shape[1], *size, generator=generator).to(dtype)
+    return arguments
 
 
 def call(name, arguments, backend):
@@ -111,7 +124,7 @@ def test_mixed_requires_grad(name, backend):
     call(name, arguments | every, backend).square().sum().backward()
     names = list(every)
     for position, one in enumerate(names):
-        chosen = {one, names[(position + 1) % len(names)]}
+        chosen = {one, names[(position + 1) % len(names)]}  # one alone where there is no other
         some = {key: value.detach().clone().requires_grad_(key in chosen) for key, value in every.items()}
         call(name, arguments | some, backend).square().sum().backward()
         for key, value in some.items():
@@ -232,7 +245,10 @@ def test_a_compiled_module_takes_other_sizes_without_recompiling(module):
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch, height, width in ((2, 12, 16), (3, 20, 8), (5, 16, 28)):
-        sized = [torch.randn(batch, x.shape[1], height, width) if x.dim() == 4 else x[:1].expand(batch, -1, -1) for x in inputs]
+        sized = [
+            torch.randn(batch, x.shape[1], height, width) if x.dim() == 4 else x[:1].expand(batch, -1, -1)
+            for x in inputs
+        ]
         out, expected = compiled(*sized), model(*sized)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         out.square().mean().backward()
