@@ -106,7 +106,16 @@ def main() -> int:
         print(f"export: {error}", file=sys.stderr)
         return 2
     if rows:
-        shown = ("model", "target", "provider", "bytes", "delegated_share", "median_us", "speedup_median", "speedup_min")
+        shown = (
+            "model",
+            "target",
+            "provider",
+            "bytes",
+            "delegated_share",
+            "median_us",
+            "speedup_median",
+            "speedup_min",
+        )
         print(report.table([[row[key] for key in shown] for row in rows], shown))
         if not options.no_file:
             write(rows, folder() / "export.csv")

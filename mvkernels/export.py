@@ -317,7 +317,11 @@ def export_model(
 
 
 def _compare(
-    original: nn.Module, load: Callable[[Path, int], Callable[[Tensor], Tensor]], path: Path, inputs: list[Tensor], n: int
+    original: nn.Module,
+    load: Callable[[Path, int], Callable[[Tensor], Tensor]],
+    path: Path,
+    inputs: list[Tensor],
+    n: int,
 ) -> tuple[float, float]:
     """The export's error and what is allowed, at the input where they are furthest apart."""
     with torch.no_grad(), quiet():

@@ -39,9 +39,7 @@ def gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]
 
 def ddp(rank: int, model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     parallel = nn.parallel.DistributedDataParallel(model)
-    return {
-        name.removeprefix("module."): grad for name, grad in gradients(parallel, images.chunk(2)[rank]).items()
-    }
+    return {name.removeprefix("module."): grad for name, grad in gradients(parallel, images.chunk(2)[rank]).items()}
 
 
 def fsdp(rank: int, model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
