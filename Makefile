@@ -8,7 +8,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 SUITE  ?= full
 
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
-NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers pillow scikit-learn
+NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers pillow scikit-learn \
+	onnx onnxscript onnxruntime executorch
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
@@ -53,6 +54,7 @@ bench: setup
 	$(BIN)/python benchmarks/efficientvit.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/readme_table.py
 
 audit: setup

@@ -1,8 +1,8 @@
 """Exports of swapped models against exports of the originals, each in the runtime it was made for.
 
-Exporting takes minutes and no quiet machine; timing takes seconds and needs one. So the files are kept: ``--export-only``
-makes those that are missing, and a later run times them. Every file is checked against the model in float64 before it
-is timed.
+Exporting takes minutes and no quiet machine; timing takes seconds and needs one. So the files are kept:
+``--export-only`` makes those that are missing, and a later run times them. Every file is checked against the model in
+float64 before it is timed.
 """
 
 from __future__ import annotations

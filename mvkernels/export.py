@@ -280,15 +280,15 @@ def export_model(
     if dynamic and example.shape[0] < 2:
         raise ValueError(f"export_model: a dynamic export needs an example with B of 2 or more, not {example.shape[0]}")
     kind, path = require(target), Path(path)
-    original = Logits(model).eval() if not model.training else Logits(copy.deepcopy(model)).eval()
+    original = Logits(copy.deepcopy(model)).eval()
     exporting = copy.deepcopy(model).eval()
     count = swap(exporting).count if swapped else 0
     graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
     with torch.no_grad(), quiet():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.rmtree(path) if path.suffix == ".mlpackage" else None
+            if path.is_dir() and path.suffix == ".mlpackage":
+                shutil.rmtree(path)
             details = kind.write(graph, path)
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror or _line(error)}") from None
@@ -321,12 +321,12 @@ def _compare(
     load: Callable[[Path, int], Callable[[Tensor], Tensor]],
     path: Path,
     inputs: list[Tensor],
-    n: int,
+    threads: int,
 ) -> tuple[float, float]:
     """The export's error and what is allowed, at the input where they are furthest apart."""
     with torch.no_grad(), quiet():
         try:
-            run = load(path, n)
+            run = load(path, threads)
             outputs = [run(image) for image in inputs]
         except Exception as error:
             raise UsageError(f"{path} was written, but its runtime does not run it: {_line(error)}") from None
