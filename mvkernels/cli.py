@@ -90,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
     swap.add_argument("--allocator", default="kept", choices=("kept", "default"))
 
     export = command("export", "Write a model for another runtime, swapped, and check the file there.")
-    export.add_argument("model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, mvmodels:mobile_former_26m, ...")
+    export.add_argument(
+        "model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, mvmodels:mobile_former_26m, ..."
+    )
     export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino", "executorch", "coreml"))
     export.add_argument("--output", metavar="FILE", help="default: the model's name in this folder")
     export.add_argument("--size", type=_positive, help="side of the input (default: the model's own)")

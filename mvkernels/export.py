@@ -151,7 +151,7 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
 
     def ops(graph: torch.fx.Graph) -> list[str]:
         # What only takes a tuple apart is no work of anybody.
-        called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        called = [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
         return [name for name in called if "getitem" not in name and "executorch_call_delegate" not in name]
 
     parts = get_lowered_submodules(program.graph_module)
@@ -280,15 +280,15 @@ def export_model(
     if dynamic and example.shape[0] < 2:
         raise ValueError(f"export_model: a dynamic export needs an example with B of 2 or more, not {example.shape[0]}")
     kind, path = require(target), Path(path)
-    original = Logits(model).eval() if not model.training else Logits(copy.deepcopy(model)).eval()
+    original = Logits(copy.deepcopy(model)).eval()
     exporting = copy.deepcopy(model).eval()
     count = swap(exporting).count if swapped else 0
     graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
     with torch.no_grad(), quiet():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                shutil.rmtree(path) if path.suffix == ".mlpackage" else None
+            if path.is_dir() and path.suffix == ".mlpackage":
+                shutil.rmtree(path)
             details = kind.write(graph, path)
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror or _line(error)}") from None
@@ -317,12 +317,16 @@ def export_model(
 
 
 def _compare(
-    original: nn.Module, load: Callable[[Path, int], Callable[[Tensor], Tensor]], path: Path, inputs: list[Tensor], n: int
+    original: nn.Module,
+    load: Callable[[Path, int], Callable[[Tensor], Tensor]],
+    path: Path,
+    inputs: list[Tensor],
+    threads: int,
 ) -> tuple[float, float]:
     """The export's error and what is allowed, at the input where they are furthest apart."""
     with torch.no_grad(), quiet():
         try:
-            run = load(path, n)
+            run = load(path, threads)
             outputs = [run(image) for image in inputs]
         except Exception as error:
             raise UsageError(f"{path} was written, but its runtime does not run it: {_line(error)}") from None

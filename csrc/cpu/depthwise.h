@@ -18,18 +18,17 @@ constexpr int64_t plane_size(int64_t height, int64_t width, int64_t k) {
   return round_up(height * pitch_of(width, k) + 2 * W<T>, W<T>);
 }
 
-// One row into a plane, with the zeros around it.
+// One row into a plane, between its zeros.
 template <class T, class S>
-MVK_INLINE void put_row(const S* from, int64_t step, int64_t width, int64_t pad, T* to) {
-  for (int64_t i = 0; i < pad; ++i) to[i] = 0, to[pad + width + i] = 0;
-  to += pad;
+MVK_INLINE void put_row(const S* from, int64_t width, T* to) {
   int64_t i = 0;
-  if (step == 1) {
-    for (; i + W<T> <= width; i += W<T>) store<T>(to + i, load<T>(from + i));
-    if (i < width) store_partial<T>(to + i, load_partial<T>(from + i, int(width - i)), int(width - i));
-  } else {
-    for (; i < width; ++i) to[i] = to_float(from[i * step]);
-  }
+  for (; i + W<T> <= width; i += W<T>) store<T>(to + i, load<T>(from + i));
+  if (i < width) store_partial<T>(to + i, load_partial<T>(from + i, int(width - i)), int(width - i));
+}
+template <class T>
+MVK_INLINE void put_row_and_zeros(const T* from, int64_t width, int64_t pad, T* to) {
+  for (int64_t i = 0; i < pad; ++i) to[i] = 0, to[pad + width + i] = 0;
+  put_row<T, T>(from, width, to + pad);
 }
 
 // step(from, K - 1) and step(0, to) for numbers that are known only now.
@@ -152,8 +151,9 @@ static void depthwise_weights(const T* g, const T* x, int64_t height, int64_t wi
     }
   };
   [&]<size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
-    (taps(std::integral_constant<int, int(I) * G>{},
-          std::integral_constant<int, (int(I) + 1) * G <= K ? G : K - int(I) * G>{}),
+    (taps(
+         std::integral_constant<int, int(I) * G>{},
+         std::integral_constant<int, (int(I) + 1) * G <= K ? G : K - int(I) * G>{}),
      ...);
   }(std::make_index_sequence<(K + G - 1) / G>{});
 }

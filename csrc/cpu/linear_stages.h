@@ -1,7 +1,8 @@
 // The stages of ReLU linear attention for one head: sums over pixels, outputs, and their gradients.
 //
 // With p = 1 / (keys . relu(q) + eps) and g' = p dout the backward is, for each pixel, t = kv^T g', r = p (q . t), dq = t - r
-// keys; the gradients of the sums are products of [g', -r] with relu(q), of which dk and dv are made.
+// keys; the gradients of the sums are products of [g', -r] with relu(q), of which dk and dv are made. Where few of q are above
+// 0, t and r keys nearly cancel: what rounding left in r is found from q . dq, which is r eps, and taken off too.
 #pragma once
 
 #include "linear.h"
@@ -48,15 +49,22 @@ static void fill(T* to, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-// Adds [v, 1] relu(k)^T over pixels n0 .. n1 to the sums.
+// Adds [v, 1] relu(k)^T over pixels n0 .. n1 to the sums; `then` is read after them.
 template <class T, class S>
-static void add_sums(Head<T, const S> key, Head<T, const S> value, int64_t n0, int64_t n1, Scratch<T>& s) {
+static void add_sums(
+    Head<T, const S> key, Head<T, const S> value, const Head<T, const S>& then, int64_t n0, int64_t n1, Scratch<T>& s) {
   const int64_t D = s.D, ldk = s.ldk;
   T* sums = s.sums;
   fill(s.rows[0] + D * s.ldn, s.N, T(1));
   for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
     const int64_t count = n1 - n < step ? n1 - n : step;
     key.template tokens<true>(n, count, s.tokens[0], ldk);
+    Next next;
+    if (n + step < n1)
+      next.add(key, n + step, n1 - n - step < step ? n1 - n - step : step),
+          next.add(value, n + step, n1 - n - step < step ? n1 - n - step : step);
+    else
+      next.add(then, n0, n1 - n0 < step ? n1 - n0 : step);
     if (value.last) {
       for (int64_t i = 0; i < ldk; i += W<T>) {
         vec<T> sum = {};
@@ -66,61 +74,84 @@ static void add_sums(Head<T, const S> key, Head<T, const S> value, int64_t n0, i
       const T* v = value.tokens_in_place(n);
       int64_t ldv = value.map.x;
       if (!v) value.template tokens<false>(n, count, s.tokens[1], ldk), v = s.tokens[1], ldv = ldk;
-      product_columns<T, Start::from>(D, D, count, v, ldv, s.tokens[0], ldk, sums, ldk);
+      for (int part = 0; part < 4; ++part) {
+        const int64_t p = count * part / 4, some = count * (part + 1) / 4 - p;
+        product_columns<T, Start::from>(D, D, some, v + p * ldv, ldv, s.tokens[0] + p * ldk, ldk, sums, ldk);
+        next.between_tiles(4);
+      }
     } else {
       value.template panel<false>(n, count, s.rows[0], s.ldn);
-      product<T, Start::from>(D + 1, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk);
+      product<T, Start::from>(D + 1, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk, next);
     }
   }
 }
 
-// out over pixels n0 .. n1.
-template <class T, class Q, class S>
-static void outputs(Head<T, const Q> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s) {
+// The same of pixels that lie ready: k [count][ldk], rectified, and [v, 1] as rows.
+template <class T>
+static void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, Scratch<T>& s) {
+  for (int64_t n = 0, step = s.step(count); n < count; n += step)
+    product<T, Start::from>(
+        s.D + 1, s.D, count - n < step ? count - n : step, v + n, ldv, k + n * s.ldk, s.ldk, s.sums, s.ldk);
+}
+
+// out of `count` pixels from n on, at most two vectors of them, whose rectified queries are rows.
+template <class T, class S, class Between = const Nothing>
+static void output_rows(
+    const T* q, int64_t ldq, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s, Between& between = kNothing) {
+  if (count > W<T>)
+    reciprocals<T, 2>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
+  else
+    reciprocals<T, 1>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
+  T* to = out.in_place_panel(n, count);
+  const int64_t ldo = to ? out.map.d : 2 * W<T>;
+  if (!to) to = s.rows[1];
+  ended_product<T, false>(s.D, count, s.D, s.sums, s.ldk, 1, q, ldq, Scaled<T>{s.factor}, to, ldo, between);
+  if (to == s.rows[1]) out.put_panel(n, count, to, ldo);
+}
+
+// The same of pixels whose rectified queries are q[count][ldk], which are changed.
+template <class T, class S, class Between = const Nothing>
+static void output_tokens(T* q, int64_t n, int64_t count, Head<T, S>& out, Scratch<T>& s, Between& between = kNothing) {
   const int64_t D = s.D, ldk = s.ldk;
-  const T* keys = s.sums + D * ldk;
-  if (out.last) {
-    turn<T>(D, D, s.sums, ldk, s.turned, ldk);
-    for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
-      const int64_t count = n1 - n < step ? n1 - n : step;
-      T* q = s.tokens[0];
-      query.template tokens<true>(n, count, q, ldk);
-      for (int64_t p = 0; p < count; p += W<T>) {
-        const int some = at_most<T>(count - p);
-        T over[W<T>];
-        store<T>(over, splat(T(1)) / (dots<T>(some, D, q + p * ldk, ldk, keys, 0) + splat(s.eps)));
-        for (int m = 0; m < some; ++m)
-          for (int64_t i = 0; i < D; i += W<T>) {
-            T* at = q + (p + m) * ldk + i;
-            store<T>(at, splat(over[m]) * load<T>(at));
-          }
+  for (int64_t p = 0; p < count; p += W<T>) {
+    const int some = at_most<T>(count - p);
+    T over[W<T>];
+    store<T>(over, splat(T(1)) / (dots<T>(some, D, q + p * ldk, ldk, s.sums + D * ldk, 0) + splat(s.eps)));
+    for (int m = 0; m < some; ++m)
+      for (int64_t i = 0; i < D; i += W<T>) {
+        T* at = q + (p + m) * ldk + i;
+        store<T>(at, splat(over[m]) * load<T>(at));
       }
-      T* to = out.in_place_tokens(n);
-      int64_t ldo = out.map.x;
-      if (!to) to = s.tokens[1], ldo = ldk;
-      product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo);
-      if (to == s.tokens[1]) out.put_tokens(n, count, to, ldk);
-    }
-    return;
   }
-  constexpr int64_t wide = 2 * W<T>;
-  for (int64_t n = n0, count; n < n1; n += count) {
-    count = n1 - n < wide ? n1 - n : wide;
-    T* q = s.rows[0];
-    query.template panel<true>(n, count, q, wide);
-    auto vectors = [&](auto width) {
-      constexpr int V = decltype(width)::value;
-      reciprocals<T, V>(D, keys, q, wide, s.eps, s.factor);
-      T* to = out.in_place_panel(n, count);
-      const int64_t ldo = to ? out.map.d : wide;
-      if (!to) to = s.rows[1];
-      scaled_product<T, V>(D, D, s.sums, ldk, q, wide, s.factor, to, ldo);
-      if (to == s.rows[1]) out.put_panel(n, count, to, wide);
-    };
-    if (count > W<T>)
-      vectors(std::integral_constant<int, 2>{});
-    else
-      vectors(std::integral_constant<int, 1>{});
+  T* to = out.in_place_tokens(n);
+  const int64_t ldo = to ? out.map.x : ldk;
+  if (!to) to = s.tokens[1];
+  product<T, Start::zero>(count, D, D, q, ldk, s.turned, ldk, to, ldo, between);
+  if (to == s.tokens[1]) out.put_tokens(n, count, to, ldk);
+}
+
+// out over pixels n0 .. n1; `keys` and `values`, if any, are read after them.
+template <class T, class S>
+static void outputs(
+    Head<T, const S> query, Head<T, S> out, int64_t n0, int64_t n1, Scratch<T>& s,
+    const Head<T, const S>* keys = nullptr, const Head<T, const S>* values = nullptr) {
+  const int64_t step = out.last ? s.step(n1 - n0) : 2 * W<T>, first = s.step(n1 - n0);
+  if (out.last) turn<T>(s.D, s.D, s.sums, s.ldk, s.turned, s.ldk);
+  for (int64_t n = n0; n < n1; n += step) {
+    const int64_t count = n1 - n < step ? n1 - n : step, left = n1 - n - step;
+    // The first block of what follows, a share with each of the steps here.
+    const int64_t i = n0 + first * (n - n0) / (n1 - n0), j = n0 + first * (n + count - n0) / (n1 - n0);
+    Next next, after;
+    if (left > 0) next.add(query, n + step, left < step ? left : step);
+    if (keys) after.add(*keys, i, j - i), after.add(*values, i, j - i);
+    after.between_tiles(1);
+    if (out.last) {
+      query.template tokens<true>(n, count, s.tokens[0], s.ldk);
+      output_tokens<T, S>(s.tokens[0], n, count, out, s, next);
+    } else {
+      query.template panel<true>(n, count, s.rows[0], step);
+      output_rows<T, S>(s.rows[0], step, n, count, out, s, next);
+    }
   }
 }
 
@@ -150,15 +181,24 @@ static void query_gradients(
       product<T, Start::zero>(count, D, D, g, ldk, s.sums, ldk, t, ldk);
       for (int64_t p = 0; p < count; p += W<T>) {
         const int some = at_most<T>(count - p);
-        T r[W<T>];
-        store<T>(r, dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) * load<T>(s.factor + p));
+        T r[W<T>], rest[W<T>];
+        const vec<T> over = load<T>(s.factor + p);
+        store<T>(r, dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) * over);
+        for (int m = 0; m < some; ++m)
+          for (int64_t i = 0; i < D; i += W<T>) {
+            T* at = t + (p + m) * ldk + i;
+            store<T>(at, load<T>(at) - splat(r[m]) * load<T>(keys + i));
+          }
+        store<T>(
+            rest, finite_or_zero<T>(
+                      (dots<T>(some, D, q + p * ldk, ldk, t + p * ldk, ldk) - load<T>(r) * splat(s.eps)) * over));
         for (int64_t i = 0; i < D; i += W<T>) {
           vec<T> sum = {};
           for (int m = 0; m < some; ++m) {
             const vec<T> qm = load<T>(q + (p + m) * ldk + i);
             T* at = t + (p + m) * ldk + i;
-            store<T>(at, where_positive<T>(qm, load<T>(at) - splat(r[m]) * load<T>(keys + i)));
-            sum += splat(r[m]) * qm;
+            store<T>(at, where_positive<T>(qm, load<T>(at) - splat(rest[m]) * load<T>(keys + i)));
+            sum += splat(r[m] + rest[m]) * qm;
           }
           store<T>(dsums + D * ldk + i, load<T>(dsums + D * ldk + i) - sum);
         }
@@ -176,17 +216,21 @@ static void query_gradients(
       }
       product_columns<T, Start::zero>(D, count, D, s.sums, ldk, g, ldn, t, ldn);
       for (int64_t p = 0; p < count; p += W<T>) {
-        vec<T> even = {}, odd = {};
-        for (int64_t i = 0; i < D; ++i) {
-          const vec<T> term = load<T>(q + i * ldn + p) * load<T>(t + i * ldn + p);
-          i % 2 ? odd += term : even += term;
-        }
-        const vec<T> r = (even + odd) * load<T>(s.factor + p);
-        store<T>(g + D * ldn + p, -r);
-        for (int64_t i = 0; i < D; ++i) {
-          T* at = t + i * ldn + p;
-          store<T>(at, where_positive<T>(load<T>(q + i * ldn + p), load<T>(at) - splat(keys[i]) * r));
-        }
+        const vec<T> over = load<T>(s.factor + p);
+        auto dot = [&](const auto& term) __attribute__((always_inline)) {
+          vec<T> even = {}, odd = {};
+          int64_t i = 0;
+          for (; i + 2 <= D; i += 2)
+            even += load<T>(q + i * ldn + p) * term(i), odd += load<T>(q + (i + 1) * ldn + p) * term(i + 1);
+          if (i < D) even += load<T>(q + i * ldn + p) * term(i);
+          return even + odd;
+        };
+        const vec<T> r = dot([&](int64_t i) { return load<T>(t + i * ldn + p); }) * over;
+        auto less = [&](int64_t i) { return load<T>(t + i * ldn + p) - splat(keys[i]) * r; };
+        const vec<T> rest = finite_or_zero<T>((dot(less) - r * splat(s.eps)) * over);
+        store<T>(g + D * ldn + p, -(r + rest));
+        for (int64_t i = 0; i < D; ++i)
+          store<T>(t + i * ldn + p, where_positive<T>(load<T>(q + i * ldn + p), less(i) - splat(keys[i]) * rest));
       }
       dquery.put_panel(n, count, t, ldn);
       turn<T>(D, count, q, ldn, s.tokens[0], ldk);

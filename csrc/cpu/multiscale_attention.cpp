@@ -13,10 +13,11 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
   Scratch<T> s(D, a.pixels(), a.eps);
   Convolutions<T> convolutions(a);
-  const int64_t band = a.S ? D * convolutions.ld : 0;
-  arena.reset(s.bytes() + convolutions.bytes() + 3 * Arena::bytes<T>(band), a.poison);
+  const int64_t ld = convolutions.ld, band = a.S ? D * ld : 0, turned = a.S ? ld * s.ldk : 0;
+  arena.reset(s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band + ld) + Arena::bytes<T>(turned), a.poison);
   s.take(), convolutions.take();
-  T *wide = arena.take<T>(band), *first = arena.take<T>(band), *second = arena.take<T>(band);
+  T *wide = arena.take<T>(band), *rows = arena.take<T>(band + ld), *tokens = arena.take<T>(turned);
+  if (a.S) fill(rows + band, ld, T(1));
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const Part u(a, unit);
@@ -25,20 +26,18 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       T* parts = static_cast<T*>(a.partial) + (u.item * a.chunks * (1 + a.S) + g) * a.sums_size();
       const int64_t stride = (1 + a.S) * a.sums_size(), n0 = u.y0 * a.W, n1 = u.y1 * a.W;
       if (scale) convolutions.weights.template load_head<S>(a, *scale, u.h);
-      auto part = [&](int64_t p) {
-        return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]);
-      };
-      auto scratch = [&](T* rows, int64_t y, int table) {
-        return Head<T, const T>(rows, convolutions.ld, D, y * a.W, s.tables[table]);
-      };
+      auto part = [&](int64_t p) { return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]); };
       int64_t y0, y1;
       if (a.stage != Stage::rest) {
         fill(s.sums, s.sums_size(), T(0));
-        if (!scale) add_sums<T, S>(part(1), part(2), n0, n1, s);
+        if (!scale) add_sums<T, S>(part(1), part(2), part(0), n0, n1, s);
         for (Bands bands(a, u); scale && bands.next(y0, y1);) {
-          convolutions.template run<S>(*scale, u.b, u.h, 1, y0, y1, wide, first);
-          convolutions.template run<S>(*scale, u.b, u.h, 2, y0, y1, wide, second);
-          add_sums<T, T>(scratch(first, y0, 1), scratch(second, y0, 2), y0 * a.W, y1 * a.W, s);
+          const int64_t count = (y1 - y0) * a.W;
+          convolutions.template depthwise<S>(*scale, u.b, u.h, 1, y0, y1, wide);
+          convolutions.mix_tokens(*scale, 1, count, wide, tokens);
+          convolutions.template depthwise<S>(*scale, u.b, u.h, 2, y0, y1, wide);
+          convolutions.template mix_rows<false>(*scale, 2, count, wide, rows);
+          add_ready_sums<T>(tokens, rows, ld, count, s);
         }
       } else {
         merge_sums(D, a.chunks, parts, stride, s.sums, s.ldk);
@@ -52,10 +51,22 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       if (u.chunk == 0)
         give_sums(D, s.sums, s.ldk, static_cast<T*>(a.kv) + item * D * D, static_cast<T*>(a.keys) + item * D);
       Head<T, S> out(a.out, u.b, group, D, a.H, a.W, s.tables[1]);
-      if (!scale) outputs<T, S, S>(part(0), out, n0, n1, s);
+      if (!scale) outputs<T, S>(part(0), out, n0, n1, s);
+      if (scale && out.last) turn<T>(D, D, s.sums, s.ldk, s.turned, s.ldk);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
-        convolutions.template run<S>(*scale, u.b, u.h, 0, y0, y1, wide, first);
-        outputs<T, T, S>(scratch(first, y0, 0), out, y0 * a.W, y1 * a.W, s);
+        const int64_t n = y0 * a.W, count = (y1 - y0) * a.W, step = out.last ? s.step(count) : 2 * W<T>;
+        convolutions.template depthwise<S>(*scale, u.b, u.h, 0, y0, y1, wide);
+        if (out.last)
+          convolutions.mix_tokens(*scale, 0, count, wide, tokens);
+        else
+          convolutions.template mix_rows<true>(*scale, 0, count, wide, rows);
+        for (int64_t i = 0; i < count; i += step) {
+          const int64_t some = count - i < step ? count - i : step;
+          if (out.last)
+            output_tokens<T, S>(tokens + i * s.ldk, n + i, some, out, s);
+          else
+            output_rows<T, S>(rows + i, ld, n + i, some, out, s);
+        }
       }
     }
   }

@@ -32,6 +32,17 @@ static T sum_of(const T* p, int64_t count) {
   return lane_sum<T>(sum);
 }
 
+// to[i] = the sum of the lanes of vector i.
+template <class T>
+static void across_lanes(const T* vectors, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; i += W<T>) {
+    vec<T> rows[W<T>];
+    for (int j = 0; j < W<T>; ++j) rows[j] = i + j < count ? load<T>(vectors + (i + j) * W<T>) : vec<T>{};
+    add_across<T>(rows);
+    store_partial<T>(to + i, rows[0], at_most<T>(count - i));
+  }
+}
+
 template <class T, class S>
 struct Backward {
   static constexpr int64_t kGroup = 16;  // channels that go through the depthwise convolutions together
@@ -80,7 +91,8 @@ struct Backward {
 
   // Part p's gradient `grad`, of rows y0 .. y1 of a scale, goes back through the pointwise convolution of `from` into planes.
   void through_pointwise(
-      const Part& u, int64_t scale, int64_t p, int64_t y0, int64_t y1, const T* from, const T* grad, WeightSums<T>& to) {
+      const Part& u, int64_t scale, int64_t p, int64_t y0, int64_t y1, const T* from, const T* grad,
+      WeightSums<T>& to) {
     const int64_t count = (y1 - y0) * a.W, ldk = s.ldk, k = a.scales[scale].k, pitch = pitch_of(a.W, k);
     for (int64_t n = 0; n < count; n += s.N) {
       const int64_t some = count - n < s.N ? count - n : s.N;
@@ -88,12 +100,11 @@ struct Backward {
       product<T, Start::from>(D, D, some, grad + n, ld, turned, ldk, mixing[p], ldk);
     }
     for (int64_t o = 0; o < D; ++o) to.pointwise_bias[p * D + o] += sum_of(grad + o * ld, count);
-    product_columns<T, Start::zero>(
-        D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld);
+    product_columns<T, Start::zero>(D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld);
     for (int64_t d = 0; d < D; ++d) {
       T* rows = plane(u, scale, p * D + d);
       for (int64_t y = y0; y < y1; ++y)
-        put_row<T, T>(narrow + d * ld + (y - y0) * a.W, 1, a.W, k / 2, rows + y * pitch);
+        put_row_and_zeros<T>(narrow + d * ld + (y - y0) * a.W, a.W, k / 2, rows + y * pitch);
       if (y1 == a.H)
         for (int64_t i = a.H * pitch; i < a.plane_size(k); ++i) rows[i] = 0;
     }
@@ -131,8 +142,7 @@ struct Backward {
         give_sums(D, s.dsums, s.ldk, to, to + D * D);
         continue;
       }
-      if (!scale)
-        key_gradients<T, S, T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
+      if (!scale) key_gradients<T, S, T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
       if (scale) start_sums(sums, 1, 3);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
         for (int p = 1; p < 3; ++p)
@@ -184,8 +194,7 @@ struct Backward {
           for (; n < pixels; ++n) sum[n] += step[n];
           fill(lanes, taps * W<T>, T(0));
           convolve_weights<T>(k, grad, x + i * map, a.H, a.W, lanes);
-          for (int64_t t = 0; t < taps; ++t)
-            weights.depthwise[(c + i) * taps + t] = lane_sum<T>(load<T>(lanes + t * W<T>));
+          across_lanes(lanes, taps, weights.depthwise + (c + i) * taps);
           weights.depthwise_bias[c + i] = sum_of(grad, a.H * pitch);
         }
       }
@@ -214,11 +223,16 @@ static void backward(const Multiscale& a, int64_t begin, int64_t end) {
 template <class T, class S, class F>
 static void add_up(const Multiscale& a, int64_t h, bool chunks, int64_t count, void* to, int64_t at, const F& from) {
   if (!to) return;
-  for (int64_t i = 0; i < count; ++i) {
-    T sum = 0;
+  constexpr int64_t most = 64;
+  for (int64_t i = 0; i < count; i += most) {
+    const int64_t some = count - i < most ? count - i : most;
+    T sum[most] = {};
     for (int64_t b = 0; b < a.B; ++b)
-      for (int64_t c = 0; c < (chunks ? a.chunks : 1); ++c) sum += from((b * a.heads + h) * a.chunks + c)[i];
-    from_float(sum, static_cast<S*>(to) + at + i);
+      for (int64_t c = 0; c < (chunks ? a.chunks : 1); ++c) {
+        const T* p = from((b * a.heads + h) * a.chunks + c) + i;
+        for (int64_t n = 0; n < some; ++n) sum[n] += p[n];
+      }
+    for (int64_t n = 0; n < some; ++n) from_float(sum[n], static_cast<S*>(to) + at + i + n);
   }
 }
 

@@ -92,7 +92,7 @@ struct Weights {
 template <class T>
 struct Convolutions {
   Weights<T> weights;
-  T *plane, *packed;
+  T *plane, *packed, *turned;
   int64_t* table;
   int64_t ld, packed_ld;
   const Multiscale& a;
@@ -105,42 +105,75 @@ struct Convolutions {
     for (int64_t s = 0; s < a.S; ++s) k = a.scales[s].k > k ? a.scales[s].k : k;
     return k;
   }
+  int64_t ldk() const { return round_up(a.D, W<T>); }
   int64_t plane_room() const { return (Bands::height(a) + widest()) * pitch_of(a.W, widest()) + 4 * W<T>; }
   size_t bytes() const {
     return Weights<T>::bytes(a) + Arena::bytes<T>(plane_room()) + Arena::bytes<T>(a.D * packed_ld) +
-           Arena::bytes<int64_t>(packed_ld);
+           Arena::bytes<T>(ldk() * ldk()) + Arena::bytes<int64_t>(packed_ld);
   }
   void take() {
     weights.take(a);
     plane = arena.take<T>(plane_room()), packed = arena.take<T>(a.D * packed_ld);
+    turned = arena.take<T>(ldk() * ldk());
     table = arena.take<int64_t>(packed_ld);
   }
-  // Part p (0: q, 1: k, 2: v) of a head, rows y0 .. y1: after the depthwise convolution in `wide`, after both in `out`.
+  // Part p (0: q, 1: k, 2: v) of a head, rows y0 .. y1, after the depthwise convolution.
   template <class S>
-  void run(const Scale& scale, int64_t b, int64_t h, int64_t p, int64_t y0, int64_t y1, T* wide, T* out) {
-    const int64_t D = a.D, k = scale.k, pad = k / 2, pitch = pitch_of(a.W, k), count = (y1 - y0) * a.W;
+  void depthwise(const Scale& scale, int64_t b, int64_t h, int64_t p, int64_t y0, int64_t y1, T* wide) {
+    const int64_t D = a.D, k = scale.k, pad = k / 2, pitch = pitch_of(a.W, k);
     const int64_t low = y0 - pad > 0 ? y0 - pad : 0, high = y1 + pad < a.H ? y1 + pad : a.H;
     Head<T, const S> in(a.qkv, b, 3 * h + p, D, a.H, a.W, table);
     if (packed_ld) in.template panel<false>(low * a.W, (high - low) * a.W, packed, packed_ld);
+    fill(plane, (high - low) * pitch, T(0));  // the pads; what is between them changes with the channel
     for (int64_t d = 0; d < D; ++d) {
       for (int64_t y = low; y < high; ++y) {
-        T* to = plane + (y - low) * pitch;
+        T* to = plane + (y - low) * pitch + pad;
         if (packed_ld)
-          put_row<T, T>(packed + d * packed_ld + (y - low) * a.W, 1, a.W, pad, to);
+          put_row<T, T>(packed + d * packed_ld + (y - low) * a.W, a.W, to);
         else
-          put_row<T, S>(in.base + d * a.qkv.d + y * a.qkv.y, 1, a.W, pad, to);
+          put_row<T, S>(in.base + d * a.qkv.d + y * a.qkv.y, a.W, to);
       }
       const int64_t c = p * D + d;
       convolve<T>(
           k, plane, a.W, low, high, y0, y1, weights.depthwise + c * k * k, weights.depthwise_bias[c], wide + d * ld);
     }
+  }
+  // After both convolutions: out[d * ld + n].
+  template <bool Relu>
+  void mix_rows(const Scale& scale, int64_t p, int64_t count, const T* wide, T* out) {
+    const int64_t D = a.D;
     const T* mixing = weights.pointwise + p * D * D;
     if (scale.pointwise_bias) {
       for (int64_t o = 0; o < D; ++o) fill(out + o * ld, round_up(count, W<T>), weights.pointwise_bias[p * D + o]);
       product<T, Start::from>(D, count, D, mixing, D, wide, ld, out, ld);
+      for (int64_t o = 0; Relu && o < D; ++o) rectify(out + o * ld, count);
+    } else if (Relu) {
+      ended_product<T, false>(D, count, D, mixing, D, 1, wide, ld, Rectified<T>{}, out, ld);
     } else {
       product<T, Start::zero>(D, count, D, mixing, D, wide, ld, out, ld);
     }
+  }
+  // After both and rectified: out[n * ldk + d].
+  void mix_tokens(const Scale& scale, int64_t p, int64_t count, const T* wide, T* out) {
+    const int64_t D = a.D;
+    turn<T>(D, D, weights.pointwise + p * D * D, D, turned, ldk());
+    if (scale.pointwise_bias) {
+      const T* bias = weights.pointwise_bias + p * D;
+      for (int64_t n = 0; n < count; ++n)
+        for (int64_t d = 0; d < ldk(); ++d) out[n * ldk() + d] = d < D ? bias[d] : T(0);
+      product_columns<T, Start::from>(count, D, D, wide, ld, turned, ldk(), out, ldk());
+      rectify(out, count * ldk());
+    } else {
+      ended_product<T, true>(count, D, D, wide, 1, ld, turned, ldk(), Rectified<T>{}, out, ldk());
+    }
+  }
+  static void rectify(T* to, int64_t count) {
+    for (int64_t n = 0; n < count; n += W<T>) store<T>(to + n, relu<T>(load<T>(to + n)));
+  }
+  template <class S>
+  void run(const Scale& scale, int64_t b, int64_t h, int64_t p, int64_t y0, int64_t y1, T* wide, T* out) {
+    depthwise<S>(scale, b, h, p, y0, y1, wide);
+    mix_rows<false>(scale, p, (y1 - y0) * a.W, wide, out);
   }
 };
 

@@ -42,14 +42,21 @@ static void forward(const LinearAttention& a, int64_t begin, int64_t end) {
       merge_sums(D, a.chunks, partial_of<T>(a, u), a.partial_size(), s.sums, s.ldk);
     } else {
       fill(s.sums, (D + 1) * s.ldk, T(0));
-      add_sums<T, S>(head<T, const S>(a, a.key, u, s, 0), head<T, const S>(a, a.value, u, s, 1), n0, n1, s);
+      add_sums<T, S>(
+          head<T, const S>(a, a.key, u, s, 0), head<T, const S>(a, a.value, u, s, 1),
+          head<T, const S>(a, a.query, u, s, 2), n0, n1, s);
     }
     if (a.stage == Stage::sums) {
       T* to = partial_of<T>(a, u) + u.chunk * a.partial_size();
       give_sums(D, s.sums, s.ldk, to, to + D * D);
     } else {
       if (u.chunk == 0) give_sums(D, s.sums, s.ldk, kv_of<T>(a, u), keys_of<T>(a, u));
-      outputs<T, S, S>(head<T, const S>(a, a.query, u, s, 0), head<T, S>(a, a.out, u, s, 1), n0, n1, s);
+      const Unit after(a, unit + 1 < end ? unit + 1 : unit);
+      const auto keys = head<T, const S>(a, a.key, after, s, 0), values = head<T, const S>(a, a.value, after, s, 1);
+      const bool more = unit + 1 < end && a.stage == Stage::all;
+      outputs<T, S>(
+          head<T, const S>(a, a.query, u, s, 0), head<T, S>(a, a.out, u, s, 1), n0, n1, s, more ? &keys : nullptr,
+          more ? &values : nullptr);
     }
   }
 }

@@ -61,7 +61,9 @@ def _folded(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
 
 def _state(conv: nn.Conv2d, norm: Any) -> Any:
     """Changes whenever one of the tensors that are folded does; None where that cannot be known."""
-    tensors = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    # Training steps change the running statistics without counting versions; they do count the batches.
+    counted = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    tensors = (conv.weight, conv.bias, norm.weight, norm.bias, *counted)
     if any(t is not None and t.is_inference() for t in tensors):
         return None
     return tuple(None if t is None else (id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)

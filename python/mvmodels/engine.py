@@ -56,6 +56,9 @@ class Options:
     """"variable" or "fixed" batch over several sizes."""
     scales: tuple[int, int] = (160, 320)
     """Smallest and largest side of those sizes."""
+    flip: bool = True
+    held_out: float = 0.1
+    """Of a folder: mirror its pictures, and the share of them that is kept for the test."""
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the model, beside its classes."""
@@ -322,11 +325,10 @@ class Trainer:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
                 logits = self.parallel(pictures)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
+        except ValueError as error:  # the model's own checks, and BatchNorm's
             shape = " x ".join(str(n) for n in pictures.shape)
-            raise UsageError(f"BatchNorm has one value only of {shape}: want more pictures or larger ones") from None
+            why = "BatchNorm has one value only" if "more than 1 value per channel" in str(error) else str(error)
+            raise UsageError(f"{why}, of a batch of {shape}: want more pictures or larger ones") from None
         # EfficientFormer has a second classifier, for a teacher; without one both learn the labels.
         heads = logits if isinstance(logits, tuple) else (logits,)
         if not all(isinstance(head, Tensor) and head.dim() == 2 for head in heads):

@@ -64,11 +64,12 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def data_sets(where: str, size: int, held_out: float, flip: bool, seed: int) -> tuple[Pictures, Pictures]:
+def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
     """To train on and to test on. Raises UsageError for what cannot be read."""
     if where == "digits":
-        return Digits(False, size), Digits(True, size)
-    return folder_data(where, size, flip=flip, held_out=held_out, seed=seed)
+        return Digits(False, options.size), Digits(True, options.size)
+    channels = options.settings.get("in_chans", 3)
+    return folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     options.output = output = arguments.output or Path("runs") / options.model
-    train, test = data_sets(arguments.data, options.size, arguments.held_out, not arguments.no_flip, arguments.seed)
+    train, test = data_sets(arguments.data, options)
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many:
         dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
@@ -108,6 +109,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     options = Options(
         model=arguments.model,
         scales=tuple(arguments.scales),
+        flip=not arguments.no_flip,
         settings=dict(arguments.set),
         size=arguments.size or (32 if digits else info.input_size),
         device=device(where),
@@ -116,6 +118,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
     for name in (
         "epochs", "batch_size", "lr", "lr_min", "warmup", "weight_decay", "smoothing", "ema", "clip", "multi_scale",
+        "held_out",
         "seed", "amp", "save_every",
     ):  # fmt: skip
         setattr(options, name, getattr(arguments, name))

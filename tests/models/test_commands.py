@@ -24,7 +24,7 @@ from tests.models import pictures
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, image_size=32)
     info = dataclasses.replace(registry.model_info("vit_p_1gf"), name="vit_tiny", build=build, input_size=32)
     monkeypatch.setitem(registry.MODELS, "vit_tiny", info)
 
@@ -86,6 +86,13 @@ class TestTrain:
         asked = {"multi_scale": "variable", "scales": [32, 64], "ema": 0.0, "warmup": 3, "clip": 1.0, "amp": True}
         assert {key: state["options"][key] for key in asked} == asked and result["backend"] == "reference"
 
+    def test_grey_pictures(self, folder, tmp_path, capsys):
+        assert run(folder, tmp_path, "--set", "in_chans=1", "--json") == 0
+        capsys.readouterr()
+        state = checkpoint.read_training(tmp_path / "best.pt")
+        assert state["channels"] == 1 and state["state_dict"]["stem.proj.weight"].shape[1] == 1
+        assert predict.main([str(folder / "red" / "0.png"), "--checkpoint", str(tmp_path / "best.pt")]) == 0
+
     def test_tensorboard(self, folder, tmp_path, monkeypatch, capsys):
         def board(output: Path) -> str:
             common = f"--model vit_tiny --data {folder} --output {output} --epochs 1 --batch-size 6 --device cpu"
@@ -108,7 +115,7 @@ class TestTrain:
             ("--model vit_tiny --data digits --backend fastest", "backend is 'fastest', want one of"),
             ("--model vit_tiny --data digits --device abacus", "--device abacus cannot be used"),
             ("--model vit_tiny --data digits --set depth=3", "depth"),
-            ("--model vit_tiny --data digits --set img_size=0", "img_size is 0"),
+            ("--model vit_tiny --data digits --set image_size=0", "image_size is 0"),
             ("--model vit_tiny --data digits --backend cuda --epochs 1", "cuda"),
             ("--model vit_tiny --multi-scale variable --scales 64 32", "minimum is 64, above the maximum of 32"),
         ],
@@ -254,3 +261,13 @@ def test_two_processes_train_as_one(folder, tmp_path, capsys):
     assert json.loads(again[0])["history"] == both["history"]
     assert run(folder, tmp_path / "both", "--batch-size", "3", "--resume") == 2
     assert "is of a run whose ranks is 2, here it is 1" in one_line_on_stderr(capsys, "train")
+
+
+def test_a_model_that_is_no_classifier(folder, trained, tmp_path, capsys):
+    name = "mobilevit_xxs_deeplabv3"
+    assert run(folder, tmp_path / "dense", "--model", name, "--size", "64", "--epochs", "1") == 2
+    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "train")
+    torch.save(registry.create_model(name, num_classes=3).state_dict(), tmp_path / "dense.pt")
+    named = ["--model", name, "--checkpoint", str(tmp_path / "dense.pt"), "--size", "64", "--set", "num_classes=3"]
+    assert predict.main([str(folder / "red" / "0.png"), *named]) == 2
+    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "predict")

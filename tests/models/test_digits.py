@@ -13,6 +13,7 @@ import pytest
 import mvmodels
 from mvmodels import registry, vit
 from mvmodels.vit import VisionTransformer
+from tests.models.agreement import need_cpp
 
 pytest.importorskip("sklearn")
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "digits.py"
@@ -25,7 +26,7 @@ _spec.loader.exec_module(digits)
 @pytest.fixture
 def tiny(monkeypatch):
     """A network of a few thousand parameters, and a tenth of the digits."""
-    build = functools.partial(VisionTransformer, vit.Size(32, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(32, 1, 2, 2, ()), False, image_size=32)
     monkeypatch.setitem(registry.MODELS, "tiny", registry.ModelInfo("tiny", build, "", 1, 0.0, "", "", None))
 
     class Fewer(digits.Digits):
@@ -44,6 +45,7 @@ def test_one_of_each_family():
 
 def test_curves(tiny, tmp_path, capsys):
     """The backends agree, the same run repeats, and rows of others stay in the file."""
+    need_cpp()
     path, plot = tmp_path / "out" / "digits.csv", tmp_path / "out" / "digits.png"
     command = ["--model", "tiny", "--epochs", "2", "--batch", "32", "--size", "32", "--wanted", "0", "--json", "--csv"]
     assert digits.main([*command, str(path), "--backend", "reference", "--plot", str(plot)]) == 0

@@ -29,7 +29,7 @@ def tiny(monkeypatch):
     info = registry.ModelInfo("tiny", build, "", 0, 0.0, "", "", None)
     monkeypatch.setitem(registry.MODELS, "tiny", info)
     # Without BatchNorm, whose statistics need more steps than a test has.
-    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, img_size=32)
+    build = functools.partial(VisionTransformer, vit.Size(16, 1, 2, 2, ()), False, image_size=32)
     monkeypatch.setitem(registry.MODELS, "tiny_vit", dataclasses.replace(info, name="tiny_vit", build=build))
 
 
@@ -189,7 +189,7 @@ def test_a_lost_loss_is_told_and_not_saved(data, tmp_path):
 
 
 def test_a_batch_too_small_for_batchnorm(data):
-    with pytest.raises(UsageError, match="BatchNorm has one value only of 1 x 3 x 32 x 32"):
+    with pytest.raises(UsageError, match="BatchNorm has one value only, of a batch of 1 x 3 x 32 x 32"):
         Trainer(options(batch_size=1), *data()).run()
 
 

@@ -170,7 +170,8 @@ class Flat(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad
         wanted = (needs[0], *needs[4:])
-        inputs, saved = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
+        inputs, saved = kept[: len(wanted)], kept[len(wanted) :]
         with torch.no_grad():
             if ctx.backend == "reference":
                 grads = library.differentiate(
