@@ -151,8 +151,9 @@ static void depthwise_weights(const T* g, const T* x, int64_t height, int64_t wi
     }
   };
   [&]<size_t... I>(std::index_sequence<I...>) __attribute__((always_inline)) {
-    (taps(std::integral_constant<int, int(I) * G>{},
-          std::integral_constant<int, (int(I) + 1) * G <= K ? G : K - int(I) * G>{}),
+    (taps(
+         std::integral_constant<int, int(I) * G>{},
+         std::integral_constant<int, (int(I) + 1) * G <= K ? G : K - int(I) * G>{}),
      ...);
   }(std::make_index_sequence<(K + G - 1) / G>{});
 }

@@ -22,7 +22,7 @@ struct InstructionSet {
   const MultiscaleBackwardKernels* multiscale_backward;
 };
 
-#define MVK_KERNELS(isa)                                                                               \
+#define MVK_KERNELS(isa)                                                                         \
   &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels, \
       &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels
 const InstructionSet kInstructionSets[] = {

@@ -64,9 +64,9 @@ struct MultiscaleBackwardKernels {
   void (*sum_weights)(const Multiscale&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                                         \
-  namespace isa {                                                \
-  extern const MultiscaleKernels multiscale_kernels;             \
+#define MVK_DECLARE(isa)                                              \
+  namespace isa {                                                     \
+  extern const MultiscaleKernels multiscale_kernels;                  \
   extern const MultiscaleBackwardKernels multiscale_backward_kernels; \
   }
 MVK_DECLARE(baseline)

@@ -14,8 +14,7 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
   Scratch<T> s(D, a.pixels(), a.eps);
   Convolutions<T> convolutions(a);
   const int64_t ld = convolutions.ld, band = a.S ? D * ld : 0, turned = a.S ? ld * s.ldk : 0;
-  arena.reset(
-      s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band + ld) + Arena::bytes<T>(turned), a.poison);
+  arena.reset(s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band + ld) + Arena::bytes<T>(turned), a.poison);
   s.take(), convolutions.take();
   T *wide = arena.take<T>(band), *rows = arena.take<T>(band + ld), *tokens = arena.take<T>(turned);
   if (a.S) fill(rows + band, ld, T(1));
@@ -27,9 +26,7 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       T* parts = static_cast<T*>(a.partial) + (u.item * a.chunks * (1 + a.S) + g) * a.sums_size();
       const int64_t stride = (1 + a.S) * a.sums_size(), n0 = u.y0 * a.W, n1 = u.y1 * a.W;
       if (scale) convolutions.weights.template load_head<S>(a, *scale, u.h);
-      auto part = [&](int64_t p) {
-        return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]);
-      };
+      auto part = [&](int64_t p) { return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]); };
       int64_t y0, y1;
       if (a.stage != Stage::rest) {
         fill(s.sums, s.sums_size(), T(0));

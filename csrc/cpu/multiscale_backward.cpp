@@ -91,7 +91,8 @@ struct Backward {
 
   // Part p's gradient `grad`, of rows y0 .. y1 of a scale, goes back through the pointwise convolution of `from` into planes.
   void through_pointwise(
-      const Part& u, int64_t scale, int64_t p, int64_t y0, int64_t y1, const T* from, const T* grad, WeightSums<T>& to) {
+      const Part& u, int64_t scale, int64_t p, int64_t y0, int64_t y1, const T* from, const T* grad,
+      WeightSums<T>& to) {
     const int64_t count = (y1 - y0) * a.W, ldk = s.ldk, k = a.scales[scale].k, pitch = pitch_of(a.W, k);
     for (int64_t n = 0; n < count; n += s.N) {
       const int64_t some = count - n < s.N ? count - n : s.N;
@@ -99,8 +100,7 @@ struct Backward {
       product<T, Start::from>(D, D, some, grad + n, ld, turned, ldk, mixing[p], ldk);
     }
     for (int64_t o = 0; o < D; ++o) to.pointwise_bias[p * D + o] += sum_of(grad + o * ld, count);
-    product_columns<T, Start::zero>(
-        D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld);
+    product_columns<T, Start::zero>(D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld);
     for (int64_t d = 0; d < D; ++d) {
       T* rows = plane(u, scale, p * D + d);
       for (int64_t y = y0; y < y1; ++y)
@@ -142,8 +142,7 @@ struct Backward {
         give_sums(D, s.dsums, s.ldk, to, to + D * D);
         continue;
       }
-      if (!scale)
-        key_gradients<T, S, T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
+      if (!scale) key_gradients<T, S, T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
       if (scale) start_sums(sums, 1, 3);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
         for (int p = 1; p < 3; ++p)

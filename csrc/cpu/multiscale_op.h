@@ -40,15 +40,14 @@ Tensor empty_channels(const Tensor& like, int64_t channels) {
   const int64_t* n = like.sizes();
   const std::vector<int64_t> sizes{n[0], channels, n[2], n[3]};
   if (like.strides()[1] != 1) return empty(sizes, like.dtype());
-  const int64_t x = std::max<int64_t>(channels, 1), y = x * std::max<int64_t>(n[3], 1), b = y * std::max<int64_t>(n[2], 1);
+  const int64_t x = std::max<int64_t>(channels, 1), y = x * std::max<int64_t>(n[3], 1),
+                b = y * std::max<int64_t>(n[2], 1);
   return empty(sizes, {b, 1, y, x}, like.dtype());
 }
 
 constexpr const char* kMultiscale = "multiscale_linear_attention";
 
-void require_scale(bool fits, const char* what) {
-  require(fits, (std::string(kMultiscale) + ": " + what).c_str());
-}
+void require_scale(bool fits, const char* what) { require(fits, (std::string(kMultiscale) + ": " + what).c_str()); }
 
 // `weights`: the depthwise weights of all scales, the pointwise ones, the biases of the first and of the second, which have no
 // elements where there are none.

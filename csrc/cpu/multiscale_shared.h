@@ -109,8 +109,7 @@ struct Convolutions {
   int64_t plane_room() const { return (Bands::height(a) + widest()) * pitch_of(a.W, widest()) + 4 * W<T>; }
   size_t bytes() const {
     return Weights<T>::bytes(a) + Arena::bytes<T>(plane_room()) + Arena::bytes<T>(a.D * packed_ld) +
-           Arena::bytes<T>(ldk() * ldk()) +
-           Arena::bytes<int64_t>(packed_ld);
+           Arena::bytes<T>(ldk() * ldk()) + Arena::bytes<int64_t>(packed_ld);
   }
   void take() {
     weights.take(a);
