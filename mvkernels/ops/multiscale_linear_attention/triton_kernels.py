@@ -148,8 +148,6 @@ def _gradients(
     tensors["pw"] = qkv.new_empty((depthwise_parts, *wide.shape), dtype=dtype)
     run(launches, tensors | {"dm": mixed, "dw": wide_grad})
     mixing_grad = mixed[:, :head_dim].reshape(mixing.shape)
-    first, second = (
-        qkv.new_empty(0) if bias is None else mixed[:, row].reshape(-1)
-        for bias, row in zip(biases, (head_dim + 1, head_dim))
-    )
+    rows = zip(biases, (head_dim + 1, head_dim))
+    first, second = (qkv.new_empty(0) if bias is None else mixed[:, row].reshape(-1) for bias, row in rows)
     return wide_grad, mixing_grad, first, second
