@@ -27,9 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn import functional as F
 
 import mvmodels
-
-sys.path.insert(0, str(Path(__file__).parent))
-from train_digits import digits
+from mvmodels.data import Digits
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -96,7 +94,8 @@ def resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer
 def train(options: argparse.Namespace, device: torch.device) -> float:
     """The loss of the last step, the mean over all processes. Needs a process group."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    (pictures, labels), _ = digits(options.size)
+    data = Digits(held_out=False, size=options.size)
+    pictures, labels = torch.stack([data[i][0] for i in range(len(data))]), torch.tensor(data.labels)
     torch.manual_seed(options.seed)
     model = mvmodels.create_model(options.model, num_classes=10, in_chans=1).to(device)
     parallel = wrap(model, options, device)
