@@ -41,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fsdp", action="store_true", help="shard the parameters instead of copying them")
     parser.add_argument("--checkpoint", type=Path, help="file to write, and to go on from")
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
-    parser.add_argument("--log", type=Path, help="file of the losses, a JSON document a line")
+    parser.add_argument("--losses", type=Path, help="file of the losses, a JSON document a line")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.save_every < 1 or options.size < 1:
         parser.error("--steps, --save-every and --size want at least 1")
@@ -114,8 +114,8 @@ def train(options: argparse.Namespace, device: torch.device) -> float:
         loss = loss.detach()
         dist.all_reduce(loss)
         loss = loss / world
-        if rank == 0 and options.log is not None:
-            with options.log.open("a") as file:
+        if rank == 0 and options.losses is not None:
+            with options.losses.open("a") as file:
                 file.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
         if options.checkpoint is not None and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
             save(options.checkpoint, step + 1, parallel, optimizer)
