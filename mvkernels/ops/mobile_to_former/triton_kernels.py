@@ -23,9 +23,7 @@ from mvkernels.ops.patch_attention.triton_kernels import _precision
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 _LOG2E = 1.4426950408889634
-# Beyond these the tiles of the backward do not fit the registers. Exact products hold their operands there whole.
-_MAX_HEAD_DIM = {"float16": 256, "bfloat16": 256, "tf32": 96, "float32": 64, "float64": 32}
-_MAX_HEAD_DIM_OF_MANY_TOKENS = {**_MAX_HEAD_DIM, "float32": 32, "float64": 16}
+_MAX_HEAD_DIM = 256
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 _INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)
@@ -51,13 +49,11 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
             return f"compute capability {major}.x: want 8.0 or more"
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
-    name = "tf32" if _precision(x.dtype, type_) == "tf32" else str(x.dtype).removeprefix("torch.")
-    most = (_MAX_HEAD_DIM if m <= TOKENS else _MAX_HEAD_DIM_OF_MANY_TOKENS)[name]
-    if d > most:
-        return f"head_dim {d}: want at most {most} in {name} with {m} tokens"
+    if d > _MAX_HEAD_DIM:
+        return f"head_dim {d}: want at most {_MAX_HEAD_DIM}"
     if width * heads * d >= _INT32 or 2 * height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
-    if batch * heads * (height * width + m) * (1 + m // TOKENS) >= _INT32:
+    if batch * heads * (height * width + m + 16) * (1 + m // TOKENS) >= _INT32:
         return "batch * heads * pixels * tokens / 16 passes 2**31"
     return None
 
