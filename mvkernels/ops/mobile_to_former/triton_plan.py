@@ -143,23 +143,24 @@ class Plan:
 
 @launch.memo
 def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a forward call; tensors ``q x o lse``, with more than one slice ``sums stats``."""
+    """(launches, slices) of a forward call; tensors ``q x o lse exact``, with more than one slice ``sums stats``."""
     plan = Plan(problem, "forward_slices", "qx")
     split = plan.slices > 1
-    pointers = ("q", "x", "sums", "stats") if split else ("q", "x", "o", "lse")
+    pointers = ("q", "x", "sums", "stats", "exact") if split else ("q", "x", "o", "lse", "exact")
+    half = problem.dtype.itemsize == 2
     kernel = triton_wide.forward_wide if plan.wide else triton_device.forward_slices
-    launches = [plan.launch(kernel, plan.token_blocks, pointers, SCALE2, {"SPLIT": split})]
+    launches = [plan.launch(kernel, plan.token_blocks, pointers, SCALE2, {"SPLIT": split, "EXACT": half and not split})]
     if split:
         d = problem.shape[2]
         wide = max(16, 1 << (d - 1).bit_length())
         rows = max(1, 512 // wide)
-        merge = {"D": d, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
+        merge = {"D": d, "EXACT": half, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
         launches.append(
             Launch(
                 triton_device.forward_merge,
                 "forward_merge",
                 -(-plan.rows // rows),
-                ("sums", "stats", "o", "lse"),
+                ("sums", "stats", "o", "lse", "exact"),
                 (),
                 (plan.rows, plan.slices),
                 merge,
@@ -171,13 +172,13 @@ def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
 
 @launch.memo
 def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a backward call; tensors ``g q x o lse dq dx``, with more than one slice ``dq_sums``.
+    """(launches, slices) of a backward call; tensors ``g q x exact lse dq dx``, with more than one slice ``dq_sums``.
 
     Floats ``scale scale_low scale2 scale2_low``.
     """
     plan = Plan(problem, "backward_slices", "gqox")
     split = plan.slices > 1
-    pointers = ("g", "q", "x", "o", "lse", "dq_sums" if split else "dq", "dx")
+    pointers = ("g", "q", "x", "exact", "lse", "dq_sums" if split else "dq", "dx")
     kernel = triton_wide.backward_wide if plan.wide else triton_device.backward_slices
     launches = plan.backward(kernel, pointers, plan.made_map("D"))
     return launches + ([plan.sum_slices("dq")] if split else []), plan.slices

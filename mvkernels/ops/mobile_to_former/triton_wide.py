@@ -81,11 +81,11 @@ def products(
 # One program: as forward_slices, of a piece of the channels. The first piece writes what is kept of the scores.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
 def forward_wide(
-    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
+    q_ptr, x_ptr, out_ptr, stats_ptr, exact_ptr, scale2, scale2_low,
     qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, DEPTH: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -132,6 +132,8 @@ def forward_wide(
     tl.store(stats_ptr + row * 2, top, mask=first)
     tl.store(stats_ptr + row * 2 + 1, total, mask=first)
     store_slice(out_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
+    if EXACT:
+        store_slice(exact_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
 
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens; and its tokens.
