@@ -60,7 +60,7 @@ def is_wide(key: Mapping[str, Any]) -> bool:
 @heuristic(TO_MOBILE, "forward_wide")
 @heuristic(TO_MOBILE, "backward_wide")
 def _wide(key: Mapping[str, Any]) -> Config:
-    block, piece, depth, warps = {"tf32": (32, 64, 64, 4), "f64": (16, 32, 16, 8)}.get(key["dtype"], (32, 64, 32, 8))
+    block, piece, depth, warps = {"tf32": (32, 64, 32, 4), "f64": (16, 32, 16, 8)}.get(key["dtype"], (32, 64, 32, 8))
     if key["arch"] == "interpreter":  # no registers to run out of
         block = piece = depth = 64
     return {"BLOCK": block, "SLICE": piece, "DEPTH": depth, "PROGRAMS": 8, "num_warps": warps, "num_stages": 1}

@@ -5,8 +5,8 @@ machine; tokens come in blocks, padded by mask. A map's tile is (pixels, channel
 patch_attention's (triton_tiles.py). Of a token's scores two numbers are kept: the highest, times log2(e), and
 the sum of the exponentials of the differences to it. (Their logarithm alone would cost a digit of the probabilities
 that the backward makes of it. And an output rounded to a half type would cost the gradient of a token that attends
-to one pixel all of its digits: it is the difference of two large numbers.) Every sum over pixels has two stages: in a program, pixel by
-pixel; then over the slices, in their order. Sums are float32, float64 for float64.
+to one pixel all of its digits: it is the difference of two large numbers.) Every sum over pixels has two stages: in
+a program, pixel by pixel; then over the slices, in their order. Sums are float32, float64 for float64.
 """
 
 import triton

@@ -90,13 +90,12 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(
-    query: torch.Tensor, x: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2), exact), contiguous.
 
     lse is float32 (float64 for float64): of each token's scores, times log2(e), the highest; and the sum of the
-    powers of two of their differences to it. exact is the output in float32 for half types, else empty. Inputs are read in place, whatever their strides.
+    powers of two of their differences to it. exact is the output in float32 for half types, else empty.
+    Inputs are read in place, whatever their strides.
     """
     launches, slices = forward_launches(problem_of(TO_FORMER, x, query.shape[2], (("q", query), ("x", x))))
     dtype = sums_dtype(x.dtype)
@@ -116,11 +115,13 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dquery, contiguous; dx, dense in the order of x).
 
-    grad (B, h, M, D) with any strides; lse is forward's, out its exact output where there is one. No atomics: the same bits in every run.
+    grad (B, h, M, D) with any strides; lse is forward's, out its exact output where there is one.
+    No atomics: the same bits in every run.
     """
     named = (("g", grad), ("q", query), ("o", out), ("x", x))
     launches, slices = backward_launches(problem_of(TO_FORMER, x, query.shape[2], named))
-    tensors = dict(named) | {"exact": out, "lse": lse, "dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
+    made = {"dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
+    tensors = dict(named) | {"exact": out, "lse": lse} | made
     if slices > 1:
         tensors["dq_sums"] = query.new_empty((slices, *query.shape), dtype=sums_dtype(x.dtype))
     run(launches, tensors, scale)
