@@ -260,6 +260,9 @@ def bridges() -> list[Bridge]:
     shapes += [(256, 7, 6, "first", half), (256, 7, 6, "last", half), (24, 28, 50, "first", both)]
     shapes += [(32, 14, 50, "last", ("fp32",)), (128, 14, 50, "last", half)]
     shapes += [(d, 14, m, layout, ("fp64",)) for d, m in ((32, 6), (16, 50)) for layout in ("first", "last")]
+    # Heads that go in pieces.
+    wide = ("fp32", "fp64", "tf32")
+    shapes += [(256, 7, 6, "first", wide), (120, 14, 40, "last", wide), (256, 7, 50, "last", half)]
     return [Bridge(op, *shape) for op in ("mobile_to_former", "former_to_mobile") for shape in shapes]
 
 
@@ -335,7 +338,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "delta", "partial", "stats", "sums", "dsums", "parts", "p", "pw", "dq_sums", "dk_sums", "dv_sums"}
+    sums = {"lse", "exact", "delta", "partial", "stats", "sums", "dsums", "parts", "p", "pw", "dq_sums", "dk_sums", "dv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
@@ -498,7 +501,7 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
 
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
-           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS",
+           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SLICE", "DEPTH", "SPLIT", "ROWS", "DX", "DTOKENS",
            "PRODUCT", "STAGE")  # fmt: skip
 
 

@@ -69,8 +69,6 @@ def test_the_device_on_any_shape_stride_and_dtype(arguments):
 @pytest.mark.parametrize("dtype", bridges.DTYPES, ids=checks.short)
 def test_the_device_on_the_suite(dtype):
     for case in OP.suite("full"):
-        if case.shape["head_dim"] > {torch.float32: 64, torch.float64: 32}.get(dtype, 256):
-            continue
         for layout in case.layouts:
             assert_ok(testing.check(OP, case.make(batch=3, dtype=dtype, device=DEVICE, layout=layout), "triton"))
 
@@ -79,6 +77,18 @@ def test_the_device_on_the_suite(dtype):
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(bridges.problems(NAMES, dtypes=(torch.float32, torch.float16, torch.float64), residual=True))
 def test_triton_on_any_shape_stride_and_dtype(arguments):
+    assert_ok(testing.check(OP, arguments, "triton"))
+
+
+@interpreter
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    bridges.problems(
+        NAMES, (torch.float32, torch.float64, torch.float16), most=7, head_dims=bridges.WIDE_HEAD_DIMS, residual=True
+    )
+)
+def test_triton_on_wide_heads(arguments):
+    assert mvkernels.can_run(OP.name, "triton", **arguments) == (True, "")
     assert_ok(testing.check(OP, arguments, "triton"))
 
 
@@ -97,6 +107,22 @@ def test_triton_adds_up_slices_of_pixels(shape, m):
     first = ["backward_slices"] * (1 if m <= 16 else 2)
     assert slices > 1 and [one.name for one in launches] == [*first, "sum_slices"]
     assert_ok(testing.check(OP, {"x": x, "key": 4 * key, "value": value}, "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize("m", [3, 20])
+def test_triton_adds_up_slices_of_pixels_of_wide_heads(m):
+    from mvkernels.ops.former_to_mobile import triton_plan
+    from mvkernels.ops.mobile_to_former import triton_kernels
+
+    generator = torch.Generator().manual_seed(0)
+    x = testing.make_map((1, 1, 70, 9, 15), "transposed", generator=generator)
+    key, value = (tokens((1, 1, m, 70), "strided", x.dtype, "cpu", generator) for _ in range(2))
+    problem = triton_kernels.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
+    launches, slices = triton_plan.backward_launches(problem)
+    first = ["backward_wide"] * (1 if m <= 16 else 2)
+    assert slices > 1 and [one.name for one in launches] == [*first, "sum_slices"]
+    assert_ok(testing.check(OP, {"x": x, "key": key, "value": value}, "triton"))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mvkernels import launch
-from mvkernels.ops.former_to_mobile import triton_device
+from mvkernels.ops.former_to_mobile import triton_device, triton_wide
 from mvkernels.ops.mobile_to_former.triton_plan import SCALE2, Plan, Problem
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
@@ -14,7 +14,8 @@ def forward_launches(problem: Problem) -> list[Launch]:
     plan = Plan(problem, "forward_pixels", "xkv")
     meta = plan.meta | plan.made_map("O") | {"RESIDUAL": problem.residual}
     ints = (*plan.strides(), *plan.map.sizes[:3], plan.tiles)
-    return [Launch(triton_device.forward_pixels, "forward_pixels", plan.units * plan.tiles, ("x", "k", "v", "o"),
+    kernel = triton_wide.forward_wide if plan.wide else triton_device.forward_pixels
+    return [Launch(kernel, plan.kernel, plan.units * plan.tiles * plan.pieces, ("x", "k", "v", "o"),
                    SCALE2, ints, meta, plan.options)]  # fmt: skip
 
 
@@ -28,5 +29,6 @@ def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
     split = plan.slices > 1
     pointers = ("g", "x", "k", "v", "dx", *(("dk_sums", "dv_sums") if split else ("dk", "dv")))
     meta = plan.made_map("D") | {"RESIDUAL": problem.residual}
-    launches = plan.backward(triton_device.backward_slices, pointers, meta)
+    kernel = triton_wide.backward_wide if plan.wide else triton_device.backward_slices
+    launches = plan.backward(kernel, pointers, meta)
     return launches + ([plan.sum_slices("dk", "dv")] if split else []), plan.slices

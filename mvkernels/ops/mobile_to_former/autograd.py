@@ -12,6 +12,8 @@ from mvkernels.backend import choose
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 
 _FORWARD = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse)"
+# Triton's also gives the output before its rounding to a half type, for the backward; nothing for other types.
+_FORWARD_TRITON = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse, Tensor exact)"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale) -> (Tensor dquery, Tensor dx)"
 
 
@@ -23,7 +25,8 @@ def _fake_forward_cpp(query, x, scale):  # type: ignore[no-untyped-def]
 def _fake_forward_triton(query, x, scale):  # type: ignore[no-untyped-def]
     # The same as two numbers: highest score, and sum relative to it.
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty((*query.shape[:3], 2), dtype=dtype)
+    exact = query.new_empty(query.shape if dtype.itemsize > query.dtype.itemsize else (0,), dtype=dtype)
+    return query.new_empty(query.shape), query.new_empty((*query.shape[:3], 2), dtype=dtype), exact
 
 
 def _fake_backward(grad, query, x, out, lse, scale):  # type: ignore[no-untyped-def]
@@ -52,7 +55,7 @@ KERNELS = {
         library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward),
     ),
     "triton": (
-        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward_triton, _triton_forward),
+        library.define("triton", "mobile_to_former_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward),
         library.define("triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward),
     ),
 }
@@ -63,8 +66,8 @@ class MobileToFormerFunction(torch.autograd.Function):
 
     ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
     ``checked`` is the public function's, which has checked them and chosen the backend. Saves query, x, the
-    output and what is left of each token's scores, their log-sum-exp: no scores. A second derivative raises
-    RuntimeError.
+    output (Triton: as it was before its rounding to a half type) and what is left of each token's scores, their
+    log-sum-exp: no scores. A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -86,8 +89,9 @@ class MobileToFormerFunction(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(query, x)
             return reference(query, x, scale)
-        out, lse = KERNELS[backend][0](query, x, scale)  # type: ignore[index]
-        ctx.save_for_backward(query, x, out, lse)
+        out, lse, *exact = KERNELS[backend][0](query, x, scale)  # type: ignore[index]
+        kept = exact[0] if exact and exact[0].shape == out.shape else out
+        ctx.save_for_backward(query, x, kept, lse)
         return out
 
     @staticmethod

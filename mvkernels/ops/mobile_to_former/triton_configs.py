@@ -3,7 +3,8 @@
 A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16`` for both
 half types, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
 ``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the
-pixels of a unit stay in one. The choices here are those that `make audit` shows to
+pixels of a unit stay in one; of the kernels for wide heads ``SLICE`` is how many channels a program sums, ``DEPTH`` how
+many it adds to a score at a time. The choices here are those that `make audit` shows to
 need no spills on every architecture it compiles for.
 """
 
@@ -17,6 +18,9 @@ from mvkernels.ops.patch_attention.triton_configs import width
 
 # Tokens of a block: the fewest that matrix instructions take.
 TOKENS = 16
+
+# The widest heads whose tiles fit the registers whole; exact products hold their operands there. Few and many tokens.
+_ONE_PIECE = {"tf32": (96, 96), "f32": (64, 32), "f64": (32, 16)}
 
 TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
 
@@ -44,6 +48,22 @@ def _forward_pixels(key: Mapping[str, Any]) -> Config:
 @heuristic(TO_MOBILE, "backward_slices")
 def _slices(key: Mapping[str, Any]) -> Config:
     return _config(key, 2048, 64)
+
+
+def is_wide(key: Mapping[str, Any]) -> bool:
+    """Whether a head goes in pieces, to the kernels ``forward_wide`` and ``backward_wide``."""
+    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (256, 256))[key["m"] > TOKENS])
+
+
+@heuristic(TO_FORMER, "forward_wide")
+@heuristic(TO_FORMER, "backward_wide")
+@heuristic(TO_MOBILE, "forward_wide")
+@heuristic(TO_MOBILE, "backward_wide")
+def _wide(key: Mapping[str, Any]) -> Config:
+    block, piece, depth, warps = {"tf32": (32, 64, 32, 4), "f64": (16, 32, 16, 8)}.get(key["dtype"], (32, 64, 32, 8))
+    if key["arch"] == "interpreter":  # no registers to run out of
+        block = piece = depth = 64
+    return {"BLOCK": block, "SLICE": piece, "DEPTH": depth, "PROGRAMS": 8, "num_warps": warps, "num_stages": 1}
 
 
 @candidates(TO_FORMER, "forward_slices")

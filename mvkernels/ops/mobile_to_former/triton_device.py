@@ -4,8 +4,9 @@ A *unit* is one (batch, head). Its pixels are cut into slices, a program each, s
 machine; tokens come in blocks, padded by mask. A map's tile is (pixels, channels) in two pieces, as
 patch_attention's (triton_tiles.py). Of a token's scores two numbers are kept: the highest, times log2(e), and
 the sum of the exponentials of the differences to it. (Their logarithm alone would cost a digit of the probabilities
-that the backward makes of it.) Every sum over pixels has two stages: in a program, pixel by
-pixel; then over the slices, in their order. Sums are float32, float64 for float64.
+that the backward makes of it. And an output rounded to a half type would cost the gradient of a token that attends
+to one pixel all of its digits: it is the difference of two large numbers.) Every sum over pixels has two stages: in
+a program, pixel by pixel; then over the slices, in their order. Sums are float32, float64 for float64.
 """
 
 import triton
@@ -62,14 +63,14 @@ _SIZES = ["heads", "H", "W", "blocks", "slices", "steps"]
 
 
 # One program: a block of tokens against one slice of a unit's pixels, running maximum. With one slice it writes
-# the result; else what it summed, not yet divided, for forward_merge.
+# the result (EXACT: and once more, before it is rounded); else what it summed, not yet divided, for forward_merge.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
 def forward_slices(
-    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
+    q_ptr, x_ptr, out_ptr, stats_ptr, exact_ptr, scale2, scale2_low,
     qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -113,13 +114,15 @@ def forward_slices(
     tl.store(stats_ptr + row * 2, top, mask=keep_m)
     tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
     store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
+    if EXACT:
+        store_tokens(exact_ptr, sum0, sum1, row, keep_m, D, D0, D1)
 
 
 # Second stage: one program takes ROWS rows (batch, head, token) over all slices, in their order.
 @triton.jit(do_not_specialize=["rows", "slices"])
 def forward_merge(
-    sums_ptr, stats_ptr, out_ptr, merged_ptr, rows, slices,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+    sums_ptr, stats_ptr, out_ptr, merged_ptr, exact_ptr, rows, slices,
+    D: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < rows
@@ -138,8 +141,10 @@ def forward_merge(
         sums += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + cols[None, :], mask=inside, other=0.0)
     tl.store(merged_ptr + row * 2, highest, mask=keep)
     tl.store(merged_ptr + row * 2 + 1, total, mask=keep)
-    out = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * D + cols[None, :], out, mask=inside)
+    out = sums / total[:, None]
+    tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    if EXACT:
+        tl.store(exact_ptr + row[:, None] * D + cols[None, :], out, mask=inside)
 
 
 # What the backward has to know of a block of tokens.

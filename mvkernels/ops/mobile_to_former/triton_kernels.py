@@ -23,9 +23,7 @@ from mvkernels.ops.patch_attention.triton_kernels import _precision
 from mvkernels.ops.patch_attention.triton_plan import Launch
 
 _LOG2E = 1.4426950408889634
-# Beyond these the tiles of the backward do not fit the registers. Exact products hold their operands there whole.
-_MAX_HEAD_DIM = {"float16": 256, "bfloat16": 256, "tf32": 96, "float32": 64, "float64": 32}
-_MAX_HEAD_DIM_OF_MANY_TOKENS = {**_MAX_HEAD_DIM, "float32": 32, "float64": 16}
+_MAX_HEAD_DIM = 256
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 _INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)
@@ -51,13 +49,11 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
             return f"compute capability {major}.x: want 8.0 or more"
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
-    name = "tf32" if _precision(x.dtype, type_) == "tf32" else str(x.dtype).removeprefix("torch.")
-    most = (_MAX_HEAD_DIM if m <= TOKENS else _MAX_HEAD_DIM_OF_MANY_TOKENS)[name]
-    if d > most:
-        return f"head_dim {d}: want at most {most} in {name} with {m} tokens"
+    if d > _MAX_HEAD_DIM:
+        return f"head_dim {d}: want at most {_MAX_HEAD_DIM}"
     if width * heads * d >= _INT32 or 2 * height * width >= _INT32:
         return "a row or a plane of the map passes 2**31 elements"
-    if batch * heads * (height * width + m) * (1 + m // TOKENS) >= _INT32:
+    if batch * heads * (height * width + m + 16) * (1 + m // TOKENS) >= _INT32:
         return "batch * heads * pixels * tokens / 16 passes 2**31"
     return None
 
@@ -94,21 +90,24 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2)), both contiguous.
+def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2), exact), contiguous.
 
     lse is float32 (float64 for float64): of each token's scores, times log2(e), the highest; and the sum of the
-    powers of two of their differences to it. Inputs are read in place, whatever their strides.
+    powers of two of their differences to it. exact is the output in float32 for half types, else empty.
+    Inputs are read in place, whatever their strides.
     """
     launches, slices = forward_launches(problem_of(TO_FORMER, x, query.shape[2], (("q", query), ("x", x))))
     dtype = sums_dtype(x.dtype)
     out = query.new_empty(query.shape)
     tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty((*query.shape[:3], 2), dtype=dtype)}
+    exact = query.new_empty(out.shape if dtype != out.dtype else (0,), dtype=dtype)
+    tensors["exact"] = exact if exact.numel() else tensors["lse"]  # a pointer that is not used must be one
     if slices > 1:
         tensors["sums"] = query.new_empty((slices, *query.shape), dtype=dtype)
         tensors["stats"] = query.new_empty((slices, *query.shape[:3], 2), dtype=dtype)
     run(launches, tensors, scale)
-    return out, tensors["lse"]
+    return out, tensors["lse"], exact
 
 
 def backward(
@@ -116,11 +115,13 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dquery, contiguous; dx, dense in the order of x).
 
-    grad (B, h, M, D) with any strides; out and lse are forward's. No atomics: the same bits in every run.
+    grad (B, h, M, D) with any strides; lse is forward's, out its exact output where there is one.
+    No atomics: the same bits in every run.
     """
     named = (("g", grad), ("q", query), ("o", out), ("x", x))
     launches, slices = backward_launches(problem_of(TO_FORMER, x, query.shape[2], named))
-    tensors = dict(named) | {"lse": lse, "dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
+    made = {"dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
+    tensors = dict(named) | {"exact": out, "lse": lse} | made
     if slices > 1:
         tensors["dq_sums"] = query.new_empty((slices, *query.shape), dtype=sums_dtype(x.dtype))
     run(launches, tensors, scale)

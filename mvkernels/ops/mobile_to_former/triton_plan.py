@@ -9,8 +9,8 @@ import torch
 
 from mvkernels import launch
 from mvkernels.launch import Device
-from mvkernels.ops.mobile_to_former import triton_device
-from mvkernels.ops.mobile_to_former.triton_configs import TOKENS
+from mvkernels.ops.mobile_to_former import triton_device, triton_wide
+from mvkernels.ops.mobile_to_former.triton_configs import TOKENS, is_wide
 from mvkernels.ops.patch_attention import triton_plan as maps
 from mvkernels.ops.patch_attention.triton_configs import pieces
 from mvkernels.ops.patch_attention.triton_plan import Launch
@@ -41,24 +41,29 @@ class Plan:
     """Sizes, strides and alignments of a call as the kernels see them, and the configuration of one of them."""
 
     def __init__(self, problem: Problem, kernel: str, names: str):
-        self.problem, self.kernel, self.names = problem, kernel, names
+        self.problem, self.names = problem, names
         batch, heads, d = problem.shape[:3]
         of_maps = tuple((name, s) for name, s in problem.strides if len(s) == 5)
         self.map = maps._Geometry(
             maps.Problem(problem.shape, d, of_maps, None, 1, (1, 1), problem.dtype, problem.precision, problem.device)
         )
         self.token_strides = {name: s for name, s in problem.strides if len(s) == 4}
-        config = launch.config(problem.op, kernel, problem.device.name, self._key())
+        key = self._key()
+        self.wide = is_wide(key)
+        self.kernel = kernel.partition("_")[0] + "_wide" if self.wide else kernel
+        config = launch.config(problem.op, self.kernel, problem.device.name, key)
         self.options = {name: value for name, value in config.items() if name.islower()}
         self.block = min(config["BLOCK"], max(16, 1 << (self.map.area - 1).bit_length()))
         self.tiles = -(-self.map.area // self.block)
         self.units, self.rows = batch * heads, batch * heads * problem.tokens
         self.token_blocks = -(-problem.tokens // TOKENS)
+        # Pieces of a wide head, a program each.
+        self.pieces = -(-d // config["SLICE"]) if self.wide else 1
         # Few units: their pixels are cut, such that every processor has programs.
-        wanted = config["PROGRAMS"] * problem.device.processors // (self.units * self.token_blocks)
+        wanted = config["PROGRAMS"] * problem.device.processors // (self.units * self.token_blocks * self.pieces)
         self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
         self.slices = -(-self.tiles // self.steps)
-        self.meta = self._meta()
+        self.meta = self._meta() | ({name: config[name] for name in ("SLICE", "DEPTH")} if self.wide else self._whole())
 
     def _key(self) -> dict[str, Any]:
         problem, size = self.problem, self.problem.dtype.itemsize
@@ -72,16 +77,19 @@ class Plan:
         }
 
     def _meta(self) -> dict[str, Any]:
-        problem, d = self.problem, self.problem.shape[2]
-        d0, d1 = pieces(d, problem.dtype.itemsize == 4 and problem.precision == "ieee")
-        if problem.dtype == torch.float64:
-            d0, d1 = max(16, 1 << (d - 1).bit_length()), 0
-        meta = {"M": problem.tokens, "D": d, "D0": d0, "D1": d1, "TOKENS": TOKENS, "BLOCK": self.block}
+        meta = {"M": self.problem.tokens, "D": self.problem.shape[2], "TOKENS": TOKENS, "BLOCK": self.block}
         meta |= {"N_ALIGN": self.map.n_align, "LINEAR": self.map.linear, "WIDE": self.map.wide}
         for name in self.names:
             layout = self.map.maps[name] if name in self.map.maps else self._token_layout(*self.token_strides[name])
             meta["L" + name.upper()], meta["A" + name.upper()] = layout
-        return meta | {"PRECISION": problem.precision}
+        return meta | {"PRECISION": self.problem.precision}
+
+    def _whole(self) -> dict[str, int]:
+        problem, d = self.problem, self.problem.shape[2]
+        d0, d1 = pieces(d, problem.dtype.itemsize == 4 and problem.precision == "ieee")
+        if problem.dtype == torch.float64:
+            d0, d1 = max(16, 1 << (d - 1).bit_length()), 0
+        return {"D0": d0, "D1": d1}
 
     def _token_layout(self, sb: int, sh: int, sm: int, sd: int) -> tuple[int, int]:
         return (1, maps._low_bit(sb, sh, sm, limit=self.map.vector)) if sd == 1 else (0, 1)
@@ -101,7 +109,8 @@ class Plan:
 
     def launch(self, kernel: Any, blocks: int, pointers: tuple[str, ...], floats: tuple[str, ...],
                meta: dict[str, Any]) -> Launch:  # fmt: skip
-        """A program for every slice of every unit, for each of so many blocks of tokens."""
+        """A program for every slice of every unit, for each of so many blocks of tokens and each piece of a head."""
+        blocks *= self.pieces
         ints = (*self.strides(), *self.map.sizes[:3], blocks, self.slices, self.steps, self.rows)
         meta = self.meta | meta | {"LOOP": self.loop(self.steps)}
         return Launch(
@@ -134,22 +143,24 @@ class Plan:
 
 @launch.memo
 def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a forward call; tensors ``q x o lse``, with more than one slice ``sums stats``."""
+    """(launches, slices) of a forward call; tensors ``q x o lse exact``, with more than one slice ``sums stats``."""
     plan = Plan(problem, "forward_slices", "qx")
     split = plan.slices > 1
-    pointers = ("q", "x", "sums", "stats") if split else ("q", "x", "o", "lse")
-    launches = [plan.launch(triton_device.forward_slices, plan.token_blocks, pointers, SCALE2, {"SPLIT": split})]
+    pointers = ("q", "x", "sums", "stats", "exact") if split else ("q", "x", "o", "lse", "exact")
+    half = problem.dtype.itemsize == 2
+    kernel = triton_wide.forward_wide if plan.wide else triton_device.forward_slices
+    launches = [plan.launch(kernel, plan.token_blocks, pointers, SCALE2, {"SPLIT": split, "EXACT": half and not split})]
     if split:
         d = problem.shape[2]
         wide = max(16, 1 << (d - 1).bit_length())
         rows = max(1, 512 // wide)
-        merge = {"D": d, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
+        merge = {"D": d, "EXACT": half, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
         launches.append(
             Launch(
                 triton_device.forward_merge,
                 "forward_merge",
                 -(-plan.rows // rows),
-                ("sums", "stats", "o", "lse"),
+                ("sums", "stats", "o", "lse", "exact"),
                 (),
                 (plan.rows, plan.slices),
                 merge,
@@ -161,12 +172,13 @@ def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
 
 @launch.memo
 def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a backward call; tensors ``g q x o lse dq dx``, with more than one slice ``dq_sums``.
+    """(launches, slices) of a backward call; tensors ``g q x exact lse dq dx``, with more than one slice ``dq_sums``.
 
     Floats ``scale scale_low scale2 scale2_low``.
     """
     plan = Plan(problem, "backward_slices", "gqox")
     split = plan.slices > 1
-    pointers = ("g", "q", "x", "o", "lse", "dq_sums" if split else "dq", "dx")
-    launches = plan.backward(triton_device.backward_slices, pointers, plan.made_map("D"))
+    pointers = ("g", "q", "x", "exact", "lse", "dq_sums" if split else "dq", "dx")
+    kernel = triton_wide.backward_wide if plan.wide else triton_device.backward_slices
+    launches = plan.backward(kernel, pointers, plan.made_map("D"))
     return launches + ([plan.sum_slices("dq")] if split else []), plan.slices

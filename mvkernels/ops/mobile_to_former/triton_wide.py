@@ -1,0 +1,233 @@
+"""Triton kernels of mobile_to_former for heads too wide for the registers. Terms are those of triton_device.py.
+
+A program sums SLICE of a head's channels, and a launch has a program for each such *piece*. The scores need all
+channels: they are summed DEPTH channels at a time, from a map that the pieces of a unit find in the caches. Nothing
+that lies in registers grows with head_dim.
+"""
+
+import triton
+import triton.language as tl
+
+from mvkernels.ops.mobile_to_former.triton_device import _MAP, _QUERY, _SIZES, exact, unit_of
+from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, row_offsets
+
+
+@triton.jit
+def _slice(
+    rows, keep, sd, start,
+    WIDTH: tl.constexpr, D: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    # As triton_tiles._piece, for channels that begin where a loop has come to.
+    cols = start + tl.arange(0, WIDTH)
+    if LAYOUT == 1:
+        offsets = rows[:, None] + cols[None, :]
+        mask = keep[:, None] & (cols < D)[None, :]
+    else:
+        along = cols.to(tl.int64) * sd if WIDE else cols * sd
+        if LAYOUT == 2:
+            along = tl.multiple_of(along, ALIGN)
+        offsets = along[:, None] + rows[None, :]
+        mask = (cols < D)[:, None] & keep[None, :]
+    return offsets, mask
+
+
+@triton.jit
+def load_slice(
+    ptr, rows, keep, sd, start,
+    WIDTH: tl.constexpr, D: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Channels [start, start + WIDTH) of a (rows, D) tile; zeros outside ``keep`` and past D."""
+    offsets, mask = _slice(rows, keep, sd, start, WIDTH, D, LAYOUT, ALIGN, WIDE)
+    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return tile if LAYOUT == 1 else tl.trans(tile)
+
+
+@triton.jit
+def store_slice(
+    ptr, value, rows, keep, sd, start,
+    WIDTH: tl.constexpr, D: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write channels [start, start + WIDTH) of a (rows, D) tile, rounded to its dtype."""
+    offsets, mask = _slice(rows, keep, sd, start, WIDTH, D, LAYOUT, ALIGN, WIDE)
+    value = value.to(ptr.dtype.element_ty)
+    tl.store(ptr + offsets, value if LAYOUT == 1 else tl.trans(value), mask=mask)
+
+
+@triton.jit
+def token_rows(m, sm, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets of tokens inside their (batch, head) plane, 64-bit."""
+    rows = m.to(tl.int64) * sm
+    if LAYOUT == 1:
+        rows = tl.multiple_of(rows, ALIGN)
+    return rows
+
+
+@triton.jit
+def products(
+    a_ptr, a_rows, a_keep, asd, b_ptr, b_rows, b_keep, bsd,
+    A: tl.constexpr, B: tl.constexpr, DEPTH: tl.constexpr, D: tl.constexpr,
+    LA: tl.constexpr, AA: tl.constexpr, WA: tl.constexpr, LB: tl.constexpr, AB: tl.constexpr, WB: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """a bᵀ, (A rows, B rows), summed over the channels DEPTH at a time."""
+    total = tl.zeros([A, B], ACC)
+    for start in range(0, D, DEPTH):
+        a = load_slice(a_ptr, a_rows, a_keep, asd, start, DEPTH, D, LA, AA, WA)
+        b = load_slice(b_ptr, b_rows, b_keep, bsd, start, DEPTH, D, LB, AB, WB)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+# One program: as forward_slices, of a piece of the channels. The first piece writes what is kept of the scores.
+@triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
+def forward_wide(
+    q_ptr, x_ptr, out_ptr, stats_ptr, exact_ptr, scale2, scale2_low,
+    qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, DEPTH: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    PIECES: tl.constexpr = (D + SLICE - 1) // SLICE
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    start = block % PIECES * SLICE
+    factor = exact(scale2, scale2_low, ACC)
+    m = block // PIECES * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    q_rows = token_rows(m, qsm, LQ, AQ)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    top = tl.full([TOKENS], -float("inf"), ACC)
+    total = tl.zeros([TOKENS], ACC)
+    sums = tl.zeros([TOKENS, SLICE], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
+        scores = products(
+            q_ptr, q_rows, keep_m, qsd, x_ptr, at, keep, xsd,
+            TOKENS, BLOCK, DEPTH, D, LQ, AQ, True, LX, AX, WIDE, PRECISION, ACC,
+        )  # fmt: skip
+        scores = tl.where(keep[None, :], scores * factor, -float("inf"))
+        highest = tl.maximum(top, tl.max(scores, 1))
+        # A row with no score above -inf yet has to stay 0, not become inf - inf.
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        top = highest
+        total = total * fade + tl.sum(p, 1)
+        here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE)
+        sums = tl.dot(p.to(here.dtype), here, sums * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+    row = unit * M + m
+    if SPLIT:
+        row += part * rows
+    else:
+        sums = sums / total[:, None]
+    first = keep_m & (start == 0)
+    tl.store(stats_ptr + row * 2, top, mask=first)
+    tl.store(stats_ptr + row * 2 + 1, total, mask=first)
+    store_slice(out_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
+    if EXACT:
+        store_slice(exact_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
+
+
+# Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens; and its tokens.
+@triton.jit
+def _gradients(
+    block, unit, q_ptr, g_ptr, o_ptr, stats_ptr, x_ptr, at, keep, several, factor,
+    qsm, qsd, gsm, gsd, osm, osd, xsd,
+    M: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q_rows = token_rows(m, qsm, LQ, AQ)
+    g_rows = token_rows(m, gsm, LG, AG)
+    o_rows = token_rows(m, osm, LO, AO)
+    delta = tl.zeros([TOKENS], ACC)
+    for start in range(0, D, DEPTH):
+        g = load_slice(g_ptr, g_rows, keep_m, gsd, start, DEPTH, D, LG, AG, True)
+        o = load_slice(o_ptr, o_rows, keep_m, osd, start, DEPTH, D, LO, AO, True)
+        delta += tl.sum(g.to(ACC) * o.to(ACC), 1)
+    top = tl.load(stats_ptr + (unit * M + m) * 2, mask=keep_m, other=0.0)
+    share = 1.0 / tl.load(stats_ptr + (unit * M + m) * 2 + 1, mask=keep_m, other=1.0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    scores = products(
+        x_ptr, at, keep, xsd, q_ptr, q_rows, keep_m, qsd,
+        BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LQ, AQ, True, PRECISION, ACC,
+    )  # fmt: skip
+    dp = products(
+        x_ptr, at, keep, xsd, g_ptr, g_rows, keep_m, gsd,
+        BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LG, AG, True, PRECISION, ACC,
+    )  # fmt: skip
+    inside = keep[:, None] & keep_m[None, :]
+    p = tl.where(inside, tl.exp2(scores * factor - base[None, :]) * share[None, :], 0.0)
+    # The score of an only pixel has no gradient: two ways to round the same sum would leave some.
+    ds = tl.where(inside & several, p * (dp - delta[None, :]), 0.0)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    return p.to(dtype), ds.to(dtype), q_rows, g_rows, keep_m
+
+
+# One program: as backward_slices, of a piece of the channels.
+@triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES + ["gsb", "gsh", "gsm", "gsd", "osb", "osh", "osm", "osd"])
+def backward_wide(
+    g_ptr, q_ptr, x_ptr, o_ptr, stats_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, osb, osh, osm, osd, xsb, xsh, xsd, xsy, xsx,
+    heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, DEPTH: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    PIECES: tl.constexpr = (D + SLICE - 1) // SLICE
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    start = block % PIECES * SLICE
+    block = block // PIECES
+    factor = exact(scale2, scale2_low, ACC)
+    scale = exact(scale, scale_low, ACC)
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    g_ptr += plane(batch, head, gsb, gsh, LG, AG)
+    o_ptr += plane(batch, head, osb, osh, LO, AO)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
+    dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    dq = tl.zeros([TOKENS, SLICE], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
+        dx = tl.zeros([BLOCK, SLICE], ACC)
+        # Every block of tokens for the pixels' gradient, else the program's own.
+        for other in range(0, (M + TOKENS - 1) // TOKENS if DX else 1):
+            p, ds, q_rows, g_rows, keep_m = _gradients(
+                other if DX else block, unit, q_ptr, g_ptr, o_ptr, stats_ptr, x_ptr, at, keep, pixels > 1, factor,
+                qsm, qsd, gsm, gsd, osm, osd, xsd,
+                M, D, DEPTH, LQ, AQ, LG, AG, LO, AO, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
+            )  # fmt: skip
+            if DTOKENS:
+                here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE)
+                dq = tl.dot(tl.trans(ds), here, dq, input_precision=PRECISION, out_dtype=ACC)
+            if DX:
+                q = load_slice(q_ptr, q_rows, keep_m, qsd, start, SLICE, D, LQ, AQ, True)
+                dx += tl.dot(ds, q, input_precision=PRECISION, out_dtype=ACC) * scale
+                g = load_slice(g_ptr, g_rows, keep_m, gsd, start, SLICE, D, LG, AG, True)
+                dx = tl.dot(p, g, dx, input_precision=PRECISION, out_dtype=ACC)
+        if DX:
+            to = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
+            store_slice(dx_ptr, dx, to, keep, dxd, start, SLICE, D, LD, AD, WIDE)
+    if DTOKENS:
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        store_slice(dq_ptr, dq * scale, row.to(tl.int64) * D, m < M, 1, start, SLICE, D, 1, 1, True)
