@@ -77,18 +77,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _forward_operators() -> None:
     """Python looks for operators in the class, past ``__getattr__``."""
-    compared = {
-        "__eq__",
-        "__ne__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__dir__",
-    }
+    of_every_object = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__str__", "__format__"}
     for name in dir(Tensor):
         special = name.startswith("__") and name.endswith("__") and callable(getattr(Tensor, name))
         if name in of_every_object or (special and not hasattr(object, name) and name not in LaterTensor.__dict__):
