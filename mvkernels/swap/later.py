@@ -37,7 +37,7 @@ class LaterTensor:
         if formed is not None:
             return formed
         form, of, versions, grad, (device, dtype, enabled) = self._then
-        if any(version not in (None, t._version) for t, version in zip(of, versions)):
+        if any(version is not None and version != t._version for t, version in zip(of, versions)):
             raise RuntimeError(
                 "a swapped module forms this result when it is used, and its inputs have been changed in place since; "
                 "use it before, or restore the module"
@@ -60,7 +60,7 @@ class LaterTensor:
         setattr(self.tensor, name, value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _itself, (self.tensor,)
+        return self.tensor.__reduce_ex__(protocol)
 
     def __copy__(self) -> Tensor:
         return copy.copy(self.tensor)
@@ -69,10 +69,6 @@ class LaterTensor:
         return copy.deepcopy(self.tensor, memo)
 
     __hash__ = object.__hash__
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _forward_operators() -> None:
