@@ -94,13 +94,14 @@ def computes_something_else(
         for part in twin.modules():
             part._forward_hooks.clear()
             part._forward_pre_hooks.clear()
+        drawn = _drawn(twin)
         with torch.no_grad():
             for training in (False, True):
                 twin.train(training)
                 if training and quiet is not None:
                     quiet(twin)
                 for size, tolerance in ((1.0, _TOLERANCE), (_LARGE, _ALIKE)):
-                    _randomise(twin, size)
+                    _randomise(drawn, size)
                     for example in inputs:
                         reason = _differs(twin, base, _times(example, size**2), fused, shape, tolerance)
                         if reason:
@@ -111,11 +112,18 @@ def computes_something_else(
     return ""
 
 
-def _randomise(twin: nn.Module, size: float) -> None:
-    """The same numbers every time, times ``size``."""
+def _drawn(twin: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, tensor and random numbers for it, of all parameters and buffers; the same every time."""
     generator = torch.Generator().manual_seed(0)
-    for name, value in (*twin.named_parameters(), *twin.named_buffers()):
-        value.copy_(0.5 * size * torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu"))
+    return [
+        (name, value, 0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu"))
+        for name, value in (*twin.named_parameters(), *twin.named_buffers())
+    ]
+
+
+def _randomise(drawn: Sequence[tuple[str, Tensor, Tensor]], size: float) -> None:
+    for name, value, numbers in drawn:
+        value.copy_(size * numbers)
         if name.endswith("running_var"):
             value.abs_().add_(0.5)
 
