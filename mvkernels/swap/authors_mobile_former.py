@@ -113,7 +113,8 @@ class SwappedLocal2Global(_SwappedBridge):
     """A ``Local2Global`` whose attention is :func:`mvkernels.mobile_to_former`.
 
     Returns (tokens, scores): the scores, which only blocks with a hyper_token_id of -1 use, as a
-    :class:`LaterTensor`, formed if somebody does. A compiler gets them at once and finds out by itself.
+    :class:`LaterTensor`, formed if somebody does. A compiler gets them at once and finds out by itself, and so does a
+    reentrant checkpoint.
     """
 
     mvk_formed_later = ("[1]",)
@@ -131,9 +132,10 @@ class SwappedLocal2Global(_SwappedBridge):
         seen = seen.permute(2, 0, 1, 3).flatten(2)
         if self.use_dynamic:
             seen = seen * (self.alpha(tokens) * self.alpha_scale)
-        tokens = self.layer_norm(tokens + self.proj(seen))
         form = functools.partial(_scores, self.scale)
-        return tokens, form(query, pixels) if torch.compiler.is_compiling() else LaterTensor(form, query, pixels)
+        at_once = torch.compiler.is_compiling() or _for_a_checkpoint(x, tokens)
+        scores = form(query, pixels) if at_once else LaterTensor(form, query, pixels)
+        return self.layer_norm(tokens + self.proj(seen)), scores
 
 
 class SwappedGlobal2Local(_SwappedBridge):
@@ -145,6 +147,15 @@ class SwappedGlobal2Local(_SwappedBridge):
             value = value * (self.alpha(tokens) * self.alpha_scale)
         key, value = _heads(self.k(tokens), self.num_heads), _heads(value, self.num_heads)
         return add_attention(x, key, value, scale=self.scale, backend=self.mvk_backend)
+
+
+def _for_a_checkpoint(*given: Tensor) -> bool:
+    """Whether it looks like torch.utils.checkpoint with use_reentrant=True around the bridge.
+
+    Without a graph at first, and then with leaves: both times it has to be given tensors, or their gradient is lost.
+    """
+    recorded = torch.is_grad_enabled()
+    return any(t.requires_grad and (t.is_leaf or not recorded) for t in given)
 
 
 def _scores(scale: float, query: Tensor, pixels: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def create_model(
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"create_model: {what} is {count!r}, want an integer")
     # Dropping all is something to a dropout, and nothing to a drop path, which divides by what is kept.
-    rates = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
+    rates: dict[str, tuple[Any, str]] = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
     for what, (rate, below) in rates.items():
         if not isinstance(rate, Real):
             raise TypeError(f"create_model: {what} is {rate!r}, want a number")

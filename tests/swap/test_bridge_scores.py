@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mvkernels.swap import authors_mobile_former, swap, verify_swap
 from mvkernels.swap.later import LaterTensor
@@ -40,7 +41,7 @@ def formed(monkeypatch):
 def results(module, x, uses):
     """The outputs of ``module``, and the gradients of its inputs and parameters."""
     leaves = [t.detach().clone().requires_grad_() for t in x]
-    out = uses(*module(tuple(leaves)))
+    out = uses(*module(tuple(1 * t for t in leaves)))
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in out]
     return *out, *torch.autograd.grad(out, [*leaves, *module.parameters()], cotangents)
@@ -160,9 +161,34 @@ def test_of_that_call():
         second.tensor  # noqa: B018
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [0, 1, None])
+def test_checkpoints(reentrant, frozen):
+    """Around the bridge, with the scores used outside."""
+    module = bridge().double()
+    x = inputs(dtype=torch.float64)
+
+    def run(swapped):
+        leaves = [t.clone().requires_grad_(i != frozen) for i, t in enumerate(x)]
+        given = [1 * t for t in leaves]
+        if swapped:
+            tokens, scores = checkpoint(module, given, use_reentrant=False)
+            if reentrant:
+                tokens, scores = checkpoint(lambda *z: module(z), *given, use_reentrant=True)
+        else:
+            tokens, scores = module(given)
+        wanted = [t for t in leaves if t.requires_grad]
+        ((tokens**2).sum() + (scores.softmax(-1) ** 2).sum()).backward()
+        return [t.grad for t in wanted]
+
+    expected = run(False)
+    swap(module)
+    torch.testing.assert_close(run(True), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_modes_of_that_call():
     module = bridge()
-    x = tuple(t.requires_grad_() for t in inputs())
+    x = inputs()
     swap(module)
     with torch.no_grad():
         scores = module(x)[1]
