@@ -15,12 +15,13 @@ from mvkernels.swap import by_structure, lite_mla
 from mvkernels.swap.eligibility import not_its_own
 from mvkernels.swap.mobilevit import as_original
 
+_CHILDREN = ("qkv", "aggreg", "kernel_func", "proj")
 _METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
 
 
 def why_not(module: Any, model: nn.Module) -> str:
     """Why the fused form cannot stand for this ``LiteMLA``; empty if it can."""
-    reason = lite_mla.why_not(module)
+    reason = by_structure.holds_something_else(module, _CHILDREN) or lite_mla.why_not(module)
     if reason:
         return reason
     generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ Tokens are (M, B, token_dim) here, in front.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
 from mvkernels.swap.eligibility import log_once, not_hooked, unusual_call
+from mvkernels.swap.later import LaterTensor
+
+_CHILDREN = ("q", "k", "v", "proj", "alpha", "layer_norm", "drop_path", "fuse")
 
 
 def why_not(bridge: Any, model: nn.Module) -> str:
     """Why the fused form cannot stand for this bridge of ``model``; empty if it can."""
     base = _base(bridge)
-    reason = base.why_not_now(bridge)
+    reason = by_structure.holds_something_else(bridge, _CHILDREN) or base.why_not_now(bridge)
     if not reason and base is SwappedLocal2Global and _scores_are_wanted(model):
+        # They would be computed twice.
         reason = "its scores are used (hyper_token_id or sel_token_id is -1), and the fused op does not form them"
     return reason or _computes_something_else(bridge, base)
 
@@ -56,8 +61,15 @@ def _computes_something_else(bridge: Any, base: type) -> str:
         base,
         [(x, tokens)],
         lambda twin, example: twin.fused(*example),
-        shape="(tokens, scores)" if base is SwappedLocal2Global else "",
+        shape=("tokens", "scores") if base is SwappedLocal2Global else (),
+        quiet=_quiet,
     )
+
+
+def _quiet(bridge: Any) -> None:
+    """A drop path that drops is the original's."""
+    if type(bridge.drop_path) is not nn.Identity:
+        bridge.drop_path.drop_prob = 0.0
 
 
 class _SwappedBridge(by_structure.SwappedByStructure):
@@ -100,10 +112,12 @@ class _SwappedBridge(by_structure.SwappedByStructure):
 class SwappedLocal2Global(_SwappedBridge):
     """A ``Local2Global`` whose attention is :func:`mvkernels.mobile_to_former`.
 
-    Returns (tokens, None): the scores, which only blocks with a hyper_token_id of -1 use, are not formed.
+    Returns (tokens, scores): the scores, which only blocks with a hyper_token_id of -1 use, as a
+    :class:`LaterTensor`, formed if somebody does. A compiler gets them at once and finds out by itself, and so does a
+    reentrant checkpoint.
     """
 
-    mvk_not_formed = ("[1]",)
+    mvk_formed_later = ("[1]",)
 
     @staticmethod
     def why_not_now(bridge: Any) -> str:
@@ -111,14 +125,17 @@ class SwappedLocal2Global(_SwappedBridge):
             return "it has a hook, which may look at the scores"
         return _SwappedBridge.why_not_now(bridge)
 
-    def fused(self: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, None]:
+    def fused(self: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
         query = _heads(self.q(tokens), self.num_heads)
         pixels = x.unflatten(1, (self.num_heads, -1))
         seen = mobile_to_former(query, pixels, scale=self.scale, backend=self.mvk_backend)
         seen = seen.permute(2, 0, 1, 3).flatten(2)
         if self.use_dynamic:
             seen = seen * (self.alpha(tokens) * self.alpha_scale)
-        return self.layer_norm(tokens + self.proj(seen)), None
+        form = functools.partial(_scores, self.scale)
+        at_once = torch.compiler.is_compiling() or _for_a_checkpoint(x, tokens)
+        scores = form(query, pixels) if at_once else LaterTensor(form, query, pixels)
+        return self.layer_norm(tokens + self.proj(seen)), scores
 
 
 class SwappedGlobal2Local(_SwappedBridge):
@@ -130,6 +147,20 @@ class SwappedGlobal2Local(_SwappedBridge):
             value = value * (self.alpha(tokens) * self.alpha_scale)
         key, value = _heads(self.k(tokens), self.num_heads), _heads(value, self.num_heads)
         return add_attention(x, key, value, scale=self.scale, backend=self.mvk_backend)
+
+
+def _for_a_checkpoint(*given: Tensor) -> bool:
+    """Whether it looks like torch.utils.checkpoint with use_reentrant=True around the bridge.
+
+    Without a graph at first, and then with leaves: both times it has to be given tensors, or their gradient is lost.
+    """
+    recorded = torch.is_grad_enabled()
+    return any(t.requires_grad and (t.is_leaf or not recorded) for t in given)
+
+
+def _scores(scale: float, query: Tensor, pixels: Tensor) -> Tensor:
+    """(B, heads, M, D) and (B, heads, D, H, W) -> (B, heads, M, H, W)."""
+    return (query @ pixels.flatten(3) * scale).unflatten(-1, pixels.shape[-2:])
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:

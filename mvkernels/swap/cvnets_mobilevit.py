@@ -18,12 +18,18 @@ from mvkernels.swap.eligibility import ELEMENTWISE, log_once, not_dense, not_hoo
 from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
 
 _WATCHED = ("local_rep", "global_rep", "conv_proj")
+_CHILDREN = ("local_rep", "global_rep", "conv_proj", "fusion")
+_LAYER = ("pre_norm_mha", "pre_norm_ffn", "drop_path")
+_ATTENTION = ("qkv_proj", "attn_dropout", "out_proj", "softmax")
 _METHODS = ("unfolding", "folding", "forward_spatial")
 
 
 def why_not(block: Any, model: nn.Module) -> str:
     """Why the fused block cannot stand for this ``MobileViTBlock``; empty if it can."""
-    reason = _why_not_now(block)
+    reason = by_structure.holds_something_else(block, _CHILDREN) or _why_not_now(block)
+    for layer in list(block.global_rep)[:-1] if not reason else ():
+        reason = reason or by_structure.holds_something_else(layer, _LAYER, "a layer of the transformer")
+        reason = reason or by_structure.holds_something_else(layer.pre_norm_mha[1], _ATTENTION, "its attention")
     if reason:
         return reason
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +39,15 @@ def why_not(block: Any, model: nn.Module) -> str:
     if dim == 6:
         sizes = [(h + 2 * block.patch_h, w) for h, w in sizes]
     maps = [torch.randn(2, channels, *size, generator=generator, dtype=torch.float64, device="cpu") for size in sizes]
-    return by_structure.computes_something_else(block, SwappedMobileViTBlock, maps, _fused_example)
+    return by_structure.computes_something_else(block, SwappedMobileViTBlock, maps, _fused_example, quiet=_quiet)
+
+
+def _quiet(block: Any) -> None:
+    """The dropouts that the fused form calls too, and what it leaves to the original when it drops anything."""
+    for layer in list(block.global_rep)[:-1]:
+        attention, (_, _, _, drop1, _, drop2) = layer.pre_norm_mha[1], layer.pre_norm_ffn
+        for part in (layer.pre_norm_mha[2], attention.attn_dropout, drop1, drop2, layer.drop_path):
+            part.p = 0.0
 
 
 def swapped_class(block: nn.Module) -> type[nn.Module]:

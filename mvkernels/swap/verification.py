@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.swap.engine import swap, unswap
+from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.report import SwapReport, original_of, set_backend, table
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 
@@ -94,9 +95,9 @@ def verify_swap(
     captured: dict[str, tuple[Any, ...]] = {}
     names = [entry.name for entry in report.entries if entry.swapped]
     runs = [
-        _run(exact, _cast(args, torch.float64), _cast(kwargs, torch.float64), _not_formed(swapped)),
-        _run(original, args, kwargs, _not_formed(swapped), names, captured),
-        _run(swapped, args, kwargs),
+        _run(exact, _cast(args, torch.float64), _cast(kwargs, torch.float64), _formed_later(swapped)),
+        _run(original, args, kwargs, _formed_later(swapped), names, captured),
+        _run(swapped, args, kwargs, _formed_later(swapped)),
     ]
     results.rows += _compare("", runs, _WHOLE_MODEL, rtol)
     for name in names:
@@ -104,7 +105,7 @@ def verify_swap(
             continue
         blocks = [m.get_submodule(name) for m in (exact, original, swapped)]
         inputs = captured[name]
-        skip = _not_formed(blocks[2])
+        skip = _formed_later(blocks[2])
         runs = [_run(blocks[0], _cast(inputs, torch.float64), {}, skip)]
         runs += [_run(block, inputs, {}, skip) for block in blocks[1:]]
         results.rows += _compare(name + ": ", runs, 1.0, rtol)
@@ -125,9 +126,12 @@ def _is_swapped(model: nn.Module) -> bool:
     return any(original_of(m) is not None for m in model.modules())
 
 
-def _not_formed(module: nn.Module) -> tuple[str, ...]:
-    """The outputs, by name, that a swapped block leaves out and its report says that nobody uses."""
-    return getattr(type(module), "mvk_not_formed", ())
+def _formed_later(module: nn.Module) -> tuple[str, ...]:
+    """The outputs, by name, that a swapped block forms only if they are used.
+
+    They are not the kernel's, and beside their gradients those of what is would hardly be seen.
+    """
+    return getattr(type(module), "mvk_formed_later", ())
 
 
 def _report(model: nn.Module, backend: str | None) -> SwapReport:
@@ -211,6 +215,8 @@ def _run(
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     """The floating tensors in an output: a tensor, a tuple or list, a dict or a ModelOutput."""
+    if isinstance(value, LaterTensor):
+        value = value.tensor
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield name, value

@@ -228,6 +228,8 @@ class MobileFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """A picture (B, in_chans, H, W) -> the last map of each stage, finest first, and tokens (B, M, token_dim)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MobileFormer: x is a {type(x).__name__}, want a torch.Tensor")
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"MobileFormer: x is {tuple(x.shape)}, want (B, {self.in_chans}, H, W)")
         tokens = self.tokens.expand(x.shape[0], -1, -1)

@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -104,9 +105,20 @@ def create_model(
         features_only: instead of logits return the list of each stage's last map, finest first.
         settings: further arguments of the model's class.
 
-    Raises ValueError for an unknown name or a setting out of range, and TypeError for an unknown setting.
+    Raises ValueError for an unknown name or a setting out of range, and TypeError for an unknown setting or one of
+    another type.
     """
     build = model_info(name).build
+    for what, count in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise TypeError(f"create_model: {what} is {count!r}, want an integer")
+    # Dropping all is something to a dropout, and nothing to a drop path, which divides by what is kept.
+    rates: dict[str, tuple[Any, str]] = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
+    for what, (rate, below) in rates.items():
+        if not isinstance(rate, Real):
+            raise TypeError(f"create_model: {what} is {rate!r}, want a number")
+        if not 0.0 <= rate <= 1.0 or (rate == 1.0 and below == "<"):
+            raise ValueError(f"create_model: {what} is {rate}, want 0 <= {what} {below} 1")
     return build(
         num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, features_only=features_only, **settings
     )
@@ -124,7 +136,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
             that a ``features_only`` model lacks are passed over.
 
     Raises TypeError for a model or state_dict that is none, and ValueError for a source that the model does not know
-    or with a line for everything that does not fit: missing, left over, of another shape.
+    or with a line for everything that does not fit: missing, left over, given twice (with "module." and without), of
+    another shape, without values (on the meta device), not dense, or complex or integer where the model has floats.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights: model is a {type(model).__name__}, want a torch.nn.Module")
@@ -135,7 +148,16 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
             break
-    given = {name.removeprefix("module."): value for name, value in state_dict.items()}
+    given: dict[str, Any] = {}
+    problems = []
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            problems.append(f"the key {key!r} is of type {type(key).__name__}, want a name")
+            continue
+        name = key.removeprefix("module.")
+        if name in given:
+            problems.append(f"{name} is given twice, with and without 'module.'")
+        given[name] = value
 
     own = model.state_dict()
     names: dict[str, tuple[str, ...]] = {}
@@ -148,13 +170,17 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
     # BatchNorm counts batches for a momentum that is not used here; old checkpoints leave it out.
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     wanted = [theirs for name, group in names.items() if name not in optional for theirs in group]
-    problems = [f"{theirs} is missing" for theirs in wanted if theirs not in given]
+    problems += [f"{theirs} is missing" for theirs in wanted if theirs not in given]
     problems += [f"{name} is left over" for name in left_over]
     loaded: dict[str, Tensor] = {}
     for name, group in names.items():
         values = [given[theirs] for theirs in group if theirs in given]
-        strange = [theirs for theirs in group if theirs in given and not isinstance(given[theirs], Tensor)]
-        problems += [f"{theirs} is a {type(given[theirs]).__name__}, want a tensor" for theirs in strange]
+        strange = [
+            f"{theirs} is {reason}"
+            for theirs in group
+            if theirs in given and (reason := _unfit(given[theirs], own[name]))
+        ]
+        problems += strange
         if strange or len(values) < len(group):
             loaded[name] = own[name]
             continue
@@ -195,6 +221,30 @@ def _source(model: Any, source: str) -> WeightSource:
 
 def _either(names: Sequence[str], form: Callable[[str], str] = repr) -> str:
     return " or ".join(filter(None, (", ".join(map(form, names[:-1])), form(names[-1]))))
+
+
+def _unfit(value: Any, own: Tensor) -> str:
+    """What of ``value``, beside its shape, is such that it cannot be copied into ``own``, or not without a loss.
+
+    torch finds the one only after other tensors have been overwritten, and the other not at all.
+    """
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}, want a tensor"
+    if value.is_meta and not own.is_meta:
+        return "on the meta device, without values"
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else value.layout
+        return f"{kind}, want a dense tensor"
+    if _number(value) != _number(own):
+        return f"{value.dtype}, want {own.dtype}"
+    return ""
+
+
+def _number(t: Tensor) -> str:
+    """The kind of number that a tensor is of; within a kind, copying rounds at most."""
+    if t.is_floating_point():
+        return "float"
+    return "complex" if t.is_complex() else "bool" if t.dtype == torch.bool else "integer"
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor | None:

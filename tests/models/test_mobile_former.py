@@ -207,7 +207,7 @@ def test_compiles_and_exports():
         ("mobile_former_26m", {"num_classes": 0}, ValueError, "num_classes is 0"),
         ("mobile_former_26m", {"in_chans": 0}, ValueError, "in_chans is 0"),
         ("mobile_former_26m", {"stem_stride": 4}, ValueError, "stem_stride is 4"),
-        ("mobile_former_26m", {"drop_path_rate": 1.0}, ValueError, "want 0 <= p < 1"),
+        ("mobile_former_26m", {"drop_path_rate": 1.0}, ValueError, "want 0 <= drop_path_rate < 1"),
         ("mobile_former_26m", {"backend": "fastest"}, ValueError, "backend"),
         ("mobile_former_26m", {"depth": 3}, TypeError, "depth"),
     ],

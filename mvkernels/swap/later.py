@@ -1,0 +1,92 @@
+"""A tensor that a swapped module returns beside its result and that is formed when somebody uses it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+class LaterTensor:
+    """``form(*of)``, computed at its first use: an attribute, an index, an operator, a torch function.
+
+    What is used is a tensor with its place in the graph: gradients reach ``of`` as if it had been formed at once,
+    in the grad mode and under the autocast of then. If one of ``of`` has been changed in place since, using it raises
+    RuntimeError. It is no ``torch.Tensor`` itself (``isinstance`` says so), so that what walks over outputs passes it
+    by; ``.tensor`` is one.
+    """
+
+    __slots__ = ("__weakref__", "_formed", "_then")
+
+    def __init__(self, form: Callable[..., Tensor], *of: Tensor) -> None:
+        device = of[0].device.type
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        # Tensors of inference mode keep no count of their changes.
+        versions = [None if t.is_inference() else t._version for t in of]
+        object.__setattr__(self, "_then", (form, of, versions, torch.is_grad_enabled(), autocast))
+        object.__setattr__(self, "_formed", None)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor, formed if it was not yet."""
+        formed: Tensor | None = self._formed
+        if formed is not None:
+            return formed
+        form, of, versions, grad, (device, dtype, enabled) = self._then
+        if any(version is not None and version != t._version for t, version in zip(of, versions)):
+            raise RuntimeError(
+                "a swapped module forms this result when it is used, and its inputs have been changed in place since; "
+                "use it before, or restore the module"
+            )
+        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled):
+            formed = form(*of)
+        object.__setattr__(self, "_formed", formed)
+        object.__setattr__(self, "_then", None)
+        return formed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = _pytree.tree_map_only(cls, lambda later: later.tensor, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.tensor, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.tensor.__reduce_ex__(protocol)
+
+    def __copy__(self) -> Tensor:
+        return copy.copy(self.tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self.tensor, memo)
+
+    __hash__ = object.__hash__
+
+
+def _forward_operators() -> None:
+    """Python looks for operators in the class, past ``__getattr__``."""
+    of_every_object = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__str__", "__format__"}
+    for name in dir(Tensor):
+        special = name.startswith("__") and name.endswith("__") and callable(getattr(Tensor, name))
+        if name in of_every_object or (special and not hasattr(object, name) and name not in LaterTensor.__dict__):
+            setattr(LaterTensor, name, _operator(name))
+
+
+def _operator(name: str) -> Any:
+    def operator(self: LaterTensor, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _pytree.tree_map_only(LaterTensor, lambda later: later.tensor, (args, kwargs))
+        return getattr(self.tensor, name)(*args, **kwargs)
+
+    operator.__name__ = name
+    return operator
+
+
+_forward_operators()

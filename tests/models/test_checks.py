@@ -1,0 +1,103 @@
+"""What load_weights, create_model and the models say to what does not fit, and that nothing has changed then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mvmodels
+
+SMALL = ["mobile_former_26m", "mobilevit_xxs"]
+
+
+@pytest.fixture(params=SMALL)
+def model(request):
+    return mvmodels.create_model(request.param, num_classes=3)
+
+
+def quantized(t):
+    return torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+
+
+UNFIT = {
+    "meta": (lambda t: t.to("meta"), "is on the meta device, without values"),
+    "sparse": (lambda t: t.to_sparse(), r"is torch\.sparse_coo, want a dense tensor"),
+    "quantized": (quantized, "is quantized, want a dense tensor"),
+    "complex": (lambda t: t.to(torch.complex64), r"is torch\.complex64, want torch\.float32"),
+    "integer": (lambda t: t.to(torch.int64), r"is torch\.int64, want torch\.float32"),
+    "bool": (lambda t: t.to(torch.bool), r"is torch\.bool, want torch\.float32"),
+    "none": (lambda t: None, "is a NoneType, want a tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("change", UNFIT)
+def test_weights_that_cannot_be_copied(model, change):
+    """The last tensor is the one, so that torch would have overwritten the others before it came to it."""
+    make, message = UNFIT[change]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = {name: torch.full_like(value, 0.5) for name, value in before.items()}
+    name = [name for name, value in weights.items() if value.is_floating_point()][-1]
+    with pytest.raises(ValueError, match=f"load_weights: the weights do not fit:\n  {name} {message}$"):
+        mvmodels.load_weights(model, {**weights, name: make(weights[name])}, source="mvmodels")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_count_that_is_a_float():
+    model = mvmodels.create_model(SMALL[0], num_classes=3)
+    weights = model.state_dict()
+    name = next(name for name in weights if name.endswith("num_batches_tracked"))
+    with pytest.raises(ValueError, match=f"{name} is torch.float32, want torch.int64"):
+        mvmodels.load_weights(model, {**weights, name: torch.tensor(1.5)}, source="mvmodels")
+
+
+def test_other_floats_are_taken():
+    model, other = (mvmodels.create_model(SMALL[0], num_classes=3) for _ in range(2))
+    mvmodels.load_weights(model, other.double().state_dict(), source="mvmodels")
+    assert torch.equal(model.tokens, other.tokens.float()) and model.tokens.dtype == torch.float32
+
+
+def test_names_given_twice(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    name, value = next(iter(before.items()))
+    for first, second in ((name, f"module.{name}"), (f"module.{name}", name)):
+        rest = {k: v for k, v in before.items() if k != name}
+        with pytest.raises(ValueError, match=f"{name} is given twice, with and without 'module.'"):
+            mvmodels.load_weights(model, {first: value + 1, second: value + 2, **rest}, source="mvmodels")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", [3, None, ("a", "b")], ids=repr)
+def test_keys_that_are_no_names(model, key):
+    with pytest.raises(ValueError, match=f"the key .* is of type {type(key).__name__}, want a name"):
+        mvmodels.load_weights(model, {**model.state_dict(), key: torch.zeros(1)}, source="mvmodels")
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({"num_classes": "a"}, TypeError, "num_classes is 'a', want an integer"),
+        ({"num_classes": 2.5}, TypeError, "num_classes is 2.5, want an integer"),
+        ({"num_classes": True}, TypeError, "num_classes is True, want an integer"),
+        ({"in_chans": "3"}, TypeError, "in_chans is '3', want an integer"),
+        ({"drop_rate": 1.5}, ValueError, "drop_rate is 1.5, want 0 <= drop_rate <= 1"),
+        ({"drop_rate": None}, TypeError, "drop_rate is None, want a number"),
+    ],
+    ids=str,
+)
+def test_settings(name, settings, error, message):
+    with pytest.raises(error, match=f"^create_model: {message}$"):
+        mvmodels.create_model(name, **settings)
+
+
+@pytest.mark.parametrize("rate", [1.5, 1.0, -1, float("nan")])
+def test_drop_path_rate(rate):
+    with pytest.raises(ValueError, match=f"^create_model: drop_path_rate is {rate}, want 0 <= drop_path_rate < 1$"):
+        mvmodels.create_model("mobile_former_26m", drop_path_rate=rate)
+
+
+@pytest.mark.parametrize("x", [None, [[1.0]], "a"], ids=str)
+def test_a_picture_that_is_no_tensor(x):
+    with pytest.raises(TypeError, match=f"^MobileFormer: x is a {type(x).__name__}, want a torch.Tensor$"):
+        mvmodels.create_model("mobile_former_26m")(x)
