@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mvkernels
+from mvkernels import testing
 from mvkernels.registry import OPS
 from tests.ops.test_contract_all import NATIVE, example, tensors_of
 
@@ -18,7 +19,7 @@ def gradients(name, backend, seed=0):
     """The output of an op and all its gradients, for inputs of this seed's scale."""
     arguments = example(name, size=(12, 10))
     given = {key: (value * (1 + seed)).detach().requires_grad_() for key, value in tensors_of(arguments).items()}
-    out = OPS[name].function(**(arguments | given), backend=backend)
+    out = OPS[name].function(**testing.with_tensors(arguments, given), backend=backend)
     grads = torch.autograd.grad(out.square().sum(), list(given.values()), allow_unused=True)
     return [out.detach(), *(g for g in grads if g is not None)]
 

@@ -12,6 +12,7 @@ from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
 from mvkernels import nn as fused
+from mvkernels import testing
 from mvkernels.registry import OPS
 from mvkernels.swap import swap
 from tests.ops import test_contract_all as contract
@@ -51,7 +52,7 @@ COTANGENTS = {
 def test_cotangents_of_any_strides(name, backend):
     arguments = example(name, torch.float64)
     inputs = leaves(arguments)
-    out = call(name, arguments | inputs, backend)
+    out = call(name, testing.with_tensors(arguments, inputs), backend)
     dense = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
     for kind, lay in COTANGENTS.items():
         cotangent = lay(dense)
@@ -71,7 +72,7 @@ def test_checkpointing(name, backend, reentrant):
         names = list(inputs)
 
         def block(*values, names=names):
-            return call(name, arguments | dict(zip(names, values)), backend).sin()
+            return call(name, testing.with_tensors(arguments, dict(zip(names, values))), backend).sin()
 
         values = list(inputs.values())
         out = block(*values) if kept else checkpoint(block, *values, use_reentrant=reentrant)
@@ -102,7 +103,7 @@ def test_vmap_is_a_loop(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_a_scaled_step_under_autocast(name, backend, dtype):
     inputs = leaves(example(name))
-    arguments = example(name) | inputs
+    arguments = testing.with_tensors(example(name), inputs)
     optimizer = torch.optim.SGD(list(inputs.values()), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     before = {key: value.detach().clone() for key, value in inputs.items()}
@@ -121,12 +122,12 @@ def test_mixed_requires_grad(name, backend):
     """Every subset of two: gradients for these, none for the others, the same as when all are wanted."""
     arguments = example(name, torch.float64)
     every = leaves(arguments)
-    call(name, arguments | every, backend).square().sum().backward()
+    call(name, testing.with_tensors(arguments, every), backend).square().sum().backward()
     names = list(every)
     for position, one in enumerate(names):
         chosen = {one, names[(position + 1) % len(names)]}  # one alone where there is no other
         some = {key: value.detach().clone().requires_grad_(key in chosen) for key, value in every.items()}
-        call(name, arguments | some, backend).square().sum().backward()
+        call(name, testing.with_tensors(arguments, some), backend).square().sum().backward()
         for key, value in some.items():
             assert (value.grad is not None) == (key in chosen)
             if key in chosen:
@@ -138,16 +139,12 @@ def test_no_recompilation_past_the_first_dynamic_one(name):
     """Sizes that change without being announced: one static graph, one dynamic graph, and no more."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    settings = {k: v for k, v in example(name).items() if k not in tensors_of(example(name))}
-    names = list(tensors_of(example(name)))
     compiled = torch.compile(
-        lambda *values: OPS[name].function(**dict(zip(names, values)), **settings).sin(),
-        fullgraph=True,
-        backend="aot_eager",
+        lambda arguments: OPS[name].function(**arguments).sin(), fullgraph=True, backend="aot_eager"
     )
     for batch, size in ((5, (10, 8)), (3, (12, 14)), (4, (6, 16)), (7, (18, 10))):
-        inputs = leaves(example(name, batch=batch, size=size))
-        compiled(*inputs.values()).square().sum().backward()
+        arguments = example(name, batch=batch, size=size)
+        compiled(testing.with_tensors(arguments, leaves(arguments))).square().sum().backward()
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
     torch._dynamo.reset()
