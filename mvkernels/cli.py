@@ -57,11 +57,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--suite", default="small", choices=("small", "full"))
     bench.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
     bench.add_argument("--batch", nargs="+", type=_positive, default=[1])
-    bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "full"), help="full: with the backward")
+    bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "bwd", "full"),
+                       help="bwd: the backward alone; full: forward and backward")  # fmt: skip
     bench.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     bench.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
     bench.add_argument("--backend", nargs="+", default=[], choices=BACKENDS)
-    bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="eager,sdpa,compile")
+    bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="PEER,...",
+                       help="some of eager, sdpa, compile, thirdparty (default: the first three); thirdparty: modules of "
+                       "timm, transformers, diffusers, and FlexAttention")  # fmt: skip
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--threads", type=_positive, default=1)
     bench.add_argument("--rounds", type=_positive, help="samples of each (default: as --min-time allows)")

@@ -43,9 +43,16 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
+def load(package: str) -> Any:
+    """The package, in spite of a torchvision that does not fit this torch. UsageError says why it cannot be had."""
+    _mend_torchvision()
+    if package == "transformers":
+        _hide_broken_torchvision()
+    return _import(package)
+
+
 def _transformers(name: str, pretrained: bool) -> nn.Module:
-    _hide_broken_torchvision()
-    package = _import("transformers")
+    package = load("transformers")
     size = _SHORT.get(name) or name.removeprefix("apple/").removeprefix("mobilevit-")
     if size not in _MOBILEVIT and "/" not in name:
         raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or a hub's owner/name")
@@ -63,7 +70,7 @@ def _transformers(name: str, pretrained: bool) -> nn.Module:
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
-    package = _import("timm")
+    package = load("timm")
     try:
         return package.create_model(name, pretrained=pretrained)
     except Exception as error:
@@ -82,6 +89,29 @@ def _import(package: str) -> Any:
         raise UsageError(f"{package} does not import: {_first_line(error)}") from None
     except Exception as error:
         raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+
+
+_torchvision: list[Any] = []  # keeps the definitions: they go when the Library is collected
+
+
+def _mend_torchvision() -> None:
+    """timm and diffusers import torchvision, which imports only if the operators of its compiled part are known.
+
+    Where that part was built for another torch they are not, and nobody here calls them: knowing their names will do.
+    """
+    if "torchvision" in sys.modules:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" in str(error) and not hasattr(torch.ops.torchvision, "nms"):
+            _torchvision.append(torch.library.Library("torchvision", "FRAGMENT"))
+            for name in ("nms", "qnms"):
+                _torchvision[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # what the failed import left half done
+    except Exception:
+        pass
 
 
 def _hide_broken_torchvision() -> None:
