@@ -27,6 +27,7 @@ __all__ = ["COLUMNS", "MODES", "PEERS", "Options", "Result", "Row", "geomeans", 
 PEERS = ("eager", "sdpa", "compile", "thirdparty")
 MODES = ("fwd", "bwd", "full")
 
+
 @dataclass(frozen=True)
 class Options:
     """What to measure. ``None`` means all, or what the machine has."""
@@ -64,7 +65,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
     """Run the benchmark. ``after_each`` sees what there is after each shape, so that a long run that is cut off
     leaves its part. Raises UsageError for what cannot be measured at all.
     """
-    cases = list(_work(options))
+    cases = list(work(options))
     if not cases:
         raise report.UsageError("no shape fits what was asked for")
     before = torch.get_num_threads()
@@ -106,7 +107,12 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
     return result
 
 
-def _work(options: Options) -> Iterator[tuple[Op, Case, str, int, str, str]]:
+Item = tuple[Op, Case, str, int, str, str]
+"""Op, shape, layout, batch, dtype, mode."""
+
+
+def work(options: Options) -> Iterator[Item]:
+    """What there is to measure. Raises UsageError for an op that is not known."""
     for name in options.ops or OPS:
         if name not in OPS:
             raise report.UsageError(f"bench: unknown op {name!r}, want one of {', '.join(OPS)}")
@@ -192,6 +198,13 @@ def _backends(op: Op, arguments: Mapping[str, Any], options: Options) -> tuple[l
     return able or ["reference"], {b: reason for b, reason in reasons.items() if reason}
 
 
+def candidates(item: Item, options: Options) -> list[str]:
+    """The backends of this library that are measured on one shape."""
+    op, case, layout, batch, dtype, _ = item
+    return _backends(op, case.make(batch=batch, dtype=getattr(torch, dtype), device=options.device, layout=layout),
+                     options)[0]  # fmt: skip
+
+
 def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:
     for name, peer in op.peers.items():
         if name in wanted:
@@ -204,8 +217,6 @@ def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:
 
 def _on(op: Op, backend: str) -> Callable[..., Tensor]:
     return lambda **arguments: op.function(**arguments, backend=backend)
-
-
 
 
 def _version(package: str) -> str:

@@ -119,5 +119,3 @@ class _quiet:
     def __exit__(self, *_: object) -> None:
         for name, level in self.levels.items():
             logging.getLogger(name).setLevel(level)
-
-

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 from mvkernels import report
 from mvkernels.registry import Case
 
+
 @dataclass
 class Row:
     """One line of the CSV: a provider's figures for one shape.
@@ -112,6 +113,8 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
 def size_class(case: Case) -> str:
     """The class of shapes that a summary puts together: for grouped attention by the tokens of a group."""
     shape = case.shape
@@ -119,8 +122,6 @@ def size_class(case: Case) -> str:
         return "all"
     tokens = shape["height"] * shape["width"] // shape["patch"] ** 2
     return next((f"N<={bound}" for bound in (16, 64, 255) if tokens <= bound), "N>=256")
-
-
 
 
 def read_csv(path: str | Path) -> list[Row]:
@@ -135,7 +136,9 @@ def read_csv(path: str | Path) -> list[Row]:
             missing = [f.name for f in fields(Row) if f.default is MISSING and f.name not in names]
             if missing:
                 raise report.UsageError(f"{path} is no file of this benchmark: it has no column {missing[0]!r}")
-            return [Row(**{name: _value(name, text) for name, text in line.items() if name in COLUMNS}) for line in reader]
+            return [
+                Row(**{name: _value(name, text) for name, text in line.items() if name in COLUMNS}) for line in reader
+            ]
     except OSError as error:
         raise report.UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, csv.Error) as error:

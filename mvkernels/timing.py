@@ -88,7 +88,6 @@ def interleave(
 
     Without ``rounds``, at least 15, and as many as fill ``min_time`` seconds for each call on average.
     """
-    sample = _cuda_sample if torch.device(device).type == "cuda" else _host_sample
     repeats = {name: _repeats(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -100,7 +99,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                times[name].append(sample(calls[name], repeats[name]))
+                times[name].append(sample(calls[name], repeats[name], device))
     return {name: Times(tuple(values)) for name, values in times.items()}
 
 
@@ -119,6 +118,11 @@ def _repeats(call: Callable[[], Any], device: torch.device | str) -> int:
         step()
         quickest = min(quickest, time.perf_counter() - start)
     return max(1, min(1000, round(SHORTEST_SAMPLE / max(quickest, 1e-7))))
+
+
+def sample(call: Callable[[], Any], repeats: int, device: torch.device | str = "cpu") -> float:
+    """Seconds of one call, from ``repeats`` of them in a row."""
+    return (_cuda_sample if torch.device(device).type == "cuda" else _host_sample)(call, repeats)
 
 
 def _host_sample(call: Callable[[], Any], repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""What the ops' third-party peers share: FlexAttention, and other packages' modules. Nothing is imported before a call."""
+"""What the ops' third-party peers share: FlexAttention, and modules of packages. A call imports, nothing before it."""
 
 from __future__ import annotations
 
