@@ -8,10 +8,15 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 SUITE  ?= full
 
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
-NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers pillow scikit-learn
+NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers pillow scikit-learn \
+	onnx onnxscript onnxruntime executorch
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
-.PHONY: setup demo test bench lint format audit gpu wheel clean
+# gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
+SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
+
+.PHONY: setup demo test bench lint format audit gpu sanitize wheel clean
 
 setup: $(STAMP)
 
@@ -46,8 +51,11 @@ bench: setup
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobilevit.py
 	$(BIN)/python benchmarks/mobile_former.py
+	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/efficientvit.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/readme_table.py
 
 audit: setup
@@ -55,6 +63,18 @@ audit: setup
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside a copy of the tests: the checkout's own
+# extension stays as it is. Leaks are Python's own and not looked for.
+sanitize: setup
+	rm -rf build/sanitize && mkdir -p build/sanitize/lib
+	MVKERNELS_REQUIRE_EXT=1 MVKERNELS_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined \
+		-fno-omit-frame-pointer -O1 -g1" $(BIN)/python setup.py --quiet build --build-temp build/sanitize/objects \
+		--build-lib build/sanitize/lib
+	cp -r tests pyproject.toml build/sanitize/lib
+	cd build/sanitize/lib && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -x -q -m "not interpreter" \
+		-k "not compile and not export" $(SANITIZED)
 
 wheel: setup
 	$(BIN)/python -m build --no-isolation

@@ -5,7 +5,8 @@ binary serves several versions of both. Each kernel source is compiled once per 
 chosen at run time, never with -march=native, so a wheel built here runs on older processors.
 
 Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python; ``MAX_JOBS`` bounds parallel compilers
-(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags;
+``MVKERNELS_BUILD_ISAS=baseline,avx2`` builds for these alone.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ class BuildExtension(build_ext):
         if version < (2, 10):
             raise RuntimeError(f"the extension needs torch 2.10 or newer, this is {torch.__version__}")
         isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
+        wanted = os.environ.get("MVKERNELS_BUILD_ISAS", "").split(",")
+        if wanted != [""]:  # the first, which every processor of this kind has, is always in
+            isas = {isa: isas[isa] for number, isa in enumerate(isas) if isa in wanted or number == 0}
         flags = [
             "-O2",
             "-std=c++20",

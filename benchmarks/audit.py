@@ -38,7 +38,9 @@ from triton.compiler import ASTSource
 from mvkernels.launch import Device, shared_memory_of
 from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
 from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
+from mvkernels.ops.multiscale_linear_attention import triton_plan as multiscale_linear_attention
 from mvkernels.ops.patch_attention import triton_plan as patch_attention
+from mvkernels.ops.relu_linear_attention import triton_plan as relu_linear_attention
 from mvkernels.report import Progress, table
 
 TARGETS = {
@@ -60,7 +62,8 @@ SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
     "spill_bytes", "shared_bytes", "warps_per_processor", "matrix", "widest_load", "verdict",
 ]  # fmt: skip
-OPS = ["patch_attention", "mobile_to_former", "former_to_mobile"]
+OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
+       "multiscale_linear_attention"]  # fmt: skip
 QUICK = 6
 RESULTS = Path(__file__).parent / "results" / "audit"
 """A file for each op."""
@@ -136,10 +139,110 @@ class Bridge:
                 "layout": self.layout}  # fmt: skip
 
 
-def suite(ops: list[str]) -> list[Case | Bridge]:
+@dataclass(frozen=True)
+class Linear:
+    """One shape of relu_linear_attention."""
+
+    heads: int
+    d: int
+    size: int
+    layout: str
+    """``last`` and ``first``: slices of a map that has [q|k|v] by head; ``odd``: every second column."""
+    dtypes: tuple[str, ...]
+
+    op = "relu_linear_attention"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        h, d, n = self.heads, self.d, self.size
+        last, first = (n * n * h * d, d, 1, n * h * d, h * d), (h * d * n * n, d * n * n, n * n, n, 1)
+        packed = {
+            "last": (3 * n * n * h * d, 3 * d, 1, 3 * n * h * d, 3 * h * d),
+            "first": (3 * h * d * n * n, 3 * d * n * n, n * n, n, 1),
+            "odd": (2 * h * d * n * n, 2 * d * n * n, 2 * n * n, 2 * n, 2),
+        }[self.layout]
+        out = last if self.layout == "last" else first
+        of = {name: packed if name in "qkv" else out for name in ("q", "k", "v", "o", "g", "dq", "dk", "dv")}
+        found: list[Any] = []
+        for names, launches in (
+            (("q", "k", "v", "o"), relu_linear_attention.forward_launches),
+            (("g", "q", "k", "v", "dq", "dk", "dv"), relu_linear_attention.backward_launches),
+        ):
+            problem = relu_linear_attention.Problem(
+                (batch, h, d, n, n), tuple((each, of[each]) for each in names), DTYPES[name],
+                "tf32" if name == "tf32" else "ieee", device,
+            )  # fmt: skip
+            found += launches(problem)[0]
+        return found
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "layout": self.layout}
+
+
+@dataclass(frozen=True)
+class Multiscale:
+    """The convolutions of one scale of multiscale_linear_attention; its attention is another op's."""
+
+    heads: int
+    d: int
+    size: int
+    kernel: int
+    layout: str
+    dtypes: tuple[str, ...]
+
+    op = "multiscale_linear_attention"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        groups, d, n = 3 * self.heads, self.d, self.size
+        strides = {
+            "last": (n * n * groups * d, d, 1, n * groups * d, groups * d),
+            "first": (groups * d * n * n, d * n * n, n * n, n, 1),
+        }[self.layout]
+
+        def problem(names: str) -> Any:
+            maps = relu_linear_attention.Problem(
+                (batch, groups, d, n, n), tuple((each, strides) for each in names), DTYPES[name],
+                "tf32" if name == "tf32" else "ieee", device,
+            )  # fmt: skip
+            return multiscale_linear_attention.Problem(maps, self.kernel, (False, False))
+
+        forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
+        return forward + multiscale_linear_attention.gradient_launches(problem("gxeo"), True)[0]
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,
+                "layout": self.layout}  # fmt: skip
+
+
+Every = Case | Bridge | Linear | Multiscale
+
+
+def suite(ops: list[str]) -> list[Every]:
     """The shapes of the ops."""
-    found: list[Case | Bridge] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
-    return found + [bridge for bridge in bridges() if bridge.op in ops]
+    found: list[Every] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
+    return found + [case for case in [*bridges(), *linears(), *multiscales()] if case.op in ops]
+
+
+def multiscales() -> list[Multiscale]:
+    """The scales of EfficientViT and DC-AE, and other kernels and wider heads beyond them."""
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes = [(4, 16, 14, 5, "first", both), (4, 16, 14, 5, "last", half), (16, 32, 32, 5, "first", single)]
+    shapes += [(16, 32, 32, 5, "last", both), (16, 32, 16, 3, "first", half), (16, 32, 16, 7, "last", half)]
+    shapes += [(8, 24, 15, 5, "first", half), (4, 64, 32, 5, "first", both), (4, 64, 32, 5, "last", both)]
+    shapes += [(2, 128, 32, 5, "first", half), (2, 128, 32, 5, "last", half), (4, 32, 14, 5, "first", ("fp64",))]
+    return [Multiscale(*shape) for shape in shapes]
+
+
+def linears() -> list[Linear]:
+    """Maps of EfficientViT, DC-AE and Sana, and wider heads beyond them."""
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes = [(8, 16, 14, "first", both), (8, 16, 32, "last", both), (16, 32, 32, "first", single)]
+    shapes += [(16, 32, 32, "last", single), (70, 32, 32, "last", half), (32, 32, 16, "first", half)]
+    shapes += [(16, 32, 32, "odd", half), (16, 32, 4, "first", half), (16, 32, 4, "last", half)]
+    shapes += [(8, 24, 15, "first", both), (4, 64, 32, "first", single), (4, 64, 32, "last", single)]
+    shapes += [(4, 64, 4, "first", half), (4, 64, 4, "last", half)]
+    shapes += [(2, 128, 32, "first", half), (2, 128, 32, "last", half), (2, 128, 4, "last", half)]
+    shapes += [(8, 16, 14, "first", ("fp64",)), (8, 32, 14, "last", ("fp64",))]
+    return [Linear(*shape) for shape in shapes]
 
 
 def bridges() -> list[Bridge]:
@@ -232,7 +335,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "delta", "partial", "stats", "sums", "dq_sums", "dk_sums", "dv_sums"}
+    sums = {"lse", "delta", "partial", "stats", "sums", "dsums", "parts", "p", "pw", "dq_sums", "dk_sums", "dv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
@@ -395,10 +498,11 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
 
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
-           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS")  # fmt: skip
+           "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS",
+           "PRODUCT", "STAGE")  # fmt: skip
 
 
-def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Case | Bridge]]:
+def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Every]]:
     for case in suite(ops):
         for target in targets:
             for name in dtypes:

@@ -83,11 +83,11 @@ def memory(mine: list[Row], rows: list[Row]) -> str:
     return f"{geomean(ratios):.2f} of eager's" if ratios else "–"
 
 
-def models(rows: list[Row]) -> list[str]:
+def models(rows: list[Row], title: str) -> list[str]:
     rows = [row for row in rows if row["provider"] != "original"]
     if not rows:
         return []
-    lines = [f"Whole models of transformers, against the original. {where(rows[0])}.", ""]
+    lines = [f"{title}, against the original. {where(rows[0])}.", ""]
     lines += [
         "| model | input | batch | what | mode | median | against the original |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -110,7 +110,8 @@ def render(results: Path) -> str:
             lines += op_table(read(folder / f"{op}.csv"), best, op, *classes)
             default = read(folder / f"{op}_default_allocator.csv")
             lines += op_table(default, "the same with glibc's default allocator", op, *classes)
-        lines += models(read(folder / "mobilevit.csv"))
+        lines += models(read(folder / "mobilevit.csv"), "Whole models of transformers")
+        lines += models(read(folder / "efficientvit.csv"), "EfficientViT of timm, and the encoder of diffusers' DC-AE")
     if not lines:
         lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]
     else:

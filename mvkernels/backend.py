@@ -158,6 +158,8 @@ def can_run(op: str = "", *args: Any, **kwargs: Any) -> tuple[bool, str]:
         bound = inspect.signature(known.function).bind(*args, **kwargs)
         bound.apply_defaults()
         bound.arguments.pop("backend", None)
+        if bound.arguments.pop("process_group", None) is not None and backend != "reference":
+            return False, "pixels divided among processes need the reference"
         arguments = known.check(*bound.arguments.values())
         reason = reason_against(known, backend, arguments)
     except Exception as error:  # the contract: an answer for any input whatever

@@ -138,7 +138,7 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which autocast is off for a device type; none where it is off already, so that no export holds one."""
+    """A context in which autocast is off for a device type; none where it is off already: no export holds one."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 

@@ -1,4 +1,4 @@
-"""The ``mvkernels`` command: info, verify, bench, swap, tune.
+"""The ``mvkernels`` command: info, verify, bench, swap, export, tune.
 
 Exit status: 0, all is well; 1, something was computed wrongly; 2, what was asked for cannot be done.
 Errors are one line on stderr. With ``--json`` stdout is one JSON document and nothing else.
@@ -36,7 +36,7 @@ def _positive(value: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The whole command line, without running any of it."""
     main = _Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
-    commands = main.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,swap,tune}")
+    commands = main.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,swap,export,tune}")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     swap = command("swap", "Swap a model's attention, verify it, and time it.")
-    swap.add_argument("model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, timm:mobilevit_xs, ...")
+    swap.add_argument("model", metavar="FAMILY:MODEL", help="timm:mobilevit_xs, diffusers:dc-ae-f32c32-in-1.0, ...")
     swap.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
     swap.add_argument("--image", metavar="FILE", help="a picture (default: a photograph of scikit-learn, else noise)")
     swap.add_argument("--batch", type=_positive, default=1)
@@ -99,6 +99,21 @@ def parser() -> argparse.ArgumentParser:
     swap.add_argument("--rounds", type=_positive)
     swap.add_argument("--compile", action="store_true", help="time the original under torch.compile too")
     swap.add_argument("--allocator", default="kept", choices=("kept", "default"))
+
+    export = command("export", "Write a model for another runtime, swapped, and check the file there.")
+    export.add_argument(
+        "model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, mvmodels:mobile_former_26m, ..."
+    )
+    export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino", "executorch", "coreml"))
+    export.add_argument("--output", metavar="FILE", help="default: the model's name in this folder")
+    export.add_argument("--size", type=_positive, help="side of the input (default: the model's own)")
+    export.add_argument("--batch", type=_positive, help="default 1, and 2 with --dynamic")
+    export.add_argument("--dynamic", action="store_true", help="batch, height and width may change")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--swap", action="store_true", help="export the swapped model (the default)")
+    which.add_argument("--original", action="store_true", help="export the model as it is")
+    export.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
+    export.add_argument("--threads", type=_positive, default=1, help="of the runtime that checks the file")
 
     tune = commands.add_parser("tune", help="Find launch configurations for this GPU.", add_help=False)
     tune.add_argument("rest", nargs=argparse.REMAINDER)
@@ -188,6 +203,12 @@ def _swap(options: argparse.Namespace) -> int:
     return swap_command.command(options, _print_json if options.json else None)
 
 
+def _export(options: argparse.Namespace) -> int:
+    from mvkernels import export_command
+
+    return export_command.command(options, _print_json if options.json else None)
+
+
 def _tune(arguments: list[str]) -> int:
     try:
         from mvkernels.tune import main as tune
@@ -197,4 +218,4 @@ def _tune(arguments: list[str]) -> int:
     return tune(arguments)
 
 
-_COMMANDS = {"info": _info, "verify": _verify, "bench": _bench, "swap": _swap}
+_COMMANDS = {"info": _info, "verify": _verify, "bench": _bench, "swap": _swap, "export": _export}

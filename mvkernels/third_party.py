@@ -27,6 +27,13 @@ _MOBILEVIT: dict[str, dict[str, Any]] = {
 }
 _SHORT = {"mobilevit_xxs": "xx-small", "mobilevit_xs": "x-small", "mobilevit_s": "small"}
 
+# diffusers' DC-AE by the authors' names: channels of the latents, which the widths and depths go with.
+_DC_AE = {
+    f"dc-ae-f{32 << i}c{32 << 2 * i}-{kind}-1.0": (32 << 2 * i, (128, 256, 512, 512, 1024, 1024, 2048, 2048)[: 6 + i])
+    for i in range(3)
+    for kind in ("in", "mix")
+}
+
 
 def build(spec: str, pretrained: bool = False) -> nn.Module:
     """The model "family:name" in eval mode, with random weights unless ``pretrained``.
@@ -45,7 +52,7 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
 
 def load(package: str) -> Any:
     """The package, in spite of a torchvision that does not fit this torch. UsageError says why it cannot be had."""
-    _mend_torchvision()
+    _mend_broken_torchvision()
     if package == "transformers":
         _hide_broken_torchvision()
     return _import(package)
@@ -77,7 +84,74 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         raise UsageError(f"timm has no {name!r} here: {_first_line(error)}") from None
 
 
-FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {"transformers": _transformers, "timm": _timm}
+def _mvmodels(name: str, pretrained: bool) -> nn.Module:
+    package = _import("mvmodels")
+    if pretrained:
+        raise UsageError("mvmodels has no weights to download: see mvmodels.load_weights")
+    try:
+        return package.create_model(name)
+    except ValueError as error:
+        raise UsageError(_first_line(error)) from None
+
+
+def _diffusers(name: str, pretrained: bool) -> nn.Module:
+    package = load("diffusers")
+    known = ("dc-ae-f32c32-sana-1.0", *_DC_AE)
+    short = name.removeprefix("mit-han-lab/").removesuffix("-diffusers")
+    if short not in known and "/" not in name:
+        raise UsageError(f"unknown model diffusers:{name}, want one of {', '.join(known)}, or a hub's owner/name")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if short in known and not pretrained:
+            return package.AutoencoderDC(**_dc_ae(short))
+        hub = f"mit-han-lab/{short}-diffusers" if short in known else name
+        if pretrained:
+            return package.AutoencoderDC.from_pretrained(hub)
+        return package.AutoencoderDC.from_config(package.AutoencoderDC.load_config(hub))
+    except Exception as error:
+        raise UsageError(f"diffusers cannot load {name!r}: {_first_line(error)}") from None
+
+
+def _dc_ae(name: str) -> dict[str, Any]:
+    """The arguments of diffusers' AutoencoderDC for a name of the authors'."""
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 5
+    if name == "dc-ae-f32c32-sana-1.0":  # with scales of 5, as AutoencoderDC has them by itself
+        return {
+            "encoder_block_types": blocks[:6],
+            "decoder_block_types": blocks[:6],
+            "downsample_block_type": "conv",
+            "upsample_block_type": "interpolate",
+            "scaling_factor": 0.41407,
+        }
+    latent, widths = _DC_AE[name]
+    attention = len(widths) - 3
+    return {
+        "latent_channels": latent,
+        "encoder_block_types": blocks[: len(widths)],
+        "decoder_block_types": blocks[: len(widths)],
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "encoder_layers_per_block": (0, 4, 8) + (2,) * attention,
+        "decoder_layers_per_block": (0, 5, 10) + (2,) * attention,
+        "encoder_qkv_multiscales": ((),) * len(widths),
+        "decoder_qkv_multiscales": ((),) * len(widths),
+        "decoder_norm_types": ("batch_norm",) * 3 + ("rms_norm",) * attention,
+        "decoder_act_fns": ("relu",) * 3 + ("silu",) * attention,
+    }
+
+
+FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {
+    "transformers": _transformers,
+    "timm": _timm,
+    "diffusers": _diffusers,
+    "mvmodels": _mvmodels,
+}
+
+
+def input_size(spec: str) -> int:
+    """The side of the pictures that a model of :func:`build` was made for; 256 where nobody says."""
+    family, _, name = spec.partition(":")
+    return _import("mvmodels").model_info(name).input_size if family == "mvmodels" else 256
 
 
 def _import(package: str) -> Any:
@@ -91,29 +165,6 @@ def _import(package: str) -> Any:
         raise UsageError(f"{package} does not import: {_first_line(error)}") from None
 
 
-_torchvision: list[Any] = []  # keeps the definitions: they go when the Library is collected
-
-
-def _mend_torchvision() -> None:
-    """timm and diffusers import torchvision, which imports only if the operators of its compiled part are known.
-
-    Where that part was built for another torch they are not, and nobody here calls them: knowing their names will do.
-    """
-    if "torchvision" in sys.modules:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::nms" in str(error) and not hasattr(torch.ops.torchvision, "nms"):
-            _torchvision.append(torch.library.Library("torchvision", "FRAGMENT"))
-            for name in ("nms", "qnms"):
-                _torchvision[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the failed import left half done
-    except Exception:
-        pass
-
-
 def _hide_broken_torchvision() -> None:
     """A torchvision built for another torch fails to import, and takes transformers with it, which can do without."""
     try:
@@ -122,6 +173,30 @@ def _hide_broken_torchvision() -> None:
         pass
     except Exception:
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+_operators: list[torch.library.Library] = []
+
+
+def _mend_broken_torchvision() -> None:
+    """Let a torchvision built for another torch import for timm, which wants its transforms and none of its operators.
+
+    It fails at two operators that its compiled part would define; with their signatures known it imports.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except Exception:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        try:
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            _operators.append(library)  # the definitions go when it is collected
+            for name in ("nms", "qnms"):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:  # they are known, so that it fails at something else
+            pass
 
 
 def _first_line(error: BaseException) -> str:

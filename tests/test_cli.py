@@ -44,6 +44,7 @@ BAD = [
     (["swap", "no_such_family:m", "--allocator", "default"], "unknown model 'no_such_family:m'"),
     (["swap", "transformers:", "--allocator", "default"], "unknown model 'transformers:'"),
     (["swap", "transformers:no_such_model", "--allocator", "default"], "no_such_model"),
+    (["swap", "diffusers:dc-ae", "--allocator", "default"], "want one of dc-ae-f32c32-sana-1.0"),
     (["swap", "timm:no_such_model", "--allocator", "default"], "timm"),
 ]
 
@@ -62,8 +63,9 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 def test_bad_usage_is_one_line_and_status_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if arguments[:2] == ["swap", "transformers:no_such_model"]:
-        pytest.importorskip("transformers")
+    for package in ("transformers", "timm", "diffusers"):
+        if any(argument.startswith(f"{package}:") for argument in arguments):
+            pytest.importorskip(package)
     status, out, err = run(arguments, capsys)
     assert status == 2
     assert message in err
@@ -71,7 +73,7 @@ def test_bad_usage_is_one_line_and_status_2(
     assert out == ""
 
 
-@pytest.mark.parametrize("family", ["transformers", "timm"])
+@pytest.mark.parametrize("family", ["transformers", "timm", "diffusers"])
 def test_a_missing_package_says_which_extra(
     family: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +143,39 @@ def test_swap_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["parameters"] == 1_272_024
     assert found["swapped"] == 3 and found["verified"]
     assert found["times"]["swapped"]["median_us"] > 0
+
+
+def test_swap_of_an_efficientvit(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    arguments = ["swap", "timm:efficientvit_b0", "--json", "--size", "64", "--rounds", "1"]
+    status, out, err = run([*arguments, "--allocator", "default"], capsys)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["parameters"] == 3_410_008
+    assert found["swapped"] == 4 and found["verified"]
+
+
+def test_swap_of_a_dc_ae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the structure of the real one, and a hundredth of its width."""
+    pytest.importorskip("diffusers")
+    real = third_party._dc_ae("dc-ae-f32c32-in-1.0")
+    small = {f"{side}_block_out_channels": (4, 4, 8, 32, 32, 32) for side in ("encoder", "decoder")}
+    monkeypatch.setattr(third_party, "_dc_ae", lambda name: {**real, **small, "latent_channels": 8})
+    arguments = ["swap", "diffusers:dc-ae-f32c32-in-1.0", "--json", "--size", "64", "--rounds", "1"]
+    status, out, err = run([*arguments, "--allocator", "default"], capsys)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["swapped"] == 12 and found["verified"]
+    assert {entry["module_class"] for entry in found["entries"]} == {"SanaMultiscaleLinearAttention"}
+
+
+def test_the_dc_aes_are_those_that_were_published() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    published = {"dc-ae-f32c32-sana-1.0": 312, "dc-ae-f32c32-in-1.0": 323, "dc-ae-f64c128-mix-1.0": 677}
+    for name, millions in published.items():
+        with torch.device("meta"):
+            model = diffusers.AutoencoderDC(**third_party._dc_ae(name))
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
 def test_swap_of_a_wrong_model_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def blocks(language: str) -> list[Any]:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_code_runs(code: str) -> None:
-    for package in re.findall(r"^(?:import|from) (transformers|timm)\b", code, re.MULTILINE):
+    for package in re.findall(r"^(?:import|from) (transformers|timm|diffusers)\b", code, re.MULTILINE):
         pytest.importorskip(package)
     torch.manual_seed(0)
     exec(compile(code, "<documentation>", "exec"), {"__name__": "documentation"})

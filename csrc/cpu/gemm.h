@@ -99,7 +99,32 @@ static void product_rows(
   }
 }
 
-// The same for A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
+// The same with K in parts of at most kChain products, since sums of sums err less than one long chain. Starts from what is
+// there if `from`.
+constexpr int64_t kChain = 64;
+template <class T, int V, bool Top, class Between = const Nothing>
+static void product_in_parts(
+    bool from, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
+    Between& between = kNothing) {
+  const int64_t parts = (K + kChain - 1) / kChain, step = (K + parts - 1) / parts;
+  for (int64_t k = 0; k < K; k += step, from = true) {
+    const int64_t some = K - k < step ? K - k : step;
+    const T* ak = a + k;
+    const T* bk = b + k * ldb;
+    if (k + step < K) {
+      if (from)
+        product_rows<T, V, Start::from, false>(rows, some, ak, lda, bk, ldb, c, ldc, nullptr, between);
+      else
+        product_rows<T, V, Start::zero, false>(rows, some, ak, lda, bk, ldb, c, ldc, nullptr, between);
+    } else if (from) {
+      product_rows<T, V, Start::from, Top>(rows, some, ak, lda, bk, ldb, c, ldc, top, between);
+    } else {
+      product_rows<T, V, Start::zero, Top>(rows, some, ak, lda, bk, ldb, c, ldc, top, between);
+    }
+  }
+}
+
+// product_rows for A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
 // K * (rows before it) + i * W, and has row m, element k at [k * r + m].
 template <class T, int V, Start from>
 static void product_tall(

@@ -5,6 +5,7 @@
 
 #include "linear_attention.h"
 #include "mobile_former.h"
+#include "multiscale.h"
 #include "patch_attention.h"
 
 namespace mvk {
@@ -17,11 +18,13 @@ struct InstructionSet {
   const MobileToFormerKernels* mobile_to_former;
   const FormerToMobileKernels* former_to_mobile;
   const LinearAttentionKernels* relu_linear_attention;
+  const MultiscaleKernels* multiscale;
+  const MultiscaleBackwardKernels* multiscale_backward;
 };
 
-#define MVK_KERNELS(isa)                                                                               \
+#define MVK_KERNELS(isa)                                                                         \
   &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels, \
-      &isa::relu_linear_attention_kernels
+      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels
 const InstructionSet kInstructionSets[] = {
 // best first
 #if defined(MVK_AVX512)

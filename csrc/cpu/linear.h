@@ -27,8 +27,8 @@ template <class T, class S>
 struct Head {
   S* base;
   Map map;
-  int64_t dims, width;
-  bool uniform, rows, last;  // whether all pixels are equally far apart; pixels, or dims, side by side
+  int64_t dims, width, first = 0;  // first: the pixel that base is
+  bool uniform, rows, last;        // whether all pixels are equally far apart; pixels, or dims, side by side
   int64_t* table;
   int64_t known = 0;
 
@@ -41,7 +41,21 @@ struct Head {
         rows(m.x == 1 && uniform),
         last(m.d == 1),
         table(table) {}
-  int64_t at(int64_t n) const { return uniform ? n * map.x : n / width * map.y + n % width * map.x; }
+  // Of rows in scratch that hold pixels from `first` on.
+  Head(S* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
+      : base(rows),
+        map{nullptr, 0, 0, ld, 1, 1},
+        dims(dims),
+        width(1),
+        first(first),
+        uniform(true),
+        rows(true),
+        last(false),
+        table(table) {}
+  int64_t at(int64_t n) const {
+    n -= first;
+    return uniform ? n * map.x : n / width * map.y + n % width * map.x;
+  }
   Lattice<S> lattice(int64_t n, int64_t count) {
     if (!uniform) {
       for (int64_t i = 0; i < count; ++i) table[i] = at(n + i) - at(n);
@@ -56,7 +70,7 @@ struct Head {
     auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
     if (rows) {
       for (int64_t d = 0; d < dims; ++d) {
-        const S* p = base + d * map.d + n;
+        const S* p = base + d * map.d + at(n);
         T* to = dst + d * ld;
         int64_t i = 0;
         for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act(load<T>(p + i)));
@@ -90,7 +104,7 @@ struct Head {
       for (int64_t d = 0; d < dims; d += W<T>) {
         T* to = dst + i * ld + d;
         if (rows && some == W<T> && d + W<T> <= dims) {
-          const S* p = base + d * map.d + n + i;
+          const S* p = base + d * map.d + at(n) + i;
 #pragma GCC unroll 16
           for (int j = 0; j < W<T>; ++j) block[j] = act(load<T>(p + j * map.d));
           transpose<T>(block);
@@ -113,7 +127,7 @@ struct Head {
   // Where whole vectors can be written in place, or null.
   T* in_place_panel(int64_t n, int64_t count) const {
     if constexpr (!std::is_same_v<T, S>) return nullptr;
-    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + n)) : nullptr;
+    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
   }
   T* in_place_tokens(int64_t n) const {
     if constexpr (!std::is_same_v<T, S>) return nullptr;
@@ -122,7 +136,7 @@ struct Head {
   void put_panel(int64_t n, int64_t count, const T* src, int64_t ld) {
     if (rows) {
       for (int64_t d = 0; d < dims; ++d) {
-        S* p = base + d * map.d + n;
+        S* p = base + d * map.d + at(n);
         const T* from = src + d * ld;
         int64_t i = 0;
         for (; i + W<T> <= count; i += W<T>) store_as<T>(p + i, load<T>(from + i));
@@ -138,13 +152,45 @@ struct Head {
   }
 };
 
+// Prefetches into L2, between the tiles of a product, what is read after it: heads of a map are far apart, and the hardware
+// does not guess them.
+struct Next {
+  struct Lines {
+    const char* base;
+    int64_t stride, bytes, count;
+  } some[2];
+  int maps = 0;
+  int64_t at = 0;
+  template <class T, class S>
+  void add(const Head<T, S>& head, int64_t n, int64_t count) {
+    if (count <= 0) return;
+    const char* base = reinterpret_cast<const char*>(head.base + head.at(n));
+    constexpr int64_t size = sizeof(S);
+    if (head.rows)
+      some[maps++] = {base, head.map.d * size, count * size, head.dims};
+    else if (head.last && head.uniform)
+      some[maps++] = {base, head.map.x * size, head.dims * size, count};
+  }
+  // A share of the rows, for one of so many tiles.
+  void between_tiles(int tiles) {
+    for (int i = 0; i < maps; ++i) {
+      const Lines& m = some[i];
+      const int64_t share = (m.count + tiles - 1) / tiles, from = at * share;
+      for (int64_t r = from; r < from + share && r < m.count; ++r)
+        for (int64_t b = 0; b < m.bytes; b += 64) __builtin_prefetch(m.base + r * m.stride + b, 0, 2);
+    }
+    ++at;
+  }
+};
+
 // c (+)= A B over all columns, with A in rows: row m, element k at a[m * lda + k]. b and c have whole vectors.
-template <class T, Start from>
+template <class T, Start from, class Between = const Nothing>
 static void product(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    Between& between = kNothing) {
   auto panel = [&](auto width, int64_t col) {
     product_rows<T, decltype(width)::value, from, false>(
-        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr));
+        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr), between);
   };
   int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
   if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
@@ -152,46 +198,70 @@ static void product(
   if (left) panel(std::integral_constant<int, 1>{}, col);
 }
 
-// c[m][n] = f[n] sum_k a[m * lda + k] b[k * ldb + n] for M rows and V vectors.
-template <class T, int M, int V>
-static void scaled_tile(
-    int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
+// What is done to a product as it is stored: n is the column.
+template <class T>
+struct Scaled {
+  const T* f;
+  vec<T> operator()(vec<T> x, int64_t n) const { return x * load<T>(f + n); }
+};
+template <class T>
+struct Rectified {
+  vec<T> operator()(vec<T> x, int64_t) const { return relu<T>(x); }
+};
+
+// c[m][n] = end(sum_k a[m * am + k * ak] b[k * ldb + n], n) for M rows and V vectors; am is 1 if Adjacent, else ak is.
+template <class T, int M, int V, bool Adjacent, class End>
+static void ended_tile(
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
-  for (int64_t k = 0; k < K; ++k, ++a, b += ldb) {
+  for (int64_t k = 0; k < K; ++k) {
     vec<T> bv[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const vec<T> av = splat<T>(a[m * lda]);
+      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
     }
+    a += Adjacent ? ak : 1;
+    b += ldb;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, acc[m][v] * load<T>(f + v * W<T>));
+    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, end(acc[m][v], col + v * W<T>));
 }
-template <class T, int M, int V>
-MVK_INLINE void scaled_tile_of(
-    int rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
-  if (rows == M) return scaled_tile<T, M, V>(K, a, lda, b, ldb, f, c, ldc);
-  if constexpr (M > 1) scaled_tile_of<T, M - 1, V>(rows, K, a, lda, b, ldb, f, c, ldc);
+template <class T, int M, int V, bool Adjacent, class End>
+MVK_INLINE void ended_tile_of(
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
+  if (rows == M) return ended_tile<T, M, V, Adjacent>(K, a, am, ak, b, ldb, end, col, c, ldc);
+  if constexpr (M > 1) ended_tile_of<T, M - 1, V, Adjacent>(rows, K, a, am, ak, b, ldb, end, col, c, ldc);
 }
-template <class T, int V>
-static void scaled_product(
-    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, const T* f, T* c, int64_t ldc) {
-  const Tiles tiles(rows, kRowsOf<V>);
-  for (int i = 0; i < tiles.count; ++i) {
-    const int r = tiles.height + (i < tiles.taller);
-    scaled_tile_of<T, kRowsOf<V>, V>(r, K, a, lda, b, ldb, f, c, ldc);
-    a += r * lda, c += r * ldc;
-  }
+template <class T, bool Adjacent, class End, class Between = const Nothing>
+static void ended_product(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end,
+    T* c, int64_t ldc, Between& between = kNothing) {
+  auto panel = [&](auto width, int64_t col) {
+    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
+    const Tiles tiles(rows, M);
+    int64_t m = 0;
+    for (int i = 0; i < tiles.count; ++i) {
+      const int r = tiles.height + (i < tiles.taller);
+      ended_tile_of<T, M, V, Adjacent>(r, K, a + m * am, am, ak, b + col, ldb, end, col, c + m * ldc + col, ldc);
+      m += r;
+      between.between_tiles(tiles.count);
+    }
+  };
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
+  if (left) panel(std::integral_constant<int, 1>{}, col);
 }
 
 // to[n] = 1 / (sum_i keys[i] q[i * ld + n] + eps) for V vectors of pixels.

@@ -5,7 +5,8 @@
 
 namespace mvk {
 
-enum class Stage { all, sums, rest };
+// Of a kernel that runs in parts, between which all threads wait for each other.
+enum class Stage { all, sums, rest, planes };
 
 // Attention of some heads over one map each. The sums over pixels, kv[j][i] = sum_n v_j[n] relu(k_i[n]) and keys[i] = sum_n
 // relu(k_i[n]), are what the forward leaves for the backward.

@@ -59,12 +59,9 @@ static void attend(
   const int64_t step = part(N, kKeys<T>);
   for (int64_t key = 0; key < N; key += step) {
     const int64_t keys = key + step < N ? step : N - key;
-    if (bias.scores.data) {
-      bias.template transposed<T>(row, stop, key, keys, s, L);
-      product_rows<T, V, Start::from, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
-    } else {
-      product_rows<T, V, Start::zero, true>(keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
-    }
+    const bool biased = bias.scores.data;
+    if (biased) bias.template transposed<T>(row, stop, key, keys, s, L);
+    product_in_parts<T, V, true>(biased, keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
     // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
     T before[L];
     memcpy(before, shift, sizeof before);

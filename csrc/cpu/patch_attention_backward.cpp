@@ -69,11 +69,8 @@ static void block_of_scores(
   constexpr int64_t P = kPanel<T>;
   T unused[P] = {};
   T* top = whole ? high : unused;
-  if (a.bias)
-    product_rows<T, V, Start::from, true>(keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
-  else
-    product_rows<T, V, Start::zero, true>(keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
-  product_rows<T, V, Start::zero, false>(keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
+  product_in_parts<T, V, true>(a.bias, keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
+  product_in_parts<T, V, false>(false, keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
   probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
 }
 

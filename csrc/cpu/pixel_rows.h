@@ -83,33 +83,53 @@ MVK_INLINE void pack_columns(const Bridge& a, const Tokens& t, int64_t b, int64_
         dst[d * G + j] = m0 + j < a.M ? factor * T(to_float(p[(m0 + j) * t.m + d * t.d])) : T(0);
 }
 
-// s[r][.] = sum_d x[r][d] q[d][.] for R pixels and one group.
+// s[r][.] (from what is there if `from`) = sum_d x[r][d] q[d][.] for R pixels and one group. Even and odd dims have sums of
+// their own: half as long, and half as inexact.
 template <class T, int G, int R>
-static void dots_tile(int64_t D, const T* x, int64_t ldx, const T* q, T* s) {
+static void dots_tile(bool from, int64_t D, const T* x, int64_t ldx, const T* q, T* s) {
   using Tokens = typename Narrow<T, G>::type;
   using Memory = typename Narrow<T, G>::unaligned;
-  Tokens sum[R];
+  Tokens even[R], odd[R];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sum[r] = Tokens{};
-  for (int64_t d = 0; d < D; ++d) {
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = Tokens{};
+  int64_t d = 0;
+  for (; d + 2 <= D; d += 2) {
+    const Tokens column = *reinterpret_cast<const Memory*>(q + d * G);
+    const Tokens next = *reinterpret_cast<const Memory*>(q + (d + 1) * G);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) even[r] += column * x[r * ldx + d];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) odd[r] += next * x[r * ldx + d + 1];
+  }
+  if (d < D) {
     const Tokens column = *reinterpret_cast<const Memory*>(q + d * G);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r] += column * x[r * ldx + d];
+    for (int r = 0; r < R; ++r) even[r] += column * x[r * ldx + d];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) *reinterpret_cast<Memory*>(s + r * G) = sum[r];
+  for (int r = 0; r < R; ++r) {
+    Memory* to = reinterpret_cast<Memory*>(s + r * G);
+    even[r] += odd[r];
+    *to = from ? even[r] + *to : even[r];
+  }
 }
+
+constexpr int64_t kDimChain = 32;  // dims summed before what is there is added
 
 // The scores of one group; lanes up to a whole vector become `tail`.
 template <class T, int G>
 static void dots(int64_t D, int64_t count, const T* x, int64_t ldx, const T* q, T* s, T tail) {
-  constexpr int R = kVectorBytes == 64 ? 12 : 8;
+  constexpr int R = kVectorBytes == 64 ? 12 : 6;
+  auto tile = [&](auto height, int64_t n) __attribute__((always_inline)) {
+    for (int64_t d = 0; d < D; d += kDimChain)
+      dots_tile<T, G, height.value>(d > 0, smaller(D - d, kDimChain), x + n * ldx + d, ldx, q + d * G, s + n * G);
+  };
   int64_t n = 0;
-  for (; n + R <= count; n += R) dots_tile<T, G, R>(D, x + n * ldx, ldx, q, s + n * G);
+  for (; n + R <= count; n += R) tile(std::integral_constant<int, R>{}, n);
   // What is left, with some of the tile before once more: few pixels alone wait for each product.
-  if (n < count && count >= R) n = count, dots_tile<T, G, R>(D, x + (n - R) * ldx, ldx, q, s + (n - R) * G);
-  for (; n + 4 <= count; n += 4) dots_tile<T, G, 4>(D, x + n * ldx, ldx, q, s + n * G);
-  for (; n < count; ++n) dots_tile<T, G, 1>(D, x + n * ldx, ldx, q, s + n * G);
+  if (n < count && count >= R) n = count, tile(std::integral_constant<int, R>{}, n - R);
+  for (; n + 4 <= count; n += 4) tile(std::integral_constant<int, 4>{}, n);
+  for (; n < count; ++n) tile(std::integral_constant<int, 1>{}, n);
   for (int64_t i = count * G; i % W<T>; ++i) s[i] = tail;
 }
 
@@ -144,7 +164,8 @@ static void weigh_tile(
     }
 }
 
-constexpr int64_t kChain = 64;
+// Pixels summed in one chain: as long as the sums of lanes are on maps that have pixels as lanes.
+constexpr int64_t kPixelChain = 16;
 
 // The same for one group of M tokens and all dims. c has whole vectors.
 template <class T, int G>
@@ -158,10 +179,9 @@ static void weigh(
     int64_t d = 0;
     auto panel = [&](auto width) __attribute__((always_inline)) {
       const int rest = at_most<T>(D - d - (width.value - 1) * W<T>);
-      // Sums of sums err less than one long chain.
-      for (int64_t n = 0; n < count; n += kChain)
+      for (int64_t n = 0; n < count; n += kPixelChain)
         weigh_tile<T, G, tokens, width.value>(
-            smaller(count - n, kChain), s + n * G, x + n * ldx + d, ldx, rest, c + d, ldc, n ? nullptr : alpha,
+            smaller(count - n, kPixelChain), s + n * G, x + n * ldx + d, ldx, rest, c + d, ldc, n ? nullptr : alpha,
             first && n == 0);
       d += width.value * W<T>;
     };

@@ -126,12 +126,14 @@ static void scores(
     int64_t J, int64_t D, const T* a, int64_t lda, const T* x, int64_t ldx, int64_t count, T* s, int64_t lds) {
   int64_t n = 0;
   count = round_up(count, W<T>);
+  auto panel = [&](auto width) __attribute__((always_inline)) {
+    product_in_parts<T, width.value, false>(false, J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
+    n += width.value * W<T>;
+  };
   if (J <= kTileRows / 2)
-    for (; n + 4 * W<T> <= count; n += 4 * W<T>)
-      product_rows<T, 4, Start::zero, false>(J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
-  for (; n + 2 * W<T> <= count; n += 2 * W<T>)
-    product_rows<T, 2, Start::zero, false>(J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
-  for (; n < count; n += W<T>) product_rows<T, 1, Start::zero, false>(J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
+    while (n + 4 * W<T> <= count) panel(std::integral_constant<int, 4>{});
+  while (n + 2 * W<T> <= count) panel(std::integral_constant<int, 2>{});
+  while (n < count) panel(std::integral_constant<int, 1>{});
 }
 
 // acc[(j * D + d)] (a vector) = acc * alpha[j] + sum over vectors of r[j][.] x[d][.], for J tokens and R dims.

@@ -10,6 +10,7 @@
 #include "build_info.h"
 #include "linear_attention_op.h"
 #include "mobile_former_op.h"
+#include "multiscale_op.h"
 #include "patch_attention_op.h"
 
 namespace mvk {
@@ -78,6 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("former_to_mobile_backward", &mvk::former_to_mobile_backward);
   m.impl("relu_linear_attention_forward", &mvk::relu_linear_attention_forward);
   m.impl("relu_linear_attention_backward", &mvk::relu_linear_attention_backward);
+  m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward);
+  m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
 }
 
 PyMODINIT_FUNC PyInit__C() {

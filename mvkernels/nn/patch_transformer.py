@@ -78,12 +78,14 @@ def _among_tokens(
 ) -> Tensor:
     """(B, N, C) -> (B, N, C): attention among all tokens, of ops that every converter knows."""
     if isinstance(qkv, tuple):  # three products: joined weights would be no constants to a converter
-        query, key, value = (m(x).unflatten(-1, (heads, -1)).transpose(1, 2) for m in qkv)
+        query, key, value = (m(x).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for m in qkv)
     else:
-        query, key, value = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        packed = qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        query, key, value = packed.unbind(0)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
-    return out.transpose(1, 2).flatten(2)
+    # bmm and not matmul, which becomes copies that expand nothing where a runtime has no views.
+    out = torch.bmm((torch.bmm(query * scale, key.transpose(1, 2))).softmax(-1), value)
+    return out.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
 
 
 def gather_groups(x: Tensor, patch_size: tuple[int, int]) -> Tensor:

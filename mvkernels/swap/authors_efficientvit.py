@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from mvkernels.swap import by_structure, lite_mla
+from mvkernels.swap.eligibility import not_its_own
 from mvkernels.swap.mobilevit import as_original
 
-_METHODS = ("relu_linear_att", "relu_quadratic_att")
+_METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
 
 
 def why_not(module: Any, model: nn.Module) -> str:
@@ -28,7 +29,8 @@ def why_not(module: Any, model: nn.Module) -> str:
         torch.randn(2, module.qkv.conv.in_channels, *size, generator=generator, dtype=torch.float64, device="cpu")
         for size in sizes
     ]
-    return by_structure.computes_something_else(module, SwappedAuthorsLiteMLA, maps, lite_mla.fused)
+    # DC-AE's norm at the end runs on CUDA alone.
+    return by_structure.computes_something_else(module, SwappedAuthorsLiteMLA, maps, lite_mla.fused, beside=["proj"])
 
 
 def swapped_class(module: nn.Module) -> type[nn.Module]:
@@ -44,6 +46,5 @@ class SwappedAuthorsLiteMLA(by_structure.SwappedByStructure):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
-        changed = "" if self.__dict__.keys().isdisjoint(_METHODS) else "it has had a method replaced"
-        out = lite_mla.forward(self, x, bool(args or kwargs), changed)
+        out = lite_mla.forward(self, x, bool(args or kwargs), not_its_own(self, *_METHODS))
         return self.mvk_original.forward(self, x, *args, **kwargs) if out is None else out  # type: ignore[arg-type]

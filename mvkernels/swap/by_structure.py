@@ -7,7 +7,7 @@ holds, and then asked: a copy with random weights has to compute the known formu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,12 @@ def _blank(original: type[nn.Module], base: type) -> nn.Module:
 
 
 def computes_something_else(
-    module: nn.Module, base: type, inputs: Any, fused: Callable[[Any], Any], shape: str = ""
+    module: nn.Module,
+    base: type,
+    inputs: Any,
+    fused: Callable[[Any, Any], Any],
+    shape: str = "",
+    beside: Sequence[str] = (),
 ) -> str:
     """Ask the module's own forward, on small examples and with weights that hide nothing.
 
@@ -60,12 +65,15 @@ def computes_something_else(
         inputs: what its forward takes, in float64; a list of several.
         fused: the fused computation, called with the copy as a swapped module and one of the inputs.
         shape: what its forward returns, in words, if that is a tuple, whose first entry is compared.
+        beside: parts that both call as they are and that the copy does without.
 
     Returns the reason against swapping it, empty if there is none.
     """
     generator = torch.Generator().manual_seed(0)
     try:
         twin: Any = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+        for name in beside:
+            setattr(twin, name, nn.Identity())
         for part in twin.modules():
             part._forward_hooks.clear()
             part._forward_pre_hooks.clear()

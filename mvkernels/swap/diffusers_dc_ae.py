@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mvkernels.nn import pointwise_to_channels_last
 from mvkernels.nn.efficientvit import aggregate_and_attend
-from mvkernels.swap.eligibility import log_once, not_linear, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import log_once, not_its_own, not_linear, not_plain, replaced, unusual_call
 from mvkernels.swap.lite_mla import not_scale
 from mvkernels.swap.mobilevit import as_original
 
@@ -31,10 +31,12 @@ def why_not(module: Any) -> str:
     processor, like = module.processor, module.to_q.weight
     if type(processor) is not SanaMultiscaleAttnProcessor2_0:
         return f"its processor is a {type(processor).__name__}, want a SanaMultiscaleAttnProcessor2_0"
-    reason = replaced(SanaMultiscaleLinearAttention, *_METHODS) or replaced(SanaMultiscaleAttnProcessor2_0, "__call__")
-    if not reason and not module.__dict__.keys().isdisjoint(_METHODS):
-        reason = "it has had a method replaced"
-    reason = reason or not_plain(module.nonlinearity, nn.ReLU, "nonlinearity")
+    reason = (
+        replaced(SanaMultiscaleLinearAttention, *_METHODS)
+        or replaced(SanaMultiscaleAttnProcessor2_0, "__call__")
+        or not_its_own(module, *_METHODS)
+        or not_plain(module.nonlinearity, nn.ReLU, "nonlinearity")
+    )
     for name in ("to_q", "to_k", "to_v", "to_out"):
         linear = getattr(module, name)
         reason = reason or not_linear(linear, like, name)

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 _log = logging.getLogger("mvkernels")
 _logged: set[tuple[str, str]] = set()
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
         nn.CELU,
         nn.ELU,
@@ -97,6 +97,14 @@ def not_hooked(module: nn.Module, what: str) -> str:
     return ""
 
 
+def not_its_own(module: Any, *methods: str) -> str:
+    """Nobody may have put a method on the module itself."""
+    for name in methods:
+        if name in module.__dict__:
+            return f"it has had its {name} replaced"
+    return ""
+
+
 def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     """A plain Linear, of dense parameters with the dtype and device of ``like``."""
     reason = not_plain(module, nn.Linear, what)
@@ -141,7 +149,7 @@ def not_layer_norm(module: Any, dim: int, what: str) -> str:
 def not_elementwise(module: Any, what: str) -> str:
     """An activation known to treat every element alike, whatever the shape."""
     kind = type(module)
-    if kind not in _ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
+    if kind not in ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
         return f"{what} is a {kind.__name__}, not known to be element-wise"
     return not_hooked(module, what)
 

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from mvkernels.backend import requested
 from mvkernels.swap.eligibility import not_hooked
+from mvkernels.swap.folding import fold, forget
 from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -27,6 +29,8 @@ class Family:
     class_name: str
     adapter: str
     """The file here that has ``SWAPPED``, a subclass of that class, and ``why_not(module) -> str``."""
+    parameters: tuple[str, ...] | None = None
+    """The names that its forward takes beside self, where that is more than one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Structure:
     """Names of attributes and children that a module has if it is one of these."""
     adapter: str
     """The file here that has ``swapped_class(module)`` and ``why_not(module, model) -> str``."""
+    parameters: tuple[str, ...] | None = None
+    """As of :class:`Family`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
     Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
     Family("timm.models.efficientvit_mit", "LiteMLA", "timm_efficientvit"),
+    Family("timm.models.efficientformer", "Attention", "timm_efficientformer"),
+    Family("timm.models.maxxvit", "Attention2d", "timm_coatnet", ("x", "shared_rel_pos")),
     Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),
     Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
@@ -65,10 +73,17 @@ STRUCTURES = (
         "authors_mobile_former",
     ),
     Structure(frozenset(("eps", "dim", "qkv", "aggreg", "kernel_func", "proj")), "authors_efficientvit"),
+    Structure(
+        frozenset(("local_rep", "global_rep", "conv_proj", "fusion", "patch_h", "patch_w", "patch_area", "n_heads")),
+        "cvnets_mobilevit",
+        ("x", "args", "kwargs"),
+    ),
 )
 
 
-def swap(model: nn.Module, only: Only | None = None, backend: str | None = None) -> SwapReport:
+def swap(
+    model: nn.Module, only: Only | None = None, backend: str | None = None, fold_norms: bool = False
+) -> SwapReport:
     """Swap the attention blocks of ``model`` for fused ones, in place.
 
     A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
@@ -80,6 +95,8 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
         model: any module, or a block itself.
         only: a name, names, or a predicate on (name, module), to choose among the blocks found.
         backend: handed to the fused ops of these blocks (None: chosen at each call).
+        fold_norms: also let convolutions do the work of the batch norms after them, wherever a norm is in eval mode
+            and no gradient is recorded (see :mod:`mvkernels.swap.folding`): in the whole model, whatever ``only`` says.
 
     Returns:
         A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they
@@ -116,7 +133,22 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
                 set_backend(module, backend)
                 report._changed.append((module, original_of(module)))
         report.entries.append(SwapEntry(name, class_name, swapped, reason))
+    if fold_norms:
+        report._folded += fold(model, _claimed(model))
     return report
+
+
+def _claimed(model: nn.Module) -> set[nn.Module]:
+    """The modules whose work swapped blocks do themselves."""
+    claimed: set[nn.Module] = set()
+    for module in model.modules():
+        if getattr(type(module), "mvk_original", None) is None:
+            continue
+        adapter = sys.modules.get(type(module).__module__)
+        for name in getattr(adapter, "_WATCHED", module._modules):
+            child = module._modules.get(name)
+            claimed.update(child.modules() if child is not None else ())
+    return claimed
 
 
 def unswap(model: nn.Module) -> None:
@@ -125,6 +157,7 @@ def unswap(model: nn.Module) -> None:
         original = original_of(module)
         if original is not None:
             restore_module(module, original)
+        forget(module)
 
 
 def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:
@@ -138,10 +171,10 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
         module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]
 
     if isinstance(family, Structure):
-        return _why_not(module, functools.partial(adapter.why_not, model=model)), class_
+        return _why_not(module, functools.partial(adapter.why_not, model=model), family.parameters), class_
     if isinstance(family, Processor):
         return _asked(module, adapter.why_not), processor
-    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not), class_
+    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not, family.parameters), class_
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
@@ -186,10 +219,11 @@ def _not_exactly(module: nn.Module, swapped: type[nn.Module]) -> str:
     return ""
 
 
-def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
+def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str], parameters: tuple[str, ...] | None = None) -> str:
     if "forward" in module.__dict__:
         return not_hooked(module, "it") or "it has had its forward replaced"
-    if len(inspect.signature(type(module).forward).parameters) != 2:
+    taken = [*inspect.signature(type(module).forward).parameters][1:]
+    if len(taken) != 1 if parameters is None else tuple(taken) != parameters:
         return "this version of its code has another forward"
     return _asked(module, why_not)
 

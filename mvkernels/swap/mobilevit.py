@@ -59,7 +59,7 @@ def transform(
     if torch.compiler.is_exporting():
         return _exported(features, conv_in, layers, norm, conv_out, patch_size)
     height, width = features.shape[-2:]
-    size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
+    size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
     resized = size != (height, width)
     x = pointwise_to_channels_last(features, conv_in.weight, conv_in.bias)
     if resized:
@@ -70,6 +70,11 @@ def transform(
     if resized:
         x = _resize(x, (height, width))
     return pointwise_to_channels_first(x, conv_out.weight, conv_out.bias)
+
+
+def _up(size: int, patch: int) -> int:
+    """The next multiple. Of positive numbers only: ONNX divides towards zero where Python goes down."""
+    return (size + patch - 1) // patch * patch
 
 
 def _exported(
@@ -87,7 +92,7 @@ def _exported(
     """
     x = F.conv2d(features, conv_in.weight, conv_in.bias)
     height, width = x.shape[-2:]
-    size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
+    size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
     resized = not (known(size[0] == height) and known(size[1] == width))
     if resized:
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)

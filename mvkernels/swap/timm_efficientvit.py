@@ -11,7 +11,7 @@ from timm.models.efficientvit_mit import ConvNormAct, LiteMLA
 from torch import Tensor, nn
 
 from mvkernels.swap import lite_mla
-from mvkernels.swap.eligibility import not_plain, replaced
+from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
 from mvkernels.swap.mobilevit import as_original
 
 
@@ -23,7 +23,7 @@ def why_not(module: Any) -> str:
 def _of_timm(module: Any) -> str:
     return (
         replaced(LiteMLA, "forward", "_attn")
-        or ("it has had its _attn replaced" if "_attn" in module.__dict__ else "")
+        or not_its_own(module, "forward", "_attn")
         or not_plain(module.qkv, ConvNormAct, "qkv")
         or not_plain(module.proj, ConvNormAct, "proj")
     )

@@ -20,9 +20,20 @@ Examine = Callable[[Any], "tuple[str, list[dict[str, Any]]]"]
 
 # Settings of attention modules, and methods that the fused path does the work of.
 _HEADS = frozenset(
-    ("num_attention_heads", "attention_head_size", "all_head_size", "num_heads", "head_dim", "scale", "fused_attn")
+    (
+        "num_attention_heads",
+        "attention_head_size",
+        "all_head_size",
+        "num_heads",
+        "head_dim",
+        "scale",
+        "scaling",
+        "fused_attn",
+        "coreml_compatible",
+        "channel_first",
+    )
 )
-_METHODS = frozenset(("forward", "unfolding", "folding"))
+_METHODS = frozenset(("forward", "unfolding", "folding", "forward_spatial"))
 
 
 class _Snapshot:

@@ -49,6 +49,8 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, item: int | Item) -> tuple[Tensor, int]:
         index, h, w = (item, self.size, self.size) if isinstance(item, int) else item
+        if not 0 <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
         return self.load(index, h, w), self.labels[index]
 
 
@@ -66,7 +68,7 @@ class Digits(Pictures):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         except ImportError:
-            raise UsageError("scikit-learn is not installed: pip install 'mvkernels[models]'") from None
+            raise UsageError("scikit-learn is not installed: pip install 'mvkernels[train]'") from None
         data = load_digits()
         chosen = train_test_split(range(len(data.target)), test_size=0.25, random_state=0, stratify=data.target)
         indices = chosen[1 if held_out else 0]
@@ -151,7 +153,7 @@ def _open(path: Path, channels: int) -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise UsageError("pillow is not installed: pip install 'mvkernels[models]'") from None
+        raise UsageError("pillow is not installed: pip install 'mvkernels[train]'") from None
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")

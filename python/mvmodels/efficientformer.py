@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import DropPath
-from mvmodels.layers import ConvNorm, LayerScale, Mlp, PoolMixer, attention_over_map, check_picture, check_sizes
+from mvmodels.layers import (
+    ConvNorm,
+    LayerScale,
+    Mlp,
+    PoolMixer,
+    attention_over_map,
+    check_backend,
+    check_picture,
+    check_sizes,
+)
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "EfficientFormer: Vision Transformers at MobileNet Speed, arXiv 2206.01191"
@@ -184,6 +193,7 @@ class EfficientFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("EfficientFormer", num_classes=num_classes, in_chans=in_chans, image_size=image_size)
+        check_backend(backend)
         self.in_chans, self.features_only, self.distilled = in_chans, features_only, distilled
         widths, side = size.widths, -(-image_size // 32)
         relu: dict[str, Any] = {"bias": True, "activation": nn.ReLU}

@@ -217,11 +217,10 @@ def _stage(
 ) -> nn.Sequential:
     """A stage of a B model: inverted residuals, and attention in the third and the fourth."""
     local = functools.partial(MBConv, act=act, norm_eps=norm_eps, expand_ratio=4.0)
+    first = _main(local(width, out, 2, fewer_norm=stage >= 3))
     if stage >= 3:
-        first = OrderedDict(main=local(width, out, 2, fewer_norm=True))
-        return nn.Sequential(nn.Sequential(first), *(block(out) for _ in range(depth)))
-    first = OrderedDict(main=local(width, out, 2))
-    return nn.Sequential(nn.Sequential(first), *(Residual(local(out, out)) for _ in range(depth - 1)))
+        return nn.Sequential(first, *(block(out) for _ in range(depth)))
+    return nn.Sequential(first, *(Residual(local(out, out)) for _ in range(depth - 1)))
 
 
 def _large_stage(
@@ -234,8 +233,14 @@ def _large_stage(
             return _convolutions(in_channels, out, True, act, norm_eps, stride, expand_ratio)
         return MBConv(in_channels, out, stride, expand_ratio, fewer_norm=True, act=act, norm_eps=norm_eps)
 
-    first = nn.Sequential(OrderedDict(main=local(width, 2, 24 if stage == 4 else 16)))
+    first = _main(local(width, 2, 24 if stage == 4 else 16))
     return nn.Sequential(first, *(block(out) if stage == 4 else Residual(local(out, 1, 4)) for _ in range(depth)))
+
+
+def _main(module: nn.Module) -> nn.Module:
+    """The module under the name that it has inside a residual."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict(main=module)
+    return nn.Sequential(parts)
 
 
 _TIMM = [

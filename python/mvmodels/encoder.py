@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import mvkernels
 from mvkernels.nn import DropPath
+from mvmodels.layers import Mlp
 
 Grids = tuple[tuple[int, int], ...]
 """Heights and widths of the grids whose pixels, row by row and grid after grid, are the tokens."""
@@ -44,30 +45,17 @@ class TokenAttention(nn.Module):
         return 2 * batch * count * count * dim
 
 
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim)."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class EncoderBlock(nn.Module):
     """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, drop_path: float = 0.0, backend: str | None = None
+        self, dim: int, heads: int, mlp_ratio: int, drop_path: float = 0.0, backend: str | None = None
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = TokenAttention(dim, heads, backend)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -77,7 +65,7 @@ class EncoderBlock(nn.Module):
 
 
 def encoder(
-    dim: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float, backend: str | None
+    dim: int, depth: int, heads: int, mlp_ratio: int, drop_path_rate: float, backend: str | None
 ) -> nn.Sequential:
     """``depth`` blocks; the last has ``drop_path_rate``, earlier ones less, in proportion, the first none."""
     rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
@@ -106,19 +94,6 @@ def resize_tokens(values: Tensor, trained: Grids, wanted: Grids, mode: str, keep
         scale = h * w / (height * width) if keep_sum else 1.0
         parts.append(resized.flatten(2).transpose(1, 2) * scale)
     return torch.cat(parts, 1)
-
-
-def check_picture(model: str, x: Tensor, in_chans: int) -> None:
-    """Raises ValueError unless ``x`` is (B, in_chans, H, W) with pixels in it."""
-    if x.dim() != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
-        raise ValueError(f"{model}: x is {tuple(x.shape)}, want (B, {in_chans}, H, W)")
-
-
-def check_settings(model: str, **least: int) -> None:
-    """Raises ValueError for a number below 1."""
-    for name, value in least.items():
-        if value < 1:
-            raise ValueError(f"{model}: {name} is {value}, want at least 1")
 
 
 def initialise(modules: Sequence[nn.Module]) -> None:

@@ -56,6 +56,9 @@ class Options:
     """"variable" or "fixed" batch over several sizes."""
     scales: tuple[int, int] = (160, 320)
     """Smallest and largest side of those sizes."""
+    flip: bool = True
+    held_out: float = 0.1
+    """Of a folder: mirror its pictures, and the share of them that is kept for the test."""
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the model, beside its classes."""
@@ -318,10 +321,20 @@ class Trainer:
 
     def _step(self, pictures: Tensor, labels: Tensor) -> Tensor:
         # Seeds of neighbouring steps and ranks differ, whatever the seed of the run.
-        torch.manual_seed((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            logits = self.parallel(pictures)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.options.smoothing)
+        torch.manual_seed(((self.options.seed * 1_000_003 + self.step) * 65_537 + self.rank) % 2**63)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
+                logits = self.parallel(pictures)
+        except ValueError as error:  # the model's own checks, and BatchNorm's
+            shape = " x ".join(str(n) for n in pictures.shape)
+            why = "BatchNorm has one value only" if "more than 1 value per channel" in str(error) else str(error)
+            raise UsageError(f"{why}, of a batch of {shape}: want more pictures or larger ones") from None
+        # EfficientFormer has a second classifier, for a teacher; without one both learn the labels.
+        heads = logits if isinstance(logits, tuple) else (logits,)
+        if not all(isinstance(head, Tensor) and head.dim() == 2 for head in heads):
+            raise UsageError(f"{self.options.model} is no classifier of pictures")
+        losses = [F.cross_entropy(h.float(), labels, label_smoothing=self.options.smoothing) for h in heads]
+        loss = torch.stack(losses).mean()
         self.optimizer.zero_grad()
         loss.backward()
         if self.options.clip > 0:

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mvmodels.encoder import Grids, check_picture, check_settings, encoder, initialise, resize_tokens
+from mvmodels.encoder import Grids, encoder, initialise, resize_tokens
+from mvmodels.layers import ConvNorm, check_picture, check_sizes
 from mvmodels.registry import ModelInfo, register
 
 _PAPER = "Exploring and Improving Mobile Level Vision Transformers, arXiv 2108.13015"
@@ -39,11 +40,13 @@ SIZES = {"tiny": Size(192, 12, 3), "small": Size(384, 12, 6)}
 _MLP_RATIO = 4
 
 
-def _activation(name: str) -> nn.Module:
-    known = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "hardswish": nn.Hardswish}
-    if name not in known:
-        raise ValueError(f"IrregularViT: activation is {name!r}, want one of {', '.join(known)}")
-    return known[name]()
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+}
 
 
 class SqueezeExcite(nn.Module):
@@ -64,25 +67,27 @@ class InvertedResidual(nn.Module):
     """1 × 1 that widens, 3 × 3 depthwise, squeeze and excitation, 1 × 1; plus the input where shapes allow."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, expansion: int, se_ratio: float, activation: str
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expansion: int,
+        se_ratio: float,
+        activation: type[nn.Module],
     ) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.residual = stride == 1 and in_channels == out_channels
-        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(hidden)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
-        self.norm2 = nn.BatchNorm2d(hidden)
-        self.se = SqueezeExcite(hidden, se_ratio) if se_ratio > 0 else nn.Identity()
-        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(out_channels)
-        self.act = _activation(activation)
+        self.layers = nn.Sequential(
+            ConvNorm(in_channels, hidden, activation=activation),
+            ConvNorm(hidden, hidden, 3, stride, groups=hidden, activation=activation),
+            SqueezeExcite(hidden, se_ratio) if se_ratio > 0 else nn.Identity(),
+            ConvNorm(hidden, out_channels),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
-        y = self.act(self.norm1(self.conv1(x)))
-        y = self.norm3(self.conv3(self.se(self.act(self.norm2(self.conv2(y))))))
-        return x + y if self.residual else y
+        return x + self.layers(x) if self.residual else self.layers(x)
 
 
 class IrregularPatchEmbedding(nn.Module):
@@ -107,20 +112,20 @@ class IrregularPatchEmbedding(nn.Module):
         activation: str = "silu",
     ) -> None:
         super().__init__()
-        check_settings("IrregularViT", expansion=expansion, trunk=min(trunk))
+        check_sizes("IrregularViT", expansion=expansion, trunk=min(trunk))
         if len(trunk) != 4:
             raise ValueError(f"IrregularViT: trunk is {trunk}, want 4 widths")
         if coarse not in ("two", "one"):
             raise ValueError(f"IrregularViT: coarse is {coarse!r}, want 'two' or 'one'")
-        block = functools.partial(InvertedResidual, expansion=expansion, se_ratio=se_ratio, activation=activation)
-        stem = nn.Sequential(
-            nn.Conv2d(in_channels, trunk[0], 3, 2, 1, bias=False), nn.BatchNorm2d(trunk[0]), _activation(activation)
-        )
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"IrregularViT: activation is {activation!r}, want one of {', '.join(_ACTIVATIONS)}")
+        kind = _ACTIVATIONS[activation]
+        block = functools.partial(InvertedResidual, expansion=expansion, se_ratio=se_ratio, activation=kind)
+        stem = ConvNorm(in_channels, trunk[0], 3, 2, activation=kind)
         self.trunk = nn.Sequential(stem, *(block(a, b, 2) for a, b in itertools.pairwise(trunk)))
         self.fine = block(trunk[-1], dim, 2)
-        self.coarse = block(trunk[-1], dim, 4)
-        if coarse == "two":
-            self.coarse = nn.Sequential(block(trunk[-1], dim, 2), block(dim, dim, 2))
+        strides = (2, 2) if coarse == "two" else (4,)
+        self.coarse = nn.Sequential(*(block(dim if i else trunk[-1], dim, s) for i, s in enumerate(strides)))
         self.whole = block(trunk[-1], dim, 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -155,7 +160,7 @@ class AdaptivePatchFusion(nn.Module):
         super().__init__()
         self.grids: Grids = ((1, tokens),) if isinstance(tokens, int) else tokens
         count = sum(h * w for h, w in self.grids)
-        check_settings("AdaptivePatchFusion", dim=dim, tokens=count, reduction=reduction)
+        check_sizes("AdaptivePatchFusion", dim=dim, tokens=count, reduction=reduction)
         if source not in ("token", "mean"):
             raise ValueError(f"AdaptivePatchFusion: source is {source!r}, want 'token' or 'mean'")
         self.source, self.softmax = source, softmax
@@ -191,7 +196,7 @@ class IrregularViT(nn.Module):
         drop_rate: dropout before the last layer.
         drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
         features_only: return the tokens of the two finer grids as maps, and build no fusion and no head.
-        img_size: side of the pictures whose positions are learned.
+        image_size: side of the pictures whose positions are learned.
         position: learned positions, added once.
         trunk, coarse, expansion, se_ratio, activation: of :class:`IrregularPatchEmbedding`.
         fusion, per_channel, softmax, reduction: of :class:`AdaptivePatchFusion` (``fusion`` is its source).
@@ -210,7 +215,7 @@ class IrregularViT(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         features_only: bool = False,
-        img_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] = 224,
         position: bool = True,
         trunk: tuple[int, int, int, int] = (32, 48, 64, 96),
         coarse: str = "two",
@@ -224,8 +229,8 @@ class IrregularViT(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        check_settings("IrregularViT", num_classes=num_classes, in_chans=in_chans, img_size=min(height, width))
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check_sizes("IrregularViT", num_classes=num_classes, in_chans=in_chans, image_size=min(height, width))
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, _TRUNK * _FINE), (dim, _TRUNK * _COARSE))
@@ -249,7 +254,7 @@ class IrregularViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Grids]:
         """A picture (B, in_chans, H, W) -> normalized tokens (B, N, dim) and the grids they are of."""
-        check_picture("IrregularViT", x, self.in_chans)
+        check_picture(self, x, self.in_chans)
         maps = self.embedding(x)
         grids = tuple((m.shape[2], m.shape[3]) for m in maps)
         tokens = torch.cat([m.flatten(2) for m in maps], 2).transpose(1, 2)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels import patch_attention
+from mvkernels.backend import requested
 from mvkernels.nn import pointwise_to_channels_first, pointwise_to_channels_last
 
 
@@ -15,6 +16,12 @@ def check_sizes(model: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{model}: {name} is {value}, want at least 1")
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError for a name that is no backend."""
+    if backend is not None:
+        requested(backend)
 
 
 def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) -> None:

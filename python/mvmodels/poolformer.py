@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvkernels.nn import DropPath
-from mvmodels.layers import LayerScale, PoolMixer, check_picture, check_sizes
+from mvmodels.layers import LayerScale, PoolMixer, check_backend, check_picture, check_sizes
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418"
@@ -101,6 +101,7 @@ class PoolFormer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("PoolFormer", num_classes=num_classes, in_chans=in_chans)
+        check_backend(backend)
         if head_order not in (None, *HEAD_ORDERS):
             raise ValueError(f"PoolFormer: head_order is {head_order!r}, want norm_pool, pool_norm or None")
         self.in_chans, self.features_only = in_chans, features_only

@@ -98,7 +98,7 @@ def _predict(options: argparse.Namespace) -> int:
     with mvkernels.use_backend(chosen), torch.inference_mode():
         model.to(where)
         for path, picture in zip(options.image, pictures):
-            probabilities = model(picture[None].to(where)).float().softmax(1)[0].cpu()
+            probabilities = _probabilities(model, picture[None].to(where), known["model"])
             if names is not None and len(names) != len(probabilities):
                 raise UsageError(f"{options.classes} has {len(names)} names for {len(probabilities)} classes")
             top = probabilities.topk(min(options.top_k, len(probabilities)))
@@ -112,6 +112,16 @@ def _predict(options: argparse.Namespace) -> int:
         for found in classes:
             print(f"  {100 * found['probability']:6.2f} %  {found['name']}")
     return 0
+
+
+def _probabilities(model: nn.Module, picture: Tensor, name: str) -> Tensor:
+    try:
+        logits = model(picture)
+    except ValueError as error:  # of a size that the model does not take
+        raise UsageError(str(error)) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UsageError(f"{name} is no classifier of pictures")
+    return logits.float().softmax(1)[0].cpu()
 
 
 def _normalised(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

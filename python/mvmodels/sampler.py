@@ -45,8 +45,9 @@ def multi_scale_sizes(
     ``divisor``; the i-th height goes with the i-th width. With ``variable`` a batch holds as many pixels as
     ``batch_size`` pictures of the base size, hence more of the small ones; else it is always ``batch_size``.
 
-    The base size itself is only among them where it is a multiple of ``divisor``. Raises ValueError for a number
-    below 1 and a minimum above its maximum.
+    As in the published code, the base size is among them only where it is a multiple of ``divisor``, and where one
+    side's base is one of its evenly spaced sides and the other's is not, the largest of the longer list has no
+    partner. Raises ValueError for a number below 1 and a minimum above its maximum.
     """
     for name, value in (("batch_size", batch_size), ("scales", scales), ("divisor", divisor)):
         if value < 1:

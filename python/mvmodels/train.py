@@ -64,11 +64,12 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-def data_sets(where: str, size: int, held_out: float, flip: bool, seed: int) -> tuple[Pictures, Pictures]:
+def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
     """To train on and to test on. Raises UsageError for what cannot be read."""
     if where == "digits":
-        return Digits(False, size), Digits(True, size)
-    return folder_data(where, size, flip=flip, held_out=held_out, seed=seed)
+        return Digits(False, options.size), Digits(True, options.size)
+    channels = options.settings.get("in_chans", 3)
+    return folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
     options.output = output = arguments.output or Path("runs") / options.model
-    train, test = data_sets(arguments.data, options.size, arguments.held_out, not arguments.no_flip, arguments.seed)
+    train, test = data_sets(arguments.data, options)
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if many:
         dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
@@ -108,18 +109,25 @@ def _options(arguments: argparse.Namespace) -> Options:
     options = Options(
         model=arguments.model,
         scales=tuple(arguments.scales),
+        flip=not arguments.no_flip,
         settings=dict(arguments.set),
         size=arguments.size or (32 if digits else info.input_size),
         device=device(where),
         backend=backend(arguments.backend),
-        workers=(0 if digits else min(4, os.cpu_count() or 1)) if arguments.workers is None else arguments.workers,
+        workers=(0 if digits else min(4, _cores())) if arguments.workers is None else arguments.workers,
     )
     for name in (
         "epochs", "batch_size", "lr", "lr_min", "warmup", "weight_decay", "smoothing", "ema", "clip", "multi_scale",
+        "held_out",
         "seed", "amp", "save_every",
     ):  # fmt: skip
         setattr(options, name, getattr(arguments, name))
     return options
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(arguments: argparse.Namespace, options: Options, train: Pictures, test: Pictures, output: Path) -> int:
@@ -160,7 +168,7 @@ def _board(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("tensorboard is not installed, nothing is logged for it: pip install tensorboard")
+        say("tensorboard is not installed, nothing is logged for it: pip install 'mvkernels[train]'")
         return None
     return SummaryWriter(str(folder), purge_step=step)
 

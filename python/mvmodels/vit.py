@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvmodels.encoder import check_picture, check_settings, encoder, initialise, resize_tokens
+from mvmodels.encoder import encoder, initialise, resize_tokens
+from mvmodels.layers import ConvNorm, check_picture, check_sizes
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "Early Convolutions Help Transformers See Better, arXiv 2106.14881"
@@ -51,12 +52,11 @@ class ConvStem(nn.Module):
         layers: list[nn.Module] = []
         for width in widths:
             stride = 2 if width != in_channels else 1
-            layers += [nn.Conv2d(in_channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers.append(ConvNorm(in_channels, width, 3, stride, activation=nn.ReLU))
             in_channels = width
         self.convs = nn.Sequential(*layers)
         self.proj = nn.Conv2d(in_channels, dim, 1)
         nn.init.normal_(self.proj.weight, 0.0, math.sqrt(2.0 / dim))
-        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
@@ -70,7 +70,6 @@ class PatchStem(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, PATCH, PATCH)
         nn.init.normal_(self.proj.weight, 0.0, math.sqrt(1.0 / (in_channels * PATCH * PATCH)))
-        nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, dim, H / 16, W / 16), rounded up."""
@@ -91,7 +90,7 @@ class VisionTransformer(nn.Module):
         drop_rate: dropout before the last layer.
         drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
         features_only: return a list of one map, the encoder's tokens at a sixteenth, and build no head.
-        img_size: side of the pictures whose positions are learned.
+        image_size: side of the pictures whose positions are learned.
         backend: handed to the fused op.
 
     H and W of a picture are free: positions are resized (bicubic) to its grid, rounded up. Attention is
@@ -107,12 +106,12 @@ class VisionTransformer(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         features_only: bool = False,
-        img_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] = 224,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        check_settings(type(self).__name__, num_classes=num_classes, in_chans=in_chans, img_size=min(height, width))
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check_sizes(type(self).__name__, num_classes=num_classes, in_chans=in_chans, image_size=min(height, width))
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, PATCH),)
@@ -130,7 +129,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """A picture (B, in_chans, H, W) -> class token (B, dim), map (B, dim, H / 16, W / 16), both normalized."""
-        check_picture(type(self).__name__, x, self.in_chans)
+        check_picture(self, x, self.in_chans)
         x = self.stem(x)
         grid = (x.shape[2], x.shape[3])
         positions = resize_tokens(self.pos_embed, ((1, 1), self.grid), ((1, 1), grid), "bicubic")

@@ -11,14 +11,20 @@ from torch import Tensor, nn
 import mvkernels
 
 
+def need_cpp() -> None:
+    """Skip where patch_attention has no C++ kernel."""
+    able, reason = mvkernels.can_run("patch_attention", "cpp", *[torch.randn(1, 1, 4, 1, 5)] * 3, patch_size=1)
+    if not able:
+        pytest.skip(reason)
+
+
 def backends_agree(build: Callable[[str], nn.Module], x: Tensor, classes: int) -> dict[str, Tensor]:
     """Logits and gradients of every parameter: float32 on cpp errs at most 3 times as much as on the reference.
 
     An error is the largest of a tensor over its largest value, and the worst tensor counts: single small tensors are a
     matter of luck. ``build(backend)`` makes the same network each time. Returns the float64 gradients by name.
     """
-    if not mvkernels.can_run("patch_attention", "cpp", *[torch.randn(1, 1, 4, 1, 5)] * 3, patch_size=1)[0]:
-        pytest.skip("no C++ backend")
+    need_cpp()
     cotangent = torch.randn(len(x), classes)
     found: dict[str, list[Tensor]] = {}
     names: list[str] = []

@@ -12,7 +12,7 @@ import mvmodels
 from mvkernels import third_party
 from mvmodels.encoder import TokenAttention, resize_tokens
 from mvmodels.vit import SIZES, VisionTransformer
-from tests.models.agreement import backends_agree
+from tests.models.agreement import backends_agree, need_cpp
 
 # Counted here; the paper's tables print millions of parameters and billions of multiply-adds.
 TABLE = {
@@ -54,8 +54,8 @@ def test_twins_differ_in_the_stem_and_by_one_block():
     assert strides == [2, 2, 2, 2, 1]
     with torch.device("meta"):
         stem = mvmodels.create_model("vit_c_18gf").stem
-    assert [m.stride[0] for m in stem.convs if isinstance(m, nn.Conv2d)] == [2, 2, 1, 2, 1, 2]
-    assert stem.proj.bias is not None and stem.convs[0].bias is None
+    assert [layer.conv.stride[0] for layer in stem.convs] == [2, 2, 1, 2, 1, 2]
+    assert stem.proj.bias is not None and stem.convs[0].conv.bias is None
 
 
 def shallow(conv_stem: bool, **settings) -> VisionTransformer:
@@ -82,16 +82,33 @@ def test_backends_agree(conv_stem, size):
     backends_agree(build, torch.randn(2, 3, *size), 5)
 
 
-def test_bfloat16_is_near():
-    model = shallow(True)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_bfloat16_is_near(backend):
+    if backend == "cpp":
+        need_cpp()
+    model = shallow(True, backend=backend)
     x = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         expected = model(x)
         with torch.autocast("cpu", torch.bfloat16):
             cast = model(x).float()
-        half = model.bfloat16()(x.bfloat16()).float()
-    for out in (cast, half):
+    half = model.bfloat16()(x.bfloat16())
+    half.float().square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for out in (cast, half.detach().float()):
         assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_compiles_and_exports():
+    """In one graph, at a size whose positions are resized; an exported one needs nothing of this library."""
+    model, x = shallow(False).double(), torch.randn(1, 3, 40, 48, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), expected)
+    namespaces = {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
+    assert not any(name.startswith("mvkernels") for name in namespaces), namespaces
 
 
 @pytest.mark.parametrize("conv_stem", [True, False], ids=["conv", "patch"])
@@ -124,8 +141,8 @@ def test_positions_follow_the_picture():
     summed = resize_tokens(values.abs(), ((1, 1), (2, 3)), ((1, 1), (4, 6)), "bilinear", keep_sum=True)
     torch.testing.assert_close(summed.sum(1), values.abs().sum(1))
     # Pictures of one size give what a model that was built for it gives.
-    model = shallow(False, img_size=(32, 48))
-    other = shallow(False, img_size=(64, 96))
+    model = shallow(False, image_size=(32, 48))
+    other = shallow(False, image_size=(64, 96))
     weights = model.state_dict()
     weights["pos_embed"] = resize_tokens(model.pos_embed.detach(), ((1, 1), (2, 3)), ((1, 1), (4, 6)), "bicubic")
     other.load_state_dict(weights)
@@ -142,7 +159,7 @@ def test_the_rest_of_a_picture_is_zero():
 class TestOtherLibraries:
     def model(self) -> nn.Module:
         size = dataclasses.replace(SIZES["1gf"], dim=48, depth=2, heads=3, mlp_ratio=3)
-        return VisionTransformer(size, False, num_classes=7, img_size=64).eval()
+        return VisionTransformer(size, False, num_classes=7, image_size=64).eval()
 
     def test_timm(self):
         timm = pytest.importorskip("timm")
@@ -181,7 +198,11 @@ class TestOtherLibraries:
 
 @pytest.mark.parametrize(
     "settings, match",
-    [({"num_classes": 0}, "num_classes is 0"), ({"img_size": 0}, "img_size is 0"), ({"backend": "fast"}, "backend")],
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"backend": "fast"}, "backend"),
+    ],
     ids=str,
 )
 def test_bad_settings(settings, match):

@@ -193,6 +193,22 @@ def test_scores_far_below_zero(instruction_set, dtype, pixels):
     assert_ok(testing.check(OP, {"query": query, "x": x}, "cpp"))
 
 
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("seed", range(3))
+def test_wide_heads_with_large_scores(instruction_set, layout, seed):
+    """Summed in one chain of 256 products, scores of some seeds were too far off."""
+    generator = torch.Generator().manual_seed(seed)
+    x, query = (
+        3 * torch.randn(1, 2, 256, 14, 14, generator=generator),
+        3 * torch.randn(1, 2, 8, 256, generator=generator),
+    )
+    if layout == "channels_last":
+        x = x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    assert_ok(testing.check(OP, {"query": query, "x": x}, "cpp"))
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_no_scores_are_saved(backend):
     query, x = torch.randn(2, 2, 3, 8, requires_grad=True), torch.randn(2, 2, 8, 6, 6, requires_grad=True)

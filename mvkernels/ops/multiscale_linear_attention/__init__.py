@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks
+from mvkernels import checks, extension
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention import suite
 from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
@@ -66,7 +66,7 @@ def multiscale_linear_attention(
     weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         return Flat.apply(qkv, head_dim, eps, chosen, *weights)
-    return KERNELS[chosen][0](*arguments)[0]
+    return KERNELS[chosen][0](qkv, weights, head_dim, eps)[0]
 
 
 def _check(
@@ -127,6 +127,18 @@ def _check_shape(name: str, cast: dict[str, Tensor], wanted: tuple[int, ...], ax
         raise ValueError(f"{_NAME}: {name} is {checks.shape(cast[name])}, want {axes} = {wanted}")
 
 
+def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_: Any) -> str | None:
+    return extension.why_not(qkv, head_dim=head_dim)
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.multiscale_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -134,7 +146,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("qkv",),
-        why_not={},
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

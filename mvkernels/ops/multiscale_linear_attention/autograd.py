@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import library
+from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
-
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-"""By backend: ``forward(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps) -> (out, *saved)``
-and ``backward(grad, qkv, *saved, …the same…, wanted) -> (dqkv, *ddepthwise, *dpointwise, *biases')``."""
 
 Weights = Sequence[Tensor | None]
 
@@ -36,6 +32,122 @@ def call_reference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> 
     return reference(qkv, depthwise, pointwise, head_dim, first, second, eps)
 
 
+_FORWARD = "(Tensor qkv, Tensor[] weights, int head_dim, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
+_BACKWARD = (
+    "(Tensor grad, Tensor qkv, Tensor[] weights, Tensor kv, Tensor keys, int head_dim, float eps)"
+    " -> (Tensor dqkv, Tensor[] dweights)"
+)
+
+
+def _fake_forward(qkv, weights, head_dim, eps):  # type: ignore[no-untyped-def]
+    # Sums over pixels, for every head of every scale: of value times relu(key), and of relu(key).
+    channels = qkv.shape[1] // 3 * (1 + len(weights) // 4)
+    shape = (qkv.shape[0], channels // head_dim, head_dim)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    return _empty(qkv, channels), qkv.new_empty((*shape, head_dim), dtype=dtype), qkv.new_empty(shape, dtype=dtype)
+
+
+def _fake_backward(grad, qkv, weights, kv, keys, head_dim, eps):  # type: ignore[no-untyped-def]
+    return _empty(qkv, qkv.shape[1]), [w.new_empty(w.shape) for w in weights]
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """As :func:`checks.empty_map`, of a map (B, C, H, W)."""
+    b, _, height, width = like.shape
+    if like.stride(1) == 1:
+        return like.new_empty((b, height, width, channels)).permute(0, 3, 1, 2)
+    return like.new_empty((b, channels, height, width))
+
+
+_CPP = (
+    library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
+    library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
+)
+
+
+def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
+    """The weights as operators take them: a bias that is not there has no elements."""
+    return [qkv.new_empty(0) if w is None else w for w in weights]
+
+
+def _cpp_forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
+    return _CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
+
+
+def _cpp_backward(
+    grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
+) -> Any:
+    dqkv, dweights = _CPP[1](grad, qkv, _dense(qkv, weights), *saved, head_dim, eps)
+    return dqkv, *dweights
+
+
+_LISTS = "Tensor[] depthwise, Tensor[] pointwise, int head_dim, Tensor?[] depthwise_bias, Tensor?[] pointwise_bias"
+_FORWARD_TRITON = f"(Tensor qkv, {_LISTS}, float eps) -> (Tensor out, Tensor sums)"
+_BACKWARD_TRITON = f"(Tensor grad, Tensor qkv, Tensor sums, {_LISTS}, float eps, bool weights) -> Tensor[]"
+
+
+def _fake_forward_triton(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps):  # type: ignore[no-untyped-def]
+    # For each scale, as relu_linear_attention's sums: a row of D for each of D channels of the key, and one more.
+    scales, channels = 1 + len(depthwise), qkv.shape[1] // 3
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    sums = qkv.new_empty((scales, qkv.shape[0], channels // head_dim, head_dim + 1, head_dim), dtype=dtype)
+    return checks.empty_map(qkv, scales * channels), sums
+
+
+def _fake_backward_triton(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
+    # Of what is not there, and of all weights where none is wanted, an empty tensor.
+    given = flat(depthwise, pointwise, first, second)
+    dweights = [qkv.new_empty(0) if w is None or not weights else qkv.new_empty(w.shape) for w in given]
+    return [checks.empty_map(qkv, qkv.shape[1]), *dweights]
+
+
+def _triton_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.multiscale_linear_attention import triton_kernels
+
+    if qkv.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward_triton(qkv, *rest)
+    return triton_kernels.forward(qkv, *rest)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
+    from mvkernels.ops.multiscale_linear_attention import triton_kernels
+
+    if grad.shape[0] == 0:
+        return [g.zero_() for g in _fake_backward_triton(grad, *rest)]
+    return triton_kernels.backward(grad, *rest)
+
+
+_TRITON = (
+    library.define(
+        "triton", "multiscale_linear_attention_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward
+    ),
+    library.define(
+        "triton", "multiscale_linear_attention_backward", _BACKWARD_TRITON, _fake_backward_triton, _triton_backward
+    ),
+)
+
+
+def _forward_on_triton(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
+    depthwise, pointwise, first, second = parts(weights)
+    return _TRITON[0](qkv, depthwise, pointwise, head_dim, first, second, eps)
+
+
+def _backward_on_triton(
+    grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
+) -> Any:
+    depthwise, pointwise, first, second = parts(weights)
+    return _TRITON[1](grad, qkv, *saved, depthwise, pointwise, head_dim, first, second, eps, wanted)
+
+
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "cpp": (_cpp_forward, _cpp_backward),
+    "triton": (_forward_on_triton, _backward_on_triton),
+}
+"""By backend: ``forward(qkv, weights, head_dim, eps) -> (out, *saved)`` and ``backward(grad, qkv, weights, saved,
+head_dim, eps, wanted) -> (dqkv, *dweights)``, with the weights as :func:`flat` puts them; ``wanted``: whether any
+gradient of theirs is."""
+
+
 class Flat(torch.autograd.Function):
     """What stands behind :class:`MultiscaleLinearAttentionFunction`: checked, and with tensors in no lists.
 
@@ -50,19 +162,26 @@ class Flat(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(qkv, *weights)
             return call_reference(qkv, weights, head_dim, eps)
-        raise NotImplementedError(backend)
+        out, *saved = KERNELS[backend][0](qkv, weights, head_dim, eps)
+        ctx.save_for_backward(qkv, *weights, *saved)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         needs = ctx.needs_input_grad
         wanted = (needs[0], *needs[4:])
-        saved = ctx.saved_tensors
+        kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
+        inputs, saved = kept[: len(wanted)], kept[len(wanted) :]
         with torch.no_grad():
-            grads = library.differentiate(
-                lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, saved, wanted
-            )
+            if ctx.backend == "reference":
+                grads = library.differentiate(
+                    lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, inputs, wanted
+                )
+            else:
+                found = KERNELS[ctx.backend][1](grad, inputs[0], inputs[1:], saved, *ctx.settings, any(wanted[1:]))
+                grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *saved))
+            grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
         return grads[0], None, None, None, *grads[1:]
 
 

@@ -21,7 +21,13 @@ _NAME = "relu_linear_attention"
 
 
 def relu_linear_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-15, backend: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    eps: float = 1e-15,
+    process_group: Any = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Linear attention over all pixels of a map, with weights relu(q_i) . relu(k_j), normalised by their sum.
 
@@ -31,7 +37,11 @@ def relu_linear_attention(
     Args:
         query, key, value: maps (B, heads, head_dim, H, W), any strides.
         eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        process_group: a ``torch.distributed.ProcessGroup`` among whose ranks the pixels of one map are divided: each
+            calls with its part, of any H and W and of one B, heads and head_dim, and gets its part of the result. One
+            all-reduce of (B, heads, head_dim + 1, head_dim) numbers, forward and backward.
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`). With a
+            process_group there is "reference" alone.
 
     Returns:
         Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
@@ -39,11 +49,15 @@ def relu_linear_attention(
         at least: half types overflow nowhere, and a pixel whose query has nothing above 0 gets 0.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or eps is not a number.
+        TypeError: an argument is not a floating tensor, eps is not a number, or process_group is no group.
         ValueError: shapes do not fit, dtypes or devices differ, or heads, head_dim, H or W is 0.
         BackendUnavailable: a backend was named that cannot run this.
     """
     arguments = _check(query, key, value, eps)
+    if process_group is not None:
+        from mvkernels.ops.relu_linear_attention import sequence_parallel
+
+        return sequence_parallel.attention(*arguments, process_group, backend)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
         return reference(*arguments)
@@ -75,6 +89,14 @@ def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
     return extension.why_not(query, head_dim=query.shape[2])
 
 
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.relu_linear_attention import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -82,7 +104,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp},
+        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

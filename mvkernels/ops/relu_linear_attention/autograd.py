@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +11,11 @@ from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 
-_FORWARD = "(Tensor query, Tensor key, Tensor value, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
-_BACKWARD = (
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor kv, Tensor keys, float eps)"
-    " -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
-)
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+_GRADS = "(Tensor dquery, Tensor dkey, Tensor dvalue)"
 
 
-def _fake_forward(query, key, value, eps):  # type: ignore[no-untyped-def]
+def _fake_forward_cpp(query, key, value, eps):  # type: ignore[no-untyped-def]
     # Sums over pixels: of value times relu(key), and of relu(key).
     b, heads, dim = query.shape[:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -27,16 +23,54 @@ def _fake_forward(query, key, value, eps):  # type: ignore[no-untyped-def]
     return checks.empty_map(query, dim), kv, keys
 
 
-def _fake_backward(grad, query, key, value, kv, keys, eps):  # type: ignore[no-untyped-def]
-    return tuple(checks.empty_map(m, m.shape[2]) for m in (query, key, value))
+def _fake_forward_triton(query, key, value, eps):  # type: ignore[no-untyped-def]
+    # The same in one: a row of D for each of D channels of the key, and one more.
+    b, heads, dim = query.shape[:3]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return checks.empty_map(query, dim), query.new_empty((b, heads, dim + 1, dim), dtype=dtype)
 
 
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+def _fake_backward(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
+    return tuple(checks.empty_map(each, each.shape[2]) for each in (query, key, value))
+
+
+def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.relu_linear_attention import triton_kernels
+
+    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward_triton(query, *rest)
+    return triton_kernels.forward(query, *rest)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.relu_linear_attention import triton_kernels
+
+    if grad.shape[0] == 0:
+        return _fake_backward(grad, *rest)
+    return triton_kernels.backward(grad, *rest)
+
+
+_FORWARD = {
+    "cpp": f"({_INPUTS}, float eps) -> (Tensor out, Tensor kv, Tensor keys)",
+    "triton": f"({_INPUTS}, float eps) -> (Tensor out, Tensor sums)",
+}
+_BACKWARD = {
+    "cpp": f"(Tensor grad, {_INPUTS}, Tensor kv, Tensor keys, float eps) -> {_GRADS}",
+    "triton": f"(Tensor grad, {_INPUTS}, Tensor sums, float eps) -> {_GRADS}",
+}
+_NAMES = ("relu_linear_attention_forward", "relu_linear_attention_backward")
+KERNELS = {
     "cpp": (
-        library.define("cpp", "relu_linear_attention_forward", _FORWARD, _fake_forward),
-        library.define("cpp", "relu_linear_attention_backward", _BACKWARD, _fake_backward),
+        library.define("cpp", _NAMES[0], _FORWARD["cpp"], _fake_forward_cpp),
+        library.define("cpp", _NAMES[1], _BACKWARD["cpp"], _fake_backward),
+    ),
+    "triton": (
+        library.define("triton", _NAMES[0], _FORWARD["triton"], _fake_forward_triton, _triton_forward),
+        library.define("triton", _NAMES[1], _BACKWARD["triton"], _fake_backward, _triton_backward),
     ),
 }
+"""By backend: ``forward(query, key, value, eps) -> (out, *sums)`` and
+``backward(grad, query, key, value, *sums, eps) -> (dq, dk, dv)``."""
 
 
 class ReLULinearAttentionFunction(torch.autograd.Function):
@@ -44,7 +78,7 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
 
     ``apply(query, key, value, eps, backend)``, the op's arguments in order; those after ``value`` may be left out;
     ``checked`` is the public function's, which has checked them and chosen the backend. Saves query, key and value
-    and the sums over pixels (B, heads, D, D) and (B, heads, D), not the output. A second derivative raises
+    and the sums over pixels, (B, heads, D + 1, D), not the output. A second derivative raises
     RuntimeError.
     """
 
@@ -68,8 +102,8 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(query, key, value)
             return reference(query, key, value, eps)
-        out, kv, keys = KERNELS[backend][0](query, key, value, eps)  # type: ignore[index]
-        ctx.save_for_backward(query, key, value, kv, keys)
+        out, *sums = KERNELS[backend][0](query, key, value, eps)  # type: ignore[index]
+        ctx.save_for_backward(query, key, value, *sums)
         return out
 
     @staticmethod

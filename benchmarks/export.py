@@ -1,0 +1,126 @@
+"""Exports of swapped models against exports of the originals, each in the runtime it was made for.
+
+Exporting takes minutes and no quiet machine; timing takes seconds and needs one. So the files are kept:
+``--export-only`` makes those that are missing, and a later run times them. Every file is checked against the model in
+float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import folder, keep_pages, write
+
+from mvkernels import export, report, third_party, timing
+
+MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0")
+TARGETS = ("onnx", "openvino", "executorch")
+WHO = ("original", "swapped")
+
+
+def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
+    """The file of an export. What was found out about it is beside it."""
+    return root / f"{model.replace(':', '-').replace('/', '-')}-{size}-{who}{export.TARGETS[target].suffix}"
+
+
+def make(root: Path, model: str, target: str, size: int) -> None:
+    """Both exports of a model, unless they are there."""
+    image, _ = third_party.picture(None, size)
+    for who in WHO:
+        path = place(root, model, who, target, size)
+        notes = path.with_name(f"{path.name}.json")
+        if notes.exists():
+            continue
+        found = export.export_model(third_party.build(model), image, target, path, swapped=who == "swapped")
+        if not found.ok:
+            raise SystemExit(f"{path} differs from the model by {found.error:.1e}, {found.allowed:.1e} allowed")
+        notes.write_text(json.dumps(asdict(found)))
+        print(f"exported: {path}, {found.bytes:,} bytes", file=sys.stderr)
+
+
+def measure(root: Path, model: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for the original's export and one for the swapped model's, timed in turn in one process."""
+    image, _ = third_party.picture(None, options.size)
+    kind, notes, calls = export.require(target), {}, {}
+    for who in WHO:
+        path = place(root, model, who, target, options.size)
+        notes[who] = json.loads(path.with_name(f"{path.name}.json").read_text())
+        assert kind.load is not None
+        with export.quiet():
+            run = kind.load(path, options.threads)
+        calls[who] = lambda run=run: run(image)
+    times = timing.interleave(calls, rounds=options.rounds, min_time=options.min_time)
+    return [
+        {
+            **report.machine(),
+            "model": model,
+            "size": options.size,
+            "target": target,
+            "provider": who,
+            "swapped_blocks": notes[who]["swapped"],
+            "bytes": notes[who]["bytes"],
+            "delegated_share": notes[who]["details"].get("delegated_share", ""),
+            "error": f"{notes[who]['error']:.1e}",
+            "median_us": round(t.median * 1e6, 1),
+            "min_us": round(t.min * 1e6, 1),
+            "p20_us": round(t.quantile(0.2) * 1e6, 1),
+            "p80_us": round(t.quantile(0.8) * 1e6, 1),
+            "rounds": len(t.samples),
+            "speedup_median": round(times["original"].median / t.median, 3),
+            "speedup_min": round(times["original"].min / t.min, 3),
+        }
+        for who, t in times.items()
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(MODELS))
+    parser.add_argument("--to", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--min-time", type=float, default=2.0, help="seconds for each on average")
+    parser.add_argument("--files", type=Path, default=Path(__file__).parent / "out" / "export")
+    parser.add_argument("--export-only", action="store_true", help="make the files that are missing, time nothing")
+    parser.add_argument("--no-file", action="store_true", help="print only")
+    options = parser.parse_args()
+    if not options.export_only:
+        keep_pages()
+    torch.set_num_threads(options.threads)
+    options.files.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    try:
+        for target in options.to:
+            for model in options.model:
+                make(options.files, model, target, options.size)
+                if not options.export_only:
+                    rows += measure(options.files, model, target, options)
+    except report.UsageError as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    if rows:
+        shown = (
+            "model",
+            "target",
+            "provider",
+            "bytes",
+            "delegated_share",
+            "median_us",
+            "speedup_median",
+            "speedup_min",
+        )
+        print(report.table([[row[key] for key in shown] for row in rows], shown))
+        if not options.no_file:
+            write(rows, folder() / "export.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

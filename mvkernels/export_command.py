@@ -1,0 +1,65 @@
+"""``mvkernels export``: write a model for another runtime, run it there, and say what was written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mvkernels import export, report, third_party
+
+
+def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
+    """Returns 1 if the export computes something else than the model."""
+    target = export.require(options.to)  # before a model is built
+    model = third_party.build(options.model, options.pretrained)
+    name = options.model.partition(":")[2].replace("/", "-")
+    path = Path(options.output or f"{name}{target.suffix}")
+    batch = options.batch or (2 if options.dynamic else 1)
+    if options.dynamic and batch < 2:
+        raise report.UsageError("--dynamic traces a batch of at least 2, whatever sizes then run: leave --batch out")
+    image, _ = third_party.picture(None, options.size or third_party.input_size(options.model), batch)
+    found = export.export_model(
+        model, image, options.to, path, dynamic=options.dynamic, swapped=not options.original, threads=options.threads
+    )
+    if json is not None:
+        json({"model": options.model, **asdict(found), "ok": found.ok})
+    else:
+        print(text(options.model, found))
+    if not found.ok:
+        print(f"mvkernels export: {found.path} computes something else than the model", file=sys.stderr)
+    return 0 if found.ok else 1
+
+
+def text(model: str, found: export.Exported) -> str:
+    """What was written, a line for each thing to know."""
+    rows = [
+        ("model", f"{model}, {found.swapped} blocks swapped"),
+        ("written", f"{found.path}, {found.bytes:,} bytes, {found.nodes} ops in the exported graph"),
+        ("input", f"({', '.join(found.input_shape)})"),
+    ]
+    if "delegated_share" in found.details:
+        d = found.details
+        rows.append(
+            (
+                "delegated",
+                f"{100 * d['delegated_share']:.1f} % of nodes to XNNPACK ({d['delegated_nodes']} of "
+                f"{d['delegated_nodes'] + d['other_nodes']}, {d['subgraphs']} subgraphs)",
+            )
+        )
+        rows += [("  left", f"{count} x {op}") for op, count in d["not_delegated"].items()]
+    if found.error is None:
+        rows.append(("checked", f"not run: there is no {found.target} runtime here"))
+    else:
+        sizes = " and ".join("x".join(map(str, size)) for size in found.checked)
+        rows.append(
+            (
+                "checked",
+                f"at {sizes}: {found.error:.1e} of the largest output from the model in float64, "
+                f"{found.allowed:.1e} allowed",
+            )
+        )
+    return "\n".join(f"{key:<10} {value}" for key, value in rows)

@@ -1,0 +1,140 @@
+"""Launches of multiscale_linear_attention's convolutions: all that follows from shapes, strides and dtype alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mvkernels import launch
+from mvkernels.ops.multiscale_linear_attention import triton_device
+from mvkernels.ops.multiscale_linear_attention.triton_configs import OP
+from mvkernels.ops.patch_attention.triton_plan import Launch, _low_bit
+from mvkernels.ops.relu_linear_attention import triton_plan as single
+from mvkernels.ops.relu_linear_attention.triton_configs import width
+
+_INT32 = 2**31
+# Of parts of sums that one launch may leave: small beside any map that makes so many.
+_PARTS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One scale of a call without its data."""
+
+    maps: single.Problem
+    """The maps as (B, groups, D, H, W), with their strides by name."""
+    kernel: int
+    """Side of the depthwise kernel."""
+    biases: tuple[bool, bool]
+    """Whether the depthwise and the pointwise convolution have one."""
+
+
+class _Plan:
+    def __init__(self, problem: Problem, kernel: str, source: str):
+        self.problem, self.kernel = problem, kernel
+        self.batch, self.groups, self.d, self.height, self.width = problem.maps.shape
+        maps = problem.maps
+        self.vector = 16 // maps.dtype.itemsize
+        self.strides = {name: self._strides(s) for name, s in maps.strides}
+        extents = [self.d * abs(s[2]) + (self.height + problem.kernel) * abs(s[3])
+                   + (self.width + problem.kernel) * abs(s[4]) for s in self.strides.values()]  # fmt: skip
+        self.wide = max(extents) >= _INT32
+        key = {
+            "d": self.d,
+            "k": problem.kernel,
+            "dtype": {2: "f16", 4: "f32" if maps.precision == "ieee" else "tf32", 8: "f64"}[maps.dtype.itemsize],
+            "last": int(self.strides[source][2] == 1),
+            "arch": maps.device.arch,
+        }
+        self.config = launch.config(OP, kernel, maps.device.name, key)
+        self.options = {name: value for name, value in self.config.items() if name.islower()}
+        area = self.height * self.width
+        self.block = min(self.config["BLOCK"], max(16, 1 << (area - 1).bit_length()))
+        self.tiles = -(-area // self.block)
+        self.interpreted = maps.device.arch == "interpreter"
+
+    def _strides(self, stride: tuple[int, ...]) -> tuple[int, ...]:
+        sb, sh, sd, sy, sx = stride
+        return (
+            sb if self.batch > 1 else 0,
+            sh if self.groups > 1 else 0,
+            sd if self.d > 1 else 1,
+            sy if self.height > 1 else 0,
+            sx if self.width > 1 else 0,
+        )
+
+    def _layout(self, name: str) -> tuple[int, int]:
+        sb, sh, sd, sy, sx = self.strides[name]
+        if sd == 1:
+            return 1, _low_bit(sb, sh, sy, sx, limit=self.vector)
+        # A tile's pixels may go on in the next row, so that nothing is known of where a run begins.
+        return 2 if sx == 1 else 0, 1
+
+    def split(self, items: int, programs: int, limit: int) -> tuple[int, int]:
+        """(slices, steps) of so many items, for kernels that run ``programs`` programs a slice."""
+        wanted = self.config["PROGRAMS"] * self.problem.maps.device.processors // programs
+        steps = -(-items // max(1, min(wanted, items, limit)))
+        return -(-items // steps), steps
+
+    def launch(self, kernel: Any, pointers: str, names: str, programs: int, split: tuple[int, int],
+               extra: tuple[int, ...] = (), **meta: Any) -> Launch:  # fmt: skip
+        """``names``: the maps among the pointers, in the order of their strides."""
+        problem = self.problem
+        first, second = problem.biases
+        meta = {"D": self.d, "WIDTH": width(self.d), "K": problem.kernel, "WB": first, "MB": second} | meta
+        for name in names.split():
+            meta["L" + name.upper()], meta["A" + name.upper()] = self._layout(name)
+        meta |= {"WIDE": self.wide, "PRECISION": problem.maps.precision, "BLOCK": self.block}
+        strides = tuple(stride for name in names.split() for stride in self.strides[name])
+        ints = (*strides, self.groups, self.height, self.width, self.tiles, *split, *extra)
+        return Launch(kernel, self.kernel, programs, tuple(pointers.split()), (), ints, meta, self.options)
+
+    def loop(self, steps: int) -> int:
+        return steps if self.interpreted else 0
+
+
+@launch.memo
+def aggregate_launches(problem: Problem) -> list[Launch]:
+    """Both convolutions of the map ``x`` to the map ``o``; tensors ``x w m wb mb o``."""
+    plan = _Plan(problem, "aggregate", "x")
+    programs = plan.batch * plan.groups * plan.tiles
+    return [plan.launch(triton_device.aggregate, "x w m wb mb o", "x o", programs, (1, 1))]
+
+
+@launch.memo
+def gradient_launches(problem: Problem, weights: bool) -> tuple[list[Launch], int, int]:
+    """(launches, parts of the sums of ``p``, of ``pw``): gradients of a scale, given that of its map, ``g``.
+
+    Tensors ``g x w m wb e o p dm pw dw``: ``e`` is a map for what lies between the convolutions, ``o`` the map to
+    whose values the gradient of ``x`` is added. With ``weights`` ``dm`` (groups, D + 2, D) becomes the gradients of the
+    pointwise weight and of both biases, ``dw`` (groups * D, k, k) that of the depthwise weight; ``p`` and ``pw`` hold
+    their parts.
+    """
+    plan = _Plan(problem, "pointwise_backward", "x")
+    units, itemsize = plan.batch * plan.groups, max(4, problem.maps.dtype.itemsize)
+    size = plan.groups * (plan.d + 2) * plan.d
+    limit = max(1, _PARTS_BYTES // (itemsize * size * plan.batch))
+    slices, steps = plan.split(plan.tiles, units, limit if weights else plan.tiles)
+    launches = [
+        plan.launch(triton_device.pointwise_backward, "g x w m wb e p", "g x e", units * slices, (slices, steps),
+                    WEIGHTS=weights, LOOP=plan.loop(steps))
+    ]  # fmt: skip
+    pointwise_parts = plan.batch * slices
+    if weights:
+        launches.append(single.sum_slices("p", "dm", size, pointwise_parts, plan.interpreted))
+    parts = 0
+    if weights:
+        plan = _Plan(problem, "depthwise_weight", "x")
+        size, items = plan.groups * plan.d * problem.kernel**2, plan.batch * plan.tiles
+        programs = plan.groups * problem.kernel
+        parts, steps = plan.split(items, programs, max(1, _PARTS_BYTES // (itemsize * size)))
+        taps = 1 << (problem.kernel - 1).bit_length()
+        launches.append(
+            plan.launch(triton_device.depthwise_weight, "e x pw", "e x", programs * parts, (parts, steps), (items,),
+                        TAPS=taps, LOOP=plan.loop(steps))
+        )  # fmt: skip
+        launches.append(single.sum_slices("pw", "dw", size, parts, plan.interpreted))
+    plan = _Plan(problem, "depthwise_backward", "e")
+    programs = units * plan.tiles
+    launches.append(plan.launch(triton_device.depthwise_backward, "e w o", "e o", programs, (1, 1)))
+    return launches, pointwise_parts, parts

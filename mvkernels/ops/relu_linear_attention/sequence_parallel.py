@@ -1,0 +1,63 @@
+"""ReLU linear attention of one map whose pixels are divided among processes.
+
+All that a pixel needs of the others are two sums over them, of k vᵀ and of k, and sums add up: every rank sums its own
+pixels, one all-reduce of head_dim + 1 rows of head_dim numbers for each head makes the sums of the whole map, and every
+rank computes its own pixels from them. Nothing that grows with the map is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mvkernels.backend import BackendUnavailable, requested
+from mvkernels.checks import lay_as, without_autocast
+
+_NAME = "relu_linear_attention"
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor, on every rank.
+
+    The loss is the sum of all ranks' losses, and each depends on each rank's tensor through the sum: so the gradient of
+    a rank's tensor is the sum of what the ranks have for the sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        from torch.distributed import _functional_collectives as collectives
+
+        ctx.group = group
+        total = collectives.all_reduce(value, "sum", group)
+        return collectives.wait_tensor(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _SumOverRanks.apply(grad.contiguous(), ctx.group), None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, eps: float, group: Any, backend: str | None) -> Tensor:
+    """:func:`mvkernels.relu_linear_attention` of checked arguments, over the pixels of all ranks of ``group``.
+
+    Raises TypeError for a group that is none, ValueError if this process is not in it, BackendUnavailable for a named
+    backend other than the reference.
+    """
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        found = "a process that is not in it" if group == dist.GroupMember.NON_GROUP_MEMBER else type(group).__name__
+        raise TypeError(f"{_NAME}: process_group is {found}, want a torch.distributed.ProcessGroup of this process")
+    name = requested(backend)
+    if name not in ("auto", "reference"):
+        raise BackendUnavailable(
+            f"{_NAME}: backend {name} cannot run this: pixels divided among processes need the reference"
+        )
+    sums = torch.promote_types(query.dtype, torch.float32)
+    with without_autocast(query.device.type):
+        q, k, v = (m.flatten(3).to(sums) for m in (query, key, value))
+        q, k = q.relu(), k.relu()
+        local = torch.cat((v @ k.transpose(-2, -1), k.sum(-1).unsqueeze(-2)), dim=-2)  # (B, h, D + 1, D)
+        total = _SumOverRanks.apply(local.contiguous(), group) @ q
+        out = total[..., :-1, :] / (total[..., -1:, :] + eps)
+        return lay_as(out.to(query.dtype).unflatten(3, query.shape[3:]), query)

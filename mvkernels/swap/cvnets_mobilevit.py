@@ -1,0 +1,217 @@
+"""Apple's MobileViT (the package ml-cvnets): the whole ``MobileViTBlock``, recognised by structure.
+
+See :mod:`mvkernels.swap.by_structure`. Two things of it are not as in the other packages. Its LayerNorm looks for the
+features on axis 1 before it looks at the last one, so that with as many patches as features it normalizes
+over the patches, and differently: such calls are left to the original. And it is called here on rows,
+(pixels, features), where it has no choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.swap import by_structure
+from mvkernels.swap.eligibility import ELEMENTWISE, log_once, not_dense, not_hooked
+from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
+
+_WATCHED = ("local_rep", "global_rep", "conv_proj")
+_METHODS = ("unfolding", "folding", "forward_spatial")
+
+
+def why_not(block: Any, model: nn.Module) -> str:
+    """Why the fused block cannot stand for this ``MobileViTBlock``; empty if it can."""
+    reason = _why_not_now(block)
+    if reason:
+        return reason
+    generator = torch.Generator().manual_seed(0)
+    channels, dim = block.local_rep.conv_1x1.block.conv.in_channels, _dim(block)
+    # Once with whole patches, once with resizing; with patches that are no fewer and no more than features.
+    sizes = [(3 * block.patch_h, 2 * block.patch_w), (3 * block.patch_h, 2 * block.patch_w - 1)]
+    if dim == 6:
+        sizes = [(h + 2 * block.patch_h, w) for h, w in sizes]
+    maps = [torch.randn(2, channels, *size, generator=generator, dtype=torch.float64, device="cpu") for size in sizes]
+    return by_structure.computes_something_else(block, SwappedMobileViTBlock, maps, _fused_example)
+
+
+def swapped_class(block: nn.Module) -> type[nn.Module]:
+    """The class that takes the place of the block's own."""
+    return by_structure.swapped_class(type(block), SwappedMobileViTBlock)
+
+
+def _dim(block: Any) -> int:
+    """The features of the transformer."""
+    return block.local_rep.conv_1x1.block.conv.out_channels
+
+
+def _why_not_now(block: Any) -> str:
+    """What can change after a swap."""
+    if any(name in block.__dict__ for name in _METHODS):
+        return "it has had a method replaced"
+    into, out = block.local_rep.conv_1x1, block.conv_proj
+    reason = not_hooked(block.local_rep, "local_rep") or not_hooked(block.global_rep, "global_rep")
+    for module, what in ((into, "local_rep.conv_1x1"), (out, "conv_proj")):
+        reason = reason or _not_conv_layer(module, what)
+    if reason:
+        return reason
+    if [*into.block._modules] != ["conv"]:
+        return "local_rep.conv_1x1 has more than a convolution"
+    *layers, norm = block.global_rep
+    dim = _dim(block)
+    like = into.block.conv.weight
+    reason = _not_layer_norm(norm, dim, "the last norm")
+    for layer in layers:
+        reason = reason or _why_not_layer(layer, like, dim)
+    return reason
+
+
+def _not_conv_layer(module: Any, what: str) -> str:
+    """A convolution of 1×1 at the head of a Sequential of it, a norm and an activation."""
+    conv = module.block.conv
+    reason = not_hooked(module, what) or not_hooked(module.block, what) or not_hooked(conv, f"{what}'s convolution")
+    if reason:
+        return reason
+    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+        return f"{what} has a {type(conv).__name__}, want a plain convolution"
+    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+    if not plain or next(iter(module.block._modules)) != "conv":
+        return f"{what} does not begin with a plain 1x1 convolution"
+    return not_dense(conv.weight, what)
+
+
+def _why_not_layer(layer: Any, like: Tensor, dim: int) -> str:
+    attention, (norm2, fc1, activation, drop1, fc2, drop2) = layer.pre_norm_mha[1], layer.pre_norm_ffn
+    norm1, drop = layer.pre_norm_mha[0], layer.pre_norm_mha[2]
+    for module in (layer, layer.pre_norm_mha, attention, layer.pre_norm_ffn, layer.drop_path):
+        reason = not_hooked(module, f"a {type(module).__name__} of the transformer")
+        if reason:
+            return reason
+    reason = (
+        _not_layer_norm(norm1, dim, "pre_norm_mha.0")
+        or _not_layer_norm(norm2, dim, "pre_norm_ffn.0")
+        or _not_linear(attention.qkv_proj, like, (3 * dim, dim), "qkv_proj")
+        or _not_linear(attention.out_proj, like, (dim, dim), "out_proj")
+        or _not_linear(fc1, like, (None, dim), "pre_norm_ffn.1")
+        or _not_linear(fc2, like, (dim, None), "pre_norm_ffn.4")
+        or not_hooked(activation, "pre_norm_ffn.2")
+    )
+    for module in (drop, drop1, drop2, attention.attn_dropout):
+        reason = reason or not_hooked(module, "a dropout")
+        if not reason and not isinstance(module, nn.Dropout):
+            reason = f"a {type(module).__name__} is where a dropout is expected"
+    if reason:
+        return reason
+    if getattr(attention, "coreml_compatible", False):
+        return "it is laid out for CoreML (coreml_compatible)"
+    if not any(kind in ELEMENTWISE for kind in type(activation).__mro__):
+        return f"pre_norm_ffn.2 is a {type(activation).__name__}, not known to be element-wise"
+    if attention.attn_dropout.p > 0 and attention.attn_dropout.training:
+        return f"dropout on the attention probabilities (p={attention.attn_dropout.p}) is active in training mode"
+    path = layer.drop_path
+    if path.training and getattr(path, "p", 0.0) > 0:
+        return f"drop path (p={path.p}) is active in training mode"
+    return ""
+
+
+def _not_layer_norm(module: Any, dim: int, what: str) -> str:
+    if not isinstance(module, nn.LayerNorm) or module.normalized_shape != (dim,):
+        return f"{what} is a {type(module).__name__}, want a LayerNorm over {dim} features"
+    return not_hooked(module, what)
+
+
+def _not_linear(module: Any, like: Tensor, shape: tuple[int | None, int | None], what: str) -> str:
+    """A Linear, torch's or the package's own, of this shape and with the dtype and device of the rest."""
+    if type(module) is not nn.Linear and type(module).__name__ != "LinearLayer":
+        return f"{what} is a {type(module).__name__}, want a plain Linear"
+    if getattr(module, "channel_first", False):
+        return f"{what} has its channels first"
+    weight = module.weight
+    if weight.dim() != 2 or any(want not in (None, found) for want, found in zip(shape, weight.shape)):
+        return f"{what} has a weight of {tuple(weight.shape)}"
+    if weight.dtype != like.dtype or weight.device != like.device:
+        return f"{what} has another dtype or device than the rest"
+    return not_hooked(module, what) or not_dense(weight, what)
+
+
+class SwappedMobileViTBlock(by_structure.SwappedByStructure):
+    """A ``MobileViTBlock`` that computes its transformer on the map, with the fused attention."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x (B, C, H, W) -> the same shape; a tuple (video) is the original's."""
+        layers = layers_for_call(self, x, bool(args or kwargs), _WATCHED, _examine)
+        if layers is not None:
+            reason = _axis_is_ambiguous(self, x)
+            if reason:
+                log_once(self, reason)
+                layers = None
+        if layers is None:
+            return self.mvk_original.forward(self, x, *args, **kwargs)
+        return _fused(self, x, layers)
+
+
+def _axis_is_ambiguous(block: Any, x: Tensor) -> str:
+    patches = -(-x.shape[2] // block.patch_h) * -(-x.shape[3] // block.patch_w)
+    if patches == _dim(block) and any(type(m) is not nn.LayerNorm for m in _norms(block)):
+        return f"with {patches} patches of {patches} features its LayerNorm normalizes over the patches"
+    return ""
+
+
+def _norms(block: Any) -> list[Any]:
+    *layers, last = block.global_rep
+    return [last, *(norm for layer in layers for norm in (layer.pre_norm_mha[0], layer.pre_norm_ffn[0]))]
+
+
+def _fused_example(block: Any, x: Tensor) -> Tensor:
+    return _fused(block, x, [_layer(layer) for layer in list(block.global_rep)[:-1]])
+
+
+def _fused(block: Any, x: Tensor, layers: list[dict[str, Any]]) -> Tensor:
+    into, out = block.local_rep.conv_1x1.block, block.conv_proj.block
+    *_, norm = block.global_rep
+    patch = (block.patch_h, block.patch_w)
+    y = transform(block.local_rep.conv_3x3(x), into.conv, layers, _Rows(norm), out.conv, patch, block.mvk_backend)  # type: ignore[arg-type]
+    for name, part in out._modules.items():
+        if name != "conv":
+            y = part(y)
+    if block.fusion is not None:
+        y = block.fusion(torch.cat((x, y), dim=1))
+    return y
+
+
+class _Rows:
+    """A norm that is called on rows of features, whatever the shape."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, -2)).view(x.shape)
+
+
+def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
+    reason = _why_not_now(block)
+    return reason, [] if reason else [_layer(layer) for layer in list(block.global_rep)[:-1]]
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    norm1, attention, drop = layer.pre_norm_mha
+    norm2, fc1, activation, drop1, fc2, drop2 = layer.pre_norm_ffn
+    return {
+        "norm1": _Rows(norm1),
+        "qkv": attention.qkv_proj,
+        "proj": attention.out_proj,
+        "norm2": _Rows(norm2),
+        "fc1": fc1,
+        "activation": activation,
+        "fc2": fc2,
+        "heads": getattr(attention, "num_heads", 1),
+        "scale": attention.scaling,
+        "proj_dropout": drop,
+        "hidden_dropout": drop1,
+        "out_dropout": drop2,
+    }

@@ -1,0 +1,69 @@
+"""timm's CoAtNet: ``Attention2d`` of ``timm.models.maxxvit``, between its two 1×1 convolutions.
+
+The bias table is gathered in every call, as timm does it too. MaxViT's windows go through the same class where they are
+maps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import RelPosBias
+from timm.models.maxxvit import Attention2d
+from torch import Tensor, nn
+
+from mvkernels.ops.patch_attention import patch_attention
+from mvkernels.swap.eligibility import drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
+from mvkernels.swap.mobilevit import as_original
+
+
+def why_not(module: Any) -> str:
+    """Why the fused form cannot stand for this ``Attention2d`` as it is now; empty if it can."""
+    reason = replaced(Attention2d, "forward") or drops_attention(module.attn_drop, "attn_drop")
+    if not reason and module.attn_drop.p > 0 and module.training:
+        reason = f"dropout on the attention probabilities (p={module.attn_drop.p}) is active in training mode"
+    position = module.rel_pos
+    if reason or position is None:
+        return reason
+    reason = not_plain(position, RelPosBias, "rel_pos") or replaced(RelPosBias, "get_bias")
+    if not reason and "get_bias" in position.__dict__:
+        reason = "rel_pos has had its get_bias replaced"
+    if not reason and position.prefix_tokens:
+        reason = "rel_pos has a place for tokens that are no pixels"
+    return reason or not_hooked(position, "rel_pos")
+
+
+class SwappedAttention2d(Attention2d):
+    """An ``Attention2d`` whose scores, softmax and sums are :func:`mvkernels.patch_attention` with a patch of 1.
+
+    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
+    """
+
+    mvk_original = Attention2d
+    mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) -> (B, C_out, H, W)."""
+        reason = "shared_rel_pos is given" if shared_rel_pos is not None else unusual_call(x)
+        reason = reason or why_not(self)
+        if not reason and self.rel_pos is not None and self.rel_pos.window_area != x.shape[2] * x.shape[3]:
+            reason = f"its biases are for {self.rel_pos.window_area} pixels, and the map has {x.shape[2] * x.shape[3]}"
+        if reason:
+            log_once(self, reason)
+            return Attention2d.forward(self, x, shared_rel_pos)
+        packed = self.qkv(x)
+        if self.head_first:
+            query, key, value = packed.unflatten(1, (self.num_heads, -1)).chunk(3, dim=2)
+        else:
+            query, key, value = packed.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        bias = None if self.rel_pos is None else self.rel_pos.get_bias()[0].to(query.dtype)
+        # Where timm runs scaled_dot_product_attention it does not look at its own scale.
+        scale = None if self.fused_attn else self.scale
+        out = patch_attention(query, key, value, 1, bias=bias, scale=scale, backend=self.mvk_backend)
+        return self.proj_drop(self.proj(out.flatten(1, 2)))
+
+
+SWAPPED = SwappedAttention2d
