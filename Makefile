@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python benchmarks/readme_table.py
 
 audit: setup
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/audit.py --processes 2
 
 gpu: setup

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def row(**changes: Any) -> Row:
     known: dict[str, Any] = {
-        "date": "2026-01-01", "device": "cpu", "capability": "avx2", "torch": "2.13", "mvkernels": "0.1", "commit": "abc",
+        "date": "2026-01-01", "device": "cpu", "capability": "avx2", "torch": "2.13", "mvkernels": "0.1", "commit": "a",
         "threads": 1, "allocator": "kept", "op": "patch_attention", "model": "m", "label": "s", "size_class": "N<=16",
         "batch": 1, "dtype": "float32", "layout": "channels_last", "mode": "fwd", "provider": "cpp", "ok": True,
         "median_us": 100.0, "median_low_us": 98.0, "median_high_us": 102.0, "gb_s": 4.0, "tflop_s": 0.02,
