@@ -49,6 +49,8 @@ bench: setup
 	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobile_to_former.py --suite $(SUITE)
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
+	$(BIN)/python benchmarks/relu_linear_attention.py --suite $(SUITE)
+	$(BIN)/python benchmarks/multiscale_linear_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobilevit.py
 	$(BIN)/python benchmarks/mobile_former.py
 	$(BIN)/python benchmarks/models.py

@@ -79,10 +79,22 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
     ]
 
 
+def runnable() -> list[str]:
+    """The targets that are installed here; says which are not."""
+    found = []
+    for target in TARGETS:
+        try:
+            export.require(target)
+            found.append(target)
+        except report.UsageError as error:
+            print(f"export: left out: {error}", file=sys.stderr)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(MODELS))
-    parser.add_argument("--to", nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--to", nargs="+", choices=TARGETS, help="default: all that are installed")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int)
@@ -97,7 +109,7 @@ def main() -> int:
     options.files.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     try:
-        for target in options.to:
+        for target in options.to or runnable():
             for model in options.model:
                 make(options.files, model, target, options.size)
                 if not options.export_only:

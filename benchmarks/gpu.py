@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-OPS = ("patch_attention", "mobile_to_former", "former_to_mobile")
+OPS = ("patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
+       "multiscale_linear_attention")  # fmt: skip
 
 
 def main() -> int:

@@ -21,6 +21,8 @@ OPS = (
     ("patch_attention", "tokens of a group", "size_class", GROUPS),
     ("mobile_to_former", "layout", "layout", LAYOUTS),
     ("former_to_mobile", "layout", "layout", LAYOUTS),
+    ("relu_linear_attention", "layout", "layout", LAYOUTS),
+    ("multiscale_linear_attention", "layout", "layout", LAYOUTS),
 )
 OURS = ("cpp", "triton", "cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -42,6 +43,9 @@ def test_commands_parse(text: str) -> None:
         command = shlex.split(line.removeprefix("$"), comments=True)
         if command[:1] == ["mvkernels"]:
             cli.parser().parse_args(command[1:])
+        elif {"mvmodels.train", "mvmodels.predict"} & {*command}:
+            at = command.index("-m")
+            importlib.import_module(command[at + 1]).parser().parse_args(command[at + 2 :])
         elif command[:1] == ["make"]:
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 

@@ -152,13 +152,13 @@ struct Head {
   }
 };
 
-// Prefetches into L2, between the tiles of a product, what is read after it: heads of a map are far apart, and the hardware
+// Prefetches into L2, between the tiles of a product, what is read or written after it: heads of a map are far apart, and the hardware
 // does not guess them.
 struct Next {
   struct Lines {
     const char* base;
     int64_t stride, bytes, count;
-  } some[2];
+  } some[4];
   int maps = 0;
   int64_t at = 0;
   template <class T, class S>

@@ -142,7 +142,8 @@ static void outputs(
     // The first block of what follows, a share with each of the steps here.
     const int64_t i = n0 + first * (n - n0) / (n1 - n0), j = n0 + first * (n + count - n0) / (n1 - n0);
     Next next, after;
-    if (left > 0) next.add(query, n + step, left < step ? left : step);
+    if (left > 0)
+      next.add(query, n + step, left < step ? left : step), next.add(out, n + step, left < step ? left : step);
     if (keys) after.add(*keys, i, j - i), after.add(*values, i, j - i);
     after.between_tiles(1);
     if (out.last) {
@@ -158,12 +159,15 @@ static void outputs(
 // dq over pixels n0 .. n1, and what they add to the gradient of the sums.
 template <class T, class Q, class G, class S>
 static void query_gradients(
-    Head<T, const Q> query, Head<T, const G> grad, Head<T, S> dquery, int64_t n0, int64_t n1, Scratch<T>& s) {
+    Head<T, const Q> query, Head<T, const G> grad, Head<T, S> dquery, int64_t n0, int64_t n1, Scratch<T>& s,
+    const Next& then = {}) {
   const int64_t D = s.D, ldk = s.ldk, ldn = s.ldn;
   const T* keys = s.sums + D * ldk;
   T* dsums = s.dsums;
   for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
-    const int64_t count = n1 - n < step ? n1 - n : step;
+    const int64_t count = n1 - n < step ? n1 - n : step, left = n1 - n - step < step ? n1 - n - step : step;
+    Next next = left > 0 ? Next{} : then;
+    next.add(query, n + step, left), next.add(grad, n + step, left), next.add(dquery, n + step, left);
     if (dquery.last) {
       T *q = s.tokens[0], *g = s.tokens[1], *t = s.tokens[2];
       query.template tokens<true>(n, count, q, ldk);
@@ -204,6 +208,7 @@ static void query_gradients(
         }
       }
       dquery.put_tokens(n, count, t, ldk);
+      next.between_tiles(1);
       product_columns<T, Start::from>(D, D, count, g, ldk, q, ldk, dsums, ldk);
     } else {
       T *q = s.rows[0], *g = s.rows[1], *t = s.rows[2];
@@ -234,7 +239,7 @@ static void query_gradients(
       }
       dquery.put_panel(n, count, t, ldn);
       turn<T>(D, count, q, ldn, s.tokens[0], ldk);
-      product<T, Start::from>(D + 1, D, count, g, ldn, s.tokens[0], ldk, dsums, ldk);
+      product<T, Start::from>(D + 1, D, count, g, ldn, s.tokens[0], ldk, dsums, ldk, next);
     }
   }
 }
@@ -243,7 +248,7 @@ static void query_gradients(
 template <class T, class K, class S>
 static void key_gradients(
     Head<T, const K> key, Head<T, const K> value, Head<T, S> dkey, Head<T, S> dvalue, int64_t n0, int64_t n1,
-    Scratch<T>& s) {
+    Scratch<T>& s, const Next& then = {}) {
   const int64_t D = s.D, ldk = s.ldk, ldn = s.ldn;
   const bool last = dkey.last;
   if (last)
@@ -251,7 +256,10 @@ static void key_gradients(
   else
     fill(s.rows[1] + D * ldn, s.N, T(1));
   for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
-    const int64_t count = n1 - n < step ? n1 - n : step;
+    const int64_t count = n1 - n < step ? n1 - n : step, left = n1 - n - step < step ? n1 - n - step : step;
+    Next next = left > 0 ? Next{} : then;
+    next.add(key, n + step, left), next.add(value, n + step, left);
+    next.add(dkey, n + step, left), next.add(dvalue, n + step, left);
     if (last) {
       T *k = s.tokens[0], *v = s.tokens[1], *t = s.tokens[2];
       key.template tokens<true>(n, count, k, ldk);
@@ -263,7 +271,7 @@ static void key_gradients(
           store<T>(at, where_positive<T>(load<T>(k + p * ldk + i), load<T>(at) + load<T>(s.dsums + D * ldk + i)));
         }
       dkey.put_tokens(n, count, t, ldk);
-      product<T, Start::zero>(count, D, D, k, ldk, s.turned, ldk, t, ldk);
+      product<T, Start::zero>(count, D, D, k, ldk, s.turned, ldk, t, ldk, next);
       dvalue.put_tokens(n, count, t, ldk);
     } else {
       T *k = s.rows[0], *v = s.rows[1], *t = s.rows[2];
@@ -276,7 +284,7 @@ static void key_gradients(
           store<T>(at, where_positive<T>(load<T>(k + i * ldn + p), load<T>(at)));
         }
       dkey.put_panel(n, count, t, ldn);
-      product<T, Start::zero>(D, count, D, s.dsums, ldk, k, ldn, t, ldn);
+      product<T, Start::zero>(D, count, D, s.dsums, ldk, k, ldn, t, ldn, next);
       dvalue.put_panel(n, count, t, ldn);
     }
   }

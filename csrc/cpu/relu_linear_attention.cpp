@@ -71,22 +71,36 @@ static void backward(const LinearAttention& a, int64_t begin, int64_t end) {
     const Unit u(a, unit);
     int64_t n0, n1;
     part_of<T>(a.pixels(), u.chunk, a.chunks, n0, n1);
+    const int64_t first = s.step(n1 - n0) < n1 - n0 ? s.step(n1 - n0) : n1 - n0;
     if (a.stage == Stage::rest) {
       merge_sums(D, a.chunks, partial_of<T>(a, u), a.partial_size(), s.dsums, s.ldk);
     } else {
       take_sums(D, kv_of<T>(a, u), keys_of<T>(a, u), s.sums, s.ldk);
       fill(s.dsums, (D + 1) * s.ldk, T(0));
+      Next then;
+      if (a.stage == Stage::all) {
+        then.add(head<T, const S>(a, a.key, u, s, 0), n0, first),
+            then.add(head<T, const S>(a, a.value, u, s, 1), n0, first);
+        then.add(head<T, S>(a, a.dkey, u, s, 2), n0, first), then.add(head<T, S>(a, a.dvalue, u, s, 3), n0, first);
+      }
       query_gradients<T, S, S, S>(
           head<T, const S>(a, a.query, u, s, 0), head<T, const S>(a, a.grad, u, s, 1), head<T, S>(a, a.dquery, u, s, 2),
-          n0, n1, s);
+          n0, n1, s, then);
     }
     if (a.stage == Stage::sums) {
       T* to = partial_of<T>(a, u) + u.chunk * a.partial_size();
       give_sums(D, s.dsums, s.ldk, to, to + D * D);
     } else {
+      Next then;
+      if (a.stage == Stage::all && unit + 1 < end) {
+        const Unit v(a, unit + 1);
+        then.add(head<T, const S>(a, a.query, v, s, 0), n0, first),
+            then.add(head<T, const S>(a, a.grad, v, s, 1), n0, first);
+        then.add(head<T, S>(a, a.dquery, v, s, 2), n0, first);
+      }
       key_gradients<T, S, S>(
           head<T, const S>(a, a.key, u, s, 0), head<T, const S>(a, a.value, u, s, 1), head<T, S>(a, a.dkey, u, s, 2),
-          head<T, S>(a, a.dvalue, u, s, 3), n0, n1, s);
+          head<T, S>(a, a.dvalue, u, s, 3), n0, n1, s, then);
     }
   }
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mvkernels
 import mvmodels
 from mvkernels import backend as backend_module
-from mvkernels import third_party
+from mvkernels import extension, third_party
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 from mvmodels import coatnet, efficientformer, layers
 
@@ -106,6 +106,7 @@ def comparisons(model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -
     return rows
 
 
+@pytest.mark.skipif(extension.module is None, reason=extension.reason)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 @pytest.mark.parametrize("name", [n for n in SMALLEST if not n.startswith("poolformer")])

@@ -43,9 +43,10 @@ def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor
     return reason
 
 
-def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     # q, k and v of a map (B, 3C, H, W): views (B, heads, head_dim, H, W).
-    return map_.unflatten(1, (-1, 3, head_dim)).unbind(2)
+    query, key, value = map_.unflatten(1, (-1, 3, head_dim)).unbind(2)
+    return query, key, value
 
 
 def _problem(named: Sequence[tuple[str, Tensor]], kernel: int, biases: Sequence[Tensor | None]) -> Problem:
