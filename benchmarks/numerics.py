@@ -1,6 +1,6 @@
 """How far each op is from float64, by dtype and backend, against PyTorch doing the same formula in the same dtype.
 
-Writes results/<device>/numerics.csv, which benchmarks/pages.py puts into docs/numerics.md. Inputs are the small suite's.
+Writes results/<device>/numerics.csv, which benchmarks/pages.py puts into docs/numerics.md. Shapes: the small suite's.
 """
 
 from __future__ import annotations
