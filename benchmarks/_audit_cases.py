@@ -283,14 +283,14 @@ def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool
 def aligned_bytes(case: Every, dtype: torch.dtype) -> int:
     """The largest power of two, at most 16, that divides the runs in which elements of the maps lie side by side.
 
-    Channels of a head in channels-last maps; the whole map of a channel in channels-first ones, unless groups of
-    pixels take every second; none in maps that are every second column of another.
+    Channels of a head in channels-last maps; the whole map of a channel in channels-first ones (a row of it for the
+    convolutions), unless groups of pixels take every second; none in maps that are every second column of another.
     """
     columns = case.columns()
     if columns["layout"] == "odd" or (columns["layout"] == "first" and getattr(case, "patch", 1) > 1):
         run = 1
     elif columns["layout"] == "first":
-        run = math.prod(map(int, columns["map"].split("x")))
+        run = case.size if isinstance(case, Multiscale) else case.size**2
     else:
         run = math.gcd(columns["head_dim"], columns.get("value_dim") or 0)
     return math.gcd(run * dtype.itemsize, 16)
