@@ -27,9 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn import functional as F
 
 import mvmodels
-
-sys.path.insert(0, str(Path(__file__).parent))
-from train_digits import digits
+from mvmodels.data import Digits
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +41,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fsdp", action="store_true", help="shard the parameters instead of copying them")
     parser.add_argument("--checkpoint", type=Path, help="file to write, and to go on from")
     parser.add_argument("--save-every", type=int, default=20, metavar="STEPS")
-    parser.add_argument("--log", type=Path, help="file of the losses, a JSON document a line")
+    parser.add_argument("--losses", type=Path, help="file of the losses, a JSON document a line")
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.save_every < 1 or options.size < 1:
         parser.error("--steps, --save-every and --size want at least 1")
@@ -96,7 +94,8 @@ def resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer
 def train(options: argparse.Namespace, device: torch.device) -> float:
     """The loss of the last step, the mean over all processes. Needs a process group."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    (pictures, labels), _ = digits(options.size)
+    data = Digits(held_out=False, size=options.size)
+    pictures, labels = torch.stack([data[i][0] for i in range(len(data))]), torch.tensor(data.labels)
     torch.manual_seed(options.seed)
     model = mvmodels.create_model(options.model, num_classes=10, in_chans=1).to(device)
     parallel = wrap(model, options, device)
@@ -115,8 +114,8 @@ def train(options: argparse.Namespace, device: torch.device) -> float:
         loss = loss.detach()
         dist.all_reduce(loss)
         loss = loss / world
-        if rank == 0 and options.log is not None:
-            with options.log.open("a") as file:
+        if rank == 0 and options.losses is not None:
+            with options.losses.open("a") as file:
                 file.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
         if options.checkpoint is not None and ((step + 1) % options.save_every == 0 or step + 1 == options.steps):
             save(options.checkpoint, step + 1, parallel, optimizer)

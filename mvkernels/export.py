@@ -299,9 +299,10 @@ def export_model(
         batch, channels, height, width = example.shape
         other = (batch + 1, channels, height + 32, width + 64)
         inputs.append(torch.rand(other, generator=torch.Generator().manual_seed(0)))
-    error, allowed = None, PARITY
+    found: float | None = None
+    allowed = PARITY
     if kind.load is not None:
-        error, allowed = _compare(original, kind.load, path, inputs, threads)
+        found, allowed = _compare(original, kind.load, path, inputs, threads)
     return Exported(
         target=target,
         path=str(path),
@@ -309,9 +310,9 @@ def export_model(
         swapped=count,
         nodes=sum(node.op == "call_function" for node in graph.graph.nodes),
         input_shape=_described(graph),
-        error=error,
+        error=found,
         allowed=allowed,
-        checked=[list(image.shape) for image in inputs] if error is not None else [],
+        checked=[list(image.shape) for image in inputs] if found is not None else [],
         details=details,
     )
 
@@ -335,9 +336,9 @@ def _compare(
         for image, out in zip(inputs, outputs):
             exact = exact_model(image.double())
             largest = float(exact.abs().max()) or 1.0
-            error = max_error(out, exact) / largest
+            found = max_error(out, exact) / largest
             allowed = max(PARITY, 2 * max_error(original(image), exact) / largest)
-            worst = max(worst, (error, allowed), key=lambda pair: pair[0] / pair[1])
+            worst = max(worst, (found, allowed), key=lambda pair: pair[0] / pair[1])
     return worst
 
 

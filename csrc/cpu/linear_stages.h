@@ -142,8 +142,7 @@ static void outputs(
     // The first block of what follows, a share with each of the steps here.
     const int64_t i = n0 + first * (n - n0) / (n1 - n0), j = n0 + first * (n + count - n0) / (n1 - n0);
     Next next, after;
-    if (left > 0)
-      next.add(query, n + step, left < step ? left : step), next.add(out, n + step, left < step ? left : step);
+    if (left > 0) next.add(query, n + step, left < step ? left : step);
     if (keys) after.add(*keys, i, j - i), after.add(*values, i, j - i);
     after.between_tiles(1);
     if (out.last) {

@@ -60,10 +60,10 @@ def losses(path: Path) -> dict[int, float]:
 def test_a_run_that_was_killed_ends_as_one_that_was_not(parallel, tmp_path):
     common = ["--steps", "4", "--batch", "8", "--size", "16", "--save-every", "2", *parallel]
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    finish(start([*common, "--log", str(whole)]))
+    finish(start([*common, "--losses", str(whole)]))
 
     checkpoint = tmp_path / "checkpoint.pt"
-    arguments = [*common, "--log", str(broken), "--checkpoint", str(checkpoint)]
+    arguments = [*common, "--losses", str(broken), "--checkpoint", str(checkpoint)]
     processes = start([*arguments, "--steps", "1000"])
     end = time.monotonic() + 300
     while not checkpoint.exists() and time.monotonic() < end:
@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(parallel, tmp_path):
 
 def test_torchrun_starts_it(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(SCRIPT)]
-    command += ["--steps", "2", "--batch", "4", "--size", "32", "--log", str(tmp_path / "log")]
+    command += ["--steps", "2", "--batch", "4", "--size", "32", "--losses", str(tmp_path / "log")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr

@@ -134,8 +134,8 @@ def test_triton(name):
 def test_triton_sums_the_weights_gradients_over_slices_and_batch(batch):
     from mvkernels.ops.multiscale_linear_attention import triton_kernels, triton_plan
 
-    arguments = arguments_of(1, 3, (9, 10), kernels=(1,), biases=(True, True), batch=batch)
-    maps = [(name, arguments["qkv"].unflatten(1, (3, 3))) for name in "gxeo"]
+    arguments = arguments_of(1, 8, (9, 10), kernels=(1,), biases=(True, True), batch=batch)
+    maps = [(name, arguments["qkv"].unflatten(1, (3, 8))) for name in "gxeo"]
     launches, pointwise, depthwise = triton_plan.gradient_launches(triton_kernels._problem(maps, 1, (None, None)), True)
     assert (pointwise, depthwise) == (2, 2)
     assert [one.name for one in launches] == [
@@ -147,7 +147,8 @@ def test_triton_sums_the_weights_gradients_over_slices_and_batch(batch):
 @interpreter
 @pytest.mark.parametrize("kind", ["contiguous", "packed"])
 def test_opcheck_triton(kind):
-    namespace, given_ = torch.ops.mvkernels_triton, arguments_of(1, 2, (3, 2), batch=1, biases=(True, False), kind=kind)
+    namespace = torch.ops.mvkernels_triton
+    given_ = arguments_of(1, 2, (3, 2), kernels=(1,), batch=1, biases=(True, False), kind=kind)
     values = [given_["depthwise"], given_["pointwise"], 2, given_["depthwise_bias"], [None], 1e-5]
     torch.library.opcheck(namespace.multiscale_linear_attention_forward, (given_["qkv"], *values))
     out, sums = namespace.multiscale_linear_attention_forward(given_["qkv"], *values)
@@ -166,7 +167,7 @@ def test_without_scales_it_is_relu_linear_attention(backend):
 
 @pytest.mark.parametrize("backend", EVERY)
 def test_the_function_gives_gradients_to_all_in_the_lists(backend):
-    given_ = arguments_of(1, 2, (3, 2), kernels=(3, 1), biases=(True, True), batch=1)
+    given_ = arguments_of(1, 8, (3, 4), kernels=(3, 1), biases=(True, True), batch=1)
     tensors = {n: t.requires_grad_() for n, t in testing.tensors_in(given_).items()}
     outs = [
         mvkernels.MultiscaleLinearAttentionFunction.apply(*given_.values(), 1e-5, backend),

@@ -139,21 +139,15 @@ def _gradients(
     named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in of]
     launches, pointwise_parts, depthwise_parts = gradient_launches(_problem(named, wide.shape[-1], biases), weights)
     tensors = dict(named) | _weights(qkv, wide, mixing, biases)
-    none = qkv.new_empty(0)
-    mixed = wide_grad = none
-    dtype, groups = sums_dtype(qkv.dtype), qkv.shape[1] // head_dim
-    if weights:
-        mixed, wide_grad = qkv.new_empty((groups, head_dim + 2, head_dim)), wide.new_empty(wide.shape)
-        tensors["p"] = qkv.new_empty((pointwise_parts, *mixed.shape), dtype=dtype)
-        tensors["pw"] = qkv.new_empty((depthwise_parts, *wide.shape), dtype=dtype)
-        tensors |= {"dm": mixed, "dw": wide_grad}
-    else:
-        tensors["p"] = between  # not written
-    run(launches, tensors)
     if not weights:
-        return none, none, none, none
+        run(launches, tensors | {"p": between})  # not written
+        return tuple(qkv.new_empty(0) for _ in range(4))
+    dtype, groups = sums_dtype(qkv.dtype), qkv.shape[1] // head_dim
+    mixed, wide_grad = qkv.new_empty((groups, head_dim + 2, head_dim)), wide.new_empty(wide.shape)
+    tensors["p"] = qkv.new_empty((pointwise_parts, *mixed.shape), dtype=dtype)
+    tensors["pw"] = qkv.new_empty((depthwise_parts, *wide.shape), dtype=dtype)
+    run(launches, tensors | {"dm": mixed, "dw": wide_grad})
     mixing_grad = mixed[:, :head_dim].reshape(mixing.shape)
-    first, second = (
-        none if bias is None else mixed[:, row].reshape(-1) for bias, row in zip(biases, (head_dim + 1, head_dim))
-    )
+    rows = zip(biases, (head_dim + 1, head_dim))
+    first, second = (qkv.new_empty(0) if bias is None else mixed[:, row].reshape(-1) for bias, row in rows)
     return wide_grad, mixing_grad, first, second

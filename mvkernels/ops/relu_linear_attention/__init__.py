@@ -57,7 +57,8 @@ def relu_linear_attention(
     if process_group is not None:
         from mvkernels.ops.relu_linear_attention import sequence_parallel
 
-        return sequence_parallel.attention(*arguments, process_group, backend)
+        query, key, value, eps = arguments
+        return sequence_parallel.attention(query, key, value, eps, process_group, backend)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
         return reference(*arguments)

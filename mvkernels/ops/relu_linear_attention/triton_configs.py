@@ -27,12 +27,10 @@ def _config(key: Mapping[str, Any], elements: int, most: int, few: int) -> Confi
     wide = width(key["d"])
     share = {"f32": 2, "f64": 4}.get(key["dtype"], 1 if key["wide"] else 2)
     block = max(16, min(most // share, elements // share // wide))
-    return {
-        "BLOCK": block,
-        "PROGRAMS": 4,
-        "num_warps": 4 if wide <= {"f16": few, "f64": 0}.get(key["dtype"], 32) else 8,
-        "num_stages": 1,
-    }
+    # On AMD the registers of a processor are the programs': twice the warps have half of them each.
+    few = 128 if key["arch"].startswith("gfx") else few
+    warps = 4 if wide <= {"f16": few, "f64": 0}.get(key["dtype"], 32) else 8
+    return {"BLOCK": block, "PROGRAMS": 4, "num_warps": warps, "num_stages": 1}
 
 
 @heuristic(OP, "forward_slices")
