@@ -16,7 +16,7 @@ SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test bench lint format audit gpu sanitize wheel clean
+.PHONY: setup demo test bench docs lint format audit gpu sanitize wheel clean
 
 setup: $(STAMP)
 
@@ -58,9 +58,16 @@ bench: setup
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/readme_table.py
+	$(BIN)/python benchmarks/pages.py
+
+docs: setup
+	$(BIN)/python -c "import mkdocs, mkdocstrings" 2>/dev/null || $(PIP) mkdocs 'mkdocstrings[python]'
+	$(BIN)/python -m mkdocs build --strict
 
 audit: setup
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/audit.py --processes 2
 
 gpu: setup

@@ -4,49 +4,90 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvkernels import report
+from mvkernels import bench_ab, bench_compare, bench_plots, report
 from mvkernels.backend import can_run
-from mvkernels.bench import MODES, PEERS, Options, Result, Row, geomeans, measure, write_csv
+from mvkernels.bench import MODES, PEERS, Options, Result, geomeans, measure, read_csv, write_csv
 from mvkernels.registry import OPS
 
 
-def command(options: Options, csv: str | None, plot: str | None, json: Callable[[Any], None] | None) -> int:
-    """Measure, print, write files. 1 if a kernel of this library was wrong, else 0."""
-    check(options)
-    for path in (csv, plot):
+@dataclass(frozen=True)
+class Files:
+    """What is read and written beside what is measured."""
+
+    csv: str | None = None
+    plot: str | None = None
+    roofline: str | None = None
+    read: str | None = None
+    compare: str | None = None
+    tolerance: float = bench_compare.TOLERANCE
+
+
+def command(options: Options, files: Files, json: Callable[[Any], None] | None) -> int:
+    """Measure, print, write files. 1 if a kernel of this library was wrong or has become slower, else 0."""
+    if files.read is None:
+        check(options)
+    for path in (files.csv, files.plot, files.roofline):
         if path is not None:
             check_file(path)
-    if plot is not None:
-        known = pyplot().gcf().canvas.get_supported_filetypes()
-        if Path(plot).suffix[1:] not in known:
-            raise report.UsageError(f"--plot {plot}: want a name that ends in one of {', '.join(sorted(known))}")
-    result = measure(options, (lambda so_far: write_csv(so_far.rows, csv)) if csv is not None else None)
-    if plot is not None:
-        draw(result.rows, plot)
+    for option, path in (("--plot", files.plot), ("--roofline", files.roofline)):
+        if path is not None:
+            bench_plots.check_kind(option, path)
+    old = None if files.compare is None else read_csv(files.compare)
+    if files.read is not None:
+        result = Result(rows=read_csv(files.read))
+        if not result.rows:
+            raise report.UsageError(f"{files.read} has no rows")
+    else:
+        csv = files.csv
+        result = measure(options, None if csv is None else lambda so_far: write_csv(so_far.rows, csv))
+    if files.plot is not None:
+        bench_plots.draw(result.rows, files.plot)
+    if files.roofline is not None:
+        bench_plots.roofline(result.rows, files.roofline)
+    changes = [] if old is None else bench_compare.compare(old, result.rows, files.tolerance)
     if json is not None:
         rates = {name: {"copy_b_s": r.copy, "matmul_flop_s": r.matmul} for name, r in result.rates.items()}
         machine = report.machine(options.device)
         machine["threads"] = str(options.threads)
-        json(
-            {
-                "machine": machine,
-                "rates": rates,
-                "rows": [asdict(row) for row in result.rows],
-                "summary": geomeans(result.rows),
-                "not_run": result.not_run,
-            }
-        )
+        document = {
+            "machine": machine,
+            "rates": rates,
+            "rows": [asdict(row) for row in result.rows],
+            "summary": geomeans(result.rows),
+            "not_run": result.not_run,
+        }
+        if old is not None:
+            document["changes"] = [asdict(change) for change in changes]
+        json(document)
     else:
         print(text(result))
+        if old is not None:
+            print()
+            print(bench_compare.text(changes, bench_compare.drift(old, result.rows)))
     for row in result.wrong:
         print(f"mvkernels bench: {row.op} {row.label} on {row.provider}: {row.note}", file=sys.stderr)
-    return 1 if result.wrong else 0
+    regressed = sum(change.regressed for change in changes)
+    if regressed:
+        print(f"mvkernels bench: {regressed} rows have regressed against {files.compare}", file=sys.stderr)
+    return 1 if result.wrong or regressed else 0
+
+
+def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[Any], None] | None) -> int:
+    """This checkout against another commit. 1 if it is slower somewhere, or wrong."""
+    check(options)
+    rows = bench_ab.run(options, commit, tolerance)
+    if not rows:
+        raise report.UsageError("no shape fits what was asked for")
+    json({"against": commit, "rows": bench_ab.as_json(rows)}) if json is not None else print(
+        bench_ab.text(rows, commit)
+    )
+    return 1 if any(row.regressed for row in rows) else 0
 
 
 def check(options: Options) -> None:
@@ -115,18 +156,20 @@ def text(result: Result) -> str:
             r.provider,
             _us(r.median_us),
             _us(r.min_us),
-            None if r.p20_us is None else f"{_us(r.p20_us)}..{_us(r.p80_us)}",
+            None if r.median_low_us is None else f"{_us(r.median_low_us)}..{_us(r.median_high_us)}",
             None if r.speedup_median is None else f"{r.speedup_median:.2f}x",
             None if r.speedup_min is None else f"{r.speedup_min:.2f}x",
             None if r.fraction_of_floor is None else f"{100 * r.fraction_of_floor:.0f}%",
+            None if r.gb_s is None else f"{r.gb_s:.3g}",
+            None if r.tflop_s is None else f"{r.tflop_s:.3g}",
             report.megabytes(r.peak_bytes),
             None if r.error is None else f"{r.error:.1e}",
             _clip(r.note),
         )
         for r in rows
     ]
-    header = ("shape", "batch", "dtype", "channels", "mode", "provider", "median us", "min us", "p20..p80", "x median",
-              "x min", "of floor", "peak MB", "error", "note")  # fmt: skip
+    header = ("shape", "batch", "dtype", "channels", "mode", "provider", "median us", "min us", "95 % of median",
+              "x median", "x min", "of floor", "GB/s", "TFLOP/s", "peak MB", "error", "note")  # fmt: skip
     lines += [report.table(shapes, header), ""]
     summary = [tuple(s.values()) for s in geomeans(rows)]
     if summary:
@@ -142,53 +185,3 @@ def _us(value: float | None) -> str:
 
 def _clip(note: str) -> str:
     return note if len(note) <= 80 else note[:77] + "..."
-
-
-def pyplot() -> Any:
-    """matplotlib without a display; UsageError where it is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise report.UsageError("--plot needs matplotlib: pip install 'mvkernels[bench]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
-def draw(rows: Sequence[Row], path: str | Path) -> None:
-    """Bars of speed-up over the best peer, a panel for each op and mode."""
-    plt = pyplot()
-    rows = [r for r in rows if r.speedup_median is not None]
-    panels = list(dict.fromkeys((r.op, r.mode, r.dtype) for r in rows)) or [("", "", "")]
-    labels = {p: list(dict.fromkeys(_bar_label(r) for r in rows if (r.op, r.mode, r.dtype) == p)) for p in panels}
-    height = sum(0.9 + 0.32 * len(names) for names in labels.values())
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, height), squeeze=False,
-        gridspec_kw={"height_ratios": [0.9 + 0.32 * len(labels[p]) for p in panels]},
-    )  # fmt: skip
-    for panel, ax in zip(panels, axes[:, 0]):
-        mine = [r for r in rows if (r.op, r.mode, r.dtype) == panel]
-        providers = list(dict.fromkeys(r.provider for r in mine))
-        names = labels[panel]
-        thick = 0.8 / max(len(providers), 1)
-        for i, provider in enumerate(providers):
-            bars = {_bar_label(r): r for r in mine if r.provider == provider}
-            at = [names.index(n) + (i - (len(providers) - 1) / 2) * thick for n in bars]
-            drawn = ax.barh(at, [r.speedup_median for r in bars.values()], thick, label=provider)
-            ax.bar_label(drawn, [f"{r.speedup_median:.2f}" for r in bars.values()], padding=2, fontsize=7)
-        ax.axvline(1, color="black", linewidth=0.8)
-        ax.set_yticks(range(len(names)), names, fontsize=7)
-        ax.invert_yaxis()
-        ax.set_xlabel("times as fast as the best of eager, SDPA, torch.compile", fontsize=8)
-        ax.set_title(" ".join(panel), fontsize=9)
-        if providers:
-            ax.legend(fontsize=7)
-    figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _bar_label(row: Row) -> str:
-    return f"{row.model} {row.label} B{row.batch}{'' if row.layout == 'channels_last' else ' NCHW'}"

@@ -57,18 +57,29 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--suite", default="small", choices=("small", "full"))
     bench.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
     bench.add_argument("--batch", nargs="+", type=_positive, default=[1])
-    bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "full"), help="full: with the backward")
+    bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "bwd", "full"),
+                       help="bwd: the backward alone; full: forward and backward")  # fmt: skip
     bench.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     bench.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
     bench.add_argument("--backend", nargs="+", default=[], choices=BACKENDS)
-    bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="eager,sdpa,compile")
+    bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="PEER,...",
+                       help="of eager, sdpa, compile (default: these) and thirdparty: modules of timm, transformers, "
+                       "diffusers, and FlexAttention")  # fmt: skip
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--threads", type=_positive, default=1)
     bench.add_argument("--rounds", type=_positive, help="samples of each (default: as --min-time allows)")
     bench.add_argument("--min-time", type=float, default=0.3, help="seconds for each on average (default 0.3)")
     bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     bench.add_argument("--csv", metavar="FILE")
-    bench.add_argument("--plot", metavar="FILE.png")
+    bench.add_argument("--plot", metavar="FILE.png", help="bars of speed-up")
+    bench.add_argument("--roofline", metavar="FILE.png", help="work per second under the measured rates")
+    bench.add_argument("--read", metavar="FILE.csv", help="measure nothing: take the rows from this file")
+    bench.add_argument("--compare", metavar="OLD.csv", help="a ratio for each row; status 1 if one has become slower")
+    bench.add_argument(
+        "--ab", metavar="COMMIT", help="this checkout against another commit, in turns; status 1 if slower"
+    )
+    bench.add_argument("--tolerance", type=float, default=0.05, help="of --compare and --ab (default 0.05)")
+    bench.add_argument("--html", metavar="FOLDER", help="measure nothing: write FOLDER/index.html of its CSV files")
     bench.add_argument(
         "--allocator",
         default="kept",
@@ -157,29 +168,33 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from mvkernels import bench, bench_report
+    from mvkernels import bench, bench_html, bench_report
 
-    return bench_report.command(
-        bench.Options(
-            ops=options.op,
-            suite=options.suite,
-            labels=options.shape,
-            batches=options.batch,
-            modes=options.mode,
-            dtypes=options.dtype,
-            layouts=options.layout,
-            backends=options.backend,
-            against=options.against,
-            device=options.device,
-            threads=options.threads,
-            rounds=options.rounds,
-            min_time=options.min_time,
-            memory=not options.no_memory,
-        ),
-        csv=options.csv,
-        plot=options.plot,
-        json=_print_json if options.json else None,
+    write = _print_json if options.json else None
+    if options.html is not None:
+        return bench_html.command(options.html, write)
+    asked = bench.Options(
+        ops=options.op,
+        suite=options.suite,
+        labels=options.shape,
+        batches=options.batch,
+        modes=options.mode,
+        dtypes=options.dtype,
+        layouts=options.layout,
+        backends=options.backend,
+        against=options.against,
+        device=options.device,
+        threads=options.threads,
+        rounds=options.rounds,
+        min_time=options.min_time,
+        memory=not options.no_memory,
     )
+    if options.ab is not None:
+        return bench_report.ab_command(asked, options.ab, options.tolerance, write)
+    files = bench_report.Files(
+        options.csv, options.plot, options.roofline, options.read, options.compare, options.tolerance
+    )
+    return bench_report.command(asked, files, write)
 
 
 def _swap(options: argparse.Namespace) -> int:

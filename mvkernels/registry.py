@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 
+class NotOffered(Exception):
+    """Raised by a peer that does not do this: the benchmark skips it, and shows the message."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """The least that the machine must do for one call: see the table of floors in docs/."""
@@ -56,6 +60,9 @@ class Op:
     """The same work done without this library, by name: takes the op's arguments without ``backend``."""
     cost: Callable[[Mapping[str, Any], bool], Cost]
     """``cost(arguments, backward)``: floor of the forward, or of the backward alone."""
+    third_party: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
+    """Peers that need another package, or a device, as ``peers``. They import it when they are called, and raise
+    ImportError where it is missing, NotOffered for arguments that it has no code for."""
 
 
 OPS: dict[str, Op] = {}

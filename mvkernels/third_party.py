@@ -50,9 +50,16 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
     return model.eval()
 
 
+def load(package: str) -> Any:
+    """The package, in spite of a torchvision that does not fit this torch. UsageError says why it cannot be had."""
+    _mend_broken_torchvision()
+    if package == "transformers":
+        _hide_broken_torchvision()
+    return _import(package)
+
+
 def _transformers(name: str, pretrained: bool) -> nn.Module:
-    _hide_broken_torchvision()
-    package = _import("transformers")
+    package = load("transformers")
     size = _SHORT.get(name) or name.removeprefix("apple/").removeprefix("mobilevit-")
     if size not in _MOBILEVIT and "/" not in name:
         raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or a hub's owner/name")
@@ -70,8 +77,7 @@ def _transformers(name: str, pretrained: bool) -> nn.Module:
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
-    _mend_broken_torchvision()
-    package = _import("timm")
+    package = load("timm")
     try:
         return package.create_model(name, pretrained=pretrained)
     except Exception as error:
@@ -89,8 +95,7 @@ def _mvmodels(name: str, pretrained: bool) -> nn.Module:
 
 
 def _diffusers(name: str, pretrained: bool) -> nn.Module:
-    _mend_broken_torchvision()
-    package = _import("diffusers")
+    package = load("diffusers")
     known = ("dc-ae-f32c32-sana-1.0", *_DC_AE)
     short = name.removeprefix("mit-han-lab/").removesuffix("-diffusers")
     if short not in known and "/" not in name:

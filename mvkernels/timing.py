@@ -7,11 +7,12 @@ random order, so that a disturbance of the machine meets all alike.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,41 @@ class Times:
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Confidence interval of the median, see :func:`median_interval`."""
+        return median_interval(self.samples, confidence)
+
+
+def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Two order statistics between which the median lies with at least this confidence, whatever the distribution.
+
+    The number of samples below the median is binomial(n, 1/2). Fewer samples than the confidence needs (6 for 95 %)
+    give the smallest and the largest, which promise less. Samples that hang together promise less, too: the
+    rounds of :func:`interleave` are spread over time, which does not make them independent.
+    """
+    ordered, count = sorted(samples), len(samples)
+    below, rank, allowed = 1, 0, round((1 - confidence) * 1e6) * 2**count // 2_000_000
+    for k in range(1, count // 2 + 1):  # below: how many of 2^n outcomes have fewer than k samples under the median
+        if below > allowed:
+            break
+        rank = k - 1
+        below += math.comb(count, k)
+    return ordered[rank], ordered[count - 1 - rank]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A call in two steps of which the second alone is timed: ``prepare()`` returns what is called under the clock."""
+
+    prepare: Callable[[], Callable[[], Any]]
+
+    def __call__(self) -> Any:
+        return self.prepare()()
+
+
+def _steps(call: Callable[[], Any], repeats: int) -> list[Callable[[], Any]]:
+    return [call.prepare() for _ in range(repeats)] if isinstance(call, Staged) else [call] * repeats
+
 
 def interleave(
     calls: Mapping[str, Callable[[], Any]],
@@ -52,7 +88,6 @@ def interleave(
 
     Without ``rounds``, at least 15, and as many as fill ``min_time`` seconds for each call on average.
     """
-    sample = _cuda_sample if torch.device(device).type == "cuda" else _host_sample
     repeats = {name: _repeats(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
@@ -64,7 +99,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                times[name].append(sample(calls[name], repeats[name]))
+                times[name].append(sample(calls[name], repeats[name], device))
     return {name: Times(tuple(values)) for name, values in times.items()}
 
 
@@ -78,16 +113,23 @@ def _repeats(call: Callable[[], Any], device: torch.device | str) -> int:
     call()
     quickest = float("inf")
     for _ in range(3):
+        step = _steps(call, 1)[0]
         start = time.perf_counter()
-        call()
+        step()
         quickest = min(quickest, time.perf_counter() - start)
     return max(1, min(1000, round(SHORTEST_SAMPLE / max(quickest, 1e-7))))
 
 
+def sample(call: Callable[[], Any], repeats: int, device: torch.device | str = "cpu") -> float:
+    """Seconds of one call, from ``repeats`` of them in a row."""
+    return (_cuda_sample if torch.device(device).type == "cuda" else _host_sample)(call, repeats)
+
+
 def _host_sample(call: Callable[[], Any], repeats: int) -> float:
+    steps = _steps(call, repeats)
     start = time.perf_counter_ns()
-    for _ in range(repeats):
-        call()
+    for step in steps:
+        step()
     return (time.perf_counter_ns() - start) / repeats * 1e-9
 
 
@@ -100,12 +142,13 @@ def _cuda_sample(call: Callable[[], Any], repeats: int) -> float:
     if index not in _flush:
         _flush[index] = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    steps = _steps(call, repeats)
     torch.cuda.synchronize()
     _flush[index].zero_()
     torch.cuda._sleep(4_000_000)  # about 2 ms: longer than Python takes to launch a forward and backward
     start.record()
-    for _ in range(repeats):
-        call()
+    for step in steps:
+        step()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / repeats * 1e-3
@@ -125,6 +168,7 @@ def _no_collection() -> Any:
 
 def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int | None:
     """The most memory that a call holds at once beyond what was held before, as torch's allocator sees it."""
+    call = _steps(call, 1)[0]
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -154,6 +198,7 @@ def peak_resident(call: Callable[[], Any]) -> int | None:
     """
     import ctypes
 
+    call = _steps(call, 1)[0]
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")

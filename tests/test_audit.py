@@ -40,14 +40,16 @@ def test_quick_audit_finds_nothing_and_writes_its_rows(audit, tmp_path, capsys):
         assert row["verdict"] == "ok" and int(row["spill_bytes"]) == 0
         assert 0 < int(row["registers"]) <= 512
         assert int(row["shared_bytes"]) <= int(row["shared_limit"])
-        assert int(row["blocks_per_processor"]) >= 1
+        assert int(row["blocks_per_processor"]) >= 1 and row["limited_by"]
     assert f"{audit.QUICK} kernels" in capsys.readouterr().out
 
 
 def test_half_precision_uses_matrix_instructions_and_wide_loads(audit):
     units = audit.plan(["sm_90"], ["bf16"], False, "forward_rows .* 36 36 32x32 .* last", audit.OPS)
     unit, row = next(iter(units.items()))
-    row = row | audit.compile_unit(unit)
+    row = row | audit.judged(row, audit.compile_unit(unit))
+    assert row["verdict"] == "ok" and row["multiplies"] == 1 and row["matrix_instructions"] >= 2
+    assert row["limited_by"] in ("registers", "shared", "warps", "blocks") and 0 < row["occupancy"] <= 1
     assert row["matrix"] == "wgmma" and row["widest_load"] == 8  # 36 channels: 72-byte runs, 8-byte aligned
 
 
@@ -57,7 +59,7 @@ def test_committed_results_are_of_this_audit_and_without_a_finding(audit):
         with (audit.RESULTS / f"{op}.csv").open() as file:
             reader = csv.DictReader(file)
             rows += list(reader)
-        assert reader.fieldnames == audit.COLUMNS
+        assert reader.fieldnames == audit.COLUMNS[: len(reader.fieldnames)]  # new columns go to the end
     assert {row["target"] for row in rows} == set(audit.TARGETS)
     assert {row["dtype"] for row in rows} == set(audit.DTYPES)
     assert all(row["verdict"] == "ok" for row in rows)
@@ -70,13 +72,68 @@ def test_committed_results_are_of_this_audit_and_without_a_finding(audit):
     assert told == now, "launch configurations have changed: run `make audit`"
 
 
-def test_a_spill_and_too_much_shared_memory_are_findings(audit):
-    row = audit._row(255, 16, 0, 1024, "sm_80", 2, 4, "mma.sync", 16)
-    assert row["verdict"] == "SPILLS"
-    row = audit._row(255, 0, 16, 1024, "sm_80", 2, 4, "mma.sync", 16)
-    assert row["verdict"] == "ok"
-    row = audit._row(255, 0, 0, 65 * 1024, "gfx942", 2, 4, "mfma", 16)
-    assert row["verdict"] == "SHARED"
+SOUND = {
+    "spill_bytes": 0, "shared_bytes": 1024, "shared_limit": 166912, "warps_per_processor": 8, "multiplies": 1,
+    "matrix_products": 2, "matrix": "mma.sync", "widest_load": 8, "aligned_bytes": 16, "dtype": "bf16",
+    "target": "sm_80",
+}  # fmt: skip
+FINDINGS = [
+    ({}, "ok"),
+    ({"spill_bytes": 16}, "SPILLS"),
+    ({"stack_bytes": 16}, "ok"),
+    ({"shared_bytes": 65 * 1024, "shared_limit": 64 * 1024}, "SHARED"),
+    ({"warps_per_processor": 2}, "WARPS"),
+    ({"warps_per_processor": 0}, "WARPS"),
+    ({"matrix": "-"}, "MATRIX"),
+    ({"matrix": "-", "matrix_products": 0}, "ok"),
+    ({"widest_load": 4}, "LOADS"),
+    ({"widest_load": 4, "aligned_bytes": 4}, "ok"),
+    ({"widest_load": 4, "multiplies": 0}, "ok"),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), FINDINGS, ids=[f"{i}-{f[1]}" for i, f in enumerate(FINDINGS)])
+def test_what_counts_as_a_finding(audit, change, wanted):
+    assert audit.verdict(SOUND | change) == wanted
+
+
+def test_a_finding_is_status_1(audit, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "compile_unit", lambda unit: SOUND | {"spill_bytes": 4, "registers": 255})
+    for name in ("dtype", "target", "aligned_bytes"):
+        monkeypatch.delitem(SOUND, name)
+    assert audit.main(["--quick"]) == 1
+    assert "SPILLS" in capsys.readouterr().out
+
+
+def test_occupancy_says_what_it_is_limited_by(audit):
+    import _audit_code as code
+
+    assert code.occupancy(255, 0, 8, "sm_80") == (1, "registers")  # 256 * 32 * 8 = all there are
+    assert code.occupancy(32, 100 << 10, 4, "sm_90") == (2, "shared")
+    assert code.occupancy(32, 0, 8, "sm_90") == (8, "registers") and code.occupancy(24, 0, 8, "sm_90") == (8, "warps")
+    assert code.occupancy(16, 0, 1, "sm_80") == (32, "blocks")
+    assert code.occupancy(128, 0, 4, "gfx942") == (4, "registers")
+
+
+def test_instructions_are_counted_in_ptx(audit):
+    import _audit_code as code
+
+    ptx = """
+        ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+        cp.async.cg.shared.global [ %r9 + 0 ], [ %rd3 + 0 ], 0x10, %r7;
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 };
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 };
+        wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1};
+    """
+    assert code.global_loads(ptx) == [16, 2, 16]
+    ttir = """
+        %1 = tt.dot %a, %b, %c : tensor<16x16xbf16> * tensor<16x16xbf16> -> tensor<16x16xf32>
+        %2 = tt.dot %a, %b, %c, inputPrecision = tf32x3 : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
+        %3 = tt.dot %a, %b, %c : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
+    """
+    assert code.matrix_products(ttir) == 2
+    assert code.matrix_instructions(ptx) == ("wgmma+mma.sync", 3)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +150,19 @@ def test_bad_usage_is_one_line_and_status_2(arguments, environment, told):
     command = [sys.executable, str(SCRIPT), *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_roofline_is_of_the_floors() -> None:
+    script = ROOT / "benchmarks" / "roofline.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with (ROOT / "benchmarks" / "results" / "audit" / "roofline.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["device"] for row in rows} == {"A100", "H100", "H200"}
+    for row in rows[::97]:
+        bounds = [float(row[f"{name}_us"]) for name in ("memory", "products", "exponentials")]
+        assert float(row["predicted_us"]) == pytest.approx(max(bounds), rel=1e-3)
+    of = {(r["device"], r["op"], r["model"], r["label"], r["batch"], r["dtype"], r["mode"]): r for r in rows}
+    one = of["H100", "patch_attention", "mobilevit_s@256", "4x36_32x32_p2", "128", "bfloat16", "fwd"]
+    assert int(one["bytes"]) == 4 * 128 * 4 * 36 * 1024 * 2  # q, k, v, out
+    assert float(one["memory_us"]) == pytest.approx(int(one["bytes"]) / 3.35e6, rel=1e-3)

@@ -25,7 +25,8 @@ QUICK = bench.Options(
 COLUMNS = (
     "date,device,capability,torch,mvkernels,commit,threads,allocator,op,model,label,size_class,batch,dtype,layout,mode,"
     "provider,ok,median_us,min_us,p20_us,p80_us,rounds,speedup_median,speedup_min,best_peer,peak_bytes,"
-    "peak_resident_bytes,floor_us,fraction_of_floor,copy_gb_s,matmul_gflop_s,error,note"
+    "peak_resident_bytes,floor_us,fraction_of_floor,copy_gb_s,matmul_gflop_s,error,note,"
+    "median_low_us,median_high_us,gb_s,tflop_s,triton"
 )
 
 
@@ -52,10 +53,17 @@ def test_the_columns_are_stable(tmp_path: Path) -> None:
     assert rows[1]["speedup_median"] == ""
 
 
-@pytest.mark.parametrize("mode", ["fwd", "full"])
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
 def test_every_mode_is_measured(mode: str) -> None:
     rows = bench.measure(dataclasses.replace(QUICK, modes=(mode,), batches=(2,), memory=True)).rows
     assert all(row.ok and row.mode == mode and row.batch == 2 for row in rows)
+    for row in rows:
+        assert row.median_us and row.median_low_us and row.median_high_us and row.gb_s and row.tflop_s
+        assert row.median_low_us <= row.median_us <= row.median_high_us
+        cost = OPS[NAME].cost(OPS[NAME].suite("small")[2].make(batch=2), False)
+        if mode == "fwd":
+            assert row.gb_s == pytest.approx(cost.bytes / row.median_us / 1e3, rel=1e-2)
+            assert row.tflop_s == pytest.approx(cost.flops / row.median_us / 1e6, rel=1e-2)
     assert all(row.peak_bytes for row in rows)
 
 
@@ -65,7 +73,7 @@ def test_the_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("mode", ["fwd", "full"])
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
 def test_a_wrong_kernel_has_no_time(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = OPS[NAME].function
     change(monkeypatch, function=functools.wraps(right)(lambda *a, **kw: right(*a, **kw) * 1.001))

@@ -273,8 +273,8 @@ def test_tuning_without_a_gpu_is_status_2(capsys: pytest.CaptureFixture[str]) ->
 def test_the_makefile_has_every_target() -> None:
     text = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z]+):", text, re.MULTILINE))
-    assert {"setup", "demo", "test", "bench", "lint", "audit", "gpu", "clean", "wheel"} <= targets
-    for needs_setup in ("demo", "lint", "bench", "audit", "gpu"):
+    assert {"setup", "demo", "test", "bench", "docs", "lint", "audit", "gpu", "clean", "wheel"} <= targets
+    for needs_setup in ("demo", "lint", "bench", "docs", "audit", "gpu"):
         assert re.search(rf"^{needs_setup}: setup$", text, re.MULTILINE)
     assert re.search(r"^test: lint$", text, re.MULTILINE)
     for script in re.findall(r"(?:benchmarks|examples)/\w+\.py", text):

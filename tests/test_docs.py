@@ -63,6 +63,50 @@ def test_the_readme_shows_the_figures_of_the_csv_files() -> None:
     assert found.returncode == 0, found.stderr
 
 
+def test_the_pages_show_the_figures_of_the_csv_files() -> None:
+    script = ROOT / "benchmarks" / "pages.py"
+    found = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_page_that_is_stale_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import pages
+
+    where = {"device": "cpu", "capability": "avx2", "threads": "1", "torch": "2", "date": "2026-01-01", "commit": "a"}
+    errors = {"op": "an_op", "dtype": "float32", "backend": "cpp", "shapes": "3"}
+    for what in ("out", "grad"):
+        errors |= {f"{what}_error": "2e-7", f"{what}_error_pytorch": "3e-7", f"{what}_share_of_allowed": "0.125"}
+    row = where | errors
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "numerics.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    assert "| an_op | float32 | cpp | 2.0e-07 | 3.0e-07 | 12 % | 2.0e-07 |" in pages.errors(tmp_path)
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
+    assert pages.main() == 1
+
+
+def test_every_page_is_on_the_site_and_every_name_in_the_api() -> None:
+    import mvkernels
+
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in nav, page.name
+    api = (ROOT / "docs" / "api.md").read_text()
+    for name in mvkernels.__all__:
+        if not name.endswith("Function") and not name.startswith("__"):
+            assert re.search(rf"^::: mvkernels\.(\w+\.)?{name}$", api, re.MULTILINE), name
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    for package in ("mkdocs", "mkdocstrings"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert 'id="mvkernels.patch_attention"' in (tmp_path / "api.html").read_text()
+
+
 def test_figures_come_from_the_rows(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
     assert spec is not None and spec.loader is not None

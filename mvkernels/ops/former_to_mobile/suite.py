@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mvkernels.ops.mobile_to_former.suite import cases_of, make_map, make_tokens
+from mvkernels.ops.third_party import flex_attention
 from mvkernels.registry import Case, Cost
 
 
@@ -55,4 +56,13 @@ def sdpa(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, resi
     return x + out if residual else out
 
 
+def flex(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, residual: bool = True) -> Tensor:
+    """PyTorch's FlexAttention, and the residual."""
+    pixels = x.flatten(3).transpose(-2, -1)
+    out = flex_attention(pixels, key, value, key.shape[3] ** -0.5 if scale is None else scale)
+    out = out.transpose(-2, -1).unflatten(3, x.shape[3:])
+    return x + out if residual else out
+
+
 PEERS = {"eager": eager, "sdpa": sdpa}
+THIRD_PARTY = {"flex": flex}

@@ -97,5 +97,6 @@ OP = register(
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
+        third_party=suite.THIRD_PARTY,
     )
 )

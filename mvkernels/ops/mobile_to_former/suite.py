@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mvkernels.ops.third_party import flex_attention
 from mvkernels.registry import Case, Cost
 
 HEADS = 2
@@ -110,4 +111,11 @@ def sdpa(query: Tensor, x: Tensor, scale: float | None = None) -> Tensor:
     return scaled_dot_product_attention(query, pixels, pixels, scale=scale)
 
 
+def flex(query: Tensor, x: Tensor, scale: float | None = None) -> Tensor:
+    """PyTorch's FlexAttention."""
+    pixels = x.flatten(3).transpose(-2, -1)
+    return flex_attention(query, pixels, pixels, query.shape[3] ** -0.5 if scale is None else scale)
+
+
 PEERS = {"eager": eager, "sdpa": sdpa}
+THIRD_PARTY = {"flex": flex}

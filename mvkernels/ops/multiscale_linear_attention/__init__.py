@@ -13,6 +13,7 @@ from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention import suite
 from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
+from mvkernels.ops.multiscale_linear_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
 
 __all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
@@ -149,5 +150,6 @@ OP = register(
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
+        third_party=THIRD_PARTY,
     )
 )

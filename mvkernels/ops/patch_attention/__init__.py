@@ -12,6 +12,7 @@ from mvkernels.backend import choose
 from mvkernels.ops.patch_attention import suite
 from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
+from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
 
 __all__ = ["OP", "PatchAttentionFunction", "patch_attention"]
@@ -134,5 +135,6 @@ OP = register(
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
+        third_party=THIRD_PARTY,
     )
 )

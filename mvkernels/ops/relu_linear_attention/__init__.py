@@ -12,6 +12,7 @@ from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention import suite
 from mvkernels.ops.relu_linear_attention.autograd import KERNELS, ReLULinearAttentionFunction
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
+from mvkernels.ops.relu_linear_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
 
 __all__ = ["OP", "ReLULinearAttentionFunction", "relu_linear_attention"]
@@ -108,5 +109,6 @@ OP = register(
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
+        third_party=THIRD_PARTY,
     )
 )

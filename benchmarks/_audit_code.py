@@ -1,0 +1,173 @@
+"""What the audit reads out of machine code, and what it holds against it."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from mvkernels.launch import shared_memory_of
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What the blocks on one multiprocessor (AMD: compute unit) share."""
+
+    registers: int
+    """Of 32 bits, in all lanes of all warps (AMD: vector registers)."""
+    shared: int
+    warps: int
+    blocks: int
+    lanes: int = 32
+    reserved: int = 1024
+    """Shared memory that the system takes from each block."""
+
+
+PROCESSORS = {
+    "sm_80": Processor(65536, 164 << 10, 64, 32),
+    "sm_90": Processor(65536, 228 << 10, 64, 32),
+    "sm_100": Processor(65536, 228 << 10, 64, 32),
+    "gfx942": Processor(4 * 512 * 64, 64 << 10, 32, 16, lanes=64, reserved=0),
+}
+"""CUDA C++ Programming Guide, technical specifications by compute capability; AMD CDNA 3 instruction set, 3.6."""
+
+FEWEST_WARPS = 4
+"""One for each of a processor's four schedulers: below it some never issue."""
+NARROWEST_LOAD = 8
+"""Bytes a thread loads at once, where rows lie so that it may: the tiles have as few as two float32 a thread."""
+
+
+def occupancy(registers: int, shared: int, warps: int, target: str) -> tuple[int, str]:
+    """Blocks that fit one processor, and what it is that no more fit: registers, shared, warps or blocks."""
+    has = PROCESSORS[target]
+    each = math.ceil(max(registers, 1) / 8) * 8 * has.lanes  # registers are given out to warps in eights
+    by = {
+        "registers": has.registers // each // warps,
+        "shared": has.shared // max(shared + has.reserved, 1),
+        "warps": has.warps // warps,
+        "blocks": has.blocks if warps > 1 or has.lanes == 32 else has.warps,
+    }
+    least = min(by, key=lambda name: by[name])
+    return by[least], least
+
+
+def nvidia(compiled: Any, target: str, warps: int) -> dict[str, Any]:
+    """What ptxas and the PTX say."""
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", str(cubin)], check=False, capture_output=True, text=True
+        )
+        found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
+        if not found:
+            raise RuntimeError("cuobjdump: " + (usage.stderr or usage.stdout))
+        registers, stack, local = map(int, found.groups())
+        spill = 0
+        if stack or local:
+            # A stack is not always spills: the local loads and stores in the code tell.
+            code = subprocess.run(
+                [_tool("nvdisasm"), "-c", str(cubin)], check=False, capture_output=True, text=True
+            ).stdout
+            if re.search(r"\b(LDL|STL)\b", code):
+                spill = stack + local
+                stack = 0
+    matrix, count = matrix_instructions(ptx)
+    loads = global_loads(ptx)
+    return measured(compiled, target, warps, registers, spill, stack, matrix, count, loads)
+
+
+def matrix_instructions(ptx: str) -> tuple[str, int]:
+    """Kinds of matrix instruction, and how many stand in the code (one in a loop counts once)."""
+    counts = {
+        "tcgen05.mma": len(re.findall(r"\btcgen05\.mma\b", ptx)),
+        "wgmma": len(re.findall(r"\bwgmma\.mma_async\b", ptx)),
+        "mma.sync": len(re.findall(r"\bmma\.sync\b", ptx)),
+    }
+    return "+".join(name for name, count in counts.items() if count), sum(counts.values())
+
+
+def global_loads(ptx: str) -> list[int]:
+    """Bytes that a thread loads at once from global memory, of each load and asynchronous copy in PTX."""
+    loads = [
+        int(width or 1) * int(bits) // 8 for width, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    ]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^,]*?\[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return loads + [int(size, 0) for size in copies]
+
+
+def matrix_products(ttir: str) -> int:
+    """Products that NVIDIA has matrix instructions for: of half types, or of float32 that may round to TF32."""
+    found = re.findall(r"tt\.dot (.*?)->", ttir)
+    return sum(bool(re.search(r"xb?f16>|inputPrecision = tf32", product)) for product in found)
+
+
+def amd(compiled: Any, target: str, warps: int) -> dict[str, Any]:
+    """What the assembly says."""
+    code = compiled.asm["amdgcn"]
+
+    def value(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", code)
+        return int(found.group(1)) if found else 0
+
+    registers = value("vgpr_count")  # vector and accumulation registers together
+    # Spilled vector registers are 4 bytes in each of 64 lanes; spilled scalars go to vector lanes, without memory.
+    spill = 4 * value("vgpr_spill_count")
+    names = re.findall(r"(?:global|buffer)_load_(dwordx?\d?|ushort|short_d16\w*|ubyte)", code)
+    loads = [4 * int(name[-1]) if name[-1].isdigit() and "x" in name else 4 if name == "dword" else 2 for name in names]
+    count = len(re.findall(r"^\s*v_mfma", code, re.MULTILINE))
+    stack = value("private_segment_fixed_size")
+    return measured(compiled, target, warps, registers, spill, stack, "mfma" if count else "", count, loads)
+
+
+def measured(
+    compiled: Any, target: str, warps: int, registers: int, spill: int, stack: int, matrix: str, count: int,
+    loads: list[int],
+) -> dict[str, Any]:  # fmt: skip
+    """The columns of a row that come from the code."""
+    shared = compiled.metadata.shared
+    blocks, bound = occupancy(registers, shared, warps, target)
+    return {
+        "registers": registers, "spill_bytes": spill, "stack_bytes": stack, "shared_bytes": shared,
+        "shared_limit": shared_memory_of(target), "blocks_per_processor": blocks,
+        "warps_per_processor": blocks * warps, "matrix": matrix or "-", "widest_load": max(loads, default=0),
+        "matrix_instructions": count, "wide_loads": sum(load >= 16 for load in loads), "limited_by": bound,
+        "occupancy": round(blocks * warps / PROCESSORS[target].warps, 3),
+        "multiplies": int("tt.dot" in compiled.asm["ttir"]),
+        "matrix_products": matrix_products(compiled.asm["ttir"]),
+    }  # fmt: skip
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """The first finding against a row, or "ok".
+
+    SPILLS: registers are kept in memory. SHARED: a block has more shared memory than the device gives one. WARPS: fewer
+    than FEWEST_WARPS fit a processor. MATRIX: a kernel has products of half types, or of float32 that may round to
+    TF32, and no matrix instruction (products of exact float32 need none). LOADS: on NVIDIA, a kernel with products
+    loads less than NARROWEST_LOAD bytes a thread at once, though rows are aligned to as many. The sums of partial
+    results have no products; they are held to the first three.
+    """
+    multiplies = row.get("multiplies")
+    if row["spill_bytes"]:
+        return "SPILLS"
+    if row["shared_bytes"] > row["shared_limit"]:
+        return "SHARED"
+    if row["warps_per_processor"] < FEWEST_WARPS:
+        return "WARPS"
+    if row["matrix_products"] and row["matrix"] == "-":
+        return "MATRIX"
+    wanted = min(row.get("aligned_bytes", 0), NARROWEST_LOAD)
+    if multiplies and row.get("target", "").startswith("sm_") and row["widest_load"] < wanted:
+        return "LOADS"
+    return "ok"

@@ -1,0 +1,132 @@
+"""Writes docs/performance.md, and the table of docs/numerics.md, from the CSV files under benchmarks/results.
+
+``--check`` changes nothing and exits with 1 if the pages are not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import readme_table
+from readme_table import ROOT, Row, geomean, read, where
+
+BEGIN = "<!-- errors: begin (written by benchmarks/pages.py) -->\n"
+END = "<!-- errors: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
+MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+HEAD = """# Performance
+
+Written by `benchmarks/pages.py` from the files under `benchmarks/results`; no number is typed by hand. How it was
+measured, and what each column is: [benchmarks](benchmarks.md). On your machine: `make bench`.
+"""
+
+
+def machines(results: Path) -> list[Path]:
+    return sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits"))
+
+
+def performance(results: Path) -> str:
+    """The page."""
+    summary = readme_table.render(results).removeprefix(readme_table.BEGIN).removesuffix(readme_table.END)
+    parts = [HEAD, "## Summary\n", summary.rstrip() + "\n"]
+    for folder in machines(results):
+        for file in sorted(folder.glob("*.csv")):
+            rows = read(file)
+            if rows and "speedup_median" in rows[0] and "size_class" in rows[0]:
+                parts += shapes(file.stem, rows)
+        parts += threads(read(folder / "threads.csv")) + overhead(read(folder / "overhead.csv"))
+    return "\n".join(parts)
+
+
+def shapes(name: str, rows: list[Row]) -> list[str]:
+    """Every shape: this library's median, who was next, and how near the floor."""
+    mine = [row for row in rows if row["speedup_median"]]
+    if not mine:
+        return []
+    lines = [f"## {name}, {mine[0]['device']}\n", f"{where(mine[0])}, allocator {mine[0]['allocator']}.\n"]
+    lines += [
+        "| shape | batch | dtype | layout | mode | backend | median | 95 % | best peer | times as fast | of the floor |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for r in mine:
+        low, high = r.get("median_low_us"), r.get("median_high_us")
+        interval = f"{float(low):.4g} to {float(high):.4g}" if low and high else "–"
+        cells = (
+            f"{r['model']} {r['label']}", r["batch"], r["dtype"], r["layout"].replace("_", " "), MODE[r["mode"]],
+            r["provider"], f"{float(r['median_us']):.4g} µs", interval, r["best_peer"],
+            f"{float(r['speedup_median']):.2f}×", f"{100 * float(r['fraction_of_floor']):.0f} %",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def threads(rows: list[Row]) -> list[str]:
+    """Scaling, by op and batch."""
+    if not rows:
+        return []
+    lines = [f"## Threads, {rows[0]['device']}\n", "| op | batch | threads | shapes | times as fast as one | worst |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    for op, batch in dict.fromkeys((r["op"], r["batch"]) for r in rows):
+        found = [float(r["scaling_median"]) for r in rows if (r["op"], r["batch"]) == (op, batch)]
+        count = next(r["threads"] for r in rows if r["op"] == op)
+        lines.append(f"| {op} | {batch} | {count} | {len(found)} | {geomean(found):.2f}× | {min(found):.2f}× |")
+    return ["\n".join(lines) + "\n"]
+
+
+def overhead(rows: list[Row]) -> list[str]:
+    """What a call costs, and an import."""
+    if not rows:
+        return []
+    lines = [f"## Call overhead, {rows[0]['device']}\n", "| what | median |", "| --- | --- |"]
+    lines += [f"| {row['what']} | {float(row['median_us']):.4g} µs |" for row in rows]
+    return ["\n".join(lines) + "\n"]
+
+
+def errors(results: Path) -> str:
+    """The block of the numerics page."""
+    lines = []
+    for folder in machines(results):
+        rows = read(folder / "numerics.csv")
+        if not rows:
+            continue
+        lines += [f"{where(rows[0])}.", ""]
+        lines += ["| op | dtype | backend | output | PyTorch's | of allowed | gradients | PyTorch's | of allowed |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for r in rows:
+            cells = [r["op"], r["dtype"], r["backend"]]
+            for what in ("out", "grad"):
+                cells += [f"{float(r[f'{what}_error']):.1e}", f"{float(r[f'{what}_error_pytorch']):.1e}"]
+                cells.append(f"{100 * float(r[f'{what}_share_of_allowed']):.0f} %")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    if not lines:
+        lines = ["No errors are committed yet: `python benchmarks/numerics.py` takes them.", ""]
+    return BEGIN + "\n".join(lines) + END
+
+
+def pages(results: Path) -> dict[Path, str]:
+    """Every page, and what is to stand in it."""
+    numerics = ROOT / "docs" / "numerics.md"
+    before, rest = numerics.read_text().split(BEGIN)
+    text = before + errors(results) + rest.split(END, 1)[1]
+    return {ROOT / "docs" / "performance.md": performance(results), numerics: text}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    status = 0
+    for path, text in pages(RESULTS).items():
+        if not options.check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path.name} is not what benchmarks/results says: run benchmarks/pages.py", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What stands around the benchmark: intervals, staged calls, third-party peers, comparisons, A/B and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mvkernels import bench, bench_ab, bench_compare, bench_plots, cli, report, testing, timing
+from mvkernels.bench_rows import Row
+from mvkernels.ops.third_party import flex_attention
+from mvkernels.registry import OPS, NotOffered
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def row(**changes: Any) -> Row:
+    known: dict[str, Any] = {
+        "date": "2026-01-01", "device": "cpu", "capability": "avx2", "torch": "2.13", "mvkernels": "0.1", "commit": "a",
+        "threads": 1, "allocator": "kept", "op": "patch_attention", "model": "m", "label": "s", "size_class": "N<=16",
+        "batch": 1, "dtype": "float32", "layout": "channels_last", "mode": "fwd", "provider": "cpp", "ok": True,
+        "median_us": 100.0, "median_low_us": 98.0, "median_high_us": 102.0, "gb_s": 4.0, "tflop_s": 0.02,
+        "copy_gb_s": 10.0, "matmul_gflop_s": 100.0, "speedup_median": 2.0, "speedup_min": 2.0, "best_peer": "eager",
+    }  # fmt: skip
+    return Row(**(known | changes))
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_the_interval_holds_the_median_and_is_of_samples(samples: list[float]) -> None:
+    low, high = timing.median_interval(samples)
+    assert low <= timing.Times(tuple(samples)).median <= high
+    assert low in samples and high in samples
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    draw = random.Random(0)
+    for count in (9, 40):
+        found = 0
+        for _ in range(2000):
+            low, high = timing.median_interval([draw.lognormvariate(0, 1) for _ in range(count)])
+            found += low <= 1 <= high  # the median of this distribution
+        assert 0.94 <= found / 2000 <= 0.99
+    assert timing.median_interval(list(range(2000)), 0.95) == (955, 1044)  # n/2 -+ 1.96 sqrt(n)/2
+
+
+def test_only_the_second_stage_is_timed() -> None:
+    made: list[int] = []
+
+    def prepare() -> Any:
+        time.sleep(0.05)
+        made.append(1)
+        return made.pop
+
+    times = timing.interleave({"staged": timing.Staged(prepare)}, rounds=3)["staged"]
+    assert min(times.samples) < 0.05
+    assert not made  # each that was prepared ran once
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_third_party_peers_do_what_the_op_does(op: str) -> None:
+    ran = []
+    for name, peer in OPS[op].third_party.items():
+        if name == "flex":  # compiles for a long time; its own tests are PyTorch's
+            continue
+        case = next(c for c in OPS[op].suite("small") if op != "patch_attention" or c.label.endswith("8x8_p2"))
+        arguments = case.make(batch=2, layout=case.layouts[-1])
+        wanted = list(testing.tensors_in(arguments))
+        out = OPS[op].reference(**arguments)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        expected = testing.run(OPS[op].reference, arguments, wanted, cotangent)
+        try:
+            for _ in range(2):  # a module is made once, and must not keep the first call's weights
+                found = testing.run(peer, arguments, wanted, cotangent)
+        except ImportError as error:
+            pytest.skip(str(error))
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{name} {key}")
+        ran.append(name)
+        with pytest.raises(NotOffered):
+            peer(**_not_offered(op, arguments))
+    assert ran or set(OPS[op].third_party) <= {"flex"}
+
+
+def _not_offered(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    if op == "patch_attention":
+        return arguments | {"scale": 1.0}
+    return testing.with_tensors(arguments, {n: v.double() for n, v in testing.tensors_in(arguments).items()})
+
+
+def test_flex_attention_has_no_backward_on_a_cpu() -> None:
+    q = torch.randn(1, 1, 4, 16, requires_grad=True)
+    with pytest.raises(NotOffered, match="no backward"):
+        flex_attention(q, q, q, 1.0)
+
+
+def test_a_peer_that_is_not_there_is_skipped_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(**_: Any) -> torch.Tensor:
+        raise ImportError("timm is not installed")
+
+    monkeypatch.setattr(timing, "measure_rates", lambda device, dtype: timing.Rates(1e10, 1e11))
+    monkeypatch.setitem(
+        OPS, "patch_attention", dataclasses.replace(OPS["patch_attention"], third_party={"timm": missing})
+    )
+    options = bench.Options(ops=("patch_attention",), labels=("8x8",), backends=("reference",),
+                            against=("thirdparty",), rounds=1, memory=False)  # fmt: skip
+    ours, peer = bench.measure(options).rows
+    assert ours.ok and peer.provider == "timm" and not peer.ok and peer.note == "skipped: timm is not installed"
+
+
+def test_files_come_back_as_they_were_and_old_ones_lack_the_new_columns(tmp_path: Path) -> None:
+    rows = [
+        row(),
+        row(provider="eager", ok=False, median_us=None, note="fails, in a word"),
+        row(peak_bytes=7, error=1e-7),
+    ]
+    bench.write_csv(rows, tmp_path / "a.csv")
+    assert bench.read_csv(tmp_path / "a.csv") == rows
+    text = (tmp_path / "a.csv").read_text().splitlines()
+    at = text[0].split(",").index("median_low_us")
+    (tmp_path / "old.csv").write_text("\n".join(",".join(line.split(",")[:at]) for line in (text[0], text[1])) + "\n")
+    assert bench.read_csv(tmp_path / "old.csv")[0].median_low_us is None
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(report.UsageError, match="no column 'date'"):
+        bench.read_csv(tmp_path / "other.csv")
+
+
+VERDICTS = [
+    (row(), row(median_us=140.0, median_low_us=120.0, median_high_us=150.0), "slower"),
+    (row(), row(median_us=140.0, median_low_us=101.0, median_high_us=150.0), "same"),  # the intervals meet
+    (row(), row(median_us=104.0, median_low_us=103.0, median_high_us=105.0), "same"),  # within the tolerance
+    (row(), row(median_us=50.0, median_low_us=49.0, median_high_us=51.0), "faster"),
+    (row(), row(ok=False, median_us=None), "wrong"),
+    (row(median_low_us=None, median_high_us=None, p20_us=80.0, p80_us=130.0), row(median_us=120.0), "same"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "verdict"), VERDICTS, ids=[f"{i}-{v[2]}" for i, v in enumerate(VERDICTS)])
+def test_a_row_has_regressed_beyond_the_intervals_only(old: Row, new: Row, verdict: str) -> None:
+    (change,) = bench_compare.compare([old], [row(label="another"), new])
+    assert change.verdict == verdict and change.regressed == (verdict in ("slower", "wrong"))
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(report.UsageError, match="one is of gpu"):
+        bench_compare.compare([row(device="gpu")], [row()])
+    peers = [row(provider="eager", median_us=100.0)], [row(provider="eager", median_us=121.0)]
+    assert bench_compare.drift(*peers) == pytest.approx(1.21)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(["bench", *arguments, "--allocator", "default"])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_compare_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = str(tmp_path / "old.csv"), str(tmp_path / "new.csv")
+    bench.write_csv([row()], old)
+    bench.write_csv([row(median_us=200.0, median_low_us=190.0, median_high_us=210.0)], new)
+    assert run(capsys, "--read", old, "--compare", old)[0] == 0
+    status, out, err = run(capsys, "--read", new, "--compare", old)
+    assert status == 1 and "2.000x" in out and "slower" in out and "1 rows have regressed" in err
+    assert run(capsys, "--read", new, "--compare", old, "--tolerance", "1.5")[0] == 0
+    status, out, _ = run(capsys, "--read", new, "--compare", old, "--json")
+    assert status == 1 and json.loads(out)["changes"][0]["verdict"] == "slower"
+    status, _, err = run(capsys, "--read", new, "--compare", str(tmp_path / "no.csv"))
+    assert status == 2 and "no.csv cannot be read" in err and err.count("\n") == 1
+
+
+def test_plots_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    bench.write_csv([row(), row(provider="eager", speedup_median=None)], tmp_path / "a.csv")
+    plots = [tmp_path / "bars.png", tmp_path / "roof.png"]
+    read = ("--read", str(tmp_path / "a.csv"), "--plot", str(plots[0]), "--roofline", str(plots[1]))
+    assert run(capsys, *read)[0] == 0
+    assert all(plot.read_bytes()[:4] == b"\x89PNG" for plot in plots)
+    assert bench_plots.point(row()) == pytest.approx((5.0, 20.0))
+    assert bench_plots.roof(row(), 5.0) == 50.0 and bench_plots.roof(row(), 50.0) == 100.0
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write_csv([row(note="<script>bad</script>"), row(provider="eager", speedup_median=None)], tmp_path / "a.csv")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "models.csv").write_text("model,median_us\nmobilevit,1.5\n")
+    status, out, _ = run(capsys, "--html", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    assert status == 0 and "index.html" in out
+    assert not re.search(r"https?://|src=|<link", page)
+    assert "<script>bad" not in page and "&lt;script&gt;bad" in page
+    assert page.count("<circle") == 2 and "2.00× of eager" in page and "mobilevit" in page
+    status, _, err = run(capsys, "--html", str(tmp_path / "nowhere"))
+    assert status == 2 and "no such folder" in err
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, "--html", str(tmp_path / "empty"))[0] == 2
+
+
+needs_git = pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a git checkout")
+
+
+@needs_git
+def test_two_checkouts_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("patch_attention", "--shape", "8x8", "--backend", "reference", "--rounds", "3", "--mode", "bwd")
+    status, out, err = run(capsys, *shape, "--ab", "HEAD", "--tolerance", "1000", "--json")
+    assert status == 0, err
+    (found,) = json.loads(out)["rows"]
+    assert found["rounds"] == 3 and found["verdict"] == "same"
+    assert found["here_us"] > 0 and found["there_us"] > 0
+    assert 0 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"] < math.inf
+
+
+@needs_git
+def test_a_commit_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "--ab", "no_such_commit")
+    assert status == 2 and "git knows no such commit" in err and err.count("\n") == 1
+
+
+def test_a_side_is_slower_beyond_the_interval_of_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fake:
+        def __init__(self, seconds: float, why: str = "") -> None:
+            self.seconds, self.why = seconds, why
+
+        def ask(self, request: Any) -> Any:
+            return self.seconds if request == "sample" else {"why": self.why} if self.why else {"repeats": 1}
+
+    def judged(here: Fake, there: Fake) -> bench_ab.Side:
+        side = bench_ab.Side("op", "shape", 1, "float32", "channels_last", "fwd", "cpp")
+        bench_ab._measure(side, {"here": here, "there": there}, {}, bench.Options(rounds=7), 0.05)  # type: ignore[dict-item]
+        return side
+
+    assert judged(Fake(2.0), Fake(1.0)).verdict == "slower" and judged(Fake(2.0), Fake(1.0)).regressed
+    assert judged(Fake(1.0), Fake(2.0)).verdict == "faster"
+    assert judged(Fake(1.04), Fake(1.0)).verdict == "same"
+    assert judged(Fake(1.0, "ArithmeticError: WRONG"), Fake(1.0)).regressed
+    new = judged(Fake(1.0), Fake(1.0, "LookupError: it has no such shape"))
+    assert not new.regressed and "no time there" in new.verdict
