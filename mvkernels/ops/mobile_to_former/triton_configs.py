@@ -52,7 +52,9 @@ def _slices(key: Mapping[str, Any]) -> Config:
 
 def is_wide(key: Mapping[str, Any]) -> bool:
     """Whether a head goes in pieces, to the kernels ``forward_wide`` and ``backward_wide``."""
-    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (256, 256))[key["m"] > TOKENS])
+    # Half types: with many tokens the backward spills where products take their operands from registers (gfx942).
+    many = 256 if key["arch"].startswith("sm_") else 128
+    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (256, many))[key["m"] > TOKENS])
 
 
 @heuristic(TO_FORMER, "forward_wide")
