@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
 
 class LaterTensor:
     """``form(*of)``, computed at its first use: an attribute, an index, an operator, a torch function.
@@ -23,8 +25,10 @@ class LaterTensor:
     __slots__ = ("__weakref__", "_formed", "_then")
 
     def __init__(self, form: Callable[..., Tensor], *of: Tensor) -> None:
-        device = of[0].device.type
-        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        autocast = None
+        if _any_autocast():
+            device = of[0].device.type
+            autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Tensors of inference mode keep no count of their changes.
         versions = [None if t.is_inference() else t._version for t in of]
         object.__setattr__(self, "_then", (form, of, versions, torch.is_grad_enabled(), autocast))
@@ -36,13 +40,14 @@ class LaterTensor:
         formed: Tensor | None = self._formed
         if formed is not None:
             return formed
-        form, of, versions, grad, (device, dtype, enabled) = self._then
+        form, of, versions, grad, autocast = self._then
         if any(version is not None and version != t._version for t, version in zip(of, versions)):
             raise RuntimeError(
                 "a swapped module forms this result when it is used, and its inputs have been changed in place since; "
                 "use it before, or restore the module"
             )
-        with torch.set_grad_enabled(grad), torch.autocast(device, dtype, enabled):
+        dtype, enabled = autocast or (None, False)
+        with torch.set_grad_enabled(grad), torch.autocast(of[0].device.type, dtype, enabled):
             formed = form(*of)
         object.__setattr__(self, "_formed", formed)
         object.__setattr__(self, "_then", None)

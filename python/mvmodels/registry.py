@@ -113,11 +113,11 @@ def create_model(
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"create_model: {what} is {count!r}, want an integer")
     # Dropping all is something to a dropout, and nothing to a drop path, which divides by what is kept.
-    rates: dict[str, tuple[Any, str]] = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
+    rates = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
     for what, (rate, below) in rates.items():
         if not isinstance(rate, Real):
             raise TypeError(f"create_model: {what} is {rate!r}, want a number")
-        if not 0.0 <= rate <= 1.0 or (rate == 1.0 and below == "<"):
+        if not 0.0 <= float(rate) <= 1.0 or (rate == 1.0 and below == "<"):
             raise ValueError(f"create_model: {what} is {rate}, want 0 <= {what} {below} 1")
     return build(
         num_classes=num_classes, in_chans=in_chans, drop_rate=drop_rate, features_only=features_only, **settings
