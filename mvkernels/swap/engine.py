@@ -6,7 +6,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,7 +13,6 @@ from torch import nn
 
 from mvkernels.backend import requested
 from mvkernels.swap.eligibility import not_hooked
-from mvkernels.swap.folding import fold, forget
 from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -81,9 +79,7 @@ STRUCTURES = (
 )
 
 
-def swap(
-    model: nn.Module, only: Only | None = None, backend: str | None = None, fold_norms: bool = False
-) -> SwapReport:
+def swap(model: nn.Module, only: Only | None = None, backend: str | None = None) -> SwapReport:
     """Swap the attention blocks of ``model`` for fused ones, in place.
 
     A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
@@ -95,8 +91,6 @@ def swap(
         model: any module, or a block itself.
         only: a name, names, or a predicate on (name, module), to choose among the blocks found.
         backend: handed to the fused ops of these blocks (None: chosen at each call).
-        fold_norms: also let convolutions do the work of the batch norms after them, wherever a norm is in eval mode
-            and no gradient is recorded (see :mod:`mvkernels.swap.folding`): in the whole model, whatever ``only`` says.
 
     Returns:
         A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they
@@ -133,22 +127,7 @@ def swap(
                 set_backend(module, backend)
                 report._changed.append((module, original_of(module)))
         report.entries.append(SwapEntry(name, class_name, swapped, reason))
-    if fold_norms:
-        report._folded += fold(model, _claimed(model))
     return report
-
-
-def _claimed(model: nn.Module) -> set[nn.Module]:
-    """The modules whose work swapped blocks do themselves."""
-    claimed: set[nn.Module] = set()
-    for module in model.modules():
-        if getattr(type(module), "mvk_original", None) is None:
-            continue
-        adapter = sys.modules.get(type(module).__module__)
-        for name in getattr(adapter, "_WATCHED", module._modules):
-            child = module._modules.get(name)
-            claimed.update(child.modules() if child is not None else ())
-    return claimed
 
 
 def unswap(model: nn.Module) -> None:
@@ -157,7 +136,6 @@ def unswap(model: nn.Module) -> None:
         original = original_of(module)
         if original is not None:
             restore_module(module, original)
-        forget(module)
 
 
 def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from mvkernels.swap.folding import forget
-
 
 @dataclass(frozen=True)
 class SwapEntry:
@@ -31,35 +29,23 @@ class SwapReport:
 
     entries: list[SwapEntry] = field(default_factory=list)
     _changed: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
-    _folded: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
         """How many modules this call swapped; those that were swapped before do not count."""
         return len(self._changed)
 
-    @property
-    def folded(self) -> int:
-        """How many norms this call folded into the convolutions before them."""
-        return len(self._folded) // 2
-
     def restore(self) -> None:
         """Undo what this call did: the model is what it was. A second call does nothing."""
         for module, original in self._changed:
             restore_module(module, original)
-        for module, original in self._folded:
-            restore_module(module, original)
-            forget(module)
         self._changed.clear()
-        self._folded.clear()
 
     def __str__(self) -> str:
         if not self.entries:
             return "nothing to swap: the model has no attention module that is known here"
         rows = [(e.name or "(the model)", e.module_class, "yes" if e.swapped else "no", e.reason) for e in self.entries]
         total = f"{sum(e.swapped for e in self.entries)} of {len(rows)} swapped"
-        if self._folded:
-            total += f", {self.folded} norms folded"
         if not any(e.swapped for e in self.entries):
             total += ": the model is as it was"
         return table(("name", "class", "swapped", "reason"), rows) + "\n" + total

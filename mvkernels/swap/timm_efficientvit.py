@@ -14,9 +14,6 @@ from mvkernels.swap import lite_mla
 from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
 from mvkernels.swap.mobilevit import as_original
 
-# What the fused op does the work of; the last projection's norm may be folded.
-_WATCHED = ("qkv", "aggreg", "kernel_func")
-
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot stand for this ``LiteMLA`` as it is now; empty if it can."""

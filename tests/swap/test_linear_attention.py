@@ -240,22 +240,6 @@ def test_batch_statistics(training):
             torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_folded_norms(monkeypatch):
-    """The norm behind the last projection is folded, and the attention is fused none the less."""
-    family = FAMILIES["timm"]
-    model, inputs = family.model(), family.inputs()
-    with torch.no_grad():
-        expected = run(model, inputs)
-        report = swap(model, fold_norms=True)
-        proj = model.get_submodule(family.names[0]).proj
-        assert {type(proj.conv).__name__, type(proj.norm).__name__} == {"FoldedConv2d", "FoldedBatchNorm2d"}
-        seen = spy(family, monkeypatch)
-        torch.testing.assert_close(run(model, inputs), expected, rtol=1e-4, atol=1e-4)
-        assert len(seen) == len(family.names)
-        report.restore()
-        assert torch.equal(run(model, inputs), expected)
-
-
 def test_copy_and_pickle(family):
     model, inputs = family.model(), family.inputs()
     swap(model, backend="reference")
