@@ -188,7 +188,7 @@ def multiscales() -> list[Multiscale]:
     shapes = [(4, 16, 14, 5, "first", both), (4, 16, 14, 5, "last", half), (16, 32, 32, 5, "first", single)]
     shapes += [(16, 32, 32, 5, "last", both), (16, 32, 16, 3, "first", half), (16, 32, 16, 7, "last", half)]
     shapes += [(8, 24, 15, 5, "first", half), (4, 64, 32, 5, "first", both), (4, 64, 32, 5, "last", both)]
-    shapes += [(2, 128, 32, 5, "first", half), (2, 128, 32, 5, "last", half), (4, 32, 14, 5, "first", ("fp64",))]
+    shapes += [(4, 32, 14, 5, "first", ("fp64",))]
     return [Multiscale(*shape) for shape in shapes]
 
 
@@ -199,8 +199,7 @@ def linears() -> list[Linear]:
     shapes += [(16, 32, 32, "last", single), (70, 32, 32, "last", half), (32, 32, 16, "first", half)]
     shapes += [(16, 32, 32, "odd", half), (16, 32, 4, "first", half), (16, 32, 4, "last", half)]
     shapes += [(8, 24, 15, "first", both), (4, 64, 32, "first", single), (4, 64, 32, "last", single)]
-    shapes += [(4, 64, 4, "first", half), (4, 64, 4, "last", half)]
-    shapes += [(2, 128, 32, "first", half), (2, 128, 32, "last", half), (2, 128, 4, "last", half)]
+    shapes += [(4, 64, 4, "first", half), (4, 64, 4, "last", half), (4, 64, 32, "odd", half)]
     shapes += [(8, 16, 14, "first", ("fp64",)), (8, 32, 14, "last", ("fp64",))]
     return [Linear(*shape) for shape in shapes]
 

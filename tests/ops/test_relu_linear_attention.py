@@ -93,6 +93,44 @@ def test_triton_sums_slices_of_pixels(dtype):
     assert_ok(testing.check(OP, dict(zip(NAMES, maps)), "triton"))
 
 
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=checks.short)
+def test_triton_with_the_sums_as_left_operand(monkeypatch, dtype):
+    from mvkernels import launch
+    from mvkernels.ops.relu_linear_attention import triton_kernels, triton_plan
+
+    maps = [testing.make_map((1, 2, 48, 5, 7), "contiguous", dtype) for _ in range(7)]
+    problem = triton_kernels.problem_of(list(zip(("g", "q", "k", "v", "dq", "dk", "dv"), maps)))
+    assert not triton_plan.turned(problem)
+    monkeypatch.setattr(triton_plan, "turned", lambda problem: True)
+    launch.forget()
+    try:
+        assert triton_plan.backward_launches(problem)[0][0].meta["TURN"]
+        assert_ok(testing.check(OP, dict(zip(NAMES, maps)), "triton"))
+    finally:
+        launch.forget()
+
+
+def test_the_sums_are_the_left_operand_where_warps_share_rows():
+    from mvkernels.launch import Device
+
+    triton_plan = pytest.importorskip("mvkernels.ops.relu_linear_attention.triton_plan")
+    found = {}
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        for d, side, dtype in (
+            (64, 8, torch.bfloat16),
+            (32, 8, torch.bfloat16),
+            (64, 4, torch.half),
+            (64, 8, torch.float),
+        ):
+            shape = (1, 1, d, side, side)
+            problem = triton_plan.Problem(shape, (), dtype, "ieee", Device("test", arch, 1))
+            found[arch, d, side, dtype] = triton_plan.turned(problem)
+    assert {key for key, turned in found.items() if turned} == {
+        (arch, 64, 8, torch.bfloat16) for arch in ("sm_80", "sm_89", "sm_120")
+    }
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", ["contiguous", "packed", "sliced", "expanded"])
 def test_opcheck(backend, kind):
@@ -197,3 +235,17 @@ def test_why_not():
         runs, reason = mvkernels.can_run("relu_linear_attention", backend, *maps)
         assert not runs and reason
     assert mvkernels.relu_linear_attention(*maps).shape == maps[0].shape
+
+
+@interpreter
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 64), ("float32", 64), ("float64", 32)])
+def test_triton_says_the_widest_head_that_it_takes(dtype, most):
+    for d, wanted in ((most, (True, "")), (most + 1, (False, f"head_dim {most + 1}: want at most {most} in {dtype}"))):
+        maps = [torch.zeros(1, 1, d, 2, 2, dtype=getattr(torch, dtype))] * 3
+        assert mvkernels.can_run("relu_linear_attention", "triton", *maps) == wanted
+        qkv, deep, wide = (
+            maps[0].new_zeros(1, 3 * d, 2, 2),
+            maps[0].new_zeros(3 * d, 1, 3, 3),
+            maps[0].new_zeros(3 * d, d, 1, 1),
+        )
+        assert mvkernels.can_run("multiscale_linear_attention", "triton", qkv, [deep], [wide], head_dim=d) == wanted

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mvkernels.launch import Config, candidates, heuristic
-from mvkernels.ops.relu_linear_attention.triton_configs import width
+from mvkernels.ops.relu_linear_attention.triton_configs import by_warp, width
 
 OP = "multiscale_linear_attention"
 
@@ -27,9 +27,17 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
 
 @heuristic(OP, "aggregate")
 @heuristic(OP, "depthwise_backward")
-@heuristic(OP, "pointwise_backward")
 def _tiles(key: Mapping[str, Any]) -> Config:
     return _config(key, 2048, 64)
+
+
+@heuristic(OP, "pointwise_backward")
+def _pointwise(key: Mapping[str, Any]) -> Config:
+    config = _tiles(key)
+    # Every warp has the whole pointwise weight; a tile of a channels-first map has an address for every element.
+    if by_warp(key["arch"]) and width(key["d"]) > 32 and not key["last"]:
+        config["num_warps"] = 8
+    return config
 
 
 @heuristic(OP, "depthwise_weight")

@@ -22,6 +22,11 @@ def width(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
+def by_warp(arch: str) -> bool:
+    """Whether matrix instructions are one warp's, with all operands in registers: NVIDIA but Hopper and its like."""
+    return arch.startswith(("sm_8", "sm_12"))
+
+
 def _config(key: Mapping[str, Any], elements: int, most: int, few: int) -> Config:
     # ``few``: the widest head whose sums four warps hold beside a tile of ``elements``.
     wide = width(key["d"])
@@ -40,7 +45,15 @@ def _forward(key: Mapping[str, Any]) -> Config:
 
 @heuristic(OP, "backward_slices")
 def _backward(key: Mapping[str, Any]) -> Config:
-    return _config(key, 2048, 64, 32)
+    config = _config(key, 2048, 64, 32)
+    wide, arch = width(key["d"]), key["arch"]
+    if key["dtype"] != "f16" or not arch.startswith("sm_"):
+        return config
+    # Beside the operands in three parts, which are twice the registers, a tile is as small as one can be. Where all are
+    # in registers, more warps than rows of the sums to share out would repeat them.
+    if wide > 32 and by_warp(arch):
+        return config | {"BLOCK": 16, "num_warps": 4}
+    return config | {"BLOCK": 16} if wide > 16 and not key["wide"] else config
 
 
 @candidates(OP, "forward_slices")

@@ -142,7 +142,7 @@ def backward_slices(
     LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr, LDQ: tl.constexpr, ADQ: tl.constexpr,
     LDK: tl.constexpr, ADK: tl.constexpr, LDV: tl.constexpr, ADV: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr, STAGE: tl.constexpr,
-    BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    TURN: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     batch, head, part = _place(tl.program_id(0), heads, slices)
@@ -154,7 +154,8 @@ def backward_slices(
         g_ptr += plane(batch, head, gsb, gsh, LG, AG)
         dq_ptr += plane(batch, head, dqsb, dqsh, LDQ, ADQ)
         kv, keys = _load_sums(s_ptr + unit * ((D + 1) * D), D, WIDTH)
-        vk = tl.trans(kv)
+        if not TURN:
+            vk = tl.trans(kv)
         least = exact(eps, eps_low, ACC)
         dkv = tl.zeros([WIDTH, WIDTH], ACC)
         dkeys = tl.zeros([WIDTH], ACC)
@@ -166,7 +167,10 @@ def backward_slices(
             # Outside the map 0 / eps is 0, but not where eps is 0.
             divisor = tl.where(keep, tl.sum(q * keys[None, :], 1) + least, 1.0)
             g = g / divisor[:, None]
-            t = tl.dot(g, vk, input_precision=PRODUCT, out_dtype=ACC)
+            if TURN:
+                t = tl.trans(tl.dot(kv, tl.trans(g), input_precision=PRODUCT, out_dtype=ACC))
+            else:
+                t = tl.dot(g, vk, input_precision=PRODUCT, out_dtype=ACC)
             # g . out / divisor: divided twice, for the square of a small divisor is 0.
             share = tl.sum(q * t, 1) / divisor
             dq = tl.where(raw <= 0, 0.0, t - share[:, None] * keys[None, :])

@@ -23,7 +23,7 @@ from mvkernels.ops.relu_linear_attention import triton_device
 from mvkernels.ops.relu_linear_attention.triton_plan import Problem, backward_launches, forward_launches
 
 # Beyond these the sums do not fit the registers beside the tiles.
-_MAX_HEAD_DIM = {"float16": 128, "bfloat16": 128, "tf32": 64, "float32": 64, "float64": 32}
+_MAX_HEAD_DIM = {"float16": 64, "bfloat16": 64, "tf32": 64, "float32": 64, "float64": 32}
 _INT32 = 2**31
 # Decided when the kernels were decorated, as Triton itself does.
 INTERPRETED = not isinstance(triton_device.forward_slices, triton.JITFunction)

@@ -13,7 +13,7 @@ from mvkernels.ops.mobile_to_former import triton_device as bridge
 from mvkernels.ops.patch_attention import triton_plan as maps
 from mvkernels.ops.patch_attention.triton_plan import Launch
 from mvkernels.ops.relu_linear_attention import triton_device
-from mvkernels.ops.relu_linear_attention.triton_configs import OP, width
+from mvkernels.ops.relu_linear_attention.triton_configs import OP, by_warp, width
 
 EPS = ("eps", "eps_low")
 
@@ -42,6 +42,16 @@ def product_precision(problem: Problem) -> str:
     many = problem.shape[3] * problem.shape[4] > 16
     parts = many and problem.dtype.itemsize == 2 and problem.device.arch.startswith("sm_")
     return "tf32x3" if parts else problem.precision
+
+
+def turned(problem: Problem) -> bool:
+    """Whether q's gradient is a product from the left of the sums: they are the operand that warps share out.
+
+    Where instructions are one warp's, warps divide the rows of all products of a kernel alike. An operand on the right
+    is whole in every warp, and in three parts the sums of 64 channels alone are all of its registers.
+    """
+    wide = width(problem.shape[2]) > 32
+    return wide and by_warp(problem.device.arch) and product_precision(problem) == "tf32x3"
 
 
 def sum_slices(source: str, target: str, size: int, slices: int, interpreted: bool) -> Launch:
@@ -91,6 +101,8 @@ class _Plan:
         # The interpreter takes loop bounds as constants; 0: the kernel takes the bound from its own data.
         meta |= {"BLOCK": self.block, "LOOP": self.steps if self.interpreted else 0}
         strides = tuple(stride for name in names for stride in self.map.strides[name])
+        if self.kernel == "backward_slices":
+            meta["TURN"] = turned(problem)
         ints = (*strides, *self.map.sizes[:3], self.slices, self.steps, self.units)
         return Launch(kernel, self.kernel, self.units * self.slices, pointers, EPS, ints, meta, self.options)
 
