@@ -19,7 +19,7 @@ import torch
 
 import mvkernels
 import mvmodels
-from mvkernels import bench_report, report
+from mvkernels import bench_plots, report
 from mvkernels.backend import requested
 from mvmodels.data import Digits
 from mvmodels.engine import Options, Trainer, say
@@ -89,7 +89,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss and accuracy over the epochs: a colour for each model, a kind of line for each backend."""
-    plt = bench_report.pyplot()
+    plt = bench_plots.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     models, backends = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "backend"))
     for m, model in enumerate(models):

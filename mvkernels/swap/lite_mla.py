@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap.eligibility import log_once, not_dense, not_plain, not_pointwise_conv, unusual_call
-from mvkernels.swap.folding import FoldedConv2d
 
 
 def why_not(module: Any) -> str:
@@ -19,7 +18,7 @@ def why_not(module: Any) -> str:
         or not_plain(qkv, type(qkv), "qkv")
         or not_pointwise_conv(qkv.conv, "qkv.conv")
         or not_plain(proj, type(proj), "proj")
-        or ("" if type(proj.conv) is FoldedConv2d else not_pointwise_conv(proj.conv, "proj.conv"))
+        or not_pointwise_conv(proj.conv, "proj.conv")
     )
     if reason:
         return reason

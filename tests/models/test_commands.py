@@ -116,7 +116,7 @@ class TestTrain:
             ("--model vit_tiny --data digits --device abacus", "--device abacus cannot be used"),
             ("--model vit_tiny --data digits --set depth=3", "depth"),
             ("--model vit_tiny --data digits --set image_size=0", "image_size is 0"),
-            ("--model vit_tiny --data digits --backend cuda --epochs 1", "cuda"),
+            ("--model vit_tiny --data digits --backend cuda --epochs 1 --no-tensorboard", "cuda"),
             ("--model vit_tiny --multi-scale variable --scales 64 32", "minimum is 64, above the maximum of 32"),
         ],
     )
