@@ -51,10 +51,8 @@ bench: setup
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/relu_linear_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/multiscale_linear_attention.py --suite $(SUITE)
-	$(BIN)/python benchmarks/mobilevit.py
-	$(BIN)/python benchmarks/mobile_former.py
+	$(BIN)/python benchmarks/swapped.py --runtimes freezing
 	$(BIN)/python benchmarks/models.py
-	$(BIN)/python benchmarks/efficientvit.py
 	$(BIN)/python benchmarks/threads.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/export.py

@@ -29,6 +29,16 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     print(f"written: {path}", file=sys.stderr)
 
 
+def merge(rows: Sequence[Mapping[str, Any]], path: Path, same: Sequence[str]) -> None:
+    """Write rows into a file in place of those with the same values in the columns ``same``; the others stay."""
+    new = {tuple(str(row[key]) for key in same) for row in rows}
+    kept: list[Mapping[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if tuple(row[key] for key in same) not in new]
+    write(sorted([*kept, *rows], key=lambda row: [str(row[key]).zfill(5) for key in same]), path)
+
+
 def keep_pages() -> None:
     """Run the script again with freed memory kept by the process, unless it is."""
     report.restart_keeping_pages(sys.argv)

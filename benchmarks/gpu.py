@@ -30,7 +30,7 @@ def main() -> int:
         [python, "-m", "pytest", "-m", "not interpreter"],
         [python, "-m", "mvkernels", "verify", "--device", "cuda", "--suite", "full"],
         *([python, str(HERE / f"{op}.py"), "--device", "cuda"] for op in OPS),
-        [python, str(HERE / "mobilevit.py"), "--device", "cuda", "--batch", "1", "32", "128"],
+        [python, str(HERE / "swapped.py"), "--device", "cuda", "--batch", "1", "32", "128"],
     ):
         print("$", *command[1:], flush=True)
         if subprocess.run(command, cwd=HERE.parent, env=environment, check=False).returncode:

@@ -85,22 +85,24 @@ def memory(mine: list[Row], rows: list[Row]) -> str:
     return f"{geomean(ratios):.2f} of eager's" if ratios else "–"
 
 
-def models(rows: list[Row], title: str) -> list[str]:
-    rows = [row for row in rows if row["provider"] != "original"]
-    if not rows:
-        return []
-    lines = [f"{title}, against the original. {where(rows[0])}.", ""]
-    lines += [
-        "| model | input | batch | what | mode | median | against the original |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    mode = {"fwd": "forward", "full": "forward + backward"}
-    for r in rows:
-        cells = (r["model"].split(":")[1], f"{r['size']}²", r["batch"], r["provider"], mode[r["mode"]])
-        lines.append(
-            f"| {' | '.join(cells)} | {float(r['median_us']) / 1e3:.1f} ms | {float(r['speedup_median']):.2f}× |"
-        )
-    return [*lines, ""]
+def models(rows: list[Row], title: str, first: str, ours: str) -> list[str]:
+    """A line for each model, size, batch and mode: the time of ``first``, and how many times as fast the others are."""
+    same = ("model", "size", "batch", "dtype", "layout", "mode")
+    others = [who for who in dict.fromkeys(row["provider"] for row in rows) if who != first]
+    lines: list[str] = []
+    for key in dict.fromkeys(tuple(row[name] for name in same) for row in rows):
+        of = {row["provider"]: row for row in rows if tuple(row[name] for name in same) == key}
+        if ours not in of:
+            continue
+        if not lines:
+            lines = [f"{title}. {where(of[first])}.", ""]
+            lines += [f"| model | input | batch | mode | {first} | {' | '.join(others)} |"]
+            lines += ["| --- " * (5 + len(others)) + "|"]
+        cells = [f"`{key[0]}`", f"{key[1]}²", key[2], {"fwd": "inference", "full": "training step"}[key[5]]]
+        cells += [f"{float(of[first]['median_us']) / 1e3:.1f} ms"]
+        cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""] if lines else []
 
 
 def render(results: Path) -> str:
@@ -112,8 +114,10 @@ def render(results: Path) -> str:
             lines += op_table(read(folder / f"{op}.csv"), best, op, *classes)
             default = read(folder / f"{op}_default_allocator.csv")
             lines += op_table(default, "the same with glibc's default allocator", op, *classes)
-        lines += models(read(folder / "mobilevit.csv"), "Whole models of transformers")
-        lines += models(read(folder / "efficientvit.csv"), "EfficientViT of timm, and the encoder of diffusers' DC-AE")
+        title = "Whole models of other packages, times as fast as the original"
+        lines += models(read(folder / "swapped.csv"), title, "original", "swapped")
+        title = "Models of `mvmodels`, times as fast as with every op on the reference"
+        lines += models(read(folder / "models.csv"), title, "reference", "fused")
     if not lines:
         lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]
     else:

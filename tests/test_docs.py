@@ -122,3 +122,36 @@ def test_figures_come_from_the_rows(tmp_path: Path) -> None:
     (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
     text = module.render(tmp_path)
     assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of eager's |" in text
+
+
+def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _results
+    import readme_table
+
+    def row(batch: int, provider: str, microseconds: float, speedup: float) -> dict[str, object]:
+        same = {
+            "model": "timm:m",
+            "size": 256,
+            "batch": batch,
+            "dtype": "float32",
+            "layout": "contiguous",
+            "mode": "fwd",
+        }
+        where = {"device": "cpu", "capability": "avx2", "threads": 1, "torch": "2", "date": "today", "commit": "a"}
+        return {**where, **same, "provider": provider, "median_us": microseconds, "speedup_median": speedup}
+
+    same = ("model", "size", "batch", "dtype", "layout", "mode")
+    path = tmp_path / "somewhere" / "swapped.csv"
+    path.parent.mkdir()
+    _results.merge([row(8, "original", 9000, 1), row(8, "swapped", 6000, 1.5), row(8, "gone", 1, 1)], path, same)
+    _results.merge(
+        [row(1, "original", 2000, 1), row(1, "swapped", 1000, 2), row(1, "compiled", 1600, 1.25)], path, same
+    )
+    _results.merge([row(8, "original", 8000, 1), row(8, "swapped", 5000, 1.6)], path, same)
+    text = readme_table.render(tmp_path)
+    assert "| `timm:m` | 256² | 1 | inference | 2.0 ms | 2.00× | 1.25× |" in text
+    assert "| `timm:m` | 256² | 8 | inference | 8.0 ms | 1.60× | – |" in text
+    assert "gone" not in text

@@ -1,0 +1,110 @@
+"""Whole models of other packages, original against swapped: inference and a step of training, plain and under
+torch.compile, and what else a user of a CPU would run the original in.
+
+The file keeps the rows of models, sizes and modes that are not measured this time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from _models import SAME, Model, calls, in_mode, rows, show
+from _results import folder, keep_pages, merge
+from torch import nn
+
+from mvkernels import export, report, third_party
+from mvkernels.swap import swap
+
+MODELS = {  # and the sides of their pictures
+    "transformers:mobilevit_xxs": 256,
+    "transformers:mobilevit_s": 256,
+    "timm:mobilevit_xxs": 256,
+    "timm:mobilevit_s": 256,
+    "timm:efficientvit_b1": 256,
+    "timm:efficientformer_l1": 224,
+    "timm:coatnet_0_224": 224,
+    "diffusers:dc-ae-f32c32-sana-1.0": 256,
+}
+RUNTIMES = ("freezing", "onnx", "openvino")
+
+
+def other(runtime: str, model: nn.Module, image: torch.Tensor, place: Path, threads: int) -> Model:
+    """The original as another runtime takes it: Inductor with frozen weights, or an export."""
+    if runtime == "freezing":
+        return torch.compile(copy.deepcopy(model), options={"freezing": True})
+    path = place / f"model{export.TARGETS[runtime].suffix}"
+    with export.quiet():
+        export.export_model(copy.deepcopy(model), image, runtime, path, swapped=False)
+        load = export.require(runtime).load
+        assert load is not None
+        return load(path, threads)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", nargs="+", default=list(MODELS), help="as for `mvkernels swap`; of an autoencoder the encoder"
+    )
+    parser.add_argument("--backend", help="of the swapped modules")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--size", nargs="+", type=int, help="default: what the model is for, 256 for unknown ones")
+    parser.add_argument("--mode", nargs="+", default=["fwd", "full"], choices=("fwd", "full"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--channels-last", action="store_true", help="model and picture in channels-last memory")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each provider, without --rounds")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
+    parser.add_argument("--runtimes", nargs="*", default=[], choices=RUNTIMES, help="the original elsewhere")
+    parser.add_argument("--no-file", action="store_true", help="print only")
+    options = parser.parse_args()
+    keep_pages()
+    torch.set_num_threads(options.threads)
+    found: list[dict[str, Any]] = []
+    for name in options.model:
+        for size in options.size or [MODELS.get(name, 256)]:
+            found += rows_of(name, size, options)
+    show(found)
+    return 0
+
+
+def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    dtype = getattr(torch, options.dtype)
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    whole = third_party.build(name)
+    original = getattr(whole, "encoder", whole).to(options.device, dtype, memory_format=layout)
+    del whole  # and with it a decoder
+    swapped = copy.deepcopy(original)
+    count = swap(swapped, backend=options.backend).count
+    found: list[dict[str, Any]] = []
+    for batch in options.batch:
+        image = third_party.picture(None, size, batch)[0].to(options.device, dtype, memory_format=layout)
+        for mode in options.mode:
+            models = in_mode(mode, {"original": original, "swapped": swapped}, not options.no_compile)
+            with tempfile.TemporaryDirectory() as place:
+                for runtime in options.runtimes if mode == "fwd" else ():
+                    models[f"original, {runtime}"] = other(runtime, original, image, Path(place), options.threads)
+                columns = {
+                    "model": name,
+                    "swapped_blocks": count,
+                    "size": size,
+                    "batch": batch,
+                    "dtype": options.dtype,
+                    "layout": report.short(layout).removesuffix("_format"),
+                    "mode": mode,
+                }
+                found += rows(calls(mode, models, image), columns, options.device, options.rounds, options.seconds)
+            if not options.no_file:
+                merge(found, folder(options.device) / "swapped.csv", SAME)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
