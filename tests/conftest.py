@@ -1,4 +1,5 @@
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -6,6 +7,9 @@ import torch
 # pytest-xdist already gives each core a process. On a busy machine a second thread in each would wait for a time slice
 # at every barrier; the tests of threading ask for theirs.
 torch.set_num_threads(1)
+
+# On a GPU all is tested twice: with PyTorch's own products, which ours are compared with, in float32 and in tf32.
+torch.backends.cuda.matmul.allow_tf32 = os.environ.get("MVKERNELS_TEST_TF32") == "1"
 
 
 def _operators_load() -> bool:

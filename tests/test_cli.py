@@ -262,6 +262,43 @@ def test_gpu_without_a_gpu_says_so_and_is_status_2() -> None:
     assert "no CUDA device" in found.stderr and found.stderr.count("\n") == 1
 
 
+def test_the_gpu_run_can_be_listed_without_one() -> None:
+    found = python("benchmarks/gpu.py", "--dry-run")
+    assert found.returncode == 0, found.stderr
+    for op in OPS:
+        for what in ("verify", "tune", "time"):
+            assert f"{what} {op}" in found.stdout
+    assert "minutes at most" in found.stdout
+    assert python("benchmarks/gpu.py", "--only", "nothing").returncode == 2
+
+
+def test_the_gpu_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    def append(letter: str, *more: str) -> tuple[str, ...]:
+        code = f"open({str(tmp_path / 'log')!r}, 'a').write({letter!r}); " + "".join(more)
+        return (sys.executable, "-c", code)
+
+    monkeypatch.setattr(gpu, "NOTES", tmp_path / "out" / "gpu.json")
+    fails = "import os, sys; sys.exit(not os.path.exists(" + repr(str(tmp_path / "mended")) + "))"
+    steps = [
+        gpu.Step("a", append("a"), 1),
+        gpu.Step("absent", append("x"), 1, needs="no-such-program"),
+        gpu.Step("b", append("b", fails), 1),
+        gpu.Step("c", append("c"), 100),
+    ]
+    assert gpu.go(steps, gpu.done(), None) == 1
+    assert (tmp_path / "log").read_text() == "ab"
+    (tmp_path / "mended").touch()
+    assert gpu.go(steps, gpu.done(), 50) == 3
+    assert (tmp_path / "log").read_text() == "abb"
+    assert gpu.go(steps, gpu.done(), None) == 0
+    assert (tmp_path / "log").read_text() == "abbc"
+    monkeypatch.setattr(gpu, "identity", lambda: ["another commit", "a device"])
+    assert gpu.done() == {}
+
+
 def test_tuning_without_a_gpu_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() or torch.xpu.is_available():
         pytest.skip("there is a GPU")
