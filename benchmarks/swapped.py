@@ -89,6 +89,9 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
         for mode in options.mode:
             models = in_mode(mode, {"original": original, "swapped": swapped}, not options.no_compile)
             with tempfile.TemporaryDirectory() as place:
+                if mode == "fwd":
+                    models["swapped, norms folded"] = copy.deepcopy(original)
+                    swap(models["swapped, norms folded"], backend=options.backend, fold_norms=True)
                 for runtime in options.runtimes if mode == "fwd" else ():
                     models[f"original, {runtime}"] = other(runtime, original, image, Path(place), options.threads)
                 columns = {

@@ -13,6 +13,7 @@ from torch import nn
 
 from mvkernels.backend import requested
 from mvkernels.swap.eligibility import not_hooked
+from mvkernels.swap.folding import fold
 from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -79,7 +80,9 @@ STRUCTURES = (
 )
 
 
-def swap(model: nn.Module, only: Only | None = None, backend: str | None = None) -> SwapReport:
+def swap(
+    model: nn.Module, only: Only | None = None, backend: str | None = None, fold_norms: bool = False
+) -> SwapReport:
     """Swap the attention blocks of ``model`` for fused ones, in place.
 
     A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
@@ -91,6 +94,8 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
         model: any module, or a block itself.
         only: a name, names, or a predicate on (name, module), to choose among the blocks found.
         backend: handed to the fused ops of these blocks (None: chosen at each call).
+        fold_norms: also let convolutions do the work of the batch norms after them, at inference: in the whole model,
+            whatever ``only`` says (see :mod:`mvkernels.swap.folding`).
 
     Returns:
         A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they
@@ -127,6 +132,8 @@ def swap(model: nn.Module, only: Only | None = None, backend: str | None = None)
                 set_backend(module, backend)
                 report._changed.append((module, original_of(module)))
         report.entries.append(SwapEntry(name, class_name, swapped, reason))
+    if fold_norms:
+        report._folded += fold(model)
     return report
 
 

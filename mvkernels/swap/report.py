@@ -29,26 +29,34 @@ class SwapReport:
 
     entries: list[SwapEntry] = field(default_factory=list)
     _changed: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
+    _folded: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
         """How many modules this call swapped; those that were swapped before do not count."""
         return len(self._changed)
 
+    @property
+    def folded(self) -> int:
+        """How many modules fold the norms of their convolutions since this call."""
+        return len(self._folded)
+
     def restore(self) -> None:
         """Undo what this call did: the model is what it was. A second call does nothing."""
-        for module, original in self._changed:
+        for module, original in (*self._changed, *self._folded):
             restore_module(module, original)
         self._changed.clear()
+        self._folded.clear()
 
     def __str__(self) -> str:
+        folded = f"; {self.folded} modules fold their norms" if self._folded else ""
         if not self.entries:
-            return "nothing to swap: the model has no attention module that is known here"
+            return "nothing to swap: the model has no attention module that is known here" + folded
         rows = [(e.name or "(the model)", e.module_class, "yes" if e.swapped else "no", e.reason) for e in self.entries]
         total = f"{sum(e.swapped for e in self.entries)} of {len(rows)} swapped"
         if not any(e.swapped for e in self.entries):
-            total += ": the model is as it was"
-        return table(("name", "class", "swapped", "reason"), rows) + "\n" + total
+            total += ": attention is as it was" if folded else ": the model is as it was"
+        return table(("name", "class", "swapped", "reason"), rows) + "\n" + total + folded
 
 
 def original_of(module: nn.Module) -> Any:

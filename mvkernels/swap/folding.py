@@ -1,0 +1,101 @@
+"""Batch norms folded into the convolutions before them, at inference: ``swap(model, fold_norms=True)``.
+
+A batch norm at rest multiplies each channel by a number and adds one, which the convolution before it can do at no
+cost. It is the module that calls both which is given another class, so that neither of the two ever computes anything
+but its own. Weights are folded in every call, which costs microseconds, and so are never stale.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
+
+# Who calls a convolution, then its norm, and nothing between. A further one is a class in the file, and a line.
+_CALLERS = {
+    ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTConvLayer"): "folding_transformers",
+    ("timm.layers.conv_bn_act", "ConvNormAct"): "folding_timm",
+    ("timm.models.efficientvit_mit", "ConvNormAct"): "folding_timm",
+    ("timm.models.efficientformer", "ConvMlpWithNorm"): "folding_timm",
+    ("timm.models.efficientformer", "Downsample"): "folding_timm",
+}
+_DTYPES = (torch.float32, torch.float64)
+
+
+def fold(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Give every caller in ``model`` its folding class; what was changed, with the classes it had."""
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    claimed = _claimed(model)
+    for module in model.modules():
+        kind = type(module)
+        adapter = _CALLERS.get((kind.__module__, kind.__qualname__))
+        if adapter is None or module in claimed or replaced(kind, "forward") or not_its_own(module, "forward"):
+            continue
+        folding = importlib.import_module(f"mvkernels.swap.{adapter}").FOLDING[kind]
+        if any(not why_not(getattr(module, c, None), getattr(module, n, None)) for c, n in folding.mvk_pairs):
+            module.__class__ = folding
+            changed.append((module, kind))
+    return changed
+
+
+def _claimed(model: nn.Module) -> set[nn.Module]:
+    """The modules whose work swapped blocks do themselves, and which have to be what they were written as."""
+    claimed: set[nn.Module] = set()
+    for module in model.modules():
+        if getattr(type(module), "mvk_original", None) is None or hasattr(type(module), "mvk_pairs"):
+            continue
+        adapter = sys.modules.get(type(module).__module__)
+        for name in getattr(adapter, "_WATCHED", module._modules):
+            child = module._modules.get(name)
+            claimed.update(child.modules() if child is not None else ())
+    return claimed
+
+
+def why_not(conv: Any, norm: Any) -> str:
+    """Why the two are not one convolution, at rest; empty if they are."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return "there is no batch norm"
+    own = nn.BatchNorm2d if type(norm) is nn.BatchNorm2d else _batch_norm_with_activation()
+    reason = not_plain(conv, nn.Conv2d, "the convolution") or not_plain(norm, own, "the norm")
+    if reason:
+        return reason
+    if norm.running_mean is None or norm.running_var is None or norm.num_features != conv.out_channels:
+        return "the norm has no running statistics, or not the convolution's channels"
+    return not_dense(conv.weight, "the convolution")
+
+
+def _batch_norm_with_activation() -> type[nn.Module]:
+    timm = sys.modules.get("timm.layers.norm_act")
+    return nn.BatchNorm2d if timm is None else timm.BatchNormAct2d
+
+
+def both(caller: Any, conv: Any, norm: Any, x: Any) -> Tensor | None:
+    """``norm(conv(x))`` in one convolution, without the norm's activation; None where the caller's own forward runs.
+
+    That is in training, with gradients, under autocast, in half types (whose weights would be rounded once more), and
+    in graphs for elsewhere.
+    """
+    if (
+        torch.is_grad_enabled()
+        or norm is None
+        or norm.training
+        or torch.compiler.is_exporting()
+        or unusual_call(x)
+        or replaced(caller.mvk_original, "forward")
+        or why_not(conv, norm)
+        or x.dtype not in _DTYPES
+        or not (x.dtype == conv.weight.dtype == norm.running_var.dtype)
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return None
+    factor = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = shift * factor if norm.bias is None else torch.addcmul(norm.bias, shift, factor)
+    return conv._conv_forward(x, conv.weight * factor.view(-1, 1, 1, 1), shift)

@@ -1,0 +1,173 @@
+"""Batch norms folded into convolutions."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import mvkernels
+from mvkernels.swap.engine import unswap
+from mvkernels.third_party import randomise
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def of_timm(name):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=10)
+    randomise(model)
+    return model.eval()
+
+
+def of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileViTConfig(hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 8, 8, 16, 16, 16, 32])
+    model = transformers.MobileViTForImageClassification(config)
+    randomise(model)
+    return model.eval()
+
+
+def run(model, x):
+    out = model(x)
+    return getattr(out, "logits", out)
+
+
+@pytest.fixture
+def small():
+    """A caller of each kind of norm: plain, with activation, with dropout before, without a norm."""
+    pytest.importorskip("timm")
+    from timm.layers import ConvNormAct
+    from timm.models import efficientformer, efficientvit_mit
+
+    model = nn.Sequential(
+        ConvNormAct(3, 8, 3, act_layer=nn.SiLU),
+        ConvNormAct(8, 8, 1, bias=True, apply_act=False),
+        efficientvit_mit.ConvNormAct(8, 8, 5, groups=8, dropout=0.5, act_layer=nn.Hardswish),
+        efficientvit_mit.ConvNormAct(8, 8, 1, norm_layer=None),
+        efficientformer.Downsample(8, 12),
+        efficientformer.ConvMlpWithNorm(12, 24, drop=0.5),
+    )
+    torch.manual_seed(0)
+    randomise(model)
+    return model.eval()
+
+
+IMAGE = torch.randn(2, 3, 9, 7, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0", "efficientformer_l1", "transformers"])
+def test_whole_models(name):
+    model = of_transformers() if name == "transformers" else of_timm(name)
+    x = torch.randn(1, 3, 224, 224)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        wanted = run(model, x)
+        norms = []
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_hook(lambda m, i, o: norms.append(m))
+        run(model, x)
+        before = len(norms)
+        for module in model.modules():
+            module._forward_hooks.clear()
+        report = mvkernels.swap(model, fold_norms=True)
+        assert report.count and report.folded > before / 3
+        assert f"; {report.folded} modules fold their norms" in str(report)
+        close(run(model, x), wanted)
+        assert list(state) == list(model.state_dict())
+        assert mvkernels.swap(model, fold_norms=True).folded == 0
+        report.restore()
+        assert not any("mvk" in name for m in model.modules() for name in m.__dict__)
+        assert torch.equal(run(model, x), wanted)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_only_at_rest_and_without_gradients(small):
+    original = copy.deepcopy(small)
+    report = mvkernels.swap(small, fold_norms=True)
+    assert report.folded == 5 and report.count == 0
+    with torch.no_grad():
+        out, wanted = small(IMAGE), original(IMAGE)
+        close(out, wanted)
+        assert not torch.equal(out, wanted)
+    assert torch.equal(small(IMAGE), wanted)  # a gradient is recorded: as it was
+    for model in (small, original):
+        torch.manual_seed(2)
+        model.train()(IMAGE).square().sum().backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(small.parameters(), original.parameters()))
+    with torch.no_grad():
+        close(small.eval()(IMAGE), original.eval()(IMAGE))  # with the statistics of the training step
+    unswap(small)
+    assert [type(m) for m in small.modules()] == [type(m) for m in original.modules()]
+
+
+@torch.no_grad()
+def test_edits_of_any_kind_are_seen(small):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    for change in (
+        lambda m: m[0].conv.weight.data.mul_(2),
+        lambda m: m[0].bn.running_var.add_(1),
+        lambda m: setattr(m[1].bn, "eps", 0.5),
+        lambda m: setattr(m[4], "norm", nn.BatchNorm2d(12, affine=False).eval()),
+        lambda m: setattr(m[4], "norm", nn.Identity()),
+        lambda m: setattr(m[4], "conv", nn.Sequential(m[4].conv, nn.ReLU())),
+        lambda m: m[2].norm.train(),
+        lambda m: m.double(),
+    ):
+        for model in (small, original):
+            change(model)
+        x = IMAGE.to(next(small.parameters()).dtype)
+        close(small(x), original(x))
+
+
+@torch.no_grad()
+def test_either_module_alone_is_what_it_was(small):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.equal(small[0].conv(x), original[0].conv(x))
+    assert torch.equal(small[0].bn(small[0].conv(x)), original[0].bn(original[0].conv(x)))
+
+
+@torch.no_grad()
+def test_who_listens_hears_the_same(small):
+    heard = []
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    for model in (small, original):
+        model[0].conv.register_forward_hook(lambda m, i, o: heard.append(o))
+        model[0].bn.register_forward_pre_hook(lambda m, i: heard.append(i[0]))
+        model(IMAGE)
+    assert len(heard) == 4 and torch.equal(heard[0], heard[2]) and torch.equal(heard[1], heard[3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_and_autocast_are_left_to_the_original(small, dtype):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(small(IMAGE), original(IMAGE))
+    assert torch.equal(small.to(dtype)(IMAGE.to(dtype)), original.to(dtype)(IMAGE.to(dtype)))
+
+
+@torch.no_grad()
+def test_copies_pickles_compiles_and_exports(small):
+    wanted = small(IMAGE)
+    mvkernels.swap(small, fold_norms=True)
+    copied = copy.deepcopy(small)
+    small[0].conv.weight.zero_()
+    close(copied(IMAGE), wanted)
+    close(pickle.loads(pickle.dumps(copied))(IMAGE), wanted)
+    close(torch.compile(copied, fullgraph=True, backend="aot_eager")(IMAGE), wanted)
+    exported = torch.export.export(copied, (IMAGE,)).module()(IMAGE)
+    assert torch.equal(exported, wanted)
+    with torch.inference_mode():
+        close(copied(IMAGE), wanted)
+    close(torch.func.vmap(copied)(IMAGE[None])[0], wanted)
+    close(torch.jit.trace(copied, IMAGE)(IMAGE), wanted)
