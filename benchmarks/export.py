@@ -19,9 +19,13 @@ from _results import folder, keep_pages, write
 
 from mvkernels import export, report, third_party, timing
 
-MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0")
+MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0", "mvmodels:mobile_former_26m")
 TARGETS = ("onnx", "openvino", "executorch")
-WHO = ("original", "swapped")
+
+
+def kinds(model: str) -> tuple[str, ...]:
+    """What is exported: the models of mvmodels are on the public ops as they are."""
+    return ("original",) if model.startswith("mvmodels:") else ("original", "swapped")
 
 
 def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
@@ -30,9 +34,9 @@ def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
 
 
 def make(root: Path, model: str, target: str, size: int) -> None:
-    """Both exports of a model, unless they are there."""
+    """The exports of a model, unless they are there."""
     image, _ = third_party.picture(None, size)
-    for who in WHO:
+    for who in kinds(model):
         path = place(root, model, who, target, size)
         notes = path.with_name(f"{path.name}.json")
         if notes.exists():
@@ -48,7 +52,7 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
     """A row for the original's export and one for the swapped model's, timed in turn in one process."""
     image, _ = third_party.picture(None, options.size)
     kind, notes, calls = export.require(target), {}, {}
-    for who in WHO:
+    for who in kinds(model):
         path = place(root, model, who, target, options.size)
         notes[who] = json.loads(path.with_name(f"{path.name}.json").read_text())
         assert kind.load is not None

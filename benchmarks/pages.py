@@ -32,6 +32,7 @@ def performance(results: Path) -> str:
     summary = readme_table.render(results).removeprefix(readme_table.BEGIN).removesuffix(readme_table.END)
     parts = [HEAD, "## Summary\n", summary.rstrip() + "\n"]
     for folder in machines(results):
+        parts += every_model(read(folder / "models.csv")) + exports(read(folder / "export.csv"))
         for file in sorted(folder.glob("*.csv")):
             rows = read(file)
             if rows and "speedup_median" in rows[0] and "size_class" in rows[0]:
@@ -58,6 +59,42 @@ def shapes(name: str, rows: list[Row]) -> list[str]:
             r["provider"], f"{float(r['median_us']):.4g} µs", interval, r["best_peer"],
             f"{float(r['speedup_median']):.2f}×", f"{100 * float(r['fraction_of_floor']):.0f} %",
         )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def every_model(rows: list[Row]) -> list[str]:
+    """The models of mvmodels: what is counted, and the times."""
+    if not rows:
+        return []
+    others = [who for who in dict.fromkeys(row["provider"] for row in rows) if who != "reference"]
+    lines = [f"## Models of mvmodels, {rows[0]['device']}\n"]
+    lines += [f"Times as fast as with every op on the reference, in eager mode. {where(rows[0])}.\n"]
+    lines += [f"| model | parameters | multiply-adds | input | batch | mode | reference | {' | '.join(others)} |"]
+    lines += ["| --- " * (7 + len(others)) + "|"]
+    for key in dict.fromkeys((r["model"], r["size"], r["batch"], r["layout"], r["mode"]) for r in rows):
+        of = {r["provider"]: r for r in rows if (r["model"], r["size"], r["batch"], r["layout"], r["mode"]) == key}
+        first = of["reference"]
+        cells = [f"`{key[0]}`", f"{int(first['params']):,}", f"{float(first['macs_m']):,.0f} M", f"{key[1]}²", key[2]]
+        cells += [{"fwd": "inference", "full": "training step"}[key[4]], f"{float(first['median_us']) / 1e3:.1f} ms"]
+        cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def exports(rows: list[Row]) -> list[str]:
+    """The swapped model's export against the original's, in the runtime that each was made for."""
+    if not rows:
+        return []
+    lines = [f"## Exports, {rows[0]['device']}\n", f"{where(rows[0])}.\n"]
+    lines += [
+        "| model | input | runtime | export of | file | nodes delegated | error | median | as fast as the original's |"
+    ]
+    lines += ["| --- " * 9 + "|"]
+    for r in rows:
+        share = f"{100 * float(r['delegated_share']):.0f} %" if r["delegated_share"] else "–"
+        cells = (r["model"], f"{r['size']}²", r["target"], r["provider"], f"{int(r['bytes']) / 1e6:.2f} MB", share)
+        cells += (r["error"], f"{float(r['median_us']) / 1e3:.2f} ms", f"{float(r['speedup_median']):.2f}×")
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines) + "\n"]
 

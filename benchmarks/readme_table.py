@@ -116,8 +116,6 @@ def render(results: Path) -> str:
             lines += op_table(default, "the same with glibc's default allocator", op, *classes)
         title = "Whole models of other packages, times as fast as the original"
         lines += models(read(folder / "swapped.csv"), title, "original", "swapped")
-        title = "Models of `mvmodels`, times as fast as with every op on the reference"
-        lines += models(read(folder / "models.csv"), title, "reference", "fused")
     if not lines:
         lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]
     else:
