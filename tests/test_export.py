@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import mvkernels
 import mvmodels
 from mvkernels import cli, export, swap
 from mvkernels import nn as fused
@@ -137,6 +138,41 @@ def test_onnx_of_a_swapped_block_resizes_as_the_block_does(tmp_path):
     export.TARGETS["onnx"].write(program, tmp_path / "block.onnx")
     found = export.TARGETS["onnx"].load(tmp_path / "block.onnx", 1)(odd)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Attention(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return mvkernels.relu_linear_attention(query, key, value, eps=self.eps, backend="reference")
+
+
+@pytest.mark.parametrize("eps", [1e-15, 1e-9, 1e-5, 5e-324])
+def test_onnx_keeps_what_is_added_to_the_divisor(eps, tmp_path):
+    """Its optimizer leaves the addition of a small number out: pixels whose query has nothing above 0 became NaN."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, 4, 3, 5, generator=generator) for _ in range(3)]
+    inputs[0][0, 0, :, 1] = -1.0
+    inputs[0][1] *= 1e-8  # so that eps counts
+    model = Attention(eps)
+    expected = model(*inputs)
+    program = torch.export.export(model, tuple(inputs))
+    torch.testing.assert_close(program.module()(*inputs), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if eps < 1e-30:  # nothing in float32: NaN is the right answer to some converters
+        return
+    with export.quiet():
+        torch.onnx.export(program, (), tmp_path / "op.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "op.onnx", providers=["CPUExecutionProvider"])
+    fed = {given.name: value.numpy() for given, value in zip(session.get_inputs(), inputs)}
+    found = torch.from_numpy(session.run(None, fed)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not found[0, 0, :, 1].any()
 
 
 def test_openvino_runs(small, tmp_path):
