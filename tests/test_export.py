@@ -104,7 +104,8 @@ assert "mvkernels" not in sys.modules
 def test_a_saved_graph_runs_where_this_library_is_not(small, tmp_path):
     found = export.export_model(small, IMAGE, "torch", tmp_path / "small.pt2", dynamic=True)
     assert found.ok and found.bytes > 1000 and found.checked == [[2, 3, 16, 24], [3, 3, 48, 88]]
-    other = torch.rand(4, 3, 20, 36)
+    assert found.input_shape[:2] == ["any", "3"]
+    other = torch.rand(1, 3, 20, 36)
     with torch.no_grad():
         torch.save((other, small(other)), tmp_path / "expected.pt")
     command = [sys.executable, "-c", ALONE, str(tmp_path / "small.pt2"), str(tmp_path / "expected.pt")]
@@ -227,6 +228,7 @@ def test_what_is_not_installed_is_told_with_its_extra(capsys, monkeypatch):
         (["mvmodels:efficientvit_b0", "--to", "torch", "--pretrained"], "no weights to download"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--dynamic", "--batch", "1"], "at least 2"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--swap", "--original"], "not allowed with"),
+        (["mvmodels:efficientvit_b0", "--to", "torch", "--size", "large"], "'large' is no whole number"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):
@@ -241,6 +243,18 @@ def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):
 def test_a_path_that_cannot_be_written(small):
     with pytest.raises(UsageError, match="cannot be written"):
         export.export_model(small, IMAGE, "torch", "/proc/no/such.pt2")
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx", "openvino", "coreml"])
+def test_a_name_that_the_target_cannot_write(target, small, tmp_path):
+    """Told of the name, and not of the model; what lay there stays."""
+    for package in export.TARGETS[target].needs:
+        pytest.importorskip(package)
+    folder = tmp_path / "folder"
+    (folder / "kept").mkdir(parents=True)
+    with pytest.raises(UsageError, match="folder cannot be written"):
+        export.export_model(small, IMAGE, target, folder)
+    assert (folder / "kept").is_dir()
 
 
 def test_a_model_that_cannot_be_exported(tmp_path):
