@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import importlib
 import io
 import logging
@@ -86,6 +87,8 @@ class Target:
     """``load(path, threads)`` -> a function of the input, run by the target's own runtime."""
     bounded: bool = False
     """Whether dynamic sizes need an upper bound."""
+    exact_suffix: bool = False
+    """Whether the target writes no file of another suffix."""
 
 
 def _write_torch(program: ExportedProgram, path: Path) -> dict[str, Any]:
@@ -193,9 +196,9 @@ def _write_coreml(program: ExportedProgram, path: Path) -> dict[str, Any]:
 TARGETS = {
     "torch": Target(".pt2", (), _write_torch, _load_torch),
     "onnx": Target(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
-    "openvino": Target(".xml", ("openvino",), _write_openvino, _load_openvino),
+    "openvino": Target(".xml", ("openvino",), _write_openvino, _load_openvino, exact_suffix=True),
     "executorch": Target(".pte", ("executorch.exir", "executorch.runtime"), _write_executorch, _load_executorch, True),
-    "coreml": Target(".mlpackage", ("coremltools",), _write_coreml, None, True),
+    "coreml": Target(".mlpackage", ("coremltools",), _write_coreml, None, True, exact_suffix=True),
 }
 
 
@@ -280,6 +283,8 @@ def export_model(
     if dynamic and example.shape[0] < 2:
         raise ValueError(f"export_model: a dynamic export needs an example with B of 2 or more, not {example.shape[0]}")
     kind, path = require(target), Path(path)
+    if kind.exact_suffix and path.suffix != kind.suffix:
+        raise UsageError(f"{path} cannot be written: {target} wants a name that ends in {kind.suffix}")
     original = Logits(copy.deepcopy(model)).eval()
     exporting = copy.deepcopy(model).eval()
     count = swap(exporting).count if swapped else 0
@@ -287,7 +292,9 @@ def export_model(
     with torch.no_grad(), quiet():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir() and path.suffix == ".mlpackage":
+            if path.is_dir():
+                if path.suffix != kind.suffix or target != "coreml":
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder")
                 shutil.rmtree(path)
             details = kind.write(graph, path)
         except OSError as error:
@@ -348,7 +355,10 @@ def _input(program: ExportedProgram) -> Tensor:
 
 
 def _described(program: ExportedProgram) -> list[str]:
-    """The input's sizes: a number, or the range of a dynamic one."""
+    """The input's sizes: a number, or the range of a dynamic one.
+
+    torch.export traces sizes of 2 and more, and says so of every one of them; smaller ones run as well.
+    """
 
     def size(value: Any) -> str:
         if isinstance(value, int):
@@ -356,8 +366,9 @@ def _described(program: ExportedProgram) -> list[str]:
         found = program.range_constraints.get(value.node.expr)
         if found is None:
             return "any"
-        upper = str(found.upper)
-        return f"{found.lower}.." + ("" if "oo" in upper else upper)
+        lower, upper = (str(bound) for bound in (found.lower, found.upper))
+        bounds = "" if int(lower) <= 2 else lower, "" if "oo" in upper else upper
+        return "..".join(bounds) if any(bounds) else "any"
 
     return [size(value) for value in _input(program).shape]
 

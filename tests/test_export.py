@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import mvkernels
 import mvmodels
 from mvkernels import cli, export, swap
 from mvkernels import nn as fused
@@ -103,7 +104,8 @@ assert "mvkernels" not in sys.modules
 def test_a_saved_graph_runs_where_this_library_is_not(small, tmp_path):
     found = export.export_model(small, IMAGE, "torch", tmp_path / "small.pt2", dynamic=True)
     assert found.ok and found.bytes > 1000 and found.checked == [[2, 3, 16, 24], [3, 3, 48, 88]]
-    other = torch.rand(4, 3, 20, 36)
+    assert found.input_shape[:2] == ["any", "3"]
+    other = torch.rand(1, 3, 20, 36)
     with torch.no_grad():
         torch.save((other, small(other)), tmp_path / "expected.pt")
     command = [sys.executable, "-c", ALONE, str(tmp_path / "small.pt2"), str(tmp_path / "expected.pt")]
@@ -137,6 +139,41 @@ def test_onnx_of_a_swapped_block_resizes_as_the_block_does(tmp_path):
     export.TARGETS["onnx"].write(program, tmp_path / "block.onnx")
     found = export.TARGETS["onnx"].load(tmp_path / "block.onnx", 1)(odd)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Attention(nn.Module):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return mvkernels.relu_linear_attention(query, key, value, eps=self.eps, backend="reference")
+
+
+@pytest.mark.parametrize("eps", [1e-15, 1e-9, 1e-5, 5e-324])
+def test_onnx_keeps_what_is_added_to_the_divisor(eps, tmp_path):
+    """Its optimizer leaves the addition of a small number out: pixels whose query has nothing above 0 became NaN."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 2, 4, 3, 5, generator=generator) for _ in range(3)]
+    inputs[0][0, 0, :, 1] = -1.0
+    inputs[0][1] *= 1e-8  # so that eps counts
+    model = Attention(eps)
+    expected = model(*inputs)
+    program = torch.export.export(model, tuple(inputs))
+    torch.testing.assert_close(program.module()(*inputs), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if eps < 1e-30:  # nothing in float32: NaN is the right answer to some converters
+        return
+    with export.quiet():
+        torch.onnx.export(program, (), tmp_path / "op.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "op.onnx", providers=["CPUExecutionProvider"])
+    fed = {given.name: value.numpy() for given, value in zip(session.get_inputs(), inputs)}
+    found = torch.from_numpy(session.run(None, fed)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert not found[0, 0, :, 1].any()
 
 
 def test_openvino_runs(small, tmp_path):
@@ -191,6 +228,7 @@ def test_what_is_not_installed_is_told_with_its_extra(capsys, monkeypatch):
         (["mvmodels:efficientvit_b0", "--to", "torch", "--pretrained"], "no weights to download"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--dynamic", "--batch", "1"], "at least 2"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--swap", "--original"], "not allowed with"),
+        (["mvmodels:efficientvit_b0", "--to", "torch", "--size", "large"], "'large' is no whole number"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):
@@ -205,6 +243,18 @@ def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):
 def test_a_path_that_cannot_be_written(small):
     with pytest.raises(UsageError, match="cannot be written"):
         export.export_model(small, IMAGE, "torch", "/proc/no/such.pt2")
+
+
+@pytest.mark.parametrize("target", ["torch", "onnx", "openvino", "coreml"])
+def test_a_name_that_the_target_cannot_write(target, small, tmp_path):
+    """Told of the name, and not of the model; what lay there stays."""
+    for package in export.TARGETS[target].needs:
+        pytest.importorskip(package)
+    folder = tmp_path / "folder"
+    (folder / "kept").mkdir(parents=True)
+    with pytest.raises(UsageError, match="folder cannot be written"):
+        export.export_model(small, IMAGE, target, folder)
+    assert (folder / "kept").is_dir()
 
 
 def test_a_model_that_cannot_be_exported(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mvkernels import nn as fused
@@ -148,6 +149,36 @@ def test_no_recompilation_past_the_first_dynamic_one(name):
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
     torch._dynamo.reset()
+
+
+class _NoQuestions(TorchDispatchMode):
+    """Raises where a device is asked for a number, or for sizes that depend on values: no CUDA graph holds that."""
+
+    ASKS = frozenset(
+        f"aten::{name}"
+        for name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "bincount")
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name().partition(".")[0] not in self.ASKS, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "backend"), contract.ALL)
+def test_no_op_waits_for_the_device(name, backend):
+    arguments = example(name, batch=1, size=(2, 4))
+    inputs = leaves(arguments)
+    with _NoQuestions():
+        out = call(name, testing.with_tensors(arguments, inputs), backend)
+        torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    with pytest.raises(AssertionError, match="waits for the device"), _NoQuestions():
+        out.sum().item()
+
+
+def test_no_module_waits_for_the_device(module):
+    model, inputs = module
+    with _NoQuestions():
+        model(*inputs).mean().backward()
 
 
 def _patch_transformer():

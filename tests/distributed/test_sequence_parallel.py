@@ -49,6 +49,45 @@ def test_the_parts_are_those_of_the_whole_map(rows, dtype, strides, compiled, tm
     assert all(channels_last == (strides != "contiguous") for _, channels_last in results)
 
 
+def transforms(op, inputs, tangents):
+    """What torch.func makes of the op, for maps with one axis more in front."""
+
+    def loss(*maps):
+        return op(*maps).square().sum()
+
+    first, every = [m[0] for m in inputs], (0, 1, 2)
+    return [
+        torch.func.vmap(op)(*inputs),
+        torch.func.vmap(op, in_dims=(0, None, None))(inputs[0], *first[1:]),
+        torch.func.vmap(op, in_dims=(None, 1, None))(first[0], inputs[1].transpose(0, 1), first[2]),
+        *torch.func.grad(loss, argnums=every)(*first),
+        *torch.func.vmap(torch.func.grad(loss, argnums=every))(*inputs),
+        torch.func.jvp(op, tuple(first), tuple(t[0] for t in tangents))[1],
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, *first[1:]).square().sum())(first[0]),
+    ]
+
+
+def transformed_part(rank, inputs, tangents):
+    def op(*maps):
+        return mvkernels.relu_linear_attention(*maps, eps=1e-6, process_group=dist.group.WORLD)
+
+    return transforms(op, *([m.split([4, 1], dim=-2)[rank] for m in maps] for maps in (inputs, tangents)))
+
+
+def test_transforms_of_the_parts_are_those_of_the_whole_map(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    inputs, tangents = (
+        [torch.randn(3, 1, 2, 4, 5, 3, generator=generator, dtype=torch.float64) for _ in range(3)] for _ in range(2)
+    )
+
+    def op(*maps):
+        return mvkernels.relu_linear_attention(*maps, eps=1e-6, backend="reference")
+
+    results = run(2, tmp_path, transformed_part, inputs, tangents)
+    for *parts, exact in zip(*results, transforms(op, inputs, tangents)):
+        torch.testing.assert_close(torch.cat(parts, -2), exact, rtol=1e-9, atol=1e-9)
+
+
 def wrong(rank, x):
     with pytest.raises(BackendUnavailable, match="need the reference"):
         mvkernels.relu_linear_attention(x, x, x, process_group=dist.group.WORLD, backend="cpp")

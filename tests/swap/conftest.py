@@ -129,3 +129,22 @@ def quiet_log():
 
 def output(result: Any) -> torch.Tensor:
     return getattr(result, "logits", result)
+
+
+def compiles_for_all_sizes(module: nn.Module, inputs: list[torch.Tensor]) -> None:
+    """fullgraph, with the values and gradients of the module itself, as one static graph and one dynamic one."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    parameters = list(module.parameters())
+    for x in inputs:
+        results = []
+        for run in (module, compiled):
+            leaf = x.detach().clone().requires_grad_()
+            out = output(run(leaf))
+            cotangent = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
+            results.append([out, *torch.autograd.grad(out, [leaf, *parameters], cotangent)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
+    torch._dynamo.reset()

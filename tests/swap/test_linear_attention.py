@@ -18,6 +18,7 @@ from mvkernels.swap.report import original_of
 from mvkernels.testing import BACKWARD_FACTOR, FORWARD_FACTOR, compare, rms_error
 
 from . import linear_attention
+from .conftest import compiles_for_all_sizes
 from .linear_attention import FAMILIES, Family, mit_attention, run, spy
 
 
@@ -302,10 +303,10 @@ def test_compiles_and_exports(family):
     expected = module(x)
     swap(module)
     with torch.no_grad():
-        compiled = torch.compile(module, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
         program = torch.export.export(module, (x,))
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+    sizes = ((5, 7, 2), (6, 9, 3), (10, 4, 5))
+    compiles_for_all_sizes(module.double(), [family.example(*s, batch=b, dtype=torch.float64) for *s, b in sizes])
     namespaces = {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"}
     assert not any(name.startswith("mvkernels") for name in namespaces), namespaces
 

@@ -39,7 +39,8 @@ def relu_linear_attention(
         eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
         process_group: a ``torch.distributed.ProcessGroup`` among whose ranks the pixels of one map are divided: each
             calls with its part, of any H and W and of one B, heads and head_dim, and gets its part of the result. One
-            all-reduce of (B, heads, head_dim + 1, head_dim) numbers, forward and backward.
+            all-reduce of (B, heads, head_dim + 1, head_dim) numbers, forward and backward; the backward's is waited
+            for by every rank that wants the gradient of its key or value, so either all of them do or none.
         backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`). With a
             process_group there is "reference" alone.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from mvkernels.checks import lay_as, without_autocast
+
+_SMALLEST = 2.0**-24
 
 
 def relu_linear_attention(
@@ -25,6 +29,20 @@ def relu_linear_attention(
     with without_autocast(query.device.type):
         q, k, v = (m.flatten(3).to(dtype).to(sums) for m in (query, key, value))
         q, k = q.relu(), k.relu()
-        weighted = v @ k.transpose(-2, -1) @ q
-        out = weighted / (k.sum(-1).unsqueeze(-2) @ q + eps)
+        weights, keys = v @ k.transpose(-2, -1), k.sum(-1).unsqueeze(-2)
+        if torch.compiler.is_exporting():
+            weights, keys, eps = _scaled(weights, keys, eps)
+        out = weights @ q / (keys @ q + eps)
     return lay_as(out.to(query.dtype).unflatten(3, query.shape[3:]), query)
+
+
+def _scaled(weights: Tensor, keys: Tensor, eps: float) -> tuple[Tensor, Tensor, float]:
+    """Both sums over pixels and eps times the same power of two, so that eps is not small: the quotient stays.
+
+    ONNX's optimizer takes a number below 1e-8 for 0 and leaves its addition out, and a pixel whose query has nothing
+    above 0 would become NaN. float32 holds sums up to 2^68 still.
+    """
+    if not 0 < eps < _SMALLEST:
+        return weights, keys, eps
+    scale = 2.0 ** min(math.ceil(math.log2(_SMALLEST) - math.log2(eps)), 60)
+    return weights * scale, keys * scale, eps * scale

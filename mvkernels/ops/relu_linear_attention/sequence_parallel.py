@@ -27,16 +27,26 @@ class _SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(value: Tensor, group: Any) -> Tensor:  # type: ignore[override]
         from torch.distributed import _functional_collectives as collectives
 
-        ctx.group = group
-        total = collectives.all_reduce(value, "sum", group)
-        return collectives.wait_tensor(total)
+        return collectives.wait_tensor(collectives.all_reduce(value, "sum", group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return _SumOverRanks.apply(grad.contiguous(), ctx.group), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        return _SumOverRanks.apply(tangent.contiguous(), ctx.group)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, group: Any) -> tuple[Tensor, int]:  # type: ignore[override]
+        return _SumOverRanks.apply(value.movedim(in_dims[0], 0).contiguous(), group), 0
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, eps: float, group: Any, backend: str | None) -> Tensor:
