@@ -293,7 +293,7 @@ def test_a_configuration_file_overrides_the_heuristic(tmp_path, monkeypatch):
 
 
 @interpreter
-@pytest.mark.parametrize("size", [(4, 4), (8, 8), (10, 10)], ids=["packed", "unit", "blocks"])
+@pytest.mark.parametrize("size", [(4, 4), (8, 8)], ids=["packed", "unit"])
 @pytest.mark.parametrize("means", [(0, 5, 20), (5, 0, 20)], ids=["keys", "queries"])
 def test_gradients_of_half_types_through_values_far_from_zero(size, means):
     # What is left of dout V^T without its row's mean is small: an output rounded to half has lost it.

@@ -3,7 +3,7 @@
 With P the probabilities, recomputed from lse, and delta the row sums of dout * out:
 dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
 An output that was rounded to a half type would make delta wrong by the same amount in a whole row, which does not
-average out in dQ; half types take delta, or what is missing in it, from P and dout V^T, whose row sum it is as well.
+average out in dQ; where a row of scores is whole, half types take delta from P and dout V^T, whose row sum it is as well.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 """
@@ -84,6 +84,9 @@ def backward_unit(
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
     at = lse_plane + (x if LINEAR else y * W + x)
     g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
+    if not HALF:
+        o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
+        delta = row_sum(g0, g1, o0, o1, V1, 1)
     lse2 = tl.load(lse_ptr + at, mask=keep, other=0.0) * LOG2E
     q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
@@ -100,9 +103,6 @@ def backward_unit(
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
     if HALF:
         delta = tl.sum(tl.where(inside, p * dp, 0.0), 1) / tl.sum(p, 1)
-    else:
-        o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
-        delta = row_sum(g0, g1, o0, o1, V1, 1)
     if STORE_DELTA:
         tl.store(delta_ptr + at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
@@ -121,8 +121,7 @@ def backward_unit(
 
 
 # dQ of one block of queries, while all keys pass by. Pointers are those of the unit; strides come as
-# (y, x, channel); delta is computed on the way and left for the keys' pass. Half types: the row sum of dS is what delta
-# lacks, and it comes off dQ in the end, times P K.
+# (y, x, channel); delta is computed on the way and left for the keys' pass.
 @triton.jit
 def _queries(
     first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, delta_ptr,
@@ -134,7 +133,6 @@ def _queries(
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     m = first + tl.arange(0, BLOCK_M)
     keep_m = m < tokens
     my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
@@ -144,18 +142,12 @@ def _queries(
     o0, o1 = load_tile(o_ptr, row_offsets(my, mx, os[0], os[1], LO, AO, LINEAR), keep_m, os[2],
                        DV, V0, V1, LO, AO, WIDE)  # fmt: skip
     delta = row_sum(g0, g1, o0, o1, V1, 1)
-    if not HALF:
-        tl.store(delta_ptr + at, delta, mask=keep_m)
+    tl.store(delta_ptr + at, delta, mask=keep_m)
     lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                        D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
-    if HALF:
-        pk0 = tl.zeros([BLOCK_M, D0], tl.float32)
-        pk1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        lacking = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         keep_n = n < tokens
@@ -168,24 +160,10 @@ def _queries(
         p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
                            D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        exact = tl.where(inside, p * (dp - delta[:, None]), 0.0)
-        ds = exact.to(k0.dtype)
+        ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        if HALF:
-            total += tl.sum(p, 1)
-            lacking += tl.sum(exact, 1)
-            p = p.to(k0.dtype)
-            pk0 = tl.dot(p, k0, pk0, input_precision=PRECISION)
-            if D1 > 0:
-                pk1 = tl.dot(p, k1, pk1, input_precision=PRECISION)
-    if HALF:
-        lacking = lacking / total
-        tl.store(delta_ptr + at, delta + lacking, mask=keep_m)
-        dq0 -= lacking[:, None] * pk0
-        if D1 > 0:
-            dq1 -= lacking[:, None] * pk1
     dq0 = dq0 * scale
     if D1 > 0:
         dq1 = dq1 * scale
@@ -350,6 +328,10 @@ def backward_packed(
     v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
     g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
     g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG)
+    if not HALF:
+        o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
+        o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
+        delta = row_sum(g0, g1, o0, o1, V1, 2)
     q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
     k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
     v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
@@ -363,10 +345,6 @@ def backward_packed(
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
     if HALF:
         delta = tl.sum(tl.where(inside, p * dp, 0.0), 2) / tl.sum(p, 2)
-    else:
-        o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
-        o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
-        delta = row_sum(g0, g1, o0, o1, V1, 2)
     if STORE_DELTA:
         tl.store(delta_ptr + lse_at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)
