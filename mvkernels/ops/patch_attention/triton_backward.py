@@ -3,7 +3,7 @@
 With P the probabilities, recomputed from lse, and delta the row sums of dout * out:
 dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
 An output that was rounded to a half type would make delta wrong by the same amount in a whole row, which does not
-average out in dQ; where a row of scores is whole, half types take delta from P and dout V^T, whose row sum it is as well.
+average out in dQ; in groups of one tile half types take delta from P and dout V^T, whose row sum it is as well.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 """
@@ -102,7 +102,7 @@ def backward_unit(
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
     if HALF:
-        delta = tl.sum(tl.where(inside, p * dp, 0.0), 1) / tl.sum(p, 1)
+        delta = tl.sum(tl.where(inside, p * dp, 0.0), 1)
     if STORE_DELTA:
         tl.store(delta_ptr + at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
@@ -344,7 +344,7 @@ def backward_packed(
     p = tl.where(inside, tl.exp2(scores - lse2[:, :, None]), 0.0)
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
     if HALF:
-        delta = tl.sum(tl.where(inside, p * dp, 0.0), 2) / tl.sum(p, 2)
+        delta = tl.sum(tl.where(inside, p * dp, 0.0), 2)
     if STORE_DELTA:
         tl.store(delta_ptr + lse_at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)
