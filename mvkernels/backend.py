@@ -42,9 +42,9 @@ class BackendUnavailable(RuntimeError):
 
 
 class _Chosen(threading.local):
-    # A class attribute, not a ContextVar: torch.compile traces and guards this, and each thread
-    # starts from None.
-    name: str | None = None
+    # Not a ContextVar: torch.compile traces and guards this. Each thread starts from None.
+    def __init__(self) -> None:
+        self.name: str | None = None
 
 
 _chosen = _Chosen()

@@ -17,7 +17,9 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is one line."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
@@ -30,7 +32,7 @@ def _positive(value: str) -> int:
     try:
         number = int(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is no whole number") from None
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return number
@@ -38,7 +40,7 @@ def _positive(value: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line, without running any of it."""
-    main = _Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
+    main = Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
     commands = main.add_subparsers(dest="command", required=True, metavar="{info,verify,bench,swap,export,tune}")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mvkernels import launch, testing, timing
+from mvkernels.cli import Parser
 from mvkernels.launch import Config
 from mvkernels.registry import OPS, Op
 from mvkernels.report import Progress, table
@@ -199,7 +200,7 @@ def save(path: Path, op: str, findings: Sequence[Finding], device: launch.Device
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mvkernels tune", description="Find launch configurations for this GPU.")
+    parser = Parser(prog="mvkernels tune", description="Find launch configurations for this GPU.")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")

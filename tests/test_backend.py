@@ -128,3 +128,21 @@ def test_use_backend_under_compile():
     assert "mvkernels_" not in graphs[0]
     if extension.module is not None:
         assert len(graphs) == 2 and "mvkernels_cpp" in graphs[1]
+
+
+def test_use_backend_inside_a_compiled_function(arguments):
+    torch._dynamo.reset()
+    q = arguments[0]
+
+    def chosen(q):
+        with mvkernels.use_backend("reference"):
+            return mvkernels.patch_attention(q, q, q)
+
+    plain = torch.compile(lambda q: mvkernels.patch_attention(q, q, q), backend="eager", fullgraph=True)
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    for _ in range(2):  # what the first call leaves behind is what the second one is guarded by
+        torch.testing.assert_close(compiled(q), plain(q))
+    with mvkernels.use_backend("reference"):
+        compiled(q)
+        assert backends.requested(None) == "reference"
+    assert backends.requested(None) == "auto"

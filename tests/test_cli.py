@@ -33,7 +33,8 @@ BAD = [
     (["bench", "--backend", "cuda", "--allocator", "default"], "backend cuda cannot run"),
     (["bench", "--against", "nobody", "--allocator", "default"], "unknown peer 'nobody'"),
     (["bench", "--batch", "0"], "not at least 1"),
-    (["bench", "--batch", "many"], "invalid"),
+    (["bench", "--batch", "many"], "'many' is not a whole number"),
+    (["tune", "--nonsense"], "unrecognized"),
     (["bench", "--shape", "no_such_shape", "--allocator", "default"], "no shape fits"),
     (["verify", "--device", "meta"], "device 'meta' cannot be used"),
     (["bench", "--csv", "/proc/no/such.csv", "--allocator", "default"], "/proc/no/such.csv cannot be written"),
@@ -117,6 +118,17 @@ def test_info_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> 
     assert torch.__version__ in out and "has no cuda kernel" in out
     for backend in BACKENDS:
         assert backend in out
+
+
+def test_info_lists_every_variable_of_the_documentation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "environment.md").read_text(), re.MULTILINE))
+    assert "MVKERNELS_BACKEND" in named
+    for name in named:
+        monkeypatch.setenv(name, "auto" if name == "MVKERNELS_BACKEND" else "1")
+    status, out, _ = run(["info", "--json"], capsys)
+    assert status == 0 and named <= json.loads(out)["environment"].keys()
 
 
 def test_info_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

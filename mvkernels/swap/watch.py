@@ -18,9 +18,14 @@ from torch import nn
 Examine = Callable[[Any], "tuple[str, list[dict[str, Any]]]"]
 
 
-# Settings of attention modules, and methods that the fused path does the work of.
-_HEADS = frozenset(
+# Settings of attention modules, of convolutions and norms, and methods that the fused path does the work of.
+_SETTINGS = frozenset(
     (
+        "kernel_size",
+        "stride",
+        "padding",
+        "groups",
+        "normalized_shape",
         "num_attention_heads",
         "attention_head_size",
         "all_head_size",
@@ -46,7 +51,7 @@ class _Snapshot:
         self.containers = [block.__dict__] + [a for a in self.attributes if a["_modules"]]
         self.weighted = [a for a in self.attributes if "weight" in a["_parameters"]]
         self.kind = getattr(type(block), "mvk_original", type(block))
-        self.heads = [a for a in self.attributes if not _HEADS.isdisjoint(a)]
+        self.settings = [(a, name) for a in self.attributes for name in sorted(_SETTINGS.intersection(a))]
         self.rates = [a for a in self.attributes if "p" in a or "drop_prob" in a]
         self.state = self.read()
 
@@ -62,7 +67,7 @@ class _Snapshot:
                 for a in self.attributes
             ],
             [not _METHODS.isdisjoint(a) for a in (*self.attributes, self.containers[0])],
-            [tuple(a.get(name) for name in _HEADS) for a in self.heads],
+            [a.get(name) for a, name in self.settings],
             [(a["training"], a.get("p"), a.get("drop_prob")) for a in self.rates],
             [tuple(a["_modules"].values()) for a in self.containers],
             [None if w is None else (type(w), w.dtype, w.device) for w in weights],
@@ -83,15 +88,22 @@ def examine(block: nn.Module, roots: Sequence[str], examiner: Examine) -> tuple[
     """``examiner(block)``, from memory where nothing in the children named ``roots`` has changed since.
 
     The examiner answers with the reason against fusing (empty if there is none) and the arguments of
-    each layer.
+    each layer. Where it misses a part that it looks for, that is the reason.
     """
     if torch.compiler.is_compiling():
-        return examiner(block)  # traced and guarded, attribute by attribute
+        return _asked(examiner, block)  # traced and guarded, attribute by attribute
     known = _examined.get(block)
     if known is not None and known.snapshot.read() == known.snapshot.state:
         return known.reason, known.layers
-    reason, layers = examiner(block)
+    reason, layers = _asked(examiner, block)
     children = [block._modules.get(name) for name in roots]
     snapshot = _Snapshot(block, [child for child in children if isinstance(child, nn.Module)])
     _examined[block] = _Examined(snapshot, reason, layers)
     return reason, layers
+
+
+def _asked(examiner: Examine, block: nn.Module) -> tuple[str, list[dict[str, Any]]]:
+    try:
+        return examiner(block)
+    except AttributeError as error:
+        return f"something in it is not what was swapped: {error}", []

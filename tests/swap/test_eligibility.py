@@ -120,6 +120,40 @@ def test_settings_of_timms_attention_changed_after_a_call():
         torch.testing.assert_close(block(x), twin(x))
 
 
+@pytest.mark.parametrize("setting", ["padding", "stride", "groups", "normalized_shape"])
+def test_settings_of_convolutions_and_norms_changed_after_a_call(family, setting):
+    block = family.block()
+    twin, x = copy.deepcopy(block), torch.randn(1, 12, 8, 8)
+    assert swap(block).count == 1
+    block(x)
+    for module in (block, twin):
+        hugging = family.class_name == "MobileViTLayer"
+        into, norm = (module.conv_1x1.convolution, module.layernorm) if hugging else (module.conv_1x1, module.norm)
+        if setting == "groups":
+            into.groups, into.weight = 2, nn.Parameter(into.weight[:, : into.in_channels // 2])
+        elif setting == "normalized_shape":
+            size = 2 if hugging else 4  # of the map, in patches: a downsampling comes first
+            norm.normalized_shape, norm.weight, norm.bias = (size * size, into.out_channels), None, None
+        else:
+            setattr(into, setting, (2, 2))
+    if setting in ("padding", "stride"):  # the map no longer fits what it is joined with
+        for module in (block, twin):
+            with pytest.raises(RuntimeError, match="Sizes of tensors"):
+                module(x)
+    else:
+        assert torch.equal(block(x), twin(x))
+
+
+def test_a_part_of_another_kind_added_after_a_call():
+    block = FAMILIES["timm"].block()
+    twin, x = copy.deepcopy(block), torch.randn(1, 12, 8, 8)
+    assert swap(block).count == 1
+    block(x)
+    for module in (block, twin):
+        module.transformer.append(nn.Tanh())
+    assert torch.equal(block(x), twin(x))
+
+
 def test_scripting_compiles_the_original():
     block, x = FAMILIES["timm"].block(), torch.randn(1, 12, 8, 8)
     expected = block(x)

@@ -2,6 +2,8 @@
 
 With P the probabilities, recomputed from lse, and delta the row sums of dout * out:
 dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
+An output that was rounded to a half type would make delta wrong by the same amount in a whole row, which does not
+average out in dQ; in groups of one tile half types take delta from P and dout V^T, whose row sum it is as well.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 """
@@ -59,6 +61,7 @@ def backward_unit(
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_DELTA: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     batch, head, gy, gx = unit_of(tl.program_id(0), heads, ph, pw)
     wg = group_extent(gx, W, pw)
     tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
@@ -81,10 +84,9 @@ def backward_unit(
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
     at = lse_plane + (x if LINEAR else y * W + x)
     g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
-    o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
-    delta = row_sum(g0, g1, o0, o1, V1, 1)
-    if STORE_DELTA:
-        tl.store(delta_ptr + at, delta, mask=keep)
+    if not HALF:
+        o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
+        delta = row_sum(g0, g1, o0, o1, V1, 1)
     lse2 = tl.load(lse_ptr + at, mask=keep, other=0.0) * LOG2E
     q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
@@ -99,6 +101,10 @@ def backward_unit(
     store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+    if HALF:
+        delta = tl.sum(tl.where(inside, p * dp, 0.0), 1)
+    if STORE_DELTA:
+        tl.store(delta_ptr + at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
     dst = tl.trans(ds)
     dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
@@ -304,6 +310,7 @@ def backward_packed(
     BIAS: tl.constexpr, STORE_DELTA: tl.constexpr, PRECISION: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     batch, head, gy, gx = unit_of(unit, heads, ph, pw)
     wg = group_extent(gx, W, pw)
@@ -320,12 +327,11 @@ def backward_packed(
     k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
     v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
     g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
-    o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
     g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG)
-    o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
-    delta = row_sum(g0, g1, o0, o1, V1, 2)
-    if STORE_DELTA:
-        tl.store(delta_ptr + lse_at, delta, mask=keep)
+    if not HALF:
+        o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
+        o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
+        delta = row_sum(g0, g1, o0, o1, V1, 2)
     q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
     k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
     v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
@@ -337,6 +343,10 @@ def backward_packed(
         scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     p = tl.where(inside, tl.exp2(scores - lse2[:, :, None]), 0.0)
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
+    if HALF:
+        delta = tl.sum(tl.where(inside, p * dp, 0.0), 2)
+    if STORE_DELTA:
+        tl.store(delta_ptr + lse_at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)
     dst = tl.permute(ds, (0, 2, 1))
     pt = tl.permute(p.to(g0.dtype), (0, 2, 1))
