@@ -33,7 +33,7 @@ BAD = [
     (["bench", "--backend", "cuda", "--allocator", "default"], "backend cuda cannot run"),
     (["bench", "--against", "nobody", "--allocator", "default"], "unknown peer 'nobody'"),
     (["bench", "--batch", "0"], "not at least 1"),
-    (["bench", "--batch", "many"], "invalid"),
+    (["bench", "--batch", "many"], "--batch: 'many' is not a whole number"),
     (["bench", "--shape", "no_such_shape", "--allocator", "default"], "no shape fits"),
     (["verify", "--device", "meta"], "device 'meta' cannot be used"),
     (["bench", "--csv", "/proc/no/such.csv", "--allocator", "default"], "/proc/no/such.csv cannot be written"),
