@@ -228,7 +228,7 @@ def test_what_is_not_installed_is_told_with_its_extra(capsys, monkeypatch):
         (["mvmodels:efficientvit_b0", "--to", "torch", "--pretrained"], "no weights to download"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--dynamic", "--batch", "1"], "at least 2"),
         (["mvmodels:efficientvit_b0", "--to", "torch", "--swap", "--original"], "not allowed with"),
-        (["mvmodels:efficientvit_b0", "--to", "torch", "--size", "large"], "'large' is no whole number"),
+        (["mvmodels:efficientvit_b0", "--to", "torch", "--size", "large"], "'large' is not a whole number"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys):

@@ -49,16 +49,33 @@ static void fill(T* to, int64_t count, T value) {
   for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
+// to[i] += the sum of k[p * ldk + i] over p, in eight chains: where few of a query are above 0, what rounding left in these sums
+// shows in its gradient.
+template <class T>
+static void add_keys(const T* k, int64_t count, int64_t ldk, T* to) {
+  constexpr int n = 8;
+  for (int64_t i = 0; i < ldk; i += W<T>) {
+    vec<T> sum[n] = {};
+    int64_t p = 0;
+    for (; p + n <= count; p += n)
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) sum[j] += load<T>(k + (p + j) * ldk + i);
+    for (; p < count; ++p) sum[0] += load<T>(k + p * ldk + i);
+    const vec<T> even = (sum[0] + sum[2]) + (sum[4] + sum[6]), odd = (sum[1] + sum[3]) + (sum[5] + sum[7]);
+    store<T>(to + i, load<T>(to + i) + (even + odd));
+  }
+}
+
 // Adds [v, 1] relu(k)^T over pixels n0 .. n1 to the sums; `then` is read after them.
 template <class T, class S>
 static void add_sums(
     Head<T, const S> key, Head<T, const S> value, const Head<T, const S>& then, int64_t n0, int64_t n1, Scratch<T>& s) {
   const int64_t D = s.D, ldk = s.ldk;
   T* sums = s.sums;
-  fill(s.rows[0] + D * s.ldn, s.N, T(1));
   for (int64_t n = n0, step = s.step(n1 - n0); n < n1; n += step) {
     const int64_t count = n1 - n < step ? n1 - n : step;
     key.template tokens<true>(n, count, s.tokens[0], ldk);
+    add_keys<T>(s.tokens[0], count, ldk, sums + D * ldk);
     Next next;
     if (n + step < n1)
       next.add(key, n + step, n1 - n - step < step ? n1 - n - step : step),
@@ -66,11 +83,6 @@ static void add_sums(
     else
       next.add(then, n0, n1 - n0 < step ? n1 - n0 : step);
     if (value.last) {
-      for (int64_t i = 0; i < ldk; i += W<T>) {
-        vec<T> sum = {};
-        for (int64_t p = 0; p < count; ++p) sum += load<T>(s.tokens[0] + p * ldk + i);
-        store<T>(sums + D * ldk + i, load<T>(sums + D * ldk + i) + sum);
-      }
       const T* v = value.tokens_in_place(n);
       int64_t ldv = value.map.x;
       if (!v) value.template tokens<false>(n, count, s.tokens[1], ldk), v = s.tokens[1], ldv = ldk;
@@ -81,17 +93,19 @@ static void add_sums(
       }
     } else {
       value.template panel<false>(n, count, s.rows[0], s.ldn);
-      product<T, Start::from>(D + 1, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk, next);
+      product<T, Start::from>(D, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk, next);
     }
   }
 }
 
-// The same of pixels that lie ready: k [count][ldk], rectified, and [v, 1] as rows.
+// The same of pixels that lie ready: k [count][ldk], rectified, and v as rows.
 template <class T>
 static void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, Scratch<T>& s) {
-  for (int64_t n = 0, step = s.step(count); n < count; n += step)
-    product<T, Start::from>(
-        s.D + 1, s.D, count - n < step ? count - n : step, v + n, ldv, k + n * s.ldk, s.ldk, s.sums, s.ldk);
+  for (int64_t n = 0, step = s.step(count); n < count; n += step) {
+    const int64_t some = count - n < step ? count - n : step;
+    add_keys<T>(k + n * s.ldk, some, s.ldk, s.sums + s.D * s.ldk);
+    product<T, Start::from>(s.D, s.D, some, v + n, ldv, k + n * s.ldk, s.ldk, s.sums, s.ldk);
+  }
 }
 
 // out of `count` pixels from n on, at most two vectors of them, whose rectified queries are rows.

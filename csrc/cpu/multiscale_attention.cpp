@@ -14,10 +14,9 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
   Scratch<T> s(D, a.pixels(), a.eps);
   Convolutions<T> convolutions(a);
   const int64_t ld = convolutions.ld, band = a.S ? D * ld : 0, turned = a.S ? ld * s.ldk : 0;
-  arena.reset(s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band + ld) + Arena::bytes<T>(turned), a.poison);
+  arena.reset(s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band) + Arena::bytes<T>(turned), a.poison);
   s.take(), convolutions.take();
-  T *wide = arena.take<T>(band), *rows = arena.take<T>(band + ld), *tokens = arena.take<T>(turned);
-  if (a.S) fill(rows + band, ld, T(1));
+  T *wide = arena.take<T>(band), *rows = arena.take<T>(band), *tokens = arena.take<T>(turned);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const Part u(a, unit);

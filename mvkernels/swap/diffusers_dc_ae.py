@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from mvkernels.nn import pointwise_to_channels_last
 from mvkernels.nn.efficientvit import aggregate_and_attend
-from mvkernels.swap.eligibility import log_once, not_its_own, not_linear, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import (
+    log_once,
+    not_its_own,
+    not_linear,
+    not_number,
+    not_plain,
+    replaced,
+    unusual_call,
+)
 from mvkernels.swap.lite_mla import not_scale
 from mvkernels.swap.mobilevit import as_original
 
@@ -35,6 +43,7 @@ def why_not(module: Any) -> str:
         replaced(SanaMultiscaleLinearAttention, *_METHODS)
         or replaced(SanaMultiscaleAttnProcessor2_0, "__call__")
         or not_its_own(module, *_METHODS)
+        or not_number(module.eps, "eps")
         or not_plain(module.nonlinearity, nn.ReLU, "nonlinearity")
     )
     for name in ("to_q", "to_k", "to_v", "to_out"):

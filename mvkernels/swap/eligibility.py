@@ -105,6 +105,11 @@ def not_its_own(module: Any, *methods: str) -> str:
     return ""
 
 
+def not_number(value: Any, what: str) -> str:
+    """A plain number: a tensor in its place may have a gradient, or a value for each head."""
+    return "" if type(value) in (float, int) else f"{what} is a {type(value).__name__}, want a number"
+
+
 def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     """A plain Linear, of dense parameters with the dtype and device of ``like``."""
     reason = not_plain(module, nn.Linear, what)

@@ -7,14 +7,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvkernels.nn.efficientvit import aggregate_and_attend
-from mvkernels.swap.eligibility import log_once, not_dense, not_plain, not_pointwise_conv, unusual_call
+from mvkernels.swap.eligibility import (
+    log_once,
+    not_dense,
+    not_number,
+    not_plain,
+    not_pointwise_conv,
+    unusual_call,
+)
 
 
 def why_not(module: Any) -> str:
     """Why the fused op cannot stand between the two projections of this LiteMLA as it is now; empty if it can."""
     qkv, proj = module.qkv, module.proj
     reason = (
-        not_plain(module.kernel_func, nn.ReLU, "kernel_func")
+        not_number(module.eps, "eps")
+        or not_plain(module.kernel_func, nn.ReLU, "kernel_func")
         or not_plain(qkv, type(qkv), "qkv")
         or not_pointwise_conv(qkv.conv, "qkv.conv")
         or not_plain(proj, type(proj), "proj")

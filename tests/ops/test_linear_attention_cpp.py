@@ -108,6 +108,21 @@ def test_queries_with_little_above_zero(instruction_set):
         assert testing.max_error(found, exact) < 1e-4
 
 
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=checks.short)
+def test_sums_of_keys_are_as_near_as_pytorchs(instruction_set, layout):
+    """Where few of a query are above 0, its gradient is a difference in which every rounding of these sums shows."""
+    heads, dim = 32, 16
+    arguments = qkv(heads, dim, (16, 16), (1,), layout)
+    x, same = arguments["qkv"], torch.eye(dim).repeat(3 * heads, 1)[:, :, None, None]
+    weights = [torch.ones_like(arguments["depthwise"][0]), same, torch.empty(0), torch.empty(0)]
+    rectified = x.unflatten(1, (heads, 3, dim))[:, :, 1].relu().contiguous()
+    exact = rectified.sum((-2, -1), dtype=torch.float64)
+    allowed = 1.3 * testing.rms_error(rectified.sum((-2, -1)) / exact, torch.ones_like(exact))
+    for keys in torch.ops.mvkernels_cpp.multiscale_linear_attention_forward(x, weights, dim, 0.0)[2].split(heads, 1):
+        assert testing.rms_error(keys / exact, torch.ones_like(exact)) <= allowed
+
+
 def test_no_batch_gives_no_output_and_zero_gradients():
     arguments = qkv(2, 8, (5, 6), (3, 5), batch=1, biases=True)
     arguments["qkv"] = arguments["qkv"][:0]

@@ -161,6 +161,7 @@ DECLINED = {
             "aggreg has a Odd",
         ),
         "_attn": (_set("_attn", lambda q, k, v: v), "its _attn replaced"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
         "forward": (_set("forward", lambda x: x), "forward replaced"),
     },
     "mit": {
@@ -169,6 +170,7 @@ DECLINED = {
         "norm": (lambda m: setattr(m.qkv, "norm", nn.BatchNorm2d(48)), "qkv.norm is a BatchNorm2d"),
         "bias of a scale": (_replace("aggreg.0.1", nn.Conv2d(48, 48, 1, groups=6)), "aggreg has a bias"),
         "dim": (_set("dim", 5), "want a multiple of 3 * dim"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
         "method": (_set("relu_linear_att", lambda qkv: qkv), "cannot be compared|something else|replaced"),
     },
     "dc-ae": {
@@ -179,6 +181,7 @@ DECLINED = {
         "bias of a scale": (_replace("to_qkv_multiscale.0.proj_in", _conv(bias=True)), "to_qkv_multiscale has a bias"),
         "dtype": (lambda m: m.to_v.bfloat16(), "another dtype or device"),
         "head_dim": (_set("attention_head_dim", 5), "heads of 5 channels"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
         "method": (_set("apply_quadratic_attention", lambda q, k, v: v), "its apply_quadratic_attention replaced"),
         "forward": (_set("forward", lambda x: x), "forward replaced"),
     },
@@ -209,6 +212,19 @@ def test_options(name, change):
     report = swap(module)
     assert report.count == 0 and type(module) is kind
     assert re.search(re.escape(reason) if "|" not in reason else reason, report.entries[0].reason)
+
+
+@pytest.mark.parametrize("name", MULTISCALE)
+def test_eps_that_becomes_a_tensor(name, caplog):
+    """It may have a gradient, which the fused op has not for it."""
+    module = FAMILIES[name].attention()
+    x = FAMILIES[name].example(5, 7)
+    assert swap(module).count == 1
+    module.eps = torch.tensor(1e-3, requires_grad=True)
+    with caplog.at_level(logging.WARNING, logger="mvkernels"):
+        out = module(x)
+    assert torch.equal(out, restored(module)(x)) and out.requires_grad
+    assert torch.autograd.grad(out.square().sum(), module.eps)[0] != 0
 
 
 @pytest.mark.parametrize("name", MULTISCALE)
