@@ -156,9 +156,11 @@ class EfficientViT(nn.Module):
     def weight_sources(self) -> dict[str, WeightSource]:
         """Whose tensors load into this model: see :class:`mvmodels.WeightSource`."""
         unused = "" if self.head is not None else r"head\."
-        mit = _MIT_LARGE if self.size.large else _MIT_B
+        names = renaming([*(_MIT_LARGE if self.size.large else _MIT_B), *_MIT])
+        mit = WeightSource(names, unused, functools.partial(follow, conventions="mit"))
         return {
-            "mit": WeightSource(renaming([*mit, *_MIT]), unused, functools.partial(follow, conventions="mit")),
+            "authors": mit,
+            "mit": mit,
             "timm": WeightSource(renaming(_TIMM), unused, functools.partial(follow, conventions="timm")),
             "mvmodels": WeightSource(lambda name: name, unused),
         }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mvmodels.encoder import Grids, encoder, initialise, resize_tokens
 from mvmodels.layers import ConvNorm, check_picture, check_sizes
-from mvmodels.registry import ModelInfo, register
+from mvmodels.registry import ModelInfo, WeightSource, register
 
 _PAPER = "Exploring and Improving Mobile Level Vision Transformers, arXiv 2108.13015"
 # What the trunk makes of a picture's side, and the branches of that.
@@ -271,9 +271,8 @@ class IrregularViT(nn.Module):
         return [part.unflatten(2, grid) for part, grid in zip(parts[:2], grids)]
 
     @property
-    def unused_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """By source: how the names begin of what a checkpoint holds and this model is built without."""
-        return {} if self.head is not None else {"mvmodels": ("fusion.", "head.")}
+    def weight_sources(self) -> dict[str, WeightSource]:
+        return {"mvmodels": WeightSource(lambda name: name, "" if self.head is not None else r"fusion\.|head\.")}
 
 
 def _register(size: str, params: int, macs: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import DownsampleMobile, Former, FormerToMobile, Mobile, MobileToFormer
-from mvmodels.registry import ModelInfo, register
+from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "Mobile-Former: Bridging MobileNet and Transformer, arXiv 2108.05895"
 
@@ -249,18 +249,13 @@ class MobileFormer(nn.Module):
         tokens = self.mobile_to_former(maps[-1], tokens)
         return self.head(maps[-1], tokens[:, 0])
 
-    def authors_name(self, name: str) -> str:
-        """What the authors' code calls the tensor that ``state_dict()`` has under ``name``."""
-        for pattern, replacement in _AUTHORS:
-            name = re.sub(pattern, replacement, name)
-        return name
-
     @property
-    def unused_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """By source: how the names begin of what a checkpoint holds and this model is built without."""
-        if self.head is not None:
-            return {}
-        return {"authors": ("classifier.", "local_global."), "mvmodels": ("head.", "mobile_to_former.")}
+    def weight_sources(self) -> dict[str, WeightSource]:
+        headless = self.head is None
+        return {
+            "authors": WeightSource(renaming(_AUTHORS), r"classifier\.|local_global\." if headless else ""),
+            "mvmodels": WeightSource(lambda name: name, r"head\.|mobile_to_former\." if headless else ""),
+        }
 
 
 _AUTHORS = [

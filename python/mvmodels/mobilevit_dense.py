@@ -103,8 +103,11 @@ class DeepLabV3(nn.Module):
 
     @property
     def weight_sources(self) -> dict[str, WeightSource]:
-        passed_over = r"segmentation_head\." if self.features_only else ""
-        return {"transformers": WeightSource(_transformers_name, passed_over)}
+        headless = self.features_only
+        return {
+            "transformers": WeightSource(_transformers_name, r"segmentation_head\." if headless else ""),
+            "mvmodels": WeightSource(lambda name: name, r"aspp\.|classifier\." if headless else ""),
+        }
 
 
 def _transformers_name(name: str) -> str | tuple[str, ...]:
@@ -234,7 +237,10 @@ class SSDLite(nn.Module):
     def weight_sources(self) -> dict[str, WeightSource]:
         if not self.features_only:
             return {}
-        return {"timm": WeightSource(timm_name, r"final_conv\.|head\.")}
+        return {
+            "timm": WeightSource(timm_name, r"final_conv\.|head\."),
+            "mvmodels": WeightSource(lambda name: name, r"extra\.|heads\."),
+        }
 
 
 def anchors(sides: list[tuple[int, int]]) -> Tensor:

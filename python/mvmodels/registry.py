@@ -203,13 +203,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
 
 def _source(model: Any, source: str) -> WeightSource:
     """The model's answer to whose names those are."""
-    known: dict[str, WeightSource] = dict(getattr(model, "weight_sources", {}))
-    # What a model without a head passes over, and its names in the authors' code, may also be given by themselves.
-    unused: Mapping[str, tuple[str, ...]] = getattr(model, "unused_prefixes", {})
-    passed = {name: "|".join(map(re.escape, prefixes)) for name, prefixes in unused.items()}
-    if hasattr(model, "authors_name"):
-        known.setdefault("authors", WeightSource(model.authors_name, passed.get("authors", "")))
-    known.setdefault("mvmodels", WeightSource(lambda name: name, passed.get("mvmodels", "")))
+    known: dict[str, WeightSource] = {"mvmodels": WeightSource(lambda name: name)}
+    known |= getattr(model, "weight_sources", {})
     if source in known:
         return known[source]
     if source == "authors":
