@@ -25,7 +25,9 @@ def check_backend(backend: str | None) -> None:
 
 
 def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) -> None:
-    """Raise ValueError for an x that is no (B, in_chans, H, W) with sides of at least ``least``."""
+    """Raise TypeError for an x that is no tensor, ValueError for one that is no (B, in_chans, H, W) of such sides."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{type(model).__name__}: x is a {type(x).__name__}, want a torch.Tensor")
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"{type(model).__name__}: x is {tuple(x.shape)}, want (B, {in_chans}, H, W)")
     if min(x.shape[2:]) < least:

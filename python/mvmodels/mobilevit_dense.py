@@ -156,7 +156,7 @@ class SSDHead(nn.Module):
 
     def __init__(self, in_channels: int, width: int, boxes: int, num_classes: int, separable: bool) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.boxes = num_classes, boxes
         out = boxes * (4 + num_classes)
         self.project: nn.Module = nn.Identity()
         if separable and in_channels != width:
@@ -166,8 +166,9 @@ class SSDHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, in_channels, H, W) -> scores (B, H * W * boxes, num_classes), offsets (B, H * W * boxes, 4)."""
-        found = self.predict(self.project(x)).permute(0, 2, 3, 1)
-        offsets, scores = found.reshape(x.shape[0], -1, 4 + self.num_classes).split((4, self.num_classes), -1)
+        each = 4 + self.num_classes
+        found = self.predict(self.project(x)).permute(0, 2, 3, 1).unflatten(3, (self.boxes, each)).flatten(1, 3)
+        offsets, scores = found.split((4, self.num_classes), -1)
         return scores, offsets
 
 

@@ -149,6 +149,17 @@ def test_pictures_of_any_size(name):
 
 
 @pytest.mark.parametrize("name", SMALLEST)
+def test_no_pictures(name):
+    """A batch of none has empty answers, of the shapes of others, and gradients of zero."""
+    model = make(name).eval()
+    x = torch.empty(0, 3, 64, 64, requires_grad=True)
+    outs = tensors(model(x))
+    assert [o.shape for o in outs] == [(0, *o.shape[1:]) for o in tensors(model(torch.randn(1, 3, 64, 64)))]
+    sum(o.sum() for o in outs).backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("name", SMALLEST)
 def test_common_settings(name):
     model = make(name, in_chans=1, num_classes=3, drop_rate=0.25).eval()
     out = model(torch.randn(2, 1, 64, 64))

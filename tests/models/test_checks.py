@@ -97,7 +97,14 @@ def test_drop_path_rate(rate):
         mvmodels.create_model("mobile_former_26m", drop_path_rate=rate)
 
 
-@pytest.mark.parametrize("x", [None, [[1.0]], "a"], ids=str)
-def test_a_picture_that_is_no_tensor(x):
-    with pytest.raises(TypeError, match=f"^MobileFormer: x is a {type(x).__name__}, want a torch.Tensor$"):
-        mvmodels.create_model("mobile_former_26m")(x)
+FAMILIES = ["mobile_former_26m", "mobilevit_xxs", "efficientvit_b0", "poolformer_s12", "vit_p_1gf"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_no_picture(name):
+    model = mvmodels.create_model(name)
+    for x in (None, [[1.0]], "a"):
+        with pytest.raises(TypeError, match=rf": x is a {type(x).__name__}, want a torch\.Tensor$"):
+            model(x)
+    with pytest.raises(ValueError, match=r": x is \(1, 3, 0, 8\), want H and W of at least"):
+        model(torch.randn(1, 3, 0, 8))
