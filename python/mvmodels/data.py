@@ -156,7 +156,9 @@ def _open(path: Path, channels: int) -> Any:
         raise UsageError("pillow is not installed: pip install 'mvkernels[train]'") from None
     try:
         with Image.open(path) as picture:
-            return _eight_bits(ImageOps.exif_transpose(picture), picture.format).convert("L" if channels == 1 else "RGB")
+            return _eight_bits(ImageOps.exif_transpose(picture), picture.format).convert(
+                "L" if channels == 1 else "RGB"
+            )
     # Damaged files surface as any of these, by format.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         why = "no picture that pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)

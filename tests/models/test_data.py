@@ -132,7 +132,7 @@ class TestReadPicture:
     @pytest.mark.parametrize("kind", ["int32", "float32"])
     def test_no_known_white(self, tmp_path, kind):
         Image.fromarray(numpy.ones((8, 8), kind)).save(tmp_path / "deep.tif")
-        with pytest.raises(DataError, match="its pixels are of mode [IF], whose white is not known"):
+        with pytest.raises(DataError, match=r"its pixels are of mode [IF], whose white is not known"):
             read_picture(tmp_path / "deep.tif", 8, 8)
 
     def test_turned_as_the_camera_says(self, tmp_path):
