@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=8)
     add("--batch", type=int, default=64)
     add("--lr", type=float, default=2e-3)
-    add("--size", type=int, default=64, help="side of a picture")
+    add("--size", type=int, default=32, help="side of a picture")
     add("--seed", type=int, default=0)
     add("--threads", type=int, default=1)
     add("--wanted", type=float, default=0.95, help="the least accuracy at the end")

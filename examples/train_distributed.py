@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn import functional as F
 
 import mvmodels
+from mvmodels import checkpoint
 from mvmodels.data import Digits
 
 
@@ -71,16 +71,14 @@ def save(path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimiz
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, state = get_state_dict(model, optimizer, options=whole)
     if dist.get_rank() == 0:
-        scratch = path.with_name(f"{path.name}.writing")
-        torch.save({"step": step, "model": weights, "optimizer": state}, scratch)
-        os.replace(scratch, path)
+        checkpoint.save({"step": step, "model": weights, "optimizer": state}, path)
 
 
 def resume(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """The step to go on with."""
     if path is None or not path.exists():
         return 0
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    saved = checkpoint.read(path)
     set_state_dict(
         model,
         optimizer,

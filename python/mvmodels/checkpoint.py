@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,36 @@ from mvkernels.report import UsageError
 from mvmodels.registry import create_model, load_weights
 
 FORMAT = "mvmodels 1"
+# What it takes to use the model of a training.
+_TRAINED = {"model": str, "settings": dict, "classes": list, "size": int, "channels": int, "state_dict": Mapping}
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write ``state`` to ``path``, which at every moment is the old file or the new one.
 
     It is written beside it, flushed to the disk, and renamed. A process killed on the way leaves a ``.part`` that the
-    next one overwrites.
+    next one overwrites. Raises UsageError, one line, where it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def make_folder(path: Path) -> None:
+    """The folder and those above it. Raises UsageError, one line, where files cannot be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror or error}") from None
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{path} cannot be written to")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -38,7 +54,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Only tensors and plain values are read: a file cannot run code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of what it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError):
@@ -49,10 +67,18 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What :func:`save` wrote; raises UsageError for other files."""
-    state = read(path)
+    """A trained model that :func:`save` wrote; raises UsageError for other files."""
+    return trained(read(path), path)
+
+
+def trained(state: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state, if it is one of a trained model. Raises UsageError, one line, if not."""
     if state.get("format") != FORMAT:
         raise UsageError(f"{path} was not written by mvmodels.train")
+    for name, kind in _TRAINED.items():
+        if not isinstance(state.get(name), kind):
+            found = f"its {name} is a {type(state[name]).__name__}" if name in state else f"it has no {name}"
+            raise UsageError(f"{path} is no checkpoint of mvmodels.train: {found}")
     return state
 
 

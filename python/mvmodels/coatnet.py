@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import DropPath
-from mvmodels.layers import Mlp, attention_over_map, check_backend, check_picture, check_sizes
+from mvmodels.layers import Mlp, attention_over_map, check_backend, check_picture, check_sizes, picture_sides
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "CoAtNet: Marrying Convolution and Attention for All Data Sizes, arXiv 2106.04803"
@@ -214,8 +214,8 @@ class CoAtNet(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_sizes("CoAtNet", num_classes=num_classes, in_chans=in_chans, image_size=min(height, width))
+        check_sizes("CoAtNet", num_classes=num_classes, in_chans=in_chans)
+        height, width = picture_sides("CoAtNet", image_size)
         check_backend(backend)
         for name, value, known in (("pool", pool, ("avg", "max")), ("stride_in", stride_in, ("depthwise", "expand"))):
             if value not in known:

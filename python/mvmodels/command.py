@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -24,13 +25,19 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def number(kind: Callable[[str], Any], least: float, below: float = float("inf")) -> Callable[[str], Any]:
-    """A type for argparse: an int or float from ``least`` on and less than ``below``."""
+def number(
+    kind: Callable[[str], Any], least: float = -math.inf, below: float = math.inf, most: float = math.inf
+) -> Callable[[str], Any]:
+    """A type for argparse: a finite int or float from ``least`` on, less than ``below`` and not over ``most``."""
 
     def convert(text: str) -> Any:
         value = kind(text)
-        if not least <= value < below:
-            limit = "" if below == float("inf") else f" and less than {below:g}"
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+        if not least <= value < below or value > most:
+            limit = (
+                f" and less than {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
+            )
             raise argparse.ArgumentTypeError(f"{text} is not at least {least:g}{limit}")
         return value
 
@@ -55,6 +62,8 @@ def device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if torch.device(name).type == "meta":
+        raise UsageError(f"--device {name} cannot be used: it computes nothing")
     return name
 
 

@@ -156,13 +156,25 @@ def _open(path: Path, channels: int) -> Any:
         raise UsageError("pillow is not installed: pip install 'mvkernels[train]'") from None
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("L" if channels == 1 else "RGB")
+            return _eight_bits(ImageOps.exif_transpose(picture), picture.format).convert(
+                "L" if channels == 1 else "RGB"
+            )
     # Damaged files surface as any of these, by format.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         why = "no picture that pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         if isinstance(error, FileNotFoundError):
             why = "there is no such file"
         raise DataError(f"{path} cannot be read: {' '.join(why.split())}") from None
+
+
+def _eight_bits(picture: Any, form: str | None) -> Any:
+    """The picture, 16 bits made 8: pillow's convert() would cut them off at 255, and leave a white picture."""
+    # Older versions of pillow open a PNG of 16 bits as one of 32.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and form == "PNG"):
+        return picture.convert("I").point(lambda value: value / 256).convert("L")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {picture.mode}, whose white is not known; want 8 or 16 bits")
+    return picture
 
 
 def _to_tensor(picture: Any, box: tuple[float, float, float, float], h: int, w: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import ConvNormAct, EfficientViTBlock, LiteMLA, MBConv, Residual
+from mvmodels.layers import check_picture, check_sizes
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction, arXiv 2205.14756"
@@ -106,9 +107,7 @@ class EfficientViT(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_chans", in_chans)):
-            if value < 1:
-                raise ValueError(f"EfficientViT: {name} is {value}, want at least 1")
+        check_sizes("EfficientViT", num_classes=num_classes, in_chans=in_chans)
         self.size, self.in_chans, self.features_only = size, in_chans, features_only
         act, norm_eps = (_GELU, 1e-7) if size.large else (_HARDSWISH, 1e-5)
         block = functools.partial(
@@ -138,8 +137,7 @@ class EfficientViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"EfficientViT: x is {tuple(x.shape)}, want (B, {self.in_chans}, H, W)")
+        check_picture(self, x, self.in_chans)
         x = self.stem(x)
         maps = []
         for stage in self.body:
@@ -156,9 +154,11 @@ class EfficientViT(nn.Module):
     def weight_sources(self) -> dict[str, WeightSource]:
         """Whose tensors load into this model: see :class:`mvmodels.WeightSource`."""
         unused = "" if self.head is not None else r"head\."
-        mit = _MIT_LARGE if self.size.large else _MIT_B
+        names = renaming([*(_MIT_LARGE if self.size.large else _MIT_B), *_MIT])
+        mit = WeightSource(names, unused, functools.partial(follow, conventions="mit"))
         return {
-            "mit": WeightSource(renaming([*mit, *_MIT]), unused, functools.partial(follow, conventions="mit")),
+            "authors": mit,
+            "mit": mit,
             "timm": WeightSource(renaming(_TIMM), unused, functools.partial(follow, conventions="timm")),
             "mvmodels": WeightSource(lambda name: name, unused),
         }

@@ -82,6 +82,13 @@ class Options:
         return {**what, "scales": list(self.scales)}
 
 
+# What a checkpoint has to have for a run to go on, beside the model.
+_RESUMED = (
+    "options", "pictures", "ranks", "ema", "optimizer", "epoch", "in_epoch", "step", "total", "history", "best",
+    "seconds",
+)  # fmt: skip
+
+
 class Average:
     """Exponential moving average of a model's weights and statistics.
 
@@ -210,6 +217,9 @@ class Trainer:
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Go on from :meth:`state`. Raises UsageError, one line, if the run it is of was another; nothing changes."""
+        missing = [name for name in _RESUMED if name not in state]
+        if missing:
+            raise UsageError(f"{path} holds a model and no training to go on with: it has no {', '.join(missing)}")
         mine = {
             **self.options.identity(),
             "ranks": self.ranks,

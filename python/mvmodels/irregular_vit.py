@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from mvmodels.encoder import Grids, encoder, initialise, resize_tokens
-from mvmodels.layers import ConvNorm, check_picture, check_sizes
-from mvmodels.registry import ModelInfo, register
+from mvmodels.layers import ConvNorm, check_picture, check_sizes, picture_sides
+from mvmodels.registry import ModelInfo, WeightSource, register
 
 _PAPER = "Exploring and Improving Mobile Level Vision Transformers, arXiv 2108.13015"
 # What the trunk makes of a picture's side, and the branches of that.
@@ -112,9 +112,11 @@ class IrregularPatchEmbedding(nn.Module):
         activation: str = "silu",
     ) -> None:
         super().__init__()
-        check_sizes("IrregularViT", expansion=expansion, trunk=min(trunk))
-        if len(trunk) != 4:
-            raise ValueError(f"IrregularViT: trunk is {trunk}, want 4 widths")
+        if not isinstance(trunk, (tuple, list)) or len(trunk) != 4:
+            raise ValueError(f"IrregularViT: trunk is {trunk!r}, want 4 widths")
+        check_sizes("IrregularViT", expansion=expansion, **{f"trunk[{i}]": width for i, width in enumerate(trunk)})
+        if not isinstance(se_ratio, (int, float)) or not 0 <= float(se_ratio) < math.inf:
+            raise ValueError(f"IrregularViT: se_ratio is {se_ratio!r}, want a number of at least 0")
         if coarse not in ("two", "one"):
             raise ValueError(f"IrregularViT: coarse is {coarse!r}, want 'two' or 'one'")
         if activation not in _ACTIVATIONS:
@@ -229,8 +231,8 @@ class IrregularViT(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_sizes("IrregularViT", num_classes=num_classes, in_chans=in_chans, image_size=min(height, width))
+        check_sizes("IrregularViT", num_classes=num_classes, in_chans=in_chans)
+        height, width = picture_sides("IrregularViT", image_size)
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, _TRUNK * _FINE), (dim, _TRUNK * _COARSE))
@@ -271,9 +273,8 @@ class IrregularViT(nn.Module):
         return [part.unflatten(2, grid) for part, grid in zip(parts[:2], grids)]
 
     @property
-    def unused_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """By source: how the names begin of what a checkpoint holds and this model is built without."""
-        return {} if self.head is not None else {"mvmodels": ("fusion.", "head.")}
+    def weight_sources(self) -> dict[str, WeightSource]:
+        return {"mvmodels": WeightSource(lambda name: name, "" if self.head is not None else r"fusion\.|head\.")}
 
 
 def _register(size: str, params: int, macs: float) -> None:

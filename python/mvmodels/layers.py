@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,10 +14,23 @@ from mvkernels.nn import pointwise_to_channels_first, pointwise_to_channels_last
 
 
 def check_sizes(model: str, **sizes: int) -> None:
-    """Raise ValueError for a size below 1."""
+    """Raise TypeError for a size that is no integer, ValueError for one below 1."""
     for name, value in sizes.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{model}: {name} is {value!r}, want an integer")
         if value < 1:
             raise ValueError(f"{model}: {name} is {value}, want at least 1")
+
+
+def picture_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a setting that is a side or the two. Raises TypeError for another, ValueError below 1."""
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2:
+        raise TypeError(f"{model}: image_size is {image_size!r}, want an integer or two")
+    check_sizes(
+        model, **{f"image_size{'' if sides[0] == sides[1] else f'[{i}]'}": side for i, side in enumerate(sides)}
+    )
+    return sides
 
 
 def check_backend(backend: str | None) -> None:
@@ -25,7 +40,9 @@ def check_backend(backend: str | None) -> None:
 
 
 def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) -> None:
-    """Raise ValueError for an x that is no (B, in_chans, H, W) with sides of at least ``least``."""
+    """Raise TypeError for an x that is no tensor, ValueError for one that is no (B, in_chans, H, W) of such sides."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{type(model).__name__}: x is a {type(x).__name__}, want a torch.Tensor")
     if x.dim() != 4 or x.shape[1] != in_chans:
         raise ValueError(f"{type(model).__name__}: x is {tuple(x.shape)}, want (B, {in_chans}, H, W)")
     if min(x.shape[2:]) < least:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.nn import DownsampleMobile, Former, FormerToMobile, Mobile, MobileToFormer
-from mvmodels.registry import ModelInfo, register
+from mvmodels.layers import check_picture, check_sizes
+from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "Mobile-Former: Bridging MobileNet and Transformer, arXiv 2108.05895"
 
@@ -182,9 +183,7 @@ class MobileFormer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_chans", in_chans)):
-            if value < 1:
-                raise ValueError(f"MobileFormer: {name} is {value}, want at least 1")
+        check_sizes("MobileFormer", num_classes=num_classes, in_chans=in_chans)
         if stem_stride not in (1, 2):
             raise ValueError(f"MobileFormer: stem_stride is {stem_stride}, want 1 or 2")
         count, token_dim = size.tokens
@@ -228,10 +227,7 @@ class MobileFormer(nn.Module):
 
     def forward_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """A picture (B, in_chans, H, W) -> the last map of each stage, finest first, and tokens (B, M, token_dim)."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"MobileFormer: x is a {type(x).__name__}, want a torch.Tensor")
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"MobileFormer: x is {tuple(x.shape)}, want (B, {self.in_chans}, H, W)")
+        check_picture(self, x, self.in_chans)
         tokens = self.tokens.expand(x.shape[0], -1, -1)
         x = self.stem(x)
         maps = [x] if -1 in self.stage_ends else []
@@ -249,18 +245,13 @@ class MobileFormer(nn.Module):
         tokens = self.mobile_to_former(maps[-1], tokens)
         return self.head(maps[-1], tokens[:, 0])
 
-    def authors_name(self, name: str) -> str:
-        """What the authors' code calls the tensor that ``state_dict()`` has under ``name``."""
-        for pattern, replacement in _AUTHORS:
-            name = re.sub(pattern, replacement, name)
-        return name
-
     @property
-    def unused_prefixes(self) -> dict[str, tuple[str, ...]]:
-        """By source: how the names begin of what a checkpoint holds and this model is built without."""
-        if self.head is not None:
-            return {}
-        return {"authors": ("classifier.", "local_global."), "mvmodels": ("head.", "mobile_to_former.")}
+    def weight_sources(self) -> dict[str, WeightSource]:
+        headless = self.head is None
+        return {
+            "authors": WeightSource(renaming(_AUTHORS), r"classifier\.|local_global\." if headless else ""),
+            "mvmodels": WeightSource(lambda name: name, r"head\.|mobile_to_former\." if headless else ""),
+        }
 
 
 _AUTHORS = [

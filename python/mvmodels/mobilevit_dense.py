@@ -103,8 +103,11 @@ class DeepLabV3(nn.Module):
 
     @property
     def weight_sources(self) -> dict[str, WeightSource]:
-        passed_over = r"segmentation_head\." if self.features_only else ""
-        return {"transformers": WeightSource(_transformers_name, passed_over)}
+        headless = self.features_only
+        return {
+            "transformers": WeightSource(_transformers_name, r"segmentation_head\." if headless else ""),
+            "mvmodels": WeightSource(lambda name: name, r"aspp\.|classifier\." if headless else ""),
+        }
 
 
 def _transformers_name(name: str) -> str | tuple[str, ...]:
@@ -153,7 +156,7 @@ class SSDHead(nn.Module):
 
     def __init__(self, in_channels: int, width: int, boxes: int, num_classes: int, separable: bool) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.boxes = num_classes, boxes
         out = boxes * (4 + num_classes)
         self.project: nn.Module = nn.Identity()
         if separable and in_channels != width:
@@ -163,8 +166,9 @@ class SSDHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, in_channels, H, W) -> scores (B, H * W * boxes, num_classes), offsets (B, H * W * boxes, 4)."""
-        found = self.predict(self.project(x)).permute(0, 2, 3, 1)
-        offsets, scores = found.reshape(x.shape[0], -1, 4 + self.num_classes).split((4, self.num_classes), -1)
+        each = 4 + self.num_classes
+        found = self.predict(self.project(x)).permute(0, 2, 3, 1).unflatten(3, (self.boxes, each)).flatten(1, 3)
+        offsets, scores = found.split((4, self.num_classes), -1)
         return scores, offsets
 
 
@@ -234,7 +238,10 @@ class SSDLite(nn.Module):
     def weight_sources(self) -> dict[str, WeightSource]:
         if not self.features_only:
             return {}
-        return {"timm": WeightSource(timm_name, r"final_conv\.|head\.")}
+        return {
+            "timm": WeightSource(timm_name, r"final_conv\.|head\."),
+            "mvmodels": WeightSource(lambda name: name, r"extra\.|heads\."),
+        }
 
 
 def anchors(sides: list[tuple[int, int]]) -> Tensor:

@@ -32,13 +32,21 @@ def parser() -> argparse.ArgumentParser:
     add("image", nargs="+", type=Path)
     add("--checkpoint", required=True, type=Path, help="of mvmodels.train, or a state_dict")
     add("--model", help="for a state_dict; of a checkpoint it has to be the model")
-    add("--source", default="mvmodels", help="whose names a state_dict has: mvmodels, authors, timm, …")
-    add("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help="settings of a state_dict's model")
+    add("--source", help="whose names a state_dict has: mvmodels (default), authors, timm, …")
+    add(
+        "--set",
+        type=setting,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of a state_dict's model",
+    )
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one on a line")
     add("--size", type=number(int, 8), help="side of the picture (default: that of the training, else the model's)")
-    add("--crop", type=number(float, 0.01, 1.01), default=0.875, help="share of the picture's side that is seen")
-    add("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="of a state_dict's pictures (default 0.5)")
-    add("--std", type=number(float, 1e-6), nargs=3, default=(0.5, 0.5, 0.5))
+    add("--crop", type=number(float, 0.01, most=1), default=0.875, help="share of the picture's side that is seen")
+    add("--mean", type=number(float), nargs=3, help="of a state_dict's pictures, from 0 to 1 (default 0.5)")
+    add("--std", type=number(float, 1e-6), nargs=3, help="of a state_dict's pictures (default 0.5)")
     add("--top-k", type=number(int, 1), default=5)
     add("--no-ema", action="store_true", help="the weights of last.pt themselves, not their average")
     add("--device", default="cpu")
@@ -60,6 +68,10 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
             model_info(options.model)  # a misspelt one is told before a file is read
         state = checkpoint.read(options.checkpoint)
         if state.get("format") == checkpoint.FORMAT:
+            checkpoint.trained(state, options.checkpoint)
+            for name in ("source", "set", "mean", "std"):
+                if getattr(options, name):
+                    raise UsageError(f"{options.checkpoint} says itself what it is of: --{name} is for a state_dict")
             if options.model not in (None, state["model"]):
                 raise UsageError(f"{options.checkpoint} is of {state['model']}, not of {options.model}")
             return checkpoint.build(state, options.checkpoint, not options.no_ema), state
@@ -68,7 +80,7 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
         model = create_model(options.model, **_shape(options, state))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
-    checkpoint.fit(model, state, options.checkpoint, options.source)
+    checkpoint.fit(model, state, options.checkpoint, options.source or "mvmodels")
     known = {"model": options.model, "size": model_info(options.model).input_size}
     return model.eval(), {**known, "channels": dict(options.set).get("in_chans", 3)}
 
@@ -81,9 +93,10 @@ def _shape(options: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]
 
 def _names(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    return text.removesuffix("\n").split("\n")
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -121,13 +134,15 @@ def _probabilities(model: nn.Module, picture: Tensor, name: str) -> Tensor:
         raise UsageError(str(error)) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UsageError(f"{name} is no classifier of pictures")
+    if not logits.isfinite().all():
+        raise UsageError(f"{name} answers with numbers that are not finite: its weights are no good")
     return logits.float().softmax(1)[0].cpu()
 
 
-def _normalised(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _normalised(picture: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
     """From -1 … 1 to what a model was trained on: (u - mean) / std of u in 0 … 1."""
     channels = len(picture)
-    shift, scale = (torch.tensor(values)[:channels, None, None] for values in (mean, std))
+    shift, scale = (torch.tensor(values or (0.5, 0.5, 0.5))[:channels, None, None] for values in (mean, std))
     return ((picture + 1.0) / 2.0 - shift) / scale
 
 

@@ -81,7 +81,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def model_info(name: str) -> ModelInfo:
     """What is known of a model. Raises ValueError for an unknown name."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3) or list(MODELS)[:3]
         raise ValueError(f"unknown model {name!r}, did you mean {', '.join(near)}? list_models() has all")
     return MODELS[name]
@@ -113,7 +113,9 @@ def create_model(
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"create_model: {what} is {count!r}, want an integer")
     # Dropping all is something to a dropout, and nothing to a drop path, which divides by what is kept.
-    rates = {"drop_rate": (drop_rate, "<="), "drop_path_rate": (settings.get("drop_path_rate", 0.0), "<")}
+    rates = {"drop_rate": (drop_rate, "<=")}
+    limits = {"dropout": "<=", "drop_path_rate": "<"}
+    rates |= {what: (settings[what], limits[what]) for what in limits if what in settings}
     for what, (rate, below) in rates.items():
         if not isinstance(rate, Real):
             raise TypeError(f"create_model: {what} is {rate!r}, want a number")
@@ -203,13 +205,8 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
 
 def _source(model: Any, source: str) -> WeightSource:
     """The model's answer to whose names those are."""
-    known: dict[str, WeightSource] = dict(getattr(model, "weight_sources", {}))
-    # What a model without a head passes over, and its names in the authors' code, may also be given by themselves.
-    unused: Mapping[str, tuple[str, ...]] = getattr(model, "unused_prefixes", {})
-    passed = {name: "|".join(map(re.escape, prefixes)) for name, prefixes in unused.items()}
-    if hasattr(model, "authors_name"):
-        known.setdefault("authors", WeightSource(model.authors_name, passed.get("authors", "")))
-    known.setdefault("mvmodels", WeightSource(lambda name: name, passed.get("mvmodels", "")))
+    known: dict[str, WeightSource] = {"mvmodels": WeightSource(lambda name: name)}
+    known |= getattr(model, "weight_sources", {})
     if source in known:
         return known[source]
     if source == "authors":

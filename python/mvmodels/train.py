@@ -52,7 +52,15 @@ def parser() -> argparse.ArgumentParser:
     add("--scales", type=number(int, 8), nargs=2, default=(160, 320), metavar=("MIN", "MAX"))
     add("--held-out", type=number(float, 0, 1), default=0.1, help="share of a folder without train and val")
     add("--no-flip", action="store_true", help="never mirror a picture of a folder")
-    add("--set", type=setting, nargs="+", default=[], metavar="NAME=VALUE", help="settings of the model")
+    add(
+        "--set",
+        type=setting,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the model",
+    )
     add("--seed", type=number(int, 0), default=0)
     add("--device", help="default: cuda if there is one, else cpu; under torchrun, cuda means each process's own")
     add("--backend", default="auto", help="of the fused ops: auto, reference, cpp, triton, cuda")
@@ -66,10 +74,16 @@ def parser() -> argparse.ArgumentParser:
 
 def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
     """To train on and to test on. Raises UsageError for what cannot be read."""
+    channels = options.settings.get("in_chans", 1 if where == "digits" else 3)
+    known, kind = ((1,), "grey") if where == "digits" else ((1, 3), "grey (1) or of three colours (3)")
+    if isinstance(channels, int) and channels > 0 and channels not in known:
+        raise UsageError(f"in_chans is {channels}, the pictures of {where} are {kind}")
     if where == "digits":
         return Digits(False, options.size), Digits(True, options.size)
-    channels = options.settings.get("in_chans", 3)
-    return folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
+    data = folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
+    if len(data[0].classes) < 2:
+        raise UsageError(f"{where} has one class only, {data[0].classes[0]}: want a folder for each of several")
+    return data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +156,8 @@ def _run(arguments: argparse.Namespace, options: Options, train: Pictures, test:
         trainer = Trainer(options, train, test, report=_report if first else None)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
+    if first:
+        checkpoint.make_folder(output)
     if state is not None:
         trainer.restore(state, last)
         if first:

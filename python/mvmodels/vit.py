@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvmodels.encoder import encoder, initialise, resize_tokens
-from mvmodels.layers import ConvNorm, check_picture, check_sizes
+from mvmodels.layers import ConvNorm, check_picture, check_sizes, picture_sides
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
 
 _PAPER = "Early Convolutions Help Transformers See Better, arXiv 2106.14881"
@@ -110,8 +110,8 @@ class VisionTransformer(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        check_sizes(type(self).__name__, num_classes=num_classes, in_chans=in_chans, image_size=min(height, width))
+        check_sizes(type(self).__name__, num_classes=num_classes, in_chans=in_chans)
+        height, width = picture_sides(type(self).__name__, image_size)
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, PATCH),)

@@ -91,13 +91,49 @@ def test_settings(name, settings, error, message):
         mvmodels.create_model(name, **settings)
 
 
+@pytest.mark.parametrize(
+    "name, settings, error, message",
+    [
+        ("vit_p_1gf", {"image_size": (1, 2, 3)}, TypeError, r"image_size is \(1, 2, 3\), want an integer or two"),
+        ("vit_p_1gf", {"image_size": "a"}, TypeError, "image_size is 'a', want an integer"),
+        ("coatnet_0", {"image_size": 3.7}, TypeError, "image_size is 3.7, want an integer"),
+        ("coatnet_0", {"image_size": (32, 0)}, ValueError, r"image_size\[1\] is 0, want at least 1"),
+        ("efficientformer_l1", {"image_size": (224, 224)}, TypeError, r"image_size is \(224, 224\), want an integer"),
+        ("irregular_vit_tiny", {"image_size": None}, TypeError, "image_size is None, want an integer"),
+        ("irregular_vit_tiny", {"trunk": 5}, ValueError, "trunk is 5, want 4 widths"),
+        ("irregular_vit_tiny", {"trunk": (8, 8, 8.5, 8)}, TypeError, r"trunk\[2\] is 8.5, want an integer"),
+        ("irregular_vit_tiny", {"expansion": 1.5}, TypeError, "expansion is 1.5, want an integer"),
+        ("irregular_vit_tiny", {"se_ratio": -1}, ValueError, "se_ratio is -1, want a number of at least 0"),
+        ("irregular_vit_tiny", {"se_ratio": "a"}, ValueError, "se_ratio is 'a', want a number of at least 0"),
+        ("mobilevit_xxs", {"dropout": "a"}, TypeError, "dropout is 'a', want a number"),
+        ("poolformer_s12", {"dropout": 2}, ValueError, "dropout is 2, want 0 <= dropout <= 1"),
+    ],
+    ids=str,
+)
+def test_settings_of_a_family(name, settings, error, message):
+    with pytest.raises(error, match=f"^[A-Za-z_]+: {message}$"):
+        mvmodels.create_model(name, **settings)
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(ValueError, match=r"unknown model \['mobilevit_s'\], did you mean mobilevit_s"):
+        mvmodels.create_model(["mobilevit_s"])
+
+
 @pytest.mark.parametrize("rate", [1.5, 1.0, -1, float("nan")])
 def test_drop_path_rate(rate):
     with pytest.raises(ValueError, match=f"^create_model: drop_path_rate is {rate}, want 0 <= drop_path_rate < 1$"):
         mvmodels.create_model("mobile_former_26m", drop_path_rate=rate)
 
 
-@pytest.mark.parametrize("x", [None, [[1.0]], "a"], ids=str)
-def test_a_picture_that_is_no_tensor(x):
-    with pytest.raises(TypeError, match=f"^MobileFormer: x is a {type(x).__name__}, want a torch.Tensor$"):
-        mvmodels.create_model("mobile_former_26m")(x)
+FAMILIES = ["mobile_former_26m", "mobilevit_xxs", "efficientvit_b0", "poolformer_s12", "vit_p_1gf"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_no_picture(name):
+    model = mvmodels.create_model(name)
+    for x in (None, [[1.0]], "a"):
+        with pytest.raises(TypeError, match=rf": x is a {type(x).__name__}, want a torch\.Tensor$"):
+            model(x)
+    with pytest.raises(ValueError, match=r": x is \(1, 3, 0, 8\), want H and W of at least"):
+        model(torch.randn(1, 3, 0, 8))

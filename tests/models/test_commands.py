@@ -86,6 +86,18 @@ class TestTrain:
         asked = {"multi_scale": "variable", "scales": [32, 64], "ema": 0.0, "warmup": 3, "clip": 1.0, "amp": True}
         assert {key: state["options"][key] for key in asked} == asked and result["backend"] == "reference"
 
+    def test_every_set_counts(self, folder, tmp_path, capsys):
+        more = "--epochs 1 --set drop_rate=0.5 --set drop_path_rate=0.1 backend=reference"
+        assert run(folder, tmp_path, *more.split()) == 0
+        wanted = {"in_chans": 3, "drop_rate": 0.5, "drop_path_rate": 0.1, "backend": "reference"}
+        assert checkpoint.read_training(tmp_path / "best.pt")["settings"] == wanted
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+    def test_a_full_disk(self, folder, tmp_path, capsys):
+        (tmp_path / ".best.pt.part").symlink_to("/dev/full")
+        assert run(folder, tmp_path) == 2
+        assert "best.pt cannot be written: No space left on device" in capsys.readouterr().err.splitlines()[-1]
+
     def test_grey_pictures(self, folder, tmp_path, capsys):
         assert run(folder, tmp_path, "--set", "in_chans=1", "--json") == 0
         capsys.readouterr()
@@ -118,11 +130,20 @@ class TestTrain:
             ("--model vit_tiny --data digits --set image_size=0", "image_size is 0"),
             ("--model vit_tiny --data digits --backend cuda --epochs 1 --no-tensorboard", "cuda"),
             ("--model vit_tiny --multi-scale variable --scales 64 32", "minimum is 64, above the maximum of 32"),
+            ("--model vit_tiny --data digits --set in_chans=3", "in_chans is 3, the pictures of digits are grey"),
+            ("--model vit_tiny --data one --set in_chans=4", "in_chans is 4, the pictures of one are grey (1) or"),
+            ("--model vit_tiny --data one", "one has one class only, train"),
+            ("--model vit_tiny --data digits --device meta", "--device meta cannot be used"),
+            ("--model vit_tiny --data digits --output one/file", "one/file cannot be made: File exists"),
+            ("--model vit_tiny --data digits --output one/file/below", "below cannot be made: Not a directory"),
         ],
     )
     def test_what_cannot_be_done(self, tmp_path, monkeypatch, capsys, arguments, match):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "empty").mkdir()
+        for i in range(2):
+            pictures.write(tmp_path / "one" / "train" / f"{i}.png", (9, 9, 9), i)
+        (tmp_path / "one" / "file").touch()
         assert train.main(["--device", "cpu", *arguments.split()]) == 2
         assert match in one_line_on_stderr(capsys, "train")
         assert not list(tmp_path.rglob("*.pt"))
@@ -140,6 +161,9 @@ class TestTrain:
         checkpoint.save(state, trained / "last.pt")
         assert run(folder, trained, "--resume") == 2
         assert "the weights do not fit" in one_line_on_stderr(capsys, "train")
+        (trained / "best.pt").replace(trained / "last.pt")
+        assert run(folder, trained, "--resume") == 2
+        assert "holds a model and no training to go on with: it has no options" in one_line_on_stderr(capsys, "train")
         (trained / "last.pt").write_bytes(b"no checkpoint")
         assert run(folder, trained, "--resume") == 2
         assert "is no checkpoint" in one_line_on_stderr(capsys, "train")
@@ -209,12 +233,46 @@ class TestPredict:
             ("--backend fastest", "backend is 'fastest'"),
             ("--checkpoint nowhere.pt", "nowhere.pt cannot be read: No such file"),
             ("--classes nowhere.txt", "nowhere.txt cannot be read"),
+            ("--source timm", "says itself what it is of: --source is for a state_dict"),
+            ("--set drop_rate=0.1", "--set is for a state_dict"),
+            ("--mean 0 0 0", "--mean is for a state_dict"),
+            ("--device meta", "--device meta cannot be used"),
         ],
     )
     def test_what_cannot_be_done(self, folder, trained, capsys, arguments, match):
         common = [str(folder / "red" / "0.png"), "--checkpoint", str(trained / "best.pt")]
         assert predict.main([*common, *arguments.split()]) == 2
         assert match in one_line_on_stderr(capsys, "predict")
+
+    @pytest.mark.parametrize("name", ["model", "settings", "classes", "size", "channels", "state_dict"])
+    def test_a_checkpoint_that_lacks_something(self, folder, trained, capsys, name):
+        state = checkpoint.read_training(trained / "best.pt")
+        common = [str(folder / "red" / "0.png"), "--checkpoint", str(trained / "best.pt")]
+        for changed, match in (({}, f"it has no {name}"), ({name: None}, f"its {name} is a NoneType")):
+            checkpoint.save({**{k: v for k, v in state.items() if k != name}, **changed}, trained / "best.pt")
+            assert predict.main(common) == 2
+            assert f"is no checkpoint of mvmodels.train: {match}" in one_line_on_stderr(capsys, "predict")
+
+    def test_weights_that_are_no_numbers(self, folder, trained, capsys):
+        state = checkpoint.read_training(trained / "best.pt")
+        state["state_dict"]["head.bias"].fill_(torch.nan)
+        checkpoint.save(state, trained / "best.pt")
+        assert predict.main([str(folder / "red" / "0.png"), "--checkpoint", str(trained / "best.pt")]) == 2
+        assert "numbers that are not finite" in one_line_on_stderr(capsys, "predict")
+
+    def test_names_of_any_text(self, folder, trained, tmp_path, capsys):
+        (tmp_path / "names.txt").write_bytes("\ufeffrød\r\na\u2028b\r\nc\r\n".encode())
+        common = [str(folder / "red" / "0.png"), "--checkpoint", str(trained / "best.pt"), "--json"]
+        assert predict.main([*common, "--classes", str(tmp_path / "names.txt")]) == 0
+        found = json.loads(capsys.readouterr().out)["images"][0]["classes"]
+        assert {c["name"] for c in found} == {"rød", "a\u2028b", "c"}
+
+    @pytest.mark.parametrize("arguments", ["--crop 1.005", "--mean nan 0 0", "--mean inf 0 0", "--std 1 1 0"])
+    def test_bad_usage(self, capsys, arguments):
+        with pytest.raises(SystemExit) as caught:
+            predict.main(["a.png", "--checkpoint", "a.pt", *arguments.split()])
+        assert caught.value.code == 2
+        one_line_on_stderr(capsys, "predict")
 
 
 def _rank(rank: int, port: int, arguments: list[str], folder: Path, output: Path, said: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,6 +119,21 @@ class TestReadPicture:
         Image.new(mode, (9, 7)).save(path)
         assert read_picture(path, 8, 8).shape == (3, 8, 8)
         assert read_picture(path, 8, 8, channels=1).shape == (1, 8, 8)
+
+    @pytest.mark.parametrize("form", ["png", "tif"])
+    def test_sixteen_bits(self, tmp_path, form):
+        """A ramp stays one, from black to white."""
+        ramp = Image.fromarray(numpy.linspace(0, 65535, 64).repeat(8).reshape(64, 8).astype("uint16"))
+        ramp.save(tmp_path / f"deep.{form}")
+        for channels in (1, 3):
+            x = read_picture(tmp_path / f"deep.{form}", 64, 8, channels, crop=1.0)
+            assert (x[0, :, 0] - torch.linspace(-1, 1, 64)).abs().max() < 0.02
+
+    @pytest.mark.parametrize("kind", ["int32", "float32"])
+    def test_no_known_white(self, tmp_path, kind):
+        Image.fromarray(numpy.ones((8, 8), kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(DataError, match=r"its pixels are of mode [IF], whose white is not known"):
+            read_picture(tmp_path / "deep.tif", 8, 8)
 
     def test_turned_as_the_camera_says(self, tmp_path):
         picture = Image.new("RGB", (8, 16))

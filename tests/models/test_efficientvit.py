@@ -258,10 +258,11 @@ class TestLoadWeights:
             assert as_mit({timms(name): value}, size == "l1").keys() == {name_of(name)}
 
     def test_sources_agree(self, checkpoint):
-        models = [mvmodels.create_model("efficientvit_b0") for _ in range(3)]
+        models = [mvmodels.create_model("efficientvit_b0") for _ in range(4)]
         mvmodels.load_weights(models[0], checkpoint, source="timm")
         mvmodels.load_weights(models[1], {"state_dict": as_mit(checkpoint, False)}, source="mit")
         mvmodels.load_weights(models[2], models[0].state_dict(), source="mvmodels")
+        mvmodels.load_weights(models[3], as_mit(checkpoint, False))  # the authors' by default
         for model in models[1:]:
             assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), models[0].state_dict().values()))
 
@@ -287,5 +288,5 @@ class TestLoadWeights:
             mvmodels.load_weights(mvmodels.create_model("efficientvit_b1"), checkpoint, source="timm")
         with pytest.raises(ValueError, match="is missing"):
             mvmodels.load_weights(mvmodels.create_model("efficientvit_b0"), checkpoint, source="mit")
-        with pytest.raises(ValueError, match="source='mit'"):
-            mvmodels.load_weights(mvmodels.create_model("efficientvit_b0"), checkpoint)
+        with pytest.raises(ValueError, match="source is 'apple', want authors, mit, mvmodels or timm"):
+            mvmodels.load_weights(mvmodels.create_model("efficientvit_b0"), checkpoint, source="apple")

@@ -214,9 +214,9 @@ class TestCheckpoint:
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save({"step": 2}, path)
         monkeypatch.undo()
-        assert checkpoint.read_training(path)["step"] == 1
+        assert checkpoint.read(path)["step"] == 1
         checkpoint.save({"step": 3}, path)  # what was left lying does no harm
-        assert checkpoint.read_training(path)["step"] == 3 and os.listdir(tmp_path) == ["last.pt"]
+        assert checkpoint.read(path)["step"] == 3 and os.listdir(tmp_path) == ["last.pt"]
 
     @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 no zip"], ids=["empty", "text", "zip"])
     def test_unreadable(self, tmp_path, content):

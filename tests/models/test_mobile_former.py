@@ -96,7 +96,7 @@ def test_gradients_of_the_authors_layout_in_float64(size, training):
     expected, actual = grads
     assert len(actual) == len(expected)
     for name, grad in actual.items():
-        reference = expected[model.authors_name(name)]
+        reference = expected[model.weight_sources["authors"].name_of(name)]
         # PyTorch's gradient of hardsigmoid has a sixth to float32's precision, in float64 too. Statistics of four
         # samples are badly conditioned: dividing by them magnifies rounding.
         tolerance = (1e-5 if training else 1e-6) * max(1.0, float(reference.abs().max()))
@@ -254,8 +254,9 @@ class TestLoadWeights:
         model = self.model()
         mvmodels.load_weights(model, checkpoint)
         own = model.state_dict()
-        assert sorted(map(model.authors_name, own)) == sorted(checkpoint)
-        assert all(torch.equal(value, checkpoint[model.authors_name(name)]) for name, value in own.items())
+        name_of = model.weight_sources["authors"].name_of
+        assert sorted(map(name_of, own)) == sorted(checkpoint)
+        assert all(torch.equal(value, checkpoint[name_of(name)]) for name, value in own.items())
 
     def test_own_names(self):
         first, second = self.model(), self.model()
