@@ -21,9 +21,10 @@ def folder(device: str = "cpu") -> Path:
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write rows with the columns of the first one, and say where."""
+    """Write rows, and say where. A column that some rows lack, of an older file say, is empty there."""
+    columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(rows)
     print(f"written: {path}", file=sys.stderr)

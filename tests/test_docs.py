@@ -147,6 +147,7 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
     path = tmp_path / "somewhere" / "swapped.csv"
     path.parent.mkdir()
     _results.merge([row(8, "original", 9000, 1), row(8, "swapped", 6000, 1.5), row(8, "gone", 1, 1)], path, same)
+    _results.merge([row(8, "original", 1, 1) | {"size": 512, "a_newer_column": 1}], path, same)
     _results.merge(
         [row(1, "original", 2000, 1), row(1, "swapped", 1000, 2), row(1, "compiled", 1600, 1.25)], path, same
     )
@@ -154,4 +155,4 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
     text = readme_table.render(tmp_path)
     assert "| `timm:m` | 256² | 1 | inference | 2.0 ms | 2.00× | 1.25× |" in text
     assert "| `timm:m` | 256² | 8 | inference | 8.0 ms | 1.60× | – |" in text
-    assert "gone" not in text
+    assert "gone" not in text and "a_newer_column" in path.read_text()
