@@ -78,6 +78,10 @@ class BuildExtension(build_ext):
         isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
         wanted = os.environ.get("MVKERNELS_BUILD_ISAS", "").split(",")
         if wanted != [""]:  # the first, which every processor of this kind has, is always in
+            for unknown in (isa for isa in wanted if isa not in isas):
+                print(
+                    f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want some of {', '.join(isas)}", file=sys.stderr
+                )
             isas = {isa: isas[isa] for number, isa in enumerate(isas) if isa in wanted or number == 0}
         flags = [
             "-O2",

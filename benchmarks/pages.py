@@ -46,7 +46,7 @@ def shapes(name: str, rows: list[Row]) -> list[str]:
     mine = [row for row in rows if row["speedup_median"]]
     if not mine:
         return []
-    lines = [f"## {name}, {mine[0]['device']}\n", f"{where(mine[0])}, allocator {mine[0]['allocator']}.\n"]
+    lines = [f"## {name}, {mine[0]['device']}\n", f"{where(mine)}, allocator {mine[0]['allocator']}.\n"]
     lines += [
         "| shape | batch | dtype | layout | mode | backend | median | 95 % | best peer | times as fast | of the floor |"
     ]
@@ -69,7 +69,7 @@ def every_model(rows: list[Row]) -> list[str]:
         return []
     others = [who for who in dict.fromkeys(row["provider"] for row in rows) if who != "reference"]
     lines = [f"## Models of mvmodels, {rows[0]['device']}\n"]
-    lines += [f"Times as fast as with every op on the reference, in eager mode. {where(rows[0])}.\n"]
+    lines += [f"Times as fast as with every op on the reference, in eager mode. {where(rows)}.\n"]
     lines += [f"| model | parameters | multiply-adds | input | batch | mode | reference | {' | '.join(others)} |"]
     lines += ["| --- " * (7 + len(others)) + "|"]
     for key in dict.fromkeys((r["model"], r["size"], r["batch"], r["layout"], r["mode"]) for r in rows):
@@ -86,7 +86,7 @@ def exports(rows: list[Row]) -> list[str]:
     """The swapped model's export against the original's, in the runtime that each was made for."""
     if not rows:
         return []
-    lines = [f"## Exports, {rows[0]['device']}\n", f"{where(rows[0])}.\n"]
+    lines = [f"## Exports, {rows[0]['device']}\n", f"{where(rows)}.\n"]
     lines += [
         "| model | input | runtime | export of | file | nodes delegated | error | median | as fast as the original's |"
     ]
@@ -128,7 +128,7 @@ def errors(results: Path) -> str:
         rows = read(folder / "numerics.csv")
         if not rows:
             continue
-        lines += [f"{where(rows[0])}.", ""]
+        lines += [f"{where(rows)}.", ""]
         lines += ["| op | dtype | backend | output | PyTorch's | of allowed | gradients | PyTorch's | of allowed |"]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         for r in rows:

@@ -40,10 +40,16 @@ def geomean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def where(row: Row) -> str:
+def where(rows: list[Row]) -> str:
+    """On what these were measured; rows of a file may be of several days and commits."""
+    row = rows[0]
+    dates = sorted({r["date"] for r in rows})
+    commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(r["commit"] for r in rows))
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     threads = "" if not row["device"] or row["capability"].startswith("sm_") else f", {row['threads']} thread(s)"
     return (
-        f"{row['device']} ({row['capability']}){threads}, torch {row['torch']}, {row['date']}, commit `{row['commit']}`"
+        f"{row['device']} ({row['capability']}){threads}, torch {row['torch']}, {days}, "
+        f"{'commit' if len({r['commit'] for r in rows}) == 1 else 'commits'} {commits}"
     )
 
 
@@ -52,7 +58,7 @@ def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, cl
     mine = [row for row in rows if row["provider"] in OURS and row["speedup_median"]]
     if not mine:
         return []
-    lines = [f"`{op}`, {title}. {where(mine[0])}.", ""]
+    lines = [f"`{op}`, {title}. {where(mine)}.", ""]
     lines += [f"| backend | dtype | {heading} | shapes | forward | worst | forward + backward | worst | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for backend, dtype in dict.fromkeys((row["provider"], row["dtype"]) for row in mine):
@@ -95,7 +101,7 @@ def models(rows: list[Row], title: str, first: str, ours: str) -> list[str]:
         if ours not in of:
             continue
         if not lines:
-            lines = [f"{title}. {where(of[first])}.", ""]
+            lines = [f"{title}. {where(rows)}.", ""]
             lines += [f"| model | input | batch | mode | {first} | {' | '.join(others)} |"]
             lines += ["| --- " * (5 + len(others)) + "|"]
         cells = [f"`{key[0]}`", f"{key[1]}²", key[2], {"fwd": "inference", "full": "training step"}[key[5]]]

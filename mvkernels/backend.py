@@ -76,10 +76,10 @@ _VARIABLE = b"MVKERNELS_BACKEND"
 _raw_environment: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 
-def requested(backend: str | None) -> str:
-    """The backend asked for, by precedence, possibly "auto"."""
+def requested(backend: str | None, op: str = "") -> str:
+    """The backend asked for, by precedence, possibly "auto". The op's name is for the message about an unknown one."""
     if backend is not None:
-        return _known(backend, "backend")
+        return backend if backend in BACKENDS else _known(backend, f"{op}: backend" if op else "backend")
     if _chosen.name is not None:
         return _chosen.name
     if _raw_environment is not None and not torch.compiler.is_compiling() and _VARIABLE not in _raw_environment:
@@ -110,7 +110,7 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
     ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend
     was named and cannot run. During export and tracing it is the reference, whatever was named.
     """
-    name = requested(backend)
+    name = requested(backend, op.name)
     # An exported or traced graph is to run where this library is not installed.
     if name == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "reference"

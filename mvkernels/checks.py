@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
 def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     """An int, or a pair of ints, each at least 1, as a pair."""
     both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, (tuple, list)) and isinstance(value, Integral):  # NumPy's
+        both = (int(value), int(value))
     if not isinstance(both, (tuple, list)) or len(both) != 2:
         kind = TypeError if not isinstance(both, (tuple, list)) else ValueError
         raise kind(f"{op}: {name} is {value!r}, want an int or a pair of ints")

@@ -74,7 +74,8 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{ctx.name}: the fused kernels have no second derivative; call it with backend='reference' for one"
+            f"{ctx.name}: the fused kernels have no second derivative; "
+            f"for one, call the function mvkernels.{ctx.name} with backend='reference'"
         )
 
 

@@ -155,6 +155,8 @@ def input_size(spec: str) -> int:
 
 
 def _import(package: str) -> Any:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what a package says of parts of others that it can do without
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -163,6 +165,8 @@ def _import(package: str) -> Any:
         raise UsageError(f"{package} does not import: {_first_line(error)}") from None
     except Exception as error:
         raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+    finally:
+        logging.disable(before)
 
 
 def _hide_broken_torchvision() -> None:

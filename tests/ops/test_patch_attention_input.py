@@ -1,5 +1,6 @@
 """Patch attention: what bad and empty input gets."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,7 +53,11 @@ BAD = {
         "bias has dtype",
         lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 9, dtype=torch.float16)}),
     ),
-    "backend": (ValueError, "want one of auto", lambda: ((_map(*M),) * 3, {"backend": "cud"})),
+    "backend": (
+        ValueError,
+        "patch_attention: backend is 'cud', want one of auto",
+        lambda: ((_map(*M),) * 3, {"backend": "cud"}),
+    ),
     "unavailable": (mvkernels.BackendUnavailable, "no cuda kernel", lambda: ((_map(*M),) * 3, {"backend": "cuda"})),
 }
 
@@ -66,6 +71,12 @@ def test_bad_input(name):
     assert "\n" not in str(caught.value)
     runs, reason = mvkernels.can_run("patch_attention", kwargs.pop("backend", "reference"), *args, **kwargs)
     assert not runs and reason
+
+
+def test_numbers_of_numpy():
+    q = torch.randn(1, 2, 4, 6, 6)
+    expected = mvkernels.patch_attention(q, q, q, 3, scale=0.5)
+    assert torch.equal(mvkernels.patch_attention(q, q, q, np.int64(3), scale=np.float32(0.5)), expected)
 
 
 @needs_cpp
