@@ -105,7 +105,9 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
 
 def sequence(op: str, name: str, value: Any) -> None:
     """A list or tuple, or another sequence of tensors such as a ParameterList, and not a tensor."""
-    if isinstance(value, torch.Tensor) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+    if isinstance(value, (torch.Tensor, str, bytes, dict)) or not (
+        hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    ):
         raise TypeError(f"{op}: {name} is a {type(value).__name__}, want a list of tensors")
 
 

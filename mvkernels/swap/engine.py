@@ -8,6 +8,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -133,7 +134,7 @@ def swap(
                 report._changed.append((module, original_of(module)))
         report.entries.append(SwapEntry(name, class_name, swapped, reason))
     if fold_norms:
-        report._folded += fold(model)
+        report._folded += fold(model, [(module, _adapter(family)) for _, module, family in found if family is not None])
     return report
 
 
@@ -147,7 +148,7 @@ def unswap(model: nn.Module) -> None:
 
 def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:
     """Why a module of ``model`` may not be swapped (empty if it may), and what swaps it."""
-    adapter = importlib.import_module(f"mvkernels.swap.{family.adapter}")
+    adapter = _adapter(family)
 
     def class_() -> None:
         module.__class__ = adapter.swapped_class(module) if isinstance(family, Structure) else adapter.SWAPPED
@@ -160,6 +161,10 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
     if isinstance(family, Processor):
         return _asked(module, adapter.why_not), processor
     return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not, family.parameters), class_
+
+
+def _adapter(family: AnyFamily) -> Any:
+    return importlib.import_module(f"mvkernels.swap.{family.adapter}")
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:

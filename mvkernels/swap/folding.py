@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ _CALLERS = {
 _DTYPES = (torch.float32, torch.float64)
 
 
-def fold(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """Give every caller in ``model`` its folding class; what was changed, with the classes it had."""
+def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, type[nn.Module]]]:
+    """Give every caller in ``model`` its folding class; what was changed, with the classes it had.
+
+    ``blocks``: modules that are swapped or can be, and their adapters.
+    """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    claimed = _claimed(model)
+    claimed = _claimed(blocks)
     for module in model.modules():
         kind = type(module)
         adapter = _CALLERS.get((kind.__module__, kind.__qualname__))
@@ -43,15 +47,12 @@ def fold(model: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     return changed
 
 
-def _claimed(model: nn.Module) -> set[nn.Module]:
-    """The modules whose work swapped blocks do themselves, and which have to be what they were written as."""
+def _claimed(blocks: Iterable[tuple[nn.Module, Any]]) -> set[nn.Module]:
+    """The modules whose work a fused block does itself, and which have to be what they were written as."""
     claimed: set[nn.Module] = set()
-    for module in model.modules():
-        if getattr(type(module), "mvk_original", None) is None or hasattr(type(module), "mvk_pairs"):
-            continue
-        adapter = sys.modules.get(type(module).__module__)
-        for name in getattr(adapter, "_WATCHED", module._modules):
-            child = module._modules.get(name)
+    for block, adapter in blocks:
+        for name in getattr(adapter, "_WATCHED", block._modules):
+            child = block._modules.get(name)
             claimed.update(child.modules() if child is not None else ())
     return claimed
 
@@ -61,7 +62,12 @@ def why_not(conv: Any, norm: Any) -> str:
     if not isinstance(norm, nn.BatchNorm2d):
         return "there is no batch norm"
     own = nn.BatchNorm2d if type(norm) is nn.BatchNorm2d else _batch_norm_with_activation()
-    reason = not_plain(conv, nn.Conv2d, "the convolution") or not_plain(norm, own, "the norm")
+    reason = (
+        not_plain(conv, nn.Conv2d, "the convolution")
+        or replaced(nn.Conv2d, "_conv_forward")
+        or not_its_own(conv, "_conv_forward")
+        or not_plain(norm, own, "the norm")
+    )
     if reason:
         return reason
     if norm.running_mean is None or norm.running_var is None or norm.num_features != conv.out_channels:

@@ -56,8 +56,9 @@ class FoldingConvMlpWithNorm(_Folding, efficientformer.ConvMlpWithNorm):
     def forward(self, x: Tensor) -> Tensor:
         """As the original's."""
         hidden = both(self, self.fc1, self.norm1, x)
-        hidden = self.norm1(self.fc1(x)) if hidden is None else _after(self.norm1, hidden)
-        hidden = self.drop(self.act(hidden))
+        if hidden is None:
+            return efficientformer.ConvMlpWithNorm.forward(self, x)
+        hidden = self.drop(self.act(_after(self.norm1, hidden)))
         out = both(self, self.fc2, self.norm2, hidden)
         return self.drop(self.norm2(self.fc2(hidden)) if out is None else _after(self.norm2, out))
 

@@ -130,8 +130,8 @@ def read_picture(path: str | os.PathLike[str], h: int, w: int, channels: int = 3
     picture = _open(Path(path), channels)
     width, height = picture.size
     scale = crop * min(width / w, height / h)
-    left, top = (width - w * scale) / 2, (height - h * scale) / 2
-    return _to_tensor(picture, (left, top, left + w * scale, top + h * scale), h, w)
+    left, top = max(0.0, (width - w * scale) / 2), max(0.0, (height - h * scale) / 2)  # an ulp below 0 is refused
+    return _to_tensor(picture, (left, top, min(width, left + w * scale), min(height, top + h * scale)), h, w)
 
 
 def random_box(width: int, height: int, chance: random.Random) -> tuple[float, float, float, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvkernels.checks import known
 from mvkernels.nn import PatchTransformer
 from mvmodels.layers import ConvNorm, ToChannelsFirst, ToChannelsLast, check_picture, check_sizes
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming
@@ -83,12 +84,14 @@ class MobileViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, channels, H, W)."""
         height, width = x.shape[2:]
-        whole = (height + height % _PATCH[0], width + width % _PATCH[1])
+        whole = tuple((side + patch - 1) // patch * patch for side, patch in zip((height, width), _PATCH))
+        # In a graph for sizes that are not known always: where the patch divides them it changes nothing.
+        resized = not all(known(new == old) for new, old in zip(whole, (height, width)))
         y = self.conv_in(self.local(x))
-        if whole != (height, width):
+        if resized:
             y = F.interpolate(y, size=whole, mode="bilinear", align_corners=False)
         y = self.transformer(y)
-        if whole != (height, width):
+        if resized:
             y = F.interpolate(y, size=(height, width), mode="bilinear", align_corners=False)
         y = F.silu(self.norm_out(self.conv_out(y)))
         return self.fusion(torch.cat((x, y), 1))

@@ -212,6 +212,16 @@ def test_exports(name):
     assert not any(space.startswith("mvkernels") for space in namespaces), namespaces
 
 
+def test_mobilevit_exports_for_all_sizes():
+    model = make("mobilevit_xxs").eval()
+    sides = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(1, 3, 96, 128),), dynamic_shapes={"x": sides})
+        for height, width in ((96, 128), (224, 288), (250, 130), (320, 65)):
+            x = torch.randn(1, 3, height, width)
+            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_compiles(name):
     model = make(name).eval()

@@ -190,3 +190,11 @@ def test_a_worker_tells_of_a_bad_picture_in_one_line(tmp_path):
     with pytest.raises(DataError) as caught:
         list(DataLoader(train, 4, num_workers=1))
     assert one_line(caught.value) == f"{train.files[0]} cannot be read: no picture that pillow knows"
+
+
+@pytest.mark.parametrize(("width", "height"), [(7, 7), (225, 232), (239, 1)])
+def test_a_crop_of_all_of_a_picture(tmp_path, width, height):
+    """Sides whose halves of nothing are an ulp below 0."""
+    Image.new("RGB", (width, height)).save(tmp_path / "one.png")
+    for side in (100, 224):
+        assert read_picture(tmp_path / "one.png", side, side, crop=1).shape == (3, side, side)

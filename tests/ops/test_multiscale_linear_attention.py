@@ -219,6 +219,7 @@ BAD = {
     "head_dim = 0": (ValueError, "head_dim is 0", changed(head_dim=0)),
     "head_dim is no int": (TypeError, "head_dim is 4.0, want an int", changed(head_dim=4.0)),
     "a tensor for a list": (TypeError, "depthwise is a Tensor, want a list", changed(depthwise=W)),
+    "text for a list": (TypeError, "depthwise is a str, want a list", changed(depthwise="")),
     "None for a list": (TypeError, "pointwise is a NoneType, want a list", changed(pointwise=None)),
     "None in a list": (TypeError, r"depthwise\[0\] is a NoneType", changed(depthwise=[None])),
     "lists of other lengths": (ValueError, "pointwise has 2 entries, depthwise has 1", changed(pointwise=[M, M])),

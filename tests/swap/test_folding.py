@@ -117,6 +117,7 @@ def test_edits_of_any_kind_are_seen(small):
         lambda m: setattr(m[4], "norm", nn.Identity()),
         lambda m: setattr(m[4], "conv", nn.Sequential(m[4].conv, nn.ReLU())),
         lambda m: m[2].norm.train(),
+        lambda m: setattr(m[0].conv, "_conv_forward", lambda *of: 2 * nn.Conv2d._conv_forward(m[0].conv, *of)),
         lambda m: m.double(),
     ):
         for model in (small, original):
@@ -171,3 +172,21 @@ def test_copies_pickles_compiles_and_exports(small):
         close(copied(IMAGE), wanted)
     close(torch.func.vmap(copied)(IMAGE[None])[0], wanted)
     close(torch.jit.trace(copied, IMAGE)(IMAGE), wanted)
+
+
+@torch.no_grad()
+def test_a_class_that_somebody_changes_later(small, monkeypatch):
+    from timm.models.efficientformer import ConvMlpWithNorm
+
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    monkeypatch.setattr(ConvMlpWithNorm, "forward", lambda self, x: x + 1)
+    assert torch.equal(small[5](IMAGE.new_ones(1, 12, 4, 4)), original[5](IMAGE.new_ones(1, 12, 4, 4)))
+
+
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0"])
+def test_what_a_later_swap_needs_is_left_alone(name):
+    model = of_timm(name)
+    assert mvkernels.swap(model, only=lambda name, module: False, fold_norms=True).folded
+    report = mvkernels.swap(model)
+    assert report.count and report.count == len(report.entries)
