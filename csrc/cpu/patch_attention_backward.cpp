@@ -11,6 +11,7 @@ namespace MVK_ISA {
 namespace {
 
 constexpr int64_t kBackKeys = 256;  // the backward holds P and dS of a block, 256 x 32 floats each, in L2
+constexpr int64_t kSummed = 32;     // rows added in one chain, a longer one would be the largest error of all
 
 // P = 2^(factor (S - high - low)), where high + low is the log-sum-exp in units of S, and dS = P (dP - delta), over `rows`
 // rows of V vectors, `ld` apart. If these are all keys, high is just their maximum: P is then divided by its own sum and
@@ -19,7 +20,7 @@ template <class T, int V>
 MVK_INLINE void probabilities(
     T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* high, const T* low, const T* delta, bool whole) {
   const vec<T> f = splat<T>(factor);
-  vec<T> hi[V], lo[V], dl[V], sum[V] = {}, sum_dp[V] = {};
+  vec<T> hi[V], lo[V], dl[V], sum[V] = {}, sum_dp[V] = {}, part_sum[V] = {}, part_dp[V] = {};
   for (int v = 0; v < V; ++v) {
     hi[v] = load<T>(high + v * W<T>), lo[v] = load<T>(low + v * W<T>);
     dl[v] = load<T>(delta + v * W<T>);
@@ -36,15 +37,23 @@ MVK_INLINE void probabilities(
       const vec<T> dp = load<T>(ds + at);
       store<T>(p + at, e[u]);
       if (whole)
-        sum[u % V] += e[u], sum_dp[u % V] += e[u] * dp;
+        part_sum[u % V] += e[u], part_dp[u % V] += e[u] * dp;
       else
         store<T>(ds + at, e[u] * (dp - dl[u % V]));
     }
   };
   constexpr int R = 4 / V;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) some(std::integral_constant<int, R>{}, r);
-  for (; r < rows; ++r) some(std::integral_constant<int, 1>{}, r);
+  while (r < rows) {
+    const int64_t to = r + kSummed < rows ? r + kSummed : rows;
+    for (; r + R <= to; r += R) some(std::integral_constant<int, R>{}, r);
+    for (; r < to; ++r) some(std::integral_constant<int, 1>{}, r);
+    if (!whole) continue;
+    for (int v = 0; v < V; ++v) {
+      sum[v] += part_sum[v], sum_dp[v] += part_dp[v];
+      part_sum[v] = part_dp[v] = vec<T>{};
+    }
+  }
   if (!whole) return;
   for (int v = 0; v < V; ++v) sum[v] = splat<T>(T(1)) / sum[v], dl[v] = sum_dp[v] * sum[v];
   // The softmax of one score does not depend on it.

@@ -125,6 +125,18 @@ def test_cpp_on_large_groups(instruction_set, tokens):
 
 @needs_cpp
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize(("shape", "patch"), [((1, 4, 36, 32, 32), 2), ((1, 4, 32, 14, 14), 1)])
+def test_cpp_on_values_with_a_mean(instruction_set, shape, patch):
+    """dS is a small difference then: summed in one chain of all keys, what it is taken from was too far off."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+        arguments = {"query": query, "key": key, "value": value + 20, "patch_size": patch}
+        assert_ok(testing.check(OP, arguments, "cpp"))
+
+
+@needs_cpp
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("seed", range(4))
 def test_cpp_on_wide_heads_with_large_scores(instruction_set, seed):
     """Summed in one chain of 256 products, scores of some seeds were too far off."""
