@@ -98,7 +98,7 @@ def main() -> int:
             merge(found, target, SAME)
     if not found:
         parser.error(f"all of these models have more than {options.most_params} million parameters")
-    shown = [key for key in ("params", "macs_m", *SHOWN) if key in found[0]]
+    shown = [key for key in ("model", "params", "macs_m", *SHOWN[1:]) if key in found[0]]
     print(report.table([tuple(row[key] for key in shown) for row in found], shown))
     if options.no_latency and not options.no_file:
         write(found, folder(options.device) / "model_sizes.csv")

@@ -23,7 +23,7 @@ def test_the_benchmark_measures_a_model():
     found = run("models.py", "--model", "mobilevit_xxs", "--size", "32", "--rounds", "1", "--no-compile", "--no-file")
     assert found.returncode == 0, found.stderr
     lines = [line.split() for line in found.stdout.splitlines() if line.startswith("mobilevit_xxs")]
-    assert [line[5] for line in lines] == ["reference", "fused"] and {line[1] for line in lines} == {"1272024"}
+    assert [line[6] for line in lines] == ["reference", "fused"] and {line[1] for line in lines} == {"1272024"}
 
 
 def test_the_benchmark_knows_no_such_model():

@@ -38,15 +38,24 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _SumOverRanks.apply(grad.contiguous(), ctx.group), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
-        return _SumOverRanks.apply(tangent.contiguous(), ctx.group)
+        return _sum_over_ranks(grad.contiguous(), ctx.group), None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], value: Tensor, group: Any) -> tuple[Tensor, int]:  # type: ignore[override]
-        return _SumOverRanks.apply(value.movedim(in_dims[0], 0).contiguous(), group), 0
+        return _sum_over_ranks(value.movedim(in_dims[0], 0).contiguous(), group), 0
+
+
+class _SumOverRanksForwardMode(_SumOverRanks):
+    """With a forward-mode derivative, which the compiler does not trace."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        return _sum_over_ranks(tangent.contiguous(), ctx.group)
+
+
+def _sum_over_ranks(value: Tensor, group: Any) -> Tensor:
+    kind = _SumOverRanks if torch.compiler.is_compiling() else _SumOverRanksForwardMode
+    return kind.apply(value, group)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, eps: float, group: Any, backend: str | None) -> Tensor:
@@ -68,6 +77,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, eps: float, group: Any,
         q, k, v = (m.flatten(3).to(sums) for m in (query, key, value))
         q, k = q.relu(), k.relu()
         local = torch.cat((v @ k.transpose(-2, -1), k.sum(-1).unsqueeze(-2)), dim=-2)  # (B, h, D + 1, D)
-        total = _SumOverRanks.apply(local.contiguous(), group) @ q
+        total = _sum_over_ranks(local.contiguous(), group) @ q
         out = total[..., :-1, :] / (total[..., -1:, :] + eps)
         return lay_as(out.to(query.dtype).unflatten(3, query.shape[3:]), query)
