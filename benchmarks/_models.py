@@ -100,15 +100,22 @@ def rows(
             **report.machine(device),
             **columns,
             "provider": who,
-            "median_us": round(t.median * 1e6, 1),
-            "min_us": round(t.min * 1e6, 1),
-            "p20_us": round(t.quantile(0.2) * 1e6, 1),
-            "p80_us": round(t.quantile(0.8) * 1e6, 1),
-            "rounds": len(t.samples),
-            "speedup_median": round(first.median / t.median, 3),
-            "speedup_min": round(first.min / t.min, 3),
+            **time_columns(t, first),
             "peak_bytes": timing.peak_bytes(calls[who], device),
         }
+
+
+def time_columns(t: timing.Times, first: timing.Times) -> dict[str, Any]:
+    """The samples of a call, and how many times as fast as the first one's they are."""
+    return {
+        "median_us": round(t.median * 1e6, 1),
+        "min_us": round(t.min * 1e6, 1),
+        "p20_us": round(t.quantile(0.2) * 1e6, 1),
+        "p80_us": round(t.quantile(0.8) * 1e6, 1),
+        "rounds": len(t.samples),
+        "speedup_median": round(first.median / t.median, 3),
+        "speedup_min": round(first.min / t.min, 3),
+    }
 
 
 def show(found: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _models import time_columns
 from _results import folder, keep_pages, write
 
 from mvkernels import export, report, third_party, timing
@@ -71,13 +72,7 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
             "bytes": notes[who]["bytes"],
             "delegated_share": notes[who]["details"].get("delegated_share", ""),
             "error": f"{notes[who]['error']:.1e}",
-            "median_us": round(t.median * 1e6, 1),
-            "min_us": round(t.min * 1e6, 1),
-            "p20_us": round(t.quantile(0.2) * 1e6, 1),
-            "p80_us": round(t.quantile(0.8) * 1e6, 1),
-            "rounds": len(t.samples),
-            "speedup_median": round(times["original"].median / t.median, 3),
-            "speedup_min": round(times["original"].min / t.min, 3),
+            **time_columns(t, times["original"]),
         }
         for who, t in times.items()
     ]

@@ -92,8 +92,8 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
                 if mode == "fwd":
                     models["swapped, norms folded"] = copy.deepcopy(original)
                     swap(models["swapped, norms folded"], backend=options.backend, fold_norms=True)
-                for runtime in options.runtimes if mode == "fwd" else ():
-                    models[f"original, {runtime}"] = other(runtime, original, image, Path(place), options.threads)
+                    for runtime in options.runtimes:
+                        models[f"original, {runtime}"] = other(runtime, original, image, Path(place), options.threads)
                 columns = {
                     "model": name,
                     "swapped_blocks": count,
