@@ -67,19 +67,13 @@ def every_model(rows: list[Row]) -> list[str]:
     """The models of mvmodels: what is counted, and the times."""
     if not rows:
         return []
-    others = [who for who in dict.fromkeys(row["provider"] for row in rows) if who != "reference"]
-    lines = [f"## Models of mvmodels, {rows[0]['device']}\n"]
-    lines += [f"Times as fast as with every op on the reference, in eager mode. {where(rows)}.\n"]
-    lines += [f"| model | parameters | multiply-adds | input | batch | mode | reference | {' | '.join(others)} |"]
-    lines += ["| --- " * (7 + len(others)) + "|"]
-    for key in dict.fromkeys((r["model"], r["size"], r["batch"], r["layout"], r["mode"]) for r in rows):
-        of = {r["provider"]: r for r in rows if (r["model"], r["size"], r["batch"], r["layout"], r["mode"]) == key}
-        first = of["reference"]
-        cells = [f"`{key[0]}`", f"{int(first['params']):,}", f"{float(first['macs_m']):,.0f} M", f"{key[1]}²", key[2]]
-        cells += [{"fwd": "inference", "full": "training step"}[key[4]], f"{float(first['median_us']) / 1e3:.1f} ms"]
-        cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]
-        lines.append(f"| {' | '.join(cells)} |")
-    return ["\n".join(lines) + "\n"]
+    counted = {
+        "parameters": lambda row: f"{int(row['params']):,}",
+        "multiply-adds": lambda row: f"{float(row['macs_m']):,.0f} M",
+    }
+    title = "Times as fast as with every op on the reference, in eager mode"
+    lines = readme_table.models(rows, title, "reference", counted=counted)
+    return ["\n".join([f"## Models of mvmodels, {rows[0]['device']}\n", *lines])]
 
 
 def exports(rows: list[Row]) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,24 +92,36 @@ def memory(mine: list[Row], rows: list[Row]) -> str:
     return f"{geomean(ratios):.2f} of eager's" if ratios else "–"
 
 
-def models(rows: list[Row], title: str, first: str, ours: str) -> list[str]:
-    """A line for each model, size, batch and mode: the time of ``first``, and how many times as fast the others are."""
+def models(
+    rows: list[Row],
+    title: str,
+    first: str,
+    ours: str | None = None,
+    counted: Mapping[str, Callable[[Row], str]] | None = None,
+) -> list[str]:
+    """A line for each model, size, batch and mode: the time of ``first``, and how many times as fast the others are.
+
+    ``ours``: whose time there has to be for a line. ``counted``: further columns, heading → cell of a row.
+    """
+    counted = counted or {}
     same = ("model", "size", "batch", "dtype", "layout", "mode")
     others = [who for who in dict.fromkeys(row["provider"] for row in rows) if who != first]
-    lines: list[str] = []
+    headings = ("model", *counted, "input", "batch", "mode", first, *others)
+    lines = []
     for key in dict.fromkeys(tuple(row[name] for name in same) for row in rows):
         of = {row["provider"]: row for row in rows if tuple(row[name] for name in same) == key}
-        if ours not in of:
+        if ours is not None and ours not in of:
             continue
-        if not lines:
-            lines = [f"{title}. {where(rows)}.", ""]
-            lines += [f"| model | input | batch | mode | {first} | {' | '.join(others)} |"]
-            lines += ["| --- " * (5 + len(others)) + "|"]
-        cells = [f"`{key[0]}`", f"{key[1]}²", key[2], {"fwd": "inference", "full": "training step"}[key[5]]]
+        cells = [f"`{key[0]}`", *(cell(of[first]) for cell in counted.values()), f"{key[1]}²", key[2]]
+        cells += [{"fwd": "inference", "full": "training step"}[key[5]]]
         cells += [f"{float(of[first]['median_us']) / 1e3:.1f} ms"]
         cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]
         lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""] if lines else []
+    if not lines:
+        return []
+    return [
+        f"{title}. {where(rows)}.", "", f"| {' | '.join(headings)} |", "| --- " * len(headings) + "|", *lines, "",
+    ]  # fmt: skip
 
 
 def render(results: Path) -> str:
