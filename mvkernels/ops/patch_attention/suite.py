@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -114,12 +114,22 @@ def sdpa(
     scale: float | None = None,
 ) -> Tensor:
     """Unfold, PyTorch's scaled_dot_product_attention, fold."""
-    height, width = query.shape[-2:]
-    # groups before heads, so that the bias (heads, N, N) broadcasts over the 4-D shape that SDPA's fused kernels take
+    mask = None if bias is None else bias[None]
+    return over_groups(
+        query, key, value, patch_size, partial(scaled_dot_product_attention, attn_mask=mask, scale=scale)
+    )
+
+
+def over_groups(
+    query: Tensor, key: Tensor, value: Tensor, patch_size: tuple[int, int], attend: Callable[..., Tensor]
+) -> Tensor:
+    """Unfold, ``attend`` on (B · groups, heads, N, head_dim), fold.
+
+    Groups come before heads, so that a bias (heads, N, N) broadcasts over the 4-D shape that fused kernels take.
+    """
     q, k, v = (_unfold(m, *patch_size).transpose(1, 2).flatten(0, 1) for m in (query, key, value))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None], scale=scale)
-    out = out.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
-    return _fold(out, *patch_size, height, width)
+    out = attend(q, k, v).unflatten(0, (query.shape[0], -1)).transpose(1, 2)
+    return _fold(out, *patch_size, *query.shape[-2:])
 
 
 PEERS = {"eager": eager, "sdpa": sdpa}

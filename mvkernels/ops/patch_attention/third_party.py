@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from mvkernels.ops.patch_attention.reference import _fold, _unfold
+from mvkernels.ops.patch_attention.suite import over_groups
 from mvkernels.ops.third_party import Given, flex_attention, package
 from mvkernels.registry import NotOffered
 
@@ -59,11 +59,8 @@ def flex(
     scale: float | None = None,
 ) -> Tensor:
     """Unfold, FlexAttention, fold."""
-    height, width = query.shape[-2:]
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    q, k, v = (_unfold(m, *patch_size).transpose(1, 2).flatten(0, 1) for m in (query, key, value))
-    out = flex_attention(q, k, v, scale, bias).unflatten(0, (query.shape[0], -1)).transpose(1, 2)
-    return _fold(out, *patch_size, height, width)
+    return over_groups(query, key, value, patch_size, partial(flex_attention, scale=scale, bias=bias))
 
 
 THIRD_PARTY = {"transformers": transformers, "flex": flex}
