@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.mobilevit import as_original
 
 # Who calls a convolution, then its norm, and nothing between. A further one is a class in the file, and a line.
 _CALLERS = {
@@ -26,6 +27,13 @@ _CALLERS = {
     ("timm.models.efficientformer", "Downsample"): "folding_timm",
 }
 _DTYPES = (torch.float32, torch.float64)
+
+
+class Folding:
+    """What the folding classes share: torch.jit.script compiles the original."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_original(self)
 
 
 def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, type[nn.Module]]]:

@@ -9,16 +9,10 @@ from timm.models import efficientformer, efficientvit_mit
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_plain
-from mvkernels.swap.folding import both
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.folding import Folding, both
 
 
-class _Folding:
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-
-class FoldingConvNormAct(_Folding, ConvNormAct):
+class FoldingConvNormAct(Folding, ConvNormAct):
     """A ``ConvNormAct`` whose convolution does the work of its norm."""
 
     mvk_original = ConvNormAct
@@ -34,7 +28,7 @@ class FoldingConvNormAct(_Folding, ConvNormAct):
         return out if self.aa is None else self.aa(out)
 
 
-class FoldingEfficientVitConvNormAct(_Folding, efficientvit_mit.ConvNormAct):
+class FoldingEfficientVitConvNormAct(Folding, efficientvit_mit.ConvNormAct):
     """EfficientViT's ``ConvNormAct`` whose convolution does the work of its norm."""
 
     mvk_original = efficientvit_mit.ConvNormAct
@@ -47,7 +41,7 @@ class FoldingEfficientVitConvNormAct(_Folding, efficientvit_mit.ConvNormAct):
         return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else self.act(_after(self.norm, out))
 
 
-class FoldingConvMlpWithNorm(_Folding, efficientformer.ConvMlpWithNorm):
+class FoldingConvMlpWithNorm(Folding, efficientformer.ConvMlpWithNorm):
     """EfficientFormer's ``ConvMlpWithNorm`` whose convolutions do the work of their norms."""
 
     mvk_original = efficientformer.ConvMlpWithNorm
@@ -63,7 +57,7 @@ class FoldingConvMlpWithNorm(_Folding, efficientformer.ConvMlpWithNorm):
         return self.drop(self.norm2(self.fc2(hidden)) if out is None else _after(self.norm2, out))
 
 
-class FoldingDownsample(_Folding, efficientformer.Downsample):
+class FoldingDownsample(Folding, efficientformer.Downsample):
     """EfficientFormer's ``Downsample`` whose convolution does the work of its norm."""
 
     mvk_original = efficientformer.Downsample

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer
 
-from mvkernels.swap.folding import both
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.folding import Folding, both
 
 
-class FoldingConvLayer(MobileViTConvLayer):
+class FoldingConvLayer(Folding, MobileViTConvLayer):
     """A ``MobileViTConvLayer`` whose convolution does the work of its norm."""
 
     mvk_original = MobileViTConvLayer
     mvk_pairs = (("convolution", "normalization"),)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """As the original's."""
