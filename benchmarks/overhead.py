@@ -1,38 +1,148 @@
 """What a call costs before any arithmetic, and what the import costs: both must stay small.
 
-The call: on tensors so small that the kernel itself is nothing, the public function against the torch
-operator that it ends in, against PyTorch's own attention function.
+The call: each op on tensors so small that the kernel itself is nothing, and on the smallest shape of its suite, beside
+the torch operator that it ends in and beside PyTorch's own attention function on tokens of the same sizes; without a
+gradient, with one recorded, and forward and backward; called, and inside a compiled function.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from _results import folder, write
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import mvkernels
-from mvkernels import report, timing
+from mvkernels import can_run, report, timing
+from mvkernels.registry import OPS, Op
+
+Arguments = Mapping[str, Any]
+Call = Callable[[], Any]
+STATES = ("no gradient", "gradient recorded", "forward and backward")
+MAP = (1, 1, 4, 2, 2)
 
 
-def calls() -> dict[str, Any]:
-    q, k, v = (torch.randn(1, 1, 4, 2, 2) for _ in range(3))
-    gq, gk, gv = (t.clone().requires_grad_() for t in (q, k, v))
-    tokens = [torch.randn(1, 1, 4, 4) for _ in range(3)]
-    found: dict[str, Any] = {"scaled_dot_product_attention": lambda: scaled_dot_product_attention(*tokens)}
-    if mvkernels.can_run("patch_attention", "cpp", q, k, v)[0]:
-        kernel = torch.ops.mvkernels_cpp.patch_attention_forward.default
-        found["the operator"] = lambda: kernel(q, k, v, 2, 2, None, 0.5)
-        found["patch_attention"] = lambda: mvkernels.patch_attention(q, k, v, 2)
-        found["patch_attention, backend named"] = lambda: mvkernels.patch_attention(q, k, v, 2, backend="cpp")
-        found["patch_attention, recording a gradient"] = lambda: mvkernels.patch_attention(gq, gk, gv, 2)
-    found["patch_attention, reference"] = lambda: mvkernels.patch_attention(q, k, v, 2, backend="reference")
-    return found
+def tiny() -> dict[str, dict[str, Any]]:
+    """Arguments of each op without arithmetic worth the name."""
+    a, b, c = (torch.randn(MAP) for _ in range(3))
+    tokens, more = torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+    weights = {"depthwise": [torch.randn(12, 1, 3, 3)], "pointwise": [torch.randn(12, 4, 1, 1)]}
+    return {
+        "patch_attention": {"query": a, "key": b, "value": c, "patch_size": 2},
+        "mobile_to_former": {"query": tokens, "x": a},
+        "former_to_mobile": {"x": a, "key": tokens, "value": more},
+        "relu_linear_attention": {"query": a, "key": b, "value": c},
+        "multiscale_linear_attention": {"qkv": torch.randn(1, 12, 2, 2), "head_dim": 4, **weights},
+    }
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    """The tensors among arguments, those of lists as well."""
+    flat = itertools.chain.from_iterable(v if isinstance(v, (list, tuple)) else [v] for v in arguments.values())
+    return [value for value in flat if isinstance(value, Tensor)]
+
+
+def smallest(op: Op) -> tuple[str, dict[str, Any]]:
+    """The case of the full suite with the fewest elements: its label and arguments."""
+    made = ((case.label, case.make()) for case in op.suite("full"))
+    return min(made, key=lambda pair: sum(t.numel() for t in tensors(pair[1])))
+
+
+def tokens(name: str, arguments: Arguments) -> list[Tensor]:
+    """Query, key and value for scaled_dot_product_attention, of as many tokens as the op has in a group."""
+
+    def of(shape: torch.Size, groups: int = 1) -> Tensor:
+        if len(shape) == 4:
+            return torch.randn(shape)
+        batch, heads, dim, height, width = shape
+        return torch.randn(batch * groups, heads, height * width // groups, dim)
+
+    if name == "multiscale_linear_attention":
+        batch, channels, height, width = arguments["qkv"].shape
+        dim, scales = arguments["head_dim"], 1 + len(arguments["depthwise"])
+        return [torch.randn(batch, scales * channels // (3 * dim), height * width, dim) for _ in range(3)]
+    if name == "mobile_to_former":
+        sizes = [arguments[each].shape for each in ("query", "x", "x")]
+    elif name == "former_to_mobile":
+        sizes = [arguments[each].shape for each in ("x", "key", "value")]
+    else:
+        sizes = [arguments[each].shape for each in ("query", "key", "value")]
+    patch = arguments.get("patch_size", 1)
+    groups = patch * patch if isinstance(patch, int) else patch[0] * patch[1]
+    return [of(shape, groups) for shape in sizes]
+
+
+class _Kept(TorchDispatchMode):
+    """Keeps the last call of an operator of this library."""
+
+    call: Call | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.startswith("mvkernels_"):
+            self.call = lambda: func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def operator(op: Op, arguments: Arguments) -> Call | None:
+    """The call of the torch operator that the op's call ends in; None on the reference."""
+    with _Kept() as kept:
+        op.function(**arguments)
+    return kept.call
+
+
+def in_state(function: Callable[..., Tensor], arguments: Arguments, state: str) -> Call:
+    """The call of ``function(**arguments)`` without a gradient, recording one, or with its backward."""
+    if state == STATES[0]:
+        return lambda: function(**arguments)
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [leaf(each) for each in value]
+        return value.detach().requires_grad_() if isinstance(value, Tensor) else value
+
+    arguments = {name: value if name == "patch_size" else leaf(value) for name, value in arguments.items()}
+    if state == STATES[1]:
+        return lambda: function(**arguments)
+    leaves = tensors(arguments)
+    grad = torch.randn_like(function(**arguments))
+    return lambda: torch.autograd.grad(function(**arguments), leaves, grad)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value)
+
+
+def measure(op: Op, shape: str, arguments: Arguments, state: str, compiled: bool, min_time: float) -> list[dict]:
+    """A row for each that was timed, of all of one state together."""
+    theirs = dict(zip(("query", "key", "value"), tokens(op.name, arguments)))
+    ours, peer = op.function, sdpa
+    if compiled:
+        torch.compiler.reset()
+        ours, peer = torch.compile(ours, fullgraph=True), torch.compile(sdpa, fullgraph=True)
+    calls = {"sdpa": in_state(peer, theirs, state), "mvkernels": in_state(ours, arguments, state)}
+    if state == STATES[0] and not compiled:
+        kernel = operator(op, arguments)
+        calls |= {"operator": kernel} if kernel else {}
+        calls["reference"] = in_state(op.function, {**arguments, "backend": "reference"}, state)
+    times = timing.interleave(calls, min_time=min_time)
+    return [
+        {
+            **report.machine(), "what": f"{provider}: {op.name}, {shape}, {state}{', compiled' if compiled else ''}",
+            "median_us": round(t.median * 1e6, 2), "min_us": round(t.min * 1e6, 2), "op": op.name, "shape": shape,
+            "state": state, "compiled": compiled, "provider": provider,
+            "of_sdpa_median": round(t.median / times["sdpa"].median, 3),
+            "of_sdpa_min": round(t.min / times["sdpa"].min, 3),
+        }
+        for provider, t in times.items()
+    ]  # fmt: skip
 
 
 def import_microseconds(modules: tuple[str, ...]) -> dict[str, list[float]]:
@@ -48,19 +158,32 @@ def import_microseconds(modules: tuple[str, ...]) -> dict[str, list[float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=tuple(OPS), default=tuple(OPS))
+    parser.add_argument("--min-time", type=float, default=0.3, help="seconds for each that is timed")
     parser.add_argument("--no-file", action="store_true", help="print only")
     parser.add_argument("--no-import", action="store_true", help="leave the time of imports out")
+    parser.add_argument("--no-compile", action="store_true", help="leave compiled functions out")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    times = timing.interleave(calls(), min_time=0.5)
-    rows = [{**report.machine(), "what": name, "median_us": round(t.median * 1e6, 2), "min_us": round(t.min * 1e6, 2)}
-            for name, t in times.items()]  # fmt: skip
+    shapes = {name: (("tiny", tiny()[name]), smallest(OPS[name])) for name in options.op}
+    modes = [False] if options.no_compile else [False, True]
+    progress = report.Progress(len(shapes) * 2 * len(STATES) * len(modes))
+    rows = []
+    for name, cases in shapes.items():
+        if not can_run(name, "cpp", **cases[0][1])[0]:
+            print(f"{name}: not on cpp, so these are times of the reference", file=sys.stderr)
+        for (shape, arguments), compiled, state in itertools.product(cases, modes, STATES):
+            progress.step(f"{name}, {shape}, {state}")
+            rows += measure(OPS[name], shape, arguments, state, compiled, options.min_time)
+    progress.close()
     if not options.no_import:
         for module, us in import_microseconds(("torch", "mvkernels")).items():
             what = f"import {module} (processor time)"
             middle, least = round(statistics.median(us)), round(min(us))
             rows.append({**report.machine(), "what": what, "median_us": middle, "min_us": least})
-    print(report.table([(r["what"], r["median_us"], r["min_us"]) for r in rows], ("what", "median us", "min us")))
+    header = ("what", "median us", "min us", "of sdpa's min")
+    shown = [(r["what"], r["median_us"], r["min_us"], r.get("of_sdpa_min", "-")) for r in rows]
+    print(report.table(shown, header))
     if not options.no_file:
         write(rows, folder() / "overhead.csv")
     return 0

@@ -107,11 +107,28 @@ def threads(rows: list[Row]) -> list[str]:
 
 
 def overhead(rows: list[Row]) -> list[str]:
-    """What a call costs, and an import."""
+    """What a call costs beside PyTorch's own attention in the same state, and an import. Older files have no ops."""
     if not rows:
         return []
-    lines = [f"## Call overhead, {rows[0]['device']}\n", "| what | median |", "| --- | --- |"]
-    lines += [f"| {row['what']} | {float(row['median_us']):.4g} µs |" for row in rows]
+    lines = [f"## Call overhead, {rows[0]['device']}\n"]
+    calls = [row for row in rows if row.get("provider") == "mvkernels"]
+    if calls:
+        states = list(dict.fromkeys((r["state"], r["compiled"]) for r in calls))
+        heads = [state + (", compiled" if compiled == "True" else "") for state, compiled in states]
+        lines += ["Least time of a call, and how many times that of `scaled_dot_product_attention`.\n"]
+        lines += [f"| op | shape | {' | '.join(heads)} |", "| --- " * (2 + len(states)) + "|"]
+        for op, shape in dict.fromkeys((r["op"], r["shape"]) for r in calls):
+            found = {(r["state"], r["compiled"]): r for r in calls if (r["op"], r["shape"]) == (op, shape)}
+            cells = [
+                f"{float(r['min_us']):.3g} µs, {float(r['of_sdpa_min']):.2f}×" if r else "–"
+                for r in map(found.get, states)
+            ]
+            lines.append(f"| {op} | {shape} | {' | '.join(cells)} |")
+        lines += [""]
+    others = [row for row in rows if not row.get("provider")]
+    if others:
+        lines += ["| what | median |", "| --- | --- |"]
+        lines += [f"| {row['what']} | {float(row['median_us']):.4g} µs |" for row in others]
     return ["\n".join(lines) + "\n"]
 
 
