@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from mvkernels import extension
+from mvkernels.checks import any_autocast
 from mvkernels.registry import OPS
 
 if TYPE_CHECKING:
@@ -88,6 +90,38 @@ def requested(backend: str | None, op: str = "") -> str:
     if name:
         return _known(name.strip().lower(), "MVKERNELS_BACKEND")
     return "auto"
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_tracing, _transforms = torch._C._get_tracing_state, torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+
+
+def direct(backend: str | None, *tensors: Any) -> bool | None:
+    """Whether a call on these is to record a gradient, if it can go to its C++ operator at once; else None.
+
+    The usual case, asked in a microsecond: plain CPU tensors (or None), no mode, trace, transform or autocast, no
+    other backend asked for. The operator refuses by itself what an op's check and its ``why_not`` would, in as many
+    words: so the caller tries, and on any exception takes the long way of checks and :func:`choose`.
+    """
+    if torch.compiler.is_dynamo_compiling() or extension.module is None:
+        return None
+    name = _chosen.name if backend is None else backend
+    if name is None:
+        if _raw_environment is None or _VARIABLE in _raw_environment:
+            return None
+    elif name != "cpp":
+        return None
+    recording = False
+    for tensor in tensors:
+        if tensor is not None:
+            if type(tensor) not in _PLAIN or not tensor.is_cpu:
+                return None
+            if tensor.requires_grad:
+                recording = True
+    if _modes() or any_autocast() or _transforms() or forward_ad._current_level >= 0 or _tracing() is not None:
+        return None
+    return recording and torch.is_grad_enabled()
 
 
 def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:

@@ -16,7 +16,8 @@ import torch
 # A patch as large as the map or larger makes every pixel its own group; beyond this, kernels' integers would overflow.
 _LARGEST = 2**31 - 1
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+"""Whether autocast is on for any device."""
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -126,7 +127,7 @@ def number(op: str, name: str, value: Any, default: float) -> float:
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
     # One question for all devices: the usual answer is no. Dynamo traces the longer way.
-    if not torch.compiler.is_compiling() and not _any_autocast():
+    if not torch.compiler.is_compiling() and not any_autocast():
         return values
     first = values[0]
     if not isinstance(first, torch.Tensor):

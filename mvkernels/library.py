@@ -42,6 +42,22 @@ def define(
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def output(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """``forward`` without what it keeps for the backward."""
+    return lambda *arguments: forward(*arguments)[0]
+
+
+def at_once(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The callable behind an overload, which takes arguments in order: less by a frame of Python."""
+    return getattr(operator, "_op", operator)
+
+
+def recorder(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """``function.apply`` for calls known to be outside of torch.func's transforms: its questions about them take as
+    long as the rest of it."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 # torch.no_grad() costs a call some microseconds, and a backward runs without recording anyhow unless it is itself to be
 # differentiated.
 _NOTHING = contextlib.nullcontext()

@@ -15,7 +15,7 @@ struct LinearAttention {
   int64_t B, heads, D, H, W;
   double eps;
   Map query, key, value, out, grad, dquery, dkey, dvalue;
-  void *kv, *keys;  // (B, heads, D, D), (B, heads, D) in the type of the sums
+  void *kv, *keys;  // (B, heads, D, D), (B, heads, D) in the type of the sums; null in a forward: not wanted
 
   // A unit of work is one (batch, head, chunk): chunks split the pixels when there are fewer units than threads. A kernel then
   // runs twice: it sums over the pixels of each chunk, and all have the sums added up, in order, before they go on.

@@ -19,7 +19,7 @@ struct Bridge {
   Map x, out_map, grad_map, dx;
   // Mobile to Former has query, out, grad, dquery; Former to Mobile has key, value, dkey, dvalue.
   Tokens query, out, grad, dquery, key, value, dkey, dvalue;
-  double* lse;  // (B, heads, M)
+  double* lse;  // (B, heads, M); null in a forward: not wanted
 
   // A unit of work is one (batch, head, chunk): chunks split the pixels when there are fewer units than threads.
   int64_t chunks;

@@ -14,12 +14,11 @@ Tokens tokens(const Tensor& t) {
 
 // What all four have in common; checks again what indexing relies on, for callers of the raw operators.
 Bridge describe(const char* op, const Tensor& x, const Tensor& some_tokens, double scale) {
-  const std::string name = op;
-  require(x.dim() == 5 && some_tokens.dim() == 4, (name + ": a map has 5 axes, tokens have 4").c_str());
+  require(x.dim() == 5 && some_tokens.dim() == 4, op, "a map has 5 axes, tokens have 4");
   const int64_t *n = x.sizes(), *m = some_tokens.sizes();
-  require(m[0] == n[0] && m[1] == n[1] && m[3] == n[2], (name + ": tokens and map do not fit").c_str());
-  require(n[3] > 0 && n[4] > 0 && m[2] > 0, (name + ": no pixels or no tokens").c_str());
-  require(x.dtype() == some_tokens.dtype(), (name + ": mixed dtypes").c_str());
+  require(m[0] == n[0] && m[1] == n[1] && m[3] == n[2], op, "tokens and map do not fit");
+  require_sizes(op, {n[1], n[3], n[4], m[2]}, {n[2]});
+  require(x.dtype() == some_tokens.dtype(), op, "mixed dtypes");
   Bridge a{};
   a.dtype = dtype_of(x, op);
   a.B = n[0], a.heads = n[1], a.D = n[2], a.H = n[3], a.W = n[4], a.M = m[2];
@@ -27,9 +26,9 @@ Bridge describe(const char* op, const Tensor& x, const Tensor& some_tokens, doub
   return a;
 }
 
-void require_like(const Tensor& t, const Tensor& like, const char* what) {
-  require(t.dim() == like.dim() && t.dtype() == like.dtype(), what);
-  require(std::equal(t.sizes(), t.sizes() + t.dim(), like.sizes()), what);
+void require_like(const Tensor& t, const Tensor& like, const char* op, const char* what) {
+  require(t.dim() == like.dim() && t.dtype() == like.dtype(), op, what);
+  require(std::equal(t.sizes(), t.sizes() + t.dim(), like.sizes()), op, what);
 }
 
 // Splits the work over threads: sets a.chunks, and returns the fewest units that a thread should get. `products` is how many
@@ -40,13 +39,16 @@ int64_t split(Bridge& a, double products) {
   return grain(flops / double(a.chunks));
 }
 
+// With `kept`, also what the backward needs of it.
+template <bool kept>
 void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), x = take(stack[1]);
   Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[2]));
   Tensor out = empty({a.B, a.heads, a.M, a.D}, query.dtype());
-  Tensor lse = empty({a.B, a.heads, a.M}, aoti_torch_dtype_float64()), partial;
+  Tensor lse, partial;
+  if constexpr (kept) lse = empty({a.B, a.heads, a.M}, aoti_torch_dtype_float64());
   if (a.B) {
-    a.query = tokens(query), a.out = tokens(out), a.lse = static_cast<double*>(lse.data());
+    a.query = tokens(query), a.out = tokens(out), a.lse = kept ? static_cast<double*>(lse.data()) : nullptr;
     const int64_t least = split(a, 2);
     if (a.chunks > 1) {
       partial = empty({a.units(), a.forward_partial()}, sums_dtype(a.dtype));
@@ -57,17 +59,17 @@ void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
     if (a.partial) kernels.merge(a, 0, a.B * a.heads);
   }
   give(stack, out);
-  give(stack + 1, lse);
+  if constexpr (kept) give(stack + 1, lse);
 }
 
 void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), query = take(stack[1]), x = take(stack[2]), out = take(stack[3]), lse = take(stack[4]);
   Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[5]));
-  require_like(grad, query, "mobile_to_former: grad does not fit");
-  require_like(out, query, "mobile_to_former: out does not fit");
+  require_like(grad, query, "mobile_to_former", "grad does not fit");
+  require_like(out, query, "mobile_to_former", "out does not fit");
   require(
       lse.dim() == 3 && lse.dtype() == aoti_torch_dtype_float64() && same_sizes(lse, query, {0, 1, 2}),
-      "mobile_to_former: lse does not fit");
+      "mobile_to_former", "lse does not fit");
   Tensor dquery = empty({a.B, a.heads, a.M, a.D}, query.dtype()), dx = empty_map(x, a.D), partial;
   if (a.B) {
     a.query = tokens(query), a.grad = tokens(grad), a.out = tokens(out), a.dquery = tokens(dquery);
@@ -88,7 +90,7 @@ void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
 void former_to_mobile_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), key = take(stack[1]), value = take(stack[2]);
   Bridge a = describe("former_to_mobile", x, key, torch::stable::detail::to<double>(stack[3]));
-  require_like(value, key, "former_to_mobile: value does not fit");
+  require_like(value, key, "former_to_mobile", "value does not fit");
   a.residual = torch::stable::detail::to<bool>(stack[4]);
   Tensor out = empty_map(x, a.D);
   if (a.B) {
@@ -102,8 +104,8 @@ void former_to_mobile_forward(StableIValue* stack, uint64_t, uint64_t) {
 void former_to_mobile_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), x = take(stack[1]), key = take(stack[2]), value = take(stack[3]);
   Bridge a = describe("former_to_mobile", x, key, torch::stable::detail::to<double>(stack[4]));
-  require_like(value, key, "former_to_mobile: value does not fit");
-  require_like(grad, x, "former_to_mobile: grad does not fit");
+  require_like(value, key, "former_to_mobile", "value does not fit");
+  require_like(grad, x, "former_to_mobile", "grad does not fit");
   a.residual = torch::stable::detail::to<bool>(stack[5]);
   Tensor dx = empty_map(x, a.D), dkey = empty({a.B, a.heads, a.M, a.D}, key.dtype());
   Tensor dvalue = empty({a.B, a.heads, a.M, a.D}, key.dtype()), partial;

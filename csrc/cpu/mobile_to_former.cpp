@@ -76,7 +76,7 @@ MVK_INLINE void put_output(const Bridge& a, int64_t unit, int64_t m, const T* ro
     to[a.D] = most, to[a.D + 1] = total;
   } else {
     store_token<T, S>(a, a.out, unit / a.heads, unit % a.heads, m, row);
-    a.lse[unit * a.M + m] = kLn2 * Factor(a.scale, false).scores * most + __builtin_log(total);
+    if (a.lse) a.lse[unit * a.M + m] = kLn2 * Factor(a.scale, false).scores * most + __builtin_log(total);
   }
 }
 
@@ -200,7 +200,7 @@ static void merge(const Bridge& a, int64_t begin, int64_t end) {
       }
       for (int64_t d = 0; d < D; ++d) row[d] /= total;
       store_token<T, S>(a, a.out, item / a.heads, item % a.heads, m, row);
-      a.lse[item * M + m] = kLn2 * factor.scores * most + __builtin_log(total);
+      if (a.lse) a.lse[item * M + m] = kLn2 * factor.scores * most + __builtin_log(total);
     }
 }
 

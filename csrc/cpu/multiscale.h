@@ -22,7 +22,7 @@ struct Multiscale {
   Map qkv, dqkv;  // (B, 3 * heads, D, H, W)
   Map out, grad;  // (B, (1 + S) * heads, D, H, W)
   const Scale* scales;
-  void *kv, *keys;  // (B, (1 + S) * heads, D, D), (B, (1 + S) * heads, D)
+  void *kv, *keys;  // (B, (1 + S) * heads, D, D), (B, (1 + S) * heads, D); null in a forward: not wanted
 
   // A unit of work is one (batch, head, chunk): chunks split the rows of the map when there are fewer units than threads. A
   // kernel then runs in stages, with what they share in memory that is there for each (batch, head).

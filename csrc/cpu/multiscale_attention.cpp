@@ -47,7 +47,7 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
         continue;
       }
       const int64_t group = g * a.heads + u.h, item = u.b * a.groups() + group;
-      if (u.chunk == 0)
+      if (u.chunk == 0 && a.kv)
         give_sums(D, s.sums, s.ldk, static_cast<T*>(a.kv) + item * D * D, static_cast<T*>(a.keys) + item * D);
       Head<T, S> out(a.out, u.b, group, D, a.H, a.W, s.tables[1]);
       if (!scale) outputs<T, S>(part(0), out, n0, n1, s);

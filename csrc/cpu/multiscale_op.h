@@ -47,10 +47,10 @@ Tensor empty_channels(const Tensor& like, int64_t channels) {
 
 constexpr const char* kMultiscale = "multiscale_linear_attention";
 
-void require_scale(bool fits, const char* what) { require(fits, (std::string(kMultiscale) + ": " + what).c_str()); }
+void require_scale(bool fits, const char* what) { require(fits, kMultiscale, what); }
 
-// `weights`: the depthwise weights of all scales, the pointwise ones, the biases of the first and of the second, which have no
-// elements where there are none.
+// `weights`: the depthwise weights of all scales, the pointwise ones, of four axes each; the biases of the first and of the second,
+// which have no elements where there are none, or no biases at all.
 struct MultiscaleCall {
   Multiscale a{};
   std::vector<Tensor> weights;
@@ -60,10 +60,13 @@ struct MultiscaleCall {
     require_scale(qkv.dim() == 4, "qkv has 4 axes");
     const int64_t* n = qkv.sizes();
     require_scale(D >= 1 && n[1] > 0 && n[1] % (3 * D) == 0, "head_dim does not fit");
-    require_scale(n[2] > 0 && n[3] > 0, "no pixels");
-    require_scale(weights.size() % 4 == 0, "four tensors for each scale");
+    require_sizes(kMultiscale, {n[2], n[3]}, {D});
+    const auto matrices = std::count_if(weights.begin(), weights.end(), [](const Tensor& t) { return t.dim() == 4; });
+    const bool biased = int64_t(weights.size()) == 2 * matrices;
+    require_scale(
+        matrices % 2 == 0 && (biased || int64_t(weights.size()) == matrices), "two or four tensors for each scale");
     a.dtype = dtype_of(qkv, kMultiscale);
-    a.B = n[0], a.heads = n[1] / (3 * D), a.D = D, a.H = n[2], a.W = n[3], a.S = int64_t(weights.size()) / 4;
+    a.B = n[0], a.heads = n[1] / (3 * D), a.D = D, a.H = n[2], a.W = n[3], a.S = matrices / 2;
     a.eps = eps, a.qkv = heads_map(qkv, D), a.chunks = 1, a.poison = poison;
     for (int64_t i = 0; i < a.S; ++i) {
       const Tensor &wide = weights[i], &mixing = weights[a.S + i];
@@ -81,8 +84,10 @@ struct MultiscaleCall {
       scale.depthwise = wide.data(), scale.pointwise = mixing.data();
       scale.depthwise_c = w[0], scale.depthwise_y = w[2], scale.depthwise_x = w[3];
       scale.pointwise_o = m[0], scale.pointwise_c = m[1];
-      take_bias(weights[2 * a.S + i], n[1], scale.depthwise_bias, scale.depthwise_bias_c);
-      take_bias(weights[3 * a.S + i], n[1], scale.pointwise_bias, scale.pointwise_bias_o);
+      if (biased) {
+        take_bias(weights[2 * a.S + i], n[1], scale.depthwise_bias, scale.depthwise_bias_c);
+        take_bias(weights[3 * a.S + i], n[1], scale.pointwise_bias, scale.pointwise_bias_o);
+      }
       scales.push_back(scale);
     }
     for (const Tensor& one : weights) require_scale(one.dtype() == qkv.dtype(), "mixed dtypes");
@@ -107,16 +112,21 @@ struct MultiscaleCall {
   }
 };
 
+// With `kept`, also what the backward needs of it.
+template <bool kept>
 void multiscale_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor qkv = take(stack[0]);
   MultiscaleCall call(
       qkv, take_list(stack[1]), torch::stable::detail::to<int64_t>(stack[2]),
       torch::stable::detail::to<double>(stack[3]));
   Multiscale& a = call.a;
-  Tensor out = empty_channels(qkv, a.groups() * a.D), partial;
-  Tensor kv = empty({a.B, a.groups(), a.D, a.D}, sums_dtype(a.dtype));
-  Tensor keys = empty({a.B, a.groups(), a.D}, sums_dtype(a.dtype));
-  a.out = heads_map(out, a.D), a.kv = kv.data(), a.keys = keys.data();
+  Tensor out = empty_channels(qkv, a.groups() * a.D), partial, kv, keys;
+  a.out = heads_map(out, a.D);
+  if constexpr (kept) {
+    kv = empty({a.B, a.groups(), a.D, a.D}, sums_dtype(a.dtype));
+    keys = empty({a.B, a.groups(), a.D}, sums_dtype(a.dtype));
+    a.kv = kv.data(), a.keys = keys.data();
+  }
   if (a.B) {
     const double flops = call.flops(1);
     a.chunks = chunks(a.B * a.heads, flops, a.H / 4);
@@ -132,8 +142,10 @@ void multiscale_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t
     }
   }
   give(stack, out);
-  give(stack + 1, kv);
-  give(stack + 2, keys);
+  if constexpr (kept) {
+    give(stack + 1, kv);
+    give(stack + 2, keys);
+  }
 }
 
 void multiscale_linear_attention_backward(StableIValue* stack, uint64_t, uint64_t) {

@@ -125,7 +125,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     }
     const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
     const auto mo = lattice<S>(a, a.out, oo, g);
-    const auto lse = lattice<double>(a, lse_map, ol, g);
+    const auto lse = a.lse ? lattice<double>(a, lse_map, ol, g) : Lattice<double>{};
     const Bias<S> bias(a, h, bias_rows);
     Ahead ahead;
     if (unit + 1 < end && a.chunks == 1) {
@@ -148,8 +148,11 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
       panel(
           a, N, q, k, ldk, v, v_tiles, by_rows ? v_rows : nullptr, ldv, bias, row, stop, T(factor.scores), s, o, top,
           sums, ahead);
-      logarithms<T>(sums, int(L), logs);
-      for (int64_t i = 0; i < stop - row; ++i) lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + logs[i];
+      if (a.lse) {
+        logarithms<T>(sums, int(L), logs);
+        for (int64_t i = 0; i < stop - row; ++i)
+          lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + logs[i];
+      }
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
       if (by_rows)
         unpack_rows<T>(mo, row, stop, a.Dv, o, ldv, sums, 1);

@@ -18,7 +18,9 @@ struct PatchAttention {
   int64_t B, heads, D, Dv, H, W, ph, pw;
   double scale;
   Map query, key, value, out;
-  double* lse;  // (B, heads, H, W): in float its rounding, times the size of the scores, would be P's relative error
+  // (B, heads, H, W): in float its rounding, times the size of the scores, would be P's relative error. Null in a forward: not
+  // wanted.
+  double* lse;
   const void* bias;  // (heads, N, N) or null
   int64_t bias_stride[3];
 

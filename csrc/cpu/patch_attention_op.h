@@ -7,21 +7,25 @@
 namespace mvk {
 namespace {
 
+// A patch as large as the map or larger makes every pixel its own group; sums with more than this could overflow.
+constexpr int64_t kLargest = (int64_t(1) << 31) - 1;
+
 // What forward and backward have in common; checks again what indexing relies on, for callers of the raw operator.
 PatchAttention describe(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t ph, int64_t pw, const Tensor& bias,
     double scale) {
-  require(query.dim() == 5 && key.dim() == 5 && value.dim() == 5, "patch_attention: maps have 5 axes");
+  require(query.dim() == 5 && key.dim() == 5 && value.dim() == 5, "patch_attention", "maps have 5 axes");
   require(
-      same_sizes(query, key, {0, 1, 2, 3, 4}) && same_sizes(query, value, {0, 1, 3, 4}),
-      "patch_attention: query, key and value do not fit");
-  require(query.dtype() == key.dtype() && query.dtype() == value.dtype(), "patch_attention: mixed dtypes");
-  require(ph >= 1 && pw >= 1, "patch_attention: patch_size is less than 1");
+      same_sizes(query, key, {0, 1, 2, 3, 4}) && same_sizes(query, value, {0, 1, 3, 4}), "patch_attention",
+      "query, key and value do not fit");
+  require(query.dtype() == key.dtype() && query.dtype() == value.dtype(), "patch_attention", "mixed dtypes");
+  require(ph >= 1 && pw >= 1, "patch_attention", "patch_size is less than 1");
+  const int64_t* n = query.sizes();
+  require_sizes("patch_attention", {n[1], n[3], n[4]}, {n[2], value.sizes()[2]});
   PatchAttention a{};
   a.dtype = dtype_of(query, "patch_attention");
-  const int64_t* n = query.sizes();
   a.B = n[0], a.heads = n[1], a.D = n[2], a.H = n[3], a.W = n[4], a.Dv = value.sizes()[2];
-  a.ph = ph, a.pw = pw, a.scale = scale;
+  a.ph = std::min(ph, kLargest), a.pw = std::min(pw, kLargest), a.scale = scale;
   a.query = map(query), a.key = map(key), a.value = map(value);
   a.poison = poison;
   if (bias) {
@@ -29,7 +33,7 @@ PatchAttention describe(
     require(
         bias.dim() == 3 && bias.dtype() == query.dtype() && m[0] == a.heads && m[1] == a.tokens() &&
             m[2] == a.tokens() && a.H % ph == 0 && a.W % pw == 0,
-        "patch_attention: bias does not fit");
+        "patch_attention", "bias does not fit");
     a.bias = bias.data();
     std::copy(s, s + 3, a.bias_stride);
   }
@@ -41,14 +45,17 @@ PatchAttention describe(
 // FLOPs of one (slice, head), at so many for each pair of a query and a key.
 double flops(const PatchAttention& a, double of_a_pair) { return double(a.tokens()) * double(a.tokens()) * of_a_pair; }
 
+// With `kept`, also what the backward needs of it.
+template <bool kept>
 void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]), bias = take_optional(stack[5]);
   PatchAttention a = describe(
       query, key, value, torch::stable::detail::to<int64_t>(stack[3]), torch::stable::detail::to<int64_t>(stack[4]),
       bias, torch::stable::detail::to<double>(stack[6]));
-  Tensor out = empty_map(query, a.Dv), lse = empty({a.B, a.heads, a.H, a.W}, aoti_torch_dtype_float64());
-  if (a.B && a.heads && a.Dv) {
-    a.out = map(out), a.lse = static_cast<double*>(lse.data());
+  Tensor out = empty_map(query, a.Dv), lse;
+  if constexpr (kept) lse = empty({a.B, a.heads, a.H, a.W}, aoti_torch_dtype_float64());
+  if (a.B) {
+    a.out = map(out), a.lse = kept ? static_cast<double*>(lse.data()) : nullptr;
     const double pair = 2.0 * double(a.D + a.Dv);
     a.chunks = chunks(a.slices * a.heads, flops(a, pair), a.tokens() / PatchAttention::kBlock);
     parallel(a.units(), grain(flops(a, pair) / double(a.chunks)), [&](int64_t i, int64_t j) {
@@ -56,7 +63,7 @@ void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
     });
   }
   give(stack, out);
-  give(stack + 1, lse);
+  if constexpr (kept) give(stack + 1, lse);
 }
 
 void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
@@ -69,12 +76,12 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   require(
       grad.dim() == 5 && out.dim() == 5 && same_sizes(grad, value, {0, 1, 2, 3, 4}) &&
           same_sizes(out, value, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype() && out.dtype() == query.dtype(),
-      "patch_attention: grad or out does not fit");
+      "patch_attention", "grad or out does not fit");
   require(
       lse.dim() == 4 && lse.dtype() == aoti_torch_dtype_float64() && lse.sizes()[0] == a.B &&
           lse.sizes()[1] == a.heads && lse.sizes()[2] == a.H && lse.sizes()[3] == a.W,
-      "patch_attention: lse does not fit");
-  require(!need_bias || bias, "patch_attention: there is no bias to differentiate");
+      "patch_attention", "lse does not fit");
+  require(!need_bias || bias, "patch_attention", "there is no bias to differentiate");
   a.out = map(out), a.grad = map(grad), a.lse = static_cast<double*>(lse.data());
   Tensor dquery = empty_map(query, a.D), dkey = empty_map(key, a.D), dvalue = empty_map(value, a.Dv);
   a.dquery = map(dquery), a.dkey = map(dkey), a.dvalue = map(dvalue);
@@ -84,13 +91,12 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor dbias = need_bias ? empty({a.heads, N, N}, query.dtype()) : empty({0}, query.dtype());
   Tensor partial;
   if (need_bias) {
-    a.slices = std::clamp<int64_t>(
-        (threads() + a.heads - 1) / std::max<int64_t>(a.heads, 1), 1, std::max<int64_t>(a.slices, 1));
+    a.slices = std::clamp<int64_t>((threads() + a.heads - 1) / a.heads, 1, std::max<int64_t>(a.slices, 1));
     a.dbias = dbias.data();
     if (a.B * a.groups() > 1) {
       partial = empty({a.slices, a.heads, N, a.padded()}, sums_dtype(a.dtype));
       a.dbias_partial = partial.data();
-    } else if (!a.B && a.heads) {
+    } else if (!a.B) {
       std::memset(a.dbias, 0, size_t(a.heads * N * N) * item_size(query.dtype()));
     }
   } else {
@@ -100,7 +106,7 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
       a.dquery_partial = partial.data();
     }
   }
-  if (a.B && a.heads) {
+  if (a.B) {
     const PatchAttentionKernels& kernels = *current->patch_attention;
     const int64_t least = need_bias ? 1 : grain(flops(a, pair) / double(a.chunks));
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });

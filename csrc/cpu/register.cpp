@@ -16,7 +16,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 4;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 5;  // with INTERFACE in mvkernels/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -71,15 +71,19 @@ PyModuleDef kModule = {
 }  // namespace mvk
 
 STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
-  m.impl("patch_attention_forward", &mvk::patch_attention_forward);
+  m.impl("patch_attention", &mvk::patch_attention_forward<false>);
+  m.impl("patch_attention_forward", &mvk::patch_attention_forward<true>);
   m.impl("patch_attention_backward", &mvk::patch_attention_backward);
-  m.impl("mobile_to_former_forward", &mvk::mobile_to_former_forward);
+  m.impl("mobile_to_former", &mvk::mobile_to_former_forward<false>);
+  m.impl("mobile_to_former_forward", &mvk::mobile_to_former_forward<true>);
   m.impl("mobile_to_former_backward", &mvk::mobile_to_former_backward);
   m.impl("former_to_mobile_forward", &mvk::former_to_mobile_forward);
   m.impl("former_to_mobile_backward", &mvk::former_to_mobile_backward);
-  m.impl("relu_linear_attention_forward", &mvk::relu_linear_attention_forward);
+  m.impl("relu_linear_attention", &mvk::relu_linear_attention_forward<false>);
+  m.impl("relu_linear_attention_forward", &mvk::relu_linear_attention_forward<true>);
   m.impl("relu_linear_attention_backward", &mvk::relu_linear_attention_backward);
-  m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward);
+  m.impl("multiscale_linear_attention", &mvk::multiscale_linear_attention_forward<false>);
+  m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward<true>);
   m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
 }
 

@@ -50,7 +50,7 @@ static void forward(const LinearAttention& a, int64_t begin, int64_t end) {
       T* to = partial_of<T>(a, u) + u.chunk * a.partial_size();
       give_sums(D, s.sums, s.ldk, to, to + D * D);
     } else {
-      if (u.chunk == 0) give_sums(D, s.sums, s.ldk, kv_of<T>(a, u), keys_of<T>(a, u));
+      if (u.chunk == 0 && a.kv) give_sums(D, s.sums, s.ldk, kv_of<T>(a, u), keys_of<T>(a, u));
       const Unit after(a, unit + 1 < end ? unit + 1 : unit);
       const auto keys = head<T, const S>(a, a.key, after, s, 0), values = head<T, const S>(a, a.value, after, s, 1);
       const bool more = unit + 1 < end && a.stage == Stage::all;

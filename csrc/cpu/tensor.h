@@ -112,8 +112,17 @@ Map map(const Tensor& t) {
   return {t.data(), s[0], s[1], s[2], s[3], s[4]};
 }
 
-void require(bool fits, const char* what) {
-  if (!fits) throw std::runtime_error(std::string("mvkernels: ") + what);
+void require(bool fits, const char* op, const char* what) {
+  if (!fits) throw std::runtime_error(std::string("mvkernels: ") + op + ": " + what);
+}
+
+// As the checks in Python do: nothing but the batch is empty, and no head is wider than its sums are exact (_MOST_HEAD_DIM in
+// mvkernels/extension.py).
+constexpr int64_t kMostHeadDim = 256;
+void require_sizes(const char* op, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> dims) {
+  const bool some = std::all_of(sizes.begin(), sizes.end(), [](int64_t size) { return size >= 1; });
+  const bool fit = std::all_of(dims.begin(), dims.end(), [](int64_t dim) { return dim >= 1 && dim <= kMostHeadDim; });
+  require(some && fit, op, "an axis other than the batch is empty, or head_dim exceeds 256");
 }
 
 bool same_sizes(const Tensor& a, const Tensor& b, std::initializer_list<int> axes) {

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension
-from mvkernels.backend import choose
+from mvkernels import checks, extension, library
+from mvkernels.backend import choose, direct
 from mvkernels.ops.former_to_mobile import suite
 from mvkernels.ops.former_to_mobile.autograd import KERNELS, FormerToMobileFunction
 from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
@@ -50,6 +50,15 @@ def former_to_mobile(
         ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
         BackendUnavailable: a backend was named that cannot run this.
     """
+    recording = direct(backend, x, key, value)
+    if recording is not None and (scale is None or type(scale) is float) and type(residual) is bool:
+        try:
+            factor = x.shape[2] ** -0.5 if scale is None else scale
+            if recording:
+                return _record(x, key, value, factor, residual, "cpp", True)
+            return _infer(x, key, value, factor, residual)
+        except Exception:  # the checks say what it is
+            pass
     arguments = _check(x, key, value, scale, residual)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
@@ -58,6 +67,9 @@ def former_to_mobile(
     if torch.is_grad_enabled() and (x.requires_grad or key.requires_grad or value.requires_grad):
         return FormerToMobileFunction.apply(x, key, value, scale, residual, chosen, True)
     return KERNELS[chosen][0](x, key, value, scale, residual)
+
+
+_infer, _record = library.at_once(KERNELS["cpp"][0]), library.recorder(FormerToMobileFunction)
 
 
 def _check(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, residual: bool = True) -> tuple[Any, ...]:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension
-from mvkernels.backend import choose
+from mvkernels import checks, extension, library
+from mvkernels.backend import choose, direct
 from mvkernels.ops.mobile_to_former import suite
-from mvkernels.ops.mobile_to_former.autograd import KERNELS, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.autograd import INFERENCE, MobileToFormerFunction
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 from mvkernels.registry import Op, register
 
@@ -40,6 +40,13 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
         ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
         BackendUnavailable: a backend was named that cannot run this.
     """
+    recording = direct(backend, query, x)
+    if recording is not None and (scale is None or type(scale) is float):
+        try:
+            factor = x.shape[2] ** -0.5 if scale is None else scale
+            return _record(query, x, factor, "cpp", True) if recording else _infer(query, x, factor)
+        except Exception:  # the checks say what it is
+            pass
     arguments = _check(query, x, scale)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
@@ -47,7 +54,10 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
     query, x, scale = arguments
     if torch.is_grad_enabled() and (query.requires_grad or x.requires_grad):
         return MobileToFormerFunction.apply(query, x, scale, chosen, True)
-    return KERNELS[chosen][0](query, x, scale)[0]
+    return INFERENCE[chosen](query, x, scale)
+
+
+_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(MobileToFormerFunction)
 
 
 def _check(query: Tensor, x: Tensor, scale: float | None = None) -> tuple[Any, ...]:

@@ -59,6 +59,13 @@ KERNELS = {
         library.define("triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward),
     ),
 }
+INFERENCE = {
+    "cpp": library.define(
+        "cpp", "mobile_to_former", "(Tensor query, Tensor x, float scale) -> Tensor", library.output(_fake_forward_cpp)
+    ),
+    "triton": library.output(KERNELS["triton"][0]),
+}
+"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
 class MobileToFormerFunction(torch.autograd.Function):

@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension
-from mvkernels.backend import choose
+from mvkernels import checks, extension, library
+from mvkernels.backend import choose, direct
 from mvkernels.ops.multiscale_linear_attention import suite
-from mvkernels.ops.multiscale_linear_attention.autograd import KERNELS, Flat, MultiscaleLinearAttentionFunction, flat
+from mvkernels.ops.multiscale_linear_attention.autograd import (
+    INFERENCE,
+    OPERATOR,
+    Flat,
+    MultiscaleLinearAttentionFunction,
+    flat,
+)
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 from mvkernels.ops.multiscale_linear_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -19,6 +25,7 @@ from mvkernels.registry import Op, register
 __all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
 
 _NAME = "multiscale_linear_attention"
+_LISTS = (list, tuple)
 
 
 def multiscale_linear_attention(
@@ -58,6 +65,19 @@ def multiscale_linear_attention(
             channels, k is even, or H or W is 0.
         BackendUnavailable: a backend was named that cannot run this.
     """
+    if (
+        type(eps) is float
+        and type(head_dim) is int
+        and _without_biases(depthwise, pointwise, depthwise_bias, pointwise_bias)
+    ):
+        recording = direct(backend, qkv, *depthwise, *pointwise)
+        if recording is not None:
+            try:
+                if recording:
+                    return _record(qkv, head_dim, eps, "cpp", *depthwise, *pointwise)
+                return _infer(qkv, (*depthwise, *pointwise), head_dim, eps)
+            except Exception:  # the checks say what it is
+                pass
     arguments = _check(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
@@ -66,7 +86,24 @@ def multiscale_linear_attention(
     weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
         return Flat.apply(qkv, head_dim, eps, chosen, *weights)
-    return KERNELS[chosen][0](qkv, weights, head_dim, eps)[0]
+    return INFERENCE[chosen](qkv, weights, head_dim, eps)
+
+
+_infer, _record = library.at_once(OPERATOR), library.recorder(Flat)
+
+
+def _without_biases(depthwise: Any, pointwise: Any, *biases: Any) -> bool:
+    """Whether these are lists or tuples of one length, and there is nothing in those of biases, or they are None."""
+    if type(depthwise) not in _LISTS or type(pointwise) not in _LISTS or len(depthwise) != len(pointwise):
+        return False
+    for some in biases:
+        if some is not None:
+            if type(some) not in _LISTS or len(some) != len(depthwise):
+                return False
+            for each in some:
+                if each is not None:
+                    return False
+    return True
 
 
 def _check(

@@ -16,15 +16,23 @@ Weights = Sequence[Tensor | None]
 
 
 def flat(depthwise: Weights, pointwise: Weights, first: Weights | None, second: Weights | None) -> tuple[Any, ...]:
-    """The weights one after the other: four for each scale, None for a bias that is not there."""
+    """The weights one after the other: four for each scale, None for a bias that is not there; two where none is."""
+    if first is None and second is None:
+        return *depthwise, *pointwise
     none = (None,) * len(depthwise)
     return *depthwise, *pointwise, *(first or none), *(second or none)
 
 
+def scales(weights: Weights) -> int:
+    """Of how many scales :func:`flat` put the weights together: each has two of four axes, and biases have one."""
+    return sum(w is not None and w.dim() == 4 for w in weights) // 2
+
+
 def parts(weights: Weights) -> tuple[tuple[Any, ...], ...]:
     """What :func:`flat` was given, with a tuple for each."""
-    n = len(weights) // 4
-    return tuple(tuple(weights[i * n : (i + 1) * n]) for i in range(4))
+    n = scales(weights)
+    some = (*weights, *(None,) * (4 * n - len(weights)))
+    return tuple(some[i * n : (i + 1) * n] for i in range(4))
 
 
 def call_reference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> Tensor:
@@ -32,7 +40,8 @@ def call_reference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> 
     return reference(qkv, depthwise, pointwise, head_dim, first, second, eps)
 
 
-_FORWARD = "(Tensor qkv, Tensor[] weights, int head_dim, float eps) -> (Tensor out, Tensor kv, Tensor keys)"
+_INPUTS = "(Tensor qkv, Tensor[] weights, int head_dim, float eps)"
+_FORWARD = _INPUTS + " -> (Tensor out, Tensor kv, Tensor keys)"
 _BACKWARD = (
     "(Tensor grad, Tensor qkv, Tensor[] weights, Tensor kv, Tensor keys, int head_dim, float eps)"
     " -> (Tensor dqkv, Tensor[] dweights)"
@@ -41,7 +50,7 @@ _BACKWARD = (
 
 def _fake_forward(qkv, weights, head_dim, eps):  # type: ignore[no-untyped-def]
     # Sums over pixels, for every head of every scale: of value times relu(key), and of relu(key).
-    channels = qkv.shape[1] // 3 * (1 + len(weights) // 4)
+    channels = qkv.shape[1] // 3 * (1 + scales(weights))
     shape = (qkv.shape[0], channels // head_dim, head_dim)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     return _empty(qkv, channels), qkv.new_empty((*shape, head_dim), dtype=dtype), qkv.new_empty(shape, dtype=dtype)
@@ -63,15 +72,20 @@ _CPP = (
     library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
     library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
 )
+OPERATOR = library.define("cpp", "multiscale_linear_attention", _INPUTS + " -> Tensor", library.output(_fake_forward))
 
 
 def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
-    """The weights as operators take them: a bias that is not there has no elements."""
+    """The weights as operators take them: where there are biases, one that is not there has no elements."""
     return [qkv.new_empty(0) if w is None else w for w in weights]
 
 
 def _cpp_forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
     return _CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
+
+
+def _cpp_inference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> Tensor:
+    return OPERATOR(qkv, _dense(qkv, weights), head_dim, eps)
 
 
 def _cpp_backward(
@@ -146,6 +160,8 @@ KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 """By backend: ``forward(qkv, weights, head_dim, eps) -> (out, *saved)`` and ``backward(grad, qkv, weights, saved,
 head_dim, eps, wanted) -> (dqkv, *dweights)``, with the weights as :func:`flat` puts them; ``wanted``: whether any
 gradient of theirs is."""
+INFERENCE = {"cpp": _cpp_inference, "triton": library.output(_forward_on_triton)}
+"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
 class Flat(torch.autograd.Function):

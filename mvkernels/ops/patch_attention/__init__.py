@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension
-from mvkernels.backend import choose
+from mvkernels import checks, extension, library
+from mvkernels.backend import choose, direct
 from mvkernels.ops.patch_attention import suite
-from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction
+from mvkernels.ops.patch_attention.autograd import INFERENCE, PatchAttentionFunction
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -57,6 +57,17 @@ def patch_attention(
             with groups of different sizes.
         BackendUnavailable: a backend was named that cannot run this.
     """
+    recording = direct(backend, query, key, value, bias)
+    if recording is not None and (scale is None or type(scale) is float):
+        try:
+            ph, pw = patch_size if type(patch_size) is tuple else (patch_size, patch_size)
+            if type(ph) is int is type(pw):
+                factor = query.shape[2] ** -0.5 if scale is None else scale
+                if recording:
+                    return _record(query, key, value, (ph, pw), bias, factor, "cpp", True)
+                return _infer(query, key, value, ph, pw, bias, factor)
+        except Exception:  # the checks say what it is
+            pass
     arguments = _check(query, key, value, patch_size, bias, scale)
     chosen = choose(OP, backend, arguments)
     if chosen == "reference":
@@ -66,7 +77,10 @@ def patch_attention(
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen, True)
-    return KERNELS[chosen][0](query, key, value, ph, pw, bias, scale)[0]
+    return INFERENCE[chosen](query, key, value, ph, pw, bias, scale)
+
+
+_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(PatchAttentionFunction)
 
 
 def _check(

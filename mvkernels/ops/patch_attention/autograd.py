@@ -12,8 +12,8 @@ from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 
-_FORWARD = "(Tensor query, Tensor key, Tensor value, int patch_h, int patch_w, Tensor? bias, float scale)"
-_FORWARD += " -> (Tensor out, Tensor lse)"
+_INPUTS = "(Tensor query, Tensor key, Tensor value, int patch_h, int patch_w, Tensor? bias, float scale)"
+_FORWARD = _INPUTS + " -> (Tensor out, Tensor lse)"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, int patch_h, int patch_w,"
 _BACKWARD += " Tensor? bias, float scale, bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 
@@ -59,6 +59,13 @@ KERNELS = {
         library.define("triton", "patch_attention_backward", _BACKWARD, _fake_backward, _triton_backward),
     ),
 }
+INFERENCE = {
+    "cpp": library.define(
+        "cpp", "patch_attention", _INPUTS + " -> Tensor", library.output(_fake_forward(torch.float64))
+    ),
+    "triton": library.output(KERNELS["triton"][0]),
+}
+"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
 class PatchAttentionFunction(torch.autograd.Function):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension
-from mvkernels.backend import choose
+from mvkernels import checks, extension, library
+from mvkernels.backend import choose, direct
 from mvkernels.ops.relu_linear_attention import suite
-from mvkernels.ops.relu_linear_attention.autograd import KERNELS, ReLULinearAttentionFunction
+from mvkernels.ops.relu_linear_attention.autograd import INFERENCE, ReLULinearAttentionFunction
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 from mvkernels.ops.relu_linear_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -54,6 +54,14 @@ def relu_linear_attention(
         ValueError: shapes do not fit, dtypes or devices differ, or heads, head_dim, H or W is 0.
         BackendUnavailable: a backend was named that cannot run this.
     """
+    recording = direct(backend, query, key, value) if process_group is None else None
+    if recording is not None and type(eps) is float:
+        try:
+            if recording:
+                return _record(query, key, value, eps, "cpp", True)
+            return _infer(query, key, value, eps)
+        except Exception:  # the checks say what it is
+            pass
     arguments = _check(query, key, value, eps)
     if process_group is not None:
         from mvkernels.ops.relu_linear_attention import sequence_parallel
@@ -66,7 +74,10 @@ def relu_linear_attention(
     query, key, value, eps = arguments
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return ReLULinearAttentionFunction.apply(query, key, value, eps, chosen, True)
-    return KERNELS[chosen][0](query, key, value, eps)[0]
+    return INFERENCE[chosen](query, key, value, eps)
+
+
+_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(ReLULinearAttentionFunction)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> tuple[Any, ...]:

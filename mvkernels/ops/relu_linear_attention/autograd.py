@@ -72,6 +72,14 @@ KERNELS = {
 """By backend: ``forward(query, key, value, eps) -> (out, *sums)`` and
 ``backward(grad, query, key, value, *sums, eps) -> (dq, dk, dv)``."""
 
+INFERENCE = {
+    "cpp": library.define(
+        "cpp", "relu_linear_attention", f"({_INPUTS}, float eps) -> Tensor", library.output(_fake_forward_cpp)
+    ),
+    "triton": library.output(KERNELS["triton"][0]),
+}
+"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
+
 
 class ReLULinearAttentionFunction(torch.autograd.Function):
     """:func:`mvkernels.relu_linear_attention` with its own backward.
