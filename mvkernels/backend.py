@@ -92,6 +92,8 @@ def requested(backend: str | None, op: str = "") -> str:
     return "auto"
 
 
+# Not any exception: one of another kind comes from a hook that a tensor is saved through, and is meant for its owner.
+REFUSED = (RuntimeError, TypeError, ValueError, IndexError)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _tracing, _transforms = torch._C._get_tracing_state, torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
@@ -101,8 +103,8 @@ def direct(backend: str | None, *tensors: Any) -> bool | None:
     """Whether a call on these is to record a gradient, if it can go to its C++ operator at once; else None.
 
     The usual case, asked in a microsecond: plain CPU tensors (or None), no mode, trace, transform or autocast, no
-    other backend asked for. The operator refuses by itself what an op's check and its ``why_not`` would, in as many
-    words: so the caller tries, and on any exception takes the long way of checks and :func:`choose`.
+    other backend asked for. The operator refuses by itself what an op's check and its ``why_not`` would: so the caller
+    tries, and on an exception of REFUSED takes the long way of checks and :func:`choose`, which say what is wrong.
     """
     if torch.compiler.is_dynamo_compiling() or extension.module is None:
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mvkernels import checks, extension, library
-from mvkernels.backend import choose, direct
+from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.former_to_mobile import suite
 from mvkernels.ops.former_to_mobile.autograd import KERNELS, FormerToMobileFunction
 from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
@@ -55,9 +55,9 @@ def former_to_mobile(
         try:
             factor = x.shape[2] ** -0.5 if scale is None else scale
             if recording:
-                return _record(x, key, value, factor, residual, "cpp", True)
+                return _record(x, key, value, factor, residual, "cpp", _keep)
             return _infer(x, key, value, factor, residual)
-        except Exception:  # the checks say what it is
+        except REFUSED:  # the checks say why
             pass
     arguments = _check(x, key, value, scale, residual)
     chosen = choose(OP, backend, arguments)
@@ -65,11 +65,12 @@ def former_to_mobile(
         return reference(*arguments)
     x, key, value, scale, residual = arguments
     if torch.is_grad_enabled() and (x.requires_grad or key.requires_grad or value.requires_grad):
-        return FormerToMobileFunction.apply(x, key, value, scale, residual, chosen, True)
+        return FormerToMobileFunction.apply(x, key, value, scale, residual, chosen, KERNELS[chosen][0])
     return KERNELS[chosen][0](x, key, value, scale, residual)
 
 
-_infer, _record = library.at_once(KERNELS["cpp"][0]), library.recorder(FormerToMobileFunction)
+_infer = _keep = library.at_once(KERNELS["cpp"][0])
+_record = library.recorder(FormerToMobileFunction)
 
 
 def _check(x: Tensor, key: Tensor, value: Tensor, scale: float | None = None, residual: bool = True) -> tuple[Any, ...]:

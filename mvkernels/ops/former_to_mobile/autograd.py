@@ -56,9 +56,9 @@ class FormerToMobileFunction(torch.autograd.Function):
     """:func:`mvkernels.former_to_mobile` with its own backward.
 
     ``apply(x, key, value, scale, residual, backend)``, the op's arguments in order; those after ``value``
-    may be left out; ``checked`` is the public function's, which has checked them and chosen the backend. Saves
-    its inputs and nothing else: the backward recomputes the probabilities. A second derivative raises
-    RuntimeError.
+    may be left out; ``kernel`` is the public function's, which has checked them and chosen the backend: its
+    forward. Saves its inputs and nothing else: the backward recomputes the probabilities. A second derivative
+    raises RuntimeError.
     """
 
     @staticmethod
@@ -70,28 +70,29 @@ class FormerToMobileFunction(torch.autograd.Function):
         scale: float | None = None,
         residual: bool = True,
         backend: str | None = None,
-        checked: bool = False,
+        kernel: Any = None,
     ) -> Tensor:
-        if not checked:
+        if kernel is None:
             from mvkernels.ops.former_to_mobile import OP
 
             arguments = OP.check(x, key, value, scale, residual)
             backend = choose(OP, backend, arguments)
             x, key, value, scale, residual = arguments
-        ctx.settings, ctx.backend = (scale, residual), backend
+        ctx.settings = scale, residual, backend
         ctx.save_for_backward(x, key, value)
         if backend == "reference":
             return reference(x, key, value, scale, residual)
-        return KERNELS[backend][0](x, key, value, scale, residual)  # type: ignore[index]
+        return (kernel or KERNELS[backend][0])(x, key, value, scale, residual)  # type: ignore[index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *settings, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
         with library.not_recording():
-            if ctx.backend == "reference":
-                grads = library.differentiate(lambda x, k, v: reference(x, k, v, *ctx.settings), grad, saved, wanted)
+            if backend == "reference":
+                grads = library.differentiate(lambda x, k, v: reference(x, k, v, *settings), grad, saved, wanted)
             else:
-                found = KERNELS[ctx.backend][1](grad, *saved, *ctx.settings)
+                found = KERNELS[backend][1](grad, *saved, *settings)
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mvkernels import checks, extension, library
-from mvkernels.backend import choose, direct
+from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.mobile_to_former import suite
-from mvkernels.ops.mobile_to_former.autograd import INFERENCE, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.autograd import INFERENCE, KERNELS, MobileToFormerFunction
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 from mvkernels.registry import Op, register
 
@@ -44,8 +44,8 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
     if recording is not None and (scale is None or type(scale) is float):
         try:
             factor = x.shape[2] ** -0.5 if scale is None else scale
-            return _record(query, x, factor, "cpp", True) if recording else _infer(query, x, factor)
-        except Exception:  # the checks say what it is
+            return _record(query, x, factor, "cpp", _keep) if recording else _infer(query, x, factor)
+        except REFUSED:  # the checks say why
             pass
     arguments = _check(query, x, scale)
     chosen = choose(OP, backend, arguments)
@@ -53,11 +53,12 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
         return reference(*arguments)
     query, x, scale = arguments
     if torch.is_grad_enabled() and (query.requires_grad or x.requires_grad):
-        return MobileToFormerFunction.apply(query, x, scale, chosen, True)
+        return MobileToFormerFunction.apply(query, x, scale, chosen, KERNELS[chosen][0])
     return INFERENCE[chosen](query, x, scale)
 
 
-_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(MobileToFormerFunction)
+_infer, _keep = library.at_once(INFERENCE["cpp"]), library.at_once(KERNELS["cpp"][0])
+_record = library.recorder(MobileToFormerFunction)
 
 
 def _check(query: Tensor, x: Tensor, scale: float | None = None) -> tuple[Any, ...]:

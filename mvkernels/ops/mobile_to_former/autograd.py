@@ -72,8 +72,8 @@ class MobileToFormerFunction(torch.autograd.Function):
     """:func:`mvkernels.mobile_to_former` with its own backward.
 
     ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
-    ``checked`` is the public function's, which has checked them and chosen the backend. Saves query, x, the
-    output (Triton: as it was before its rounding to a half type) and what is left of each token's scores, their
+    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query, x,
+    the output (Triton: as it was before its rounding to a half type) and what is left of each token's scores, their
     log-sum-exp: no scores. A second derivative raises RuntimeError.
     """
 
@@ -84,31 +84,32 @@ class MobileToFormerFunction(torch.autograd.Function):
         x: Tensor,
         scale: float | None = None,
         backend: str | None = None,
-        checked: bool = False,
+        kernel: Any = None,
     ) -> Tensor:
-        if not checked:
+        if kernel is None:
             from mvkernels.ops.mobile_to_former import OP
 
             arguments = OP.check(query, x, scale)
             backend = choose(OP, backend, arguments)
             query, x, scale = arguments
-        ctx.scale, ctx.backend = scale, backend
+        ctx.settings = scale, backend
         if backend == "reference":
             ctx.save_for_backward(query, x)
             return reference(query, x, scale)
-        out, lse, *exact = KERNELS[backend][0](query, x, scale)  # type: ignore[index]
+        out, lse, *exact = (kernel or KERNELS[backend][0])(query, x, scale)  # type: ignore[index]
         kept = exact[0] if exact and exact[0].shape == out.shape else out
         ctx.save_for_backward(query, x, kept, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scale, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
         with library.not_recording():
-            if ctx.backend == "reference":
-                grads = library.differentiate(lambda q, x: reference(q, x, ctx.scale), grad, saved, wanted)
+            if backend == "reference":
+                grads = library.differentiate(lambda q, x: reference(q, x, scale), grad, saved, wanted)
             else:
-                found = KERNELS[ctx.backend][1](grad, *saved, ctx.scale)
+                found = KERNELS[backend][1](grad, *saved, scale)
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))

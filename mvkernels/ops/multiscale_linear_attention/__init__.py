@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mvkernels import checks, extension, library
-from mvkernels.backend import choose, direct
+from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.multiscale_linear_attention import suite
 from mvkernels.ops.multiscale_linear_attention.autograd import (
+    CPP,
     INFERENCE,
-    OPERATOR,
+    KERNELS,
     Flat,
     MultiscaleLinearAttentionFunction,
     flat,
@@ -74,9 +75,9 @@ def multiscale_linear_attention(
         if recording is not None:
             try:
                 if recording:
-                    return _record(qkv, head_dim, eps, "cpp", *depthwise, *pointwise)
+                    return _record(qkv, head_dim, eps, "cpp", _keep, *depthwise, *pointwise)
                 return _infer(qkv, (*depthwise, *pointwise), head_dim, eps)
-            except Exception:  # the checks say what it is
+            except REFUSED:  # the checks say why
                 pass
     arguments = _check(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps)
     chosen = choose(OP, backend, arguments)
@@ -85,11 +86,12 @@ def multiscale_linear_attention(
     qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps = arguments
     weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
     if torch.is_grad_enabled() and (qkv.requires_grad or any(w is not None and w.requires_grad for w in weights)):
-        return Flat.apply(qkv, head_dim, eps, chosen, *weights)
+        return Flat.apply(qkv, head_dim, eps, chosen, KERNELS[chosen][0], *weights)
     return INFERENCE[chosen](qkv, weights, head_dim, eps)
 
 
-_infer, _record = library.at_once(OPERATOR), library.recorder(Flat)
+_infer, _keep = library.at_once(CPP[2]), library.at_once(CPP[0])
+_record = library.recorder(Flat)
 
 
 def _without_biases(depthwise: Any, pointwise: Any, *biases: Any) -> bool:

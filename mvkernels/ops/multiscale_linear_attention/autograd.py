@@ -68,11 +68,12 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((b, channels, height, width))
 
 
-_CPP = (
+CPP = (
     library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
     library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
+    library.define("cpp", "multiscale_linear_attention", _INPUTS + " -> Tensor", library.output(_fake_forward)),
 )
-OPERATOR = library.define("cpp", "multiscale_linear_attention", _INPUTS + " -> Tensor", library.output(_fake_forward))
+"""Forward, backward, and the forward that leaves nothing for a backward."""
 
 
 def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
@@ -81,17 +82,17 @@ def _dense(qkv: Tensor, weights: Weights) -> list[Tensor]:
 
 
 def _cpp_forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
-    return _CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
+    return CPP[0](qkv, _dense(qkv, weights), head_dim, eps)
 
 
 def _cpp_inference(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> Tensor:
-    return OPERATOR(qkv, _dense(qkv, weights), head_dim, eps)
+    return CPP[2](qkv, _dense(qkv, weights), head_dim, eps)
 
 
 def _cpp_backward(
     grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
 ) -> Any:
-    dqkv, dweights = _CPP[1](grad, qkv, _dense(qkv, weights), *saved, head_dim, eps)
+    dqkv, dweights = CPP[1](grad, qkv, _dense(qkv, weights), *saved, head_dim, eps)
     return dqkv, *dweights
 
 
@@ -167,38 +168,39 @@ INFERENCE = {"cpp": _cpp_inference, "triton": library.output(_forward_on_triton)
 class Flat(torch.autograd.Function):
     """What stands behind :class:`MultiscaleLinearAttentionFunction`: checked, and with tensors in no lists.
 
-    ``apply(qkv, head_dim, eps, backend, *flat(weights))``.
+    ``apply(qkv, head_dim, eps, backend, kernel, *flat(weights))``, ``kernel`` the backend's forward.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, qkv: Tensor, head_dim: int, eps: float, backend: str, *weights: Tensor | None
+        ctx: Any, qkv: Tensor, head_dim: int, eps: float, backend: str, kernel: Any, *weights: Tensor | None
     ) -> Tensor:
-        ctx.settings, ctx.backend = (head_dim, eps), backend
+        ctx.settings = head_dim, eps, backend
         if backend == "reference":
             ctx.save_for_backward(qkv, *weights)
             return call_reference(qkv, weights, head_dim, eps)
-        out, *saved = KERNELS[backend][0](qkv, weights, head_dim, eps)
+        out, *saved = kernel(qkv, weights, head_dim, eps)
         ctx.save_for_backward(qkv, *weights, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *settings, backend = ctx.settings
         needs = ctx.needs_input_grad
-        wanted = (needs[0], *needs[4:])
+        wanted = (needs[0], *needs[5:])
         kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
         inputs, saved = kept[: len(wanted)], kept[len(wanted) :]
-        with torch.no_grad():
-            if ctx.backend == "reference":
+        with library.not_recording():
+            if backend == "reference":
                 grads = library.differentiate(
-                    lambda qkv, *weights: call_reference(qkv, weights, *ctx.settings), grad, inputs, wanted
+                    lambda qkv, *weights: call_reference(qkv, weights, *settings), grad, inputs, wanted
                 )
             else:
-                found = KERNELS[ctx.backend][1](grad, inputs[0], inputs[1:], saved, *ctx.settings, any(wanted[1:]))
+                found = KERNELS[backend][1](grad, inputs[0], inputs[1:], saved, *settings, any(wanted[1:]))
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
-        return grads[0], None, None, None, *grads[1:]
+        return grads[0], None, None, None, None, *grads[1:]
 
 
 class MultiscaleLinearAttentionFunction(Flat):
@@ -227,4 +229,5 @@ class MultiscaleLinearAttentionFunction(Flat):
         backend = choose(OP, backend, arguments)
         qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps = arguments
         weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
-        return Flat.apply(qkv, head_dim, eps, backend, *weights)
+        kernel = None if backend == "reference" else KERNELS[backend][0]
+        return Flat.apply(qkv, head_dim, eps, backend, kernel, *weights)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mvkernels import checks, extension, library
-from mvkernels.backend import choose, direct
+from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.patch_attention import suite
-from mvkernels.ops.patch_attention.autograd import INFERENCE, PatchAttentionFunction
+from mvkernels.ops.patch_attention.autograd import INFERENCE, KERNELS, PatchAttentionFunction
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -64,9 +64,9 @@ def patch_attention(
             if type(ph) is int is type(pw):
                 factor = query.shape[2] ** -0.5 if scale is None else scale
                 if recording:
-                    return _record(query, key, value, (ph, pw), bias, factor, "cpp", True)
+                    return _record(query, key, value, (ph, pw), bias, factor, "cpp", _keep)
                 return _infer(query, key, value, ph, pw, bias, factor)
-        except Exception:  # the checks say what it is
+        except REFUSED:  # the checks say why
             pass
     arguments = _check(query, key, value, patch_size, bias, scale)
     chosen = choose(OP, backend, arguments)
@@ -76,11 +76,12 @@ def patch_attention(
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen, True)
+        return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen, KERNELS[chosen][0])
     return INFERENCE[chosen](query, key, value, ph, pw, bias, scale)
 
 
-_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(PatchAttentionFunction)
+_infer, _keep = library.at_once(INFERENCE["cpp"]), library.at_once(KERNELS["cpp"][0])
+_record = library.recorder(PatchAttentionFunction)
 
 
 def _check(

@@ -72,10 +72,9 @@ class PatchAttentionFunction(torch.autograd.Function):
     """:func:`mvkernels.patch_attention` with its own backward.
 
     ``apply(query, key, value, patch_size, bias, scale, backend)``, the op's arguments in order; those
-    after ``value`` may be left out; ``checked`` is the public function's, which has checked them and chosen the
-    backend. Saves query, key, value, the output and the log-sum-exp of each
-    row of scores (B, heads, H, W): nothing unfolded, no scores. A second derivative raises
-    RuntimeError.
+    after ``value`` may be left out; ``kernel`` is the public function's, which has checked them and chosen the
+    backend: its forward. Saves query, key, value, the output and the log-sum-exp of each row of scores
+    (B, heads, H, W): nothing unfolded, no scores. A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -88,39 +87,37 @@ class PatchAttentionFunction(torch.autograd.Function):
         bias: Tensor | None = None,
         scale: float | None = None,
         backend: str | None = None,
-        checked: bool = False,
+        kernel: Any = None,
     ) -> Tensor:
-        if not checked:
+        if kernel is None:
             from mvkernels.ops.patch_attention import OP
 
             arguments = OP.check(query, key, value, patch_size, bias, scale)
             backend = choose(OP, backend, arguments)
             query, key, value, patch_size, bias, scale = arguments
         ph, pw = patch_size
-        ctx.arguments, ctx.backend = (ph, pw, scale), backend
+        ctx.settings = ph, pw, scale, backend
         if backend == "reference":
             ctx.save_for_backward(query, key, value, bias)
             return reference(query, key, value, patch_size, bias, scale)
-        out, lse = KERNELS[backend][0](  # type: ignore[index]
-            query, key, value, ph, pw, bias, scale
-        )
+        out, lse = (kernel or KERNELS[backend][0])(query, key, value, ph, pw, bias, scale)  # type: ignore[index]
         ctx.save_for_backward(query, key, value, bias, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ph, pw, scale = ctx.arguments
+        ph, pw, scale, backend = ctx.settings
         saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
         wanted = (*needs[:3], needs[4])
         with library.not_recording():
-            if ctx.backend == "reference":
+            if backend == "reference":
                 grads = library.differentiate(
                     lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted
                 )
             else:
                 query, key, value, bias, out, lse = saved
-                kernel = KERNELS[ctx.backend][1]
+                kernel = KERNELS[backend][1]
                 grads = kernel(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
             grads = [g if w else None for g, w in zip(grads, wanted)]
         if torch.is_grad_enabled():

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mvkernels import checks, extension, library
-from mvkernels.backend import choose, direct
+from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.relu_linear_attention import suite
-from mvkernels.ops.relu_linear_attention.autograd import INFERENCE, ReLULinearAttentionFunction
+from mvkernels.ops.relu_linear_attention.autograd import INFERENCE, KERNELS, ReLULinearAttentionFunction
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 from mvkernels.ops.relu_linear_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -58,9 +58,9 @@ def relu_linear_attention(
     if recording is not None and type(eps) is float:
         try:
             if recording:
-                return _record(query, key, value, eps, "cpp", True)
+                return _record(query, key, value, eps, "cpp", _keep)
             return _infer(query, key, value, eps)
-        except Exception:  # the checks say what it is
+        except REFUSED:  # the checks say why
             pass
     arguments = _check(query, key, value, eps)
     if process_group is not None:
@@ -73,11 +73,12 @@ def relu_linear_attention(
         return reference(*arguments)
     query, key, value, eps = arguments
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return ReLULinearAttentionFunction.apply(query, key, value, eps, chosen, True)
+        return ReLULinearAttentionFunction.apply(query, key, value, eps, chosen, KERNELS[chosen][0])
     return INFERENCE[chosen](query, key, value, eps)
 
 
-_infer, _record = library.at_once(INFERENCE["cpp"]), library.recorder(ReLULinearAttentionFunction)
+_infer, _keep = library.at_once(INFERENCE["cpp"]), library.at_once(KERNELS["cpp"][0])
+_record = library.recorder(ReLULinearAttentionFunction)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> tuple[Any, ...]:

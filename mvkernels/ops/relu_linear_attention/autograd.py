@@ -85,9 +85,8 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
     """:func:`mvkernels.relu_linear_attention` with its own backward.
 
     ``apply(query, key, value, eps, backend)``, the op's arguments in order; those after ``value`` may be left out;
-    ``checked`` is the public function's, which has checked them and chosen the backend. Saves query, key and value
-    and the sums over pixels, (B, heads, D + 1, D), not the output. A second derivative raises
-    RuntimeError.
+    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query, key
+    and value and the sums over pixels, (B, heads, D + 1, D), not the output. A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -98,30 +97,31 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
         value: Tensor,
         eps: float = 1e-15,
         backend: str | None = None,
-        checked: bool = False,
+        kernel: Any = None,
     ) -> Tensor:
-        if not checked:
+        if kernel is None:
             from mvkernels.ops.relu_linear_attention import OP
 
             arguments = OP.check(query, key, value, eps)
             backend = choose(OP, backend, arguments)
             query, key, value, eps = arguments
-        ctx.eps, ctx.backend = eps, backend
+        ctx.settings = eps, backend
         if backend == "reference":
             ctx.save_for_backward(query, key, value)
             return reference(query, key, value, eps)
-        out, *sums = KERNELS[backend][0](query, key, value, eps)  # type: ignore[index]
+        out, *sums = (kernel or KERNELS[backend][0])(query, key, value, eps)  # type: ignore[index]
         ctx.save_for_backward(query, key, value, *sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        eps, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        with torch.no_grad():
-            if ctx.backend == "reference":
-                grads = library.differentiate(lambda q, k, v: reference(q, k, v, ctx.eps), grad, saved, wanted)
+        with library.not_recording():
+            if backend == "reference":
+                grads = library.differentiate(lambda q, k, v: reference(q, k, v, eps), grad, saved, wanted)
             else:
-                found = KERNELS[ctx.backend][1](grad, *saved, ctx.eps)
+                found = KERNELS[backend][1](grad, *saved, eps)
                 grads = [g if w else None for g, w in zip(found, wanted)]
         if torch.is_grad_enabled():
             grads = library.refuse_second_derivative("relu_linear_attention", grads, (grad, *saved[:3]))
