@@ -92,8 +92,9 @@ def requested(backend: str | None, op: str = "") -> str:
     return "auto"
 
 
-# Not any exception: one of another kind comes from a hook that a tensor is saved through, and is meant for its owner.
-REFUSED = (RuntimeError, TypeError, ValueError, IndexError)
+# What arguments in disorder end in. Not any exception: one of a kind of its own comes from a hook that a tensor is
+# saved through, and is meant for the hook's owner.
+REFUSED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _tracing, _transforms = torch._C._get_tracing_state, torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
