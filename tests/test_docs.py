@@ -86,6 +86,30 @@ def test_a_page_that_is_stale_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert pages.main() == 1
 
 
+def test_the_call_overhead_is_a_table_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import overhead
+    import pages
+
+    from mvkernels.registry import OPS
+
+    rows = []
+    for name, arguments in overhead.tiny().items():
+        assert all(t.shape[-1] == 4 for t in overhead.tokens(name, arguments))  # head_dim, of which SDPA's tokens are
+        for state in overhead.STATES:
+            found = overhead.measure(OPS[name], "tiny", arguments, state, False, min_time=0)
+            assert {"sdpa", "mvkernels"} <= {row["provider"] for row in found}
+            rows += found
+    assert len({row["what"] for row in rows}) == len(rows)
+    rows.append({**rows[0], "what": "import torch", "median_us": 2e6, "provider": ""})
+    text = "\n".join(pages.overhead([{key: str(value) for key, value in row.items()} for row in rows]))
+    assert "| op | shape | no gradient | gradient recorded | forward and backward |" in text
+    assert all(re.search(rf"^\| {name} \| tiny (\| [\d.]+ µs, [\d.]+× ){{3}}\|$", text, re.MULTILINE) for name in OPS)
+    assert "| import torch | 2e+06 µs |" in text
+    old = [{"device": "cpu", "what": "the operator", "median_us": "4.42"}]  # files from before there were other ops
+    assert "| the operator | 4.42 µs |" in pages.overhead(old)[0]
+
+
 def test_every_page_is_on_the_site_and_every_name_in_the_api() -> None:
     import mvkernels
 
