@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from mvkernels import report, timing
@@ -34,7 +36,7 @@ def forward(model: Model, image: Tensor) -> Callable[[], Any]:
     return call
 
 
-def full(model: nn.Module, image: Tensor) -> Callable[[], Any]:
+def full(model: nn.Module | Compiled, image: Tensor) -> Callable[[], Any]:
     """A step of training but for the optimizer's, which is the same for everyone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -45,13 +47,36 @@ def full(model: nn.Module, image: Tensor) -> Callable[[], Any]:
     return call
 
 
+class Compiled:
+    """A model under torch.compile, alone as a user has it: what Dynamo compiles it keeps with the code object, and asks
+    all of it in every call, so that models of one class slow each other down.
+
+    ``frozen_for``: a picture for which it is compiled now, its weights made constants of the compiled code.
+    """
+
+    def __init__(self, model: nn.Module, frozen_for: Tensor | None = None) -> None:
+        def call(x: Tensor) -> Any:
+            return model(x)
+
+        own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+        self.parameters = model.parameters
+        self._compiled = torch.compile(own)
+        if frozen_for is not None:
+            # Not by options={"freezing": True}: it comes too late, and nothing is frozen (torch 2.13).
+            with torch._inductor.config.patch(freezing=True), torch.no_grad():
+                self._compiled(frozen_for)
+
+    def __call__(self, x: Tensor) -> Any:
+        return self._compiled(x)
+
+
 def in_mode(mode: str, models: Mapping[str, nn.Module], compiled: bool) -> dict[str, Any]:
     """Copies of the models as the mode wants them, and each under torch.compile."""
     copies = {who: copy.deepcopy(model).train(mode == "full") for who, model in models.items()}
     if not compiled:
         return copies
-    torch._dynamo.reset()  # each size compiled for itself; models of a family are one class, compiled only so often
-    return copies | {f"{who}, compiled": torch.compile(copy.deepcopy(model)) for who, model in copies.items()}
+    torch._dynamo.reset()
+    return copies | {f"{who}, compiled": Compiled(copy.deepcopy(model)) for who, model in copies.items()}
 
 
 def calls(mode: str, models: Mapping[str, Any], image: Tensor) -> dict[str, Callable[[], Any]]:

@@ -26,6 +26,7 @@ def run(op: str, description: str | None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", nargs="+", help="default: 1 8 on a CPU, 1 32 128 on a GPU")
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, bfloat16 float32 on a GPU")
+    parser.add_argument("--against", default="eager,sdpa,compile", help="as for `mvkernels bench`")
     parser.add_argument("--threads", default="1")
     parser.add_argument("--min-time", default="0.5")
     parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
@@ -40,6 +41,7 @@ def run(op: str, description: str | None) -> int:
         command += ["--batch", *(options.batch or (["1", "8"] if cpu else ["1", "32", "128"]))]
         command += ["--dtype", *(options.dtype or (["float32"] if cpu else ["bfloat16", "float32"]))]
         command += ["--mode", "fwd", "full", "--device", options.device, "--threads", options.threads]
+        command += ["--against", options.against]
         command += ["--min-time", options.min_time, "--allocator", allocator]
         with tempfile.TemporaryDirectory() as place:
             measured = Path(place) / "rows.csv"

@@ -112,7 +112,8 @@ def models(
         of = {row["provider"]: row for row in rows if tuple(row[name] for name in same) == key}
         if ours is not None and ours not in of:
             continue
-        cells = [f"`{key[0]}`", *(cell(of[first]) for cell in counted.values()), f"{key[1]}²", key[2]]
+        layout = ", channels last" if key[4] == "channels_last" else ""
+        cells = [f"`{key[0]}`", *(cell(of[first]) for cell in counted.values()), f"{key[1]}²{layout}", key[2]]
         cells += [{"fwd": "inference", "full": "training step"}[key[5]]]
         cells += [f"{float(of[first]['median_us']) / 1e3:.1f} ms"]
         cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import SAME, Model, calls, in_mode, rows, show
+from _models import SAME, Compiled, Model, calls, in_mode, rows, show
 from _results import folder, keep_pages, merge
 from torch import nn
 
@@ -35,9 +35,7 @@ RUNTIMES = ("freezing", "onnx", "openvino")
 
 
 def other(runtime: str, model: nn.Module, image: torch.Tensor, place: Path, threads: int) -> Model:
-    """The original as another runtime takes it: Inductor with frozen weights, or an export."""
-    if runtime == "freezing":
-        return torch.compile(copy.deepcopy(model), options={"freezing": True})
+    """The model as another runtime takes its export."""
     path = place / f"model{export.TARGETS[runtime].suffix}"
     with export.quiet():
         export.export_model(copy.deepcopy(model), image, runtime, path, swapped=False)
@@ -62,7 +60,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, default=2.0, help="for each provider, without --rounds")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
-    parser.add_argument("--runtimes", nargs="*", default=[], choices=RUNTIMES, help="the original elsewhere")
+    parser.add_argument(
+        "--runtimes",
+        nargs="*",
+        default=[],
+        choices=RUNTIMES,
+        help="what else there is on a CPU: Inductor with frozen weights, the original's export",
+    )
     parser.add_argument("--no-file", action="store_true", help="print only")
     options = parser.parse_args()
     keep_pages()
@@ -92,7 +96,9 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
                 if mode == "fwd":
                     models["swapped, norms folded"] = copy.deepcopy(original)
                     swap(models["swapped, norms folded"], backend=options.backend, fold_norms=True)
-                    for runtime in options.runtimes:
+                    for who in ("original", "swapped") if "freezing" in options.runtimes else ():
+                        models[f"{who}, freezing"] = Compiled(copy.deepcopy(models[who]), frozen_for=image)
+                    for runtime in [name for name in options.runtimes if name != "freezing"]:
                         models[f"original, {runtime}"] = other(runtime, original, image, Path(place), options.threads)
                 columns = {
                     "model": name,

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "elementwise.h"
 #include "linear_attention.h"
 #include "mobile_former.h"
 #include "multiscale.h"
@@ -20,11 +21,13 @@ struct InstructionSet {
   const LinearAttentionKernels* relu_linear_attention;
   const MultiscaleKernels* multiscale;
   const MultiscaleBackwardKernels* multiscale_backward;
+  const ElementwiseKernels* elementwise;
 };
 
-#define MVK_KERNELS(isa)                                                                         \
-  &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels, \
-      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels
+#define MVK_KERNELS(isa)                                                                                \
+  &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,        \
+      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
+      &isa::elementwise_kernels
 const InstructionSet kInstructionSets[] = {
 // best first
 #if defined(MVK_AVX512)

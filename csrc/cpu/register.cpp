@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "build_info.h"
+#include "elementwise_op.h"
 #include "linear_attention_op.h"
 #include "mobile_former_op.h"
 #include "multiscale_op.h"
@@ -16,7 +17,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 5;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 6;  // with INTERFACE in mvkernels/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -85,6 +86,9 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("multiscale_linear_attention", &mvk::multiscale_linear_attention_forward<false>);
   m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward<true>);
   m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
+  m.impl("norm_activation", &mvk::norm_activation);
+  m.impl("norm_activation_", &mvk::norm_activation_);
+  m.impl("pooled_difference", &mvk::pooled_difference);
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -53,20 +53,27 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     return replaced(kind, "forward") or not_hooked(module, what)
 
 
-_written: dict[tuple[type, str], Any] = {}
+class _Written:
+    """The methods that classes were written with, as attributes: a compiled model guards those that it asked for, where
+    it would guard the length of a dictionary, and be compiled anew when another class came in."""
+
+
+_written = _Written()
 
 
 def replaced(kind: type, *methods: str) -> str:
     """Nobody may have put another method in the place of one that the class was written with."""
     for name in methods:
         method = getattr(kind, name)
-        if (kind, name) not in _written:
+        key = f"{name}_{id(kind)}"
+        if not hasattr(_written, key):
             if torch.compiler.is_compiling():  # a model unpickled and compiled at once
                 continue
             if method is not _as_written(kind, name):
                 return f"{kind.__name__} has had its {name} replaced"
-            _written[kind, name] = method
-        if method is not _written[kind, name]:
+            setattr(_written, key, method)
+            setattr(_written, f"class_{id(kind)}", kind)  # kept, so that no other has its number
+        if method is not getattr(_written, key):
             return f"{kind.__name__} has had its {name} replaced"
     return ""
 

@@ -95,8 +95,8 @@ def swap(
         model: any module, or a block itself.
         only: a name, names, or a predicate on (name, module), to choose among the blocks found.
         backend: handed to the fused ops of these blocks (None: chosen at each call).
-        fold_norms: also let convolutions do the work of the batch norms after them, at inference: in the whole model,
-            whatever ``only`` says (see :mod:`mvkernels.swap.folding`).
+        fold_norms: also have the work of batch norms done by the convolutions before or with the activations after
+            them, at inference: in the whole model, whatever ``only`` says (see :mod:`mvkernels.swap.folding`).
 
     Returns:
         A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they

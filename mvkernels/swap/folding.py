@@ -1,8 +1,9 @@
-"""Batch norms folded into the convolutions before them, at inference: ``swap(model, fold_norms=True)``.
+"""Batch norms at inference, done by the convolution before or the activation after: ``swap(model, fold_norms=True)``.
 
-A batch norm at rest multiplies each channel by a number and adds one, which the convolution before it can do at no
-cost. It is the module that calls both which is given another class, so that neither of the two ever computes anything
-but its own. Weights are folded in every call, which costs microseconds, and so are never stale.
+A batch norm at rest multiplies each channel by a number and adds one. Where an activation follows, the C++ kernels do
+both in one pass over what the convolution wrote; elsewhere the convolution does it at no cost. It is the module that
+calls them which is given another class, so that none of them ever computes anything but its own. The numbers are
+computed in every call, which costs microseconds, and so are never stale.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvkernels.swap import elementwise
 from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.mobilevit import as_original
 
@@ -25,12 +27,23 @@ _CALLERS = {
     ("timm.models.efficientvit_mit", "ConvNormAct"): "folding_timm",
     ("timm.models.efficientformer", "ConvMlpWithNorm"): "folding_timm",
     ("timm.models.efficientformer", "Downsample"): "folding_timm",
+    ("timm.models.efficientformer", "Pooling"): "folding_timm",
+    ("timm.layers.norm_act", "BatchNormAct2d"): "folding_timm",
 }
 _DTYPES = (torch.float32, torch.float64)
 
 
 class Folding:
     """What the folding classes share: torch.jit.script compiles the original."""
+
+    mvk_pairs: tuple[tuple[str, str], ...] = ()
+    """The names of convolutions with those of the norms after them."""
+
+    @classmethod
+    def mvk_why_not(cls, module: nn.Module) -> str:
+        """Why such a module has nothing to fold; empty if it has."""
+        reasons = [why_not(getattr(module, c, None), getattr(module, n, None)) for c, n in cls.mvk_pairs]
+        return reasons[0] if all(reasons) else ""
 
     def __prepare_scriptable__(self) -> nn.Module:
         return as_original(self)
@@ -43,15 +56,19 @@ def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tupl
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     claimed = _claimed(blocks)
-    for module in model.modules():
+    for module in model.modules():  # a caller comes before what it calls
         kind = type(module)
         adapter = _CALLERS.get((kind.__module__, kind.__qualname__))
-        if adapter is None or module in claimed or replaced(kind, "forward") or not_its_own(module, "forward"):
-            continue
-        folding = importlib.import_module(f"mvkernels.swap.{adapter}").FOLDING[kind]
-        if any(not why_not(getattr(module, c, None), getattr(module, n, None)) for c, n in folding.mvk_pairs):
+        if adapter is not None and not (
+            module in claimed or replaced(kind, "forward") or not_its_own(module, "forward")
+        ):
+            folding = importlib.import_module(f"mvkernels.swap.{adapter}").FOLDING[kind]
+            if folding.mvk_why_not(module):
+                continue
             module.__class__ = folding
             changed.append((module, kind))
+        if isinstance(module, Folding):
+            claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
     return changed
 
 
@@ -88,8 +105,9 @@ def _batch_norm_with_activation() -> type[nn.Module]:
     return nn.BatchNorm2d if timm is None else timm.BatchNormAct2d
 
 
-def both(caller: Any, conv: Any, norm: Any, x: Any) -> Tensor | None:
-    """``norm(conv(x))`` in one convolution, without the norm's activation; None where the caller's own forward runs.
+def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | None:
+    """``norm(conv(x))`` without the norm's activation, then the modules ``after``; None where the caller's own forward
+    runs.
 
     That is in training, with gradients, under autocast, in half types (whose weights would be rounded once more), and
     in graphs for elsewhere.
@@ -107,9 +125,44 @@ def both(caller: Any, conv: Any, norm: Any, x: Any) -> Tensor | None:
         or torch.is_autocast_enabled(x.device.type)
     ):
         return None
+    activation = elementwise.activation_of(after)
+    if activation is not None and x.is_cpu and x.dtype == torch.float32 and not elementwise.not_now():
+        out = conv._conv_forward(x, conv.weight, None)
+        if not elementwise.not_fit(out):
+            elementwise.norm_activation_(out, *_settings(norm), conv.bias, norm.eps, activation)
+            return out
     factor = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight
     shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
     shift = shift * factor if norm.bias is None else torch.addcmul(norm.bias, shift, factor)
-    return conv._conv_forward(x, conv.weight * factor.view(-1, 1, 1, 1), shift)
+    out = conv._conv_forward(x, conv.weight * factor.view(-1, 1, 1, 1), shift)
+    for module in after:
+        out = module(out)
+    return out
+
+
+def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:
+    """``norm(x)`` without its activation, then the modules ``after``, in one pass; None where its own forward runs."""
+    if (
+        norm.training
+        or elementwise.not_now()
+        or unusual_call(x)
+        or elementwise.not_fit(x)
+        or replaced(norm.mvk_original, "forward")
+        or norm.running_mean is None
+        or norm.running_var is None
+        or norm.num_features != x.shape[1]
+        or norm.running_var.dtype != x.dtype
+        or (norm.weight is not None and norm.weight.dtype != x.dtype)
+        or not_its_own(norm, "forward")
+    ):
+        return None
+    activation = elementwise.activation_of(after)
+    if activation is None:
+        return None
+    return elementwise.norm_activation(x, *_settings(norm), None, norm.eps, activation)
+
+
+def _settings(norm: Any) -> tuple[Tensor | None, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias

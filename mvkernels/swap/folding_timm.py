@@ -1,15 +1,16 @@
-"""timm: the batch norms of its convolution blocks, folded at inference."""
+"""timm: its batch norms at inference, in the convolution before or the activation after; EfficientFormer's pooling."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import ConvNormAct
+from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import efficientformer, efficientvit_mit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_plain
-from mvkernels.swap.folding import Folding, both
+from mvkernels.swap import elementwise
+from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
+from mvkernels.swap.folding import Folding, alone, both
 
 
 class FoldingConvNormAct(Folding, ConvNormAct):
@@ -21,10 +22,9 @@ class FoldingConvNormAct(Folding, ConvNormAct):
     def forward(self, x: Tensor) -> Tensor:
         """As the original's."""
         norm: Any = self.bn
-        out = both(self, self.conv, norm, x)
+        out = both(self, self.conv, norm, x, *_after(norm))
         if out is None:
             return ConvNormAct.forward(self, x)
-        out = _after(norm, out)
         return out if self.aa is None else self.aa(out)
 
 
@@ -37,8 +37,8 @@ class FoldingEfficientVitConvNormAct(Folding, efficientvit_mit.ConvNormAct):
     def forward(self, x: Tensor) -> Tensor:
         """As the original's."""
         rests = not (self.dropout.training or not_plain(self.dropout, nn.Dropout, "dropout"))
-        out = both(self, self.conv, self.norm, x) if rests else None
-        return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else self.act(_after(self.norm, out))
+        out = both(self, self.conv, self.norm, x, *_after(self.norm), self.act) if rests else None
+        return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else out
 
 
 class FoldingConvMlpWithNorm(Folding, efficientformer.ConvMlpWithNorm):
@@ -49,12 +49,11 @@ class FoldingConvMlpWithNorm(Folding, efficientformer.ConvMlpWithNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the original's."""
-        hidden = both(self, self.fc1, self.norm1, x)
+        hidden = both(self, self.fc1, self.norm1, x, *_after(self.norm1), self.act, self.drop)
         if hidden is None:
             return efficientformer.ConvMlpWithNorm.forward(self, x)
-        hidden = self.drop(self.act(_after(self.norm1, hidden)))
-        out = both(self, self.fc2, self.norm2, hidden)
-        return self.drop(self.norm2(self.fc2(hidden)) if out is None else _after(self.norm2, out))
+        out = both(self, self.fc2, self.norm2, hidden, *_after(self.norm2), self.drop)
+        return self.drop(self.norm2(self.fc2(hidden))) if out is None else out
 
 
 class FoldingDownsample(Folding, efficientformer.Downsample):
@@ -65,16 +64,61 @@ class FoldingDownsample(Folding, efficientformer.Downsample):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the original's."""
-        out = both(self, self.conv, self.norm, x)
-        return efficientformer.Downsample.forward(self, x) if out is None else _after(self.norm, out)
+        out = both(self, self.conv, self.norm, x, *_after(self.norm))
+        return efficientformer.Downsample.forward(self, x) if out is None else out
 
 
-def _after(norm: Any, x: Tensor) -> Tensor:
-    """What timm's ``BatchNormAct2d`` does once it has normalised; a plain batch norm does nothing more."""
-    return x if type(norm) is nn.BatchNorm2d else norm.act(norm.drop(x))
+class FoldingPooling(Folding, efficientformer.Pooling):
+    """EfficientFormer's token mixer in one pass."""
+
+    mvk_original = efficientformer.Pooling
+
+    @classmethod
+    def mvk_why_not(cls, module: nn.Module) -> str:
+        """Why such a module has nothing to fold; empty if it has."""
+        return elementwise.not_neighbours(getattr(module, "pool", None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original's."""
+        reason = (
+            elementwise.not_now()
+            or unusual_call(x)
+            or elementwise.not_fit(x)
+            or elementwise.not_neighbours(self.pool)
+            or replaced(self.mvk_original, "forward")
+        )
+        return efficientformer.Pooling.forward(self, x) if reason else elementwise.pooled_difference(x)
+
+
+class FoldingBatchNormAct2d(Folding, BatchNormAct2d):
+    """A batch norm with its activation in one pass, where the convolution before it is called by somebody else."""
+
+    mvk_original = BatchNormAct2d
+
+    @classmethod
+    def mvk_why_not(cls, module: nn.Module) -> str:
+        """Why such a module has nothing to fold; empty if it has."""
+        return "" if elementwise.activation_of(_after(module)) else "it has no activation known here"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the original's."""
+        out = alone(self, x, *_after(self))
+        return BatchNormAct2d.forward(self, x) if out is None else out
+
+
+def _after(norm: Any) -> tuple[Any, ...]:
+    """What timm's ``BatchNormAct2d`` calls once it has normalised; a plain batch norm does nothing more."""
+    return (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
 
 
 FOLDING = {
     kind.mvk_original: kind
-    for kind in (FoldingConvNormAct, FoldingEfficientVitConvNormAct, FoldingConvMlpWithNorm, FoldingDownsample)
+    for kind in (
+        FoldingConvNormAct,
+        FoldingEfficientVitConvNormAct,
+        FoldingConvMlpWithNorm,
+        FoldingDownsample,
+        FoldingPooling,
+        FoldingBatchNormAct2d,
+    )
 }

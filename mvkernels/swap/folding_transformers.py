@@ -16,10 +16,9 @@ class FoldingConvLayer(Folding, MobileViTConvLayer):
 
     def forward(self, features: Tensor) -> Tensor:
         """As the original's."""
-        out = both(self, self.convolution, self.normalization, features)
-        if out is None:
-            return MobileViTConvLayer.forward(self, features)
-        return out if self.activation is None else self.activation(out)
+        after = () if self.activation is None else (self.activation,)
+        out = both(self, self.convolution, self.normalization, features, *after)
+        return MobileViTConvLayer.forward(self, features) if out is None else out
 
 
 FOLDING = {MobileViTConvLayer: FoldingConvLayer}

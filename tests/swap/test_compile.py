@@ -74,3 +74,20 @@ def test_exported_model():
         swap(model)
         program = torch.export.export(model, (x,))
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_swap_of_another_model_compiles_nothing_anew(monkeypatch):
+    from mvkernels.swap import eligibility
+
+    from .conftest import timm_model, transformers_model
+
+    monkeypatch.setattr(eligibility, "_written", eligibility._Written())  # as in a fresh process
+    model, other, x = transformers_model(), timm_model(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        swap(model)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        compiled(x)
+        swap(other, fold_norms=True)
+        other(x)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(x)

@@ -98,7 +98,7 @@ def test_a_method_replaced_in_a_class(family, part, method, when, monkeypatch):
         assert swap(block).count == 1
         block(x)
     if when == "before the library met it":
-        monkeypatch.setattr(eligibility, "_written", {})
+        monkeypatch.setattr(eligibility, "_written", eligibility._Written())
         when = "before"
     monkeypatch.setattr(kind, method, twice)
     if when == "before":

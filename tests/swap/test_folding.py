@@ -38,9 +38,9 @@ def run(model, x):
 
 @pytest.fixture
 def small():
-    """A caller of each kind of norm: plain, with activation, with dropout before, without a norm."""
+    """A caller of each kind of norm: plain, with activation, with dropout before, without a norm; a norm alone."""
     pytest.importorskip("timm")
-    from timm.layers import ConvNormAct
+    from timm.layers import BatchNormAct2d, ConvNormAct
     from timm.models import efficientformer, efficientvit_mit
 
     model = nn.Sequential(
@@ -50,6 +50,9 @@ def small():
         efficientvit_mit.ConvNormAct(8, 8, 1, norm_layer=None),
         efficientformer.Downsample(8, 12),
         efficientformer.ConvMlpWithNorm(12, 24, drop=0.5),
+        efficientformer.Pooling(),
+        BatchNormAct2d(12, act_layer=nn.GELU),
+        BatchNormAct2d(12, apply_act=False),
     )
     torch.manual_seed(0)
     randomise(model)
@@ -89,7 +92,7 @@ def test_whole_models(name):
 def test_only_at_rest_and_without_gradients(small):
     original = copy.deepcopy(small)
     report = mvkernels.swap(small, fold_norms=True)
-    assert report.folded == 5 and report.count == 0
+    assert report.folded == 7 and report.count == 0
     with torch.no_grad():
         out, wanted = small(IMAGE), original(IMAGE)
         close(out, wanted)
@@ -117,6 +120,10 @@ def test_edits_of_any_kind_are_seen(small):
         lambda m: setattr(m[4], "norm", nn.Identity()),
         lambda m: setattr(m[4], "conv", nn.Sequential(m[4].conv, nn.ReLU())),
         lambda m: m[2].norm.train(),
+        lambda m: setattr(m[6], "pool", nn.AvgPool2d(5, 1, 2)),
+        lambda m: m[7].weight.data.add_(1),
+        lambda m: m[7].train(),
+        lambda m: setattr(m[7], "act", nn.Tanh()),
         lambda m: setattr(m[0].conv, "_conv_forward", lambda *of: 2 * nn.Conv2d._conv_forward(m[0].conv, *of)),
         lambda m: m.double(),
     ):
@@ -172,6 +179,31 @@ def test_copies_pickles_compiles_and_exports(small):
         close(copied(IMAGE), wanted)
     close(torch.func.vmap(copied)(IMAGE[None])[0], wanted)
     close(torch.jit.trace(copied, IMAGE)(IMAGE), wanted)
+
+
+@torch.no_grad()
+def test_the_reference_and_other_layouts(small):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    for x in (IMAGE.contiguous(memory_format=torch.channels_last), IMAGE[..., ::2], IMAGE.expand(2, 3, 9, 7)):
+        close(small(x), original(x))
+    norm, pool, x = small[7], small[6], torch.randn(2, 12, 5, 12)
+    for view in (x[..., ::2], x.transpose(1, 3), x[:1].expand(3, -1, -1, -1), x[:0]):
+        close(pool(view), original[6](view)) if view.numel() else None
+        close(norm(view), original[7](view)) if view.numel() else None
+        assert norm(view).shape == view.shape
+    with mvkernels.use_backend("reference"):
+        assert torch.equal(norm(x), original[7](x)) and torch.equal(pool(x), original[6](x))
+    assert not torch.equal(norm(x), original[7](x)) or mvkernels.extension.module is None
+
+
+@torch.no_grad()
+def test_what_the_convolution_wrote_is_all_that_changes(small):
+    mvkernels.swap(small, fold_norms=True)
+    x, state = IMAGE.clone(), {name: t.clone() for name, t in small.state_dict().items()}
+    small(x)
+    small[7](small[6](x.new_ones(1, 12, 4, 4)))
+    assert torch.equal(x, IMAGE) and all(torch.equal(t, state[name]) for name, t in small.state_dict().items())
 
 
 @torch.no_grad()

@@ -336,7 +336,7 @@ def test_a_method_of_timms_class_replaced(method, when, monkeypatch):
         assert swap(module).count == 1
         module(x)
     if when == "before the library met it":
-        monkeypatch.setattr(eligibility, "_written", {})
+        monkeypatch.setattr(eligibility, "_written", eligibility._Written())
     monkeypatch.setattr(kind, method, twice)
     if when != "after":
         report = swap(module)

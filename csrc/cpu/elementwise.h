@@ -1,0 +1,45 @@
+// What the registration and the element-wise kernels around attention share: plain data, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace mvk {
+
+// As ACTIVATIONS in mvkernels/swap/elementwise.py.
+enum class Activation : int64_t { identity, relu, silu, hardswish, gelu };
+
+// A dense float32 map (B, C, H, W) and its like.
+struct Maps {
+  const float* in;
+  float* out;  // may be `in` where each element depends on itself alone
+  int64_t B, C, H, W;
+  bool channels_last;
+
+  // Of work: planes, or rows of the picture.
+  int64_t units() const { return channels_last ? B * H : B * C; }
+  int64_t unit_size() const { return channels_last ? W * C : H * W; }
+};
+
+struct NormActivation {
+  Maps maps;
+  const float *scale, *shift;  // (C,)
+  Activation activation;
+};
+
+// One set for each instruction set; ranges are over units.
+struct ElementwiseKernels {
+  void (*norm_activation)(const NormActivation&, int64_t begin, int64_t end);
+  void (*pooled_difference)(const Maps&, int64_t begin, int64_t end);
+};
+
+#define MVK_DECLARE(isa)                               \
+  namespace isa {                                      \
+  extern const ElementwiseKernels elementwise_kernels; \
+  }
+MVK_DECLARE(baseline)
+MVK_DECLARE(avx2)
+MVK_DECLARE(avx512)
+MVK_DECLARE(neon)
+#undef MVK_DECLARE
+
+}  // namespace mvk
