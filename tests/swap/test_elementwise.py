@@ -54,7 +54,8 @@ def test_norm_and_activation(made, activation, instruction_set, given_parameters
     assert out.stride() == x.stride()
     wanted = normalised(x, *norm, torch.float64)
     error = testing.max_error(normalised(x, *norm, torch.float32), wanted)
-    assert testing.max_error(out, wanted) <= 2 * error + 1e-6
+    # Of a few elements the baseline may have rounded every one to the nearest.
+    assert testing.max_error(out, wanted) <= 2 * error + 1e-6 + 2e-7 * float(wanted.abs().max())
     inside = x.clone()
     on(instruction_set, elementwise.norm_activation_, inside, *norm)
     assert torch.equal(inside, out)
