@@ -120,9 +120,31 @@ def models(
         lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return []
+    if ours is not None:
+        lines += means(rows, first, others, len(counted))
     return [
         f"{title}. {where(rows)}.", "", f"| {' | '.join(headings)} |", "| --- " * len(headings) + "|", *lines, "",
     ]  # fmt: skip
+
+
+def means(rows: list[Row], first: str, others: list[str], skipped: int) -> list[str]:
+    """A line for each batch, layout and mode that some models share: the geometric mean, of who was measured on all."""
+    groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["batch"], row["layout"], row["mode"]), {})
+        group.setdefault((row["model"], row["size"]), {})[row["provider"]] = row
+    lines = []
+    for (batch, layout, mode), models in groups.items():
+        if len(models) < 3:
+            continue
+        shown = "channels last" if layout == "channels_last" else ""
+        cells = [f"**geometric mean of {len(models)}**", *[""] * skipped, shown, batch]
+        cells += [{"fwd": "inference", "full": "training step"}[mode], ""]
+        for who in others:
+            speedups = [float(of[who]["speedup_median"]) for of in models.values() if who in of]
+            cells.append(f"{geomean(speedups):.2f}×" if len(speedups) == len(models) else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def render(results: Path) -> str:
