@@ -71,7 +71,9 @@ def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, cl
             }
             if not rows_of["fwd"] and not rows_of["full"]:
                 continue
-            cells = [backend, dtype, shown, str(max(map(len, rows_of.values())))]
+            peers = {row["provider"] for row in rows if row["dtype"] == dtype}
+            held = dtype if "compile" in peers else f"{dtype}, without torch.compile"
+            cells = [backend, held, shown, str(max(map(len, rows_of.values())))]
             for of_mode in rows_of.values():
                 speedups = [float(row["speedup_median"]) for row in of_mode]
                 cells += [f"{geomean(speedups):.2f}×", f"{min(speedups):.2f}×"] if speedups else ["–", "–"]
