@@ -15,6 +15,8 @@ CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="MVKERNELS_TEST_DEVICE is not
 PLACES = [pytest.param("triton", DEVICE, id="device", marks=needs_device)]
 PLACES += [pytest.param("cpp", "cpu", id="cpp"), pytest.param("triton", "cpu", id="interpreter", marks=INTERPRETER)]
 LARGEST = 2**31
+WEIGHTED = ("multiscale_linear_attention", "patch_transformer_layer")
+"""Not all tensors of these have a batch."""
 
 
 def on(device, name, **settings):
@@ -68,7 +70,7 @@ def test_more_groups_than_a_grid_has_rows(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-@pytest.mark.parametrize("name", [name for name in OPS if name != "multiscale_linear_attention"])
+@pytest.mark.parametrize("name", [name for name in OPS if name not in WEIGHTED])
 def test_a_batch_larger_than_a_grid_has_rows(name, backend, device):
     if device == "cpu" and backend == "triton":
         pytest.skip("hours in the interpreter")
