@@ -214,7 +214,15 @@ def suite(ops: list[str]) -> list[Every]:
 def layers() -> list[Layer]:
     """The stages of MobileViT, narrow and wide, and the first one of MobileViT-S at twice the side."""
     half, every = ("bf16",), ("bf16", "fp32", "tf32")
-    shapes = [(16, 32, half), (20, 16, half), (30, 16, half), (36, 32, every), (48, 16, half), (60, 8, every), (60, 16, half)]
+    shapes = [
+        (16, 32, half),
+        (20, 16, half),
+        (30, 16, half),
+        (36, 32, every),
+        (48, 16, half),
+        (60, 8, every),
+        (60, 16, half),
+    ]
     return [Layer(*shape) for shape in [*shapes, (36, 64, half)]]
 
 

@@ -71,35 +71,32 @@ def fused_layer(
         return None
     if requested(backend) not in ("auto", "triton"):
         return None
-    parameters = None if not compiling and type(x) not in _DENSE else _parameters(
-        norm1, qkv, proj, norm2, fc1, activation, fc2, dropouts, x.shape[-1]
-    )  # fmt: skip
+    if not compiling and type(x) not in _DENSE:
+        return None
+    parameters = _parameters(norm1, qkv, proj, norm2, fc1, activation, fc2, dropouts, x.shape[-1], heads)
     if parameters is None or any(p.dtype != x.dtype or p.device != x.device for p in parameters if p is not None):
         return None
     # Under autocast the modules keep the map in float32 between them.
     if torch.is_autocast_enabled(x.device.type):
         return None
     map_ = x.permute(0, 3, 1, 2)
-    hidden, eps = parameters[8].shape[0], norm1.eps  # type: ignore[union-attr]
-    arguments = (map_, *parameters, heads, patch_size, eps, scale, "silu")
-    if reason_against(OP, "triton", arguments):
+    eps: Any = norm1.eps
+    if reason_against(OP, "triton", (map_, *parameters, heads, patch_size, eps, scale, "silu")):
         return None
     if wanted.value is None:
         from mvkernels.ops.patch_transformer_layer.triton_kernels import measured_faster, problem_of
 
-        grad = torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters))
-        if not measured_faster(problem_of(map_, hidden, heads, patch_size), grad):
+        grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
+        if not measured_faster(problem_of(map_, parameters[8].shape[0], heads, patch_size), grad):
             return None
-    out = patch_transformer_layer(
-        map_, *parameters, heads, patch_size, eps=eps, scale=scale, backend="triton"  # type: ignore[arg-type]
-    )  # fmt: skip
-    return out.permute(0, 2, 3, 1)
+    settings: dict[str, Any] = {"heads": heads, "patch_size": patch_size, "eps": eps, "scale": scale}
+    return patch_transformer_layer(map_, *parameters, **settings, backend="triton").permute(0, 2, 3, 1)
 
 
 def _parameters(
     norm1: Any, qkv: Any, proj: Any, norm2: Any, fc1: Any, activation: Any, fc2: Any,
-    dropouts: tuple[nn.Module | None, ...], channels: int,
-) -> tuple[Tensor | None, ...] | None:  # fmt: skip
+    dropouts: tuple[nn.Module | None, ...], channels: int, heads: int,
+) -> tuple[Any, ...] | None:  # fmt: skip
     """The op's tensors after x, or None where the modules are not what the op computes."""
     linears = (*(qkv if isinstance(qkv, tuple) else (qkv,)), proj, fc1, fc2)
     if nn.modules.module._has_any_global_hook() or not all(_plain(m, nn.Linear) for m in linears):
@@ -109,9 +106,14 @@ def _parameters(
             return None
         if norm.weight is None or norm.bias is None:
             return None
-    if norm1.eps != norm2.eps or not (activation is F.silu or _plain(activation, nn.SiLU)):
+    if norm1.eps != norm2.eps or not _is_silu(activation):
         return None
     if any(m is not None and not _idle(m) for m in dropouts):
+        return None
+    hidden = fc1.weight.shape[0]
+    if proj.weight.shape != (channels, channels) or channels % heads:
+        return None
+    if fc1.weight.shape != (hidden, channels) or fc2.weight.shape != (channels, hidden):
         return None
     if proj.bias is None or fc1.bias is None or fc2.bias is None:
         return None
@@ -124,20 +126,27 @@ def _parameters(
         joined = (torch.cat([m.weight for m in qkv]), torch.cat(biases) if biases else None)
     else:
         joined = (qkv.weight, qkv.bias)
+    if joined[0].shape != (3 * channels, channels):
+        return None
     return (norm1.weight, norm1.bias, *joined, proj.weight, proj.bias, norm2.weight, norm2.bias, fc1.weight, fc1.bias,
             fc2.weight, fc2.bias)  # fmt: skip
 
 
+def _is_silu(activation: Any) -> bool:
+    kind = type(activation)
+    if (kind.__module__, kind.__name__) == ("transformers.activations", "SiLUActivation"):
+        return _alone(activation)
+    return activation is F.silu or _plain(activation, nn.SiLU)
+
+
 def _plain(module: Any, kind: type[nn.Module]) -> bool:
     """Exactly this class, with the forward that it was written with, and nobody listening."""
-    return (
-        type(module) is kind
-        and kind.forward is _WRITTEN[kind]
-        and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-    )
+    return type(module) is kind and kind.forward is _WRITTEN[kind] and _alone(module)
+
+
+def _alone(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
 
 
 def _idle(module: Any) -> bool:

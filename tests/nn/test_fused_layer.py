@@ -58,16 +58,21 @@ def test_the_same_values_and_gradients(taken, size):
 
 
 @on_triton
-@pytest.mark.parametrize("make", [timm_block, transformers_block], ids=["timm", "transformers"])
-def test_a_swapped_block(taken, make):
-    block = randomise(make()).eval().to(DEVICE)
+@pytest.mark.parametrize("family", ["timm", "transformers"])
+def test_a_swapped_block(taken, family):
+    if family == "timm":
+        layer = pytest.importorskip("timm.models.byobnet").LayerFn(act=nn.SiLU)
+        block = timm_block(layers=layer)
+    else:
+        block = transformers_block()
+    block.eval().to(DEVICE)
     swap(block, backend="triton")
     x = picture((8, 8))
     with torch.no_grad():
         plain = block(x)
         with fused_layers():
             torch.testing.assert_close(block(x), plain, rtol=1e-4, atol=1e-4)
-    assert taken
+    assert taken == ["triton"] * 2
 
 
 def hook(model):
@@ -122,8 +127,8 @@ def test_where_it_is_not_asked_for_or_cannot_run(taken):
     with torch.no_grad():
         with fused_layers(), fused_layers(False):
             model(x)
-        with fused_layers(), torch.autocast(DEVICE, dtype=torch.bfloat16):
-            stack(backend="reference")(x)
+        with fused_layers(), torch.autocast(DEVICE, dtype=torch.float16):
+            model(x)
         with fused_layers():
             model.double()
             with pytest.raises(RuntimeError, match="patch_attention: backend triton cannot run this"):
@@ -149,9 +154,6 @@ def test_three_projections_are_joined(taken):
     modules = {name: getattr(layer, name) for name in names} | {"heads": 2, "backend": "triton"}
     with torch.no_grad(), fused_layers():
         one, three = (patch_transformer_layer(x, qkv=qkv, **modules) for qkv in (layer.qkv, tuple(parts)))
-        assert len(taken) == 2
-        parts[0].bias = None
-        patch_transformer_layer(x, qkv=tuple(parts), **modules)
     assert len(taken) == 2
     torch.testing.assert_close(one, three)
 
@@ -201,18 +203,26 @@ def test_nothing_changes_where_it_cannot_run(taken):
 
 
 @on_triton
-def test_inside_a_compiled_model(taken):
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_inside_a_compiled_model_only_where_it_is_asked_for(asked):
     model, x = stack(), picture()
+    operators: list[str] = []
 
-    def asked(x):
-        with fused_layers():
+    def run(x):
+        if asked is None:
+            return model(x)
+        with fused_layers(asked):
             return model(x)
 
+    def note(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
     torch._dynamo.reset()
-    found = torch.compile(asked, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
-    plain = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(plain, found, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        found = torch.compile(run, fullgraph=True, backend=note)(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+    assert any("patch_transformer_layer" in name for name in operators) == bool(asked)
 
 
 def test_an_export_is_of_plain_ops():

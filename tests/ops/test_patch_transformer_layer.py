@@ -57,9 +57,10 @@ def by_definition(a: dict[str, Any]) -> torch.Tensor:
         return rows * a[f"{which}_weight"] + a[f"{which}_bias"]
 
     out = torch.empty_like(x)
-    for gy in range(min(a["patch_size"][0], x.shape[2])):
-        for gx in range(min(a["patch_size"][1], x.shape[3])):
-            inside = (slice(None), slice(None), slice(gy, None, a["patch_size"][0]), slice(gx, None, a["patch_size"][1]))
+    ph, pw = a["patch_size"]
+    for gy in range(min(ph, x.shape[2])):
+        for gx in range(min(pw, x.shape[3])):
+            inside = (slice(None), slice(None), slice(gy, None, ph), slice(gx, None, pw))
             rows = x[inside].flatten(2).transpose(1, 2)
             packed = norm(rows, "norm1") @ a["qkv_weight"].T + (0 if a["qkv_bias"] is None else a["qkv_bias"])
             parts = []
@@ -74,7 +75,9 @@ def by_definition(a: dict[str, Any]) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("more", [{}, {"scale": 0.3, "eps": 0.1}, {"qkv_bias": None}], ids=["plain", "numbers", "no bias"])
+@pytest.mark.parametrize(
+    "more", [{}, {"scale": 0.3, "eps": 0.1}, {"qkv_bias": None}], ids=["plain", "numbers", "no bias"]
+)
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)], ids=str)
 def test_the_reference_is_the_definition(size, more):
     arguments = arguments_of(size=size, dtype=torch.float64) | more

@@ -143,9 +143,9 @@ def backward(
     grad (B, h, Dv, H, W) with any strides; out and lse are forward's. dbias is (h, N, N), contiguous,
     in bias's dtype, or an empty (0,) without ``need_bias``. No atomics: the same bits in every run.
     """
-    grads = tuple(empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
-    dbias = backward_into(grads, grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias)
-    return *grads, dbias
+    dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
+    dbias = backward_into((dq, dk, dv), grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias)
+    return dq, dk, dv, dbias
 
 
 def backward_into(

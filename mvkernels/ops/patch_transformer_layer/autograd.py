@@ -75,8 +75,8 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
-        values = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, False)[len(arguments) - TENSORS :])
-        *values, backend, checked = values
+        given = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, False)[len(arguments) - TENSORS :])
+        values, (backend, checked) = given[:-2], given[-2:]
         if not checked:
             from mvkernels.ops.patch_transformer_layer import OP
 

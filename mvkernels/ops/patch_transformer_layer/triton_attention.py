@@ -1,8 +1,8 @@
 """Triton kernels of the layer that know of groups: attention of all heads, with the projection and the residual.
 
-A program takes pixels of one group (or several small groups whole) through all heads: the output of a head, as it comes,
-is multiplied by the head's columns of the projection, and the sum over heads stays in registers. q, k and v are the
-thirds of the packed map that the first kernel wrote, (B, H, W, 3C).
+A program takes pixels of one group (or several small groups whole) through all heads: the output of a head, as it
+comes, is multiplied by the head's columns of the projection, and the sum over heads stays in registers. q, k and v are
+the thirds of the packed map that the first kernel wrote, (B, H, W, 3C).
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Backward Triton kernels of the layer: what autograd would keep is made again from the map, block by block.
 
 What the weights' gradients need (the normalised rows, the hidden rows and their gradient) is written once and
-multiplied by PyTorch's own products. Sums over all rows (gradients of the norms and the biases) are taken in two stages:
-each program writes its own, in the order that the launcher documents, and they are added afterwards.
+multiplied by PyTorch's own products. Sums over all rows (gradients of the norms and the biases) are taken in two
+stages: each program writes its own, and they are added afterwards.
 """
 
 import triton
@@ -10,18 +10,18 @@ import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import load_tile, store_tile
 from mvkernels.ops.patch_transformer_layer.triton_rows import (
-    store_sums,
     load_vector,
     norm_stats,
     normed_rows,
     product,
+    store_sums,
 )
 
 
 # The second part of both kernels: the gradient of the normalised rows, which the first part has left at dx_ptr, becomes
-# that of the rows, plus the residual's. It went through memory (the cache, that is) because the accumulator of a product
-# lies in few threads, and all that is needed here does not fit beside it. Writes the normalised rows too, and the sums
-# of the program: C each for gamma and beta, and with OUTER, at outer_ptr, of the residual and of dx.
+# that of the rows, plus the residual's. It went through memory (the cache, that is) because each thread has much of the
+# accumulator of a product, and all that is needed here does not fit beside it. Writes the normalised rows too, and the
+# sums of the program: C each for gamma and beta, and with OUTER, at outer_ptr, of the residual and of dx.
 @triton.jit
 def _through_norm(
     dx_ptr, x_ptr, residual_ptr, gamma_ptr, beta_ptr, normed_ptr, sums_ptr, outer_ptr, left, eps,
@@ -93,7 +93,7 @@ def _through_norm(
 
 
 # Of y = x + silu(norm(x) W1^T + b1) W2^T + b2, for a block of rows: the hidden rows and the gradient before the
-# activation, BLOCK_F channels at a time; dx, whose sum over the hidden channels stays in registers; the normalised rows.
+# activation, BLOCK_F channels at a time; dx, whose sum over hidden channels stays in registers; the normalised rows.
 # Sums of a program: C each for gamma, beta, b2 and the columns of dx, then F for b1.
 @triton.jit(do_not_specialize=["rows"])
 def ffn_backward(
@@ -146,8 +146,8 @@ def ffn_backward(
     store_tile(dx_ptr, d0, d1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
     tl.debug_barrier()  # what other threads of this program wrote is read below
     _through_norm(
-        dx_ptr, x_ptr, g_ptr, gamma_ptr, beta_ptr, normed_ptr + first * C, sums_ptr, sums_ptr + 2 * C, rows - first, eps,
-        C, C0, C1, ALIGN, True, BLOCK_M, ROWS,
+        dx_ptr, x_ptr, g_ptr, gamma_ptr, beta_ptr, normed_ptr + first * C, sums_ptr, sums_ptr + 2 * C, rows - first,
+        eps, C, C0, C1, ALIGN, True, BLOCK_M, ROWS,
     )  # fmt: skip
 
 

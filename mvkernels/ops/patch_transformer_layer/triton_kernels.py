@@ -85,9 +85,10 @@ def _tensors(given: Tensors) -> dict[str, torch.Tensor]:
     return found
 
 
-def _maps(packed: torch.Tensor, heads: int) -> list[torch.Tensor]:
+def _maps(packed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(B, H, W, 3C) -> query, key and value, (B, heads, D, H, W), views."""
-    return [part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1)]
+    query, key, value = (part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1))
+    return query, key, value
 
 
 def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -118,8 +119,8 @@ def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
         tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
         _run(after, tensors, floats)
     out = tensors["out"].permute(0, 3, 1, 2)
-    if not (wanted := empty_map(x, c)).stride() == out.stride():
-        out = wanted.copy_(out)
+    if x.stride(1) != 1:
+        out = empty_map(x, c).copy_(out)
     if not save:
         return out, *(x.new_empty(0) for _ in range(4))
     return out, tensors["qkv"], tensors["attention"], tensors["lse"], tensors["middle"]
@@ -138,9 +139,7 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors = _tensors(given)
     rows = tensors["x"]
     hidden = tensors["fc1_weight"].shape[0]
-    ffn, ffn_programs, to_x, programs = backward_launches(
-        problem_of(x, hidden, heads, (ph, pw), given[4] is not None)
-    )
+    ffn, ffn_programs, to_x, programs = backward_launches(problem_of(x, hidden, heads, (ph, pw), given[4] is not None))
     count = b * height * width
 
     def empty(channels: int) -> torch.Tensor:
@@ -173,8 +172,8 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     dqkv = tensors["dqkv"].t().mm(tensors["normed1"])
     dgamma1, dbeta1, dqkv_bias = tensors["qkv_sums"].sum(0).to(x.dtype).split((c, c, 3 * c))
     dx = tensors["dx"].permute(0, 3, 1, 2)
-    if not (wanted := empty_map(x, c)).stride() == dx.stride():
-        dx = wanted.copy_(dx)
+    if x.stride(1) != 1:
+        dx = empty_map(x, c).copy_(dx)
     vectors = (dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias)
     # Operators may not return views of one another.
     dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias = (v.clone() for v in vectors)

@@ -10,10 +10,9 @@ import torch
 from mvkernels import launch
 from mvkernels.launch import Device
 from mvkernels.ops.patch_attention.triton_configs import pieces
-from mvkernels.ops.patch_attention.triton_plan import Launch, _loop, _low_bit
+from mvkernels.ops.patch_attention.triton_plan import Launch, _low_bit
 from mvkernels.ops.patch_transformer_layer import triton_attention, triton_backward, triton_rows
 from mvkernels.ops.patch_transformer_layer.triton_configs import OP
-
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ def forward_launches(problem: Problem, save: bool) -> tuple[list[Launch], list[L
         NORM=True, BIAS=problem.bias, RESIDUAL=False,
     )  # fmt: skip
     blocks, options = _split("norm_ffn", problem, f=problem.hidden)
+    pointers: tuple[str, ...]
     pointers = ("middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "out")
     ffn = Launch(
         triton_rows.norm_ffn, "norm_ffn", -(-problem.rows // blocks["BLOCK_M"]), pointers, ("eps",), (problem.rows,),
@@ -121,7 +121,8 @@ def forward_launches(problem: Problem, save: bool) -> tuple[list[Launch], list[L
         programs = -(-tokens // blocks["BLOCK_M"])
         blocks["BLOCK_N"] = min(blocks["BLOCK_N"], size)
         meta |= {"ONE_PASS": tokens <= blocks["BLOCK_N"], "PROGRAMS_PER_GROUP": programs} | blocks
-        meta["LOOP"] = _loop(problem, tokens)
+        # 0: the kernel takes the bound from its own data; the interpreter wants a number.
+        meta["LOOP"] = tokens if problem.device.arch == "interpreter" else 0
         attend = Launch(triton_attention.attend_rows, kernel, groups * programs, pointers, ("scale2",), ints, meta,
                         options)  # fmt: skip
     return [qkv, attend, ffn], []
@@ -138,6 +139,7 @@ def backward_launches(problem: Problem) -> tuple[Launch, int, Launch, int]:
     blocks["ROWS"] = min(blocks["ROWS"], blocks["BLOCK_M"])
     programs = -(-problem.rows // blocks["BLOCK_M"])
     meta = {"F": problem.hidden, "FALIGN": _low_bit(problem.hidden, limit=16 // problem.dtype.itemsize)}
+    pointers: tuple[str, ...]
     pointers = ("grad", "middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "hidden",
                 "dhidden", "normed2", "dmiddle", "ffn_sums")  # fmt: skip
     ffn = Launch(triton_backward.ffn_backward, "ffn_backward", programs, pointers, ("eps",), (problem.rows,),
