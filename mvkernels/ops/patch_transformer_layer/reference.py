@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import linear, silu
 
 from mvkernels.checks import lay_as, without_autocast
 from mvkernels.ops.patch_attention.reference import patch_attention
@@ -53,12 +53,23 @@ def patch_transformer_layer(
 
     with without_autocast(x.device.type):
         rows = x.to(dtype).permute(0, 2, 3, 1)
-        normed = layer_norm(rows, rows.shape[-1:], cast(norm1_weight), cast(norm1_bias), eps)
+        normed = _norm(rows, norm1_weight, norm1_bias, eps)
         packed = linear(normed, qkv_weight.to(dtype), cast(qkv_bias))
         query, key, value = (part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1))
         out = patch_attention(query, key, value, patch_size, scale=scale, compute_dtype=dtype)
         rows = rows + linear(out.permute(0, 3, 4, 1, 2).flatten(-2), proj_weight.to(dtype), cast(proj_bias))
-        normed = layer_norm(rows, rows.shape[-1:], cast(norm2_weight), cast(norm2_bias), eps)
+        normed = _norm(rows, norm2_weight, norm2_bias, eps)
         hidden = silu(linear(normed, fc1_weight.to(dtype), cast(fc1_bias)))
         rows = rows + linear(hidden, fc2_weight.to(dtype), cast(fc2_bias))
     return lay_as(rows.permute(0, 3, 1, 2).to(x.dtype), x)
+
+
+def _norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm in float32 at least, in the dtype of the rows.
+
+    Written out: PyTorch's own leaves rounding noise, over a deviation of 0, of rows whose channels are all equal.
+    """
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (normed * weight.to(wide.dtype) + bias.to(wide.dtype)).to(rows.dtype)
