@@ -140,3 +140,19 @@ def test_maps_past_two_to_the_31_elements(name):
         found = OPS[name].function(**many, backend="triton")[-2:]
         expected = OPS[name].function(**few, backend="triton")
     assert torch.equal(found, expected)
+
+
+@CUDA
+def test_a_layer_of_maps_past_two_to_the_31_elements():
+    arguments = example("patch_transformer_layer", torch.bfloat16, batch=2, size=(64, 64), strides="channels_last")
+    arguments = {key: v.to("cuda") if isinstance(v, torch.Tensor) else v for key, v in arguments.items()}
+    few = arguments["x"]
+    batch = LARGEST // few[0].numel() + 2
+    if torch.cuda.mem_get_info()[0] < 8 * 2 * batch * few[0].numel():
+        pytest.skip("not enough memory")
+    many = few.new_zeros(batch, 64, 64, few.shape[1]).permute(0, 3, 1, 2)
+    many[-2:] = few
+    function = OPS["patch_transformer_layer"].function
+    with torch.no_grad():
+        found = function(**arguments | {"x": many}, backend="triton")[-2:]
+        torch.testing.assert_close(found, function(**arguments, backend="triton"), rtol=2e-2, atol=2e-2)

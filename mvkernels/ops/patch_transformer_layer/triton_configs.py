@@ -19,6 +19,8 @@ from mvkernels.ops.patch_attention.triton_configs import _ROOMY, _exact, pieces
 
 OP = "patch_transformer_layer"
 _ALL = 1 << 30
+_TILES = ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8))
+"""Rows, columns and warps to try."""
 
 
 def _wide(key: Mapping[str, Any]) -> int:
@@ -102,51 +104,44 @@ def _layer(key: Mapping[str, Any]) -> Config:
     return {"FUSED": 0}
 
 
+# Few, since each is compiled, checked and timed for every key; none for exact products, which have little room.
 @candidates(OP, "linear_rows")
 def _linear_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK_M": m, "BLOCK_N": n, "STEPS": steps, "num_warps": warps, "num_stages": stages}
-        for m, warps in ((64, 4), (128, 4), (128, 8))
-        for n in (32, 64, 128)
-        for stages in (1, 2, 3)
-        for steps in (1, 2, 64)
-    ]
+    if key["dtype"] == "f32":
+        return []
+    steps = 1 if key["few"] else 64
+    found = [{"BLOCK_M": m, "BLOCK_N": n, "STEPS": steps, "num_warps": w} for m, n, w in _TILES]
+    return [*found, {"STEPS": 2}, {"num_stages": 3}]
 
 
 @candidates(OP, "attend_rows")
 def _attend_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
     # 0: attention and projection apart.
-    found = [
-        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-        for m, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))
-        for n in (32, 64, 128)
-        for stages in (1, 2)
-        if m <= max(64, key["n"]) and n <= max(64, key["n"])
-    ]
-    return [{"MAX_TOKENS": 0}, *found]
+    tiles = [(16, 64, 4), (32, 64, 4), *_TILES[1:4]]
+    return [{"MAX_TOKENS": 0}, *({"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m, n, w in tiles), {"num_stages": 2}]
 
 
 @candidates(OP, "attend_packed")
 def _attend_packed_candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [{"MAX_TOKENS": 0}] + [{"UNITS": u, "num_warps": w} for u in (1, 2, 4, 8) for w in (2, 4, 8)]
+    if key["dtype"] == "f32":
+        return []
+    return [{"MAX_TOKENS": 0}, *({"UNITS": units, "num_warps": warps} for units in (1, 2, 4) for warps in (4, 8))]
 
 
 @candidates(OP, "norm_ffn")
 @candidates(OP, "ffn_backward")
 def _ffn_candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK_M": m, "BLOCK_F": f, "num_warps": warps, "num_stages": stages}
-        for m, warps in ((16, 4), (32, 4), (64, 4), (64, 8), (128, 8))
-        for f in (16, 32, 64)
-        for stages in (1, 2, 3)
-    ]
+    if key["dtype"] == "f32":
+        return []
+    tiles = [(16, 32, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8)]
+    return [*({"BLOCK_M": m, "BLOCK_F": f, "num_warps": w} for m, f, w in tiles), {"num_stages": 3}]
 
 
 @candidates(OP, "qkv_backward")
 def _qkv_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for m, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for k in (32, 64)
-        for stages in (1, 2, 3)
-    ]
+    if key["dtype"] == "f32":
+        return []
+    tiles = [(32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8)]
+    return [*({"BLOCK_M": m, "BLOCK_K": k, "num_warps": w} for m, k, w in tiles), {"num_stages": 3}]
