@@ -94,7 +94,7 @@ def test_peers_do_the_same(peer):
 
 
 @interpreter
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=PHASES)
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     heads=st.integers(1, 3),
     head_dim=st.sampled_from([5, 8, 20, 36]),
@@ -115,11 +115,11 @@ def test_any_shape_and_strides(**problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(
     ("heads", "head_dim", "size"),
-    [(4, 36, (2, 4)), (2, 40, (10, 8)), (1, 12, (16, 18))],
+    [(4, 36, (2, 4)), (2, 40, (10, 8)), (1, 12, (9, 8))],
     ids=["144 channels, packed", "80 channels, one pass", "keys in blocks"],
 )
 def test_each_kernel_of_attention(heads, head_dim, size, dtype):
-    patch = (1, 1) if size == (16, 18) else (2, 1) if size == (10, 8) else (2, 2)
+    patch = (1, 1) if size == (9, 8) else (2, 1) if size == (10, 8) else (2, 2)
     assert_ok(testing.check(OP, arguments_of(heads, head_dim, 24, size, patch, 1, dtype), "triton"))
 
 
@@ -137,14 +137,14 @@ def test_the_configurations_of_exact_products(channels, monkeypatch):
         monkeypatch.setitem(launch._HEURISTICS, (OP.name, kernel), changed)
     launch.forget()
     try:
-        assert_ok(testing.check(OP, arguments_of(4, channels // 4, 36, (5, 6)), "triton"))
+        assert_ok(testing.check(OP, arguments_of(4, channels // 4, 36, (3, 4)), "triton"))
     finally:
         monkeypatch.undo()
         launch.forget()
 
 
 @interpreter
-@pytest.mark.parametrize("size", [(6, 6), (12, 13)], ids=["packed", "rows"])
+@pytest.mark.parametrize("size", [(4, 4), (12, 13)], ids=["packed", "rows"])
 def test_nan_and_inf_stay_in_their_group(size):
     arguments = arguments_of(size=size)
     clean = mvkernels.patch_transformer_layer(**arguments, backend="triton")
