@@ -14,6 +14,7 @@ from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
 from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
 from mvkernels.ops.multiscale_linear_attention import triton_plan as multiscale_linear_attention
 from mvkernels.ops.patch_attention import triton_plan as patch_attention
+from mvkernels.ops.patch_transformer_layer import triton_plan as patch_transformer_layer
 from mvkernels.ops.relu_linear_attention import triton_plan as relu_linear_attention
 
 TARGETS = {
@@ -26,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
           "fp64": torch.float64}  # fmt: skip
 """tf32: float32 maps whose products the user has allowed to round."""
 OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
-       "multiscale_linear_attention"]  # fmt: skip
+       "multiscale_linear_attention", "patch_transformer_layer"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,56 @@ class Multiscale:
                 "layout": self.layout}  # fmt: skip
 
 
-Every = Case | Bridge | Linear | Multiscale
+@dataclass(frozen=True)
+class Layer:
+    """One stage of MobileViT: its layer, but for the attention that is patch_attention's own."""
+
+    d: int
+    size: int
+    dtypes: tuple[str, ...]
+    heads: int = 4
+    patch: int = 2
+
+    op = "patch_transformer_layer"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        c = self.heads * self.d
+        problem = patch_transformer_layer.Problem(
+            (batch, c, self.size, self.size), 2 * c, self.heads, (self.patch, self.patch), True, DTYPES[name],
+            "tf32" if name == "tf32" else "ieee", device,
+        )  # fmt: skip
+        # For training, where the attention is written too: without that, it is the same code and less of it.
+        before, after = patch_transformer_layer.forward_launches(problem, True)
+        ffn, _, qkv, _ = patch_transformer_layer.backward_launches(problem)
+        return [*before, *after, ffn, qkv]
+
+    def columns(self) -> dict[str, Any]:
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.patch,
+                "tokens": (self.size // self.patch) ** 2, "layout": "last"}  # fmt: skip
+
+
+Every = Case | Bridge | Linear | Multiscale | Layer
 
 
 def suite(ops: list[str]) -> list[Every]:
     """The shapes of the ops."""
     found: list[Every] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
-    return found + [case for case in [*bridges(), *linears(), *multiscales()] if case.op in ops]
+    return found + [case for case in [*bridges(), *linears(), *multiscales(), *layers()] if case.op in ops]
+
+
+def layers() -> list[Layer]:
+    """The stages of MobileViT, narrow and wide, and the first one of MobileViT-S at twice the side."""
+    half, every = ("bf16",), ("bf16", "fp32", "tf32")
+    shapes = [
+        (16, 32, half),
+        (20, 16, half),
+        (30, 16, half),
+        (36, 32, every),
+        (48, 16, half),
+        (60, 8, every),
+        (60, 16, half),
+    ]
+    return [Layer(*shape) for shape in [*shapes, (36, 64, half)]]
 
 
 def multiscales() -> list[Multiscale]:

@@ -71,7 +71,7 @@ class Unit:
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
     sums = {"lse", "exact", "delta", "partial", "stats", "sums", "dsums", "parts", "p", "pw"}
-    sums |= {"dq_sums", "dk_sums", "dv_sums"}
+    sums |= {"dq_sums", "dk_sums", "dv_sums", "ffn_sums", "qkv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
@@ -159,7 +159,7 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
 
 _BLOCKS = ("UNITS", "TOKENS", "BLOCK", "BLOCK_M", "BLOCK_N", "Q_BLOCKS", "ONE_PASS", "PHASES",
            "Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N", "SPLIT", "ROWS", "DX", "DTOKENS",
-           "PRODUCT", "STAGE")  # fmt: skip
+           "PRODUCT", "STAGE", "CHUNK", "STEPS", "BLOCK_F", "BLOCK_K")  # fmt: skip
 
 
 def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tuple[str, str, Every]]:

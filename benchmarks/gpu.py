@@ -62,6 +62,7 @@ def correctness() -> Iterator[Step]:
     for op in OPS:
         verify = python("-m", "mvkernels", "verify", "--op", op, "--device", "cuda", "--suite", "full")
         yield Step(f"verify {op}", verify, 4)
+    yield Step("tests of fused layers", (*tests, "tests/nn/test_fused_layer.py"), 2)
     for tool in ("memcheck", "racecheck"):
         sanitized = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
         one = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
@@ -83,6 +84,9 @@ def times() -> Iterator[Step]:
         for dtype in ("bfloat16", "float32"):
             script = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", model, "--dtype", dtype)
             yield Step(f"time {model} {dtype}", (*script, "--batch", "1", "32", "128", "--channels-last"), 8)
+    # A whole step of training with the layers fused, where no dropout is in the way, against the compiled original.
+    layers = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", "timm:mobilevit_s", "--dtype", "bfloat16")
+    yield Step("time fused layers", (*layers, "--fused-layers", "--batch", "128", "--channels-last"), 8)
     yield Step("tables", python(str(HERE / "readme_table.py")), 0.2)
     yield Step("pages", python(str(HERE / "pages.py")), 0.2)
 

@@ -19,6 +19,7 @@ from _results import folder, keep_pages, merge
 from torch import nn
 
 from mvkernels import export, report, third_party
+from mvkernels.nn import fused_layers
 from mvkernels.swap import swap
 
 MODELS = {  # and the sides of their pictures
@@ -32,6 +33,18 @@ MODELS = {  # and the sides of their pictures
     "diffusers:dc-ae-f32c32-sana-1.0": 256,
 }
 RUNTIMES = ("freezing", "onnx", "openvino")
+
+
+class Fused(nn.Module):
+    """A model whose transformer layers run as one op, where they can."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> Any:
+        with fused_layers():
+            return self.model(image)
 
 
 def other(runtime: str, model: nn.Module, image: torch.Tensor, place: Path, threads: int) -> Model:
@@ -67,6 +80,7 @@ def main() -> int:
         choices=RUNTIMES,
         help="what else there is on a CPU: Inductor with frozen weights, the original's export",
     )
+    parser.add_argument("--fused-layers", action="store_true", help="also with each transformer layer as one op")
     parser.add_argument("--no-file", action="store_true", help="print only")
     options = parser.parse_args()
     keep_pages()
@@ -92,6 +106,8 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
         image = third_party.picture(None, size, batch)[0].to(options.device, dtype, memory_format=layout)
         for mode in options.mode:
             models = in_mode(mode, {"original": original, "swapped": swapped}, not options.no_compile)
+            if options.fused_layers:
+                models["swapped, layers fused"] = Fused(copy.deepcopy(swapped).train(mode == "full"))
             with tempfile.TemporaryDirectory() as place:
                 if mode == "fwd":
                     models["swapped, norms folded"] = copy.deepcopy(original)

@@ -5,6 +5,7 @@ from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mob
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
 from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
+from mvkernels.ops.patch_transformer_layer import PatchTransformerLayerFunction, patch_transformer_layer
 from mvkernels.ops.relu_linear_attention import ReLULinearAttentionFunction, relu_linear_attention
 from mvkernels.swap import swap, verify_swap
 from mvkernels.version import __version__
@@ -17,6 +18,7 @@ __all__ = [
     "MobileToFormerFunction",
     "MultiscaleLinearAttentionFunction",
     "PatchAttentionFunction",
+    "PatchTransformerLayerFunction",
     "ReLULinearAttentionFunction",
     "__version__",
     "can_run",
@@ -25,6 +27,7 @@ __all__ = [
     "multiscale_linear_attention",
     "nn",
     "patch_attention",
+    "patch_transformer_layer",
     "relu_linear_attention",
     "swap",
     "testing",

@@ -40,6 +40,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """The same as an op does, of this library's other ops and PyTorch's. ``tune`` measures which of the two is faster,
+    and notes it as FUSED of a configuration, by which modules choose."""
+
+    function: Callable[..., torch.Tensor]
+    """Takes the op's arguments, ``backend`` too."""
+    kernel: str
+    """The name under which the configuration is."""
+    key: Callable[[Mapping[str, Any], bool], Mapping[str, Any]]
+    """``key(arguments, grad)``: of these arguments, for the forward alone, or for forward and backward."""
+
+
+@dataclass(frozen=True)
 class Op:
     """A fused op and all that is said of it. Registered once, by its folder's ``__init__``."""
 
@@ -63,6 +76,8 @@ class Op:
     third_party: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     """Peers that need another package, or a device, as ``peers``. They import it when they are called, and raise
     ImportError where it is missing, NotOffered for arguments that it has no code for."""
+    composed: Composed | None = None
+    """Where a module has the choice between this op and others of the library."""
 
 
 OPS: dict[str, Op] = {}

@@ -44,7 +44,9 @@ class Finding:
     """Changes of the heuristic's choice; empty where it is the best."""
 
 
-def _calls(op: Op, arguments: Mapping[str, Any]) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
+def _calls(
+    op: Op, arguments: Mapping[str, Any], function: Callable[..., torch.Tensor]
+) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
     # One call each for the forward alone and for forward and backward, giving all their results.
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     out = op.reference(**arguments)
@@ -54,10 +56,10 @@ def _calls(op: Op, arguments: Mapping[str, Any]) -> dict[str, Callable[[], dict[
 
     def forward() -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return {"out": op.function(**arguments, backend="triton")}
+            return {"out": function(**arguments, backend="triton")}
 
     def backward() -> dict[str, torch.Tensor]:
-        result = op.function(**leaves, backend="triton")
+        result = function(**leaves, backend="triton")
         grads = torch.autograd.grad(result, list(wanted.values()), grad)
         return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
 
@@ -98,7 +100,7 @@ def tune_case(
 
     ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs.
     """
-    calls = _calls(op, arguments)
+    calls = _calls(op, arguments, op.function)
     expected = _expected(op, arguments)
     findings = []
     seen: set[tuple[str, str]] = set()
@@ -164,6 +166,40 @@ def _tune_kernel(
         (measured[winner].median if best else default) * 1e6,
         best,
     )
+
+
+def tune_choice(
+    op: Op,
+    arguments: Mapping[str, Any],
+    device: torch.device | str,
+    done: set[tuple[str, str]],
+    min_time: float = 0.1,
+) -> list[Finding]:
+    """Measure the op against the same composed of others, where modules have the choice; as :func:`tune_case`.
+
+    The default is composed. The op is found right by the shared criterion first, and faster by more than the margin.
+    """
+    if op.composed is None:
+        return []
+    fused, composed = (_calls(op, arguments, function) for function in (op.function, op.composed.function))
+    expected = _expected(op, arguments)
+    findings = []
+    for name, call in fused.items():
+        key = launch.key_text(op.composed.key(arguments, name == "backward"))
+        if (op.composed.kernel, key) in done:
+            continue
+        done.add((op.composed.kernel, key))
+        right = _right(call(), expected)
+        times: dict[str, Callable[[], Any]] = {"composed": composed[name]} | ({"fused": call} if right else {})
+        if torch.device(device).type == "cuda":
+            times = {which: _graph(each) for which, each in times.items()}
+        measured = {which: t.median for which, t in timing.interleave(times, device, min_time=min_time).items()}
+        faster = right and measured["fused"] < (1 - MARGIN) * measured["composed"]
+        findings.append(
+            Finding(op.composed.kernel, key, 1, int(not right), measured["composed"] * 1e6,
+                    measured["fused" if faster else "composed"] * 1e6, {"FUSED": 1} if faster else {})
+        )  # fmt: skip
+    return findings
 
 
 def _graph(call: Callable[[], Any]) -> Callable[[], None]:
@@ -241,9 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for op, case, layout, dtype in work:
         progress.step(f"{op.name} {case.label} {dtype}")
         arguments = case.make(batch=options.batch, dtype=DTYPES[dtype], device="cuda", layout=layout)
-        findings = tune_case(op, arguments, "cuda", done, options.min_time)
-        save(path, op.name, findings, device)
-        everything += findings
+        for search in (tune_case, tune_choice):
+            findings = search(op, arguments, "cuda", done, options.min_time)
+            save(path, op.name, findings, device)
+            launch.forget()  # what is chosen between is what was found
+            everything += findings
     progress.close()
     launch.forget()
     if options.json:

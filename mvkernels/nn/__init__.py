@@ -1,6 +1,7 @@
 """Modules that hold parameters, built on the fused ops."""
 
 from mvkernels.nn.efficientvit import ConvNormAct, EfficientViTBlock, LiteMLA, MBConv, Residual
+from mvkernels.nn.fused_layer import fused_layers
 from mvkernels.nn.mobile_former import (
     DownsampleMobile,
     DropPath,
@@ -29,6 +30,7 @@ __all__ = [
     "MobileToFormer",
     "PatchTransformer",
     "Residual",
+    "fused_layers",
     "patch_transformer_layer",
     "pointwise_to_channels_first",
     "pointwise_to_channels_last",

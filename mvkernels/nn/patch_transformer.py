@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mvkernels import checks
 from mvkernels.backend import requested
+from mvkernels.nn.fused_layer import fused_layer, wanted
 from mvkernels.ops.patch_attention import patch_attention
 
 _NAME = "PatchTransformer"
@@ -47,9 +48,17 @@ def patch_transformer_layer(
 
     ``qkv`` is one Linear whose rows are [q | k | v] with the heads contiguous inside each, or three
     Linears; three run as one matrix product, and only their weights and biases are read, they are not
-    called. All else is called on (B, H, W, channels). Errors are those of
-    :func:`mvkernels.patch_attention` and of the modules.
+    called. All else is called on (B, H, W, channels), unless the device was measured to be faster with the whole layer
+    as one op (or :func:`fused_layers` asks for it), and the modules are plain ones with nobody listening. Errors are
+    those of :func:`mvkernels.patch_attention` and of the modules.
     """
+    if (wanted.value or not x.is_cpu) and x.dim() == 4:
+        dropouts = (proj_dropout, hidden_dropout, out_dropout)
+        fused = fused_layer(
+            x, norm1, qkv, proj, norm2, fc1, activation, fc2, heads, patch_size, scale, dropouts, backend
+        )  # fmt: skip
+        if fused is not None:
+            return fused
     if x.dim() == 3:
         out = _among_tokens(norm1(x), qkv, heads, scale)
     else:

@@ -15,6 +15,8 @@ CUDA = pytest.mark.skipif(DEVICE != "cuda", reason="MVKERNELS_TEST_DEVICE is not
 PLACES = [pytest.param("triton", DEVICE, id="device", marks=needs_device)]
 PLACES += [pytest.param("cpp", "cpu", id="cpp"), pytest.param("triton", "cpu", id="interpreter", marks=INTERPRETER)]
 LARGEST = 2**31
+WEIGHTED = ("multiscale_linear_attention", "patch_transformer_layer")
+"""Not all tensors of these have a batch."""
 
 
 def on(device, name, **settings):
@@ -68,7 +70,7 @@ def test_more_groups_than_a_grid_has_rows(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), PLACES)
-@pytest.mark.parametrize("name", [name for name in OPS if name != "multiscale_linear_attention"])
+@pytest.mark.parametrize("name", [name for name in OPS if name not in WEIGHTED])
 def test_a_batch_larger_than_a_grid_has_rows(name, backend, device):
     if device == "cpu" and backend == "triton":
         pytest.skip("hours in the interpreter")
@@ -138,3 +140,19 @@ def test_maps_past_two_to_the_31_elements(name):
         found = OPS[name].function(**many, backend="triton")[-2:]
         expected = OPS[name].function(**few, backend="triton")
     assert torch.equal(found, expected)
+
+
+@CUDA
+def test_a_layer_of_maps_past_two_to_the_31_elements():
+    arguments = example("patch_transformer_layer", torch.bfloat16, batch=2, size=(64, 64), strides="channels_last")
+    arguments = {key: v.to("cuda") if isinstance(v, torch.Tensor) else v for key, v in arguments.items()}
+    few = arguments["x"]
+    batch = LARGEST // few[0].numel() + 2
+    if torch.cuda.mem_get_info()[0] < 8 * 2 * batch * few[0].numel():
+        pytest.skip("not enough memory")
+    many = few.new_zeros(batch, 64, 64, few.shape[1]).permute(0, 3, 1, 2)
+    many[-2:] = few
+    function = OPS["patch_transformer_layer"].function
+    with torch.no_grad():
+        found = function(**arguments | {"x": many}, backend="triton")[-2:]
+        torch.testing.assert_close(found, function(**arguments, backend="triton"), rtol=2e-2, atol=2e-2)

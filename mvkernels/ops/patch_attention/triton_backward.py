@@ -6,6 +6,7 @@ An output that was rounded to a half type would make delta wrong by the same amo
 average out in dQ; in groups of one tile half types take delta from P and dout V^T, whose row sum it is as well.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
+PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
 """
 
 import triton
@@ -57,7 +58,7 @@ def backward_unit(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
-    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_DELTA: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +66,9 @@ def backward_unit(
     batch, head, gy, gx = unit_of(tl.program_id(0), heads, ph, pw)
     wg = group_extent(gx, W, pw)
     tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
-    dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
-    dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
-    dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
     q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
     k_ptr += plane(batch, head, ksb, ksh, LK, AK)
     v_ptr += plane(batch, head, vsb, vsh, LV, AV)
@@ -240,7 +241,7 @@ def backward_blocks(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
-    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
     Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
@@ -264,7 +265,7 @@ def backward_blocks(
     gs = (gsy, gsx, gsd)
     if PHASES != 2:
         o_ptr += plane(batch, head, osb, osh, LO, AO)
-        dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
+        dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
         dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
         first = block * Q_BLOCK_M
         last = tl.minimum(first + Q_BLOCK_M, tokens) if PHASES == 1 else tokens
@@ -279,8 +280,8 @@ def backward_blocks(
     if PHASES == 3:
         tl.debug_barrier()  # delta, written above by other threads of this program, is read below
     if PHASES != 1:
-        dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
-        dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+        dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
+        dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
         dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
         dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
         first = block * K_BLOCK_N
@@ -306,7 +307,7 @@ def backward_packed(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
-    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     BIAS: tl.constexpr, STORE_DELTA: tl.constexpr, PRECISION: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +352,7 @@ def backward_packed(
     dst = tl.permute(ds, (0, 2, 1))
     pt = tl.permute(p.to(g0.dtype), (0, 2, 1))
 
-    dvb, dvh, dvd, dvy, dvx = dense_strides(heads, DV, H, W, DLV)
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
     dv0 = tl.dot(pt, g0, input_precision=PRECISION)
     dv1 = dv0
     if V1 > 0:
@@ -359,8 +360,8 @@ def backward_packed(
     dv_rows = rows3(batch * dvb + head * dvh, y, x, dvy, dvx, DLV, ADV)
     store_tile3(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV)
 
-    dqb, dqh, dqd, dqy, dqx = dense_strides(heads, D, H, W, DLQ)
-    dkb, dkh, dkd, dky, dkx = dense_strides(heads, D, H, W, DLK)
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
     dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
     dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
     dq1 = dq0

@@ -143,11 +143,36 @@ def backward(
     grad (B, h, Dv, H, W) with any strides; out and lse are forward's. dbias is (h, N, N), contiguous,
     in bias's dtype, or an empty (0,) without ``need_bias``. No atomics: the same bits in every run.
     """
+    dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
+    dbias = backward_into((dq, dk, dv), grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias)
+    return dq, dk, dv, dbias
+
+
+def backward_into(
+    grads: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    patch_h: int,
+    patch_w: int,
+    bias: torch.Tensor | None,
+    scale: float,
+    need_bias: bool,
+    packed: int = 1,
+) -> torch.Tensor:
+    """Write dquery, dkey, dvalue to ``grads`` and return dbias, as :func:`backward`.
+
+    ``grads`` lie as their inputs do, dense; or, with ``packed`` 3, they are the thirds of one dense (B, H, W, 3C).
+    """
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("o", out))
-    launches, uses_delta, slices = backward_launches(_problem(maps, bias, (patch_h, patch_w)), need_bias)
+    problem = _problem(maps, bias, (patch_h, patch_w))
+    launches, uses_delta, slices = backward_launches(problem, need_bias, packed)
     tensors = dict(maps)
     tensors |= {"lse": lse, "bias": lse if bias is None else bias, "delta": lse}
-    tensors |= {"d" + name: empty_map(map_, map_.shape[2]) for name, map_ in maps[:3]}
+    tensors |= dict(zip(("dq", "dk", "dv"), grads))
     if uses_delta:
         tensors["delta"] = torch.empty_like(lse)
     if need_bias and bias is not None:
@@ -156,4 +181,4 @@ def backward(
     else:
         tensors["dbias"] = query.new_empty((0,))
     _run(launches, tensors, {"scale": scale, "scale2": scale * _LOG2E})
-    return tensors["dq"], tensors["dk"], tensors["dv"], tensors["dbias"]
+    return tensors["dbias"]

@@ -199,14 +199,16 @@ def forward_launches(problem: Problem) -> list[Launch]:
 
 
 @launch.memo
-def backward_launches(problem: Problem, need_bias: bool) -> tuple[list[Launch], bool, int]:
+def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
     """(launches, whether they use ``delta``, slices of the bias's partial sums).
+
+    With ``packed`` 3, dq, dk and dv are the thirds of one channels-last map.
 
     Tensors ``q k v g o lse bias dq dk dv delta partial dbias``, floats ``scale scale2``.
     """
     geometry = _Geometry(problem)
     d, dv = problem.query[2], problem.value_dim
-    meta = _common(problem, geometry, "qkvgo") | {"BIAS": problem.bias is not None}
+    meta = _common(problem, geometry, "qkvgo") | {"BIAS": problem.bias is not None, "PACKED": packed}
     for name, channels in ("q", d), ("k", d), ("v", dv):
         meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels)
         # One alignment serves dq and dk: the smaller of theirs.

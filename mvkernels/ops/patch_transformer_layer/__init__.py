@@ -1,0 +1,185 @@
+"""MobileViT's transformer layer on a map: norm + qkv, attention + projection, norm + feed-forward, each one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks
+from mvkernels.backend import choose
+from mvkernels.ops.patch_transformer_layer import suite
+from mvkernels.ops.patch_transformer_layer.autograd import KERNELS, TENSORS, PatchTransformerLayerFunction
+from mvkernels.ops.patch_transformer_layer.composed import composed
+from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
+from mvkernels.registry import Composed, Op, register
+
+__all__ = ["OP", "PatchTransformerLayerFunction", "patch_transformer_layer"]
+
+_NAME = "patch_transformer_layer"
+
+
+def patch_transformer_layer(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    patch_size: int | tuple[int, int] = (2, 2),
+    *,
+    eps: float = 1e-5,
+    scale: float | None = None,
+    activation: str = "silu",
+    backend: str | None = None,
+) -> Tensor:
+    """One pre-norm transformer layer of MobileViT on a map, from its tensors: no unfold, no fold, no hidden in memory.
+
+    This is what stands between the unfold and the fold of a MobileViT block (arXiv 2110.02178, section 3.1), once::
+
+        x = x + attention(norm1(x) @ qkv_weight.T + qkv_bias) @ proj_weight.T + proj_bias
+        x = x + silu(norm2(x) @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias
+
+    with the attention of :func:`mvkernels.patch_attention`. The same layer of modules is
+    :func:`mvkernels.nn.patch_transformer_layer`.
+
+    Args:
+        x: map (B, C, H, W), any strides; channels-last is read in place, others are copied once.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,), of the LayerNorms.
+        qkv_weight: (3C, C), rows [q | k | v] with the heads contiguous inside each.
+        qkv_bias: (3C,), or None.
+        proj_weight, proj_bias: (C, C), (C,).
+        fc1_weight, fc1_bias: (F, C), (F,).
+        fc2_weight, fc2_bias: (C, F), (C,).
+        heads: divides C.
+        patch_size: an int or a pair (ph, pw), at least 1. H and W need not be multiples.
+        eps: of both LayerNorms.
+        scale: factor of the scores, ``(C / heads) ** -0.5`` by default.
+        activation: "silu".
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+
+    Returns:
+        Map (B, C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense, channels-last if the stride
+        of x over channels is 1, else channels-first. Norms, softmax and sums are float32 at least.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or a setting has the wrong type.
+        ValueError: shapes do not fit, dtypes or devices differ, heads does not divide C, patch_size < 1, H or W of 0,
+            or an activation that is not known.
+        BackendUnavailable: a backend was named that cannot run this.
+    """
+    arguments = _check(
+        x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, heads, patch_size, eps, scale, activation,
+    )  # fmt: skip
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
+        return reference(*arguments)
+    tensors = arguments[:TENSORS]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return PatchTransformerLayerFunction.apply(*arguments, chosen, True)
+    _, (ph, pw), eps, scale, _ = arguments[TENSORS:]
+    return KERNELS[chosen][0](*tensors, heads, ph, pw, eps, scale, False)[0]
+
+
+def _check(
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    heads: int,
+    patch_size: Any = (2, 2),
+    eps: float = 1e-5,
+    scale: float | None = None,
+    activation: str = "silu",
+) -> tuple[Any, ...]:
+    named = {
+        "x": x, "norm1_weight": norm1_weight, "norm1_bias": norm1_bias, "qkv_weight": qkv_weight, "qkv_bias": qkv_bias,
+        "proj_weight": proj_weight, "proj_bias": proj_bias, "norm2_weight": norm2_weight, "norm2_bias": norm2_bias,
+        "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias,
+    }  # fmt: skip
+    cast: dict[str, Any] = dict(zip(named, checks.autocast(*named.values())))
+    given = {name: value for name, value in cast.items() if value is not None or name != "qkv_bias"}
+    if not checks.alike(*given.values()):
+        checks.tensors(_NAME, **given)
+    patch = checks.pair(_NAME, "patch_size", patch_size)
+    if not isinstance(heads, int) or isinstance(heads, bool):
+        raise TypeError(f"{_NAME}: heads is {heads!r}, want an int")
+    if activation != "silu":
+        raise ValueError(f"{_NAME}: activation is {activation!r}, want 'silu'")
+    _check_shapes(given, heads)
+    eps = checks.number(_NAME, "eps", eps, 1e-5)
+    scale = checks.number(_NAME, "scale", scale, (cast["x"].shape[1] // heads) ** -0.5)
+    return (*cast.values(), heads, patch, eps, scale, activation)
+
+
+def _check_shapes(given: dict[str, Tensor], heads: int) -> None:
+    checks.rank(_NAME, "x", given["x"], "(B, C, H, W)")
+    checks.not_empty(_NAME, "x", given["x"], C=1, H=2, W=3)
+    c = given["x"].shape[1]
+    if heads < 1 or c % heads:
+        raise ValueError(f"{_NAME}: heads is {heads}, want a divisor of {c} channels")
+    checks.rank(_NAME, "fc1_weight", given["fc1_weight"], "(F, C)")
+    f = given["fc1_weight"].shape[0]
+    if f == 0:
+        raise ValueError(f"{_NAME}: fc1_weight is {checks.shape(given['fc1_weight'])}: F is 0, want at least 1")
+    wanted = {
+        "norm1_weight": ("(C)", (c,)), "norm1_bias": ("(C)", (c,)), "qkv_weight": ("(3C, C)", (3 * c, c)),
+        "qkv_bias": ("(3C)", (3 * c,)), "proj_weight": ("(C, C)", (c, c)), "proj_bias": ("(C)", (c,)),
+        "norm2_weight": ("(C)", (c,)), "norm2_bias": ("(C)", (c,)), "fc1_weight": ("(F, C)", (f, c)),
+        "fc1_bias": ("(F)", (f,)), "fc2_weight": ("(C, F)", (c, f)), "fc2_bias": ("(C)", (c,)),
+    }  # fmt: skip
+    for name, (axes, size) in wanted.items():
+        if name in given and given[name].shape != size:
+            checks.rank(_NAME, name, given[name], axes)
+            raise ValueError(f"{_NAME}: {name} is {checks.shape(given[name])}, want {axes} = {size}")
+
+
+def _why_not_triton(*arguments: Any) -> str | None:
+    try:
+        from mvkernels.ops.patch_transformer_layer import triton_kernels
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return triton_kernels.why_not(*arguments)
+
+
+def _layer_key(arguments: Mapping[str, Any], grad: bool) -> Mapping[str, Any]:
+    from mvkernels.ops.patch_transformer_layer import triton_kernels
+
+    hidden, patch = arguments["fc1_weight"].shape[0], arguments["patch_size"]
+    return triton_kernels.layer_key(triton_kernels.problem_of(arguments["x"], hidden, arguments["heads"], patch), grad)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=patch_transformer_layer,
+        reference=reference,
+        check=_check,
+        maps=("x",),
+        why_not={"triton": _why_not_triton},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+        composed=Composed(composed, "layer", _layer_key),
+    )
+)

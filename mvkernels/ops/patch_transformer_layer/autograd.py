@@ -1,0 +1,109 @@
+"""The transformer layer as torch operators and as an autograd Function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels import checks, library
+from mvkernels.backend import choose
+from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
+
+TENSORS = 13
+"""x and the parameters, which come first among the arguments."""
+
+_QKV_BIAS = 4
+_INPUTS = "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight,"
+_INPUTS += " Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias,"
+_INPUTS += " Tensor fc2_weight, Tensor fc2_bias"
+_SETTINGS = "int heads, int patch_h, int patch_w, float eps, float scale"
+_FORWARD = f"({_INPUTS}, {_SETTINGS}, bool save)"
+_FORWARD += " -> (Tensor out, Tensor qkv, Tensor attention, Tensor lse, Tensor middle)"
+_BACKWARD = f"(Tensor grad, Tensor qkv, Tensor attention, Tensor lse, Tensor middle, {_INPUTS}, {_SETTINGS})"
+_BACKWARD += " -> (" + ", ".join(["Tensor"] * TENSORS) + ")"
+
+
+def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    b, c, height, width = x.shape
+    heads, save = rest[TENSORS - 1], rest[-1]
+    out = checks.empty_map(x, c)
+    if not save:
+        return out, *(x.new_empty(0) for _ in range(4))
+    qkv, attention, middle = (x.new_empty((b, height, width, channels)) for channels in (3 * c, c, c))
+    return out, qkv, attention, x.new_empty((b, heads, height, width), dtype=torch.float32), middle
+
+
+def _fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    x, *parameters = rest[4 : 4 + TENSORS]
+    return checks.empty_map(x, x.shape[1]), *(x.new_empty(0 if p is None else p.shape) for p in parameters)
+
+
+def _triton_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.patch_transformer_layer import triton_kernels
+
+    if x.shape[0] == 0:  # a grid of no blocks cannot be launched
+        return _fake_forward(x, *rest)
+    return triton_kernels.forward(x, *rest)
+
+
+def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from mvkernels.ops.patch_transformer_layer import triton_kernels
+
+    if grad.shape[0] == 0:
+        return tuple(g.zero_() for g in _fake_backward(grad, *rest))
+    return triton_kernels.backward(grad, *rest)
+
+
+KERNELS = {
+    "triton": (
+        library.define("triton", "patch_transformer_layer_forward", _FORWARD, _fake_forward, _triton_forward),
+        library.define("triton", "patch_transformer_layer_backward", _BACKWARD, _fake_backward, _triton_backward),
+    ),
+}
+
+
+class PatchTransformerLayerFunction(torch.autograd.Function):
+    """:func:`mvkernels.patch_transformer_layer` with its own backward.
+
+    ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, backend)``, the op's arguments in order; those
+    after ``heads`` may be left out; ``checked`` is the public function's, which has checked them and chosen the
+    backend. Saves x, the parameters, the packed qkv, the output of attention with the log-sum-exp of its rows, and the
+    map between the two halves: no norm, nothing of the hidden layer. A second derivative raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
+        given = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, False)[len(arguments) - TENSORS :])
+        values, (backend, checked) = given[:-2], given[-2:]
+        if not checked:
+            from mvkernels.ops.patch_transformer_layer import OP
+
+            values = OP.check(*values)
+            backend = choose(OP, backend, values)
+        tensors, settings = values[:TENSORS], values[TENSORS:]
+        heads, (ph, pw), eps, scale, _ = settings
+        ctx.settings, ctx.backend, ctx.count = settings, backend, len(arguments)
+        if backend == "reference":
+            ctx.save_for_backward(*tensors)
+            return reference(*tensors, *settings)
+        out, *saved = KERNELS[backend][0](*tensors, heads, ph, pw, eps, scale, True)
+        ctx.save_for_backward(*tensors, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
+        inputs, saved = kept[:TENSORS], kept[TENSORS:]
+        wanted = ctx.needs_input_grad[:TENSORS]
+        with library.not_recording():
+            if ctx.backend == "reference":
+                grads = library.differentiate(lambda *t: reference(*t, *ctx.settings), grad, inputs, wanted)
+            else:
+                heads, (ph, pw), eps, scale, _ = ctx.settings
+                found = KERNELS[ctx.backend][1](grad, *saved, *inputs, heads, ph, pw, eps, scale)
+                grads = [g if w else None for g, w in zip(found, wanted)]
+        if torch.is_grad_enabled():
+            grads = library.refuse_second_derivative("patch_transformer_layer", grads, (grad, *inputs))
+        return (*grads, *[None] * (ctx.count - TENSORS))

@@ -1,0 +1,280 @@
+"""MobileViT's layer as one op: the reference against its definition, the Triton kernels against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import mvkernels
+from mvkernels import launch, testing, tune
+from mvkernels.ops.patch_transformer_layer import suite
+from mvkernels.ops.patch_transformer_layer.autograd import TENSORS
+from mvkernels.registry import OPS
+from tests.ops.bridges import assert_ok, interpreter
+
+OP = OPS["patch_transformer_layer"]
+PHASES = (Phase.explicit, Phase.generate)  # to shrink a failure takes the interpreter minutes
+CONFIGS = ("linear_rows", "attend_rows", "attend_packed", "norm_ffn", "ffn_backward", "qkv_backward")
+
+
+def arguments_of(
+    heads: int = 2,
+    head_dim: int = 6,
+    hidden: int = 20,
+    size: tuple[int, int] = (4, 6),
+    patch: tuple[int, int] = (2, 2),
+    batch: int = 2,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "channels_last",
+    bias: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    c, generator = heads * head_dim, torch.Generator().manual_seed(seed)
+    arguments = suite._make({"channels": c, "height": 1, "width": 1, "patch": 2}, 1, dtype, seed=seed)
+    arguments |= {
+        "x": testing.make_map((batch, c, *size), kind, dtype, generator=generator),
+        "fc1_weight": (torch.randn(hidden, c, generator=generator) * c**-0.5).to(dtype),
+        "fc1_bias": (torch.randn(hidden, generator=generator) * 0.1).to(dtype),
+        "fc2_weight": (torch.randn(c, hidden, generator=generator) * hidden**-0.5).to(dtype),
+        "heads": heads,
+        "patch_size": patch,
+    }
+    return arguments if bias else arguments | {"qkv_bias": None}
+
+
+def by_definition(a: dict[str, Any]) -> torch.Tensor:
+    """Group by group and head by head, from lists of pixels."""
+    x, heads = a["x"], a["heads"]
+    c, dim, eps = x.shape[1], x.shape[1] // heads, a.get("eps", 1e-5)
+
+    def norm(rows: torch.Tensor, which: str) -> torch.Tensor:
+        rows = rows - rows.mean(-1, keepdim=True)
+        rows = rows / (rows.square().mean(-1, keepdim=True) + eps).sqrt()
+        return rows * a[f"{which}_weight"] + a[f"{which}_bias"]
+
+    out = torch.empty_like(x)
+    ph, pw = a["patch_size"]
+    for gy in range(min(ph, x.shape[2])):
+        for gx in range(min(pw, x.shape[3])):
+            inside = (slice(None), slice(None), slice(gy, None, ph), slice(gx, None, pw))
+            rows = x[inside].flatten(2).transpose(1, 2)
+            packed = norm(rows, "norm1") @ a["qkv_weight"].T + (0 if a["qkv_bias"] is None else a["qkv_bias"])
+            parts = []
+            for head in range(heads):
+                q, k, v = (packed[..., i * c + head * dim : i * c + (head + 1) * dim] for i in range(3))
+                scale = dim**-0.5 if a.get("scale") is None else a["scale"]
+                parts.append((q @ k.transpose(1, 2) * scale).softmax(-1) @ v)
+            rows = rows + torch.cat(parts, -1) @ a["proj_weight"].T + a["proj_bias"]
+            hidden = norm(rows, "norm2") @ a["fc1_weight"].T + a["fc1_bias"]
+            rows = rows + (hidden * hidden.sigmoid()) @ a["fc2_weight"].T + a["fc2_bias"]
+            out[inside] = rows.transpose(1, 2).reshape(out[inside].shape)
+    return out
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"scale": 0.3, "eps": 0.1}, {"qkv_bias": None}], ids=["plain", "numbers", "no bias"]
+)
+@pytest.mark.parametrize("size", [(4, 6), (5, 7), (1, 1)], ids=str)
+def test_the_reference_is_the_definition(size, more):
+    arguments = arguments_of(size=size, dtype=torch.float64) | more
+    torch.testing.assert_close(OP.reference(**arguments), by_definition(arguments), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("peer", [*OP.peers, "composed"])
+def test_peers_do_the_same(peer):
+    arguments = arguments_of(dtype=torch.float64)
+    assert OP.composed is not None
+    call = OP.composed.function if peer == "composed" else OP.peers[peer]
+    for more in ({}, {"scale": 0.3, "eps": 0.1}, {"qkv_bias": None}):
+        torch.testing.assert_close(call(**arguments | more), OP.reference(**arguments | more), rtol=1e-10, atol=1e-10)
+
+
+@interpreter
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=PHASES)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([5, 8, 20, 36]),
+    hidden=st.sampled_from([11, 16, 40]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    patch=st.sampled_from([(1, 1), (2, 2), (3, 2), (7, 20)]),
+    batch=st.integers(1, 2),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    kind=st.sampled_from(testing.STRIDES),
+    bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_strides(**problem):
+    assert_ok(testing.check(OP, arguments_of(**problem), "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "size"),
+    [(4, 36, (2, 4)), (2, 40, (10, 8)), (1, 12, (9, 8))],
+    ids=["144 channels, packed", "80 channels, one pass", "keys in blocks"],
+)
+def test_each_kernel_of_attention(heads, head_dim, size, dtype):
+    patch = (1, 1) if size == (9, 8) else (2, 1) if size == (10, 8) else (2, 2)
+    assert_ok(testing.check(OP, arguments_of(heads, head_dim, 24, size, patch, 1, dtype), "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize("channels", [12, 80])
+def test_the_configurations_of_exact_products(channels, monkeypatch):
+    """Rows in chunks, attention apart from the projection, several programs to a block of rows."""
+    changes = {"CHUNK": 16, "MAX_TOKENS": 0, "STEPS": 2, "BLOCK_N": 16, "BLOCK_F": 16, "ROWS": 8}
+    for kernel in CONFIGS:
+        usual = launch._HEURISTICS[OP.name, kernel]
+
+        def changed(key, usual=usual):
+            return (config := usual(key)) | {name: value for name, value in changes.items() if name in config}
+
+        monkeypatch.setitem(launch._HEURISTICS, (OP.name, kernel), changed)
+    launch.forget()
+    try:
+        assert_ok(testing.check(OP, arguments_of(4, channels // 4, 36, (3, 4)), "triton"))
+    finally:
+        monkeypatch.undo()
+        launch.forget()
+
+
+@interpreter
+@pytest.mark.parametrize("size", [(4, 4), (12, 13)], ids=["packed", "rows"])
+def test_nan_and_inf_stay_in_their_group(size):
+    arguments = arguments_of(size=size)
+    clean = mvkernels.patch_transformer_layer(**arguments, backend="triton")
+    for bad in (float("nan"), float("inf")):
+        x = arguments["x"].clone()
+        x[0, 1, -1, -1] = bad
+        found = mvkernels.patch_transformer_layer(**arguments | {"x": x}, backend="triton")
+        y, z = (size[0] - 1) % 2, (size[1] - 1) % 2
+        assert found[0, :, y::2, z::2].isnan().all()
+        rest = torch.ones(found.shape, dtype=torch.bool)
+        rest[0, :, y::2, z::2] = False
+        assert torch.equal(found[rest], clean[rest])
+
+
+@interpreter
+def test_rows_of_one_value_and_an_epsilon_of_0():
+    """Their deviation is 0: what the reference makes of them, and nothing of it in the rows of a block outside."""
+    arguments = arguments_of(size=(3, 3)) | {"eps": 0.0}
+    assert_ok(testing.check(OP, arguments, "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize(
+    ("kind", "save", "bias"), [("channels_last", True, True), ("sliced", True, False), ("channels_last", False, True)]
+)
+def test_opcheck(kind, save, bias):
+    namespace, settings_ = torch.ops.mvkernels_triton, (2, 2, 2, 1e-5, 0.4)
+    given_ = arguments_of(kind=kind, bias=bias, size=(3, 2))
+    tensors = list(given_.values())[:TENSORS]
+    torch.library.opcheck(namespace.patch_transformer_layer_forward, (*tensors, *settings_, save))
+    if save:
+        out, *saved = namespace.patch_transformer_layer_forward(*tensors, *settings_, True)
+        grad = testing.make_map(out.shape, kind)
+        torch.library.opcheck(namespace.patch_transformer_layer_backward, (grad, *saved, *tensors, *settings_))
+
+
+@interpreter
+@pytest.mark.parametrize("asked", [("x",), ("fc2_weight",), ("norm1_weight", "qkv_bias")], ids=str)
+def test_some_gradients_alone(asked):
+    grads = []
+    for backend in ("triton", "reference"):
+        given_ = arguments_of()
+        leaves = [given_[name].requires_grad_() for name in asked]
+        out = mvkernels.patch_transformer_layer(**given_, backend=backend)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+BAD = {
+    "heads": (ValueError, {"heads": 5}),
+    "heads of 0": (ValueError, {"heads": 0}),
+    "heads as text": (TypeError, {"heads": "2"}),
+    "activation": (ValueError, {"activation": "relu"}),
+    "patch_size": (ValueError, {"patch_size": 0}),
+    "eps": (TypeError, {"eps": "small"}),
+    "scale": (TypeError, {"scale": torch.ones(())}),
+    "x": (ValueError, {"x": torch.randn(2, 12, 0, 4)}),
+    "qkv_weight": (ValueError, {"qkv_weight": torch.randn(12, 12)}),
+    "qkv_bias": (ValueError, {"qkv_bias": torch.randn(12)}),
+    "fc2_weight": (ValueError, {"fc2_weight": torch.randn(20, 12)}),
+    "fc1_weight": (ValueError, {"fc1_weight": torch.randn(0, 12)}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_arguments(what):
+    error, change = BAD[what]
+    with pytest.raises(error, match=f"patch_transformer_layer: {what.split()[0]}") as caught:
+        mvkernels.patch_transformer_layer(**arguments_of() | change)
+    assert "\n" not in str(caught.value)
+
+
+@interpreter
+def test_what_triton_does_not_take():
+    able, reason = mvkernels.can_run(OP.name, "triton", **arguments_of(heads=2, head_dim=129))
+    assert not able and "258 channels" in reason
+    able, reason = mvkernels.can_run(OP.name, "triton", **arguments_of(dtype=torch.float64))
+    assert not able and "float64" in reason
+
+
+def problem(batch=128, channels=144, side=32, dtype=torch.bfloat16, arch="sm_90"):
+    plan = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton_plan")
+    device = launch.Device("none", arch, 132)
+    return plan, plan.Problem((batch, channels, side, side), 2 * channels, 4, (2, 2), True, dtype, "ieee", device)
+
+
+def test_three_kernels_and_no_more():
+    plan, large = problem()
+    before, after = plan.forward_launches(large, False)
+    assert [each.name for each in before] == ["linear_rows", "attend_rows", "norm_ffn"] and not after
+    assert (before[0].meta["C0"], before[0].meta["C1"]) == (128, 16)
+    plan, small = problem(side=8)
+    assert [each.name for each in plan.forward_launches(small, True)[0]][1] == "attend_packed"
+    plan, exact = problem(dtype=torch.float32)
+    assert [[each.name for each in part] for part in plan.forward_launches(exact, False)] == [
+        ["linear_rows"],
+        ["linear_rows", "norm_ffn"],
+    ]
+
+
+def test_grids_stay_in_one_dimension_and_few_rows_go_to_more_programs():
+    plan, large = problem(batch=1)
+    (qkv, *_), _ = plan.forward_launches(large, False)
+    blocks = -(-1024 // qkv.meta["BLOCK_M"])
+    assert qkv.grid == blocks * qkv.meta["PROGRAMS_PER_BLOCK"] > blocks
+    plan, larger = problem(batch=4096)
+    assert all(each.grid < 2**31 for each in plan.forward_launches(larger, True)[0])
+
+
+@interpreter
+@pytest.mark.parametrize("times", [(3.0, 2.0), (2.0, 3.0)], ids=["faster", "slower"])
+def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_path):
+    arguments = arguments_of(size=(2, 2), batch=1)
+    medians = dict(zip(("composed", "fused"), times))
+    monkeypatch.setattr(
+        tune.timing, "interleave", lambda calls, *a, **kw: {n: tune.timing.Times((medians[n],)) for n in calls}
+    )
+    done: set[tuple[str, str]] = set()
+    findings = tune.tune_choice(OP, arguments, "cpu", done)
+    assert [f.best for f in findings] == [{"FUSED": 1} if times[1] < times[0] else {}] * 2
+    assert all(f.refused == 0 for f in findings) and tune.tune_choice(OP, arguments, "cpu", done) == []
+
+    kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton_kernels")
+    described = kernels.problem_of(arguments["x"], 20, 2, (2, 2))
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    tune.save(launch.file_of(described.device.name), OP.name, findings, described.device)
+    launch.forget()
+    try:
+        for grad in (False, True):
+            assert kernels.measured_faster(described, grad) == (times[1] < times[0])
+    finally:
+        monkeypatch.undo()
+        launch.forget()
