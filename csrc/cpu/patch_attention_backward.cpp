@@ -1,9 +1,10 @@
 // Patch attention on CPUs, backward, for one (batch, group, head) at a time.
 //
 // For each block of queries and of keys the probabilities are made again from the saved log-sum-exp; dQ^T is summed over
-// keys in L1, dK and dV over queries in L2, and each is stored once: q, k, v, dout (and out, for groups of more than
-// kBackKeys tokens) are read once. No atomics: a bias gradient is summed per slice by one thread, then over slices in
-// order, and so is dQ where the keys of a group are split over threads.
+// keys in L1, dK and dV over queries in L2, and each is stored once: q, k, v, dout are read once, and so is out for
+// groups of more than kBackKeys tokens (in half types, P and dP of all keys are made once more instead). No atomics: a
+// bias gradient is summed per slice by one thread, then over slices in order, and so is dQ where the keys of a group are
+// split over threads.
 #include "patch_attention_shared.h"
 
 namespace mvk {
@@ -81,6 +82,36 @@ static void block_of_scores(
   product_in_parts<T, V, true>(a.bias, keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
   product_in_parts<T, V, false>(false, keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
   probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
+}
+
+// delta of one panel of V vectors of queries, for half types: sum_k P dP over all keys, since the sum of dO O would be made of
+// an output that was rounded. The sum of P is there as well, so that an error of the log-sum-exp cancels.
+template <class T, int V, class S>
+static void deltas(
+    const PatchAttention& a, int64_t N, const Bias<S>& bias, int64_t row, int64_t stop, const T* q, const T* go,
+    const T* k, int64_t ldk, const T* v, int64_t ldv, T factor, T* p, T* dp, const T* high, const T* low, T* delta) {
+  constexpr int64_t P = kPanel<T>;
+  constexpr int64_t L = V * W<T>;
+  T sum[L] = {}, sum_dp[L] = {}, none[L] = {}, unused[P] = {};
+  const int64_t step = part(N, kBackKeys);
+  for (int64_t key = 0; key < N; key += step) {
+    const int64_t keys = key + step < N ? step : N - key;
+    if (a.bias) bias.template transposed<T>(row, stop, key, keys, p, kBlock);
+    product_in_parts<T, V, true>(a.bias, keys, a.D, k + key * ldk, ldk, q, P, p, kBlock, unused);
+    product_in_parts<T, V, false>(false, keys, a.Dv, v + key * ldv, ldv, go, P, dp, kBlock, nullptr);
+    probabilities<T, V>(p, dp, keys, kBlock, factor, high, low, none, false);  // dp becomes P dP
+    for (int64_t from = 0; from < keys; from += kSummed) {
+      const int64_t to = from + kSummed < keys ? from + kSummed : keys;
+      for (int64_t l = 0; l < L; l += W<T>) {
+        vec<T> of_p = {}, of_dp = {};
+        for (int64_t r = from; r < to; ++r)
+          of_p += load<T>(p + r * kBlock + l), of_dp += load<T>(dp + r * kBlock + l);
+        store<T>(sum + l, load<T>(sum + l) + of_p);
+        store<T>(sum_dp + l, load<T>(sum_dp + l) + of_dp);
+      }
+    }
+  }
+  for (int64_t l = 0; l < L; l += W<T>) store<T>(delta + l, load<T>(sum_dp + l) / load<T>(sum + l));
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -178,6 +209,13 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           pack_panel<T>(mq, row + i, row + stop, a.D, T(factor.queries), q_panel + i * a.D, P);
           pack_panel<T>(mg, row + i, row + stop, a.Dv, T(1), go_panel + i * a.Dv, P);
           if (whole) continue;
+          if constexpr (!std::is_same_v<T, S>) {
+            auto of_panel = stop - i > W<T> ? deltas<T, 2, S> : deltas<T, 1, S>;
+            of_panel(
+                a, N, bias, row + i, row + stop, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv,
+                T(factor.scores), p, ds, high + i, low + i, delta + i);
+            continue;
+          }
           // delta = sum_d dO O
           pack_panel<T>(mo, row + i, row + stop, a.Dv, T(1), o_panel + i * a.Dv, P);
           for (int64_t j = 0; i + j < stop; j += W<T>) {
