@@ -104,8 +104,7 @@ static void deltas(
       const int64_t to = from + kSummed < keys ? from + kSummed : keys;
       for (int64_t l = 0; l < L; l += W<T>) {
         vec<T> of_p = {}, of_dp = {};
-        for (int64_t r = from; r < to; ++r)
-          of_p += load<T>(p + r * kBlock + l), of_dp += load<T>(dp + r * kBlock + l);
+        for (int64_t r = from; r < to; ++r) of_p += load<T>(p + r * kBlock + l), of_dp += load<T>(dp + r * kBlock + l);
         store<T>(sum + l, load<T>(sum + l) + of_p);
         store<T>(sum_dp + l, load<T>(sum_dp + l) + of_dp);
       }
