@@ -33,6 +33,7 @@ def performance(results: Path) -> str:
     parts = [HEAD, "## Summary\n", summary.rstrip() + "\n"]
     for folder in machines(results):
         parts += every_model(read(folder / "models.csv")) + exports(read(folder / "export.csv"))
+        parts += where_time_goes(read(folder / "where.csv"))
         for file in sorted(folder.glob("*.csv")):
             rows = read(file)
             if rows and "speedup_median" in rows[0] and "size_class" in rows[0]:
@@ -89,6 +90,27 @@ def exports(rows: list[Row]) -> list[str]:
         share = f"{100 * float(r['delegated_share']):.0f} %" if r["delegated_share"] else "–"
         cells = (r["model"], f"{r['size']}²", r["target"], r["provider"], f"{int(r['bytes']) / 1e6:.2f} MB", share)
         cells += (r["error"], f"{float(r['median_us']) / 1e3:.2f} ms", f"{float(r['speedup_median']):.2f}×")
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def where_time_goes(rows: list[Row]) -> list[str]:
+    """Whole models by part, beside the time of the parts' FLOPs at the rate of a matrix product."""
+    if not rows:
+        return []
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    lines = [f"## Where the time of a model goes, {rows[0]['device']}\n", f"{where(rows)}.\n"]
+    lines += [
+        "Milliseconds inside the kernels of each part, under a profiler that adds a little to all. The floor is what "
+        "the original's FLOPs (convolutions and products; what a fused op computes is among the original's products) "
+        "take at the rate of a large matrix product in the same run.\n"
+    ]
+    lines += [f"| model | layout | as | whole | {' | '.join(parts)} | floor |", "| --- " * (5 + len(parts)) + "|"]
+    for key in dict.fromkeys((r["model"], r["layout"], r["provider"]) for r in rows):
+        mine = [r for r in rows if (r["model"], r["layout"], r["provider"]) == key]
+        cells = [f"`{key[0]}`", key[1].replace("_", " "), key[2], f"{float(mine[0]['median_us']) / 1e3:.1f}"]
+        cells += [f"{float(r['kernels_us']) / 1e3:.1f}" for r in mine]
+        cells.append(f"{sum(float(r['floor_us']) for r in mine) / 1e3:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines) + "\n"]
 
