@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import sys
 import types
@@ -12,12 +13,26 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from mvkernels import report, timing
+from mvkernels import bench_report, report, timing
 
 Model = Callable[[Tensor], Any]
 SHOWN = ("model", "size", "batch", "mode", "provider", "median_us", "min_us", "speedup_median", "speedup_min")
 SAME = ("model", "size", "batch", "dtype", "layout", "mode")
 """The columns that say which rows of a file a new measurement takes the place of."""
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, such that the run can begin."""
+    options = parser.parse_args()
+    sizes = options.size if isinstance(options.size, list) else [options.size]
+    for name, values in (("batch", options.batch), ("threads", [options.threads]), ("size", sizes)):
+        if any(value is not None and value < 1 for value in values):
+            parser.error(f"--{name} is less than 1")
+    try:
+        bench_report.check_device(options.device)
+    except report.UsageError as error:
+        parser.error(str(error))
+    return options
 
 
 def tensors(out: Any) -> list[Tensor]:

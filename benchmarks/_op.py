@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from _results import folder, merge
+from _results import folder, merge, stem
 
 SAME = ("op", "model", "label", "batch", "dtype", "layout", "mode")
 """The columns that say which rows of a file a new measurement takes the place of."""
@@ -27,7 +27,7 @@ def run(op: str, description: str | None) -> int:
     parser.add_argument("--batch", nargs="+", help="default: 1 8 on a CPU, 1 32 128 on a GPU")
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, bfloat16 float32 on a GPU")
     parser.add_argument("--against", default="eager,sdpa,compile", help="as for `mvkernels bench`")
-    parser.add_argument("--threads", default="1")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--min-time", default="0.5")
     parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
     options = parser.parse_args()
@@ -35,12 +35,11 @@ def run(op: str, description: str | None) -> int:
     status = 0
     for allocator in options.allocator if cpu else ["default"]:
         name = op + ("" if allocator == "kept" or not cpu else "_default_allocator")
-        name += f"_{options.threads}_threads" if options.threads != "1" else ""
-        target = folder(options.device) / name
+        target = folder(options.device) / stem(name, options.threads)
         command = [sys.executable, "-m", "mvkernels", "bench", op, "--suite", options.suite]
         command += ["--batch", *(options.batch or (["1", "8"] if cpu else ["1", "32", "128"]))]
         command += ["--dtype", *(options.dtype or (["float32"] if cpu else ["bfloat16", "float32"]))]
-        command += ["--mode", "fwd", "full", "--device", options.device, "--threads", options.threads]
+        command += ["--mode", "fwd", "full", "--device", options.device, "--threads", str(options.threads)]
         command += ["--against", options.against]
         command += ["--min-time", options.min_time, "--allocator", allocator]
         with tempfile.TemporaryDirectory() as place:

@@ -40,6 +40,21 @@ def merge(rows: Sequence[Mapping[str, Any]], path: Path, same: Sequence[str]) ->
     write(sorted([*kept, *rows], key=lambda row: [str(row[key]).zfill(5) for key in same]), path)
 
 
+def replace(rows: Sequence[Mapping[str, Any]], path: Path, key: str) -> None:
+    """Write rows into a file in the places of those with the same value in the column ``key``, new ones at the end."""
+    new = {str(row[key]): row for row in rows}
+    old: list[Mapping[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    write([*(new.pop(row[key], row) for row in old), *new.values()], path)
+
+
+def stem(name: str, threads: int | str) -> str:
+    """A file for each count of threads, one being the figure that pages quote."""
+    return name if int(threads) == 1 else f"{name}_{threads}_threads"
+
+
 def keep_pages() -> None:
     """Run the script again with freed memory kept by the process, unless it is."""
     report.restart_keeping_pages(sys.argv)

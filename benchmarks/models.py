@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _models import SAME, SHOWN, calls, in_mode, rows
-from _results import folder, keep_pages, merge, write
+from _models import SAME, SHOWN, calls, in_mode, parse, rows
+from _results import folder, keep_pages, merge, stem, write
 from torch import nn
 
 import mvmodels
 from mvkernels import report, third_party
+from mvkernels.backend import BACKENDS, BackendUnavailable
 
 
 def on(backend: str, model: nn.Module) -> nn.Module:
@@ -70,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--most-params", type=float, default=100.0, help="leave larger models out (in millions)")
-    parser.add_argument("--backend", default="auto", help="of the fused ops")
+    parser.add_argument("--backend", default="auto", choices=("auto", *BACKENDS), help="of the fused ops")
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "full"))
     parser.add_argument("--size", type=int, help="of the pictures; by default what each model is published for")
@@ -82,7 +83,7 @@ def main() -> int:
     parser.add_argument("--no-latency", action="store_true", help="parameters and multiply-adds only")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes minutes)")
     parser.add_argument("--no-file", action="store_true", help="print only")
-    options = parser.parse_args()
+    options = parse(parser)
     keep_pages()
     torch.set_num_threads(options.threads)
     names = [name for pattern in options.model for name in mvmodels.list_models(pattern)]
@@ -90,10 +91,13 @@ def main() -> int:
         parser.error(f"no model is called {' or '.join(options.model)}")
     names = [n for n in dict.fromkeys(names) if mvmodels.model_info(n).params <= options.most_params * 1e6]
     found: list[dict[str, Any]] = []
-    target = folder(options.device) / "models.csv"
+    target = folder(options.device) / f"{stem('models', options.threads)}.csv"
     for i, name in enumerate(names, 1):
         print(f"[{i}/{len(names)}] {name}", file=sys.stderr)
-        found += rows_of(name, options)
+        try:
+            found += rows_of(name, options)
+        except BackendUnavailable as error:
+            parser.error(str(error))
         if not (options.no_file or options.no_latency):
             merge(found, target, SAME)
     if not found:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import SAME, Compiled, Model, calls, in_mode, rows, show
-from _results import folder, keep_pages, merge
+from _models import SAME, Compiled, Model, calls, in_mode, parse, rows, show
+from _results import folder, keep_pages, merge, stem
 from torch import nn
 
 from mvkernels import export, report, third_party
+from mvkernels.backend import BACKENDS, BackendUnavailable
 from mvkernels.nn import fused_layers
 from mvkernels.swap import swap
 
@@ -62,7 +63,7 @@ def main() -> int:
     parser.add_argument(
         "--model", nargs="+", default=list(MODELS), help="as for `mvkernels swap`; of an autoencoder the encoder"
     )
-    parser.add_argument("--backend", help="of the swapped modules")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), help="of the swapped modules")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--size", nargs="+", type=int, help="default: what the model is for, 256 for unknown ones")
     parser.add_argument("--mode", nargs="+", default=["fwd", "full"], choices=("fwd", "full"))
@@ -82,13 +83,16 @@ def main() -> int:
     )
     parser.add_argument("--fused-layers", action="store_true", help="also with each transformer layer as one op")
     parser.add_argument("--no-file", action="store_true", help="print only")
-    options = parser.parse_args()
+    options = parse(parser)
     keep_pages()
     torch.set_num_threads(options.threads)
     found: list[dict[str, Any]] = []
     for name in options.model:
         for size in options.size or [MODELS.get(name, 256)]:
-            found += rows_of(name, size, options)
+            try:
+                found += rows_of(name, size, options)
+            except (report.UsageError, BackendUnavailable) as error:
+                parser.error(str(error))
     show(found)
     return 0
 
@@ -127,7 +131,7 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
                 }
                 found += rows(calls(mode, models, image), columns, options.device, options.rounds, options.seconds)
             if not options.no_file:
-                merge(found, folder(options.device) / "swapped.csv", SAME)
+                merge(found, folder(options.device) / f"{stem('swapped', options.threads)}.csv", SAME)
     return found
 
 

@@ -112,8 +112,8 @@ Item = tuple[Op, Case, str, int, str, str]
 
 
 def work(options: Options) -> Iterator[Item]:
-    """What there is to measure. Raises UsageError for an op that is not known."""
-    for name in options.ops or OPS:
+    """What there is to measure, whatever is named twice once. Raises UsageError for an op that is not known."""
+    for name in dict.fromkeys(options.ops or OPS):
         if name not in OPS:
             raise report.UsageError(f"bench: unknown op {name!r}, want one of {', '.join(OPS)}")
         for case in OPS[name].suite(options.suite):
@@ -122,9 +122,9 @@ def work(options: Options) -> Iterator[Item]:
             for layout in case.layouts:
                 if options.layouts and layout not in options.layouts:
                     continue
-                for batch in options.batches:
-                    for dtype in options.dtypes:
-                        for mode in options.modes:
+                for batch in dict.fromkeys(options.batches):
+                    for dtype in dict.fromkeys(options.dtypes):
+                        for mode in dict.fromkeys(options.modes):
                             yield OPS[name], case, layout, batch, dtype, mode
 
 
@@ -191,7 +191,7 @@ def _memory(work: Callable[[], Any], device: str) -> tuple[int | None, int | Non
 def _backends(op: Op, arguments: Mapping[str, Any], options: Options) -> tuple[list[str], dict[str, str]]:
     """Who of this library runs: those named, else every kernel that can, else the reference; and why not the others."""
     if options.backends:
-        return list(options.backends), {}
+        return list(dict.fromkeys(options.backends)), {}
     checked = op.check(**arguments)
     reasons = {b: reason_against(op, b, checked) for b in BACKENDS if b in op.why_not}
     able = [b for b, reason in reasons.items() if not reason]

@@ -61,7 +61,12 @@ def command(folder: str, json: Callable[[Any], None] | None) -> int:
 def page(folder: Path, files: Sequence[Path]) -> str:
     """The page, a section for each file."""
     names = [str(file.relative_to(folder)) for file in files]
-    sections = [_section(name, file) for name, file in zip(names, files)]
+    sections = []
+    for name, file in zip(names, files):
+        try:
+            sections.append(_section(name, file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise report.UsageError(f"{file} cannot be read: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mvkernels: results</title>'

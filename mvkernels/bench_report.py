@@ -13,6 +13,7 @@ import torch
 from mvkernels import bench_ab, bench_compare, bench_plots, report
 from mvkernels.backend import can_run
 from mvkernels.bench import MODES, PEERS, Options, Result, geomeans, measure, read_csv, write_csv
+from mvkernels.bench_rows import Row
 from mvkernels.registry import OPS
 
 
@@ -38,11 +39,9 @@ def command(options: Options, files: Files, json: Callable[[Any], None] | None) 
     for option, path in (("--plot", files.plot), ("--roofline", files.roofline)):
         if path is not None:
             bench_plots.check_kind(option, path)
-    old = None if files.compare is None else read_csv(files.compare)
+    old = None if files.compare is None else _rows(files.compare)
     if files.read is not None:
-        result = Result(rows=read_csv(files.read))
-        if not result.rows:
-            raise report.UsageError(f"{files.read} has no rows")
+        result = Result(rows=_rows(files.read))
     else:
         csv = files.csv
         result = measure(options, None if csv is None else lambda so_far: write_csv(so_far.rows, csv))
@@ -76,6 +75,13 @@ def command(options: Options, files: Files, json: Callable[[Any], None] | None) 
     if regressed:
         print(f"mvkernels bench: {regressed} rows have regressed against {files.compare}", file=sys.stderr)
     return 1 if result.wrong or regressed else 0
+
+
+def _rows(path: str) -> list[Row]:
+    rows = read_csv(path)
+    if not rows:
+        raise report.UsageError(f"{path} has no rows")
+    return rows
 
 
 def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[Any], None] | None) -> int:

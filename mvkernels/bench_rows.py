@@ -155,7 +155,13 @@ def _value(name: str, text: str | None) -> Any:
             return None
         raise ValueError(f"{name} is empty")
     kind = get_args(kind)[0] if optional else kind
-    return text == "True" if kind is bool else kind(text)
+    if kind is bool:
+        return text == "True"
+    value = kind(text)
+    # A wrong result may be off by anything; a time of nothing would be compared and divided by.
+    if (name != "error" and not (0 <= value < math.inf)) or (name in ("median_us", "min_us") and not value):
+        raise ValueError(f"{name} is {text}")
+    return value
 
 
 _KINDS = get_type_hints(Row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,16 @@ def _positive(value: str) -> int:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return number
+
+
+def _not_negative(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
+    if not 0 <= number < math.inf:  # nor is it nan
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 on")
     return number
 
 
@@ -73,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--threads", type=_positive, default=1)
     bench.add_argument("--rounds", type=_positive, help="samples of each (default: as --min-time allows)")
-    bench.add_argument("--min-time", type=float, default=0.3, help="seconds for each on average (default 0.3)")
+    bench.add_argument("--min-time", type=_not_negative, default=0.3, help="seconds for each on average (default 0.3)")
     bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     bench.add_argument("--csv", metavar="FILE")
     bench.add_argument("--plot", metavar="FILE.png", help="bars of speed-up")
@@ -83,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--ab", metavar="COMMIT", help="this checkout against another commit, in turns; status 1 if slower"
     )
-    bench.add_argument("--tolerance", type=float, default=0.05, help="of --compare and --ab (default 0.05)")
+    bench.add_argument("--tolerance", type=_not_negative, default=0.05, help="of --compare and --ab (default 0.05)")
     bench.add_argument("--html", metavar="FOLDER", help="measure nothing: write FOLDER/index.html of its CSV files")
     bench.add_argument(
         "--allocator",
@@ -172,9 +183,22 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+# Options of bench that leave no place for those others.
+_BENCH_ALONE = {
+    "html": ("ab", "read", "compare", "csv", "plot", "roofline"),
+    "ab": ("read", "compare", "csv", "plot", "roofline"),
+    "read": ("csv",),
+}
+
+
 def _bench(options: argparse.Namespace) -> int:
     from mvkernels import bench, bench_html, bench_report
+    from mvkernels.report import UsageError
 
+    for one, others in _BENCH_ALONE.items():
+        for other in others:
+            if getattr(options, one) is not None and getattr(options, other) is not None:
+                raise UsageError(f"--{other} does not go with --{one}")
     write = _print_json if options.json else None
     if options.html is not None:
         return bench_html.command(options.html, write)

@@ -201,3 +201,13 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 
 def test_times_keep_three_figures() -> None:
     assert [report.microseconds(s) for s in (1.2345e-6, 98.76e-6, 0.0123456, None)] == ["1.23", "98.8", "12346", "-"]
+
+
+def test_what_is_named_twice_is_measured_once() -> None:
+    once = bench.Options(ops=("former_to_mobile",), batches=(1, 2), modes=("bwd",), dtypes=("float64",))
+    twice = dataclasses.replace(
+        once, ops=once.ops * 2, batches=(1, 2, 1), modes=once.modes * 2, dtypes=once.dtypes * 2, backends=("cpp",) * 2
+    )
+    first, second = ([(op.name, case.label, *rest) for op, case, *rest in bench.work(o)] for o in (once, twice))
+    assert first == second and {rest[3] for rest in first} == {1, 2}
+    assert bench.candidates(next(bench.work(twice)), twice) == ["cpp"]

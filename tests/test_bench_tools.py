@@ -190,6 +190,24 @@ def test_plots_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert bench_plots.roof(row(), 5.0) == 50.0 and bench_plots.roof(row(), 50.0) == 100.0
 
 
+@pytest.mark.parametrize("time", ["0.0", "nan", "inf", "-1.0"])
+def test_a_file_with_times_that_are_none_is_refused(
+    time: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, bad = str(tmp_path / "a.csv"), str(tmp_path / "bad.csv")
+    bench.write_csv([row(error=math.inf)], path)  # of a wrong result
+    bench.write_csv([row(median_us=float(time))], bad)
+    for files in (("--read", bad), ("--read", path, "--compare", bad)):
+        status, _, err = run(capsys, *files)
+        assert status == 2 and f"bad.csv cannot be read: median_us is {time}" in err and err.count("\n") == 1
+    bench.write_csv([], bad)
+    assert run(capsys, "--read", path, "--compare", bad)[::2] == (2, f"mvkernels bench: {bad} has no rows\n")
+    assert run(capsys, "--read", path)[0] == 0
+    (tmp_path / "bad.csv").write_bytes(bytes(range(256)))
+    status, _, err = run(capsys, "--html", str(tmp_path))
+    assert status == 2 and "bad.csv cannot be read" in err and err.count("\n") == 1
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench.write_csv([row(note="<script>bad</script>"), row(provider="eager", speedup_median=None)], tmp_path / "a.csv")
     (tmp_path / "more").mkdir()

@@ -148,6 +148,49 @@ def test_figures_come_from_the_rows(tmp_path: Path) -> None:
     assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of eager's |" in text
 
 
+def test_a_part_that_is_measured_leaves_the_rest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _results
+    import overhead
+
+    monkeypatch.setattr(_results, "ROOT", tmp_path)
+    path = _results.folder() / "overhead.csv"
+    everything = ["--min-time", "0", "--no-import", "--no-compile"]
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--op", "former_to_mobile", *everything])
+    assert overhead.main() == 0
+    first = path.read_text()
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--op", "mobile_to_former", *everything])
+    assert overhead.main() == 0
+    assert path.read_text().startswith(first) and "mobile_to_former" in path.read_text()
+    _results.replace([{"what": "b", "median_us": 1}, {"what": "a", "median_us": 2}], tmp_path / "f.csv", "what")
+    _results.replace([{"what": "c", "median_us": 3}, {"what": "b", "median_us": 4}], tmp_path / "f.csv", "what")
+    assert (tmp_path / "f.csv").read_text().split() == ["what,median_us", "b,4", "a,2", "c,3"]
+    assert [_results.stem("swapped", n) for n in (1, 2, "4")] == ["swapped", "swapped_2_threads", "swapped_4_threads"]
+
+
+@pytest.mark.parametrize("script", ["swapped", "models"])
+def test_benchmarks_of_models_refuse_in_a_line(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "keep_pages", lambda: None)
+    for bad, message in (
+        (["--batch", "0"], "--batch is less than 1"),
+        (["--threads", "0"], "--threads is less than 1"),
+        (["--device", "no_such_device"], "'no_such_device' cannot be used"),
+        (["--backend", "no_such_backend"], "invalid choice"),
+        (["--model", "no_such_model", "--no-file"], "no_such_model"),
+        (["--model", "transformers:mobilevit_xxs" if script == "swapped" else "mobilevit_xxs", "--backend", "cuda",
+          "--mode", "fwd", "--batch", "1", "--size", "64", "--no-compile", "--no-file"], "backend cuda cannot run"),
+    ):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *bad])
+        with pytest.raises(SystemExit) as left:
+            module.main()
+        assert left.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,20 @@ norm_activation_ = library.define("cpp", "norm_activation_", f"(Tensor(a!) x, {_
 # The mean of the 3 x 3 neighbours that lie in the map, minus the pixel; x as above.
 pooled_difference = library.define("cpp", "pooled_difference", "(Tensor x) -> Tensor", _like)
 
+_listeners = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack)
+
+
+def normalised(x: Tensor, *settings: Any, in_place: bool = False) -> Tensor | None:
+    """:func:`norm_activation`, in the place of ``x`` if nobody else can have it; None if the operator refuses the
+    settings (strided or mixed ones), about which the norm itself has its own say."""
+    try:
+        if not in_place or any(listening() for listening in _listeners):  # a mode may keep what the convolution wrote
+            return norm_activation(x, *settings)  # type: ignore[no-any-return]
+        norm_activation_(x, *settings)
+        return x
+    except RuntimeError:
+        return None
+
 
 def not_now() -> str:
     """Why the operators are not to be used, whatever the map; empty if they are."""

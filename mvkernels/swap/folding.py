@@ -122,15 +122,14 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
         or why_not(conv, norm)
         or x.dtype not in _DTYPES
         or not (x.dtype == conv.weight.dtype == norm.running_var.dtype)
-        or torch.is_autocast_enabled(x.device.type)
+        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     ):
         return None
     activation = elementwise.activation_of(after)
     if activation is not None and x.is_cpu and x.dtype == torch.float32 and not elementwise.not_now():
         out = conv._conv_forward(x, conv.weight, None)
         if not elementwise.not_fit(out):
-            elementwise.norm_activation_(out, *_settings(norm), conv.bias, norm.eps, activation)
-            return out
+            return elementwise.normalised(out, *_settings(norm), conv.bias, norm.eps, activation, in_place=True)
     factor = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         factor = factor * norm.weight
@@ -161,7 +160,7 @@ def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:
     activation = elementwise.activation_of(after)
     if activation is None:
         return None
-    return elementwise.norm_activation(x, *_settings(norm), None, norm.eps, activation)
+    return elementwise.normalised(x, *_settings(norm), None, norm.eps, activation)
 
 
 def _settings(norm: Any) -> tuple[Tensor | None, ...]:

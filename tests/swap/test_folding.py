@@ -222,3 +222,67 @@ def test_what_a_later_swap_needs_is_left_alone(name):
     assert mvkernels.swap(model, only=lambda name, module: False, fold_norms=True).folded
     report = mvkernels.swap(model)
     assert report.count and report.count == len(report.entries)
+
+
+@torch.no_grad()
+def test_norms_that_the_operator_refuses(small):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+
+    def expand(norm):
+        norm.weight = nn.Parameter(torch.full((1,), 2.0).expand(norm.num_features))
+
+    def interleave(norm):
+        norm.running_mean = torch.stack([norm.running_mean, norm.running_var], 1)[:, 0]
+
+    for change in (expand, interleave):
+        for model in (small, original):
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    change(module)
+        close(small(IMAGE), original(IMAGE))
+    for name in ("weight", "running_mean"):
+        for model in (small, original):
+            setattr(model[0].bn, name, None if name == "weight" else model[0].bn.running_mean[:1])
+    for model in (small, original):
+        with pytest.raises(RuntimeError, match="should contain 8 elements"):
+            model(IMAGE)
+
+
+@torch.no_grad()
+def test_on_the_meta_device(small):
+    wanted = small(IMAGE)
+    mvkernels.swap(small, fold_norms=True)
+    out = small.to("meta")(IMAGE.to("meta"))
+    assert out.is_meta and out.shape == wanted.shape and out.stride() == wanted.stride()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dispatch", "function"])
+def test_what_a_mode_keeps_stays_as_it_was(small, kind):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    kept = []
+
+    def keep(func, args, kwargs):
+        out = func(*args, **(kwargs or {}))
+        if "conv" in str(func):
+            kept.append((out, out.clone()))
+        return out
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return keep(func, args, kwargs)
+
+    class Function(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return keep(func, args, kwargs)
+
+    wanted = small(IMAGE)
+    mvkernels.swap(small, fold_norms=True)
+    with Dispatch() if kind == "dispatch" else Function():
+        close(small(IMAGE), wanted)
+    assert len(kept) >= 6
+    # Where there is no norm, the activation in place is the model's own.
+    assert [torch.equal(out, copied) for out, copied in kept] == [i != 3 for i in range(len(kept))]
