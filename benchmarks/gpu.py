@@ -1,15 +1,17 @@
 """Everything on CUDA tensors, for whoever has a GPU: correctness first, then tuning, then times.
 
 Results go to benchmarks/results/<device>. Each step is noted when it has ended well, so that a run which was cut off
-goes on where it stopped; a change of the code starts from the beginning. Where anything is wrong it stops, with
-status 1: no time is taken of kernels that are not right. Without a GPU it says so, status 2; ``--dry-run`` lists the
-steps and needs none.
+goes on where it stopped; a change of the code, committed or not, starts from the beginning, and one of results or of
+measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken of kernels that are
+not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -29,6 +31,8 @@ from mvkernels.registry import OPS
 HERE = Path(__file__).resolve().parent
 NOTES = HERE / "out" / "gpu.json"
 MODELS = ("transformers:mobilevit_s", "timm:efficientvit_b1")
+OWN_MODEL = "mobile_former_294m"
+SOURCE = ("mvkernels/**/*.py", "mvkernels/*.so", "python/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,21 @@ def correctness() -> Iterator[Step]:
     for tool in ("memcheck", "racecheck"):
         sanitized = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
         one = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
-        yield Step(tool, (*sanitized, *one), 9, needs="compute-sanitizer")
+        # Each tensor an allocation of its own: in a block that PyTorch keeps, what is read past an end is not seen.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        yield Step(tool, (*sanitized, *one), 9, alone, needs="compute-sanitizer")
 
 
 def tuning() -> Iterator[Step]:
     for op in OPS:
-        yield Step(f"tune {op}", python("-m", "mvkernels", "tune", "--op", op), 9)
+        for dtype in ("bfloat16", "float16", "float32"):
+            yield Step(f"tune {op} {dtype}", python("-m", "mvkernels", "tune", "--op", op, "--dtype", dtype), 9)
 
 
 def times() -> Iterator[Step]:
     for op in OPS:
-        script = python(str(HERE / f"{op}.py"), "--device", "cuda")
+        # Third parties are FlexAttention, and the packages' own code.
+        script = python(str(HERE / f"{op}.py"), "--device", "cuda", "--against", "eager,sdpa,compile,thirdparty")
         for dtype in ("bfloat16", "float32"):
             for batch in ("1", "32", "128"):
                 yield Step(f"time {op} {dtype} {batch}", (*script, "--dtype", dtype, "--batch", batch), 5)
@@ -84,6 +92,10 @@ def times() -> Iterator[Step]:
         for dtype in ("bfloat16", "float32"):
             script = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", model, "--dtype", dtype)
             yield Step(f"time {model} {dtype}", (*script, "--batch", "1", "32", "128", "--channels-last"), 8)
+    for dtype in ("bfloat16", "float32"):
+        script = python(str(HERE / "models.py"), "--device", "cuda", "--model", OWN_MODEL, "--dtype", dtype)
+        batches = ("--batch", "1", "32", "128", "--mode", "fwd", "full", "--channels-last")
+        yield Step(f"time {OWN_MODEL} {dtype}", (*script, *batches), 8)
     # A whole step of training with the layers fused, where no dropout is in the way, against the compiled original.
     layers = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", "timm:mobilevit_s", "--dtype", "bfloat16")
     yield Step("time fused layers", (*layers, "--fused-layers", "--batch", "128", "--channels-last"), 8)
@@ -101,12 +113,22 @@ def done() -> dict[str, Any]:
 
 def identity() -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [report.machine()["commit"], device]
+    return [fingerprint(HERE.parent), device]
+
+
+def fingerprint(root: Path) -> str:
+    """Of the code below a checkout: a commit would not tell one uncommitted change from another."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCE for path in root.glob(pattern) if path.is_file()):
+        found.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()
 
 
 def note(seconds: dict[str, Any]) -> None:
     NOTES.parent.mkdir(parents=True, exist_ok=True)
-    NOTES.write_text(json.dumps({"of": identity(), "done": seconds}, indent=1) + "\n")
+    whole = NOTES.with_suffix(".new")
+    whole.write_text(json.dumps({"of": identity(), "done": seconds}, indent=1) + "\n")
+    whole.replace(NOTES)  # in one go: cut off before or after, there is a file to read
 
 
 def run(step: Step) -> int:
@@ -116,17 +138,25 @@ def run(step: Step) -> int:
     return subprocess.run(step.command, cwd=HERE.parent, env=environment, check=False).returncode
 
 
+def minutes_of(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} minutes, want more than 0")
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="list the steps, their minutes, and which are done")
     parser.add_argument("--only", default="", metavar="TEXT", help="only steps whose name has this")
-    parser.add_argument("--minutes", type=float, metavar="M", help="begin no step that may end later than this")
+    parser.add_argument("--minutes", type=minutes_of, metavar="M", help="begin no step that may end later than this")
     parser.add_argument("--again", action="store_true", help="also what has ended well before")
     options = parser.parse_args()
     chosen = [step for step in steps() if options.only in step.name]
     if not chosen:
         parser.error(f"no step has {options.only!r} in its name")
-    ended = {} if options.again else done()
+    again = {step.name for step in chosen} if options.again else set()
+    ended = {name: seconds for name, seconds in done().items() if name not in again}
     if options.dry_run:
         rows = [(s.name, s.minutes, "done" if s.name in ended else "", " ".join(s.command[1:])) for s in chosen]
         print(report.table(rows, ("step", "minutes", "", "command")))

@@ -49,17 +49,18 @@ def rows_of(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = mvmodels.create_model(name, num_classes=known["classes"])
     third_party.randomise(model)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    model.eval().to(options.device, memory_format=layout)
+    dtype = getattr(torch, options.dtype)
+    model.eval().to(options.device, dtype, memory_format=layout)
     models = {"reference": on("reference", model)}
     if any("backend" in module.__dict__ for module in model.modules()):  # else the model has no fused form
         models["fused"] = on(options.backend, model)
     for batch in options.batch:
-        image = third_party.picture(None, size, batch)[0].to(options.device, memory_format=layout)
+        image = third_party.picture(None, size, batch)[0].to(options.device, dtype, memory_format=layout)
         for mode in options.mode:
             columns = {
                 **known,
                 "batch": batch,
-                "dtype": "float32",
+                "dtype": options.dtype,
                 "layout": report.short(layout).removesuffix("_format"),
                 "mode": mode,
             }
@@ -75,6 +76,7 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1])
     parser.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "full"))
     parser.add_argument("--size", type=int, help="of the pictures; by default what each model is published for")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--channels-last", action="store_true", help="model and picture in channels-last memory")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

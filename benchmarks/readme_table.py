@@ -60,6 +60,8 @@ def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, cl
     mine = [row for row in rows if row["provider"] in OURS and row["speedup_median"]]
     if not mine:
         return []
+    peers = ["eager", "SDPA", "torch.compile", *others(rows)]
+    title = title.format(f"{', '.join(peers[:-1])} and {peers[-1]}")
     lines = [f"`{op}`, {title}. {where(mine)}.", ""]
     lines += [f"| backend | dtype | {heading} | shapes | forward | worst | forward + backward | worst | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -72,8 +74,8 @@ def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, cl
             }
             if not rows_of["fwd"] and not rows_of["full"]:
                 continue
-            peers = {row["provider"] for row in rows if row["dtype"] == dtype}
-            held = dtype if "compile" in peers else f"{dtype}, without torch.compile"
+            compiled = any(r["provider"].startswith("compile") for r in rows if r["dtype"] == dtype)
+            held = dtype if compiled else f"{dtype}, without torch.compile"
             cells = [backend, held, shown, str(max(map(len, rows_of.values())))]
             for of_mode in rows_of.values():
                 speedups = [float(row["speedup_median"]) for row in of_mode]
@@ -81,6 +83,13 @@ def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, cl
             cells.append(memory(rows_of["full"], rows))
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def others(rows: list[Row]) -> list[str]:
+    """Who else was timed: the best peer of a row may be one of these."""
+    usual = ("eager", "sdpa", "reference", *OURS)
+    found = {r["provider"] for r in rows if r.get("median_us") and not r["provider"].startswith("compile")}
+    return sorted(found.difference(usual))
 
 
 def memory(mine: list[Row], rows: list[Row]) -> str:
@@ -115,8 +124,8 @@ def models(
         of = {row["provider"]: row for row in rows if tuple(row[name] for name in same) == key}
         if ours is not None and ours not in of:
             continue
-        layout = ", channels last" if key[4] == "channels_last" else ""
-        cells = [f"`{key[0]}`", *(cell(of[first]) for cell in counted.values()), f"{key[1]}²{layout}", key[2]]
+        shown = ", ".join((f"{key[1]}²", *form(key[4], key[3])))
+        cells = [f"`{key[0]}`", *(cell(of[first]) for cell in counted.values()), shown, key[2]]
         cells += [{"fwd": "inference", "full": "training step"}[key[5]]]
         cells += [f"{float(of[first]['median_us']) / 1e3:.1f} ms"]
         cells += [f"{float(of[who]['speedup_median']):.2f}×" if who in of else "–" for who in others]
@@ -130,17 +139,22 @@ def models(
     ]  # fmt: skip
 
 
+def form(layout: str, dtype: str) -> list[str]:
+    """What a line says of these two: nothing where they are the usual ones."""
+    return ["channels last"] * (layout == "channels_last") + [dtype] * (dtype != "float32")
+
+
 def means(rows: list[Row], first: str, others: list[str], skipped: int) -> list[str]:
-    """A line for each batch, layout and mode that some models share: the geometric mean, of who was measured on all."""
+    """A line for each batch, layout, dtype and mode that some models share: the geometric mean, of who ran on all."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
-        group = groups.setdefault((row["batch"], row["layout"], row["mode"]), {})
+        group = groups.setdefault((row["batch"], row["layout"], row["dtype"], row["mode"]), {})
         group.setdefault((row["model"], row["size"]), {})[row["provider"]] = row
     lines = []
-    for (batch, layout, mode), models in groups.items():
+    for (batch, layout, dtype, mode), models in groups.items():
         if len(models) < 3:
             continue
-        shown = "channels last" if layout == "channels_last" else ""
+        shown = ", ".join(form(layout, dtype))
         cells = [f"**geometric mean of {len(models)}**", *[""] * skipped, shown, batch]
         cells += [{"fwd": "inference", "full": "training step"}[mode], ""]
         for who in others:
@@ -154,7 +168,7 @@ def render(results: Path) -> str:
     """The block between the markers."""
     lines: list[str] = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits")):
-        best = "times as fast as the best of eager, SDPA and torch.compile at each shape, geometric mean of medians"
+        best = "times as fast as the best of {} at each shape, geometric mean of medians"
         for op, *classes in OPS:
             lines += op_table(read(folder / f"{op}.csv"), best, op, *classes)
             default = read(folder / f"{op}_default_allocator.csv")

@@ -317,6 +317,69 @@ def test_the_gpu_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytes
     assert gpu.done() == {}
 
 
+def test_a_change_of_the_code_is_one_and_of_what_is_measured_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two uncommitted changes are two, and committing what tuning wrote is none."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    seen = set()
+    for text in ("a = 1", "a = 2"):
+        for name in ("mvkernels/ops/x/kernels.py", "tests/ops/test_x.py", "csrc/cpu/x.h", "benchmarks/x.py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+            seen.add(gpu.fingerprint(tmp_path))
+    assert len(seen) == 8
+    before = gpu.fingerprint(tmp_path)
+    for name in ("mvkernels/configs/some_gpu.json", "benchmarks/results/some-gpu/x.csv", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert gpu.fingerprint(tmp_path) == before
+    assert gpu.fingerprint(ROOT) == gpu.identity()[0]
+
+
+def test_some_steps_again_leave_the_others_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    ran: list[str] = []
+    monkeypatch.setattr(gpu, "NOTES", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "identity", lambda: ["code", "device"])
+    monkeypatch.setattr(gpu, "steps", lambda: [gpu.Step(name, (), 1) for name in ("one", "two")])
+    monkeypatch.setattr(gpu, "run", lambda step: ran.append(step.name))
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    for arguments in ([], ["--again", "--only", "two"], []):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+        assert gpu.main() == 0
+    assert ran == ["one", "two", "two"]
+    assert set(gpu.done()) == {"one", "two"} and [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_what_the_gpu_run_asks_of_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    steps = {step.name: step for step in gpu.steps()}
+    assert len(steps) == len(gpu.steps()), "steps are noted by name"
+    for tool in ("memcheck", "racecheck"):  # in a block that is kept, nothing is seen of what is read past an end
+        assert steps[tool].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert "eager,sdpa,compile,thirdparty" in steps["time patch_attention bfloat16 32"].command  # FlexAttention
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "x"])
+def test_a_time_for_the_gpu_run_that_is_none(
+    minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--minutes", minutes])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_tuning_without_a_gpu_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() or torch.xpu.is_available():
         pytest.skip("there is a GPU")

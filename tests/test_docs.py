@@ -145,7 +145,10 @@ def test_figures_come_from_the_rows(tmp_path: Path) -> None:
     (tmp_path / "somewhere").mkdir()
     (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
     text = module.render(tmp_path)
-    assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of eager's |" in text
+    assert "| cpp | float32, without torch.compile | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in text
+    lines.append(f"{where},fwd,compile(sdpa),,")
+    (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
+    assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in module.render(tmp_path)
 
 
 def test_a_part_that_is_measured_leaves_the_rest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,3 +226,37 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
     assert "| `timm:m` | 256² | 1 | inference | 2.0 ms | 2.00× | 1.25× |" in text
     assert "| `timm:m` | 256² | 8 | inference | 8.0 ms | 1.60× | – |" in text
     assert "gone" not in text and "a_newer_column" in path.read_text()
+
+
+def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme_table
+
+    names = "model,size,batch,dtype,layout,mode,device,capability,threads,torch,date,commit,provider,median_us,"
+    lines = [names + "speedup_median"]
+    for dtype, speedup in (("float32", 2.0), ("bfloat16", 3.0)):
+        for model in "abc":
+            same = f"{model},256,128,{dtype},channels_last,full,Some GPU,sm_90,1,2,today,abc"
+            lines += [f"{same},original,6000,1", f"{same},swapped,{6000 / speedup},{speedup}"]
+    (tmp_path / "some-gpu").mkdir()
+    (tmp_path / "some-gpu" / "swapped.csv").write_text("\n".join(lines) + "\n")
+    text = readme_table.render(tmp_path)
+    for shown, speedup in (("", "2.00×"), (", bfloat16", "3.00×")):
+        assert f"| `a` | 256², channels last{shown} | 128 | training step | 6.0 ms | {speedup} |" in text
+        assert f"| **geometric mean of 3** | channels last{shown} | 128 | training step |  | {speedup} |" in text
+
+
+def test_all_who_were_timed_are_named_as_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import readme_table
+
+    names = "device,capability,threads,torch,date,commit,op,model,label,size_class,batch,dtype,layout,mode,provider,"
+    names += "median_us,speedup_median,peak_bytes"
+    where = "Some GPU,sm_90,1,2.13,2026-01-01,abc,patch_attention,m,s,N<=16,1,float32,channels_last,fwd"
+    lines = [names, f"{where},compile(eager),2,,", f"{where},flex_attention,3,,", f"{where},none,,,"]
+    (tmp_path / "some-gpu").mkdir()
+    path = tmp_path / "some-gpu" / "patch_attention.csv"
+    path.write_text("\n".join([*lines, f"{where},triton,1,2,"]) + "\n")
+    assert "best of eager, SDPA, torch.compile and flex_attention at" in readme_table.render(tmp_path)
+    path.write_text("\n".join([*lines[:2], f"{where},triton,1,2,"]) + "\n")
+    assert "best of eager, SDPA and torch.compile at" in readme_table.render(tmp_path)
