@@ -14,10 +14,12 @@ from mvkernels import launch, testing, tune
 from mvkernels.ops.patch_transformer_layer import suite
 from mvkernels.ops.patch_transformer_layer.autograd import TENSORS
 from mvkernels.registry import OPS
-from tests.ops.bridges import assert_ok, interpreter
+from tests.ops.bridges import DEVICE, assert_ok, interpreter
 
 OP = OPS["patch_transformer_layer"]
 PHASES = (Phase.explicit, Phase.generate)  # to shrink a failure takes the interpreter minutes
+DTYPES = (torch.float32, torch.float16) + (() if DEVICE == "cpu" else (torch.bfloat16,))
+on_triton = interpreter if DEVICE == "cpu" else lambda test: test
 CONFIGS = ("linear_rows", "attend_rows", "attend_packed", "norm_ffn", "ffn_backward", "qkv_backward")
 
 
@@ -32,17 +34,19 @@ def arguments_of(
     kind: str = "channels_last",
     bias: bool = True,
     seed: int = 0,
+    device: str = DEVICE,
 ) -> dict[str, Any]:
     c, generator = heads * head_dim, torch.Generator().manual_seed(seed)
     arguments = suite._make({"channels": c, "height": 1, "width": 1, "patch": 2}, 1, dtype, seed=seed)
     arguments |= {
-        "x": testing.make_map((batch, c, *size), kind, dtype, generator=generator),
+        "x": testing.make_map((batch, c, *size), kind, dtype, device, generator),
         "fc1_weight": (torch.randn(hidden, c, generator=generator) * c**-0.5).to(dtype),
         "fc1_bias": (torch.randn(hidden, generator=generator) * 0.1).to(dtype),
         "fc2_weight": (torch.randn(c, hidden, generator=generator) * hidden**-0.5).to(dtype),
         "heads": heads,
         "patch_size": patch,
     }
+    arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
     return arguments if bias else arguments | {"qkv_bias": None}
 
 
@@ -93,7 +97,7 @@ def test_peers_do_the_same(peer):
         torch.testing.assert_close(call(**arguments | more), OP.reference(**arguments | more), rtol=1e-10, atol=1e-10)
 
 
-@interpreter
+@on_triton
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=PHASES)
 @given(
     heads=st.integers(1, 3),
@@ -102,7 +106,7 @@ def test_peers_do_the_same(peer):
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     patch=st.sampled_from([(1, 1), (2, 2), (3, 2), (7, 20)]),
     batch=st.integers(1, 2),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from(testing.STRIDES),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
@@ -111,8 +115,8 @@ def test_any_shape_and_strides(**problem):
     assert_ok(testing.check(OP, arguments_of(**problem), "triton"))
 
 
-@interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@on_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "size"),
     [(4, 36, (2, 4)), (2, 40, (10, 8)), (1, 12, (9, 8))],
@@ -123,7 +127,7 @@ def test_each_kernel_of_attention(heads, head_dim, size, dtype):
     assert_ok(testing.check(OP, arguments_of(heads, head_dim, 24, size, patch, 1, dtype), "triton"))
 
 
-@interpreter
+@on_triton
 @pytest.mark.parametrize("channels", [12, 80])
 def test_the_configurations_of_exact_products(channels, monkeypatch):
     """Rows in chunks, attention apart from the projection, several programs to a block of rows."""
@@ -143,7 +147,7 @@ def test_the_configurations_of_exact_products(channels, monkeypatch):
         launch.forget()
 
 
-@interpreter
+@on_triton
 @pytest.mark.parametrize("size", [(4, 4), (12, 13)], ids=["packed", "rows"])
 def test_nan_and_inf_stay_in_their_group(size):
     arguments = arguments_of(size=size)
@@ -154,19 +158,19 @@ def test_nan_and_inf_stay_in_their_group(size):
         found = mvkernels.patch_transformer_layer(**arguments | {"x": x}, backend="triton")
         y, z = (size[0] - 1) % 2, (size[1] - 1) % 2
         assert found[0, :, y::2, z::2].isnan().all()
-        rest = torch.ones(found.shape, dtype=torch.bool)
+        rest = torch.ones(found.shape, dtype=torch.bool, device=DEVICE)
         rest[0, :, y::2, z::2] = False
         assert torch.equal(found[rest], clean[rest])
 
 
-@interpreter
+@on_triton
 def test_rows_of_one_value_and_an_epsilon_of_0():
     """Their deviation is 0: what the reference makes of them, and nothing of it in the rows of a block outside."""
     arguments = arguments_of(size=(3, 3)) | {"eps": 0.0}
     assert_ok(testing.check(OP, arguments, "triton"))
 
 
-@interpreter
+@on_triton
 @pytest.mark.parametrize(
     ("kind", "save", "bias"), [("channels_last", True, True), ("sliced", True, False), ("channels_last", False, True)]
 )
@@ -177,11 +181,11 @@ def test_opcheck(kind, save, bias):
     torch.library.opcheck(namespace.patch_transformer_layer_forward, (*tensors, *settings_, save))
     if save:
         out, *saved = namespace.patch_transformer_layer_forward(*tensors, *settings_, True)
-        grad = testing.make_map(out.shape, kind)
+        grad = testing.make_map(out.shape, kind, device=DEVICE)
         torch.library.opcheck(namespace.patch_transformer_layer_backward, (grad, *saved, *tensors, *settings_))
 
 
-@interpreter
+@on_triton
 @pytest.mark.parametrize("asked", [("x",), ("fc2_weight",), ("norm1_weight", "qkv_bias")], ids=str)
 def test_some_gradients_alone(asked):
     grads = []
@@ -213,11 +217,11 @@ BAD = {
 def test_bad_arguments(what):
     error, change = BAD[what]
     with pytest.raises(error, match=f"patch_transformer_layer: {what.split()[0]}") as caught:
-        mvkernels.patch_transformer_layer(**arguments_of() | change)
+        mvkernels.patch_transformer_layer(**arguments_of(device="cpu") | change)
     assert "\n" not in str(caught.value)
 
 
-@interpreter
+@on_triton
 def test_what_triton_does_not_take():
     able, reason = mvkernels.can_run(OP.name, "triton", **arguments_of(heads=2, head_dim=129))
     assert not able and "258 channels" in reason
@@ -254,7 +258,7 @@ def test_grids_stay_in_one_dimension_and_few_rows_go_to_more_programs():
     assert all(each.grid < 2**31 for each in plan.forward_launches(larger, True)[0])
 
 
-@interpreter
+@on_triton
 @pytest.mark.parametrize("times", [(3.0, 2.0), (2.0, 3.0)], ids=["faster", "slower"])
 def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_path):
     arguments = arguments_of(size=(2, 2), batch=1)
@@ -263,9 +267,9 @@ def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_pa
         tune.timing, "interleave", lambda calls, *a, **kw: {n: tune.timing.Times((medians[n],)) for n in calls}
     )
     done: set[tuple[str, str]] = set()
-    findings = tune.tune_choice(OP, arguments, "cpu", done)
+    findings = tune.tune_choice(OP, arguments, DEVICE, done)
     assert [f.best for f in findings] == [{"FUSED": 1} if times[1] < times[0] else {}] * 2
-    assert all(f.refused == 0 for f in findings) and tune.tune_choice(OP, arguments, "cpu", done) == []
+    assert all(f.refused == 0 for f in findings) and tune.tune_choice(OP, arguments, DEVICE, done) == []
 
     kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton_kernels")
     described = kernels.problem_of(arguments["x"], 20, 2, (2, 2))
