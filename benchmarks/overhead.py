@@ -187,7 +187,7 @@ def main() -> int:
     print(report.table(shown, header))
     if not options.no_file:
         path = folder() / "overhead.csv"
-        if options.no_import or options.no_compile or set(options.op) != set(OPS):  # the rest of the file stays
+        if options.no_import or options.no_compile or set(options.op) != set(ours):  # the rest of the file stays
             replace(rows, path, "what")
         else:
             write(rows, path)

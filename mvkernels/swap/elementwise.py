@@ -48,6 +48,8 @@ _listeners = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_s
 def normalised(x: Tensor, *settings: Any, in_place: bool = False) -> Tensor | None:
     """:func:`norm_activation`, in the place of ``x`` if nobody else can have it; None if the operator refuses the
     settings (strided or mixed ones), about which the norm itself has its own say."""
+    if any(isinstance(setting, Tensor) and not setting.is_cpu for setting in settings):
+        return None  # one on the meta device would have the operator's fake called, which computes nothing
     try:
         if not in_place or any(listening() for listening in _listeners):  # a mode may keep what the convolution wrote
             return norm_activation(x, *settings)  # type: ignore[no-any-return]

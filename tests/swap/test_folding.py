@@ -258,6 +258,20 @@ def test_on_the_meta_device(small):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("index", [0, 7])
+def test_a_setting_left_on_the_meta_device_is_an_error(small, index, name):
+    original = copy.deepcopy(small)
+    mvkernels.swap(small, fold_norms=True)
+    for model in (small, original):
+        norm = getattr(model[index], "bn", model[index])
+        value = getattr(norm, name)
+        setattr(norm, name, nn.Parameter(value.to("meta")) if isinstance(value, nn.Parameter) else value.to("meta"))
+        with pytest.raises(RuntimeError, match="meta"):
+            model(IMAGE)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["dispatch", "function"])
 def test_what_a_mode_keeps_stays_as_it_was(small, kind):
     from torch.overrides import TorchFunctionMode
