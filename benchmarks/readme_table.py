@@ -155,7 +155,7 @@ def means(rows: list[Row], first: str, others: list[str], skipped: int) -> list[
         if len(models) < 3:
             continue
         shown = ", ".join(form(layout, dtype))
-        cells = [f"**geometric mean of {len(models)}**", *[""] * skipped, shown, batch]
+        cells = [f"**geometric mean of {len(models)} rows**", *[""] * skipped, shown, batch]
         cells += [{"fwd": "inference", "full": "training step"}[mode], ""]
         for who in others:
             speedups = [float(of[who]["speedup_median"]) for of in models.values() if who in of]

@@ -34,7 +34,7 @@ def part_of(name: str) -> str:
         return "fused ops"
     if "conv" in name:
         return "convolutions"
-    products = ("mm", "linear", "attention", "matmul")
+    products = ("mm", "_linear", "::linear", "attention", "matmul")  # and not bilinear
     return "matrix products" if any(product in name for product in products) else "the rest"
 
 
