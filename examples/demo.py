@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import mvkernels
-from mvkernels import bench, bench_report, report, swap_command, third_party, timing
+from mvkernels import bench, bench_plots, bench_report, report, swap_command, third_party, timing
 from mvkernels.swap import swap, verify_swap
 
 
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 def draw(models: dict[str, timing.Times], rows: list[bench.Row], path: Path) -> None:
     """Bars of time: the whole model left, attention alone at each stage right, forward and with backward."""
-    plt = bench_report.pyplot()
+    plt = bench_plots.pyplot()
     figure, (whole, forward, full) = plt.subplots(1, 3, figsize=(13, 4.2), width_ratios=(1, 2, 2))
     colours = {"eager": "#bbbbbb", "sdpa": "#7799bb", "cpp": "#dd6633", "triton": "#dd6633", "reference": "#ddaa55"}
     bars = whole.bar(list(models), [t.median * 1e3 for t in models.values()], color=("#bbbbbb", "#dd6633"))

@@ -251,7 +251,7 @@ def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypat
     text = readme_table.render(tmp_path)
     for shown, speedup in (("", "2.00×"), (", bfloat16", "3.00×")):
         assert f"| `a` | 256², channels last{shown} | 128 | training step | 6.0 ms | {speedup} |" in text
-        assert f"| **geometric mean of 3** | channels last{shown} | 128 | training step |  | {speedup} |" in text
+        assert f"| **geometric mean of 3 rows** | channels last{shown} | 128 | training step |  | {speedup} |" in text
 
 
 def test_all_who_were_timed_are_named_as_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
