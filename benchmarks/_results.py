@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from readme_table import read
+
 from mvkernels import report
 
 ROOT = Path(__file__).parent / "results"
@@ -33,21 +35,14 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def merge(rows: Sequence[Mapping[str, Any]], path: Path, same: Sequence[str]) -> None:
     """Write rows into a file in place of those with the same values in the columns ``same``; the others stay."""
     new = {tuple(str(row[key]) for key in same) for row in rows}
-    kept: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if tuple(row[key] for key in same) not in new]
+    kept = [row for row in read(path) if tuple(row[key] for key in same) not in new]
     write(sorted([*kept, *rows], key=lambda row: [str(row[key]).zfill(5) for key in same]), path)
 
 
 def replace(rows: Sequence[Mapping[str, Any]], path: Path, key: str) -> None:
     """Write rows into a file in the places of those with the same value in the column ``key``, new ones at the end."""
     new = {str(row[key]): row for row in rows}
-    old: list[Mapping[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            old = list(csv.DictReader(file))
-    write([*(new.pop(row[key], row) for row in old), *new.values()], path)
+    write([*(new.pop(row[key], row) for row in read(path)), *new.values()], path)
 
 
 def stem(name: str, threads: int | str) -> str:

@@ -48,6 +48,12 @@ class Fused(nn.Module):
             return self.model(image)
 
 
+def built(name: str) -> nn.Module:
+    """The model, of an autoencoder the encoder."""
+    whole = third_party.build(name)
+    return getattr(whole, "encoder", whole)  # type: ignore[no-any-return]
+
+
 def other(runtime: str, model: nn.Module, image: torch.Tensor, place: Path, threads: int) -> Model:
     """The model as another runtime takes its export."""
     path = place / f"model{export.TARGETS[runtime].suffix}"
@@ -100,9 +106,7 @@ def main() -> int:
 def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = getattr(torch, options.dtype)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    whole = third_party.build(name)
-    original = getattr(whole, "encoder", whole).to(options.device, dtype, memory_format=layout)
-    del whole  # and with it a decoder
+    original = built(name).to(options.device, dtype, memory_format=layout)
     swapped = copy.deepcopy(original)
     count = swap(swapped, backend=options.backend).count
     found: list[dict[str, Any]] = []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from _models import Compiled, Model, forward
 from _results import folder, keep_pages, merge
-from swapped import MODELS
+from swapped import MODELS, built
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,13 +63,13 @@ def microseconds(model: Model, image: Tensor, runs: int) -> collections.Counter[
 
 def rows_of(name: str, layout: torch.memory_format, options: argparse.Namespace) -> list[dict[str, Any]]:
     size = MODELS[name]
-    original = third_party.build(name).to(memory_format=layout)
+    original = built(name).to(memory_format=layout)
     swapped = copy.deepcopy(original)
     swap(swapped)
     image = third_party.picture(None, size, options.batch)[0].contiguous(memory_format=layout)
     models: dict[str, Model] = {"original": original, "swapped": swapped}
     torch._dynamo.reset()
-    models |= {f"{who}, freezing": Compiled(copy.deepcopy(model), image) for who, model in (*models.items(),)}
+    models |= {f"{who}, freezing": Compiled(copy.deepcopy(model), image) for who, model in models.items()}
     counted, rates = flops(original, image), timing.measure_rates()
     times = timing.interleave({who: forward(model, image) for who, model in models.items()}, min_time=options.seconds)
     rows = []

@@ -30,6 +30,16 @@ Maps maps(const Tensor& x, const Tensor& out, const char* op) {
   return {in, static_cast<float*>(out.data()), n[0], n[1], n[2], n[3], !first};
 }
 
+Tensor empty_as(const Tensor& x) {
+  return empty({x.sizes(), x.sizes() + x.dim()}, {x.strides(), x.strides() + x.dim()}, x.dtype());
+}
+
+// Runs a kernel over all units of so many FLOPs an element.
+template <class Kernel>
+void over(const Maps& m, double flops, const Kernel& kernel) {
+  if (m.units() && m.unit_size()) parallel(m.units(), grain(flops * double(m.unit_size())), kernel);
+}
+
 // Settings of a channel each, or null.
 const float* per_channel(const Tensor& t, int64_t channels) {
   if (!t) return nullptr;
@@ -54,15 +64,12 @@ void run_norm_activation(const Tensor& x, const Tensor& out, StableIValue* setti
     shift[c] = ((before ? before[c] : 0) - m[c]) * scale[c] + (b ? b[c] : 0);
   }
   a.scale = scale.data(), a.shift = shift.data();
-  if (a.maps.units() && a.maps.unit_size())
-    parallel(a.maps.units(), grain(16 * double(a.maps.unit_size())), [&](int64_t i, int64_t j) {
-      current->elementwise->norm_activation(a, i, j);
-    });
+  over(a.maps, 16, [&](int64_t i, int64_t j) { current->elementwise->norm_activation(a, i, j); });
 }
 
 void norm_activation(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]);
-  Tensor out = empty({x.sizes(), x.sizes() + x.dim()}, {x.strides(), x.strides() + x.dim()}, x.dtype());
+  Tensor out = empty_as(x);
   run_norm_activation(x, out, stack + 1);
   give(stack, out);
 }
@@ -74,12 +81,9 @@ void norm_activation_(StableIValue* stack, uint64_t, uint64_t) {
 
 void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]);
-  Tensor out = empty({x.sizes(), x.sizes() + x.dim()}, {x.strides(), x.strides() + x.dim()}, x.dtype());
+  Tensor out = empty_as(x);
   const Maps m = maps(x, out, "pooled_difference");
-  if (m.units() && m.unit_size())
-    parallel(m.units(), grain(8 * double(m.unit_size())), [&](int64_t i, int64_t j) {
-      current->elementwise->pooled_difference(m, i, j);
-    });
+  over(m, 8, [&](int64_t i, int64_t j) { current->elementwise->pooled_difference(m, i, j); });
   give(stack, out);
 }
 

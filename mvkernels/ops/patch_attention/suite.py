@@ -74,14 +74,19 @@ def _make(
     return arguments
 
 
+def pairs_of(patch: tuple[int, int], height: int, width: int) -> int:
+    """How many pixels attend to how many, over all groups of one map."""
+    ph, pw = patch
+    rows, columns = range(min(ph, height)), range(min(pw, width))
+    return sum((len(range(y, height, ph)) * len(range(x, width, pw))) ** 2 for y in rows for x in columns)
+
+
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     """Floor of the forward, or of the backward alone (which reads q, k, v, out, dout and writes dq, dk, dv)."""
     query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
-    ph, pw = arguments["patch_size"]
     b, h, d, height, width = query.shape
     dv, pixels = value.shape[2], height * width
-    rows = range(min(ph, height)), range(min(pw, width))
-    pairs = sum((len(range(y, height, ph)) * len(range(x, width, pw))) ** 2 for y in rows[0] for x in rows[1])
+    pairs = pairs_of(arguments["patch_size"], height, width)
     bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
     if backward:
         moved = b * h * (4 * d + 4 * dv) * pixels * query.element_size() + 2 * bias_bytes

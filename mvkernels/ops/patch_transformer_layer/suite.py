@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 
 from mvkernels.ops.patch_attention.reference import _attention, _fold, _unfold
+from mvkernels.ops.patch_attention.suite import pairs_of
 from mvkernels.registry import Case, Cost
 
 # model, its stages as (channels, map side); four heads, a hidden layer of twice the channels, patches of 2
@@ -77,11 +78,9 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     and their gradients written once.
     """
     x, heads = arguments["x"], arguments["heads"]
-    ph, pw = arguments["patch_size"]
     b, c, height, width = x.shape
     hidden = arguments["fc1_weight"].shape[0]
-    rows = range(min(ph, height)), range(min(pw, width))
-    pairs = b * sum((len(range(y, height, ph)) * len(range(z, width, pw))) ** 2 for y in rows[0] for z in rows[1])
+    pairs = b * pairs_of(arguments["patch_size"], height, width)
     pixels = b * height * width
     weights = 4 * c * c + 2 * c * hidden
     item = x.element_size()
