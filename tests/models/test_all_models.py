@@ -273,3 +273,32 @@ def test_list_models_finds_families():
     assert mvmodels.list_models("poolformer_*") == [f"poolformer_{s}" for s in ("s12", "s24", "s36", "m36", "m48")]
     assert mvmodels.list_models("coatnet_*") == [f"coatnet_{i}" for i in range(5)]
     assert len(mvmodels.list_models("mobilevit_*")) == 9
+
+
+HEADS = ("mobilevit_xxs_deeplabv3", "mobilevit_xxs_ssdlite")  # with norms of a single pixel, which do not train
+
+
+@pytest.mark.parametrize(
+    "name, training",
+    [(n, t) for n in (*SMALLEST, "efficientvit_b0") for t in (False, True) if not (t and n in HEADS)],
+)
+def test_vectorized_gradients(name, training):
+    """Of one picture: PyTorch's batch norm minds how the gradients lie in memory that it is given."""
+    model = make(name).double().train(training)
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(part, nn.BatchNorm1d):  # which has one value a channel here
+            part.eval()
+    side = SMALLEST.get(name, 64)
+    x = torch.randn(1, 3, side, side, dtype=torch.float64, requires_grad=True)
+    out = torch.cat([t.flatten() for t in tensors(model(x))])
+    out = out[:: max(1, out.numel() // 50)]
+    cotangents = torch.randn(2, *out.shape, dtype=torch.float64)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    batched = torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+    for i, cotangent in enumerate(cotangents):
+        single = torch.autograd.grad(out, leaves, cotangent, retain_graph=True, allow_unused=True)
+        for expected, actual in zip(single, batched):
+            if expected is not None:
+                assert float((actual[i] - expected).abs().max()) <= 1e-8 * float(expected.abs().max()) + 1e-12
