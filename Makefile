@@ -8,8 +8,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 SUITE  ?= full
 
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
-NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers pillow scikit-learn \
-	onnx onnxscript onnxruntime executorch
+NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
+	pillow scikit-learn onnx onnxscript onnxruntime executorch
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.

@@ -13,7 +13,7 @@ from torch import nn
 
 from mvkernels.swap import by_structure, lite_mla
 from mvkernels.swap.eligibility import not_its_own
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped
 
 _CHILDREN = ("qkv", "aggreg", "kernel_func", "proj")
 _METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
@@ -34,16 +34,13 @@ def why_not(module: Any, model: nn.Module) -> str:
     return by_structure.computes_something_else(module, SwappedAuthorsLiteMLA, maps, lite_mla.fused, beside=["proj"])
 
 
-def swapped_class(module: nn.Module) -> type[nn.Module]:
-    """The class that takes the place of the module's own."""
-    return by_structure.swapped_class(type(module), SwappedAuthorsLiteMLA)
+def form(module: nn.Module) -> type:
+    """The fused form of such a module."""
+    return SwappedAuthorsLiteMLA
 
 
-class SwappedAuthorsLiteMLA(by_structure.SwappedByStructure):
+class SwappedAuthorsLiteMLA(Swapped):
     """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps."""
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

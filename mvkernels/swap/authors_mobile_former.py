@@ -18,29 +18,25 @@ from torch import Tensor, nn
 from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import log_once, not_hooked, unusual_call
+from mvkernels.swap.eligibility import drops_path, log_once, not_hooked, unusual_call
 from mvkernels.swap.later import LaterTensor
+from mvkernels.swap.swapped import Swapped
 
 _CHILDREN = ("q", "k", "v", "proj", "alpha", "layer_norm", "drop_path", "fuse")
 
 
 def why_not(bridge: Any, model: nn.Module) -> str:
     """Why the fused form cannot stand for this bridge of ``model``; empty if it can."""
-    base = _base(bridge)
-    reason = by_structure.holds_something_else(bridge, _CHILDREN) or base.why_not_now(bridge)
-    if not reason and base is SwappedLocal2Global and _scores_are_wanted(model):
+    kind = form(bridge)
+    reason = by_structure.holds_something_else(bridge, _CHILDREN) or kind.why_not_now(bridge)
+    if not reason and kind is SwappedLocal2Global and _scores_are_wanted(model):
         # They would be computed twice.
         reason = "its scores are used (hyper_token_id or sel_token_id is -1), and the fused op does not form them"
-    return reason or _computes_something_else(bridge, base)
+    return reason or _computes_something_else(bridge, kind)
 
 
-def swapped_class(bridge: nn.Module) -> type[nn.Module]:
-    """The class that takes the place of the bridge's own."""
-    return by_structure.swapped_class(type(bridge), _base(bridge))
-
-
-def _base(bridge: nn.Module) -> Any:
-    """The class here for the bridge's direction: only Mobile→Former has a norm."""
+def form(bridge: nn.Module) -> Any:
+    """The fused form of the bridge's direction: only Mobile→Former has a norm."""
     return SwappedLocal2Global if "layer_norm" in bridge._modules else SwappedGlobal2Local
 
 
@@ -49,19 +45,19 @@ def _scores_are_wanted(model: nn.Module) -> bool:
     return any(-1 in (m.__dict__.get("hyper_token_id"), m.__dict__.get("sel_token_id")) for m in model.modules())
 
 
-def _computes_something_else(bridge: Any, base: type) -> str:
+def _computes_something_else(bridge: Any, kind: type) -> str:
     token_dim, channels = bridge.proj.in_features, bridge.proj.out_features
-    if base is SwappedLocal2Global:
+    if kind is SwappedLocal2Global:
         token_dim, channels = channels, token_dim
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, channels, 3, 5, generator=generator, dtype=torch.float64)
     tokens = torch.randn(bridge.token_num, 2, token_dim, generator=generator, dtype=torch.float64)
     return by_structure.computes_something_else(
         bridge,
-        base,
+        kind,
         [(x, tokens)],
         lambda twin, example: twin.fused(*example),
-        shape=("tokens", "scores") if base is SwappedLocal2Global else (),
+        shape=("tokens", "scores") if kind is SwappedLocal2Global else (),
         quiet=_quiet,
     )
 
@@ -72,7 +68,7 @@ def _quiet(bridge: Any) -> None:
         bridge.drop_path.drop_prob = 0.0
 
 
-class _SwappedBridge(by_structure.SwappedByStructure):
+class _SwappedBridge(Swapped):
     """What the two directions share."""
 
     @staticmethod
@@ -83,11 +79,8 @@ class _SwappedBridge(by_structure.SwappedByStructure):
         if not bridge.remove_proj_local:
             return "it projects the map (remove_proj_local is False)"
         drop_path = bridge.drop_path
-        if type(drop_path) is not nn.Identity:
-            if not hasattr(drop_path, "drop_prob"):
-                return f"drop_path is a {type(drop_path).__name__}, not known to be a drop path"
-            if drop_path.training and drop_path.drop_prob:
-                return f"drop path (p={drop_path.drop_prob}) is active in training mode"
+        if type(drop_path) is not nn.Identity and not hasattr(drop_path, "drop_prob"):
+            return f"drop_path is a {type(drop_path).__name__}, not known to be a drop path"
         return not_hooked(drop_path, "drop_path")
 
     def fused(self, x: Tensor, tokens: Tensor) -> Any:
@@ -96,8 +89,7 @@ class _SwappedBridge(by_structure.SwappedByStructure):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x is the tuple (map (B, C, H, W), tokens (M, B, token_dim))."""
         reason = self._why_not_this(x) if not args and not kwargs else "it was called with more than one tuple"
-        if not reason:
-            reason = self.why_not_now(self)
+        reason = reason or self.why_not_now(self) or drops_path(self.drop_path)  # type: ignore[attr-defined]
         if reason:
             log_once(self, reason)  # type: ignore[arg-type]
             return self.mvk_original.forward(self, x, *args, **kwargs)  # type: ignore[arg-type]

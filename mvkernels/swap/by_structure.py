@@ -1,4 +1,4 @@
-"""Modules of published code that is no package: a fused class for each class met, and asking what a module computes.
+"""Modules of published code that is no package: asking what a module computes.
 
 People copy such code, so that its classes have no name that could be relied on. A module is recognised by what it
 holds, and then asked: a copy with random weights has to compute the known formula.
@@ -15,42 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.swap.later import LaterTensor
+from mvkernels.swap.swapped import swapped_class
 
 # Answers are compared in float64: on numbers of about one, and on large ones, where all but nothing hangs on rounding.
 _TOLERANCE = 1e-9
 _LARGE, _ALIKE = 4.0, 1e-4
-_made: dict[tuple[type, type], type[nn.Module]] = {}
-
-
-class SwappedByStructure:
-    """Base of the fused forms. Never built: :func:`mvkernels.swap` gives an existing module a class made from one of
-    them and the module's own class, and restoring gives it its own again."""
-
-    mvk_original: type[nn.Module]
-    mvk_base: type
-    mvk_backend: str | None = None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (self.mvk_original, self.mvk_base), self.__dict__.copy()
-
-
-def swapped_class(original: type[nn.Module], base: type) -> type[nn.Module]:
-    """The class made of a fused form and the class of a module."""
-    if (original, base) not in _made:
-        namespace = {
-            "mvk_original": original,
-            "mvk_base": base,
-            "__doc__": base.__doc__,
-            "__module__": base.__module__,
-        }
-        _made[original, base] = type(f"Swapped{original.__name__}", (base, original), namespace)
-    return _made[original, base]
-
-
-def _blank(original: type[nn.Module], base: type) -> nn.Module:
-    """What unpickling and copying begin with: a class made here cannot be found by its name."""
-    kind = swapped_class(original, base)
-    return kind.__new__(kind)
 
 
 def holds_something_else(module: nn.Module, known: Sequence[str], what: str = "it") -> str:
@@ -63,7 +32,7 @@ def holds_something_else(module: nn.Module, known: Sequence[str], what: str = "i
 
 def computes_something_else(
     module: nn.Module,
-    base: type,
+    form: type,
     inputs: Any,
     fused: Callable[[Any, Any], Any],
     shape: Sequence[str] = (),
@@ -77,7 +46,7 @@ def computes_something_else(
 
     Args:
         module: asked by a copy of it, in float64, on the CPU and without its hooks.
-        base: its fused form.
+        form: its fused form.
         inputs: what its forward takes, in float64, a tensor or a tuple of tensors; a list of several.
         fused: the fused computation, called with the copy as a swapped module and one of the inputs.
         shape: what its forward returns, if that is a tuple: a name for each entry.
@@ -103,7 +72,7 @@ def computes_something_else(
                 for size, tolerance in ((1.0, _TOLERANCE), (_LARGE, _ALIKE)):
                     _randomise(drawn, size)
                     for example in inputs:
-                        reason = _differs(twin, base, _times(example, size**2), fused, shape, tolerance)
+                        reason = _differs(twin, form, _times(example, size**2), fused, shape, tolerance)
                         if reason:
                             return reason + (" in training mode" if training else "")
     except Exception as error:  # whatever somebody's forward may raise
@@ -132,11 +101,12 @@ def _times(example: Any, size: float) -> Any:
     return size * example if isinstance(example, Tensor) else tuple(size * t for t in example)
 
 
-def _differs(twin: Any, base: type, example: Any, fused: Any, shape: Sequence[str], tolerance: float) -> str:
+def _differs(twin: Any, form: type, example: Any, fused: Any, shape: Sequence[str], tolerance: float) -> str:
     own = type(twin)
     try:
         # The fused form first: it reads settings that a forward may set.
-        twin.__class__, twin.mvk_backend = swapped_class(own, base), "reference"
+        twin.__class__ = swapped_class(own, form)
+        twin.mvk_backend = "reference"
         actual = fused(twin, example)
     finally:
         twin.__class__ = own

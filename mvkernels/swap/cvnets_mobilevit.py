@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import ELEMENTWISE, log_once, not_dense, not_hooked
-from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
+from mvkernels.swap.eligibility import (
+    ELEMENTWISE,
+    drops_attention,
+    drops_path,
+    log_once,
+    not_dense,
+    not_hooked,
+)
+from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("local_rep", "global_rep", "conv_proj")
 _CHILDREN = ("local_rep", "global_rep", "conv_proj", "fusion")
@@ -50,9 +58,9 @@ def _quiet(block: Any) -> None:
             part.p = 0.0
 
 
-def swapped_class(block: nn.Module) -> type[nn.Module]:
-    """The class that takes the place of the block's own."""
-    return by_structure.swapped_class(type(block), SwappedMobileViTBlock)
+def form(block: nn.Module) -> type:
+    """The fused form of such a block."""
+    return SwappedMobileViTBlock
 
 
 def _dim(block: Any) -> int:
@@ -121,12 +129,16 @@ def _why_not_layer(layer: Any, like: Tensor, dim: int) -> str:
         return "it is laid out for CoreML (coreml_compatible)"
     if not any(kind in ELEMENTWISE for kind in type(activation).__mro__):
         return f"pre_norm_ffn.2 is a {type(activation).__name__}, not known to be element-wise"
-    if attention.attn_dropout.p > 0 and attention.attn_dropout.training:
-        return f"dropout on the attention probabilities (p={attention.attn_dropout.p}) is active in training mode"
-    path = layer.drop_path
-    if path.training and getattr(path, "p", 0.0) > 0:
-        return f"drop path (p={path.p}) is active in training mode"
     return ""
+
+
+def _drops(block: Any) -> str:
+    """What depends on the mode."""
+    reason = ""
+    for layer in list(block.global_rep)[:-1]:
+        attention = layer.pre_norm_mha[1]
+        reason = reason or drops_attention(attention, attention.attn_dropout) or drops_path(layer.drop_path, "p")
+    return reason
 
 
 def _not_layer_norm(module: Any, dim: int, what: str) -> str:
@@ -149,11 +161,8 @@ def _not_linear(module: Any, like: Tensor, shape: tuple[int | None, int | None],
     return not_hooked(module, what) or not_dense(weight, what)
 
 
-class SwappedMobileViTBlock(by_structure.SwappedByStructure):
+class SwappedMobileViTBlock(Swapped):
     """A ``MobileViTBlock`` that computes its transformer on the map, with the fused attention."""
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> the same shape; a tuple (video) is the original's."""
@@ -208,7 +217,7 @@ class _Rows:
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
-    reason = _why_not_now(block)
+    reason = _why_not_now(block) or _drops(block)
     return reason, [] if reason else [_layer(layer) for layer in list(block.global_rep)[:-1]]
 
 

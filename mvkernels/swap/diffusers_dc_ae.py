@@ -29,7 +29,7 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 from mvkernels.swap.lite_mla import not_scale
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped
 
 _METHODS = ("forward", "apply_linear_attention", "apply_quadratic_attention")
 
@@ -65,19 +65,10 @@ def why_not(module: Any) -> str:
     return ""
 
 
-class SwappedSanaMultiscaleLinearAttention(SanaMultiscaleLinearAttention):
-    """A ``SanaMultiscaleLinearAttention`` on a channels-last map, with :func:`mvkernels.multiscale_linear_attention`.
+class SwappedSanaMultiscaleLinearAttention(Swapped):
+    """A ``SanaMultiscaleLinearAttention`` on a channels-last map, with the fused multi-scale linear attention."""
 
-    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
-    """
-
-    mvk_original = SanaMultiscaleLinearAttention
-    mvk_backend: str | None = None
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C, H, W) -> (B, C_out, H, W)."""
         reason = "it was called with more than a map" if args or kwargs else unusual_call(hidden_states)
         reason = reason or why_not(self)
@@ -96,7 +87,7 @@ class SwappedSanaMultiscaleLinearAttention(SanaMultiscaleLinearAttention):
         y = self.norm_out(y).movedim(-1, 1) if over_channels else self.norm_out(y.movedim(-1, 1))
         return y + hidden_states if self.residual_connection else y
 
-    def _qkv(self, x: Tensor) -> Tensor:
+    def _qkv(self: Any, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 3 C_inner, H, W), in channels-last memory."""
         weights = [linear.weight[:, :, None, None] for linear in (self.to_q, self.to_k, self.to_v)]
         # What is put together is the smaller: the weights, or what they make of a small map.

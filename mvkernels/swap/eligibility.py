@@ -166,12 +166,23 @@ def not_elementwise(module: Any, what: str) -> str:
     return not_hooked(module, what)
 
 
-def drops_attention(module: Any, what: str) -> str:
-    """Dropout on the attention probabilities, which the fused kernel does not form, is allowed at rest only."""
-    reason = not_plain(module, nn.Dropout, what)
-    if not reason and module.p > 0 and module.training:
-        return f"dropout on the attention probabilities (p={module.p}) is active in training mode"
-    return reason
+def drops_attention(attention: Any, dropout: Any) -> str:
+    """Dropout on the attention probabilities, which the fused kernel does not form, is allowed at rest only.
+
+    Where the original calls scaled_dot_product_attention it is the attention's mode that counts, else the dropout's.
+    Asked in calls and not in a swap, whose answer does not depend on the mode. So is :func:`drops_path`.
+    """
+    if dropout.p > 0 and (dropout.training or attention.training):
+        return f"dropout on the attention probabilities (p={dropout.p}) is active in training mode"
+    return ""
+
+
+def drops_path(module: Any, rate: str = "drop_prob") -> str:
+    """A drop path drops whole samples of what the original makes, which the fused form has no place for."""
+    probability = getattr(module, rate, None)
+    if module.training and probability:
+        return f"drop path (p={probability}) is active in training mode"
+    return ""
 
 
 def unusual_call(x: Any, axes: int = 4) -> str:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from mvkernels.backend import requested
 from mvkernels.swap.eligibility import not_hooked
 from mvkernels.swap.folding import fold
 from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
+from mvkernels.swap.swapped import swapped_class
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -28,7 +30,7 @@ class Family:
     """The module that defines the class."""
     class_name: str
     adapter: str
-    """The file here that has ``SWAPPED``, a subclass of that class, and ``why_not(module) -> str``."""
+    """The file here that has ``SWAPPED``, the fused form, and ``why_not(module) -> str``."""
     parameters: tuple[str, ...] | None = None
     """The names that its forward takes beside self, where that is more than one."""
 
@@ -40,7 +42,7 @@ class Structure:
     holds: frozenset[str]
     """Names of attributes and children that a module has if it is one of these."""
     adapter: str
-    """The file here that has ``swapped_class(module)`` and ``why_not(module, model) -> str``."""
+    """The file here that has ``form(module)``, the fused one, and ``why_not(module, model) -> str``."""
     parameters: tuple[str, ...] | None = None
     """As of :class:`Family`."""
 
@@ -87,20 +89,22 @@ def swap(
     """Swap the attention blocks of ``model`` for fused ones, in place.
 
     A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
-    has one, its processor), so the state_dict is the same. What the fused block would not compute exactly as the
-    original is declined with a reason; what changes later (a hook or an adapter inside, dropout on the attention
+    has one, its processor), so the state_dict is the same; the new class has the name of the old one. What the fused
+    block would not compute exactly as the original is declined with a reason, whatever mode the model is in; what
+    changes later (a hook or an adapter inside, training mode with a drop path or with dropout on the attention
     probabilities, torch.jit tracing) sends the call to the original forward, which is logged once.
 
     Args:
         model: any module, or a block itself.
         only: a name, names, or a predicate on (name, module), to choose among the blocks found.
-        backend: handed to the fused ops of these blocks (None: chosen at each call).
+        backend: handed to the fused ops of these blocks (None: chosen at each call). On blocks that were swapped
+            before, another one takes effect ("auto": chosen at each call again); None leaves theirs.
         fold_norms: also have the work of batch norms done by the convolutions before or with the activations after
             them, at inference: in the whole model, whatever ``only`` says (see :mod:`mvkernels.swap.folding`).
 
     Returns:
-        A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before are left as they
-        are, with ``swapped`` true and the reason "already swapped", and are not in ``count``.
+        A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before stay swapped, with
+        ``swapped`` true and the reason "already swapped", and are not in ``count``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``only`` none of its forms.
@@ -115,12 +119,17 @@ def swap(
     found = find(model)
     chosen = _predicate(only, [name for name, _, _ in found])
     # Asked before anything is changed: a predicate may raise.
-    picked = {name for name, module, _ in found if original_of(module) is None and chosen(name, module)}
+    picked = {name for name, module, _ in found if chosen(name, module)}
     report = SwapReport()
     for name, module, family in found:
         class_name = getattr(type(module), "mvk_original", type(module)).__name__
         if original_of(module) is not None:
             reason, swapped = "already swapped", True
+            if backend is not None and name in picked:
+                before = set_backend(module, backend)
+                if before != backend:
+                    report._backends.append((module, before))
+                    reason += f", now with backend {backend}"
         elif name not in picked:
             reason, swapped = "not chosen by only", False
         elif family is None:
@@ -131,7 +140,7 @@ def swap(
             if swapped:
                 change()
                 set_backend(module, backend)
-                report._changed.append((module, original_of(module)))
+                report._changed[name] = module, original_of(module)
         report.entries.append(SwapEntry(name, class_name, swapped, reason))
     if fold_norms:
         report._folded += fold(model, [(module, _adapter(family)) for _, module, family in found if family is not None])
@@ -151,7 +160,8 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
     adapter = _adapter(family)
 
     def class_() -> None:
-        module.__class__ = adapter.swapped_class(module) if isinstance(family, Structure) else adapter.SWAPPED
+        form = adapter.form(module) if isinstance(family, Structure) else adapter.SWAPPED
+        module.__class__ = swapped_class(type(module), form)
 
     def processor() -> None:
         module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]
@@ -160,7 +170,7 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
         return _why_not(module, functools.partial(adapter.why_not, model=model), family.parameters), class_
     if isinstance(family, Processor):
         return _asked(module, adapter.why_not), processor
-    return _not_exactly(module, adapter.SWAPPED) or _why_not(module, adapter.why_not, family.parameters), class_
+    return _not_exactly(module, family) or _why_not(module, adapter.why_not, family.parameters), class_
 
 
 def _adapter(family: AnyFamily) -> Any:
@@ -202,10 +212,9 @@ def _family(module: nn.Module) -> AnyFamily | None:
     return next((s for s in STRUCTURES if s.holds <= held), None)
 
 
-def _not_exactly(module: nn.Module, swapped: type[nn.Module]) -> str:
-    original: type[nn.Module] = swapped.mvk_original  # type: ignore[attr-defined]
-    if type(module) is not original:
-        return f"a subclass of {original.__name__}, which may compute something else"
+def _not_exactly(module: nn.Module, family: Family) -> str:
+    if type(module) is not getattr(sys.modules[family.source], family.class_name, None):
+        return f"a subclass of {family.class_name}, which may compute something else"
     return ""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvkernels.swap import elementwise
 from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped, swapped_class
 
 # Who calls a convolution, then its norm, and nothing between. A further one is a class in the file, and a line.
 _CALLERS = {
@@ -33,8 +33,8 @@ _CALLERS = {
 _DTYPES = (torch.float32, torch.float64)
 
 
-class Folding:
-    """What the folding classes share: torch.jit.script compiles the original."""
+class Folding(Swapped):
+    """What the folding forms share."""
 
     mvk_pairs: tuple[tuple[str, str], ...] = ()
     """The names of convolutions with those of the norms after them."""
@@ -44,9 +44,6 @@ class Folding:
         """Why such a module has nothing to fold; empty if it has."""
         reasons = [why_not(getattr(module, c, None), getattr(module, n, None)) for c, n in cls.mvk_pairs]
         return reasons[0] if all(reasons) else ""
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
 
 
 def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, type[nn.Module]]]:
@@ -60,12 +57,15 @@ def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tupl
         kind = type(module)
         adapter = _CALLERS.get((kind.__module__, kind.__qualname__))
         if adapter is not None and not (
-            module in claimed or replaced(kind, "forward") or not_its_own(module, "forward")
+            isinstance(module, Swapped)
+            or module in claimed
+            or replaced(kind, "forward")
+            or not_its_own(module, "forward")
         ):
             folding = importlib.import_module(f"mvkernels.swap.{adapter}").FOLDING[kind]
             if folding.mvk_why_not(module):
                 continue
-            module.__class__ = folding
+            module.__class__ = swapped_class(kind, folding)
             changed.append((module, kind))
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)

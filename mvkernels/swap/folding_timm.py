@@ -13,13 +13,12 @@ from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
 from mvkernels.swap.folding import Folding, alone, both
 
 
-class FoldingConvNormAct(Folding, ConvNormAct):
+class FoldingConvNormAct(Folding):
     """A ``ConvNormAct`` whose convolution does the work of its norm."""
 
-    mvk_original = ConvNormAct
     mvk_pairs = (("conv", "bn"),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         norm: Any = self.bn
         out = both(self, self.conv, norm, x, *_after(norm))
@@ -28,26 +27,24 @@ class FoldingConvNormAct(Folding, ConvNormAct):
         return out if self.aa is None else self.aa(out)
 
 
-class FoldingEfficientVitConvNormAct(Folding, efficientvit_mit.ConvNormAct):
+class FoldingEfficientVitConvNormAct(Folding):
     """EfficientViT's ``ConvNormAct`` whose convolution does the work of its norm."""
 
-    mvk_original = efficientvit_mit.ConvNormAct
     mvk_pairs = (("conv", "norm"),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         rests = not (self.dropout.training or not_plain(self.dropout, nn.Dropout, "dropout"))
         out = both(self, self.conv, self.norm, x, *_after(self.norm), self.act) if rests else None
         return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else out
 
 
-class FoldingConvMlpWithNorm(Folding, efficientformer.ConvMlpWithNorm):
+class FoldingConvMlpWithNorm(Folding):
     """EfficientFormer's ``ConvMlpWithNorm`` whose convolutions do the work of their norms."""
 
-    mvk_original = efficientformer.ConvMlpWithNorm
     mvk_pairs = (("fc1", "norm1"), ("fc2", "norm2"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         hidden = both(self, self.fc1, self.norm1, x, *_after(self.norm1), self.act, self.drop)
         if hidden is None:
@@ -56,29 +53,26 @@ class FoldingConvMlpWithNorm(Folding, efficientformer.ConvMlpWithNorm):
         return self.drop(self.norm2(self.fc2(hidden))) if out is None else out
 
 
-class FoldingDownsample(Folding, efficientformer.Downsample):
+class FoldingDownsample(Folding):
     """EfficientFormer's ``Downsample`` whose convolution does the work of its norm."""
 
-    mvk_original = efficientformer.Downsample
     mvk_pairs = (("conv", "norm"),)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         out = both(self, self.conv, self.norm, x, *_after(self.norm))
         return efficientformer.Downsample.forward(self, x) if out is None else out
 
 
-class FoldingPooling(Folding, efficientformer.Pooling):
+class FoldingPooling(Folding):
     """EfficientFormer's token mixer in one pass."""
-
-    mvk_original = efficientformer.Pooling
 
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module has nothing to fold; empty if it has."""
         return elementwise.not_neighbours(getattr(module, "pool", None))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         reason = (
             elementwise.not_now()
@@ -90,17 +84,15 @@ class FoldingPooling(Folding, efficientformer.Pooling):
         return efficientformer.Pooling.forward(self, x) if reason else elementwise.pooled_difference(x)
 
 
-class FoldingBatchNormAct2d(Folding, BatchNormAct2d):
+class FoldingBatchNormAct2d(Folding):
     """A batch norm with its activation in one pass, where the convolution before it is called by somebody else."""
-
-    mvk_original = BatchNormAct2d
 
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module has nothing to fold; empty if it has."""
         return "" if elementwise.activation_of(_after(module)) else "it has no activation known here"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         out = alone(self, x, *_after(self))
         return BatchNormAct2d.forward(self, x) if out is None else out
@@ -112,13 +104,11 @@ def _after(norm: Any) -> tuple[Any, ...]:
 
 
 FOLDING = {
-    kind.mvk_original: kind
-    for kind in (
-        FoldingConvNormAct,
-        FoldingEfficientVitConvNormAct,
-        FoldingConvMlpWithNorm,
-        FoldingDownsample,
-        FoldingPooling,
-        FoldingBatchNormAct2d,
-    )
+    ConvNormAct: FoldingConvNormAct,
+    efficientvit_mit.ConvNormAct: FoldingEfficientVitConvNormAct,
+    efficientformer.ConvMlpWithNorm: FoldingConvMlpWithNorm,
+    efficientformer.Downsample: FoldingDownsample,
+    efficientformer.Pooling: FoldingPooling,
+    BatchNormAct2d: FoldingBatchNormAct2d,
 }
+"""The folding form of each class."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer
 
 from mvkernels.swap.folding import Folding, both
 
 
-class FoldingConvLayer(Folding, MobileViTConvLayer):
+class FoldingConvLayer(Folding):
     """A ``MobileViTConvLayer`` whose convolution does the work of its norm."""
 
-    mvk_original = MobileViTConvLayer
     mvk_pairs = (("convolution", "normalization"),)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self: Any, features: Tensor) -> Tensor:
         """As the original's."""
         after = () if self.activation is None else (self.activation,)
         out = both(self, self.convolution, self.normalization, features, *after)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,13 +16,6 @@ from mvkernels.swap.eligibility import log_once, unusual_call
 from mvkernels.swap.watch import examine
 
 Layers = list[dict[str, Any]]
-
-
-def as_original(block: Any) -> nn.Module:
-    """The block with its original class, sharing all it holds: what torch.jit.script compiles."""
-    original = copy.copy(block)
-    original.__class__ = block.mvk_original
-    return original
 
 
 def layers_for_call(

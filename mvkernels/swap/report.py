@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+
+from mvkernels.swap.swapped import without_form
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class SwapEntry:
     swapped: bool
     """Whether it runs on the fused kernels now."""
     reason: str = ""
-    """Why it was not swapped, or "already swapped"."""
+    """Why it was not swapped, or "already swapped", or "restored"."""
 
 
 @dataclass
@@ -28,12 +30,13 @@ class SwapReport:
     """The answer of :func:`mvkernels.swap`. Prints as a table."""
 
     entries: list[SwapEntry] = field(default_factory=list)
-    _changed: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
+    _changed: dict[str, tuple[nn.Module, Any]] = field(default_factory=dict, repr=False)
+    _backends: list[tuple[nn.Module, str | None]] = field(default_factory=list, repr=False)
     _folded: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
-        """How many modules this call swapped; those that were swapped before do not count."""
+        """How many modules this call swapped; those that were swapped before do not count, nor do restored ones."""
         return len(self._changed)
 
     @property
@@ -42,9 +45,20 @@ class SwapReport:
         return len(self._folded)
 
     def restore(self) -> None:
-        """Undo what this call did: the model is what it was. A second call does nothing."""
-        for module, original in (*self._changed, *self._folded):
+        """Undo what this call did: the model is what it was. A second call does nothing.
+
+        What others did to a module since stays: a class that they made of its class (``fully_shard``, a
+        parametrization) is made anew on the original one. The entries of restored modules say so.
+        """
+        for module, backend in reversed(self._backends):
+            if original_of(module) is not None:
+                set_backend(module, backend)
+        for module, original in (*self._changed.values(), *self._folded):
             restore_module(module, original)
+        self.entries = [
+            replace(e, swapped=False, reason="restored") if e.name in self._changed else e for e in self.entries
+        ]
+        self._backends.clear()
         self._changed.clear()
         self._folded.clear()
 
@@ -65,12 +79,13 @@ def original_of(module: nn.Module) -> Any:
     return kind if kind is not None else getattr(module.__dict__.get("processor"), "mvk_original", None)
 
 
-def set_backend(module: nn.Module, backend: str | None) -> None:
-    """Choose the backend of a swapped module's fused ops; None: its class's own choice."""
+def set_backend(module: nn.Module, backend: str | None) -> str | None:
+    """Choose the backend of a swapped module's fused ops; None: chosen at each call. Returns what it was."""
     holder: Any = module if hasattr(type(module), "mvk_original") else module.processor
-    holder.__dict__.pop("mvk_backend", None)
+    before: str | None = holder.__dict__.pop("mvk_backend", None)
     if backend is not None:
         holder.mvk_backend = backend
+    return before
 
 
 def restore_module(module: nn.Module, original: Any) -> None:
@@ -79,7 +94,7 @@ def restore_module(module: nn.Module, original: Any) -> None:
         return
     set_backend(module, None)
     if isinstance(original, type):
-        module.__class__ = original
+        module.__class__ = without_form(type(module))
     else:
         module.set_processor(original)  # type: ignore[operator]
 

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.eligibility import drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped
 
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot stand for this ``Attention2d`` as it is now; empty if it can."""
-    reason = replaced(Attention2d, "forward") or drops_attention(module.attn_drop, "attn_drop")
-    if not reason and module.attn_drop.p > 0 and module.training:
-        reason = f"dropout on the attention probabilities (p={module.attn_drop.p}) is active in training mode"
+    reason = replaced(Attention2d, "forward") or not_plain(module.attn_drop, nn.Dropout, "attn_drop")
     position = module.rel_pos
     if reason or position is None:
         return reason
@@ -33,22 +31,13 @@ def why_not(module: Any) -> str:
     return reason or not_hooked(position, "rel_pos")
 
 
-class SwappedAttention2d(Attention2d):
-    """An ``Attention2d`` whose scores, softmax and sums are :func:`mvkernels.patch_attention` with a patch of 1.
+class SwappedAttention2d(Swapped):
+    """An ``Attention2d`` whose scores, softmax and sums are :func:`mvkernels.patch_attention` with a patch of 1."""
 
-    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
-    """
-
-    mvk_original = Attention2d
-    mvk_backend: str | None = None
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
         reason = "shared_rel_pos is given" if shared_rel_pos is not None else unusual_call(x)
-        reason = reason or why_not(self)
+        reason = reason or why_not(self) or drops_attention(self, self.attn_drop)
         if not reason and self.rel_pos is not None and self.rel_pos.window_area != x.shape[2] * x.shape[3]:
             reason = f"its biases are for {self.rel_pos.window_area} pixels, and the map has {x.shape[2] * x.shape[3]}"
         if reason:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.efficientformer import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.eligibility import log_once, replaced, unusual_call
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped
 
 
 def why_not(module: Any) -> str:
@@ -30,19 +30,10 @@ def why_not(module: Any) -> str:
     return ""
 
 
-class SwappedAttention(Attention):
-    """An ``Attention`` whose scores, softmax and sums are :func:`mvkernels.patch_attention` with a patch of 1.
+class SwappedAttention(Swapped):
+    """An ``Attention`` whose scores, softmax and sums are :func:`mvkernels.patch_attention` with a patch of 1."""
 
-    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
-    """
-
-    mvk_original = Attention
-    mvk_backend: str | None = None
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
         reason = "it was called with more than tokens" if args or kwargs else unusual_call(x, axes=3)
         reason = reason or why_not(self)

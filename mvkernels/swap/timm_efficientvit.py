@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.efficientvit_mit import ConvNormAct, LiteMLA
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvkernels.swap import lite_mla
 from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
-from mvkernels.swap.mobilevit import as_original
+from mvkernels.swap.swapped import Swapped
 
 
 def why_not(module: Any) -> str:
@@ -29,19 +29,10 @@ def _of_timm(module: Any) -> str:
     )
 
 
-class SwappedLiteMLA(LiteMLA):
-    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps.
+class SwappedLiteMLA(Swapped):
+    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps."""
 
-    Never built: :func:`mvkernels.swap` gives an existing module this class, and restoring gives it its own again.
-    """
-
-    mvk_original = LiteMLA
-    mvk_backend: str | None = None
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
         out = lite_mla.forward(self, x, bool(args or kwargs), _of_timm(self))
         return LiteMLA.forward(self, x, *args, **kwargs) if out is None else out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import (
     drops_attention,
+    drops_path,
     not_elementwise,
     not_layer_norm,
     not_linear,
@@ -19,7 +20,8 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
+from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
 
@@ -57,13 +59,13 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
         or not_plain(attention.q_norm, nn.Identity, "attn.q_norm")
         or not_plain(attention.k_norm, nn.Identity, "attn.k_norm")
         or not_plain(attention.norm, nn.Identity, "attn.norm")
-        or drops_attention(attention.attn_drop, "attn.attn_drop")
+        or not_plain(attention.attn_drop, nn.Dropout, "attn.attn_drop")
         or not_linear(attention.proj, like, "attn.proj")
         or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
         or not_plain(layer.ls1, nn.Identity, "ls1")
         or not_plain(layer.ls2, nn.Identity, "ls2")
-        or _drops_path(layer.drop_path1, "drop_path1")
-        or _drops_path(layer.drop_path2, "drop_path2")
+        or _not_drop_path(layer.drop_path1, "drop_path1")
+        or _not_drop_path(layer.drop_path2, "drop_path2")
         or not_layer_norm(layer.norm1, attention.qkv.in_features, "norm1")
         or not_layer_norm(layer.norm2, mlp.fc1.in_features, "norm2")
         or not_linear(mlp.fc1, like, "mlp.fc1")
@@ -75,30 +77,24 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
     )
 
 
-def _drops_path(module: Any, what: str) -> str:
-    # Each of the patch's pixel groups is dropped on its own, which a map has no place for.
-    if type(module) is nn.Identity:
-        return not_plain(module, nn.Identity, what)
-    reason = not_plain(module, DropPath, what)
-    if not reason and module.drop_prob > 0 and module.training:
-        return f"drop path (p={module.drop_prob}) is active in training mode"
-    return reason
+def _not_drop_path(module: Any, what: str) -> str:
+    return not_plain(module, nn.Identity if type(module) is nn.Identity else DropPath, what)
 
 
-class SwappedMobileVitBlock(MobileVitBlock):
-    """A ``MobileVitBlock`` that computes its transformer on the map, with the fused attention.
+def _why_not_now(block: Any) -> str:
+    """What depends on the mode. A drop path drops each of the patch's groups of pixels on its own."""
+    for layer in block.transformer:
+        reason = drops_attention(layer.attn, layer.attn.attn_drop)
+        reason = reason or drops_path(layer.drop_path1) or drops_path(layer.drop_path2)
+        if reason:
+            return f"transformer block: {reason}"
+    return ""
 
-    Never built: :func:`mvkernels.swap` gives an existing block this class, and restoring gives it its
-    own again. Parameters, hooks and state stay where they are.
-    """
 
-    mvk_original = MobileVitBlock
-    mvk_backend: str | None = None
+class SwappedMobileVitBlock(Swapped):
+    """A ``MobileVitBlock`` that computes its transformer on the map, with the fused attention."""
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
         layers = layers_for_call(self, x, bool(args or kwargs), _WATCHED, _examine)
         if layers is None:
@@ -117,7 +113,7 @@ class SwappedMobileVitBlock(MobileVitBlock):
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
-    reason = why_not(block)
+    reason = why_not(block) or _why_not_now(block)
     return reason, [] if reason else [_layer(layer) for layer in block.transformer]
 
 

@@ -27,7 +27,8 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.mobilevit import as_original, layers_for_call, transform
+from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
 
@@ -76,7 +77,7 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
         not_linear(query, like, "query")
         or not_linear(key, like, "key")
         or not_linear(value, like, "value")
-        or drops_attention(attention.dropout, "attention.dropout")
+        or not_plain(attention.dropout, nn.Dropout, "attention.dropout")
         or not_linear(self_output.dense, like, "attention.output.dense")
         or not_plain(self_output.dropout, nn.Dropout, "attention.output.dropout")
         or not_linear(layer.intermediate.dense, like, "intermediate.dense")
@@ -99,20 +100,10 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
     return reason
 
 
-class SwappedMobileViTLayer(MobileViTLayer):
-    """A ``MobileViTLayer`` that computes its transformer on the map, with the fused attention.
+class SwappedMobileViTLayer(Swapped):
+    """A ``MobileViTLayer`` that computes its transformer on the map, with the fused attention."""
 
-    Never built: :func:`mvkernels.swap` gives an existing layer this class, and restoring gives it its
-    own again. Parameters, hooks and state stay where they are.
-    """
-
-    mvk_original = MobileViTLayer
-    mvk_backend: str | None = None
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_original(self)
-
-    def forward(self, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
         layers = layers_for_call(self, features, bool(args or kwargs), _WATCHED, _examine)
         if layers is None:
@@ -140,6 +131,9 @@ class SwappedMobileViTLayer(MobileViTLayer):
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
     reason = why_not(block)
+    for layer in block.transformer.layer if not reason else ():
+        attention = layer.attention.attention
+        reason = reason or drops_attention(attention, attention.dropout)
     return reason, [] if reason else [_layer(layer) for layer in block.transformer.layer]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvkernels.swap.engine import swap, unswap
 from mvkernels.swap.later import LaterTensor
-from mvkernels.swap.report import SwapReport, original_of, set_backend, table
+from mvkernels.swap.report import SwapReport, original_of, table
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 
 # Through a whole model rounding errors are amplified by the same weights but not in step: of two equally
@@ -136,11 +136,7 @@ def _formed_later(module: nn.Module) -> tuple[str, ...]:
 
 def _report(model: nn.Module, backend: str | None) -> SwapReport:
     """The report of a model that was swapped before, which stays as it is but for a backend that is asked for."""
-    if backend is not None:
-        for module in model.modules():
-            if original_of(module) is not None:
-                set_backend(module, backend)
-    return swap(model, only=lambda name, module: False, backend=backend)
+    return swap(model, only=lambda name, module: original_of(module) is not None, backend=backend)
 
 
 def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,6 +21,10 @@ Examine = Callable[[Any], "tuple[str, list[dict[str, Any]]]"]
 # Settings of attention modules, of convolutions and norms, and methods that the fused path does the work of.
 _SETTINGS = frozenset(
     (
+        "in_features",
+        "out_features",
+        "in_channels",
+        "out_channels",
         "kernel_size",
         "stride",
         "padding",
@@ -49,14 +53,13 @@ class _Snapshot:
         # Dictionaries of the modules and not the block itself, which the snapshot must not keep alive.
         self.attributes = [m.__dict__ for m in self.modules]
         self.containers = [block.__dict__] + [a for a in self.attributes if a["_modules"]]
-        self.weighted = [a for a in self.attributes if "weight" in a["_parameters"]]
+        self.parameters = [a["_parameters"] for a in self.attributes if a["_parameters"]]
         self.kind = getattr(type(block), "mvk_original", type(block))
         self.settings = [(a, name) for a in self.attributes for name in sorted(_SETTINGS.intersection(a))]
-        self.rates = [a for a in self.attributes if "p" in a or "drop_prob" in a]
+        self.rates = [(a, name) for a in self.attributes for name in ("p", "drop_prob") if name in a]
         self.state = self.read()
 
     def read(self) -> tuple[Any, ...]:
-        weights = [a["_parameters"].get("weight") for a in self.weighted]
         return (
             [*map(type, self.modules)],
             [type(m).forward for m in self.modules],
@@ -68,9 +71,14 @@ class _Snapshot:
             ],
             [not _METHODS.isdisjoint(a) for a in (*self.attributes, self.containers[0])],
             [a.get(name) for a, name in self.settings],
-            [(a["training"], a.get("p"), a.get("drop_prob")) for a in self.rates],
+            [a.get(name) for a, name in self.rates],
+            [a["training"] for a in self.attributes],
             [tuple(a["_modules"].values()) for a in self.containers],
-            [None if w is None else (type(w), w.dtype, w.device) for w in weights],
+            [
+                None if p is None else (type(p), p.dtype, p.device, p.shape)
+                for parameters in self.parameters
+                for p in parameters.values()
+            ],
         )
 
 

@@ -101,8 +101,6 @@ def test_as_many_patches_as_features(size, calls, caplog):
 
 
 DECLINED = {
-    "attention dropout": (lambda: block(attn_dropout=0.1).train(), "dropout on the attention probabilities (p=0.1)"),
-    "drop path": (lambda: block(stochastic=0.2).train(), "drop path (p=0.2) is active"),
     "coreml": (lambda: changed("global_rep.0.pre_norm_mha.1", coreml_compatible=True), "laid out for CoreML"),
     "channels first": (lambda: changed("global_rep.0.pre_norm_ffn.1", channel_first=True), "has its channels first"),
     "group norm": (lambda: replaced("global_rep.2", nn.GroupNorm(1, 24)), "want a LayerNorm"),

@@ -228,9 +228,7 @@ def test_hooks_of_the_block_itself_still_fire(family):
 
 def test_attention_dropout(family, monkeypatch):
     block = family.block(**family.attention_dropout)
-    assert "dropout on the attention probabilities" in swap(block.train()).entries[0].reason
-    report = swap(block.eval())
-    assert report.count == 1
+    assert swap(block).count == 1
     seen = calls_of_attention(monkeypatch)
     x = torch.randn(2, 12, 8, 8)
     block(x)
@@ -300,8 +298,7 @@ def test_timm_norm_layer_subclass():
 
 def test_timm_drop_path(monkeypatch):
     block = timm_block(drop_path_rate=0.2)
-    assert "drop path" in swap(block.train()).entries[0].reason
-    assert swap(block.eval()).count == 1
+    assert swap(block).count == 1
     seen = calls_of_attention(monkeypatch)
     x = torch.randn(2, 12, 8, 8)
     block(x)

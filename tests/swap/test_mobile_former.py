@@ -148,7 +148,6 @@ DECLINED = {
     "scores": (lambda: model(hyper_token_id=-1), "its scores are used", 9),
     "projections": (lambda: model(remove_proj_local=False), "it projects the map", 16),
     "mlp": (lambda: model(block="mlp+attn"), "block is 'mlp+attn', want 'attn'", 16),
-    "drop path": (lambda: model(drop_path=0.1).train(), r"drop path (p=0.1) is active in training mode", 16),
 }
 
 

@@ -145,7 +145,6 @@ def test_biases_are_gathered_anew():
 
 
 DECLINED = {
-    "dropout": (lambda: coatnet_attention(attn_drop=0.1).train(), "dropout on the attention probabilities (p=0.1)"),
     "mlp": (lambda: coatnet_attention("mlp"), "rel_pos is a RelPosMlp"),
     "forward": (lambda: with_attribute(coatnet_attention(), "forward"), "it has had its forward replaced"),
     "biases": (

@@ -1,0 +1,134 @@
+"""The classes that a swap gives to modules: made of a fused form and the module's own class, and taken off again.
+
+Tools find layers by the name of their class: FSDP policies, device maps, lists of modules not to be split. So such a
+class has the name, the qualified name and the module of the original, and its forward has the original's signature.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import CellType, FunctionType
+from typing import Any, cast
+
+from torch import nn
+
+_made: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+class Swapped:
+    """Base of the fused forms. Never built: :func:`mvkernels.swap` gives an existing module a class made from one of
+    them and the module's own class, and restoring gives it its own again. Parameters, hooks and state stay where they
+    are."""
+
+    mvk_original: type[nn.Module]
+    mvk_form: type
+    mvk_backend: str | None = None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The module with its original class, sharing all it holds: what torch.jit.script compiles."""
+        original = copy.copy(self)
+        original.__class__ = without_form(type(self))  # type: ignore[assignment]
+        return original  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        how, of, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
+        if type(self) is _made.get((self.mvk_original, self.mvk_form)):
+            # Found by its name it would be the original.
+            how, of = _blank, (self.mvk_original, self.mvk_form)
+        return how, of, *rest
+
+
+def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:
+    """The class made of a fused form and the class of a module, always the same one."""
+    made = _made.get((original, form))
+    if made is not None:
+        return made
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Somebody may have kept the bound method, and the module may have been restored since.
+        if not isinstance(self, Swapped):
+            return original.forward(self, *args, **kwargs)
+        return form.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    namespace = {
+        "mvk_original": original,
+        "mvk_form": form,
+        "forward": forward,
+        "__doc__": form.__doc__,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
+    meta: Any = type(original)
+    made = _made[original, form] = meta(original.__name__, (form, original), namespace)
+    return made
+
+
+def _blank(original: type[nn.Module], form: type) -> nn.Module:
+    """What unpickling and copying begin with."""
+    kind = swapped_class(original, form)
+    return kind.__new__(kind)
+
+
+def without_form(kind: type) -> type:
+    """A class as it would be if the module had never been swapped.
+
+    Others make a class of that which a module has: fully_shard, parametrizations. Theirs is made anew on the original.
+    """
+    if "mvk_form" in kind.__dict__:
+        return kind.mvk_original  # type: ignore[attr-defined, no-any-return]
+    if not issubclass(kind, Swapped):
+        return kind
+    # Methods that say super(), and what decorators made of them, hold their class: they are made anew for the new one.
+    cell = CellType()
+    made: dict[FunctionType, FunctionType] = {}
+    meta: Any = type(kind)
+    namespace = {
+        name: _for_class(value, kind, cell, made)
+        for name, value in kind.__dict__.items()
+        if name not in ("__dict__", "__weakref__")
+    }
+    new: type = meta(kind.__name__, tuple(without_form(base) for base in kind.__bases__), namespace)
+    cell.cell_contents = new
+    return new
+
+
+def _for_class(value: Any, old: type, cell: CellType, made: dict[FunctionType, FunctionType]) -> Any:
+    """An attribute of the class ``old`` whose functions hold the class in ``cell`` in its place."""
+    if isinstance(value, (staticmethod, classmethod)):
+        return type(value)(_for_class(value.__func__, old, cell, made))
+    if type(value) is property:
+        get, put, delete = (_for_class(f, old, cell, made) for f in (value.fget, value.fset, value.fdel))
+        return property(get, put, delete, value.__doc__)
+    if not isinstance(value, FunctionType) or not _holds(value, old, set()):
+        return value
+    if value in made:
+        return made[value]
+    cells = [c if not _holds(_content(c), old, set()) else CellType() for c in value.__closure__ or ()]
+    cells = [cell if _content(c) is old else new for c, new in zip(value.__closure__ or (), cells)]
+    new = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__", "__dict__"):
+        setattr(new, name, getattr(value, name))
+    made[value] = new
+    for c, own in zip(value.__closure__ or (), cells):
+        if own is not c and own is not cell:
+            own.cell_contents = _for_class(_content(c), old, cell, made)
+    return new
+
+
+def _holds(value: Any, kind: type, seen: set[FunctionType]) -> bool:
+    """Whether a value is the class, or a function that has it somewhere in its closure."""
+    if value is kind:
+        return True
+    if not isinstance(value, FunctionType) or value in seen:
+        return False
+    seen.add(value)
+    return any(_holds(_content(c), kind, seen) for c in value.__closure__ or ())
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
