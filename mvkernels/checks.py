@@ -21,7 +21,7 @@ any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # Subclasses that are strided by their layout and hold something else: nothing yet, or values and a mask.
-_NOT_DENSE = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)
+_NOT_DENSE = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)  # type: ignore[attr-defined]
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
