@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -66,6 +67,9 @@ class BuildExtension(build_ext):
         except Exception as error:  # no compiler, no headers, a compiler too old: still a working install
             if os.environ.get("MVKERNELS_REQUIRE_EXT") == "1":
                 raise
+            if not self.inplace:  # a wheel would ship what an earlier build left here
+                for left in self.get_outputs():
+                    Path(left).unlink(missing_ok=True)
             print(f"mvkernels: building without the C++ extension: {error}", file=sys.stderr)
 
     def build_extension(self, ext: Extension) -> None:
@@ -145,9 +149,31 @@ class BuildExtension(build_ext):
         return out.splitlines()[0]
 
 
+class Wheel(bdist_wheel):
+    """Says by its file name whether kernels are in: ``cp310-abi3-<platform>`` with them, ``py3-none-any`` without.
+
+    What was built decides, which is known only after the build: an extension that failed is left out.
+    """
+
+    def run(self) -> None:
+        if self.skip_build:
+            self._decide()
+        super().run()
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build":  # between the build and the installation, which have to agree
+            self._decide()
+
+    def _decide(self) -> None:
+        if not all(Path(built).exists() for built in self.get_finalized_command("build_ext").get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+
+
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
     ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=HEADERS)],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -11,11 +11,18 @@ from pathlib import Path
 
 from _results import folder, merge, stem
 
+from mvkernels import command
+
 SAME = ("op", "model", "label", "batch", "dtype", "layout", "mode")
 """The columns that say which rows of a file a new measurement takes the place of."""
 
 
 def run(op: str, description: str | None) -> int:
+    """Measure an op and write its files; returns the exit status."""
+    return command.run(op, lambda: _run(op, description))
+
+
+def _run(op: str, description: str | None) -> int:
     """Two files for a CPU, for the two things that users meet: freed memory kept by the process (primary), and
     glibc's default allocator, where every large temporary is faulted in anew.
 
@@ -36,15 +43,15 @@ def run(op: str, description: str | None) -> int:
     for allocator in options.allocator if cpu else ["default"]:
         name = op + ("" if allocator == "kept" or not cpu else "_default_allocator")
         target = folder(options.device) / stem(name, options.threads)
-        command = [sys.executable, "-m", "mvkernels", "bench", op, "--suite", options.suite]
-        command += ["--batch", *(options.batch or (["1", "8"] if cpu else ["1", "32", "128"]))]
-        command += ["--dtype", *(options.dtype or (["float32"] if cpu else ["bfloat16", "float32"]))]
-        command += ["--mode", "fwd", "full", "--device", options.device, "--threads", str(options.threads)]
-        command += ["--against", options.against]
-        command += ["--min-time", options.min_time, "--allocator", allocator]
+        line = [sys.executable, "-m", "mvkernels", "bench", op, "--suite", options.suite]
+        line += ["--batch", *(options.batch or (["1", "8"] if cpu else ["1", "32", "128"]))]
+        line += ["--dtype", *(options.dtype or (["float32"] if cpu else ["bfloat16", "float32"]))]
+        line += ["--mode", "fwd", "full", "--device", options.device, "--threads", str(options.threads)]
+        line += ["--against", options.against]
+        line += ["--min-time", options.min_time, "--allocator", allocator]
         with tempfile.TemporaryDirectory() as place:
             measured = Path(place) / "rows.csv"
-            status = max(status, subprocess.run([*command, "--csv", str(measured)], check=False).returncode)
+            status = max(status, subprocess.run([*line, "--csv", str(measured)], check=False).returncode)
             if not measured.exists():
                 continue
             with measured.open(newline="") as file:

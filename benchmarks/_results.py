@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from readme_table import read
 
-from mvkernels import report
+from mvkernels import files, report
 
 ROOT = Path(__file__).parent / "results"
 
@@ -25,10 +24,7 @@ def folder(device: str = "cpu") -> Path:
 def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write rows, and say where. A column that some rows lack, of an older file say, is empty there."""
     columns = dict.fromkeys(column for row in sorted(rows, key=len, reverse=True) for column in row)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_csv(path, list(columns), rows)
     print(f"written: {path}", file=sys.stderr)
 
 

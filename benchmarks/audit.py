@@ -16,7 +16,6 @@ Exit status 1 if there is something against a row, 2 for bad usage. What can be:
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import importlib
 import re
@@ -36,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its pa
 from _audit_cases import DTYPES, OPS, TARGETS, Every, aligned_bytes, suite
 from _audit_code import amd, nvidia, verdict
 
+from mvkernels import command, files
 from mvkernels.report import Progress, table
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -200,14 +200,6 @@ def run(units: dict[Unit, dict[str, Any]], processes: int) -> list[dict[str, Any
     return [row | results[unit] for unit, row in units.items()]
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="audit", description="Static audit of the Triton kernels, without a GPU.")
@@ -247,12 +239,12 @@ def main(argv: list[str] | None = None) -> int:
           f"{len(bad)} with a finding")  # fmt: skip
     whole = not (arguments.target or arguments.dtype or arguments.quick or arguments.filter)
     if arguments.csv:
-        _write(arguments.csv, rows)
+        files.write_csv(arguments.csv, COLUMNS, rows)
     elif whole:
         for op in ops:
-            _write(RESULTS / f"{op}.csv", [row for row in rows if row["op"] == op])
+            files.write_csv(RESULTS / f"{op}.csv", COLUMNS, [row for row in rows if row["op"] == op])
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("audit", main))

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-import mvkernels
 import mvmodels
-from mvkernels import bench_plots, report
+from mvkernels import bench_plots, command, files, report
 from mvkernels.backend import requested
 from mvmodels.data import Digits
 from mvmodels.engine import Options, Trainer, say
@@ -104,9 +103,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1].axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes[1].legend(fontsize=7)
     figure.suptitle("scikit-learn's digits", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    bench_plots.save(figure, path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,23 +126,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = parser()
-    options = command.parse_args(argv)
+    return command.run("digits", lambda: checked(argv))
+
+
+def checked(argv: list[str] | None) -> int:
+    """Refuse what cannot be done before anything is trained, then train."""
+    line = parser()
+    options = line.parse_args(argv)
     for name, least in (("epochs", 1), ("batch", 2), ("size", 8), ("threads", 1)):
         if getattr(options, name) < least:
-            command.error(f"--{name} is {getattr(options, name)}, want at least {least}")
+            line.error(f"--{name} is {getattr(options, name)}, want at least {least}")
     torch.set_num_threads(options.threads)
     options.model = options.model or smallest()
     try:
-        # A misspelt name is told before anything is trained.
         for backend in options.backend:
             requested(backend)
         for model in options.model:
             mvmodels.model_info(model)
         return run(options)
-    except (report.UsageError, mvkernels.BackendUnavailable, ValueError) as error:
-        print(f"digits: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:
+        raise report.UsageError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:
@@ -174,13 +174,8 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The file and the picture, with what they had of others."""
     everything = rows if options.csv is None else merge(options.csv, rows)
     if options.csv is not None:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(everything)
+        files.write_csv(options.csv, COLUMNS, everything)
     if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(everything, options.plot)
 
 

@@ -18,7 +18,7 @@ import torch
 from _models import time_columns
 from _results import folder, keep_pages, write
 
-from mvkernels import export, report, third_party, timing
+from mvkernels import command, export, files, report, third_party, timing
 
 MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0", "mvmodels:mobile_former_26m")
 TARGETS = ("onnx", "openvino", "executorch")
@@ -45,7 +45,7 @@ def make(root: Path, model: str, target: str, size: int) -> None:
         found = export.export_model(third_party.build(model), image, target, path, swapped=who == "swapped")
         if not found.ok:
             raise SystemExit(f"{path} differs from the model by {found.error:.1e}, {found.allowed:.1e} allowed")
-        notes.write_text(json.dumps(asdict(found)))
+        files.write(notes, json.dumps(asdict(found)))
         print(f"exported: {path}, {found.bytes:,} bytes", file=sys.stderr)
 
 
@@ -134,4 +134,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("export", main))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from _results import ROOT as RESULTS
 
-from mvkernels import report
+from mvkernels import command, files, report
 from mvkernels.registry import OPS
 
 HERE = Path(__file__).resolve().parent
@@ -130,10 +130,7 @@ def fingerprint(root: Path) -> str:
 
 
 def note(seconds: dict[str, Any]) -> None:
-    NOTES.parent.mkdir(parents=True, exist_ok=True)
-    whole = NOTES.with_suffix(".new")
-    whole.write_text(json.dumps({"of": identity(), "done": seconds}, indent=1) + "\n")
-    whole.replace(NOTES)  # in one go: cut off before or after, there is a file to read
+    files.write(NOTES, json.dumps({"of": identity(), "done": seconds}, indent=1) + "\n")
 
 
 def run(step: Step) -> int:
@@ -195,4 +192,4 @@ def go(chosen: list[Step], ended: dict[str, Any], minutes: float | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("gpu", main))

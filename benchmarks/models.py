@@ -17,7 +17,7 @@ from _results import folder, keep_pages, merge, stem, write
 from torch import nn
 
 import mvmodels
-from mvkernels import report, third_party
+from mvkernels import command, report, third_party
 from mvkernels.backend import BACKENDS, BackendUnavailable
 
 
@@ -112,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("models", main))

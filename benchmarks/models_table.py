@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import mvmodels
+from mvkernels import command, files
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN = "<!-- models: begin (written by benchmarks/models_table.py) -->\n"
@@ -50,9 +51,9 @@ def main() -> int:
     if options.check:
         print(f"{PAGE.name} is not what the registry says: run benchmarks/models_table.py", file=sys.stderr)
         return 1
-    PAGE.write_text(wanted)
+    files.write(PAGE, wanted)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("models_table", main))

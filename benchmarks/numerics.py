@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from _results import folder, write
 
-from mvkernels import report, testing
+from mvkernels import command, report, testing
 from mvkernels.backend import BACKENDS, can_run
 from mvkernels.registry import OPS
 from mvkernels.verify import DTYPES
@@ -69,4 +69,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("numerics", main))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvkernels import can_run, report, timing
+from mvkernels import can_run, command, report, timing
 from mvkernels.registry import OPS, Op
 
 Arguments = Mapping[str, Any]
@@ -195,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("overhead", main))

@@ -12,6 +12,8 @@ from pathlib import Path
 import readme_table
 from readme_table import ROOT, Row, geomean, read, where
 
+from mvkernels import command, files
+
 BEGIN = "<!-- errors: begin (written by benchmarks/pages.py) -->\n"
 END = "<!-- errors: end -->"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -191,7 +193,7 @@ def main() -> int:
     status = 0
     for path, text in pages(RESULTS).items():
         if not options.check:
-            path.write_text(text)
+            files.write(path, text)
         elif not path.exists() or path.read_text() != text:
             print(f"{path.name} is not what benchmarks/results says: run benchmarks/pages.py", file=sys.stderr)
             status = 1
@@ -199,4 +201,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("pages", main))

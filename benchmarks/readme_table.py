@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mvkernels import command, files
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- figures: begin (written by benchmarks/readme_table.py) -->\n"
 END = "<!-- figures: end -->"
@@ -194,9 +196,9 @@ def main() -> int:
         print("README.md is not what benchmarks/results says: run benchmarks/readme_table.py", file=sys.stderr)
         return 1
     if not options.check:
-        readme.write_text(wanted)
+        files.write(readme, wanted)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("readme_table", main))

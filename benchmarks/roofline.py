@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import mvkernels  # noqa: F401  (registers the ops)
+from mvkernels import command, files
 from mvkernels.registry import OPS
 
 TARGET = Path(__file__).parent / "results" / "audit" / "roofline.csv"
@@ -114,8 +115,7 @@ def main() -> int:
     options = parser.parse_args()
     wanted = text()
     if not options.check:
-        TARGET.parent.mkdir(parents=True, exist_ok=True)
-        TARGET.write_text(wanted)
+        files.write(TARGET, wanted)
         print(f"written: {TARGET}", file=sys.stderr)
     elif not TARGET.exists() or TARGET.read_text() != wanted:
         print("roofline.csv is not what the ops' floors give: run benchmarks/roofline.py", file=sys.stderr)
@@ -124,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("roofline", main))

@@ -18,7 +18,7 @@ from _models import SAME, Compiled, Model, calls, in_mode, parse, rows, show
 from _results import folder, keep_pages, merge, stem
 from torch import nn
 
-from mvkernels import export, report, third_party
+from mvkernels import command, export, report, third_party
 from mvkernels.backend import BACKENDS, BackendUnavailable
 from mvkernels.nn import fused_layers
 from mvkernels.swap import swap
@@ -140,4 +140,4 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("swapped", main))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from _results import folder, keep_pages, write
 
-from mvkernels import report, timing
+from mvkernels import command, report, timing
 from mvkernels.registry import OPS
 
 
@@ -64,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("threads", main))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvkernels import report, third_party, timing
+from mvkernels import command, report, third_party, timing
 from mvkernels.swap import swap
 
 SAME = ("model", "size", "batch", "layout")
@@ -119,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("where", main))

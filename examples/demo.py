@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import mvkernels
-from mvkernels import bench, bench_plots, bench_report, report, swap_command, third_party, timing
+from mvkernels import bench, bench_plots, bench_report, command, report, swap_command, third_party, timing
 from mvkernels.swap import swap, verify_swap
 
 
@@ -29,11 +29,7 @@ def main() -> int:
     options = parser.parse_args()
     report.restart_keeping_pages(sys.argv)  # else page faults are timed
     torch.set_num_threads(options.threads)
-    try:
-        return run(options)
-    except report.UsageError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    return run(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,7 +75,6 @@ def run(options: argparse.Namespace) -> int:
     print(bench_report.text(result))
 
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     bench.write_csv(result.rows, folder / "patch_attention.csv")
     print(f"\nFigures: {folder / 'patch_attention.csv'}")
     try:
@@ -116,10 +111,8 @@ def draw(models: dict[str, timing.Times], rows: list[bench.Row], path: Path) -> 
         axis.set_ylabel("median, µs")
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    bench_plots.save(figure, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("demo", main))

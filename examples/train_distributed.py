@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn import functional as F
 
 import mvmodels
+from mvkernels.command import run
 from mvmodels import checkpoint
 from mvmodels.data import Digits
 
@@ -144,4 +145,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("train_distributed", main))

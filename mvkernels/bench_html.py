@@ -11,6 +11,7 @@ from typing import Any
 
 from mvkernels import bench_plots, report
 from mvkernels.bench_rows import COLUMNS, Row, geomeans, read_csv
+from mvkernels.files import write
 
 _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222;background:#fff}
@@ -50,10 +51,7 @@ def command(folder: str, json: Callable[[Any], None] | None) -> int:
     if not files:
         raise report.UsageError(f"--html {folder}: no CSV file in it")
     target = path / "index.html"
-    try:
-        target.write_text(page(path, files))
-    except OSError as error:
-        raise report.UsageError(f"{target} cannot be written: {error.strerror}") from None
+    write(target, page(path, files))
     json({"page": str(target), "files": [str(f) for f in files]}) if json is not None else print(f"written: {target}")
     return 0
 

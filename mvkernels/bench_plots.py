@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvkernels import report
+from mvkernels import files, report
 from mvkernels.bench_rows import Row
 
 
@@ -57,7 +57,7 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
         ax.set_title(" ".join(panel), fontsize=9)
         if providers:
             ax.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _bar_label(row: Row) -> str:
@@ -89,7 +89,7 @@ def roofline(rows: Sequence[Row], path: str | Path) -> None:
         ax.set_xlabel("FLOPs per byte of the floor")
         ax.set_ylabel("GFLOP/s")
         ax.set_title(f"{mine[0].device}, {dtype}" if mine else "no row has a time", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def point(row: Row) -> tuple[float, float]:
@@ -103,8 +103,9 @@ def roof(row: Row, intensity: float) -> float:
     return min(row.copy_gb_s * intensity, row.matmul_gflop_s)
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure, in the format that the name ends in, and close it."""
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
     pyplot().close(figure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from mvkernels import bench_ab, bench_compare, bench_plots, report
 from mvkernels.backend import can_run
 from mvkernels.bench import MODES, PEERS, Options, Result, geomeans, measure, read_csv, write_csv
 from mvkernels.bench_rows import Row
+from mvkernels.files import check as check_file
 from mvkernels.registry import OPS
 
 
@@ -110,18 +110,6 @@ def check(options: Options) -> None:
     check_device(options.device)
     for name in options.ops or OPS:
         check_backends(name, options.backends, options.device)
-
-
-def check_file(path: str) -> None:
-    """Raise UsageError unless a file can be written there; makes its folder."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        there = Path(path).exists()
-        Path(path).open("a").close()
-        if not there:
-            Path(path).unlink()
-    except OSError as error:
-        raise report.UsageError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def check_device(device: str) -> None:

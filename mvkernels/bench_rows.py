@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from mvkernels import report
+from mvkernels import files, report
 from mvkernels.registry import Case
 
 
@@ -108,11 +108,7 @@ def _class_order(item: tuple[tuple[str, ...], list[Row]]) -> tuple[Any, ...]:
 
 def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     """Write rows with the stable columns."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    files.write_csv(path, COLUMNS, (asdict(row) for row in rows))
 
 
 def size_class(case: Case) -> str:

@@ -19,6 +19,10 @@ _LARGEST = 2**31 - 1
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any device."""
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+# Subclasses that are strided by their layout and hold something else: nothing yet, or values and a mask.
+_NOT_DENSE = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)  # type: ignore[attr-defined]
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -36,6 +40,9 @@ def tensors(op: str, **named: Any) -> None:
             raise TypeError(f"{op}: {name} has dtype {short(value.dtype)}, want float16, bfloat16, float32 or float64")
         if value.layout is not torch.strided:
             raise TypeError(f"{op}: {name} has layout {short(value.layout)}, want a dense (strided) tensor")
+        if value.is_nested or isinstance(value, _NOT_DENSE):
+            kind = "nested tensor" if value.is_nested else type(value).__name__
+            raise TypeError(f"{op}: {name} is a {kind}, want a dense (strided) tensor")
     for name, value in named.items():
         if first is None:
             first, first_name = value, name
@@ -49,20 +56,26 @@ def tensors(op: str, **named: Any) -> None:
 
 def alike(first: Any, *others: Any) -> bool:
     """Whether all are what :func:`tensors` wants: the usual case, asked cheaply."""
-    if not isinstance(first, torch.Tensor):
+    if type(first) not in _PLAIN and not _dense(first):
         return False
     dtype, device = first.dtype, first.device
-    if dtype not in FLOATING or first.layout is not torch.strided:
+    # A nested tensor may be of the usual class, and have the usual layout.
+    if dtype not in FLOATING or first.layout is not torch.strided or first.is_nested:
         return False
     for other in others:
         if not (
-            isinstance(other, torch.Tensor)
+            (type(other) in _PLAIN or _dense(other))
             and other.dtype == dtype
             and other.device == device
             and other.layout is torch.strided
+            and not other.is_nested
         ):
             return False
     return True
+
+
+def _dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, _NOT_DENSE)
 
 
 def rank(op: str, name: str, value: torch.Tensor, axes: str) -> None:

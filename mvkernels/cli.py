@@ -1,28 +1,23 @@
 """The ``mvkernels`` command: info, verify, bench, swap, export, tune.
 
-Exit status: 0, all is well; 1, something was computed wrongly; 2, what was asked for cannot be done.
+Exit status: 0, all is well; 1, something was computed wrongly; 2, what was asked for cannot be done; 130 after Ctrl-C;
+141 where the reader of a pipe has gone.
 Errors are one line on stderr. With ``--json`` stdout is one JSON document and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+
+from mvkernels.backend import requested
+from mvkernels.command import Parser, print_json, run
+from mvkernels.report import UsageError, launched, restart_keeping_pages
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _list(value: str) -> list[str]:
@@ -139,39 +134,28 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    named = arguments[:1] if arguments[:1] and arguments[0] in {*_COMMANDS, "tune"} else []
+    return run(" ".join(["mvkernels", *named]), lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] == ["tune"]:
         return _tune(arguments[1:])
     options = parser().parse_args(arguments)
-    from mvkernels.backend import BackendUnavailable, requested
-    from mvkernels.report import UsageError, launched, restart_keeping_pages
-
     try:
         requested(None)  # MVKERNELS_BACKEND
     except ValueError as error:
-        print(f"mvkernels: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from None
     if getattr(options, "allocator", "default") == "kept":
         restart_keeping_pages(launched(arguments))
-    try:
-        return _COMMANDS[options.command](options)
-    except (UsageError, BackendUnavailable) as error:
-        print(f"mvkernels {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader (head, say) has seen enough; Python would complain again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, indent=2, default=str)
-    print()
+    return _COMMANDS[options.command](options)
 
 
 def _info(options: argparse.Namespace) -> int:
     from mvkernels import info
 
     found = info.collect()
-    _print_json(found) if options.json else print(info.text(found))
+    print_json(found) if options.json else print(info.text(found))
     return 0
 
 
@@ -179,7 +163,7 @@ def _verify(options: argparse.Namespace) -> int:
     from mvkernels import verify
 
     result = verify.verify(options.op, options.backend, options.dtype, options.suite, options.device)
-    _print_json(result.as_dict()) if options.json else print(result)
+    print_json(result.as_dict()) if options.json else print(result)
     return 0 if result.ok else 1
 
 
@@ -193,13 +177,12 @@ _BENCH_ALONE = {
 
 def _bench(options: argparse.Namespace) -> int:
     from mvkernels import bench, bench_html, bench_report
-    from mvkernels.report import UsageError
 
     for one, others in _BENCH_ALONE.items():
         for other in others:
             if getattr(options, one) is not None and getattr(options, other) is not None:
                 raise UsageError(f"--{other} does not go with --{one}")
-    write = _print_json if options.json else None
+    write = print_json if options.json else None
     if options.html is not None:
         return bench_html.command(options.html, write)
     asked = bench.Options(
@@ -229,21 +212,20 @@ def _bench(options: argparse.Namespace) -> int:
 def _swap(options: argparse.Namespace) -> int:
     from mvkernels import swap_command
 
-    return swap_command.command(options, _print_json if options.json else None)
+    return swap_command.command(options, print_json if options.json else None)
 
 
 def _export(options: argparse.Namespace) -> int:
     from mvkernels import export_command
 
-    return export_command.command(options, _print_json if options.json else None)
+    return export_command.command(options, print_json if options.json else None)
 
 
 def _tune(arguments: list[str]) -> int:
     try:
         from mvkernels.tune import main as tune
     except ImportError as error:
-        print(f"mvkernels tune: not available: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(f"not available: {error}") from None
     return tune(arguments)
 
 

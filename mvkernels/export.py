@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import importlib
 import io
 import logging
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mvkernels import files
 from mvkernels.report import UsageError
 from mvkernels.swap import swap
 from mvkernels.testing import max_error
@@ -92,7 +91,8 @@ class Target:
 
 
 def _write_torch(program: ExportedProgram, path: Path) -> dict[str, Any]:
-    torch.export.save(program, path)
+    with path.open("wb") as file:  # given a name it says nothing of a full disk
+        torch.export.save(program, file)
     return {}
 
 
@@ -290,15 +290,13 @@ def export_model(
     count = swap(exporting).count if swapped else 0
     graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
     with torch.no_grad(), quiet():
+        if path.is_dir() and (path.suffix != kind.suffix or target != "coreml"):
+            raise UsageError(f"{path} cannot be written: it is a folder")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                if path.suffix != kind.suffix or target != "coreml":
-                    raise IsADirectoryError(errno.EISDIR, "it is a folder")
-                shutil.rmtree(path)
-            details = kind.write(graph, path)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror or _line(error)}") from None
+            with files.replacing_all(path) as place:
+                details = kind.write(graph, place)
+        except UsageError:
+            raise
         except Exception as error:  # the converters have no common error
             raise UsageError(f"{target} does not take this model: {_line(error)}") from None
     inputs = [example]
@@ -375,8 +373,8 @@ def _described(program: ExportedProgram) -> list[str]:
 
 def _size(path: Path) -> int:
     """Bytes of a file with its weights beside it, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path, path.with_suffix(".bin"), Path(f"{path}.data")]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    parts = path.rglob("*") if path.is_dir() else [path, path.with_suffix(".bin"), Path(f"{path}.data")]
+    return sum(file.stat().st_size for file in parts if file.is_file())
 
 
 def _line(error: BaseException) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mvkernels import launch, testing, timing
-from mvkernels.cli import Parser
+from mvkernels import files, launch, testing, timing
+from mvkernels.command import Parser, print_json
 from mvkernels.launch import Config
 from mvkernels.registry import OPS, Op
-from mvkernels.report import Progress, table
+from mvkernels.report import Progress, UsageError, table
 
 MARGIN = 0.02
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -231,8 +230,7 @@ def save(path: Path, op: str, findings: Sequence[Finding], device: launch.Device
     content |= {"device": device.name, "arch": device.arch, "date": date.today().isoformat()}
     content |= {"torch": torch.__version__, "triton": triton.__version__}
     content["configs"] = {name: dict(sorted(entries.items())) for name, entries in sorted(configs.items()) if entries}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    files.write(path, json.dumps(content, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,16 +247,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status (2: no GPU, or nothing to tune)."""
+    """Command line; returns the exit status. Raises UsageError without a GPU, or with nothing to tune."""
     options = _parser().parse_args(argv)
     if not torch.cuda.is_available():
-        print("mvkernels tune: needs a CUDA or ROCm device, and there is none", file=sys.stderr)
-        return 2
+        raise UsageError("needs a CUDA or ROCm device, and there is none")
     if options.batch < 1:
-        print(f"mvkernels tune: --batch is {options.batch}, want 1 or more", file=sys.stderr)
-        return 2
+        raise UsageError(f"--batch is {options.batch}, want 1 or more")
     device = launch.device_of("cuda", torch.cuda.current_device())
     path = options.output or launch.file_of(device.name)
+    files.check(path)
     work = [
         (op, case, layout, dtype)
         for op in OPS.values()
@@ -269,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in options.dtype or list(DTYPES)
     ]
     if not work:
-        print("mvkernels tune: no shape matches", file=sys.stderr)
-        return 2
+        raise UsageError("no shape matches")
     progress = Progress(len(work))
     done: set[tuple[str, str]] = set()
     everything: list[Finding] = []
@@ -285,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress.close()
     launch.forget()
     if options.json:
-        print(json.dumps([vars(finding) for finding in everything], indent=1))
+        print_json([vars(finding) for finding in everything])
     else:
         header = ["kernel", "key", "tried", "refused", "default us", "best us", "change"]
         rows = [[*list(vars(f).values())[:4], f"{f.default_us:.1f}", f"{f.best_us:.1f}", f.best] for f in everything]

@@ -46,23 +46,66 @@ def test_each_thread_has_its_own_backend():
     assert mvkernels.backend.requested(None) == "auto" or os.environ.get("MVKERNELS_BACKEND")
 
 
-def _forked(sender, names):
+def _forked(sender, names, threads):
+    if threads is not None:
+        torch.set_num_threads(threads)
     sender.send([[v.numpy() for v in gradients(name, backend)] for name, backend in names])
     sender.close()
     os._exit(0)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_of_a_process_that_used_the_kernels():
-    """As the workers of a data loader are."""
-    names = [p.values for p in NATIVE if not any(m.name == "skipif" and m.args[0] for m in p.marks)]
-    wanted = [gradients(*name) for name in names]
+RUN = [p.values for p in NATIVE if not any(m.name == "skipif" and m.args[0] for m in p.marks)]
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.fixture
+def threads(request):
+    """PyTorch on so many threads, and its pool of them begun."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    torch.randn(1 << 20).relu()
+    for name in RUN:
+        gradients(*name)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@forks
+@pytest.mark.parametrize(("threads", "of_child"), [(1, None), (2, 1)], indirect=["threads"])
+def test_a_fork_of_a_process_that_used_the_kernels(threads, of_child):
+    """From one thread it just runs. From several, GNU OpenMP hangs unless the child asks for one thread first."""
+    torch.set_num_threads(1)
+    names, wanted = RUN, [gradients(*name) for name in RUN]
+    torch.set_num_threads(threads)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(False)
-    child = context.Process(target=_forked, args=(sender, names), daemon=True)
+    child = context.Process(target=_forked, args=(sender, names, of_child), daemon=True)
     child.start()
     assert receiver.poll(60), "the fork hangs"
     for values, expected in zip(receiver.recv(), wanted):
         assert all(torch.equal(torch.from_numpy(a), b) for a, b in zip(values, expected))
     child.join(10)
     assert child.exitcode == 0
+
+
+class Forwards(torch.utils.data.Dataset):
+    """An op's output, computed where it is asked for."""
+
+    def __len__(self):
+        return len(RUN)
+
+    def __getitem__(self, index):
+        return [value.clone() for value in gradients(*RUN[index])]
+
+
+@forks
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_workers_of_a_data_loader_beside_several_threads(threads):
+    torch.set_num_threads(1)
+    wanted = [gradients(*name) for name in RUN]
+    torch.set_num_threads(threads)
+    found = torch.utils.data.DataLoader(
+        Forwards(), batch_size=None, num_workers=2, timeout=60, multiprocessing_context="fork"
+    )
+    for values, expected in zip(found, wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))

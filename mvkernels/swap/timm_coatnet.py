@@ -1,7 +1,7 @@
 """timm's CoAtNet: ``Attention2d`` of ``timm.models.maxxvit``, between its two 1×1 convolutions.
 
-The bias table is gathered in every call, as timm does it too. MaxViT's windows go through the same class where they are
-maps.
+The bias table is gathered in every call, as timm does it too. The windows of the
+MaxViTs that timm names are of another class, ``AttentionCl``; only a configuration with ``use_nchw_attn`` has this one.
 """
 
 from __future__ import annotations

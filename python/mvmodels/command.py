@@ -1,28 +1,17 @@
-"""What the commands of this package share: one-line errors with exit status 2, and how options are read."""
+"""How the commands of this package read their options."""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import math
-import os
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-import mvkernels
 from mvkernels.backend import requested
 from mvkernels.report import UsageError
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def number(
@@ -74,33 +63,3 @@ def backend(name: str) -> str:
         return requested(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def print_json(document: Any) -> None:
-    json.dump(document, sys.stdout, indent=2, default=str)
-    print()
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; of one from a worker of a DataLoader, the original's."""
-    text = str(error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1].partition(": ")[2]
-    return " ".join(text.split())
-
-
-def run(prog: str, command: Callable[[], int]) -> int:
-    """``command()``, where an error that its user can mend is one line on stderr and exit status 2."""
-    try:
-        return command()
-    except (UsageError, mvkernels.BackendUnavailable) as error:
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\x1b[K")  # the progress bar
-        print(f"{prog}: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader (head, say) has seen enough; Python would complain again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0

@@ -82,11 +82,31 @@ class Options:
         return {**what, "scales": list(self.scales)}
 
 
+def _rows(history: list[Any]) -> bool:
+    """Whether these are rows of epochs, all of the same columns."""
+    return all(
+        isinstance(row, dict)
+        and row.keys() == history[0].keys() >= {"epoch", "loss", "accuracy"}
+        and all(isinstance(value, (int, float)) for value in row.values())
+        for row in history
+    )
+
+
 # What a checkpoint has to have for a run to go on, beside the model.
-_RESUMED = (
-    "options", "pictures", "ranks", "ema", "optimizer", "epoch", "in_epoch", "step", "total", "history", "best",
-    "seconds",
-)  # fmt: skip
+_RESUMED: dict[str, checkpoint.Kind] = {
+    "options": (dict, "", lambda options: True),
+    "pictures": (list, "", lambda pictures: True),
+    "ranks": (int, "", lambda ranks: True),
+    "ema": ((dict, type(None)), "", lambda weights: True),
+    "optimizer": (dict, "a state", lambda state: isinstance(state.get("state"), dict)),
+    "epoch": (int, "0 or more", lambda epoch: epoch >= 0),
+    "in_epoch": (int, "0 or more", lambda steps: steps >= 0),
+    "step": (int, "0 or more", lambda step: step >= 0),
+    "total": (Tensor, "two finite numbers", lambda total: total.shape == (2,) and bool(total.isfinite().all())),
+    "history": (list, "a row of each epoch", _rows),
+    "best": ((int, float), "a number", math.isfinite),
+    "seconds": ((int, float), "a number", math.isfinite),
+}
 
 
 class Average:
@@ -220,6 +240,7 @@ class Trainer:
         missing = [name for name in _RESUMED if name not in state]
         if missing:
             raise UsageError(f"{path} holds a model and no training to go on with: it has no {', '.join(missing)}")
+        checkpoint.demand(state, _RESUMED, path)
         mine = {
             **self.options.identity(),
             "ranks": self.ranks,
@@ -230,16 +251,44 @@ class Trainer:
         for name, value in mine.items():
             if theirs.get(name) != value:
                 raise UsageError(f"{path} is of a run whose {name} is {theirs.get(name)}, here it is {value}")
+        done = sum(len(self.sampler.draws(epoch)) for epoch in range(min(state["epoch"], self.options.epochs)))
+        ended = state["epoch"] == self.options.epochs
+        inside = 0 if ended else len(self.sampler.draws(state["epoch"]))
+        if (
+            state["epoch"] > self.options.epochs
+            or state["in_epoch"] > inside
+            or state["step"] != done + state["in_epoch"]
+            or len(state["history"]) != state["epoch"]
+        ):
+            found = f"step {state['step']}, step {state['in_epoch']} of epoch {state['epoch'] + 1}"
+            raise UsageError(f"{path} is at {found} with {len(state['history'])} rows, which do not belong together")
+        optimizer = self._optimizer_state(state["optimizer"]["state"], path)
         checkpoint.fit(self.model, state["state_dict"], path)
         if self.average is not None:
             checkpoint.fit(self.average.model, state["ema"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(optimizer)
         self.epoch, self.in_epoch, self.step = state["epoch"], state["in_epoch"], state["step"]
         self.history, self.best, self.seconds = list(state["history"]), state["best"], state["seconds"]
         if self.rank == 0:  # it is the sum of all ranks
             self.total = state["total"].to(self.total)
         if self.progress is not None:
             self.progress.done = self.step
+
+    def _optimizer_state(self, state: dict[Any, Any], path: Path) -> dict[str, Any]:
+        """What the optimizer loads; its settings are those of the options. Raises UsageError where it does not fit."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for key, values in state.items():
+            if not (
+                isinstance(key, int)
+                and 0 <= key < len(parameters)
+                and isinstance(values, dict)
+                and values.keys() == {"step", "exp_avg", "exp_avg_sq"}
+                and all(isinstance(value, Tensor) for value in values.values())
+                and values["step"].shape == ()
+                and values["exp_avg"].shape == values["exp_avg_sq"].shape == parameters[key].shape
+            ):
+                raise UsageError(f"{path}: the optimizer's state of parameter {key!r} does not fit the model")
+        return {**self.optimizer.state_dict(), "state": state}
 
     def _save(self) -> None:
         if self.options.output is None:

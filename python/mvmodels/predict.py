@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import mvkernels
+from mvkernels.command import Parser, print_json, run
 from mvkernels.report import UsageError
 from mvmodels import checkpoint
-from mvmodels.command import Parser, backend, device, number, print_json, run, setting
+from mvmodels.command import backend, device, number, setting
 from mvmodels.data import read_picture
 from mvmodels.registry import create_model, model_info
 
@@ -43,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
         help="settings of a state_dict's model",
     )
     add("--classes", type=Path, metavar="FILE", help="names of the classes, one on a line")
-    add("--size", type=number(int, 8), help="side of the picture (default: that of the training, else the model's)")
+    add(
+        "--size",
+        type=number(int, 8, most=checkpoint.LARGEST),
+        help="side of the picture (default: that of the training, else the model's)",
+    )
     add("--crop", type=number(float, 0.01, most=1), default=0.875, help="share of the picture's side that is seen")
     add("--mean", type=number(float), nargs=3, help="of a state_dict's pictures, from 0 to 1 (default 0.5)")
     add("--std", type=number(float, 1e-6), nargs=3, help="of a state_dict's pictures (default 0.5)")
@@ -57,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict; returns the exit status."""
-    options = parser().parse_args(argv)
-    return run(_PROG, lambda: _predict(options))
+    return run(_PROG, lambda: _predict(parser().parse_args(argv)))
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
@@ -130,8 +134,10 @@ def _predict(options: argparse.Namespace) -> int:
 def _probabilities(model: nn.Module, picture: Tensor, name: str) -> Tensor:
     try:
         logits = model(picture)
-    except ValueError as error:  # of a size that the model does not take
-        raise UsageError(str(error)) from None
+    except mvkernels.BackendUnavailable:
+        raise
+    except (ValueError, RuntimeError) as error:  # of a size that the model does not take, or too large for the memory
+        raise UsageError(f"{name} takes no picture of {picture.shape[-2]} x {picture.shape[-1]}: {error}") from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UsageError(f"{name} is no classifier of pictures")
     if not logits.isfinite().all():

@@ -10,18 +10,20 @@ Exit status: 0, trained; 2, what was asked for cannot be done, in one line on st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from mvkernels.command import Parser, print_json, run
 from mvkernels.report import Progress, UsageError, machine, table
 from mvmodels import checkpoint
-from mvmodels.command import Parser, backend, device, number, print_json, run, setting
+from mvmodels.command import backend, device, number, setting
 from mvmodels.data import Digits, Pictures, folder_data
 from mvmodels.engine import Options, Trainer, say
 from mvmodels.registry import model_info
@@ -47,9 +49,13 @@ def parser() -> argparse.ArgumentParser:
     add("--smoothing", type=number(float, 0, 1), default=0.1, help="of labels (default 0.1)")
     add("--ema", type=number(float, 0, 1), default=5e-4, help="share of each step in the average; 0: none")
     add("--clip", type=number(float, 0), default=0.0, metavar="NORM", help="largest norm of the gradient")
-    add("--size", type=number(int, 8), help="side of a picture (default: 32 for digits, else the model's)")
+    add(
+        "--size",
+        type=number(int, 8, most=checkpoint.LARGEST),
+        help="side of a picture (default: 32 for digits, else the model's)",
+    )
     add("--multi-scale", choices=("variable", "fixed"), help="sizes from --scales, with a variable or fixed batch")
-    add("--scales", type=number(int, 8), nargs=2, default=(160, 320), metavar=("MIN", "MAX"))
+    add("--scales", type=number(int, 8, most=checkpoint.LARGEST), nargs=2, default=(160, 320), metavar=("MIN", "MAX"))
     add("--held-out", type=number(float, 0, 1), default=0.1, help="share of a folder without train and val")
     add("--no-flip", action="store_true", help="never mirror a picture of a folder")
     add(
@@ -88,8 +94,7 @@ def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
-    options = parser().parse_args(argv)
-    return run(_PROG, lambda: _train(options))
+    return run(_PROG, lambda: _train(parser().parse_args(argv)))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -145,21 +150,36 @@ def _cores() -> int:
 
 
 def _run(arguments: argparse.Namespace, options: Options, train: Pictures, test: Pictures, output: Path) -> int:
-    last = output / "last.pt"
     first = not (dist.is_initialized() and dist.get_rank() > 0)
-    state: dict[str, Any] | None = None
-    if last.exists():
-        if not arguments.resume:
-            raise UsageError(f"{last} is there: --resume goes on from it, another --output begins anew")
-        state = checkpoint.read_training(last)
     try:
         trainer = Trainer(options, train, test, report=_report if first else None)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
-    if first:
-        checkpoint.make_folder(output)
-    if state is not None:
-        trainer.restore(state, last)
+    with contextlib.ExitStack() as stack:
+        _by_the_first(lambda: stack.enter_context(checkpoint.claimed(output)))
+        return _go(arguments, trainer, output, first)
+
+
+def _by_the_first(action: Callable[[], Any]) -> None:
+    """Done by the first process, before the others go on; where it raises UsageError, all do."""
+    told: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except UsageError as error:
+            told = [str(error)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, 0)
+    if told[0] is not None:
+        raise UsageError(told[0])
+
+
+def _go(arguments: argparse.Namespace, trainer: Trainer, output: Path, first: bool) -> int:
+    options, last = trainer.options, output / "last.pt"
+    if last.exists():
+        if not arguments.resume:
+            raise UsageError(f"{last} is there: --resume goes on from it, another --output begins anew")
+        trainer.restore(checkpoint.read_training(last), last)
         if first:
             say(f"resumed at step {trainer.step} of {trainer.steps}")
     progress = Progress(trainer.steps) if first else None

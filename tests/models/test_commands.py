@@ -6,7 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import multiprocessing
 import os
+import re
+import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +23,7 @@ pytest.importorskip("PIL")
 
 from mvmodels import checkpoint, predict, registry, train, vit
 from mvmodels.command import setting
+from mvmodels.engine import Trainer
 from mvmodels.vit import VisionTransformer
 from tests.models import pictures
 
@@ -92,11 +98,59 @@ class TestTrain:
         wanted = {"in_chans": 3, "drop_rate": 0.5, "drop_path_rate": 0.1, "backend": "reference"}
         assert checkpoint.read_training(tmp_path / "best.pt")["settings"] == wanted
 
-    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-    def test_a_full_disk(self, folder, tmp_path, capsys):
-        (tmp_path / ".best.pt.part").symlink_to("/dev/full")
-        assert run(folder, tmp_path) == 2
-        assert "best.pt cannot be written: No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+    @pytest.mark.parametrize("room", [0, 20_000, 60_000])
+    def test_a_full_disk(self, folder, tmp_path, capsys, room):
+        """A limit on the size of files ends a write in the middle, as a full disk does."""
+        resource = pytest.importorskip("resource")
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+            assert run(folder, tmp_path / "run") == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        told = one_line_on_stderr(capsys, "train")
+        assert re.search(r"run/(\.lock|best\.pt|last\.pt) cannot be written: File too large", told)
+        assert not [*(tmp_path / "run").glob(".*")]
+
+    def test_a_folder_that_goes_meanwhile(self, folder, tmp_path, capsys, monkeypatch):
+        def gone(self: Trainer) -> dict[str, float]:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").touch()
+            return {"accuracy": 0.5}
+
+        monkeypatch.setattr(Trainer, "evaluate", gone)
+        assert run(folder, tmp_path / "run") == 2
+        assert "run/best.pt cannot be written: File exists" in one_line_on_stderr(capsys, "train")
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+    def test_a_second_training_in_one_folder_is_refused(self, folder, tmp_path, capsys):
+        """The first one ends as if there had been no other, and one that was killed keeps nobody out."""
+        output = tmp_path / "run"
+        output.mkdir()
+        (output / ".last.pt.0123abcd.part").touch()
+        begun, end = multiprocessing.Event(), multiprocessing.Event()
+
+        def hold() -> None:
+            with checkpoint.claimed(output):
+                begun.set()
+                end.wait(60)
+
+        first = multiprocessing.get_context("fork").Process(target=hold)
+        first.start()
+        assert begun.wait(60)
+        for more in ((), ("--resume",)):
+            assert run(folder, output, *more) == 2
+            told = one_line_on_stderr(capsys, "train")
+            assert f"{output} is the output of another training, process {first.pid} on " in told
+        assert os.listdir(output) == [".lock"]
+        first.kill()
+        first.join(60)
+        assert os.listdir(output) == [".lock"]  # as a killed process leaves it
+        (output / ".best.pt.0123abcd.part").touch()
+        assert run(folder, output) == 0
+        assert sorted(os.listdir(output)) == ["best.pt", "last.pt"]
 
     def test_grey_pictures(self, folder, tmp_path, capsys):
         assert run(folder, tmp_path, "--set", "in_chans=1", "--json") == 0
@@ -329,3 +383,44 @@ def test_a_model_that_is_no_classifier(folder, trained, tmp_path, capsys):
     named = ["--model", name, "--checkpoint", str(tmp_path / "dense.pt"), "--size", "64", "--set", "num_classes=3"]
     assert predict.main([str(folder / "red" / "0.png"), *named]) == 2
     assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "predict")
+
+
+NONSENSE = [
+    *(-3, 0, 10**12, 2**70, math.nan, math.inf, "x", b"x", None, True, 1.5, [], {}, [1, None], ["a", 1], {1: 2}),
+    *({"x": {"y": [1]}}, {"in_chans": -1}, {"in_chans": "x"}, {"image_size": 2}, {"num_classes": 3}, torch.zeros(0)),
+    *({"drop_rate": math.nan}, {"patch_size": 0}, [["a"], ["b"], ["c"]], torch.tensor([math.nan, 1.0])),
+]
+
+
+@pytest.mark.parametrize("name", ["format", "model", "settings", "classes", "size", "channels", "state_dict", "ema"])
+def test_a_checkpoint_whose_values_are_nonsense(folder, trained, capsys, name):
+    """Whatever a field holds: one line and status 2."""
+    state = checkpoint.read_training(trained / "last.pt")
+    right = {"settings": [{}], "ema": [None]}.get(name, [])
+    common = [str(folder / "red" / "0.png"), "--checkpoint", str(trained / "bad.pt")]
+    common += ["--no-ema"] if name == "state_dict" else []
+    for value in NONSENSE:
+        torch.save({**state, name: value}, trained / "bad.pt")
+        if not any(type(value) is type(one) and value == one for one in right):
+            assert predict.main(common) == 2, value
+            one_line_on_stderr(capsys, "predict")
+
+
+@pytest.mark.parametrize("name", ["epoch", "in_epoch", "step", "history", "best", "seconds", "total", "optimizer"])
+def test_a_training_whose_values_are_nonsense_is_not_gone_on_with(folder, trained, capsys, name):
+    state = checkpoint.read_training(trained / "last.pt")
+    first = {**state["optimizer"]["state"][0], "exp_avg": torch.zeros(1)}
+    worse = {
+        "optimizer": [{"state": {0: first}}, {"state": {0: {}}}, {"state": {"x": {}}}, {"state": {10**6: first}}],
+        "history": [state["history"][:-1], [*state["history"][:-1], {"epoch": 4}]],
+    }
+    right = {"best": _finite, "seconds": _finite, "in_epoch": lambda value: type(value) is int and value == 0}
+    for value in [*NONSENSE[:16:2], *NONSENSE[-1:], *worse.get(name, [])]:
+        if name not in right or not right[name](value):
+            checkpoint.save({**state, name: value}, trained / "last.pt")
+            assert run(folder, trained, "--resume") == 2, value
+            assert str(trained / "last.pt") in one_line_on_stderr(capsys, "train")
+
+
+def _finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -239,6 +239,27 @@ WRONG = {
     "integer": (TypeError, "{0} has dtype int64", lambda t: torch.ones(t.shape, dtype=torch.int64)),
     "complex": (TypeError, "{0} has dtype complex64", lambda t: torch.zeros(t.shape, dtype=torch.complex64)),
     "sparse": (TypeError, "{0} has layout sparse_coo", lambda t: t.to_sparse()),
+    "sparse rows": (TypeError, "{0} has layout sparse_csr", lambda t: t.reshape(len(t), -1).to_sparse_csr()),
+    "mkldnn": (TypeError, "{0} has layout _mkldnn", lambda t: t.to_mkldnn()),
+    "quantized": (TypeError, "{0} has dtype quint8", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)),
+    "nested": (TypeError, "{0} is a nested tensor", lambda t: torch.nested.nested_tensor([*t, t[0]])),
+    "nested with a gradient": (
+        TypeError,
+        "{0} is a nested tensor",
+        lambda t: torch.nested.nested_tensor([*t, t[0]]).requires_grad_(),
+    ),
+    "jagged": (
+        TypeError,
+        "{0} has layout jagged",
+        lambda t: torch.nested.nested_tensor([t.flatten()[:3], t.flatten()[:1]], layout=torch.jagged),
+    ),
+    "masked": (TypeError, "{0} is a MaskedTensor", lambda t: torch.masked.masked_tensor(t, t > 0)),
+    "without values": (TypeError, "{0} is a UninitializedParameter", lambda t: torch.nn.UninitializedParameter()),
+    "a buffer without values": (
+        TypeError,
+        "{0} is a UninitializedBuffer",
+        lambda t: torch.nn.UninitializedBuffer(),
+    ),
     "dtypes": (ValueError, "want one dtype", lambda t: t.double()),
     "devices": (ValueError, "want one device", lambda t: t.to("meta")),
     "rank": (ValueError, "{0} has .* axes", lambda t: t[0]),
@@ -247,6 +268,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.filterwarnings("ignore:.*(prototype stage|beta state|quantized tensor)")
 def test_bad_tensors(name, kind):
     error, message, wrong = WRONG[kind]
     for which, value in tensors_of(example(name)).items():

@@ -1,0 +1,88 @@
+"""What a built wheel is called, and what is in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mvkernels.version import __version__
+
+pytest.importorskip("setuptools", minversion="77")
+
+ROOT = Path(__file__).resolve().parents[1]
+PURE = f"mvkernels-{__version__}-py3-none-any.whl"
+# Compiles in a moment, and stands for the kernels: no test loads it.
+MODULE = 'extern "C" void* PyInit__C() { return nullptr; }\n'
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What the build reads, with a small package and a small extension."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mvkernels/version.py", "mvkernels/cli.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "mvkernels" / "__init__.py").touch()
+    (tmp_path / "python" / "mvmodels").mkdir(parents=True)
+    (tmp_path / "python" / "mvmodels" / "__init__.py").touch()
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "register.cpp").write_text(MODULE)
+    return tmp_path
+
+
+def build(checkout: Path, command: str = "bdist_wheel", **environment: str) -> str:
+    """The file that is new in dist, by name."""
+    dist = checkout / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MVKERNELS_")}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", command, "--dist-dir", "dist"],
+        cwd=checkout, env={**kept, **environment}, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    (found,) = dist.iterdir()
+    return found.name
+
+
+def contents(checkout: Path, wheel: str) -> tuple[list[str], str]:
+    """The compiled files of a wheel, and its file WHEEL."""
+    with zipfile.ZipFile(checkout / "dist" / wheel) as files:
+        names = files.namelist()
+        about = next(name for name in names if name.endswith(".dist-info/WHEEL"))
+        assert "mvkernels/cli.py" in names and "mvmodels/__init__.py" in names
+        return [name for name in names if name.endswith((".so", ".pyd"))], files.read(about).decode()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"MVKERNELS_SKIP_EXT": "1"}, {"CC": "/nonexistent", "CXX": "/nonexistent"}, {"CC": "false", "CXX": "false"}],
+    ids=["skipped", "no compiler", "a compiler that fails"],
+)
+def test_a_wheel_without_kernels_says_so(checkout: Path, environment: dict[str, str]) -> None:
+    # What an editable install leaves in the package is no part of a wheel.
+    (checkout / "mvkernels" / "_C.abi3.so").touch()
+    assert build(checkout, **environment) == PURE
+    compiled, about = contents(checkout, PURE)
+    assert compiled == [] and "Root-Is-Purelib: true" in about and "Tag: py3-none-any" in about
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
+def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> None:
+    name = build(checkout, MVKERNELS_REQUIRE_EXT="1")
+    assert name.startswith(f"mvkernels-{__version__}-cp310-abi3-linux_")
+    compiled, about = contents(checkout, name)
+    assert compiled == ["mvkernels/_C.abi3.so"] and "Root-Is-Purelib: false" in about
+    # A later build in the same folder that fails does not ship the kernels of this one.
+    (checkout / "csrc" / "cpu" / "register.cpp").write_text("#error\n")
+    assert build(checkout) == PURE
+    assert contents(checkout, PURE)[0] == []
+
+
+def test_a_source_distribution_is_called_the_same(checkout: Path) -> None:
+    assert build(checkout, "sdist", CC="false", CXX="false") == f"mvkernels-{__version__}.tar.gz"
