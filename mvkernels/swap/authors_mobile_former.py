@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import log_once, not_hooked, unusual_call
+from mvkernels.swap.eligibility import class_name, log_once, not_hooked, unusual_call
 from mvkernels.swap.later import LaterTensor
 
 _CHILDREN = ("q", "k", "v", "proj", "alpha", "layer_norm", "drop_path", "fuse")
@@ -85,7 +85,7 @@ class _SwappedBridge(by_structure.SwappedByStructure):
         drop_path = bridge.drop_path
         if type(drop_path) is not nn.Identity:
             if not hasattr(drop_path, "drop_prob"):
-                return f"drop_path is a {type(drop_path).__name__}, not known to be a drop path"
+                return f"drop_path is a {class_name(type(drop_path))}, not known to be a drop path"
             if drop_path.training and drop_path.drop_prob:
                 return f"drop path (p={drop_path.drop_prob}) is active in training mode"
         return not_hooked(drop_path, "drop_path")
