@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import drops_path, log_once, not_hooked, unusual_call
+from mvkernels.swap.eligibility import class_name, drops_path, log_once, not_hooked, unusual_call
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import Swapped
 
@@ -80,7 +80,7 @@ class _SwappedBridge(Swapped):
             return "it projects the map (remove_proj_local is False)"
         drop_path = bridge.drop_path
         if type(drop_path) is not nn.Identity and not hasattr(drop_path, "drop_prob"):
-            return f"drop_path is a {type(drop_path).__name__}, not known to be a drop path"
+            return f"drop_path is a {class_name(type(drop_path))}, not known to be a drop path"
         return not_hooked(drop_path, "drop_path")
 
     def fused(self, x: Tensor, tokens: Tensor) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvkernels.swap.eligibility import class_name
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import swapped_class
 
@@ -26,7 +27,7 @@ def holds_something_else(module: nn.Module, known: Sequence[str], what: str = "i
     """Children that the known formula has no place for: a dropout may be inactive when the module is asked."""
     for name, child in module._modules.items():
         if name not in known and child is not None:
-            return f"{what} holds {name}, a {type(child).__name__}, which the known formula has no place for"
+            return f"{what} holds {name}, a {class_name(type(child))}, which the known formula has no place for"
     return ""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mvkernels.swap import by_structure
 from mvkernels.swap.eligibility import (
     ELEMENTWISE,
+    class_name,
     drops_attention,
     drops_path,
     log_once,
@@ -96,7 +97,7 @@ def _not_conv_layer(module: Any, what: str) -> str:
     if reason:
         return reason
     if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
-        return f"{what} has a {type(conv).__name__}, want a plain convolution"
+        return f"{what} has a {class_name(type(conv))}, want a plain convolution"
     plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
     if not plain or next(iter(module.block._modules)) != "conv":
         return f"{what} does not begin with a plain 1x1 convolution"
@@ -122,13 +123,13 @@ def _why_not_layer(layer: Any, like: Tensor, dim: int) -> str:
     for module in (drop, drop1, drop2, attention.attn_dropout):
         reason = reason or not_hooked(module, "a dropout")
         if not reason and not isinstance(module, nn.Dropout):
-            reason = f"a {type(module).__name__} is where a dropout is expected"
+            reason = f"a {class_name(type(module))} is where a dropout is expected"
     if reason:
         return reason
     if getattr(attention, "coreml_compatible", False):
         return "it is laid out for CoreML (coreml_compatible)"
     if not any(kind in ELEMENTWISE for kind in type(activation).__mro__):
-        return f"pre_norm_ffn.2 is a {type(activation).__name__}, not known to be element-wise"
+        return f"pre_norm_ffn.2 is a {class_name(type(activation))}, not known to be element-wise"
     return ""
 
 
@@ -143,14 +144,14 @@ def _drops(block: Any) -> str:
 
 def _not_layer_norm(module: Any, dim: int, what: str) -> str:
     if not isinstance(module, nn.LayerNorm) or module.normalized_shape != (dim,):
-        return f"{what} is a {type(module).__name__}, want a LayerNorm over {dim} features"
+        return f"{what} is a {class_name(type(module))}, want a LayerNorm over {dim} features"
     return not_hooked(module, what)
 
 
 def _not_linear(module: Any, like: Tensor, shape: tuple[int | None, int | None], what: str) -> str:
     """A Linear, torch's or the package's own, of this shape and with the dtype and device of the rest."""
     if type(module) is not nn.Linear and type(module).__name__ != "LinearLayer":
-        return f"{what} is a {type(module).__name__}, want a plain Linear"
+        return f"{what} is a {class_name(type(module))}, want a plain torch.nn.Linear"
     if getattr(module, "channel_first", False):
         return f"{what} has its channels first"
     weight = module.weight

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mvkernels.nn import pointwise_to_channels_last
 from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap.eligibility import (
+    class_name,
     log_once,
     not_its_own,
     not_linear,
@@ -38,7 +39,7 @@ def why_not(module: Any) -> str:
     """Why the fused form cannot stand for this attention as it is now; empty if it can."""
     processor, like = module.processor, module.to_q.weight
     if type(processor) is not SanaMultiscaleAttnProcessor2_0:
-        return f"its processor is a {type(processor).__name__}, want a SanaMultiscaleAttnProcessor2_0"
+        return f"its processor is a {class_name(type(processor))}, want a SanaMultiscaleAttnProcessor2_0"
     reason = (
         replaced(SanaMultiscaleLinearAttention, *_METHODS)
         or replaced(SanaMultiscaleAttnProcessor2_0, "__call__")

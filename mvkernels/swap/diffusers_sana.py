@@ -15,16 +15,17 @@ from diffusers.models.attention_processor import Attention, SanaLinearAttnProces
 from torch import Tensor, nn
 
 from mvkernels.ops.relu_linear_attention import relu_linear_attention
-from mvkernels.swap.eligibility import log_once, not_linear, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import class_name, log_once, not_exactly, not_linear, not_plain, replaced, unusual_call
 
 
 def why_not(module: Any) -> str:
     """Why the fused processor cannot stand for the one that this ``Attention`` has; empty if it can."""
-    if type(module) is not Attention:
-        return "a subclass of Attention, which may compute something else"
+    reason = not_exactly(module, Attention)
+    if reason:
+        return reason
     processor = module.processor
     if type(processor) is not SanaLinearAttnProcessor2_0:
-        return f"its processor is a {type(processor).__name__}, want a SanaLinearAttnProcessor2_0"
+        return f"its processor is a {class_name(type(processor))}, want a SanaLinearAttnProcessor2_0"
     return replaced(SanaLinearAttnProcessor2_0, "__call__") or _why_not_now(module) or _asked()[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 
 _log = logging.getLogger("mvkernels")
 _logged: set[tuple[str, str]] = set()
@@ -42,6 +43,16 @@ _ELEMENTWISE_FILES = ("transformers.activations", "timm.layers.activations")
 _DENSE = (Tensor, nn.Parameter)
 
 
+def class_name(kind: type) -> str:
+    """The name that tells a class from others called alike: ``torch.nn.Linear``, ``peft.tuners.lora.layer.Linear``."""
+    if kind.__module__ == "builtins":
+        return kind.__qualname__
+    for package, said in ((nn, "torch.nn"), (torch, "torch")):  # where users know it from
+        if kind.__module__.partition(".")[0] == "torch" and getattr(package, kind.__name__, None) is kind:
+            return f"{said}.{kind.__name__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     """``module`` must be exactly a ``kind``, with its class's own forward and no hooks.
 
@@ -49,8 +60,29 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     and pruning work through hooks.
     """
     if type(module) is not kind:
-        return f"{what} is a {type(module).__name__}, want a plain {kind.__name__}"
+        return f"{what} is a {class_name(type(module))}, want a plain {class_name(kind)}"
     return replaced(kind, "forward") or not_hooked(module, what)
+
+
+def not_exactly(module: nn.Module, original: type[nn.Module]) -> str:
+    """``module`` must be an ``original`` and nothing made from it."""
+    kind = type(module)
+    if kind is original:
+        return ""
+    if parametrize.is_parametrized(module) and kind.__mro__[1] is original:
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"its {names} is parametrized (torch.nn.utils.parametrize): swap the model first, then parametrize it"
+    return f"{class_name(kind)} is a subclass of {original.__name__}, which may compute something else"
+
+
+def sharded(module: nn.Module) -> str:
+    """fully_shard gives a module another class, and the parameters of all in it another one; a swap goes before it."""
+    bases = type(module).__mro__
+    if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.distributed") for base in bases):
+        return "fully_shard has sharded it: swap the model first, then shard it"
+    if any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        return "its parameters are sharded (DTensor): swap the model first, then shard it"
+    return ""
 
 
 class _Written:
@@ -70,11 +102,11 @@ def replaced(kind: type, *methods: str) -> str:
             if torch.compiler.is_compiling():  # a model unpickled and compiled at once
                 continue
             if method is not _as_written(kind, name):
-                return f"{kind.__name__} has had its {name} replaced"
+                return f"{class_name(kind)} has had its {name} replaced"
             setattr(_written, key, method)
             setattr(_written, f"class_{id(kind)}", kind)  # kept, so that no other has its number
         if method is not getattr(_written, key):
-            return f"{kind.__name__} has had its {name} replaced"
+            return f"{class_name(kind)} has had its {name} replaced"
     return ""
 
 
@@ -114,7 +146,7 @@ def not_its_own(module: Any, *methods: str) -> str:
 
 def not_number(value: Any, what: str) -> str:
     """A plain number: a tensor in its place may have a gradient, or a value for each head."""
-    return "" if type(value) in (float, int) else f"{what} is a {type(value).__name__}, want a number"
+    return "" if type(value) in (float, int) else f"{what} is a {class_name(type(value))}, want a number"
 
 
 def not_linear(module: Any, like: Tensor | None, what: str) -> str:
@@ -131,7 +163,7 @@ def not_linear(module: Any, like: Tensor | None, what: str) -> str:
 def not_dense(weight: Tensor, what: str) -> str:
     """A weight of no kind of its own: quantized ones are."""
     if type(weight) not in _DENSE and not torch.compiler.is_compiling():
-        return f"{what} has a {type(weight).__name__} as weight"
+        return f"{what} has a {class_name(type(weight))} as weight"
     return ""
 
 
@@ -162,7 +194,7 @@ def not_elementwise(module: Any, what: str) -> str:
     """An activation known to treat every element alike, whatever the shape."""
     kind = type(module)
     if kind not in ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
-        return f"{what} is a {kind.__name__}, not known to be element-wise"
+        return f"{what} is a {class_name(kind)}, not known to be element-wise"
     return not_hooked(module, what)
 
 
@@ -194,7 +226,7 @@ def unusual_call(x: Any, axes: int = 4) -> str:
     if nn.modules.module._has_any_global_hook():
         return "global module hooks are registered"
     if type(x) not in _DENSE and type(x).__name__ != "FakeTensor":
-        return f"the input is a {type(x).__name__}"
+        return f"the input is a {class_name(type(x))}"
     if torch.jit.is_tracing():
         return "torch.jit.trace is running"
     if torch._C._are_functorch_transforms_active():

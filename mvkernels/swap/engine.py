@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from mvkernels.backend import requested
-from mvkernels.swap.eligibility import not_hooked
+from mvkernels.swap.attention import children, mixes_tokens
+from mvkernels.swap.eligibility import class_name, not_exactly, not_hooked, sharded
 from mvkernels.swap.folding import fold
 from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
 from mvkernels.swap.swapped import swapped_class
@@ -69,6 +70,7 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),
     Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
+_BY_CLASS = {(family.source, family.class_name): family for family in FAMILIES}
 STRUCTURES = (
     Structure(
         frozenset(("block", "num_heads", "token_num", "use_dynamic", "remove_proj_local", "proj", "drop_path")),
@@ -113,7 +115,7 @@ def swap(
     A named backend that cannot run raises BackendUnavailable when the block is called.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"swap: model is a {type(model).__name__}, want a torch.nn.Module")
+        raise TypeError(f"swap: model is a {class_name(type(model))}, want a torch.nn.Module")
     if backend is not None:
         requested(backend)
     found = find(model)
@@ -122,7 +124,7 @@ def swap(
     picked = {name for name, module, _ in found if chosen(name, module)}
     report = SwapReport()
     for name, module, family in found:
-        class_name = getattr(type(module), "mvk_original", type(module)).__name__
+        kind = getattr(type(module), "mvk_original", type(module))
         if original_of(module) is not None:
             reason, swapped = "already swapped", True
             if backend is not None and name in picked:
@@ -141,7 +143,7 @@ def swap(
                 change()
                 set_backend(module, backend)
                 report._changed[name] = module, original_of(module)
-        report.entries.append(SwapEntry(name, class_name, swapped, reason))
+        report.entries.append(SwapEntry(name, kind.__name__, swapped, reason))
     if fold_norms:
         report._folded += fold(model, [(module, _adapter(family)) for _, module, family in found if family is not None])
     return report
@@ -166,11 +168,15 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
     def processor() -> None:
         module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]
 
+    reason = sharded(module)
+    if reason:
+        return reason, class_
     if isinstance(family, Structure):
         return _why_not(module, functools.partial(adapter.why_not, model=model), family.parameters), class_
     if isinstance(family, Processor):
         return _asked(module, adapter.why_not), processor
-    return _not_exactly(module, family) or _why_not(module, adapter.why_not, family.parameters), class_
+    reason = not_exactly(module, getattr(sys.modules[family.source], family.class_name, nn.Module))
+    return reason or _why_not(module, adapter.why_not, family.parameters), class_
 
 
 def _adapter(family: AnyFamily) -> Any:
@@ -178,44 +184,50 @@ def _adapter(family: AnyFamily) -> Any:
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
-    """Attention modules in the order of the model: the blocks of the families, and other classes called attention.
+    """Attention modules in the order of the model: the blocks of the families, and others that mix tokens by attention.
 
     Of the others, those outside the blocks, and the innermost where they nest.
     """
     found: list[tuple[str, nn.Module, AnyFamily | None]] = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside) and inside:
-            continue
+    seen: dict[int, bool] = {}
+
+    def mark(module: nn.Module) -> None:
+        """What a block holds is not listed, wherever else it may be."""
+        for part in children(module).values():
+            if id(part) not in seen:
+                seen[id(part)] = True
+                mark(part)
+
+    def visit(name: str, module: nn.Module) -> bool:
+        """Whether it is attention, or something in it is."""
+        if id(module) in seen:
+            return seen[id(module)]
         family = _family(module)
+        seen[id(module)] = family is not None
         if family is not None:
             found.append((name, module, family))
-            inside += (f"{name}." if name else "",)
-        elif "attention" in type(module).__name__.lower() and not _contains(module):
+            mark(module)
+            return True
+        inside = [visit(f"{name}.{child}" if name else child, part) for child, part in children(module).items()]
+        seen[id(module)] = any(inside)
+        if not any(inside) and mixes_tokens(module):
             found.append((name, module, None))
+            seen[id(module)] = True
+        return seen[id(module)]
+
+    visit("", model)
     return found
-
-
-def _contains(module: nn.Module) -> bool:
-    """Whether an attention module is somewhere inside."""
-    inner = (m for m in module.modules() if m is not module)
-    return any("attention" in type(m).__name__.lower() or _family(m) is not None for m in inner)
 
 
 def _family(module: nn.Module) -> AnyFamily | None:
     """The family whose class is the module's, or is among its bases; else that whose structure it has."""
-    names = {(base.__module__, base.__qualname__) for base in type(module).__mro__}
-    family = next((f for f in FAMILIES if (f.source, f.class_name) in names), None)
-    if family is not None:
-        return family
-    held = module.__dict__.keys() | module._modules.keys()
-    return next((s for s in STRUCTURES if s.holds <= held), None)
-
-
-def _not_exactly(module: nn.Module, family: Family) -> str:
-    if type(module) is not getattr(sys.modules[family.source], family.class_name, None):
-        return f"a subclass of {family.class_name}, which may compute something else"
-    return ""
+    for base in type(module).__mro__:
+        family = _BY_CLASS.get((base.__module__, base.__qualname__))
+        if family is not None:
+            return family
+    attributes = module.__dict__
+    held = attributes.get("_modules") or ()
+    return next((s for s in STRUCTURES if all(name in attributes or name in held for name in s.holds)), None)
 
 
 def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str], parameters: tuple[str, ...] | None = None) -> str:
@@ -242,11 +254,12 @@ def _predicate(only: Only | None, names: list[str]) -> Callable[[str, nn.Module]
     if callable(only):
         return only
     if not isinstance(only, Iterable):
-        raise TypeError(f"swap: only is a {type(only).__name__}, want a name, names, or a predicate on (name, module)")
+        kind = class_name(type(only))
+        raise TypeError(f"swap: only is a {kind}, want a name, names, or a predicate on (name, module)")
     wanted = list(only)
     for name in wanted:
         if not isinstance(name, str):
-            raise TypeError(f"swap: only has a {type(name).__name__}, want names")
+            raise TypeError(f"swap: only has a {class_name(type(name))}, want names")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
             hint = f"did you mean {', '.join(map(repr, near))}?" if near else "there is none in it"

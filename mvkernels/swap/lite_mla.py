@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap.eligibility import (
+    class_name,
     log_once,
     not_dense,
     not_number,
@@ -35,7 +36,7 @@ def why_not(module: Any) -> str:
     for name in ("norm", "act"):
         part = getattr(qkv, name)
         if part is not None and type(part) is not nn.Identity:
-            return f"qkv.{name} is a {type(part).__name__}, want none"
+            return f"qkv.{name} is a {class_name(type(part))}, want none"
     channels = qkv.conv.out_channels
     if channels % (3 * module.dim):
         return f"qkv has {channels} channels, want a multiple of 3 * dim = {3 * module.dim}"

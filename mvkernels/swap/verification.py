@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvkernels.swap.eligibility import class_name
 from mvkernels.swap.engine import swap, unswap
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.report import SwapReport, original_of, table
@@ -79,7 +80,7 @@ def verify_swap(
     Raises TypeError for a model that is not an ``nn.Module``, and whatever the model raises.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"verify_swap: model is a {type(model).__name__}, want a torch.nn.Module")
+        raise TypeError(f"verify_swap: model is a {class_name(type(model))}, want a torch.nn.Module")
     _forget(model)
     # eval() and not its result: that of timm's EfficientFormer attention is None.
     swapped = copy.deepcopy(model)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,18 @@ FAMILIES = {
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def one_process() -> Iterator[Callable[[nn.Module], Any]]:
+    """``fully_shard`` with this process as the only one."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield lambda module: fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -73,7 +73,7 @@ class NoScores(layout.Local2Global):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (DropsAttention, "it holds attn_drop, a Dropout, which the known formula has no place for"),
+        (DropsAttention, "it holds attn_drop, a torch.nn.Dropout, which the known formula has no place for"),
         (DropsByFunction, "computes something else than the known formula in training mode"),
         (DoubledInTraining, "computes something else than the known formula in training mode"),
         (ClampsScores, "computes something else than the known formula$"),
@@ -129,7 +129,7 @@ class LiteMLAClamps(efficientvit_layout.LiteMLA):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (LiteMLADropsQkv, "it holds drop, a Dropout"),
+        (LiteMLADropsQkv, "it holds drop, a torch.nn.Dropout"),
         (LiteMLADoubles, "something else than the known formula in training mode"),
         (LiteMLAClamps, "something else than the known formula$"),
         (efficientvit_layout.LiteMLA, ""),
@@ -177,7 +177,7 @@ class HoldingAttention(Attention):
     [
         (ClampingAttention, "something else than the known formula$"),
         (NoisyAttention, "something else than the known formula in training mode"),
-        (HoldingAttention, "its attention holds logits_drop, a Dropout"),
+        (HoldingAttention, "its attention holds logits_drop, a torch.nn.Dropout"),
         (Attention, ""),
     ],
 )

@@ -201,6 +201,47 @@ def test_changed_after_the_swap(family, change, monkeypatch, caplog):
     assert [reason in r.getMessage() for r in caplog.records] == [True]
 
 
+def test_reasons_name_foreign_classes_in_full(family):
+    """LoRA's Linear and that of quantization-aware training are called Linear too."""
+    block = family.block()
+    foreign = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    block.get_submodule(family.linear).__class__ = foreign
+    name = family.linear.removeprefix("transformer.0.").rpartition("attention.")[2]
+    reason = swap(block).entries[0].reason
+    assert f"{name} is a peft.tuners.lora.layer.Linear, want a plain torch.nn.Linear" in reason
+    block = family.block()
+    convolution = next(n for n, m in block.named_modules() if type(m) is nn.Conv2d and "conv_1x1" in n)
+    block.get_submodule(convolution).__class__ = torch.ao.nn.qat.Conv2d
+    reason = swap(block).entries[0].reason
+    assert f"{convolution} is a torch.ao.nn.qat.modules.conv.Conv2d, want a plain torch.nn.Conv2d" in reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (nn.Linear, "torch.nn.Linear"),
+        (nn.Parameter, "torch.nn.Parameter"),
+        (torch.Tensor, "torch.Tensor"),
+        (float, "float"),
+        (Adapter, f"{__name__}.Adapter"),
+        (parametrizations.weight_norm(nn.Linear(2, 2)).__class__, "torch.nn.utils.parametrize.ParametrizedLinear"),
+    ],
+)
+def test_class_name(kind, name):
+    assert eligibility.class_name(kind) == name
+
+
+@pytest.mark.parametrize("root", [False, True], ids=["the block", "the model"])
+def test_a_swap_goes_before_fully_shard(family, root, one_process):
+    block = family.block()
+    model = nn.Sequential(block)
+    one_process(model if root else block)
+    kind = type(block)
+    (entry,) = swap(model).entries
+    assert not entry.swapped and type(block) is kind
+    assert "sharded" in entry.reason and entry.reason.endswith("swap the model first, then shard it")
+
+
 def test_hook_removed_again(family, monkeypatch):
     block = family.block()
     swap(block)

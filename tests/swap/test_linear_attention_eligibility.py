@@ -57,8 +57,11 @@ def replace_forward(module: nn.Module, family: Family) -> None:
 
 
 CHANGES = {
-    "adapter": (adapt, "is a Adapter"),
-    "parametrization": (lambda m, f: parametrizations.weight_norm(m.get_submodule(f.linear)), "is a Parametrized"),
+    "adapter": (adapt, f"is a {__name__}.adapt.<locals>.Adapter, want a plain torch.nn."),
+    "parametrization": (
+        lambda m, f: parametrizations.weight_norm(m.get_submodule(f.linear)),
+        "is a torch.nn.utils.parametrize.Parametrized",
+    ),
     "pruning": (lambda m, f: prune.l1_unstructured(m.get_submodule(f.linear), "weight", 0.5), "hook"),
     "forward hook": (lambda m, f: m.get_submodule(f.linear).register_forward_hook(lambda m, i, o: 2 * o), "hook"),
     "backward hook": (
@@ -141,15 +144,15 @@ def _conv(**settings):
 # By family: how a module is changed, and the reason that its report gives.
 DECLINED = {
     "timm": {
-        "another activation": (_replace("kernel_func", nn.GELU()), "kernel_func is a GELU"),
-        "its subclass": (_replace("kernel_func", nn.ReLU6()), "kernel_func is a ReLU6"),
+        "another activation": (_replace("kernel_func", nn.GELU()), "kernel_func is a torch.nn.GELU"),
+        "its subclass": (_replace("kernel_func", nn.ReLU6()), "kernel_func is a torch.nn.ReLU6"),
         "a hook on it": (lambda m: m.kernel_func.register_forward_hook(lambda *a: None), "kernel_func has a hook"),
         "bias": (_replace("qkv.conv", nn.Conv2d(16, 48, 1)), "qkv.conv has a bias"),
-        "norm": (_replace("qkv.norm", nn.BatchNorm2d(48)), "qkv.norm is a BatchNorm2d"),
-        "activation of qkv": (_replace("qkv.act", nn.Hardswish()), "qkv.act is a Hardswish"),
-        "another projection": (_replace("qkv", nn.Conv2d(16, 48, 1)), "qkv is a Conv2d"),
+        "norm": (_replace("qkv.norm", nn.BatchNorm2d(48)), "qkv.norm is a torch.nn.BatchNorm2d"),
+        "activation of qkv": (_replace("qkv.act", nn.Hardswish()), "qkv.act is a torch.nn.Hardswish"),
+        "another projection": (_replace("qkv", nn.Conv2d(16, 48, 1)), "qkv is a torch.nn.Conv2d"),
         "three convolutions": (lambda m: m.aggreg[0].append(nn.Identity()), "aggreg is not of pairs"),
-        "unequal scales": (lambda m: m.aggreg.append(nn.Conv2d(48, 48, 1)), "aggreg is a Conv2d"),
+        "unequal scales": (lambda m: m.aggreg.append(nn.Conv2d(48, 48, 1)), "aggreg is a torch.nn.Conv2d"),
         "bias of a scale": (_replace("aggreg.0.0", _conv(bias=True)), "aggreg has a bias"),
         "stride": (_replace("aggreg.0.0", _conv(stride=2)), "not of as many channels and pixels"),
         "dilation": (_replace("aggreg.0.0", _conv(dilation=2, padding=4)), "not a depthwise convolution"),
@@ -158,36 +161,36 @@ DECLINED = {
         "groups": (_replace("aggreg.0.1", _conv(kernel_size=1, padding=0, groups=2)), "in groups of 8"),
         "weights of their own kind": (
             lambda m: setattr(m.aggreg[0][0], "weight", nn.Parameter(m.aggreg[0][0].weight.as_subclass(Odd))),
-            "aggreg has a Odd",
+            f"aggreg has a {__name__}.Odd",
         ),
         "_attn": (_set("_attn", lambda q, k, v: v), "its _attn replaced"),
-        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
         "forward": (_set("forward", lambda x: x), "forward replaced"),
     },
     "mit": {
-        "another activation": (_replace("kernel_func", nn.GELU()), "kernel_func is a GELU"),
+        "another activation": (_replace("kernel_func", nn.GELU()), "kernel_func is a torch.nn.GELU"),
         "bias": (_replace("qkv.conv", nn.Conv2d(16, 48, 1)), "qkv.conv has a bias"),
-        "norm": (lambda m: setattr(m.qkv, "norm", nn.BatchNorm2d(48)), "qkv.norm is a BatchNorm2d"),
+        "norm": (lambda m: setattr(m.qkv, "norm", nn.BatchNorm2d(48)), "qkv.norm is a torch.nn.BatchNorm2d"),
         "bias of a scale": (_replace("aggreg.0.1", nn.Conv2d(48, 48, 1, groups=6)), "aggreg has a bias"),
         "dim": (_set("dim", 5), "want a multiple of 3 * dim"),
-        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
         "method": (_set("relu_linear_att", lambda qkv: qkv), "cannot be compared|something else|replaced"),
     },
     "dc-ae": {
-        "another activation": (_replace("nonlinearity", nn.SiLU()), "nonlinearity is a SiLU"),
+        "another activation": (_replace("nonlinearity", nn.SiLU()), "nonlinearity is a torch.nn.SiLU"),
         "processor": (_set("processor", lambda attn, x: x), "its processor is a function"),
         "bias": (_replace("to_k", nn.Linear(16, 16)), "to_k has a bias"),
         "bias of to_out": (_replace("to_out", nn.Linear(32, 16)), "to_out has a bias"),
         "bias of a scale": (_replace("to_qkv_multiscale.0.proj_in", _conv(bias=True)), "to_qkv_multiscale has a bias"),
         "dtype": (lambda m: m.to_v.bfloat16(), "another dtype or device"),
         "head_dim": (_set("attention_head_dim", 5), "heads of 5 channels"),
-        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a Tensor, want a number"),
+        "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
         "method": (_set("apply_quadratic_attention", lambda q, k, v: v), "its apply_quadratic_attention replaced"),
         "forward": (_set("forward", lambda x: x), "forward replaced"),
     },
     "sana": {
-        "processor": (lambda m: m.set_processor(Other()), "its processor is a Other"),
-        "dropout": (lambda m: m.to_out.__setitem__(1, nn.Identity()), "to_out.1 is a Identity"),
+        "processor": (lambda m: m.set_processor(Other()), f"its processor is a {__name__}.Other"),
+        "dropout": (lambda m: m.to_out.__setitem__(1, nn.Identity()), "to_out.1 is a torch.nn.Identity"),
         "heads": (_set("heads", 3), "do not make 3 heads"),
         "keys of another width": (_replace("to_k", nn.Linear(16, 8)), "heads of one width"),
     },
@@ -225,6 +228,14 @@ def test_eps_that_becomes_a_tensor(name, caplog):
         out = module(x)
     assert torch.equal(out, restored(module)(x)) and out.requires_grad
     assert torch.autograd.grad(out.square().sum(), module.eps)[0] != 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_swap_goes_before_fully_shard(name, one_process):
+    module = FAMILIES[name].attention()
+    one_process(module)
+    (entry,) = swap(module).entries
+    assert entry.reason == "fully_shard has sharded it: swap the model first, then shard it"
 
 
 @pytest.mark.parametrize("name", MULTISCALE)
@@ -304,7 +315,7 @@ def test_another_name_and_the_same_computation():
     assert swap(module).count == 1 and type(module).__name__ == "Attend"
     module = mit_attention()
     del module.eps
-    assert swap(module).entries == []
+    assert [e.reason for e in swap(module).entries] == ["no fused form of this class is known"]
 
 
 def test_a_norm_that_runs_elsewhere():

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mvkernels.swap import swap, verify_swap
 from tests.swap.conftest import compiles_for_all_sizes, randomise
@@ -145,7 +146,7 @@ def test_biases_are_gathered_anew():
 
 
 DECLINED = {
-    "mlp": (lambda: coatnet_attention("mlp"), "rel_pos is a RelPosMlp"),
+    "mlp": (lambda: coatnet_attention("mlp"), "rel_pos is a timm.layers.pos_embed_rel.RelPosMlp"),
     "forward": (lambda: with_attribute(coatnet_attention(), "forward"), "it has had its forward replaced"),
     "biases": (
         lambda: with_attribute(efficientformer_attention(), "get_attention_biases"),
@@ -173,6 +174,17 @@ def test_declined(change):
     entry = swap(module).entries[0]
     assert not entry.swapped and reason in entry.reason
     assert type(module) is kind
+
+
+def test_a_swap_goes_before_a_parametrization():
+    module = efficientformer_attention()
+    parametrize.register_parametrization(module, "attention_biases", nn.Tanh())
+    kind = type(module)
+    (entry,) = swap(module).entries
+    assert not entry.swapped and type(module) is kind
+    assert entry.reason == (
+        "its attention_biases is parametrized (torch.nn.utils.parametrize): swap the model first, then parametrize it"
+    )
 
 
 def test_what_changes_later_is_left_to_the_original(caplog):

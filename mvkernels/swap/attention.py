@@ -1,0 +1,213 @@
+"""Telling modules that mix tokens by attention from all others, whatever their class is called.
+
+Nothing is run and no source is read. Looked at are the class's name, what the module holds (projections for queries
+and keys, heads), and the names in the compiled code of its forward and of what that calls: softmax, products of
+matrices, scaled_dot_product_attention. None of these is enough by itself: a gate over channels may be called
+attention, a router has a softmax, a convolution may be a product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+# "Attention", "attn", "WindowMSA", "E_MHSA", "LiteMLA"; not "MSAConv" of another thing, where a small letter follows.
+_NAME = re.compile(r"[Aa]ttention|ATTENTION|[Aa]ttn|ATTN|(?:MSA|MHA|MHSA|SHSA|MQA|GQA|MLA)(?![a-z])")
+# What attends in one call. By name alone they would be confused with the masks that they take.
+_ATTENDS = re.compile(
+    r"scaled_dot_product\w*attention|multi_head_attention_forward|memory_efficient_attention|flex_attention"
+    r"|flash_attn\w*func|flash_attn_\w+|_flash_attention_forward|eager_attention_forward|dispatch_attention_fn|sageattn"
+    r"|ALL_ATTENTION_FUNCTIONS"
+)
+_CALLED_ATTENTION = re.compile(r"(?:attention|attn)(?!\w*(?:mask|bias|output|pos))", re.IGNORECASE)
+_SOFTMAX = re.compile(r"(?<!log_)(?<!log)softmax", re.IGNORECASE)
+_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "mm", "einsum", "tensordot", "__matmul__"))
+_PACKED = re.compile(r"qkv|query_key_value|^c_attn$", re.IGNORECASE)
+_QUERIES = frozenset(("q", "query", "queries", "wq", "qs", "toq"))
+_KEYS = frozenset(("k", "key", "keys", "wk", "ks", "tok", "kv", "kvs", "tokv", "wkv"))
+_HEADS = re.compile(r"^n_?heads?$|num_(?:\w+_)?heads?$|^heads$|^head_dim$|^dim_head$|^attention_head_size$|^nhead$")
+# A limit on what is followed, for code that is generated or that calls half of its package.
+_MOST_FUNCTIONS = 100
+
+
+@dataclass(frozen=True)
+class _Code:
+    """What the compiled code of a class's forward speaks of."""
+
+    attends: bool = False
+    softmax: bool = False
+    product: bool = False
+    calls_attention: bool = False
+    """A function whose name says attention, which may do anything."""
+
+
+_NOTHING = _Code()
+_known: WeakKeyDictionary[type, _Code] = WeakKeyDictionary()
+
+
+def mixes_tokens(module: nn.Module) -> bool:
+    """Whether a module itself, and not only what it holds, mixes tokens by attention. Never raises.
+
+    Modules of this library do not count: they run on its ops already.
+    """
+    code = _code(type(module))
+    called_so = _NAME.search(_class_name(module)) is not None
+    if (code is _NOTHING and not called_so) or _ours(type(module)):
+        return False
+    held = _held(module)
+    softmax = code.softmax or any(type(child) is nn.Softmax for child in held.values())
+    if code.attends or (softmax and code.product):
+        return True
+    if _projects(held):
+        return called_so or softmax or code.product or code.calls_attention
+    return called_so and (code.product or code.calls_attention or any(_HEADS.search(name) for name in module.__dict__))
+
+
+def _ours(kind: type) -> bool:
+    return any(base.__module__.startswith("mvkernels.") for base in kind.__mro__)
+
+
+def _class_name(module: nn.Module) -> str:
+    """The class's name; of a scripted module that of what it was scripted from."""
+    name = getattr(module, "original_name", None) if isinstance(module, torch.jit.ScriptModule) else None
+    return name if isinstance(name, str) else type(module).__name__
+
+
+def children(module: nn.Module) -> dict[str, nn.Module]:
+    """The children by name, also of a module that was never initialised (none) or is scripted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return dict(module.named_children())
+    held = module.__dict__.get("_modules") or {}
+    return {name: child for name, child in held.items() if child is not None}
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Children and parameters by name."""
+    return {**(module.__dict__.get("_parameters") or {}), **children(module)}
+
+
+def _projects(held: dict[str, Any]) -> bool:
+    """Whether there are projections for queries and keys."""
+    if any(_PACKED.search(name) for name in held):
+        return True
+    words = {word for name in held for word in name.lower().split("_")}
+    return not words.isdisjoint(_QUERIES) and not words.isdisjoint(_KEYS)
+
+
+def _code(kind: type) -> _Code:
+    known = _known.get(kind)
+    if known is None:
+        known = _known[kind] = _read(kind)
+    return known
+
+
+def _read(kind: type) -> _Code:
+    attends = softmax = product = calls_attention = False
+    for function in _functions(kind):
+        for code in _parts(function.__code__):
+            product = product or _multiplies_matrices(code)
+            for name in code.co_names:
+                called = function.__globals__.get(name)
+                # What was imported under another name has its own beside it.
+                for said in {name, getattr(called, "__name__", name)}:
+                    attends = attends or _ATTENDS.fullmatch(said) is not None
+                    softmax = softmax or _SOFTMAX.search(said) is not None
+                    product = product or said in _PRODUCTS
+                    if isinstance(called, FunctionType) and _CALLED_ATTENTION.search(said):
+                        calls_attention = True
+    found = _Code(attends, softmax, product, calls_attention)
+    return _NOTHING if found == _NOTHING else found
+
+
+def _functions(kind: type) -> Iterator[FunctionType]:
+    """forward, the methods of the class, and the functions of its package, that it may come to call."""
+    # Of forward only, all that the bases define: super().forward names none of them.
+    waiting = _written(kind, "forward", every=True)
+    seen: set[CodeType] = set()
+    while waiting and len(seen) < _MOST_FUNCTIONS:
+        function = waiting.pop(0)
+        if function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        yield function
+        package = _package(function)
+        for code in _parts(function.__code__):
+            for name in code.co_names:
+                if name != "forward":
+                    waiting += _written(kind, name)
+                called = function.__globals__.get(name)
+                if isinstance(called, FunctionType) and package != "torch" and _package(called) == package:
+                    waiting += _unwrapped(called)
+
+
+def _package(function: FunctionType) -> str:
+    return (function.__module__ or "").partition(".")[0]
+
+
+def _written(kind: type, name: str, every: bool = False) -> list[FunctionType]:
+    """The methods of this name along the bases, below nn.Module: the first, or every one."""
+    found: list[FunctionType] = []
+    for base in kind.__mro__:
+        if base is nn.Module or base is object:
+            continue
+        method = base.__dict__.get(name)
+        if method is not None:
+            found += _unwrapped(method)
+            if not every:
+                break
+    return found
+
+
+def _unwrapped(method: Any) -> list[FunctionType]:
+    """A function, and what decorators have put around it: by functools.wraps, or by a closure."""
+    found: list[FunctionType] = []
+    waiting = [method]
+    while waiting and len(found) < _MOST_FUNCTIONS:
+        one = waiting.pop()
+        if isinstance(one, (staticmethod, classmethod)):
+            one = one.__func__
+        elif isinstance(one, property):
+            one = one.fget
+        elif isinstance(one, (functools.partial, functools.partialmethod)):
+            one = one.func
+        if not isinstance(one, FunctionType) or one in found:
+            continue
+        found.append(one)
+        waiting.append(one.__dict__.get("__wrapped__"))
+        for cell in one.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                waiting.append(cell.cell_contents)
+    return found
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those of the lambdas and comprehensions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+
+
+def _multiply(a: Any, b: Any) -> Any:
+    a @= b
+    return a @ b
+
+
+_MULTIPLICATIONS = frozenset(
+    (i.opcode, i.arg or 0) for i in dis.get_instructions(_multiply) if i.opname.startswith(("BINARY_", "INPLACE_"))
+)
+
+
+def _multiplies_matrices(code: CodeType) -> bool:
+    """Whether the operator ``@`` is used."""
+    return not _MULTIPLICATIONS.isdisjoint(zip(code.co_code[::2], code.co_code[1::2]))

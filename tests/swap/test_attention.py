@@ -1,0 +1,410 @@
+"""The report lists what mixes tokens by attention, whatever its class is called, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mvkernels
+from mvkernels.swap import attention, swap
+from mvkernels.swap.attention import mixes_tokens
+from mvkernels.swap.engine import find
+
+ATTENTION = [
+    "botnet26t_256",
+    "cait_xxs24_224",
+    "coat_lite_tiny",
+    "convit_tiny",
+    "crossvit_tiny_240",
+    "edgenext_xx_small",
+    "efficientformerv2_s0",
+    "efficientvit_m0",
+    "fastvit_sa12",
+    "gcvit_xxtiny",
+    "halonet26t",
+    "hiera_tiny_224",
+    "lambda_resnet26t",
+    "levit_128s",
+    "maxvit_pico_rw_256",
+    "mobilenetv4_hybrid_medium",
+    "mobilevitv2_050",
+    "mvitv2_tiny",
+    "nextvit_small",
+    "pvt_v2_b0",
+    "shvit_s1",
+    "swinv2_tiny_window8_256",
+    "tiny_vit_5m_224",
+    "twins_svt_small",
+    "vit_pwee_patch16_reg1_gap_256",
+    "xcit_nano_12_p8_224",
+]
+# Gates over channels, poolings, large kernels and mixing by products that no softmax weighs.
+NO_ATTENTION = [
+    "eca_resnet33ts",
+    "focalnet_tiny_srf",
+    "legacy_seresnet18",
+    "mixer_s32_224",
+    "poolformer_s12",
+    "repvit_m0_9",
+    "resnest14d",
+    "skresnet18",
+]
+
+
+def on_meta(name: str) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return timm.create_model(name).eval()
+
+
+def softmax_runs_in(model: nn.Module, *inputs: Tensor) -> set[int]:
+    """The innermost modules in whose forward a softmax ran, by asking PyTorch's dispatcher."""
+    stack: list[nn.Module] = []
+    seen: set[int] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "softmax" in str(func) or "scaled_dot_product" in str(func):
+                seen.add(id(next(m for m in reversed(stack) if type(m) is not nn.Softmax)))
+            return func(*args, **(kwargs or {}))
+
+    def leave(module, given, result):
+        stack.pop()
+
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, given: stack.append(module))
+        module.register_forward_hook(leave)
+    with torch.no_grad(), Watch():
+        model(*inputs)
+    return seen
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_what_runs_a_softmax_in_timms_models_is_listed(name):
+    model = on_meta(name)
+    found = find(model)
+    size = model.default_cfg["input_size"]
+    ran = softmax_runs_in(model, torch.empty(1, *size, device="meta"))
+    assert ran and {id(module) for _, module, _ in found} == ran
+
+
+@pytest.mark.parametrize("name", NO_ATTENTION)
+def test_gates_and_other_mixers_of_timm_are_not_listed(name):
+    assert find(on_meta(name)) == []
+
+
+def test_gates_over_channels_and_pixels_are_not_listed():
+    timm = pytest.importorskip("timm")
+    for layer in ("se", "ese", "eca", "ecam", "cbam", "lcbam", "sk"):
+        gate = timm.layers.create_attn(layer, 32)
+        assert gate is not None and find(nn.Sequential(nn.Conv2d(3, 32, 1), gate)) == [], layer
+
+
+@pytest.mark.parametrize(
+    "kind", ["detr", "segformer", "swin", "swinv2", "vit", "pvt_v2", "mobilevitv2", "hiera", "levit", "yolos"]
+)
+def test_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config).eval()
+    found = find(model)
+    assert found and not any(module is model or isinstance(module, nn.ModuleList) for _, module, _ in found)
+    assert all("attention" in type(module).__name__.lower() for _, module, _ in found)
+    if kind != "detr":  # looks at the values of a mask
+        ran = softmax_runs_in(
+            model, torch.empty(1, 3, 256 if "v2" in kind else 224, 256 if "v2" in kind else 224, device="meta")
+        )
+        assert {id(module) for _, module, _ in found} == ran
+
+
+def scores_of(x: Tensor) -> Tensor:
+    return (x @ x.mT).softmax(-1)
+
+
+def product(x: Tensor) -> Tensor:
+    return scores_of(x) @ x
+
+
+def wrapped(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+
+    return inner
+
+
+def closed_over(function):
+    def inner(self, x):
+        return function(self, x)
+
+    return inner
+
+
+class Mixer(nn.Module):
+    """Called nothing in particular. What follows differs in how it says that it attends."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_out = nn.Linear(8, 8)
+
+
+class Operators(Mixer):
+    def forward(self, x):
+        return self.to_out(torch.softmax(x @ x.mT, -1) @ x)
+
+
+class Einsum(Mixer):
+    def forward(self, x):
+        return torch.einsum("bij,bjc->bic", F.softmax(torch.einsum("bic,bjc->bij", x, x), dim=-1), x)
+
+
+class InAnotherMethod(Mixer):
+    def attend(self, x):
+        return torch.bmm(x.softmax(-1), x)
+
+    def forward(self, x):
+        return self.attend(x)
+
+
+class InAFunction(Mixer):
+    def forward(self, x):
+        return product(x)
+
+
+class OfItsBase(InAFunction):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class Decorated(Mixer):
+    @wrapped
+    def forward(self, x):
+        return scores_of(x) @ x
+
+
+class Closed(Mixer):
+    @closed_over
+    def forward(self, x):
+        return scores_of(x) @ x
+
+
+class ByALambda(Mixer):
+    def forward(self, x):
+        attend = lambda y: y.softmax(-1) @ y  # noqa: E731
+        return attend(x)
+
+
+class Renamed(Mixer):
+    def forward(self, x):
+        return sdpa(x, x, x)
+
+
+class SoftmaxAsAChild(Mixer):
+    def __init__(self):
+        super().__init__()
+        self.weigh = nn.Softmax(dim=-1)
+
+    def forward(self, x):
+        return self.weigh(torch.matmul(x, x.mT)) @ x
+
+
+class LinearAttention(nn.Module):
+    """No softmax and no product by name: its projections and its name say it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return q * (k * v).sum(1, keepdim=True)
+
+
+class PackedMSA(LinearAttention):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return q * (k * v).sum(1, keepdim=True)
+
+
+class KernelAttn(nn.Module):
+    """All is left to a kernel: name and heads are what there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.kernel = 2, lambda x: x
+
+    def forward(self, x):
+        return self.kernel(x)
+
+
+LISTED = [
+    Operators,
+    Einsum,
+    InAnotherMethod,
+    InAFunction,
+    OfItsBase,
+    Decorated,
+    Closed,
+    ByALambda,
+    Renamed,
+    SoftmaxAsAChild,
+    LinearAttention,
+    PackedMSA,
+    KernelAttn,
+    functools.partial(nn.MultiheadAttention, 8, 2),
+]
+
+
+@pytest.mark.parametrize("make", LISTED, ids=lambda make: getattr(make, "__name__", "MultiheadAttention"))
+def test_what_attends_is_listed(make):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Identity(), make()))
+    (entry,) = swap(model).entries
+    assert (entry.name, entry.module_class, entry.swapped) == ("1.1", type(make()).__name__, False)
+    assert entry.reason == "no fused form of this class is known"
+
+
+class Classifier(Mixer):
+    def forward(self, x):
+        return self.to_out(x).softmax(-1)
+
+
+class Router(Mixer):
+    def forward(self, x):
+        return torch.topk(F.softmax(self.to_out(x), -1), 2)
+
+
+class Gram(Mixer):
+    def forward(self, x):
+        return x @ x.mT
+
+
+class Loss(Mixer):
+    def forward(self, x):
+        return F.log_softmax(x @ x.mT, -1)
+
+
+class ChannelAttention(Mixer):
+    def forward(self, x):
+        return x * self.to_out(x.mean(1, keepdim=True)).sigmoid()
+
+
+class AttentionStage(nn.Module):
+    """Called attention, and only passes on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([ChannelAttention()])
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize("kind", [Classifier, Router, Gram, Loss, ChannelAttention, AttentionStage])
+def test_what_does_not_is_not_listed(kind):
+    assert find(nn.Sequential(nn.Linear(8, 8), kind())) == []
+
+
+def test_the_innermost_where_they_nest():
+    class Outer(Operators):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.beside = Einsum(), nn.Sequential(PackedMSA())
+
+        def forward(self, x):
+            return self.inner(x).softmax(-1) @ self.beside(x)
+
+    names = [name for name, _, _ in find(nn.Sequential(Outer(), Outer()))]
+    assert names == ["0.inner", "0.beside.0", "1.inner", "1.beside.0"]
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
+    assert [name for name, _, _ in find(layer)] == ["layers.0.self_attn", "layers.1.self_attn"]
+
+
+def test_shared_modules_are_listed_once():
+    shared = Operators()
+    assert [name for name, _, _ in find(nn.Sequential(shared, nn.Sequential(shared), Einsum()))] == ["0", "2"]
+
+
+def test_this_librarys_modules_are_not_listed():
+    from mvmodels import create_model
+
+    assert find(nn.Sequential(mvkernels.nn.LiteMLA(32, head_dim=8), mvkernels.nn.PatchTransformer(8, 1, 2))) == []
+    assert find(create_model("mobile_former_26m")) == []
+
+
+def test_odd_modules():
+    class NeverInitialised(nn.Module):
+        def __init__(self):
+            pass
+
+    class Secretive(nn.Module):
+        def __getattr__(self, name):
+            raise RuntimeError(f"{name} is nobody's business")
+
+    class Uncallable(nn.Module):
+        forward = 3
+
+    class Callable(nn.Module):
+        forward = functools.partial(sdpa)
+
+    class Property(nn.Module):
+        @property
+        def forward(self):
+            raise RuntimeError("not now")
+
+    class Truthless(nn.Module):
+        def __bool__(self):
+            raise RuntimeError("neither")
+
+        def __eq__(self, other):
+            raise RuntimeError("nor")
+
+        __hash__ = nn.Module.__hash__
+
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), PackedMSA()))
+    traced = torch.jit.trace(Operators(), torch.randn(1, 3, 8))
+    odd = (NeverInitialised, Secretive, Uncallable, Callable, Property, Truthless)
+    model = nn.Module()
+    for i, make in enumerate(odd):
+        model._modules[f"odd{i}"] = make()
+    model._modules |= {"lazy": nn.LazyLinear(3), "none": None, "scripted": scripted, "traced": traced}
+    model._modules |= {"compiled": torch.compile(Einsum()), "parallel": nn.DataParallel(Renamed())}
+    found = [name for name, _, _ in find(model)]
+    assert [name for name in found if not name.startswith(("odd", "scripted"))] == [
+        "compiled._orig_mod",
+        "parallel.module",
+    ]
+
+
+def test_code_that_calls_in_circles_ends():
+    class Circle(nn.Module):
+        def first(self, x):
+            return self.second(x)
+
+        def second(self, x):
+            return self.first(x)
+
+        def forward(self, x):
+            return self.first(x)
+
+    assert not mixes_tokens(Circle())
+
+
+def test_finding_is_fast(monkeypatch):
+    """A model of 1500 modules, the code of whose classes was never read."""
+    model = on_meta("maxvit_base_tf_224")
+    monkeypatch.setattr(attention, "_known", type(attention._known)())
+    begin = time.process_time()
+    assert len(find(model)) == 48
+    assert time.process_time() - begin < 0.1
