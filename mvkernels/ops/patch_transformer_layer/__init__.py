@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def _check(
     _check_shapes(given, heads)
     eps = checks.number(_NAME, "eps", eps, 1e-5)
     scale = checks.number(_NAME, "scale", scale, (cast["x"].shape[1] // heads) ** -0.5)
-    return (*cast.values(), heads, patch, eps, scale, activation)
+    return (*cast.values(), index(heads), patch, eps, scale, activation)
 
 
 def _check_shapes(given: dict[str, Tensor], heads: int) -> None:
