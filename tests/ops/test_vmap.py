@@ -9,13 +9,14 @@ from torch.func import vmap
 
 from mvkernels import testing
 from mvkernels.registry import OPS
-from tests.ops.test_contract_all import ALL, KERNELS, call_function, example, tensors_of
+from tests.ops.bridges import interpreter
+from tests.ops.test_contract_all import NATIVE, call_function, example, tensors_of
 
 SIZES = [((4, 6), "contiguous"), ((3, 4), "channels_last")]
 
 
-def leaves(name, **settings):
-    arguments = example(name, torch.float64, **settings)
+def leaves(name, dtype=torch.float64, **settings):
+    arguments = example(name, dtype, **settings)
     inputs = {key: value.detach().clone().requires_grad_() for key, value in tensors_of(arguments).items()}
     for key in OPS[name].maps:  # a clone is dense, a map keeps its strides
         inputs[key] = arguments[key].detach().requires_grad_()
@@ -27,7 +28,7 @@ def check(found, rows):
         torch.testing.assert_close(batched, torch.stack(each), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "backend"), ALL)
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize(("size", "strides"), SIZES)
 def test_gradients_of_many_cotangents_at_once(name, backend, batch, size, strides):
@@ -51,7 +52,22 @@ def test_gradients_of_many_cotangents_at_once(name, backend, batch, size, stride
             check(found, row)
 
 
-@pytest.mark.parametrize(("name", "backend"), KERNELS)
+@interpreter
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_of_many_cotangents_at_once_on_triton(name):
+    arguments, inputs = leaves(name, torch.float32, batch=1, size=(2, 3))
+    out = OPS[name].function(**arguments, backend="triton")
+    cotangents = torch.randn(2, *out.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradients(cotangent, **settings):
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True, **settings)
+
+    rows = [gradients(cotangent) for cotangent in cotangents]
+    check(gradients(cotangents, is_grads_batched=True), rows)
+    check(vmap(gradients)(cotangents), rows)
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
 def test_a_vectorized_jacobian(name, backend):
     arguments, inputs = leaves(name, batch=1, size=(2, 3))
     first, *_ = tensors_of(arguments)
