@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
             raise TypeError(f"{op}: {name} is {value!r}, want an int or a pair of ints")
         if part < 1:
             raise ValueError(f"{op}: {name} is {value!r}, want at least 1")
-    return min(both[0], _LARGEST), min(both[1], _LARGEST)
+    # index(): a compiler takes a number that says what to compute as it is, and does not leave it open.
+    return min(index(both[0]), _LARGEST), min(index(both[1]), _LARGEST)
 
 
 def sequence(op: str, name: str, value: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels import batching, flops
+
 # A Library removes its registrations when it is collected, so they live as long as the module.
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -25,11 +27,13 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     implementation: Callable[..., Any] | None = None,
+    *,
+    count: flops.Formula | None = None,
 ) -> Callable[..., Any]:
     """Define ``mvkernels_<backend>::<name><schema>`` and return the callable overload.
 
     ``implementation`` is a Python kernel for every device; without it, the C++ extension has it.
-    ``fake`` must return the kernel's exact sizes and strides.
+    ``fake`` must return the kernel's exact sizes and strides, ``count`` its FLOPs (see :mod:`mvkernels.flops`).
     """
     namespace = f"mvkernels_{backend}"
     library = _libraries.get(namespace)
@@ -39,7 +43,12 @@ def define(
     if implementation is not None:
         library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-    return getattr(getattr(torch.ops, namespace), name).default
+    packet = getattr(getattr(torch.ops, namespace), name)
+    if not packet.default._schema.is_mutable:
+        batching.register(packet.default, library)
+    if count is not None:
+        flops.register(packet, count)
+    return packet.default
 
 
 def output(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
@@ -71,27 +80,38 @@ def not_recording() -> contextlib.AbstractContextManager[None]:
 def differentiate(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)`` by autograd for the inputs wanted, None for the others."""
+    """Gradients of ``function(*inputs)`` by autograd for the inputs wanted, None for the others.
+
+    Where a gradient is recorded they can be differentiated again.
+    """
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(inputs, wanted)]
-        asked = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(function(*leaves), asked, grad))
-    return [next(found) if t is not None and t.requires_grad else None for t in leaves]
+        # Views, for one tensor may be two of the inputs. They keep what a further derivative goes back along.
+        views = [t.view_as(t) if t is not None and w else t for t, w in zip(inputs, wanted)]
+        asked = [t for t, w in zip(views, wanted) if t is not None and w]
+        found = iter(torch.autograd.grad(function(*views), asked, grad, create_graph=again))
+    return [next(found) if t is not None and w else None for t, w in zip(views, wanted)]
 
 
 class _Refuse(torch.autograd.Function):
     """Passes gradients through, tied to the inputs they came from; its own backward is the error."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.name = name
+    def forward(name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # type: ignore[override]
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{ctx.name}: the fused kernels have no second derivative; "
-            f"for one, call the function mvkernels.{ctx.name} with backend='reference'"
+            f"{ctx.name}: the fused kernels have no second derivative, the reference has: "
+            f"call mvkernels.{ctx.name} with backend='reference', "
+            "or for a swapped model mvkernels.swap(model, backend='reference')"
         )
 
 
@@ -102,4 +122,4 @@ def refuse_second_derivative(
 
     For a backward that runs with ``create_graph=True``; ``inputs`` are what the gradients depend on.
     """
-    return list(_Refuse.apply(name, len(grads), *grads, *inputs))
+    return batching.as_a_whole(lambda *tensors: _Refuse.apply(name, len(grads), *tensors), *grads, *inputs)

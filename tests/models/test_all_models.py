@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mvkernels
 import mvmodels
@@ -64,6 +65,24 @@ def run(model: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     leaves = [x, *model.parameters()]
     grads = torch.autograd.grad(outs, leaves, cotangents, allow_unused=True)
     return [o.detach() for o in outs], [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads)]
+
+
+@pytest.mark.skipif(extension.module is None, reason=extension.reason)
+@pytest.mark.parametrize("name", [*SMALLEST, "efficientvit_b0"])
+def test_flops_are_counted_whatever_the_backend(name):
+    """Of the forward alone and with the backward; no attention is counted as nothing."""
+    model, x = make(name).eval(), torch.randn(1, 3, SMALLEST.get(name, 64), SMALLEST.get(name, 64))
+    counts = []
+    for backend in ("cpp", "reference"):
+        for recorded in (False, True):
+            model.requires_grad_(recorded)
+            with mvkernels.use_backend(backend), FlopCounterMode(display=False) as counter:
+                outs = model(x)
+                if recorded:
+                    outs = tensors(outs)
+                    torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+            counts.append(counter.get_total_flops())
+    assert counts[:2] == counts[2:] and 0 < counts[0] < counts[1]
 
 
 @pytest.mark.parametrize("name", [n for n in mvmodels.list_models() if not n.startswith("mobile_former")])

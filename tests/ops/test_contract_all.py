@@ -93,15 +93,48 @@ def test_the_function_checks_chooses_and_takes_defaults(name):
     torch.testing.assert_close(out, OPS[name].function(**arguments))
 
 
-@pytest.mark.parametrize(("name", "backend"), ALL)
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
 def test_a_second_derivative_of_the_function_is_refused(name, backend):
+    """In one line that names both ways to one: the function's backend, and the swap's."""
     arguments = example(name)
     first = next(iter(tensors_of(arguments)))
     arguments[first].requires_grad_()
     out = call_function(name, arguments, backend)
     (grad,) = torch.autograd.grad(out.square().sum(), arguments[first], create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{name}: .* no second derivative"):
+    ways = f"call mvkernels.{name} with backend='reference', .* mvkernels.swap\\(model, backend='reference'\\)$"
+    with pytest.raises(RuntimeError, match=f"^{name}: .* no second derivative, .*{ways}") as caught:
         torch.autograd.grad(grad.sum(), arguments[first])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("size", [(2, 4), (3, 5)])
+def test_the_reference_has_second_derivatives(name, size):
+    """The function and the autograd Function, by themselves and where one tensor is several of the arguments."""
+    arguments = example(name, torch.float64, batch=1, size=size)
+    names = list(tensors_of(arguments))
+    inputs = [value.requires_grad_() for value in tensors_of(arguments).values()]
+    for call in (
+        lambda given: OPS[name].function(**given, backend="reference"),
+        lambda given: call_function(name, given, "reference"),
+    ):
+
+        def f(*values, call=call):
+            return call(testing.with_tensors(arguments, dict(zip(names, values))))
+
+        assert torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("apply", [False, True], ids=["function", "Function"])
+def test_second_derivatives_of_one_tensor_as_three_arguments(apply):
+    q = torch.randn(1, 2, 3, 5, 3, dtype=torch.float64, requires_grad=True)
+
+    def f(q):
+        if apply:
+            return mvkernels.PatchAttentionFunction.apply(q, q, q, (2, 2), None, 0.5, "reference")
+        return mvkernels.patch_attention(q, q, q, 2, scale=0.5, backend="reference")
+
+    assert torch.autograd.gradcheck(f, q) and torch.autograd.gradgradcheck(f, q, fast_mode=True)
 
 
 @pytest.mark.parametrize(("name", "backend"), ALL)

@@ -326,15 +326,6 @@ def test_the_saved_log_sum_exp(dtype):
     torch.testing.assert_close(lse, scores.logsumexp(-1).unflatten(-1, (5, 7)).double(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
-def test_a_second_derivative_of_the_function_is_refused(backend):
-    q = torch.randn(1, 1, 4, 4, 4, requires_grad=True)
-    out = mvkernels.PatchAttentionFunction.apply(q, q, q, (2, 2), None, None, backend)
-    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(grad.sum(), q)
-
-
 @needs_cpp
 def test_some_gradients_only_and_an_expanded_cotangent():
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from mvkernels.ops.patch_transformer_layer import suite
 from mvkernels.ops.patch_transformer_layer.autograd import TENSORS
 from mvkernels.registry import OPS
 from tests.ops.bridges import DEVICE, assert_ok, interpreter
+from tests.ops.test_contract_all import example
 
 OP = OPS["patch_transformer_layer"]
 PHASES = (Phase.explicit, Phase.generate)  # to shrink a failure takes the interpreter minutes
@@ -282,3 +283,28 @@ def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_pa
     finally:
         monkeypatch.undo()
         launch.forget()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiling_for_many_sizes_takes_no_minutes(dynamic):
+    """Few operators in two graphs at most, whether or not the patch divides the map; no time is measured."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph
+
+    arguments = example("patch_transformer_layer")
+
+    def layer(x):
+        return mvkernels.patch_transformer_layer(**(arguments | {"x": x}))
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True, dynamic=dynamic)
+    for batch, size in ((2, (4, 6)), (3, (5, 7)), (6, (12, 9))):
+        x = torch.randn(batch, arguments["x"].shape[1], *size)
+        out, expected = compiled(x), layer(x)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        assert out.stride() == expected.stride()
+    assert len(graphs) <= 2 and max(graphs) < 120, graphs
+    torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -24,6 +25,14 @@ def _fake_backward(grad, x, key, value, scale, residual):  # type: ignore[no-unt
     return checks.empty_map(x, x.shape[2]), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
+def _count(x, key, *_):  # type: ignore[no-untyped-def]
+    return 4 * prod(key) * x[3] * x[4]
+
+
+def _count_backward(grad, x, key, *_):  # type: ignore[no-untyped-def]
+    return 8 * prod(key) * x[3] * x[4]
+
+
 def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
     from mvkernels.ops.former_to_mobile import triton_kernels
 
@@ -42,12 +51,14 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "former_to_mobile_forward", _FORWARD, _fake_forward),
-        library.define("cpp", "former_to_mobile_backward", _BACKWARD, _fake_backward),
+        library.define("cpp", "former_to_mobile_forward", _FORWARD, _fake_forward, count=_count),
+        library.define("cpp", "former_to_mobile_backward", _BACKWARD, _fake_backward, count=_count_backward),
     ),
     "triton": (
-        library.define("triton", "former_to_mobile_forward", _FORWARD, _fake_forward, _triton_forward),
-        library.define("triton", "former_to_mobile_backward", _BACKWARD, _fake_backward, _triton_backward),
+        library.define("triton", "former_to_mobile_forward", _FORWARD, _fake_forward, _triton_forward, count=_count),
+        library.define(
+            "triton", "former_to_mobile_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
+        ),
     ),
 }
 
@@ -88,12 +99,12 @@ class FormerToMobileFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *settings, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        with library.not_recording():
-            if backend == "reference":
-                grads = library.differentiate(lambda x, k, v: reference(x, k, v, *settings), grad, saved, wanted)
-            else:
+        if backend == "reference":
+            grads = library.differentiate(lambda x, k, v: reference(x, k, v, *settings), grad, saved, wanted)
+        else:
+            with library.not_recording():
                 found = KERNELS[backend][1](grad, *saved, *settings)
-                grads = [g if w else None for g, w in zip(found, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
         return *grads, None, None, None, None

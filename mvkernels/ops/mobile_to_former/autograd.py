@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def _fake_backward(grad, query, x, out, lse, scale):  # type: ignore[no-untyped-
     return query.new_empty(query.shape), checks.empty_map(x, x.shape[2])
 
 
+def _count(query, x, scale):  # type: ignore[no-untyped-def]
+    return 4 * prod(query) * x[3] * x[4]
+
+
+def _count_backward(grad, query, x, *_):  # type: ignore[no-untyped-def]
+    return 8 * prod(query) * x[3] * x[4]
+
+
 def _triton_forward(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, ...]:
     from mvkernels.ops.mobile_to_former import triton_kernels
 
@@ -51,17 +60,25 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward_cpp),
-        library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward),
+        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward_cpp, count=_count),
+        library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward, count=_count_backward),
     ),
     "triton": (
-        library.define("triton", "mobile_to_former_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward),
-        library.define("triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward),
+        library.define(
+            "triton", "mobile_to_former_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward, count=_count
+        ),
+        library.define(
+            "triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
+        ),
     ),
 }
 INFERENCE = {
     "cpp": library.define(
-        "cpp", "mobile_to_former", "(Tensor query, Tensor x, float scale) -> Tensor", library.output(_fake_forward_cpp)
+        "cpp",
+        "mobile_to_former",
+        "(Tensor query, Tensor x, float scale) -> Tensor",
+        library.output(_fake_forward_cpp),
+        count=_count,
     ),
     "triton": library.output(KERNELS["triton"][0]),
 }
@@ -105,12 +122,12 @@ class MobileToFormerFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scale, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        with library.not_recording():
-            if backend == "reference":
-                grads = library.differentiate(lambda q, x: reference(q, x, scale), grad, saved, wanted)
-            else:
+        if backend == "reference":
+            grads = library.differentiate(lambda q, x: reference(q, x, scale), grad, saved, wanted)
+        else:
+            with library.not_recording():
                 found = KERNELS[backend][1](grad, *saved, scale)
-                grads = [g if w else None for g, w in zip(found, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
         return *grads, None, None, None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
+from mvkernels import checks, flops, library
 from mvkernels.backend import choose
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 
@@ -68,10 +69,37 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((b, channels, height, width))
 
 
+def _count(qkv: flops.Shape, weights: Sequence[flops.Shape], head_dim: int, *_: Any) -> int:
+    kernels = _kernels(weights)
+    pixels = qkv[0] * qkv[2] * qkv[3]
+    convolutions = 2 * pixels * sum(map(prod, kernels))
+    heads = qkv[1] // (3 * head_dim) * (1 + len(kernels) // 2)
+    return convolutions + flops.linear_attention(heads, head_dim, pixels)
+
+
+def _count_backward(qkv: flops.Shape, weights: Sequence[flops.Shape], head_dim: int, wanted: bool = True) -> int:
+    kernels = _kernels(weights)
+    attention = _count(qkv, [], head_dim) * (1 + len(kernels) // 2)
+    return 2 * attention + sum(flops.convolution_backward(qkv, each, wanted) for each in kernels)
+
+
+def _kernels(weights: Sequence[flops.Shape]) -> list[flops.Shape]:
+    """Of the weights those that are of convolutions, two for each scale: the others are biases."""
+    return [w for w in weights if len(w) == 4]
+
+
 CPP = (
-    library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward),
-    library.define("cpp", "multiscale_linear_attention_backward", _BACKWARD, _fake_backward),
-    library.define("cpp", "multiscale_linear_attention", _INPUTS + " -> Tensor", library.output(_fake_forward)),
+    library.define("cpp", "multiscale_linear_attention_forward", _FORWARD, _fake_forward, count=_count),
+    library.define(
+        "cpp",
+        "multiscale_linear_attention_backward",
+        _BACKWARD,
+        _fake_backward,
+        count=lambda grad, qkv, weights, kv, keys, head_dim, eps: _count_backward(qkv, weights, head_dim),
+    ),
+    library.define(
+        "cpp", "multiscale_linear_attention", _INPUTS + " -> Tensor", library.output(_fake_forward), count=_count
+    ),
 )
 """Forward, backward, and the forward that leaves nothing for a backward."""
 
@@ -134,10 +162,22 @@ def _triton_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
 
 _TRITON = (
     library.define(
-        "triton", "multiscale_linear_attention_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward
+        "triton",
+        "multiscale_linear_attention_forward",
+        _FORWARD_TRITON,
+        _fake_forward_triton,
+        _triton_forward,
+        count=lambda qkv, depthwise, pointwise, head_dim, *_: _count(qkv, [*depthwise, *pointwise], head_dim),
     ),
     library.define(
-        "triton", "multiscale_linear_attention_backward", _BACKWARD_TRITON, _fake_backward_triton, _triton_backward
+        "triton",
+        "multiscale_linear_attention_backward",
+        _BACKWARD_TRITON,
+        _fake_backward_triton,
+        _triton_backward,
+        count=lambda grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, wanted: _count_backward(
+            qkv, [*depthwise, *pointwise], head_dim, wanted
+        ),
     ),
 )
 
@@ -190,16 +230,16 @@ class Flat(torch.autograd.Function):
         wanted = (needs[0], *needs[5:])
         kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
         inputs, saved = kept[: len(wanted)], kept[len(wanted) :]
-        with library.not_recording():
-            if backend == "reference":
-                grads = library.differentiate(
-                    lambda qkv, *weights: call_reference(qkv, weights, *settings), grad, inputs, wanted
-                )
-            else:
+        if backend == "reference":
+            grads = library.differentiate(
+                lambda qkv, *weights: call_reference(qkv, weights, *settings), grad, inputs, wanted
+            )
+        else:
+            with library.not_recording():
                 found = KERNELS[backend][1](grad, inputs[0], inputs[1:], saved, *settings, any(wanted[1:]))
-                grads = [g if w else None for g, w in zip(found, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
         return grads[0], None, None, None, None, *grads[1:]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
+from mvkernels import checks, flops, library
 from mvkernels.backend import choose
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 
@@ -32,6 +32,14 @@ def _fake_backward(grad, query, key, value, out, lse, patch_h, patch_w, bias, sc
     return *maps, bias.new_empty(bias.shape) if need_bias else query.new_empty(0)
 
 
+def _count(query, key, value, patch_h, patch_w, *_):  # type: ignore[no-untyped-def]
+    return flops.grouped_attention(query, value, patch_h, patch_w)
+
+
+def _count_backward(grad, query, key, value, out, lse, patch_h, patch_w, *_):  # type: ignore[no-untyped-def]
+    return 2 * flops.grouped_attention(query, value, patch_h, patch_w)
+
+
 def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from mvkernels.ops.patch_attention import triton_kernels
 
@@ -51,17 +59,21 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward(torch.float64)),
-        library.define("cpp", "patch_attention_backward", _BACKWARD, _fake_backward),
+        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward(torch.float64), count=_count),
+        library.define("cpp", "patch_attention_backward", _BACKWARD, _fake_backward, count=_count_backward),
     ),
     "triton": (
-        library.define("triton", "patch_attention_forward", _FORWARD, _fake_forward(torch.float32), _triton_forward),
-        library.define("triton", "patch_attention_backward", _BACKWARD, _fake_backward, _triton_backward),
+        library.define(
+            "triton", "patch_attention_forward", _FORWARD, _fake_forward(torch.float32), _triton_forward, count=_count
+        ),
+        library.define(
+            "triton", "patch_attention_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
+        ),
     ),
 }
 INFERENCE = {
     "cpp": library.define(
-        "cpp", "patch_attention", _INPUTS + " -> Tensor", library.output(_fake_forward(torch.float64))
+        "cpp", "patch_attention", _INPUTS + " -> Tensor", library.output(_fake_forward(torch.float64)), count=_count
     ),
     "triton": library.output(KERNELS["triton"][0]),
 }
@@ -110,16 +122,16 @@ class PatchAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
         wanted = (*needs[:3], needs[4])
-        with library.not_recording():
-            if backend == "reference":
-                grads = library.differentiate(
-                    lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted
-                )
-            else:
-                query, key, value, bias, out, lse = saved
+        if backend == "reference":
+            grads = library.differentiate(
+                lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted
+            )
+        else:
+            query, key, value, bias, out, lse = saved
+            with library.not_recording():
                 kernel = KERNELS[backend][1]
-                grads = kernel(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
-            grads = [g if w else None for g, w in zip(grads, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
+                found = kernel(grad, query, key, value, out, lse, ph, pw, bias, scale, wanted[3])
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
         return grads[0], grads[1], grads[2], None, grads[3], None, None, None

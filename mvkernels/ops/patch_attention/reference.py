@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mvkernels.checks import lay_as, without_autocast
 
@@ -38,16 +41,39 @@ def patch_attention(
 
     with without_autocast(query.device.type):
         if height % ph == 0 and width % pw == 0:
+            if torch.compiler.is_dynamo_compiling():  # to whom sizes left open are multiples of the patch only so
+                height, width = height // ph * ph, width // pw * pw
+                maps = [m[..., :height, :width] for m in maps]
             q, k, v = (_unfold(m, ph, pw) for m in maps)
             out = _fold(_attention(q, k, v, bias, scale), ph, pw, height, width)
-        else:  # groups of different sizes: one after the other
-            out = maps[2].new_empty(value.shape)
-            for y in range(min(ph, height)):
-                for x in range(min(pw, width)):
-                    q, k, v = (m[..., y::ph, x::pw].flatten(-2).transpose(-2, -1).unsqueeze(2) for m in maps)
-                    group = _attention(q, k, v, bias, scale).squeeze(2).transpose(-2, -1)
-                    out[..., y::ph, x::pw] = group.reshape(out[..., y::ph, x::pw].shape)
+        else:
+            q, k, v = maps
+            out = _unequal(q, k, v, index(min(ph, height)), index(min(pw, width)), bias, scale)
     return lay_as(out.to(query.dtype), query)
+
+
+def _unequal(q: Tensor, k: Tensor, v: Tensor, ph: int, pw: int, bias: Tensor | None, scale: float) -> Tensor:
+    """Groups of different sizes, those of one size together, cut out of a map that is padded to whole patches."""
+    (d, height, width), dv = q.shape[2:], v.shape[2]
+    ny, nx = -(-height // ph), -(-width // pw)
+    padded = pad(torch.cat((q, k, v), 2), (0, nx * pw - width, 0, ny * ph - height))
+    patches = padded.unflatten(-1, (nx, pw)).unflatten(-3, (ny, ph)).permute(0, 1, 4, 6, 3, 5, 2)
+    rows = []  # patches is (B, h, ph, pw, ny, nx, 2 D + Dv)
+    for y, ys in _sizes(height, ph):
+        row = []
+        for x, xs in _sizes(width, pw):
+            groups = patches[:, :, ys, xs, :y, :x]
+            query, key, value = groups.flatten(4, 5).flatten(2, 3).split((d, d, dv), -1)
+            out = _attention(query, key, value, bias, scale)
+            row.append(pad(out.reshape(*groups.shape[:-1], dv), (0, 0, 0, nx - x, 0, ny - y)))
+        rows.append(torch.cat(row, 3))
+    return _fold(torch.cat(rows, 2).flatten(4, 5).flatten(2, 3), ph, pw, ny * ph, nx * pw)[..., :height, :width]
+
+
+def _sizes(size: int, patch: int) -> list[tuple[int, slice]]:
+    """Along one axis: how many pixels a group has, and which groups they are that have so many."""
+    count, larger = size // patch, index(size % patch)
+    return [(count + 1, slice(0, larger)), (count, slice(larger, patch))][0 if larger else 1 :]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:

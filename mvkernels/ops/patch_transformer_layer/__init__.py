@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvkernels import checks
-from mvkernels.backend import choose
+from mvkernels.backend import choose, requested
 from mvkernels.ops.patch_transformer_layer import suite
 from mvkernels.ops.patch_transformer_layer.autograd import KERNELS, TENSORS, PatchTransformerLayerFunction
 from mvkernels.ops.patch_transformer_layer.composed import composed
@@ -83,9 +84,13 @@ def patch_transformer_layer(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, heads, patch_size, eps, scale, activation,
     )  # fmt: skip
     chosen = choose(OP, backend, arguments)
-    if chosen == "reference":
-        return reference(*arguments)
     tensors = arguments[:TENSORS]
+    if chosen == "reference":
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and requested(backend) == "auto":
+            # The compiler fuses what is around attention, and takes minutes over the groups of the reference's.
+            *first, eps, scale, activation = arguments
+            return checks.lay_as(composed(*first, eps=eps, scale=scale, activation=activation), tensors[0])
+        return reference(*arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return PatchTransformerLayerFunction.apply(*arguments, chosen, True)
     _, (ph, pw), eps, scale, _ = arguments[TENSORS:]
@@ -129,7 +134,7 @@ def _check(
     _check_shapes(given, heads)
     eps = checks.number(_NAME, "eps", eps, 1e-5)
     scale = checks.number(_NAME, "scale", scale, (cast["x"].shape[1] // heads) ** -0.5)
-    return (*cast.values(), heads, patch, eps, scale, activation)
+    return (*cast.values(), index(heads), patch, eps, scale, activation)
 
 
 def _check_shapes(given: dict[str, Tensor], heads: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
+from mvkernels import checks, flops, library
 from mvkernels.backend import choose
 from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
 
@@ -40,6 +40,19 @@ def _fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return checks.empty_map(x, x.shape[1]), *(x.new_empty(0 if p is None else p.shape) for p in parameters)
 
 
+def _count(x: flops.Shape, *rest: Any) -> int:
+    b, channels, height, width = x
+    hidden = rest[8][0]  # of fc1_weight
+    heads, patch_h, patch_w = rest[TENSORS - 1 : TENSORS + 2]
+    maps = (b, heads, channels // heads, height, width)
+    products = 2 * b * height * width * channels * (4 * channels + 2 * hidden)
+    return products + flops.grouped_attention(maps, maps, patch_h, patch_w)
+
+
+def _count_backward(grad: flops.Shape, qkv: Any, attention: Any, lse: Any, middle: Any, *inputs: Any) -> int:
+    return 2 * _count(*inputs)
+
+
 def _triton_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     from mvkernels.ops.patch_transformer_layer import triton_kernels
 
@@ -58,8 +71,17 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "triton": (
-        library.define("triton", "patch_transformer_layer_forward", _FORWARD, _fake_forward, _triton_forward),
-        library.define("triton", "patch_transformer_layer_backward", _BACKWARD, _fake_backward, _triton_backward),
+        library.define(
+            "triton", "patch_transformer_layer_forward", _FORWARD, _fake_forward, _triton_forward, count=_count
+        ),
+        library.define(
+            "triton",
+            "patch_transformer_layer_backward",
+            _BACKWARD,
+            _fake_backward,
+            _triton_backward,
+            count=_count_backward,
+        ),
     ),
 }
 
@@ -97,13 +119,13 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
         kept = ctx.saved_tensors  # once: under torch.utils.checkpoint a second reading is an error
         inputs, saved = kept[:TENSORS], kept[TENSORS:]
         wanted = ctx.needs_input_grad[:TENSORS]
-        with library.not_recording():
-            if ctx.backend == "reference":
-                grads = library.differentiate(lambda *t: reference(*t, *ctx.settings), grad, inputs, wanted)
-            else:
-                heads, (ph, pw), eps, scale, _ = ctx.settings
+        if ctx.backend == "reference":
+            grads = library.differentiate(lambda *t: reference(*t, *ctx.settings), grad, inputs, wanted)
+        else:
+            heads, (ph, pw), eps, scale, _ = ctx.settings
+            with library.not_recording():
                 found = KERNELS[ctx.backend][1](grad, *saved, *inputs, heads, ph, pw, eps, scale)
-                grads = [g if w else None for g, w in zip(found, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("patch_transformer_layer", grads, (grad, *inputs))
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("patch_transformer_layer", grads, (grad, *inputs))
         return (*grads, *[None] * (ctx.count - TENSORS))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
+from mvkernels import checks, flops, library
 from mvkernels.backend import choose
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 
@@ -32,6 +32,15 @@ def _fake_forward_triton(query, key, value, eps):  # type: ignore[no-untyped-def
 
 def _fake_backward(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
     return tuple(checks.empty_map(each, each.shape[2]) for each in (query, key, value))
+
+
+def _count(query, *_):  # type: ignore[no-untyped-def]
+    b, heads, dim, height, width = query
+    return flops.linear_attention(b * heads, dim, height * width)
+
+
+def _count_backward(grad, query, *_):  # type: ignore[no-untyped-def]
+    return 2 * _count(query)
 
 
 def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -61,12 +70,14 @@ _BACKWARD = {
 _NAMES = ("relu_linear_attention_forward", "relu_linear_attention_backward")
 KERNELS = {
     "cpp": (
-        library.define("cpp", _NAMES[0], _FORWARD["cpp"], _fake_forward_cpp),
-        library.define("cpp", _NAMES[1], _BACKWARD["cpp"], _fake_backward),
+        library.define("cpp", _NAMES[0], _FORWARD["cpp"], _fake_forward_cpp, count=_count),
+        library.define("cpp", _NAMES[1], _BACKWARD["cpp"], _fake_backward, count=_count_backward),
     ),
     "triton": (
-        library.define("triton", _NAMES[0], _FORWARD["triton"], _fake_forward_triton, _triton_forward),
-        library.define("triton", _NAMES[1], _BACKWARD["triton"], _fake_backward, _triton_backward),
+        library.define("triton", _NAMES[0], _FORWARD["triton"], _fake_forward_triton, _triton_forward, count=_count),
+        library.define(
+            "triton", _NAMES[1], _BACKWARD["triton"], _fake_backward, _triton_backward, count=_count_backward
+        ),
     ),
 }
 """By backend: ``forward(query, key, value, eps) -> (out, *sums)`` and
@@ -74,7 +85,11 @@ KERNELS = {
 
 INFERENCE = {
     "cpp": library.define(
-        "cpp", "relu_linear_attention", f"({_INPUTS}, float eps) -> Tensor", library.output(_fake_forward_cpp)
+        "cpp",
+        "relu_linear_attention",
+        f"({_INPUTS}, float eps) -> Tensor",
+        library.output(_fake_forward_cpp),
+        count=_count,
     ),
     "triton": library.output(KERNELS["triton"][0]),
 }
@@ -117,12 +132,12 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         eps, backend = ctx.settings
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        with library.not_recording():
-            if backend == "reference":
-                grads = library.differentiate(lambda q, k, v: reference(q, k, v, eps), grad, saved, wanted)
-            else:
+        if backend == "reference":
+            grads = library.differentiate(lambda q, k, v: reference(q, k, v, eps), grad, saved, wanted)
+        else:
+            with library.not_recording():
                 found = KERNELS[backend][1](grad, *saved, eps)
-                grads = [g if w else None for g, w in zip(found, wanted)]
-        if torch.is_grad_enabled():
-            grads = library.refuse_second_derivative("relu_linear_attention", grads, (grad, *saved[:3]))
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative("relu_linear_attention", grads, (grad, *saved[:3]))
         return *grads, None, None, None

@@ -1,0 +1,124 @@
+"""FlopCounterMode counts for every op what it counts for its reference."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvkernels import testing
+from mvkernels.registry import OPS
+from tests.ops.test_contract_all import KERNELS, example, tensors_of
+
+
+def counts(name, arguments, backend):
+    """FLOPs of a call that records no gradient, of one that does, and of its backward; all gradients are wanted."""
+    inputs = {key: value.detach().clone().requires_grad_() for key, value in tensors_of(arguments).items()}
+    found = []
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        OPS[name].function(**arguments, backend=backend)
+    found.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        out = OPS[name].function(**testing.with_tensors(arguments, inputs), backend=backend)
+    found.append(counter.get_total_flops())
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+    return [*found, counter.get_total_flops()]
+
+
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+@pytest.mark.parametrize(("batch", "size"), [(2, (4, 6)), (1, (5, 7)), (1, (1, 3)), (0, (4, 4))])
+def test_the_count_is_the_references(name, backend, batch, size):
+    arguments = example(name, batch=batch, size=size)
+    found = counts(name, arguments, backend)
+    assert found == counts(name, arguments, "reference")
+    assert all(found) == bool(batch)
+
+
+def other_settings():
+    """By op, arguments that its first shape does not have."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*sizes):
+        return torch.randn(sizes, generator=generator)
+
+    query, key, value = some(2, 3, 5, 7, 9), some(2, 3, 5, 7, 9), some(2, 3, 4, 7, 9)
+    for patch in (1, (3, 2), (8, 4), (100, 1)):
+        yield "patch_attention", {"query": query, "key": key, "value": value, "patch_size": patch}
+    divided = {"query": query[..., :6, :8], "key": key[..., :6, :8], "value": value[..., :6, :8]}
+    yield "patch_attention", {**divided, "patch_size": (3, 2), "bias": some(3, 8, 8)}
+    yield "mobile_to_former", {"query": some(2, 1, 5, 6), "x": some(2, 1, 6, 3, 4), "scale": 0.3}
+    tokens = {"key": some(2, 1, 5, 6), "value": some(2, 1, 5, 6)}
+    yield "former_to_mobile", {"x": some(2, 1, 6, 3, 4), **tokens, "residual": False}
+    wide, mixing = [some(18, 1, 3, 3), some(18, 1, 5, 5)], [some(18, 3, 1, 1), some(18, 3, 1, 1)]
+    scales = {"qkv": some(2, 18, 4, 5), "depthwise": wide, "pointwise": mixing, "head_dim": 3}
+    yield "multiscale_linear_attention", scales
+    yield "multiscale_linear_attention", {**scales, "depthwise_bias": [some(18), None], "pointwise_bias": [None, None]}
+    yield "multiscale_linear_attention", {"qkv": some(2, 18, 4, 5), "depthwise": [], "pointwise": [], "head_dim": 2}
+    layer = [some(8), some(8), some(24, 8), None, some(8, 8), some(8), some(8), some(8), some(5, 8), some(5)]
+    names = (
+        "norm1_weight norm1_bias qkv_weight qkv_bias proj_weight proj_bias norm2_weight norm2_bias fc1_weight fc1_bias"
+    )
+    layer = dict(zip(names.split(), layer)) | {"fc2_weight": some(8, 5), "fc2_bias": some(8)}
+    yield "patch_transformer_layer", {"x": some(2, 8, 5, 6), **layer, "heads": 4, "patch_size": (2, 4)}
+
+
+@pytest.mark.parametrize("case", other_settings(), ids=lambda case: case[0])
+def test_the_count_with_other_settings(case):
+    name, arguments = case
+    if not OPS[name].why_not.get("cpp"):
+        pytest.skip("the interpreter's tests have it")
+    assert counts(name, arguments, "cpp") == counts(name, arguments, "reference")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", other_settings(), ids=lambda case: case[0])
+def test_the_count_with_other_settings_on_triton(case):
+    name, arguments = case
+    assert counts(name, arguments, "triton") == counts(name, arguments, "reference")
+
+
+def test_a_frozen_scale_is_not_counted_where_the_operator_is_told():
+    """Triton's operator of the multi-scale backward is: its formula, for no kernel need run."""
+    meta = {"device": "meta"}
+    qkv, wide, mixing = (
+        torch.empty(2, 18, 4, 5, **meta),
+        torch.empty(18, 1, 3, 3, **meta),
+        torch.empty(18, 3, 1, 1, **meta),
+    )
+    found = []
+    for wanted in (True, False):
+        sums = torch.empty(2, 2, 2, 4, 3, **meta)
+        operator = torch.ops.mvkernels_triton.multiscale_linear_attention_backward
+        with FlopCounterMode(display=False) as counter:
+            operator(torch.empty(2, 12, 4, 5, **meta), qkv, sums, [wide], [mixing], 3, [], [], 1e-15, wanted)
+        found.append(counter.get_total_flops())
+    qkv = torch.randn(2, 18, 4, 5, requires_grad=True)
+    weights = {"depthwise": [torch.randn(18, 1, 3, 3)], "pointwise": [torch.randn(18, 3, 1, 1)], "head_dim": 3}
+    out = OPS["multiscale_linear_attention"].function(qkv, **weights, backend="reference")
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    assert found[1] == counter.get_total_flops() < found[0]
+
+
+@pytest.mark.parametrize("first", ["mvkernels", "torch.utils.flop_counter"])
+def test_either_may_be_imported_first(first):
+    code = f"""
+import importlib, sys
+importlib.import_module({first!r})
+import mvkernels, torch
+print("torch.utils.flop_counter" in sys.modules)
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.randn(1, 4, 16, 32, 32, requires_grad=True)
+with FlopCounterMode(display=False) as counter:
+    mvkernels.patch_attention(q, q, q).sum().backward()
+print(counter.get_total_flops())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    loaded, count = done.stdout.split()
+    assert loaded == str(first != "mvkernels") and int(count) == 3 * 67_108_864

@@ -1,0 +1,136 @@
+"""Gradients of many cotangents at once, and vmap: what a loop gives, for every op and backend."""
+
+import warnings
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+from torch.func import vmap
+
+from mvkernels import testing
+from mvkernels.registry import OPS
+from tests.ops.bridges import interpreter
+from tests.ops.test_contract_all import NATIVE, call_function, example, tensors_of
+
+SIZES = [((4, 6), "contiguous"), ((3, 4), "channels_last")]
+
+
+def leaves(name, dtype=torch.float64, **settings):
+    arguments = example(name, dtype, **settings)
+    inputs = {key: value.detach().clone().requires_grad_() for key, value in tensors_of(arguments).items()}
+    for key in OPS[name].maps:  # a clone is dense, a map keeps its strides
+        inputs[key] = arguments[key].detach().requires_grad_()
+    return testing.with_tensors(arguments, inputs), list(inputs.values())
+
+
+def check(found, rows):
+    for batched, *each in zip(found, *rows):
+        torch.testing.assert_close(batched, torch.stack(each), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("size", "strides"), SIZES)
+def test_gradients_of_many_cotangents_at_once(name, backend, batch, size, strides):
+    """By either of PyTorch's vmaps, with no warning of a slow path."""
+    arguments, inputs = leaves(name, batch=batch, size=size, strides=strides)
+    out = OPS[name].function(**arguments, backend=backend)
+    cotangents = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
+
+    def gradients(cotangent, **settings):
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True, **settings)
+
+    rows = [gradients(cotangent) for cotangent in cotangents]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(gradients(cotangents, is_grads_batched=True), rows)
+        check(vmap(gradients)(cotangents), rows)
+        if backend != "reference":  # PyTorch's own convolutions refuse it
+            assert [tuple(grad.shape) for grad in vmap(gradients)(cotangents[:0])] == [(0, *v.shape) for v in inputs]
+        pairs = torch.stack((cotangents, cotangents.flip(0)))  # two deep
+        for found, row in zip(zip(*vmap(vmap(gradients))(pairs)), (rows, rows[::-1])):
+            check(found, row)
+
+
+@interpreter
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_of_many_cotangents_at_once_on_triton(name):
+    arguments, inputs = leaves(name, torch.float32, batch=1, size=(2, 3))
+    out = OPS[name].function(**arguments, backend="triton")
+    cotangents = torch.randn(2, *out.shape, generator=torch.Generator().manual_seed(0))
+
+    def gradients(cotangent, **settings):
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True, **settings)
+
+    rows = [gradients(cotangent) for cotangent in cotangents]
+    check(gradients(cotangents, is_grads_batched=True), rows)
+    check(vmap(gradients)(cotangents), rows)
+
+
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+def test_a_vectorized_jacobian(name, backend):
+    arguments, inputs = leaves(name, batch=1, size=(2, 3))
+    first, *_ = tensors_of(arguments)
+
+    def f(value):
+        return OPS[name].function(**testing.with_tensors(arguments, {first: value}), backend=backend).flatten()[:5]
+
+    value = inputs[0].detach()
+    torch.testing.assert_close(jacobian(f, value, vectorize=True), jacobian(f, value), rtol=1e-12, atol=1e-12)
+    reverse = torch.func.jacrev(lambda v: _unnamed(name, arguments, first, v))
+    torch.testing.assert_close(reverse(value), jacobian(f, value), rtol=1e-9, atol=1e-9)
+
+
+def _unnamed(name, arguments, first, value):
+    """A transform chooses the reference by itself, unless a backend is named."""
+    return OPS[name].function(**testing.with_tensors(arguments, {first: value})).flatten()[:5]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_functions_reference_takes_many_cotangents(name):
+    arguments, inputs = leaves(name, batch=1, size=(3, 4))
+    out = call_function(name, arguments, "reference")
+    cotangents = torch.randn(2, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(0))
+
+    def gradients(cotangent, **settings):
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True, **settings)
+
+    rows = [gradients(cotangent) for cotangent in cotangents]
+    check(gradients(cotangents, is_grads_batched=True), rows)
+    check(vmap(gradients)(cotangents), rows)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("size", [(5, 7), (1, 3)])
+def test_vmap_over_any_argument_of_the_reference(name, size):
+    """Also on maps that a patch does not divide: the reference writes nothing in place."""
+    arguments = example(name, torch.float64, batch=1, size=size)
+    for which, value in tensors_of(arguments).items():
+        stacked = torch.stack([value * factor for factor in (0.5, 1.0, 2.0)], dim=1)
+
+        def one(value, which=which):
+            return OPS[name].function(**testing.with_tensors(arguments, {which: value}), backend="reference")
+
+        found = vmap(one, in_dims=1)(stacked)
+        torch.testing.assert_close(found, torch.stack([one(value) for value in stacked.unbind(1)]))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_further_derivative_of_many_cotangents_is_refused_too(name):
+    if not OPS[name].why_not.get("cpp"):
+        pytest.skip("no C++ kernel")
+    arguments, inputs = leaves(name, batch=1)
+    out = OPS[name].function(**arguments, backend="cpp")
+    cotangents = torch.ones(2, *out.shape, dtype=out.dtype)
+
+    def gradients(cotangent, **settings):
+        return torch.autograd.grad(out, inputs, cotangent, create_graph=True, **settings)
+
+    for grads in (
+        gradients(cotangents, is_grads_batched=True),
+        vmap(gradients)(cotangents),
+        vmap(vmap(gradients))(cotangents[None]),
+    ):
+        for grad in grads:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(grad.sum(), inputs[0], retain_graph=True)
