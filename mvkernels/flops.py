@@ -6,6 +6,7 @@ A formula takes the operator's arguments, with its shape for each tensor, and gi
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,10 +40,16 @@ def _tell(counter: Any, formulas: dict[Any, Formula]) -> None:
 
 
 class _WhenImported:
-    """Tells the counter as soon as somebody imports it. Its own import takes all of Triton's, so this one may not."""
+    """Tells the counter when somebody imports it, and is gone then.
+
+    Imported here it would bring in all of Triton, which takes longer than this library itself.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name == _COUNTER else None
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
@@ -54,7 +61,8 @@ class _WhenImported:
         return spec
 
 
-sys.meta_path.insert(0, _WhenImported())
+if _COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _WhenImported())
 
 
 def grouped_attention(query: Shape, value: Shape, patch_h: int, patch_w: int) -> int:
