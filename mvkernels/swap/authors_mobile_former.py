@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mvkernels.nn.mobile_former import add_attention
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import class_name, drops_path, log_once, not_hooked, unusual_call
+from mvkernels.swap.eligibility import asked, class_name, drops_path, log_once, not_hooked, unusual_call
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import Swapped
 
@@ -89,7 +89,7 @@ class _SwappedBridge(Swapped):
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x is the tuple (map (B, C, H, W), tokens (M, B, token_dim))."""
         reason = self._why_not_this(x) if not args and not kwargs else "it was called with more than one tuple"
-        reason = reason or self.why_not_now(self) or drops_path(self.drop_path)  # type: ignore[attr-defined]
+        reason = reason or asked(self.why_not_now, self) or drops_path(self.drop_path)  # type: ignore[attr-defined]
         if reason:
             log_once(self, reason)  # type: ignore[arg-type]
             return self.mvk_original.forward(self, x, *args, **kwargs)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mvkernels.nn import pointwise_to_channels_last
 from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap.eligibility import (
+    asked,
     class_name,
     log_once,
     not_its_own,
@@ -72,7 +73,7 @@ class SwappedSanaMultiscaleLinearAttention(Swapped):
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C, H, W) -> (B, C_out, H, W)."""
         reason = "it was called with more than a map" if args or kwargs else unusual_call(hidden_states)
-        reason = reason or why_not(self)
+        reason = reason or asked(why_not, self)
         if reason:
             log_once(self, reason)
             return SanaMultiscaleLinearAttention.forward(self, hidden_states, *args, **kwargs)

@@ -15,7 +15,16 @@ from diffusers.models.attention_processor import Attention, SanaLinearAttnProces
 from torch import Tensor, nn
 
 from mvkernels.ops.relu_linear_attention import relu_linear_attention
-from mvkernels.swap.eligibility import class_name, log_once, not_exactly, not_linear, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import (
+    asked,
+    class_name,
+    log_once,
+    not_exactly,
+    not_linear,
+    not_plain,
+    replaced,
+    unusual_call,
+)
 
 
 def why_not(module: Any) -> str:
@@ -74,7 +83,7 @@ class FusedSanaLinearAttnProcessor:
             reason = "its keys come from elsewhere (encoder_hidden_states)"
         elif attention_mask is not None:
             reason = "it was called with a mask"
-        reason = reason or replaced(SanaLinearAttnProcessor2_0, "__call__") or _why_not_now(attn)
+        reason = reason or replaced(SanaLinearAttnProcessor2_0, "__call__") or asked(_why_not_now, attn)
         if reason:
             log_once(self, reason)
             return self.mvk_original(attn, hidden_states, encoder_hidden_states, attention_mask)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -234,6 +235,14 @@ def unusual_call(x: Any, axes: int = 4) -> str:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     return ""
+
+
+def asked(why_not: Callable[[Any], str], module: Any) -> str:
+    """``why_not(module)``; where it misses a part that it looks for, that is the reason."""
+    try:
+        return why_not(module)
+    except AttributeError as error:
+        return f"something in it is not what was swapped: {error}"
 
 
 def log_once(module: object, reason: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap.eligibility import (
+    asked,
     class_name,
     log_once,
     not_dense,
@@ -78,7 +79,7 @@ def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
 
     ``more``: the call has arguments beside the map.
     """
-    reason = reason or ("it was called with more than a map" if more else unusual_call(x)) or why_not(module)
+    reason = reason or ("it was called with more than a map" if more else unusual_call(x)) or asked(why_not, module)
     if reason:
         log_once(module, reason)
         return None

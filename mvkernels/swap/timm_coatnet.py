@@ -13,7 +13,7 @@ from timm.models.maxxvit import Attention2d
 from torch import Tensor, nn
 
 from mvkernels.ops.patch_attention import patch_attention
-from mvkernels.swap.eligibility import drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
 
 
@@ -37,7 +37,7 @@ class SwappedAttention2d(Swapped):
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
         reason = "shared_rel_pos is given" if shared_rel_pos is not None else unusual_call(x)
-        reason = reason or why_not(self) or drops_attention(self, self.attn_drop)
+        reason = reason or asked(why_not, self) or drops_attention(self, self.attn_drop)
         if not reason and self.rel_pos is not None and self.rel_pos.window_area != x.shape[2] * x.shape[3]:
             reason = f"its biases are for {self.rel_pos.window_area} pixels, and the map has {x.shape[2] * x.shape[3]}"
         if reason:

@@ -12,7 +12,7 @@ from timm.models.efficientformer import Attention
 from torch import Tensor
 
 from mvkernels.ops.patch_attention import patch_attention
-from mvkernels.swap.eligibility import log_once, replaced, unusual_call
+from mvkernels.swap.eligibility import asked, log_once, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
 
 
@@ -36,7 +36,7 @@ class SwappedAttention(Swapped):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
         reason = "it was called with more than tokens" if args or kwargs else unusual_call(x, axes=3)
-        reason = reason or why_not(self)
+        reason = reason or asked(why_not, self)
         index: Any = self.attention_bias_idxs
         if not reason and x.shape[1] != index.shape[0]:
             reason = f"it has biases for {index.shape[0]} tokens and got {x.shape[1]}"

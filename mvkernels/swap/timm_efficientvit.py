@@ -11,7 +11,7 @@ from timm.models.efficientvit_mit import ConvNormAct, LiteMLA
 from torch import Tensor
 
 from mvkernels.swap import lite_mla
-from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
+from mvkernels.swap.eligibility import asked, not_its_own, not_plain, replaced
 from mvkernels.swap.swapped import Swapped
 
 
@@ -34,7 +34,7 @@ class SwappedLiteMLA(Swapped):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
-        out = lite_mla.forward(self, x, bool(args or kwargs), _of_timm(self))
+        out = lite_mla.forward(self, x, bool(args or kwargs), asked(_of_timm, self))
         return LiteMLA.forward(self, x, *args, **kwargs) if out is None else out
 
 
