@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.nn.mobile_former import add_attention
+from mvkernels.nn.pointwise import gradient_laid_as_input
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
 from mvkernels.swap.eligibility import asked, class_name, drops_path, log_once, not_hooked, unusual_call
@@ -119,13 +120,14 @@ class SwappedLocal2Global(_SwappedBridge):
 
     def fused(self: Any, x: Tensor, tokens: Tensor) -> tuple[Tensor, Any]:
         query = _heads(self.q(tokens), self.num_heads)
+        at_once = torch.compiler.is_compiling() or _for_a_checkpoint(x, tokens)
+        x = gradient_laid_as_input(x)  # what is made of the scores has a gradient of its own
         pixels = x.unflatten(1, (self.num_heads, -1))
         seen = mobile_to_former(query, pixels, scale=self.scale, backend=self.mvk_backend)
         seen = seen.permute(2, 0, 1, 3).flatten(2)
         if self.use_dynamic:
             seen = seen * (self.alpha(tokens) * self.alpha_scale)
         form = functools.partial(_scores, self.scale)
-        at_once = torch.compiler.is_compiling() or _for_a_checkpoint(x, tokens)
         scores = form(query, pixels) if at_once else LaterTensor(form, query, pixels)
         return self.layer_norm(tokens + self.proj(seen)), scores
 
