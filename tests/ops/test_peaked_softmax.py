@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mvkernels import checks, testing
 from mvkernels.registry import OPS
-from tests.ops.bridges import INSTRUCTION_SETS, assert_ok, needs_cpp
+from tests.ops.bridges import INSTRUCTION_SETS, assert_ok, interpreter, needs_cpp
 
 ALIKE = {"mobile_to_former": ("query",), "former_to_mobile": ("x", "key"), "patch_attention": ("query", "key")}
 """Of each op the tensors whose gradient comes through the scores alone."""
@@ -114,6 +114,13 @@ def test_cpp_leaves_no_rounding_error(instruction_set, threads, problem):
     assert_no_gradient_through_scores(*problem, "cpp")
 
 
+@interpreter
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=problems(11, HALVES[:2]))
+def test_triton_leaves_no_rounding_error(problem):
+    assert_no_gradient_through_scores(*problem, "triton")
+
+
 @needs_cpp("mobile_to_former")
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("size", [1e3, 1e4], ids=str)
@@ -136,3 +143,13 @@ def test_half_types_on_maps_far_from_0(instruction_set, threads, dtype, strides)
         x = x.copy_(x + mean).to(dtype)
         query = torch.randn(1, 2, 3, dim, generator=generator).to(dtype)
         assert_ok(testing.check(OPS["mobile_to_former"], {"query": query, "x": x}, "cpp"))
+
+
+@interpreter
+@pytest.mark.parametrize("mean", [5.0, 20.0])
+def test_triton_half_types_in_groups_of_several_blocks(mean):
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value = torch.randn(3, 1, 1, 16, 9, 9, generator=generator)
+        arguments = {"query": query.half(), "key": (key + mean).half(), "value": (value + mean).half()}
+        assert_ok(testing.check(OPS["patch_attention"], {**arguments, "patch_size": 1}, "triton"))
