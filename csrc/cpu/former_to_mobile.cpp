@@ -12,14 +12,20 @@ namespace MVK_ISA {
 namespace {
 
 // Softmax down the columns of s (M rows of whole vectors). With ds: ds = P (ds - sum P ds), its derivative, which does
-// not depend on what all of a column have in common: less its first row, tokens that are alike give 0.
+// not depend on what all of a column have in common: less that of the highest score, tokens that are alike give 0, and
+// nothing is lost where P is nearly 1.
 template <class T>
 static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
   const vec<T> f = splat(factor);
   for (int64_t n = 0; n < count; n += W<T>) {
     vec<T> top = load<T>(s + n), sum = {}, sum_dp = {}, base = {};
-    if (ds) base = finite_or_zero<T>(load<T>(ds + n));
-    for (int64_t m = 1; m < M; ++m) top = maximum<T>(top, load<T>(s + m * ld + n));
+    if (ds) base = load<T>(ds + n);
+    for (int64_t m = 1; m < M; ++m) {
+      const vec<T> v = load<T>(s + m * ld + n);
+      if (ds) base = v > top ? load<T>(ds + m * ld + n) : base;
+      top = maximum<T>(top, v);
+    }
+    base = finite_or_zero<T>(base);
     auto some = [&](auto rows, int64_t m) __attribute__((always_inline)) {
       constexpr int U = decltype(rows)::value;
       vec<T> p[U];
@@ -62,13 +68,16 @@ static void softmax_rows(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T fa
       for (int u = 0; u < U; ++u) {
         const vec<T> v = load<T>(s + g * ld + n + u * W<T>);
         const vec<T> real = g + 1 < groups ? v : used ? v : none;
+        if (ds)
+          base[u] = g ? (real > top[u] ? load<T>(ds + g * ld + n + u * W<T>) : base[u]) : load<T>(ds + n + u * W<T>);
         top[u] = g ? maximum<T>(top[u], real) : real;
       }
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      top[u] = fold<T, 1, G>(top[u], Most<T>());
-      sum[u] = sum_dp[u] = base[u] = vec<T>{};
-      if (ds) base[u] = finite_or_zero<T>(first_of_each<T, G>(load<T>(ds + n + u * W<T>)));
+      const vec<T> own = top[u];
+      top[u] = fold<T, 1, G>(own, Most<T>());
+      sum[u] = sum_dp[u] = vec<T>{};
+      base[u] = ds ? finite_or_zero<T>(fold<T, 1, G>(own == top[u] ? base[u] : none, Most<T>())) : vec<T>{};
     }
     for (int64_t g = 0; g < groups; ++g) {
       vec<T> p[U];

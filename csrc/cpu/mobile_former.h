@@ -19,7 +19,6 @@ struct Bridge {
   Map x, out_map, grad_map, dx;
   // Mobile to Former has query, out, grad, dquery; Former to Mobile has key, value, dkey, dvalue.
   Tokens query, out, grad, dquery, key, value, dkey, dvalue;
-  double* lse;  // (B, heads, M); null in a forward: not wanted
 
   // A unit of work is one (batch, head, chunk): chunks split the pixels when there are fewer units than threads.
   int64_t chunks;
@@ -31,6 +30,9 @@ struct Bridge {
   int64_t units() const { return B * heads * chunks; }
   int64_t forward_partial() const { return M * (D + 2); }
   int64_t backward_partial() const { return 2 * M * D; }
+  // Mobile to Former: what a unit's first stage of the backward leaves for its second, with room for what an instruction set
+  // rounds up; behind the M * D of every unit in `partial`.
+  int64_t weights() const { return 2 * (M + 7) * (pixels() / chunks + 64) / 4 * 4 + 4 * M; }
 };
 
 // One set for each instruction set. Ranges are over units; those of the second stages, which add chunks up in order, over
@@ -38,6 +40,7 @@ struct Bridge {
 struct MobileToFormerKernels {
   void (*forward)(const Bridge&, int64_t begin, int64_t end);
   void (*merge)(const Bridge&, int64_t begin, int64_t end);
+  void (*weights)(const Bridge&, int64_t begin, int64_t end);
   void (*backward)(const Bridge&, int64_t begin, int64_t end);
   void (*sum_dquery)(const Bridge&, int64_t begin, int64_t end);
 };

@@ -39,16 +39,13 @@ int64_t split(Bridge& a, double products) {
   return grain(flops / double(a.chunks));
 }
 
-// With `kept`, also what the backward needs of it.
-template <bool kept>
 void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), x = take(stack[1]);
   Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[2]));
   Tensor out = empty({a.B, a.heads, a.M, a.D}, query.dtype());
-  Tensor lse, partial;
-  if constexpr (kept) lse = empty({a.B, a.heads, a.M}, aoti_torch_dtype_float64());
+  Tensor partial;
   if (a.B) {
-    a.query = tokens(query), a.out = tokens(out), a.lse = kept ? static_cast<double*>(lse.data()) : nullptr;
+    a.query = tokens(query), a.out = tokens(out);
     const int64_t least = split(a, 2);
     if (a.chunks > 1) {
       partial = empty({a.units(), a.forward_partial()}, sums_dtype(a.dtype));
@@ -59,27 +56,22 @@ void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
     if (a.partial) kernels.merge(a, 0, a.B * a.heads);
   }
   give(stack, out);
-  if constexpr (kept) give(stack + 1, lse);
 }
 
 void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
-  Tensor grad = take(stack[0]), query = take(stack[1]), x = take(stack[2]), out = take(stack[3]), lse = take(stack[4]);
-  Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[5]));
+  Tensor grad = take(stack[0]), query = take(stack[1]), x = take(stack[2]);
+  Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[3]));
   require_like(grad, query, "mobile_to_former", "grad does not fit");
-  require_like(out, query, "mobile_to_former", "out does not fit");
-  require(
-      lse.dim() == 3 && lse.dtype() == aoti_torch_dtype_float64() && same_sizes(lse, query, {0, 1, 2}),
-      "mobile_to_former", "lse does not fit");
   Tensor dquery = empty({a.B, a.heads, a.M, a.D}, query.dtype()), dx = empty_map(x, a.D), partial;
   if (a.B) {
-    a.query = tokens(query), a.grad = tokens(grad), a.out = tokens(out), a.dquery = tokens(dquery);
-    a.dx = map(dx), a.lse = static_cast<double*>(lse.data());
+    a.query = tokens(query), a.grad = tokens(grad), a.dquery = tokens(dquery), a.dx = map(dx);
     const int64_t least = split(a, 5);
     if (a.chunks > 1) {
-      partial = empty({a.units(), a.M * a.D}, sums_dtype(a.dtype));
+      partial = empty({a.units(), a.M * a.D + a.weights()}, sums_dtype(a.dtype));
       a.partial = partial.data();
     }
     const MobileToFormerKernels& kernels = *current->mobile_to_former;
+    if (a.partial) parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.weights(a, i, j); });
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
     if (a.partial) kernels.sum_dquery(a, 0, a.B * a.heads);
   }

@@ -3,8 +3,8 @@
 // For each block of pixels of a (batch, head): scores, exponentials, sums of p x, with the block in cache: the map is read
 // from memory once. With pixels as lanes each lane keeps a running maximum, sum and weighted sums of its own, so nothing
 // goes across lanes until the end; maps whose dims are contiguous go by rows, lanes are tokens and then dims. The backward
-// makes P again from the log-sum-exp, writes dx in the same pass, and sums dquery as the forward sums the output. Chunks of
-// pixels are added up in order: no atomics.
+// makes the scores of all pixels again, and once their sums are known writes dx, and sums dquery as the forward sums the
+// output. Chunks of pixels are added up in order: no atomics.
 #include "pixel_rows.h"
 
 namespace mvk {
@@ -17,7 +17,6 @@ struct OneToken {
   static vec<T> running(vec<T> v, bool once) { return once ? top(v) : v; }
   static vec<T> top(vec<T> v) { return fold<T, 1, W<T>>(v, Most<T>()); }
   static vec<T> sum(vec<T> v) { return fold<T, 1, W<T>>(v, Sum<T>()); }
-  static vec<T> first(const T* p) { return splat(p[0]); }
 };
 // Where lane i is of token i % G.
 template <class T, int G>
@@ -25,11 +24,6 @@ struct TokensInTurn {
   static vec<T> running(vec<T> v, bool) { return top(v); }
   static vec<T> top(vec<T> v) { return fold<T, G, W<T>>(v, Most<T>()); }
   static vec<T> sum(vec<T> v) { return fold<T, G, W<T>>(v, Sum<T>()); }
-  static vec<T> first(const T* p) {
-    vec<T> out;
-    for (int i = 0; i < W<T>; ++i) out[i] = p[i % G];
-    return out;
-  }
 };
 
 // s = 2^(factor (s - top)) for a row of whole vectors, where top becomes the maximum so far of what is summed together, and
@@ -76,7 +70,6 @@ MVK_INLINE void put_output(const Bridge& a, int64_t unit, int64_t m, const T* ro
     to[a.D] = most, to[a.D + 1] = total;
   } else {
     store_token<T, S>(a, a.out, unit / a.heads, unit % a.heads, m, row);
-    if (a.lse) a.lse[unit * a.M + m] = kLn2 * Factor(a.scale, false).scores * most + __builtin_log(total);
   }
 }
 
@@ -200,68 +193,104 @@ static void merge(const Bridge& a, int64_t begin, int64_t end) {
       }
       for (int64_t d = 0; d < D; ++d) row[d] /= total;
       store_token<T, S>(a, a.out, item / a.heads, item % a.heads, m, row);
-      if (a.lse) a.lse[item * M + m] = kLn2 * factor.scores * most + __builtin_log(total);
     }
 }
 
-// P = 2^(factor (S - high - low)) over the rows s, and dS = P (dP - delta) over the rows ds. `whole` if these are all pixels: high
-// is then their maximum, P is divided by its own sum, and delta is sum P dP, both less the first dP: as exact as softmax's
-// backward on maps of a pixel or two.
-template <class T, class Lanes>
-MVK_INLINE void probabilities(T* s, T* ds, int64_t count, T factor, vec<T> high, vec<T> low, vec<T> delta, bool whole) {
-  const vec<T> f = splat(factor);
-  if (whole) {
-    vec<T> most = splat(-kInfinity<T>), sum = {}, sum_dp = {};
-    const vec<T> base = finite_or_zero<T>(Lanes::first(ds));
-    for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
-    const vec<T> hi = Lanes::top(most);
-    for (int64_t n = 0; n < count; n += W<T>) {
-      vec<T> p[1] = {(load<T>(s + n) - hi) * f};
-      exp2_nonpositive<1>(p);
-      store<T>(s + n, p[0]);
-      sum += p[0], sum_dp += p[0] * (load<T>(ds + n) - base);
-    }
-    const vec<T> over = splat(T(1)) / Lanes::sum(sum), dl = Lanes::sum(sum_dp) * over;
-    for (int64_t n = 0; n < count; n += W<T>) {
-      const vec<T> p = load<T>(s + n) * over;
-      store<T>(s + n, p);
-      store<T>(ds + n, p * (load<T>(ds + n) - base - dl));
-    }
-    return;
-  }
-  int64_t n = 0;
-  auto some = [&](auto vectors) __attribute__((always_inline)) {
-    constexpr int U = decltype(vectors)::value;
-    vec<T> p[U];
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) p[u] = (load<T>(s + n + u * W<T>) - high - low) * f;
-    exp2_nonpositive<U>(p);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      store<T>(s + n + u * W<T>, p[u]);
-      store<T>(ds + n + u * W<T>, p[u] * (load<T>(ds + n + u * W<T>) - delta));
-    }
-    n += U * W<T>;
-  };
-  while (n + 4 * W<T> <= count) some(std::integral_constant<int, 4>{});
-  while (n < count) some(std::integral_constant<int, 1>{});
-}
-
-// What the forward left of a token: the maximum of its scores, so to speak, in two parts, and sum P dP.
+// What a chunk of pixels leaves of a token for softmax's backward: its highest score, the sum of e = 2^(factor (S - top)), the
+// dP of that score, and sum e (dP - base). dS does not depend on the base; with this one nothing is lost where P is nearly 1.
 template <class T>
-struct Known {
-  T high, low, delta;
+struct Row {
+  T top, sum, base, sum_dp;
 };
-template <class T, class S>
-MVK_INLINE Known<T> known(const Bridge& a, int64_t item, int64_t m, double factor) {
-  const int64_t b = item / a.heads, h = item % a.heads;
-  const S* o = static_cast<const S*>(a.out.data) + b * a.out.b + h * a.out.h + m * a.out.m;
-  const S* g = static_cast<const S*>(a.grad.data) + b * a.grad.b + h * a.grad.h + m * a.grad.m;
-  double sum = 0;  // its error would be every pixel's
-  for (int64_t d = 0; d < a.D; ++d) sum += double(to_float(g[d * a.grad.d])) * double(to_float(o[d * a.out.d]));
-  const double in_scores = a.lse[item * a.M + m] / (factor * kLn2);
-  const T high = T(in_scores);
-  return {high, T(in_scores - high), T(sum)};
+
+// e and dP of a chunk's pixels for all tokens, `columns` rows of `lanes` values a pixel: dS needs sums over all pixels before
+// it can be made. Of one chunk it is scratch, of several it lies in memory until all are there.
+template <class T>
+struct Weights {
+  int64_t ld;
+  T *e, *dp;
+  Row<T>* rows;
+  Weights(const Bridge& a, int64_t columns, int64_t lanes, T* scratch, int64_t unit)
+      : ld(leading<T>(chunk_most<T>(a) * lanes)) {
+    if (a.partial) scratch = static_cast<T*>(a.partial) + a.units() * a.M * a.D + unit * a.weights();
+    e = scratch, dp = e + columns * ld, rows = reinterpret_cast<Row<T>*>(dp + columns * ld);
+  }
+  static size_t size(const Bridge& a, int64_t columns, int64_t lanes) {
+    return a.partial ? 0 : 2 * columns * leading<T>(chunk_most<T>(a) * lanes) + 4 * a.M;
+  }
+};
+
+// What dS = factor e (dP - base - shift) takes. All of it is made of these very e and dP: what is left where P is 1 is then 0,
+// and not a rounding error times the size of the queries.
+template <class T>
+struct Shift {
+  T factor, base, shift;
+};
+template <class T>
+MVK_INLINE Shift<T> shift_of(const Bridge& a, const Weights<T>& w, int64_t unit, int64_t m) {
+  const T factor(Factor(a.scale, false).scores);
+  const int64_t step = a.weights() / 4;  // rows from a chunk to the next
+  const Row<T> own = w.rows[m], *rows = w.rows + m - unit % a.chunks * step;
+  T top = own.top, sum = 0, shift = 0;
+  for (int64_t c = 0; c < a.chunks; ++c) top = rows[c * step].top > top ? rows[c * step].top : top;
+  auto weight = [&](const Row<T>& row) {
+    return row.top == top ? T(1) : T(__builtin_exp2(double((row.top - top) * factor)));
+  };
+  for (int64_t c = 0; c < a.chunks; ++c) {
+    const Row<T>& row = rows[c * step];
+    const T share = weight(row);
+    sum += share * row.sum, shift += share * (row.sum_dp + (row.base - own.base) * row.sum);
+  }
+  return {weight(own) / sum, own.base, shift / sum};
+}
+
+// s becomes e, in a row of whole vectors; what is returned is alike in the lanes of a token. A sum is of chains of at most 32.
+template <class T, class Lanes>
+MVK_INLINE Row<vec<T>> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
+  const vec<T> f = splat(factor), none = splat(-kInfinity<T>);
+  vec<T> most = none, dp_of_most = {}, sum = {}, sum_dp = {};
+  for (int64_t n = 0; n < count; n += W<T>) {
+    const vec<T> v = load<T>(s + n);
+    dp_of_most = v > most ? load<T>(dp + n) : dp_of_most;
+    most = maximum<T>(most, v);
+  }
+  const vec<T> top = Lanes::top(most), shift = top == none ? vec<T>{} : top;
+  const vec<T> base = finite_or_zero<T>(Lanes::top(most == top ? dp_of_most : none));
+  int64_t n = 0;
+  auto some = [&](auto vectors, int64_t end) __attribute__((always_inline)) {
+    constexpr int U = decltype(vectors)::value;
+    vec<T> of_e[U] = {}, of_dp[U] = {};
+    for (; n + (U - 1) * W<T> < end; n += U * W<T>) {
+      vec<T> e[U];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) e[u] = (load<T>(s + n + u * W<T>) - shift) * f;
+      exp2_nonpositive<U>(e);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        store<T>(s + n + u * W<T>, e[u]);
+        of_e[u] += e[u], of_dp[u] += e[u] * (load<T>(dp + n + u * W<T>) - base);
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum += of_e[u], sum_dp += of_dp[u];
+  };
+  while (n + 3 * W<T> < count) some(std::integral_constant<int, 4>{}, smaller(count, n + 128 * W<T>));
+  some(std::integral_constant<int, 1>{}, count);
+  return {top, Lanes::sum(sum), base, Lanes::sum(sum_dp)};
+}
+
+// ds = e (dP - base - shift) over a row of whole vectors.
+template <class T>
+MVK_INLINE void derivative(const T* e, const T* dp, T* ds, int64_t count, vec<T> base, vec<T> shift) {
+  for (int64_t n = 0; n < count; n += W<T>) store<T>(ds + n, load<T>(e + n) * (load<T>(dp + n) - base - shift));
+}
+
+// Pixels that are split over threads go in two stages, with a barrier between.
+enum class Stage { all, weights, products };
+
+template <class T>
+MVK_INLINE void scale_row(T* row, int64_t ld, T factor) {
+  for (int64_t d = 0; d < ld; d += W<T>) store<T>(row + d, splat(factor) * load<T>(row + d));
 }
 
 template <class T, class S>
@@ -272,68 +301,118 @@ MVK_INLINE void put_dquery(const Bridge& a, int64_t unit, int64_t m, const T* ro
     store_token<T, S>(a, a.dquery, unit / a.heads, unit % a.heads, m, row);
 }
 
+// The weights of a chunk. q has the queries and then the output's gradient, for S and dP.
 template <class T, class S>
-static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
+static void weights_lanes(
+    const Bridge& a, Pixels<T, const S>& x, int64_t from, int64_t to, const T* q, int64_t ldq, T* packed, int64_t K,
+    const Weights<T>& w) {
+  const T factor(Factor(a.scale, false).scores);
+  Span<T> span(from, to, K);
+  for (int64_t n = span.next, count; (count = span.take()); n = span.next) {
+    int64_t ld;
+    const T* rows = x.rows(n, count, packed, K, ld);
+    scores<T>(2 * a.M, a.D, q, ldq, rows, ld, count, w.e + (n - from), w.ld);
+  }
+  fill_tail<T>(a.M, w.e, w.ld, to - from, -kInfinity<T>);
+  fill_tail<T>(a.M, w.dp, w.ld, to - from, T(0));
+  for (int64_t m = 0; m < a.M; ++m) {
+    const auto row = exponentials_of_row<T, OneToken<T>>(w.e + m * w.ld, w.dp + m * w.ld, to - from, factor);
+    w.rows[m] = {row.top[0], row.sum[0], row.base[0], row.sum_dp[0]};
+  }
+}
+
+template <class T, class S>
+static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
   arena.reset(
       2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(2 * M * ldq) + 2 * Arena::bytes<T>(D * K) +
-          Arena::bytes<T>(2 * M * K) + Arena::bytes<T>(Sums<T>::lanes_size(a)) +
-          Arena::bytes<T>(Sums<T>::rows_size(a)) + Arena::bytes<Known<T>>(M),
+          Arena::bytes<T>(Weights<T>::size(a, M, 1)) + Arena::bytes<T>(Sums<T>::lanes_size(a)) +
+          Arena::bytes<T>(Sums<T>::rows_size(a)) + Arena::bytes<Shift<T>>(M),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* dtable = arena.take<int64_t>(K);
-  T* q = arena.take<T>(2 * M * ldq);   // queries, then the output's gradient: for S and dP
-  T* go = arena.take<T>(2 * M * ldq);  // the output's gradient, then scaled queries: for dx
-  T* q_scaled = go + M * ldq;
+  T* q = arena.take<T>(2 * M * ldq);
+  T* q_scaled = arena.take<T>(2 * M * ldq);
+  T* go = q_scaled + M * ldq;
   T* packed = arena.take<T>(D * K);
   T* dpacked = arena.take<T>(D * K);
-  T* s = arena.take<T>(2 * M * K);
-  T* ds = s + M * K;
+  T* scratch = arena.take<T>(Weights<T>::size(a, M, 1));
   T* acc = arena.take<T>(Sums<T>::lanes_size(a));
   Sums<T> dq(a, acc, arena.take<T>(Sums<T>::rows_size(a)));
-  Known<T>* tokens = arena.take<Known<T>>(M);
-  const Factor factor(a.scale, false);
+  Shift<T>* shift = arena.take<Shift<T>>(M);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Pixels<T, const S> x(a, a.x, b, h, table);
     Pixels<T, S> dx(a, a.dx, b, h, dtable);
-    pack_tokens<T, S>(a, a.query, b, h, T(factor.queries), q, ldq);
-    pack_tokens<T, S>(a, a.grad, b, h, T(1), go, ldq);
-    memcpy(q + M * ldq, go, M * ldq * sizeof(T));
-    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
-    for (int64_t m = 0; m < M; ++m) tokens[m] = known<T, S>(a, item, m, factor.scores);
+    const Weights<T> w(a, M, 1, scratch, unit);
     int64_t from, to;
     chunk_of<T>(a, unit % a.chunks, from, to);
+    if (stage != Stage::products) {
+      pack_tokens<T, S>(a, a.query, b, h, T(Factor(a.scale, false).queries), q, ldq);
+      pack_tokens<T, S>(a, a.grad, b, h, T(1), q + M * ldq, ldq);
+      weights_lanes<T, S>(a, x, from, to, q, ldq, packed, K, w);
+    }
+    if (stage == Stage::weights) continue;
+    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
+    pack_tokens<T, S>(a, a.grad, b, h, T(1), go, ldq);
+    for (int64_t m = 0; m < M; ++m) {
+      shift[m] = shift_of(a, w, unit, m);
+      scale_row(q_scaled + m * ldq, ldq, shift[m].factor);
+      scale_row(go + m * ldq, ldq, shift[m].factor);
+    }
     Span<T> span(from, to, K);
     bool first = true;
     for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {
       int64_t ld, ldd;
       const T* rows = x.rows(n, count, packed, K, ld);
-      scores<T>(2 * M, D, q, ldq, rows, ld, count, s, K);
-      fill_tail<T>(M, s, K, count, -kInfinity<T>);
-      fill_tail<T>(M, ds, K, count, T(0));
+      T *e = w.e + (n - from), *ds = w.dp + (n - from);
       for (int64_t m = 0; m < M; ++m)
-        probabilities<T, OneToken<T>>(
-            s + m * K, ds + m * K, count, T(factor.scores), splat(tokens[m].high), splat(tokens[m].low),
-            splat(tokens[m].delta), count == a.pixels());
+        derivative(
+            e + m * w.ld, ds + m * w.ld, ds + m * w.ld, round_up(count, W<T>), splat(shift[m].base),
+            splat(shift[m].shift));
       T* out = dx.target(n, count, dpacked, K, ldd);
-      spread<T>(M, D, count, q_scaled, ldq, ds, K, nullptr, 0, out, ldd);
-      spread<T>(M, D, count, go, ldq, s, K, out, ldd, out, ldd);
+      spread<T>(M, D, count, q_scaled, ldq, ds, w.ld, nullptr, 0, out, ldd);
+      spread<T>(M, D, count, go, ldq, e, w.ld, out, ldd, out, ldd);
       dx.put(n, count, out, ldd, dpacked);
       dq.once = count == to - from;
-      dq.add(count, ds, K, rows, ld, nullptr, first);
+      dq.add(count, ds, w.ld, rows, ld, nullptr, first);
     }
-    for (int64_t m = 0; m < M; ++m) put_dquery<T, S>(a, unit, m, dq.token(m, splat(T(a.scale))));
+    for (int64_t m = 0; m < M; ++m) put_dquery<T, S>(a, unit, m, dq.token(m, splat(T(a.scale) * shift[m].factor)));
+  }
+}
+
+// The same by rows, where q and go have the tokens by columns.
+template <class T, class S, int G>
+static void weights_rows(
+    const Bridge& a, Rows<T, const S>& x, Blocks blocks, const T* q, const T* go, T* packed, int64_t ldq,
+    const Weights<T>& w) {
+  const int64_t groups = (a.M + G - 1) / G, lanes = (blocks.end - blocks.begin) * G;
+  const T factor(Factor(a.scale, false).scores);
+  while (blocks.next()) {
+    int64_t ld;
+    const T* rows = x.read(blocks.n, blocks.count, packed, ldq, ld);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = g * w.ld + (blocks.n - blocks.begin) * G;
+      dots<T, G>(a.D, blocks.count, rows, ld, q + g * a.D * G, w.e + at, -kInfinity<T>);
+      dots<T, G>(a.D, blocks.count, rows, ld, go + g * a.D * G, w.dp + at, T(0));
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto row = exponentials_of_row<T, TokensInTurn<T, G>>(w.e + g * w.ld, w.dp + g * w.ld, lanes, factor);
+    for (int j = 0; j < G && g * G + j < a.M; ++j)
+      w.rows[g * G + j] = {row.top[j], row.sum[j], row.base[j], row.sum_dp[j]};
   }
 }
 
 template <class T, class S, int G>
-static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
+static void backward_rows(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
   const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldq = round_up(D, W<T>), groups = (M + G - 1) / G;
   arena.reset(
       2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(groups * D * G) + 3 * Arena::bytes<T>(M * ldq) +
-          2 * Arena::bytes<T>((K + W<T>)*ldq) + 2 * Arena::bytes<T>(K * G) + 3 * Arena::bytes<T>(groups * W<T>),
+          2 * Arena::bytes<T>((K + W<T>)*ldq) + Arena::bytes<T>(K * G) +
+          Arena::bytes<T>(Weights<T>::size(a, groups, G)) + 2 * Arena::bytes<T>(groups * W<T>) +
+          Arena::bytes<Shift<T>>(M),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* dtable = arena.take<int64_t>(K);
@@ -344,49 +423,51 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
   T* dq = arena.take<T>(M * ldq);
   T* packed = arena.take<T>((K + W<T>)*ldq);
   T* dpacked = arena.take<T>((K + W<T>)*ldq);
-  T* s = arena.take<T>(K * G);
   T* ds = arena.take<T>(K * G);
-  T* high = arena.take<T>(groups * W<T>);
-  T* low = arena.take<T>(groups * W<T>);
-  T* delta = arena.take<T>(groups * W<T>);
-  const Factor factor(a.scale, false);
+  T* scratch = arena.take<T>(Weights<T>::size(a, groups, G));
+  T* base = arena.take<T>(groups * W<T>);
+  T* below = arena.take<T>(groups * W<T>);
+  Shift<T>* shift = arena.take<Shift<T>>(M);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Rows<T, const S> x(a, a.x, b, h, table);
     Rows<T, S> dx(a, a.dx, b, h, dtable);
-    pack_columns<T, S, G>(a, a.query, b, h, T(factor.queries), q);
-    pack_columns<T, S, G>(a, a.grad, b, h, T(1), go);
+    const Weights<T> w(a, groups, G, scratch, unit);
+    Blocks blocks = blocks_of_unit<T>(a, unit, K);
+    if (stage != Stage::products) {
+      pack_columns<T, S, G>(a, a.query, b, h, T(Factor(a.scale, false).queries), q);
+      pack_columns<T, S, G>(a, a.grad, b, h, T(1), go);
+      weights_rows<T, S, G>(a, x, blocks, q, go, packed, ldq, w);
+    }
+    if (stage == Stage::weights) continue;
     pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
     pack_tokens<T, S>(a, a.grad, b, h, T(1), go_rows, ldq);
-    for (int64_t m = 0; m < groups * G; ++m) {
-      const Known<T> token = m < M ? known<T, S>(a, item, m, factor.scores) : Known<T>{};
+    for (int64_t i = 0; i < groups * W<T>; ++i) base[i] = below[i] = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      shift[m] = shift_of(a, w, unit, m);
+      scale_row(q_scaled + m * ldq, ldq, shift[m].factor);
+      scale_row(go_rows + m * ldq, ldq, shift[m].factor);
       for (int64_t i = m / G * W<T> + m % G; i < (m / G + 1) * W<T>; i += G)
-        high[i] = token.high, low[i] = token.low, delta[i] = token.delta;
+        base[i] = shift[m].base, below[i] = shift[m].shift;
     }
-    Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
       int64_t ld, ldd;
       const int64_t n = blocks.n, count = blocks.count;
       const T* rows = x.read(n, count, packed, ldq, ld);
       T* out = dx.target(n, dpacked, ldq, ldd);
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t some = smaller(M - g * G, G), from = g * G * ldq;
-        dots<T, G>(D, count, rows, ld, q + g * D * G, s, -kInfinity<T>);
-        dots<T, G>(D, count, rows, ld, go + g * D * G, ds, T(0));
-        probabilities<T, TokensInTurn<T, G>>(
-            s, ds, count * G, T(factor.scores), load<T>(high + g * W<T>), load<T>(low + g * W<T>),
-            load<T>(delta + g * W<T>), count == a.pixels());
-        const Spread<T> sets[2] = {{ds, q_scaled + from}, {s, go_rows + from}};
+        const int64_t some = smaller(M - g * G, G), from = g * G * ldq, at = g * w.ld + (n - blocks.begin) * G;
+        derivative(w.e + at, w.dp + at, ds, count * G, load<T>(base + g * W<T>), load<T>(below + g * W<T>));
+        const Spread<T> sets[2] = {{ds, q_scaled + from}, {w.e + at, go_rows + from}};
         spread_rows<T, G>(some, D, count, sets, 2, ldq, g ? out : nullptr, ldd, out, ldd);
         weigh<T, G>(some, D, count, ds, rows, ld, dq + from, ldq, nullptr, blocks.first());
       }
       dx.put(n, count, dpacked, ldq);
     }
     for (int64_t m = 0; m < M; ++m) {
-      T* row = dq + m * ldq;
-      for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(a.scale)) * load<T>(row + d));
-      put_dquery<T, S>(a, unit, m, row);
+      scale_row(dq + m * ldq, ldq, T(a.scale) * shift[m].factor);
+      put_dquery<T, S>(a, unit, m, dq + m * ldq);
     }
   }
 }
@@ -399,8 +480,15 @@ static void forward(const Bridge& a, int64_t begin, int64_t end) {
 }
 template <class T, class S>
 static void backward(const Bridge& a, int64_t begin, int64_t end) {
-  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end); });
+  const Stage stage = a.partial ? Stage::products : Stage::all;
+  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, stage);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, stage); });
+}
+// The first stage of a backward in chunks.
+template <class T, class S>
+static void weights(const Bridge& a, int64_t begin, int64_t end) {
+  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, Stage::weights);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, Stage::weights); });
 }
 
 // Over (batch, head).
@@ -413,11 +501,11 @@ static void sum_dquery(const Bridge& a, int64_t begin, int64_t end) {
 }  // namespace
 
 static MVK_BY_DTYPE(Bridge, forward) static MVK_BY_DTYPE(Bridge, merge) static MVK_BY_DTYPE(
-    Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dquery)
+    Bridge, weights) static MVK_BY_DTYPE(Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dquery)
 
     extern const MobileToFormerKernels mobile_to_former_kernels;
 const MobileToFormerKernels mobile_to_former_kernels = {
-    forward_by_dtype, merge_by_dtype, backward_by_dtype, sum_dquery_by_dtype};
+    forward_by_dtype, merge_by_dtype, weights_by_dtype, backward_by_dtype, sum_dquery_by_dtype};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -46,15 +46,15 @@ MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums
   }
 }
 
-// Attention of one panel of V vectors of queries over all keys: O^T (O if v_rows), not yet divided, and the lanes' maxima and
-// sums. v is in tall panels; v_rows has rows of ldv, as O then.
+// Attention of one panel of V vectors of queries over all keys: O^T (O if v_rows), not yet divided, and the lanes' sums.
+// v is in tall panels; v_rows has rows of ldv, as O then.
 template <class T, int V, class S>
 static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
-    const T* v_rows, int64_t ldv, const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* top, T* sums,
+    const T* v_rows, int64_t ldv, const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* sums,
     Ahead& ahead) {
   constexpr int64_t L = V * W<T>;
-  T shift[L];  // what the scores were taken less
+  T top[L], shift[L];  // the highest score, and what the scores were taken less
   for (int i = 0; i < L; ++i) top[i] = -kInfinity<T>, shift[i] = 0, sums[i] = 0;
   const int64_t step = part(N, kKeys<T>);
   for (int64_t key = 0; key < N; key += step) {
@@ -92,12 +92,12 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   const int64_t most = a.tokens(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv),
                 keys_most = most < kKeys<T> ? most : kKeys<T>;
   arena.reset(
-      6 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) +
+      5 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) +
           Arena::bytes<T>(round_up(most, W<T>) * ldv) + Arena::bytes<T>(tall_size<T>(most, a.Dv)) +
           Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) + Arena::bytes<T>(ldv * P),
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
-  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
+  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets();
   int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
   T* k = arena.take<T>(round_up(most, W<T>) * ldk);
   T* v_rows = arena.take<T>(round_up(most, W<T>) * ldv);
@@ -105,27 +105,21 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   T* q = arena.take<T>(a.D * P);
   T* s = arena.take<T>(keys_most * P);
   T* o = arena.take<T>(ldv * P);
-  T top[P], sums[P];
-  double logs[P];
+  T sums[P];
   const Tiles v_tiles(a.Dv, kTileRows);
   const Factor factor(a.scale, a.bias);
-  const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   Walk after(a, begin);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = after.chunk, h = after.group.h;
     const Group g = after.group;
     after.step();
-    const int64_t N = g.tokens, blocks = (N + kBlock - 1) / kBlock;
-    int64_t row_begin = 0, row_end = N;
-    if (a.chunks > 1) {
-      row_begin = blocks * chunk / a.chunks * kBlock, row_end = blocks * (chunk + 1) / a.chunks * kBlock;
-      if (row_end > N) row_end = N;
-      if (row_begin == row_end) continue;
-    }
+    const int64_t N = g.tokens;
+    int64_t row_begin, row_end;
+    rows_of_chunk(a, N, chunk, row_begin, row_end);
+    if (row_begin == row_end) continue;
     const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
     const auto mo = lattice<S>(a, a.out, oo, g);
-    const auto lse = a.lse ? lattice<double>(a, lse_map, ol, g) : Lattice<double>{};
     const Bias<S> bias(a, h, bias_rows);
     Ahead ahead;
     if (unit + 1 < end && a.chunks == 1) {
@@ -146,13 +140,8 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
       pack_panel<T>(mq, row, stop, a.D, T(factor.queries), q, L);
       auto panel = L == P ? attend<T, 2, S> : attend<T, 1, S>;
       panel(
-          a, N, q, k, ldk, v, v_tiles, by_rows ? v_rows : nullptr, ldv, bias, row, stop, T(factor.scores), s, o, top,
-          sums, ahead);
-      if (a.lse) {
-        logarithms<T>(sums, int(L), logs);
-        for (int64_t i = 0; i < stop - row; ++i)
-          lse.data[lse.offset[row + i]] = kLn2 * factor.scores * top[i] + logs[i];
-      }
+          a, N, q, k, ldk, v, v_tiles, by_rows ? v_rows : nullptr, ldv, bias, row, stop, T(factor.scores), s, o, sums,
+          ahead);
       for (int64_t i = 0; i < L; ++i) sums[i] = T(1) / sums[i];
       if (by_rows)
         unpack_rows<T>(mo, row, stop, a.Dv, o, ldv, sums, 1);
@@ -165,13 +154,13 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void backward_by_dtype(const PatchAttention&, int64_t, int64_t);
-void sum_dquery_by_dtype(const PatchAttention&, int64_t, int64_t);
+void sum_dkeys_by_dtype(const PatchAttention&, int64_t, int64_t);
 void sum_dbias_by_dtype(const PatchAttention&, int64_t, int64_t);
 static MVK_BY_DTYPE(PatchAttention, forward)
 
     extern const PatchAttentionKernels patch_attention_kernels;
 const PatchAttentionKernels patch_attention_kernels = {
-    forward_by_dtype, backward_by_dtype, sum_dquery_by_dtype, sum_dbias_by_dtype};
+    forward_by_dtype, backward_by_dtype, sum_dkeys_by_dtype, sum_dbias_by_dtype};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -18,22 +18,19 @@ struct PatchAttention {
   int64_t B, heads, D, Dv, H, W, ph, pw;
   double scale;
   Map query, key, value, out;
-  // (B, heads, H, W): in float its rounding, times the size of the scores, would be P's relative error. Null in a forward: not
-  // wanted.
-  double* lse;
   const void* bias;  // (heads, N, N) or null
   int64_t bias_stride[3];
 
   // A unit of work is one (slice, head, chunk). A slice is one (batch, group); in the backward with a bias it is a
-  // run of them, whose part of the bias gradient one thread sums in order. Chunks split the rows
-  // (forward) or the keys (backward) when there are fewer units than threads.
+  // run of them, whose part of the bias gradient one thread sums in order. Chunks split the rows when there are fewer
+  // units than threads.
   int64_t slices, chunks;
 
   // Backward only.
   Map grad, dquery, dkey, dvalue;
-  void* dbias_partial;   // [slices][heads][key N][query, padded] in the type of the sums; null if there is one item
-  void* dquery_partial;  // [units][blocks of kBlock queries][D][kBlock] if chunks > 1, else null
-  void* dbias;           // (heads, N, N), contiguous
+  void* dbias_partial;  // [slices][heads][key N][query, padded] in the type of the sums; null if there is one item
+  void* partial;        // [units][partial_size()]: each chunk's share of dkey and dvalue if chunks > 1, else null
+  void* dbias;          // (heads, N, N), contiguous
 
   bool poison;  // fill scratch memory with NaN (tests)
 
@@ -46,14 +43,16 @@ struct PatchAttention {
   static constexpr int64_t kBlock = 32;
   int64_t padded() const { return (tokens() + kBlock - 1) / kBlock * kBlock; }
   int64_t units() const { return slices * heads * chunks; }
+  // Keys by dims, with room for what an instruction set rounds up.
+  int64_t partial_size() const { return padded() * (D + Dv + 64); }
 };
 
 // One set for each instruction set; ranges are over units, or over what the comment says.
 struct PatchAttentionKernels {
   void (*forward)(const PatchAttention&, int64_t begin, int64_t end);
   void (*backward)(const PatchAttention&, int64_t begin, int64_t end);
-  // Second stages, in a fixed order: sums of chunks into dquery (over slice x head), of slices into dbias (over heads).
-  void (*sum_dquery)(const PatchAttention&, int64_t begin, int64_t end);
+  // Second stages, in a fixed order: sums of chunks into dkey and dvalue (over slice x head), of slices into dbias (over heads).
+  void (*sum_dkeys)(const PatchAttention&, int64_t begin, int64_t end);
   void (*sum_dbias)(const PatchAttention&, int64_t begin, int64_t end);
 };
 

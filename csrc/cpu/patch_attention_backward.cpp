@@ -1,46 +1,37 @@
 // Patch attention on CPUs, backward, for one (batch, group, head) at a time.
 //
-// For each block of queries and of keys the probabilities are made again from the saved log-sum-exp; dQ^T is summed over
-// keys in L1, dK and dV over queries in L2, and each is stored once: q, k, v, dout are read once, and so is out for
-// groups of more than kBackKeys tokens (in half types, P and dP of all keys are made once more instead). No atomics: a
-// bias gradient is summed per slice by one thread, then over slices in order, and so is dQ where the keys of a group are
-// split over threads.
+// For each block of queries the probabilities of all keys are made again, and with them the sums that softmax's backward
+// takes, in the same arithmetic: what is left of a row whose softmax is 1 somewhere is then 0, and not a rounding error times the
+// size of the keys and queries. dQ^T is summed over keys in L1, dK and dV over queries in L2, and each is stored once: q, k, v,
+// dout are read once. No atomics: a bias gradient is summed per slice by one thread, then over slices in order, and so are dK
+// and dV where the queries of a group are split over threads.
 #include "patch_attention_shared.h"
 
 namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-constexpr int64_t kBackKeys = 256;  // the backward holds P and dS of a block, 256 x 32 floats each, in L2
+constexpr int64_t kBackKeys = 256;  // keys that a sum over keys takes in one chain
 constexpr int64_t kSummed = 32;     // rows added in one chain, a longer one would be the largest error of all
 
-// P = 2^(factor (S - high - low)), where high + low is the log-sum-exp in units of S, and dS = P (dP - delta), over `rows`
-// rows of V vectors, `ld` apart. If these are all keys, high is just their maximum: P is then divided by its own sum and
-// delta is sum_k P dP, as exact as softmax's backward, also for groups of a token or two.
+// P of 2^(factor (S - top)) over its sum, and dS = P (dP - sum P dP), over `rows` rows of V vectors of all keys' scores, `ld`
+// apart.
 template <class T, int V>
-MVK_INLINE void probabilities(
-    T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* high, const T* low, const T* delta, bool whole) {
+MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* top) {
   const vec<T> f = splat<T>(factor);
-  vec<T> hi[V], lo[V], dl[V], sum[V] = {}, sum_dp[V] = {}, part_sum[V] = {}, part_dp[V] = {};
-  for (int v = 0; v < V; ++v) {
-    hi[v] = load<T>(high + v * W<T>), lo[v] = load<T>(low + v * W<T>);
-    dl[v] = load<T>(delta + v * W<T>);
-  }
+  vec<T> most[V], dl[V], sum[V] = {}, sum_dp[V] = {}, part_sum[V] = {}, part_dp[V] = {};
+  for (int v = 0; v < V; ++v) most[v] = load<T>(top + v * W<T>);
   auto some = [&](auto count, int64_t r) __attribute__((always_inline)) {
     constexpr int R = decltype(count)::value;
     vec<T> e[R * V];
 #pragma GCC unroll 4
-    for (int u = 0; u < R * V; ++u) e[u] = (load<T>(p + (r + u / V) * ld + u % V * W<T>) - hi[u % V] - lo[u % V]) * f;
+    for (int u = 0; u < R * V; ++u) e[u] = (load<T>(p + (r + u / V) * ld + u % V * W<T>) - most[u % V]) * f;
     exp2_nonpositive<R * V>(e);
 #pragma GCC unroll 4
     for (int u = 0; u < R * V; ++u) {
       const int64_t at = (r + u / V) * ld + u % V * W<T>;
-      const vec<T> dp = load<T>(ds + at);
       store<T>(p + at, e[u]);
-      if (whole)
-        part_sum[u % V] += e[u], part_dp[u % V] += e[u] * dp;
-      else
-        store<T>(ds + at, e[u] * (dp - dl[u % V]));
+      part_sum[u % V] += e[u], part_dp[u % V] += e[u] * load<T>(ds + at);
     }
   };
   constexpr int R = 4 / V;
@@ -49,13 +40,11 @@ MVK_INLINE void probabilities(
     const int64_t to = r + kSummed < rows ? r + kSummed : rows;
     for (; r + R <= to; r += R) some(std::integral_constant<int, R>{}, r);
     for (; r < to; ++r) some(std::integral_constant<int, 1>{}, r);
-    if (!whole) continue;
     for (int v = 0; v < V; ++v) {
       sum[v] += part_sum[v], sum_dp[v] += part_dp[v];
       part_sum[v] = part_dp[v] = vec<T>{};
     }
   }
-  if (!whole) return;
   for (int v = 0; v < V; ++v) sum[v] = splat<T>(T(1)) / sum[v], dl[v] = sum_dp[v] * sum[v];
   // The softmax of one score does not depend on it.
   for (int v = 0; rows == 1 && v < V; ++v) dl[v] = load<T>(ds + v * W<T>);
@@ -70,47 +59,18 @@ MVK_INLINE void probabilities(
   }
 }
 
-// S^T (added to the bias, which is in p), dP^T, then P^T and dS^T of a block of keys for one panel of V vectors of queries;
-// the blocks have kBlock columns. If whole, high (-inf before) becomes the maximum of S.
+// S^T (added to the bias, which is in p), dP^T, then P^T and dS^T of all keys for one panel of V vectors of queries; the
+// blocks have kBlock columns.
 template <class T, int V>
 static void block_of_scores(
     const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
-    T factor, T* p, T* ds, T* high, const T* low, const T* delta, bool whole, Ahead& ahead) {
+    T factor, T* p, T* ds, Ahead& ahead) {
   constexpr int64_t P = kPanel<T>;
-  T unused[P] = {};
-  T* top = whole ? high : unused;
+  T top[P];
+  for (T& x : top) x = -kInfinity<T>;
   product_in_parts<T, V, true>(a.bias, keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
   product_in_parts<T, V, false>(false, keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
-  probabilities<T, V>(p, ds, keys, kBlock, factor, high, low, delta, whole);
-}
-
-// delta of one panel of V vectors of queries, for half types: sum_k P dP over all keys, since the sum of dO O would be made of
-// an output that was rounded. The sum of P is there as well, so that an error of the log-sum-exp cancels.
-template <class T, int V, class S>
-static void deltas(
-    const PatchAttention& a, int64_t N, const Bias<S>& bias, int64_t row, int64_t stop, const T* q, const T* go,
-    const T* k, int64_t ldk, const T* v, int64_t ldv, T factor, T* p, T* dp, const T* high, const T* low, T* delta) {
-  constexpr int64_t P = kPanel<T>;
-  constexpr int64_t L = V * W<T>;
-  T sum[L] = {}, sum_dp[L] = {}, none[L] = {}, unused[P] = {};
-  const int64_t step = part(N, kBackKeys);
-  for (int64_t key = 0; key < N; key += step) {
-    const int64_t keys = key + step < N ? step : N - key;
-    if (a.bias) bias.template transposed<T>(row, stop, key, keys, p, kBlock);
-    product_in_parts<T, V, true>(a.bias, keys, a.D, k + key * ldk, ldk, q, P, p, kBlock, unused);
-    product_in_parts<T, V, false>(false, keys, a.Dv, v + key * ldv, ldv, go, P, dp, kBlock, nullptr);
-    probabilities<T, V>(p, dp, keys, kBlock, factor, high, low, none, false);  // dp becomes P dP
-    for (int64_t from = 0; from < keys; from += kSummed) {
-      const int64_t to = from + kSummed < keys ? from + kSummed : keys;
-      for (int64_t l = 0; l < L; l += W<T>) {
-        vec<T> of_p = {}, of_dp = {};
-        for (int64_t r = from; r < to; ++r) of_p += load<T>(p + r * kBlock + l), of_dp += load<T>(dp + r * kBlock + l);
-        store<T>(sum + l, load<T>(sum + l) + of_p);
-        store<T>(sum_dp + l, load<T>(sum_dp + l) + of_dp);
-      }
-    }
-  }
-  for (int64_t l = 0; l < L; l += W<T>) store<T>(delta + l, load<T>(sum_dp + l) / load<T>(sum + l));
+  probabilities<T, V>(p, ds, keys, kBlock, factor, top);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
@@ -128,33 +88,30 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
   const int64_t ldb = a.padded();
   arena.reset(
-      11 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
-          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * (a.D + 2 * a.Dv)) +
-          2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(kBackKeys * kBlock) +
-          4096,
+      9 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
+          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * a.D) + Arena::bytes<T>(kBlock * a.Dv) +
+          2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(most * kBlock),
       a.poison);
   auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
-  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets(), ol = offsets();
+  Offsets oq = offsets(), ok = offsets(), ov = offsets();
   Offsets og = offsets(), odq = offsets(), odk = offsets(), odv = offsets();
   T* k = arena.take<T>(tall * ldk);
   T* v = arena.take<T>(tall * ldv);
-  T* dk = arena.take<T>(tall * ldk);
-  T* dv = arena.take<T>(tall * ldv);
+  T* dk_here = arena.take<T>(tall * ldk);
+  T* dv_here = arena.take<T>(tall * ldv);
   T* k_tall = arena.take<T>(tall_size<T>(most, a.D));
   T* q_panel = arena.take<T>(kBlock * a.D);
   T* go_panel = arena.take<T>(kBlock * a.Dv);
-  T* o_panel = arena.take<T>(kBlock * a.Dv);
-  T* dq_here = arena.take<T>(kBlock * ldk);
+  T* dq = arena.take<T>(kBlock * ldk);
   T* q = arena.take<T>(kBlock * ldk);
   T* go = arena.take<T>(kBlock * ldv);
-  T* p = arena.take<T>(kBackKeys * kBlock);
-  T* ds = arena.take<T>(kBackKeys * kBlock);
-  T high[kBlock], low[kBlock], delta[kBlock], scales[kBlock], ones[kBlock];
+  T* p = arena.take<T>(most * kBlock);
+  T* ds = arena.take<T>(most * kBlock);
+  T scales[kBlock], ones[kBlock];
   for (T& x : scales) x = T(a.scale);
   for (T& x : ones) x = T(1);
   const Tiles k_tiles(a.D, kTileRows);
   const Factor factor(a.scale, a.bias);
-  const Map lse_map = {a.lse, a.heads * a.H * a.W, a.H * a.W, 1, a.W, 1};
 
   int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
   int64_t* dbias_rows = row_offsets(most, most);
@@ -166,14 +123,14 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
     const int64_t first = all * slice / a.slices, last = all * (slice + 1) / a.slices;
     for (int64_t item = first; item < last; ++item) {
       const Group g(a, item, h);
-      const int64_t N = g.tokens, key_begin = N * chunk / a.chunks, key_end = N * (chunk + 1) / a.chunks;
-      const int64_t key_step = part(key_end - key_begin, kBackKeys);
-      const bool whole = key_end - key_begin == N && key_step >= N;
+      const int64_t N = g.tokens, key_step = part(N, kBackKeys);
+      int64_t row_begin, row_end;
+      rows_of_chunk(a, N, chunk, row_begin, row_end);
+      T *dk = dk_here, *dv = dv_here;
+      if (a.partial) dk = static_cast<T*>(a.partial) + unit * a.partial_size(), dv = dk + tall * ldk;
       const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g),
                  mv = lattice<S>(a, a.value, ov, g);
-      const auto mo = lattice<S>(a, a.out, oo, g), mg = lattice<S>(a, a.grad, og, g),
-                 mdq = lattice<S>(a, a.dquery, odq, g);
-      const auto lse = lattice<const double>(a, lse_map, ol, g);
+      const auto mg = lattice<S>(a, a.grad, og, g), mdq = lattice<S>(a, a.dquery, odq, g);
       const Bias<S> bias(a, h, bias_rows);
       Ahead ahead;
       const bool within = item + 1 < last;
@@ -188,94 +145,63 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
       }
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
-      const bool by_rows = !a.dquery_partial && rows_are_cheaper<T>(N, a.D, mdq.d == 1);
+      const bool by_rows = rows_are_cheaper<T>(N, a.D, mdq.d == 1);
       if (!by_rows) pack_tall<T>(k, ldk, N, k_tiles, k_tall);
 
-      for (int64_t row = 0; row < N; row += kBlock) {
-        const int64_t rows = row + kBlock < N ? kBlock : N - row;
+      for (int64_t row = row_begin; row < row_end; row += kBlock) {
+        const int64_t rows = row + kBlock < row_end ? kBlock : row_end - row;
         pack_rows<T>(mq, row, row + rows, a.D, q, ldk);
         pack_rows<T>(mg, row, row + rows, a.Dv, go, ldv);
-        for (int64_t i = 0; i < kBlock; ++i) {
-          high[i] = whole ? -kInfinity<T> : T(0);
-          low[i] = delta[i] = 0;
-          if (whole || i >= rows) continue;
-          const double in_scores = lse.data[lse.offset[row + i]] / (factor.scores * kLn2);
-          high[i] = T(in_scores);
-          low[i] = T(in_scores - high[i]);
-        }
         for (int64_t i = 0; i < rows; i += P) {
           const int64_t stop = i + P < rows ? i + P : rows;
           pack_panel<T>(mq, row + i, row + stop, a.D, T(factor.queries), q_panel + i * a.D, P);
           pack_panel<T>(mg, row + i, row + stop, a.Dv, T(1), go_panel + i * a.Dv, P);
-          if (whole) continue;
-          if constexpr (!std::is_same_v<T, S>) {
-            auto of_panel = stop - i > W<T> ? deltas<T, 2, S> : deltas<T, 1, S>;
-            of_panel(
-                a, N, bias, row + i, row + stop, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv,
-                T(factor.scores), p, ds, high + i, low + i, delta + i);
-            continue;
-          }
-          // delta = sum_d dO O
-          pack_panel<T>(mo, row + i, row + stop, a.Dv, T(1), o_panel + i * a.Dv, P);
-          for (int64_t j = 0; i + j < stop; j += W<T>) {
-            vec<T> sum = {};
-            for (int64_t d = 0; d < a.Dv; ++d)
-              sum += load<T>(o_panel + i * a.Dv + d * P + j) * load<T>(go_panel + i * a.Dv + d * P + j);
-            store<T>(delta + i + j, sum);
+          if (a.bias) bias.template transposed<T>(row + i, row + stop, 0, N, p + i, kBlock);
+          auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
+          scores(a, N, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv, T(factor.scores), p + i, ds + i, ahead);
+          if (a.dbias && !a.dbias_partial) {
+            const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N, dbias_rows, 1, N};
+            unpack_panel<T>(to, row + i, row + stop, N, ds + i, kBlock, ones);
           }
         }
-        T* dq = dq_here;
-        if (a.dquery_partial) dq = static_cast<T*>(a.dquery_partial) + (unit * ldb + row) * a.D;
-        if (key_begin == key_end) memset(dq, 0, kBlock * a.D * sizeof(T));
-        for (int64_t key = key_begin; key < key_end; key += key_step) {
-          const int64_t keys = key + key_step < key_end ? key_step : key_end - key;
-          for (int64_t i = 0; i < rows; i += P) {
-            const int64_t stop = i + P < rows ? i + P : rows;
-            if (a.bias) bias.template transposed<T>(row + i, row + stop, key, keys, p + i, kBlock);
-            auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
-            scores(
-                a, keys, q_panel + i * a.D, go_panel + i * a.Dv, k + key * ldk, ldk, v + key * ldv, ldv,
-                T(factor.scores), p + i, ds + i, high + i, low + i, delta + i, whole, ahead);
-            if (a.dbias && !a.dbias_partial) {
-              const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N + key, dbias_rows, 1, N};
-              unpack_panel<T>(to, row + i, row + stop, keys, ds + i, kBlock, ones);
-            }
+        for (int64_t key = 0; key < N; key += key_step) {
+          const int64_t keys = key + key_step < N ? key_step : N - key;
+          const T *pk = p + key * kBlock, *dsk = ds + key * kBlock;
+          for (int64_t i = 0; !by_rows && i < rows; i += P) {
             T* dqp = dq + i * a.D;
-            if (by_rows) continue;
             if (rows - i > W<T>) {
-              if (key == key_begin)
-                product_tall<T, 2, Start::zero>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+              if (key == 0)
+                product_tall<T, 2, Start::zero>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
               else
-                product_tall<T, 2, Start::from>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+                product_tall<T, 2, Start::from>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
             } else {
-              if (key == key_begin)
-                product_tall<T, 1, Start::zero>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+              if (key == 0)
+                product_tall<T, 1, Start::zero>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
               else
-                product_tall<T, 1, Start::from>(k_tiles, N, key, key + keys, k_tall, ds + i, kBlock, dqp, P);
+                product_tall<T, 1, Start::from>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
             }
           }
-          if (by_rows && key == key_begin)
-            product_columns<T, Start::zero>(rows, a.D, keys, ds, kBlock, k + key * ldk, ldk, dq, ldk);
+          if (by_rows && key == 0)
+            product_columns<T, Start::zero>(rows, a.D, keys, dsk, kBlock, k, ldk, dq, ldk);
           else if (by_rows)
-            product_columns<T, Start::from>(rows, a.D, keys, ds, kBlock, k + key * ldk, ldk, dq, ldk);
-          if (row == 0) {
-            sum_over_queries<T, Start::zero>(keys, a.Dv, rows, p, go, dv + key * ldv, ldv);
-            sum_over_queries<T, Start::zero>(keys, a.D, rows, ds, q, dk + key * ldk, ldk);
+            product_columns<T, Start::from>(rows, a.D, keys, dsk, kBlock, k + key * ldk, ldk, dq, ldk);
+          if (row == row_begin) {
+            sum_over_queries<T, Start::zero>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv);
+            sum_over_queries<T, Start::zero>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk);
           } else {
-            sum_over_queries<T, Start::from>(keys, a.Dv, rows, p, go, dv + key * ldv, ldv);
-            sum_over_queries<T, Start::from>(keys, a.D, rows, ds, q, dk + key * ldk, ldk);
+            sum_over_queries<T, Start::from>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv);
+            sum_over_queries<T, Start::from>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk);
           }
           if (dbias) {
             for (int64_t r = 0; r < keys; ++r) {
               T* to = dbias + (key + r) * ldb + row;
               for (int64_t i = 0; i < rows; i += W<T>) {
-                const vec<T> x = load<T>(ds + r * kBlock + i);
+                const vec<T> x = load<T>(dsk + r * kBlock + i);
                 store<T>(to + i, item == first ? x : x + load<T>(to + i));
               }
             }
           }
         }
-        if (a.dquery_partial) continue;
         if (by_rows) {
           unpack_rows<T>(mdq, row, row + rows, a.D, dq, ldk, scales, 0);
           continue;
@@ -284,32 +210,34 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           unpack_panel<T>(
               mdq, row + i, row + i + P < row + rows ? row + i + P : row + rows, a.D, dq + i * a.D, P, scales);
       }
+      if (a.partial) {
+        if (row_begin == row_end) memset(dk, 0, tall * (ldk + ldv) * sizeof(T));
+        continue;
+      }
       const auto mdk = lattice<S>(a, a.dkey, odk, g), mdv = lattice<S>(a, a.dvalue, odv, g);
-      unpack_rows<T>(mdk, key_begin, key_end, a.D, dk + key_begin * ldk, ldk, scales, 0);
-      unpack_rows<T>(mdv, key_begin, key_end, a.Dv, dv + key_begin * ldv, ldv, ones, 0);
+      unpack_rows<T>(mdk, 0, N, a.D, dk, ldk, scales, 0);
+      unpack_rows<T>(mdv, 0, N, a.Dv, dv, ldv, ones, 0);
     }
   }
 }
 
 // Over slice x head, where a slice is one (batch, group): with chunks there is no bias gradient.
 template <class T, class S>
-static void sum_dquery(const PatchAttention& a, int64_t begin, int64_t end) {
-  constexpr int64_t P = kPanel<T>;
-  const int64_t most = a.tokens(), size = a.padded() * a.D;
-  arena.reset(Arena::bytes<int64_t>(most), a.poison);
-  Offsets odq{arena.take<int64_t>(most)};
-  T scales[P];
-  for (T& x : scales) x = T(a.scale);
+static void sum_dkeys(const PatchAttention& a, int64_t begin, int64_t end) {
+  const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
+  arena.reset(2 * Arena::bytes<int64_t>(most), a.poison);
+  Offsets odk{arena.take<int64_t>(most)}, odv{arena.take<int64_t>(most)};
+  const T scale(a.scale), one(1);
   for (int64_t i = begin; i < end; ++i) {
     const Group g(a, i / a.heads, i % a.heads);
-    T* sum = static_cast<T*>(a.dquery_partial) + i * a.chunks * size;
+    T *dk = static_cast<T*>(a.partial) + i * a.chunks * a.partial_size(), *dv = dk + tall * ldk;
     for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
-      const T* other = sum + chunk * size;
-      for (int64_t j = 0; j < size; ++j) sum[j] += other[j];
+      const T *other_k = dk + chunk * a.partial_size(), *other_v = other_k + tall * ldk;
+      for (int64_t j = 0; j < g.tokens * ldk; j += W<T>) store<T>(dk + j, load<T>(dk + j) + load<T>(other_k + j));
+      for (int64_t j = 0; j < g.tokens * ldv; j += W<T>) store<T>(dv + j, load<T>(dv + j) + load<T>(other_v + j));
     }
-    const auto mdq = lattice<S>(a, a.dquery, odq, g);
-    for (int64_t n = 0; n < g.tokens; n += P)
-      unpack_panel<T>(mdq, n, n + P < g.tokens ? n + P : g.tokens, a.D, sum + n * a.D, P, scales);
+    unpack_rows<T>(lattice<S>(a, a.dkey, odk, g), 0, g.tokens, a.D, dk, ldk, &scale, 0);
+    unpack_rows<T>(lattice<S>(a, a.dvalue, odv, g), 0, g.tokens, a.Dv, dv, ldv, &one, 0);
   }
 }
 
@@ -337,7 +265,7 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
 }  // namespace
 
 MVK_BY_DTYPE(PatchAttention, backward)
-MVK_BY_DTYPE(PatchAttention, sum_dquery)
+MVK_BY_DTYPE(PatchAttention, sum_dkeys)
 MVK_BY_DTYPE(PatchAttention, sum_dbias)
 
 }  // namespace MVK_ISA

@@ -45,17 +45,14 @@ PatchAttention describe(
 // FLOPs of one (slice, head), at so many for each pair of a query and a key.
 double flops(const PatchAttention& a, double of_a_pair) { return double(a.tokens()) * double(a.tokens()) * of_a_pair; }
 
-// With `kept`, also what the backward needs of it.
-template <bool kept>
 void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]), bias = take_optional(stack[5]);
   PatchAttention a = describe(
       query, key, value, torch::stable::detail::to<int64_t>(stack[3]), torch::stable::detail::to<int64_t>(stack[4]),
       bias, torch::stable::detail::to<double>(stack[6]));
-  Tensor out = empty_map(query, a.Dv), lse;
-  if constexpr (kept) lse = empty({a.B, a.heads, a.H, a.W}, aoti_torch_dtype_float64());
+  Tensor out = empty_map(query, a.Dv);
   if (a.B) {
-    a.out = map(out), a.lse = kept ? static_cast<double*>(lse.data()) : nullptr;
+    a.out = map(out);
     const double pair = 2.0 * double(a.D + a.Dv);
     a.chunks = chunks(a.slices * a.heads, flops(a, pair), a.tokens() / PatchAttention::kBlock);
     parallel(a.units(), grain(flops(a, pair) / double(a.chunks)), [&](int64_t i, int64_t j) {
@@ -63,26 +60,20 @@ void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
     });
   }
   give(stack, out);
-  if constexpr (kept) give(stack + 1, lse);
 }
 
 void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), query = take(stack[1]), key = take(stack[2]), value = take(stack[3]);
-  Tensor out = take(stack[4]), lse = take(stack[5]), bias = take_optional(stack[8]);
-  const bool need_bias = torch::stable::detail::to<bool>(stack[10]);
+  Tensor bias = take_optional(stack[6]);
+  const bool need_bias = torch::stable::detail::to<bool>(stack[8]);
   PatchAttention a = describe(
-      query, key, value, torch::stable::detail::to<int64_t>(stack[6]), torch::stable::detail::to<int64_t>(stack[7]),
-      bias, torch::stable::detail::to<double>(stack[9]));
+      query, key, value, torch::stable::detail::to<int64_t>(stack[4]), torch::stable::detail::to<int64_t>(stack[5]),
+      bias, torch::stable::detail::to<double>(stack[7]));
   require(
-      grad.dim() == 5 && out.dim() == 5 && same_sizes(grad, value, {0, 1, 2, 3, 4}) &&
-          same_sizes(out, value, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype() && out.dtype() == query.dtype(),
-      "patch_attention", "grad or out does not fit");
-  require(
-      lse.dim() == 4 && lse.dtype() == aoti_torch_dtype_float64() && lse.sizes()[0] == a.B &&
-          lse.sizes()[1] == a.heads && lse.sizes()[2] == a.H && lse.sizes()[3] == a.W,
-      "patch_attention", "lse does not fit");
+      grad.dim() == 5 && same_sizes(grad, value, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype(), "patch_attention",
+      "grad does not fit");
   require(!need_bias || bias, "patch_attention", "there is no bias to differentiate");
-  a.out = map(out), a.grad = map(grad), a.lse = static_cast<double*>(lse.data());
+  a.grad = map(grad);
   Tensor dquery = empty_map(query, a.D), dkey = empty_map(key, a.D), dvalue = empty_map(value, a.Dv);
   a.dquery = map(dquery), a.dkey = map(dkey), a.dvalue = map(dvalue);
 
@@ -102,15 +93,15 @@ void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   } else {
     a.chunks = chunks(a.slices * a.heads, flops(a, pair), N / 64);
     if (a.chunks > 1) {
-      partial = empty({a.units(), a.padded(), a.D}, sums_dtype(a.dtype));
-      a.dquery_partial = partial.data();
+      partial = empty({a.units(), a.partial_size()}, sums_dtype(a.dtype));
+      a.partial = partial.data();
     }
   }
   if (a.B) {
     const PatchAttentionKernels& kernels = *current->patch_attention;
     const int64_t least = need_bias ? 1 : grain(flops(a, pair) / double(a.chunks));
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
-    if (a.dquery_partial) parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dquery(a, i, j); });
+    if (a.partial) parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dkeys(a, i, j); });
     if (a.dbias_partial) parallel(a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dbias(a, i, j); });
   }
   give(stack, dquery);

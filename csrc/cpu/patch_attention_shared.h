@@ -20,6 +20,13 @@ MVK_INLINE int64_t part(int64_t n, int64_t most) {
   return (n + parts - 1) / parts;
 }
 
+// The rows of a group's N that a chunk of a unit has.
+MVK_INLINE void rows_of_chunk(const PatchAttention& a, int64_t N, int64_t chunk, int64_t& begin, int64_t& end) {
+  const int64_t blocks = (N + kBlock - 1) / kBlock;
+  begin = blocks * chunk / a.chunks * kBlock, end = blocks * (chunk + 1) / a.chunks * kBlock;
+  if (end > N) end = N;
+}
+
 // Whether C = A B for N rows, whose head dims fill vectors, costs less than C^T = B^T A^T, whose rows do: multiplications by the
 // vector, and what packing B in tall panels and transposing one of the two into the map takes. `last` if the map's dims
 // are contiguous.

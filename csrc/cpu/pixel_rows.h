@@ -44,16 +44,6 @@ MVK_INLINE vec<T> fold(vec<T> v, const Op& op) {
   }
   return v;
 }
-// Every lane becomes the first of its group of G.
-template <class T, int G, size_t... I>
-MVK_INLINE vec<T> first_of_each(vec<T> v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, (int(I) / G * G)...);
-}
-template <class T, int G>
-MVK_INLINE vec<T> first_of_each(vec<T> v) {
-  return first_of_each<T, G>(v, std::make_index_sequence<W<T>>{});
-}
-
 template <class T>
 struct Most {
   vec<T> operator()(vec<T> a, vec<T> b) const { return maximum<T>(a, b); }
@@ -189,12 +179,12 @@ static void weigh(
   });
 }
 
-// [begin, end) by nearly equal blocks of at most `most`.
+// [begin, end) by nearly equal blocks of at most `most`, a multiple of 16 as they are: their scores begin whole vectors.
 struct Blocks {
   int64_t begin, end, step, n, count = 0;
   Blocks(int64_t from, int64_t to, int64_t most) : begin(from), end(to), n(from) {
     const int64_t blocks = (end - begin + most - 1) / most;
-    step = blocks ? (end - begin + blocks - 1) / blocks : 1;
+    step = blocks ? round_up((end - begin + blocks - 1) / blocks, 16) : 1;
   }
   bool first() const { return n == begin; }
   bool next() {

@@ -345,6 +345,13 @@ MVK_INLINE void chunk_of(const Bridge& a, int64_t chunk, int64_t& begin, int64_t
   if (cut < end) end = cut;
 }
 
+// Pixels of a chunk at most, rounded up to whole vectors.
+template <class T>
+MVK_INLINE int64_t chunk_most(const Bridge& a) {
+  const int64_t vectors = (a.pixels() + W<T> - 1) / W<T>;
+  return (vectors + a.chunks - 1) / a.chunks * W<T>;
+}
+
 }  // namespace
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -17,7 +17,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 6;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 7;  // with INTERFACE in mvkernels/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -72,11 +72,9 @@ PyModuleDef kModule = {
 }  // namespace mvk
 
 STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
-  m.impl("patch_attention", &mvk::patch_attention_forward<false>);
-  m.impl("patch_attention_forward", &mvk::patch_attention_forward<true>);
+  m.impl("patch_attention_forward", &mvk::patch_attention_forward);
   m.impl("patch_attention_backward", &mvk::patch_attention_backward);
-  m.impl("mobile_to_former", &mvk::mobile_to_former_forward<false>);
-  m.impl("mobile_to_former_forward", &mvk::mobile_to_former_forward<true>);
+  m.impl("mobile_to_former_forward", &mvk::mobile_to_former_forward);
   m.impl("mobile_to_former_backward", &mvk::mobile_to_former_backward);
   m.impl("former_to_mobile_forward", &mvk::former_to_mobile_forward);
   m.impl("former_to_mobile_backward", &mvk::former_to_mobile_backward);

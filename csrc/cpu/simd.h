@@ -286,30 +286,6 @@ MVK_INLINE void exp2_nonpositive(vec<double>* x) {
     for (int i = 0; i < W<double>; ++i) x[u][i] = __builtin_exp2(x[u][i]);
 }
 
-// out[i] = ln x[i] to 1e-12 for x >= 2^-1000, `count` of them, a whole number of vectors; NaN and infinity stay. With
-// x = m 2^e and m in [1 / sqrt 2, sqrt 2), ln m = 2 artanh t for t = (m - 1) / (m + 1), |t| < 0.172.
-template <class T>
-MVK_INLINE void logarithms(const T* x, int count, double* out) {
-  typedef int64_t longs __attribute__((vector_size(kVectorBytes)));
-  typedef T narrow __attribute__((vector_size(W<double> * sizeof(T)), aligned(alignof(T)), may_alias));
-  for (int i = 0; i < count; i += W<double>) {
-    const vec<double> v = __builtin_convertvector(*reinterpret_cast<const narrow*>(x + i), vec<double>);
-    const longs bits = (longs)v, e = (bits - 0x3fe6a09e667f3bcdL) >> 52;  // the constant is 1 / sqrt 2
-    const vec<double> m = (vec<double>)(bits - (e << 52));
-    const vec<double> exponent = (vec<double>)(e + 0x4338000000000000L) - splat(0x1.8p52);
-    const vec<double> t = (m - splat(1.0)) / (m + splat(1.0)), t2 = t * t;
-    vec<double> s = splat(1.0 / 15) * t2 + splat(1.0 / 13);
-    s = s * t2 + splat(1.0 / 11);
-    s = s * t2 + splat(1.0 / 9);
-    s = s * t2 + splat(1.0 / 7);
-    s = s * t2 + splat(1.0 / 5);
-    s = s * t2 + splat(1.0 / 3);
-    s = s * t2 + splat(1.0);
-    const vec<double> log = exponent * splat(0.6931471805599453) + splat(2.0) * t * s;
-    store<double>(out + i, v < splat(__builtin_inf()) ? log : v);
-  }
-}
-
 // Elements of a 128-bit block, within which unpacking is one instruction.
 template <class T>
 constexpr int kBlockLanes = 16 / sizeof(T);

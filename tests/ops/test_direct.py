@@ -270,13 +270,11 @@ def test_an_exception_of_a_hook_is_not_the_operators(name):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in DIRECT if name != "former_to_mobile"])
+@pytest.mark.parametrize("name", ["relu_linear_attention", "multiscale_linear_attention"])
 def test_the_operator_that_keeps_nothing(name):
     """It is the first output of the one that keeps what the backward needs, and its fake says how it lies."""
     namespace, arguments = torch.ops.mvkernels_cpp, plain(name)
     given = {
-        "patch_attention": lambda query, key, value, **_: (query, key, value, 2, 3, None, 0.5),
-        "mobile_to_former": lambda query, x, **_: (query, x, 0.5),
         "relu_linear_attention": lambda query, key, value, **_: (query, key, value, 1e-5),
         "multiscale_linear_attention": lambda qkv, depthwise, pointwise, **_: (qkv, [*depthwise, *pointwise], 4, 1e-5),
     }[name](**arguments)

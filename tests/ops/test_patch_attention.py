@@ -194,9 +194,8 @@ def test_opcheck(kind, dtype, with_bias):
         torch.ops.mvkernels_cpp.patch_attention_backward,
     )
     torch.library.opcheck(forward, (q, k, v, 2, 2, bias, 0.4))
-    out, lse = forward(q, k, v, 2, 2, bias, 0.4)
-    grad = testing.make_map(out.shape, kind, dtype)
-    torch.library.opcheck(backward, (grad, q, k, v, out, lse, 2, 2, bias, 0.4, with_bias))
+    grad = testing.make_map(v.shape, kind, dtype)
+    torch.library.opcheck(backward, (grad, q, k, v, 2, 2, bias, 0.4, with_bias))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_cpp)])
@@ -303,7 +302,7 @@ def test_cpp_is_deterministic():
 
 
 @needs_cpp
-def test_only_inputs_output_and_log_sum_exp_are_saved():
+def test_only_inputs_are_saved():
     q, k, v = (torch.randn(2, 2, 8, 6, 6, requires_grad=True) for _ in range(3))
     saved = []
 
@@ -313,17 +312,7 @@ def test_only_inputs_output_and_log_sum_exp_are_saved():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         mvkernels.patch_attention(q, k, v, 2, backend="cpp")
-    assert sorted(t.numel() for t in saved) == sorted([q.numel()] * 4 + [2 * 2 * 6 * 6])
-    assert {t.data_ptr() for t in (q, k, v)} <= {t.data_ptr() for t in saved}
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
-def test_the_saved_log_sum_exp(dtype):
-    q, k, v = (torch.randn(1, 2, 8, 5, 7).to(dtype) for _ in range(3))
-    _, lse = torch.ops.mvkernels_cpp.patch_attention_forward(q, k, v, 1, 1, None, 0.3)
-    scores = torch.einsum("bhdi,bhdj->bhij", q.flatten(3), k.flatten(3)) * 0.3
-    torch.testing.assert_close(lse, scores.logsumexp(-1).unflatten(-1, (5, 7)).double(), rtol=1e-6, atol=1e-6)
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (q, k, v)]
 
 
 @needs_cpp

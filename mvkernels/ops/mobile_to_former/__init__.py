@@ -57,7 +57,7 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
     return INFERENCE[chosen](query, x, scale)
 
 
-_infer, _keep = library.at_once(INFERENCE["cpp"]), library.at_once(KERNELS["cpp"][0])
+_infer = _keep = library.at_once(KERNELS["cpp"][0])
 _record = library.recorder(MobileToFormerFunction)
 
 

@@ -12,25 +12,27 @@ from mvkernels import checks, library
 from mvkernels.backend import choose
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 
-_FORWARD = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse)"
-# Triton's also gives the output before its rounding to a half type, for the backward; nothing for other types.
+_FORWARD = "(Tensor query, Tensor x, float scale) -> Tensor"
+_BACKWARD = "(Tensor grad, Tensor query, Tensor x, float scale) -> (Tensor dquery, Tensor dx)"
+# Triton's also gives what its backward needs: two numbers of each token's scores, and the output before its rounding to
+# a half type; nothing for other types.
 _FORWARD_TRITON = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse, Tensor exact)"
-_BACKWARD = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale) -> (Tensor dquery, Tensor dx)"
+_BACKWARD_TRITON = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale)"
+_BACKWARD_TRITON += " -> (Tensor dquery, Tensor dx)"
 
 
 def _fake_forward_cpp(query, x, scale):  # type: ignore[no-untyped-def]
-    # The logarithm of the sum of exponentials of each token's scores.
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float64)
+    return query.new_empty(query.shape)
 
 
 def _fake_forward_triton(query, x, scale):  # type: ignore[no-untyped-def]
-    # The same as two numbers: highest score, and sum relative to it.
+    # The log-sum-exp of each token's scores as two numbers: highest score, and sum relative to it.
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     exact = query.new_empty(query.shape if dtype.itemsize > query.dtype.itemsize else (0,), dtype=dtype)
     return query.new_empty(query.shape), query.new_empty((*query.shape[:3], 2), dtype=dtype), exact
 
 
-def _fake_backward(grad, query, x, out, lse, scale):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, query, x, *_):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), checks.empty_map(x, x.shape[2])
 
 
@@ -68,20 +70,16 @@ KERNELS = {
             "triton", "mobile_to_former_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward, count=_count
         ),
         library.define(
-            "triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
+            "triton",
+            "mobile_to_former_backward",
+            _BACKWARD_TRITON,
+            _fake_backward,
+            _triton_backward,
+            count=_count_backward,
         ),
     ),
 }
-INFERENCE = {
-    "cpp": library.define(
-        "cpp",
-        "mobile_to_former",
-        "(Tensor query, Tensor x, float scale) -> Tensor",
-        library.output(_fake_forward_cpp),
-        count=_count,
-    ),
-    "triton": library.output(KERNELS["triton"][0]),
-}
+INFERENCE = {"cpp": KERNELS["cpp"][0], "triton": library.output(KERNELS["triton"][0])}
 """By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
@@ -89,9 +87,9 @@ class MobileToFormerFunction(torch.autograd.Function):
     """:func:`mvkernels.mobile_to_former` with its own backward.
 
     ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
-    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query, x,
-    the output (Triton: as it was before its rounding to a half type) and what is left of each token's scores, their
-    log-sum-exp: no scores. A second derivative raises RuntimeError.
+    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query and
+    x; on Triton also the output as it was before its rounding to a half type, and what is left of each token's
+    scores, their log-sum-exp: no scores. A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -113,9 +111,12 @@ class MobileToFormerFunction(torch.autograd.Function):
         if backend == "reference":
             ctx.save_for_backward(query, x)
             return reference(query, x, scale)
-        out, lse, *exact = (kernel or KERNELS[backend][0])(query, x, scale)  # type: ignore[index]
-        kept = exact[0] if exact and exact[0].shape == out.shape else out
-        ctx.save_for_backward(query, x, kept, lse)
+        found = (kernel or KERNELS[backend][0])(query, x, scale)  # type: ignore[index]
+        if backend == "cpp":
+            ctx.save_for_backward(query, x)
+            return found
+        out, lse, exact = found
+        ctx.save_for_backward(query, x, exact if exact.shape == out.shape else out, lse)
         return out
 
     @staticmethod

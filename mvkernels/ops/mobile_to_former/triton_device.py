@@ -174,8 +174,10 @@ def _gradients(
 ):
     inside = keep[:, None] & keep_m[None, :]
     p = tl.where(inside, tl.exp2(dot_nt(x0, x1, q0, q1, D1, PRECISION) * factor - base[None, :]) * share[None, :], 0.0)
-    # The score of an only pixel has no gradient: two ways to round the same sum would leave some.
-    ds = tl.where(inside & several, p * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
+    # The score of an only pixel has no gradient, nor has one that is all of the softmax: two ways to round the same
+    # sum would leave some, and large queries multiply it.
+    below_1 = tl.where(p >= 1.0, 0.0, p)
+    ds = tl.where(inside & several, below_1 * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
     return p.to(x0.dtype), ds.to(x0.dtype)
 
 

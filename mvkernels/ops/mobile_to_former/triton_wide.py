@@ -168,8 +168,8 @@ def _gradients(
     )  # fmt: skip
     inside = keep[:, None] & keep_m[None, :]
     p = tl.where(inside, tl.exp2(scores * factor - base[None, :]) * share[None, :], 0.0)
-    # The score of an only pixel has no gradient: two ways to round the same sum would leave some.
-    ds = tl.where(inside & several, p * (dp - delta[None, :]), 0.0)
+    # As in triton_device.py: where a score is all of the softmax, it has no gradient.
+    ds = tl.where(inside & several, tl.where(p >= 1.0, 0.0, p) * (dp - delta[None, :]), 0.0)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     return p.to(dtype), ds.to(dtype), q_rows, g_rows, keep_m
 

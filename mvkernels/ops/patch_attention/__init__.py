@@ -80,7 +80,7 @@ def patch_attention(
     return INFERENCE[chosen](query, key, value, ph, pw, bias, scale)
 
 
-_infer, _keep = library.at_once(INFERENCE["cpp"]), library.at_once(KERNELS["cpp"][0])
+_infer = _keep = library.at_once(KERNELS["cpp"][0])
 _record = library.recorder(PatchAttentionFunction)
 
 

@@ -1,9 +1,13 @@
 """Backward Triton kernels of patch_attention. triton_kernels.py says which runs when.
 
-With P the probabilities, recomputed from lse, and delta the row sums of dout * out:
+With P the probabilities and delta the row sums of dout * out, which are those of P * dout V^T as well:
 dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
-An output that was rounded to a half type would make delta wrong by the same amount in a whole row, which does not
-average out in dQ; in groups of one tile half types take delta from P and dout V^T, whose row sum it is as well.
+In groups of one tile P and delta are made of the tile's own scores and dout V^T, with their own sums: where P is 1
+somewhere, what is left of the row is then 0, and not a rounding error times the size of keys and queries; and where a
+half type is rounded, delta is not. Larger groups recompute P from lse and begin with the delta of out; the queries'
+pass finds what that leaves of the sum of a row of dS, which is to be 0, takes it off dQ by way of P K, and leaves the
+right delta, and the sum of P, for the keys' pass. lse is kept in base 2: where one score is all of the sum, it is that
+score.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
@@ -48,21 +52,36 @@ def _probabilities(
     return tl.where(inside, tl.exp2(scores - lse2[:, None]), 0.0)
 
 
+@triton.jit
+def below_1(p):
+    """p, or 0 where it is 1."""
+    return tl.where(p >= 1.0, 0.0, p)
+
+
+@triton.jit
+def _softmax(scores, inside, AXIS: tl.constexpr):
+    """Probabilities of rows of scores in base 2 that are whole in a tile; 0 outside."""
+    scores = tl.where(inside, scores, -float("inf"))
+    top = tl.expand_dims(tl.max(scores, AXIS), AXIS)
+    p = tl.exp2(scores - tl.where(top == -float("inf"), 0.0, top))
+    over = 1.0 / tl.sum(p, AXIS)
+    return tl.where(inside, p * tl.expand_dims(over, AXIS), 0.0)
+
+
 # One program, one unit of at most BLOCK tokens, all in one tile: scores are computed once, each of q, k,
-# v, out, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own.
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES)
+# v, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES)
 def backward_unit(
-    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_DELTA: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     batch, head, gy, gx = unit_of(tl.program_id(0), heads, ph, pw)
     wg = group_extent(gx, W, pw)
     tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
@@ -73,7 +92,6 @@ def backward_unit(
     k_ptr += plane(batch, head, ksb, ksh, LK, AK)
     v_ptr += plane(batch, head, vsb, vsh, LV, AV)
     g_ptr += plane(batch, head, gsb, gsh, LG, AG)
-    o_ptr += plane(batch, head, osb, osh, LO, AO)
     dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
     dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
     dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
@@ -85,14 +103,12 @@ def backward_unit(
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
     at = lse_plane + (x if LINEAR else y * W + x)
     g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
-    if not HALF:
-        o0, o1 = load_tile(o_ptr, row_offsets(y, x, osy, osx, LO, AO, LINEAR), keep, osd, DV, V0, V1, LO, AO, WIDE)
-        delta = row_sum(g0, g1, o0, o1, V1, 1)
-    lse2 = tl.load(lse_ptr + at, mask=keep, other=0.0) * LOG2E
     q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
-    p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, n, n, bsh, bsm, bsn,
-                       D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+    scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
+    if BIAS:
+        scores += bias_tile(bias_ptr, head, n, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
+    p = _softmax(scores, inside, 1)
     pt = tl.trans(p.to(g0.dtype))
     dv0 = tl.dot(pt, g0, input_precision=PRECISION)
     dv1 = dv0
@@ -102,8 +118,7 @@ def backward_unit(
     store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-    if HALF:
-        delta = tl.sum(tl.where(inside, p * dp, 0.0), 1)
+    delta = tl.sum(tl.where(inside, p * dp, 0.0), 1)
     if STORE_DELTA:
         tl.store(delta_ptr + at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
@@ -126,7 +141,7 @@ def backward_unit(
 @triton.jit
 def _queries(
     first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, delta_ptr,
-    scale, scale2, qs, ks, vs, gs, os, dqs, bsh, bsm, bsn,
+    share_ptr, scale, scale2, qs, ks, vs, gs, os, dqs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
@@ -143,12 +158,15 @@ def _queries(
     o0, o1 = load_tile(o_ptr, row_offsets(my, mx, os[0], os[1], LO, AO, LINEAR), keep_m, os[2],
                        DV, V0, V1, LO, AO, WIDE)  # fmt: skip
     delta = row_sum(g0, g1, o0, o1, V1, 1)
-    tl.store(delta_ptr + at, delta, mask=keep_m)
-    lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
+    lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                        D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    pk0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    pk1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    rest = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         keep_n = n < tokens
@@ -161,13 +179,24 @@ def _queries(
         p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
                            D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
+        ds = tl.where(inside, below_1(p) * (dp - delta[:, None]), 0.0)
+        total += tl.sum(p, 1)
+        rest += tl.sum(ds, 1)
+        p = p.to(k0.dtype)
+        ds = ds.to(k0.dtype)
         dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        pk0 = tl.dot(p, k0, pk0, input_precision=PRECISION)
         if D1 > 0:
             dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-    dq0 = dq0 * scale
+            pk1 = tl.dot(p, k1, pk1, input_precision=PRECISION)
+    share = 1.0 / total
+    rest = rest * share
+    tl.store(delta_ptr + at, delta + rest, mask=keep_m)
+    tl.store(share_ptr + at, share, mask=keep_m)
+    share = (share * scale)[:, None]
+    dq0 = (dq0 - rest[:, None] * pk0) * share
     if D1 > 0:
-        dq1 = dq1 * scale
+        dq1 = (dq1 - rest[:, None] * pk1) * share
     rows = row_offsets(my, mx, dqs[0], dqs[1], DLQ, AD, LINEAR)
     store_tile(dq_ptr, dq0, dq1, rows, keep_m, dqs[2], D, D0, D1, DLQ, AD, WIDE)
 
@@ -177,7 +206,7 @@ def _queries(
 @triton.jit
 def _keys(
     first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr, dk_ptr, dv_ptr,
-    delta_ptr, scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
+    delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
@@ -201,8 +230,9 @@ def _keys(
         my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
         inside = keep_n[:, None] & keep_m[None, :]
         at = mx if LINEAR else my * W + mx
-        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
+        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
         delta = tl.load(delta_ptr + at, mask=keep_m, other=0.0)
+        share = tl.load(share_ptr + at, mask=keep_m, other=0.0)
         q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                            D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
         g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
@@ -210,9 +240,9 @@ def _keys(
         scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
         if BIAS:
             scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
-        pt = tl.where(inside, tl.exp2(scores - lse2[None, :]), 0.0)
+        pt = tl.where(inside, tl.exp2(scores - lse2[None, :]) * share[None, :], 0.0)
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
-        dst = tl.where(inside, pt * (dpt - delta[None, :]), 0.0).to(q0.dtype)
+        dst = tl.where(inside, below_1(pt) * (dpt - delta[None, :]), 0.0).to(q0.dtype)
         pt = pt.to(g0.dtype)
         dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION)
         dk0 = tl.dot(dst, q0, dk0, input_precision=PRECISION)
@@ -235,7 +265,7 @@ def _keys(
 # of queries or of keys; for large groups, and when units are too few to fill the machine.
 @triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES)
 def backward_blocks(
-    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, share_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
     gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -259,6 +289,7 @@ def backward_blocks(
     g_ptr += plane(batch, head, gsb, gsh, LG, AG)
     lse_ptr += (batch * heads + head) * H * W
     delta_ptr += (batch * heads + head) * H * W
+    share_ptr += (batch * heads + head) * H * W
     qs = (qsy, qsx, qsd)
     ks = (ksy, ksx, ksd)
     vs = (vsy, vsx, vsd)
@@ -272,7 +303,8 @@ def backward_blocks(
         while first < last:
             _queries(
                 first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr,
-                dq_ptr, delta_ptr, scale, scale2, qs, ks, vs, gs, (osy, osx, osd), (dqy, dqx, dqd), bsh, bsm, bsn,
+                dq_ptr, delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, (osy, osx, osd), (dqy, dqx, dqd),
+                bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, LO, AO, DLQ, AD, BIAS, BIAS_ALIGN,
                 LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
             )  # fmt: skip
@@ -289,7 +321,7 @@ def backward_blocks(
         while first < last:
             _keys(
                 first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr,
-                dk_ptr, dv_ptr, delta_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
+                dk_ptr, dv_ptr, delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
                 bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
                 LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
@@ -298,20 +330,19 @@ def backward_blocks(
 
 
 # UNITS small units as one batched product, as in forward_packed: everything is in one tile, so scores
-# are computed once, and each of q, k, v, out, dout is read once, each gradient written once.
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES + ["units"])
+# are computed once, and each of q, k, v, dout is read once, each gradient written once.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["units"])
 def backward_packed(
-    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn, units,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, units,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     BIAS: tl.constexpr, STORE_DELTA: tl.constexpr, PRECISION: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     batch, head, gy, gx = unit_of(unit, heads, ph, pw)
     wg = group_extent(gx, W, pw)
@@ -329,23 +360,16 @@ def backward_packed(
     v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
     g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
     g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG)
-    if not HALF:
-        o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
-        o0, o1 = load_tile3(o_ptr, o_rows, keep, osd, DV, V0, V1, LO)
-        delta = row_sum(g0, g1, o0, o1, V1, 2)
     q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
     k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
     v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
-    lse2 = tl.load(lse_ptr + lse_at, mask=keep, other=0.0) * LOG2E
-
     scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     if BIAS:
         at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
         scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    p = tl.where(inside, tl.exp2(scores - lse2[:, :, None]), 0.0)
+    p = _softmax(scores, inside, 2)
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
-    if HALF:
-        delta = tl.sum(tl.where(inside, p * dp, 0.0), 2)
+    delta = tl.sum(tl.where(inside, p * dp, 0.0), 2)
     if STORE_DELTA:
         tl.store(delta_ptr + lse_at, delta, mask=keep)
     ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)

@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES, _probabilities
+from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES, _probabilities, below_1
 from mvkernels.ops.patch_attention.triton_tiles import (
-    LOG2E,
     dot_nt,
     load_tile,
     pixel_of,
@@ -49,7 +48,7 @@ def bias_partials(
         my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
         ny, nx = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
         at = (batch * heads + head) * H * W + (mx if LINEAR else my * W + mx)
-        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0) * LOG2E
+        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
         delta = tl.load(delta_ptr + at, mask=keep_m, other=0.0)
         q_at = q_ptr + plane(batch, wide_head, qsb, qsh, LQ, AQ)
         k_at = k_ptr + plane(batch, wide_head, ksb, ksh, LK, AK)
@@ -66,7 +65,7 @@ def bias_partials(
         g0, g1 = load_tile(g_at, g_rows, keep_m, gsd, DV, V0, V1, LG, AG, WIDE)
         v0, v1 = load_tile(v_at, v_rows, keep_n, vsd, DV, V0, V1, LV, AV, WIDE)
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        total += tl.where(inside & keep_m[:, None], p * (dp - delta[:, None]), 0.0)
+        total += tl.where(inside & keep_m[:, None], below_1(p) * (dp - delta[:, None]), 0.0)
     area = tokens.to(tl.int64) * tokens
     base = partial_ptr + (part * heads + head) * area
     tl.store(base + m[:, None] * tokens.to(tl.int64) + n[None, :], total, mask=inside)

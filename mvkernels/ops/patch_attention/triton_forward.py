@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import (
-    LN2,
     LOG2E,
     dense_strides,
     dot3_nt,
@@ -135,7 +134,7 @@ def forward_rows(
             acc1 = acc1 * over[:, None]
         o_rows = row_offsets(my, mx, osy, osx, LO, AO, LINEAR)
         store_tile(o_ptr, acc0, acc1, o_rows, keep_m, osd, DV, V0, V1, LO, AO, WIDE)
-        tl.store(lse_ptr + (mx if LINEAR else my * W + mx), (top + tl.log2(total)) * LN2, mask=keep_m)
+        tl.store(lse_ptr + (mx if LINEAR else my * W + mx), top + tl.log2(total), mask=keep_m)
 
 
 # One program takes UNITS small units (at most TOKENS tokens each) as one batched product, a warp per
@@ -188,4 +187,4 @@ def forward_packed(
     o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
     store_tile3(o_ptr, acc0, acc1, o_rows, keep, osd, DV, V0, V1, LO)
     at = ((batch * heads + head) * H * W)[:, None] + y * W + x
-    tl.store(lse_ptr + at, (top + tl.log2(total)) * LN2, mask=keep)
+    tl.store(lse_ptr + at, top + tl.log2(total), mask=keep)

@@ -112,7 +112,7 @@ def forward(
     """query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) or None -> (out, lse).
 
     out is (B, h, Dv, H, W) in query's dtype, dense in query's order; lse is (B, h, H, W), float32,
-    contiguous: the natural logarithm of the sum of exponentials of each query's row. Inputs are read in place,
+    contiguous: the logarithm in base 2 of the sum of exponentials of each query's row. Inputs are read in place,
     whatever their strides.
     """
     problem = _problem((("q", query), ("k", key), ("v", value)), bias, (patch_h, patch_w))
@@ -174,7 +174,7 @@ def backward_into(
     tensors |= {"lse": lse, "bias": lse if bias is None else bias, "delta": lse}
     tensors |= dict(zip(("dq", "dk", "dv"), grads))
     if uses_delta:
-        tensors["delta"] = torch.empty_like(lse)
+        tensors |= {"delta": torch.empty_like(lse), "share": torch.empty_like(lse)}
     if need_bias and bias is not None:
         tensors["dbias"] = bias.new_empty(bias.shape)
         tensors["partial"] = lse.new_empty((slices, *bias.shape))

@@ -204,11 +204,15 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
 
     With ``packed`` 3, dq, dk and dv are the thirds of one channels-last map.
 
-    Tensors ``q k v g o lse bias dq dk dv delta partial dbias``, floats ``scale scale2``.
+    Tensors ``q k v g o lse bias dq dk dv delta share partial dbias``, floats ``scale scale2``.
     """
     geometry = _Geometry(problem)
     d, dv = problem.query[2], problem.value_dim
-    meta = _common(problem, geometry, "qkvgo") | {"BIAS": problem.bias is not None, "PACKED": packed}
+    unit_blocks, unit_options = _split("backward_unit", problem, geometry)
+    # In one tile everything is made again; in blocks the output and the log-sum-exp are read.
+    in_one = geometry.tokens <= max(32, unit_blocks.pop("MAX_TOKENS"))
+    names = "qkvg" if in_one else "qkvgo"
+    meta = _common(problem, geometry, names) | {"BIAS": problem.bias is not None, "PACKED": packed}
     for name, channels in ("q", d), ("k", d), ("v", dv):
         meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels)
         # One alignment serves dq and dk: the smaller of theirs.
@@ -221,13 +225,12 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
         "WIDE": geometry.wide,
     }
     inputs = ("q", "k", "v", "g")
-    every = (*inputs, "o", "lse", "bias", "dq", "dk", "dv", "delta")
+    made = ("bias", "dq", "dk", "dv", "delta")
+    every = (*inputs, *made) if in_one else (*inputs, "o", "lse", *made, "share")
     scales = ("scale", "scale2")
-    ints = geometry.ints("qkvgo") + geometry.sizes + geometry.bias
+    ints = geometry.ints(names) + geometry.sizes + geometry.bias
     launches = []
     uses_delta = need_bias
-    unit_blocks, unit_options = _split("backward_unit", problem, geometry)
-    limit = unit_blocks.pop("MAX_TOKENS")
     if geometry.tokens <= 32:
         blocks, options = _split("backward_packed", problem, geometry)
         launches.append(
@@ -242,7 +245,7 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
                 options,
             )
         )
-    elif geometry.tokens <= limit:
+    elif in_one:
         launches.append(
             Launch(
                 triton_backward.backward_unit,

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import (
-    LN2,
     dot3_nt,
     dot_nt,
     group_extent,
@@ -102,7 +101,7 @@ def _head(
     a0 = (a0 * over).to(q0.dtype)
     if D1 > 0:
         a1 = a1 * over
-    return a0, a1.to(q0.dtype), (top + tl.log2(total)) * LN2
+    return a0, a1.to(q0.dtype), top + tl.log2(total)
 
 
 # One program: BLOCK_M pixels of one group.
@@ -200,7 +199,7 @@ def attend_packed(
             a_at = tl.multiple_of(rows * C + head * D, [ALIGN, ALIGN])
             store_tile3(attention_ptr, a0, a1, a_at, keep, 1, D, D0, D1, 1)
             lse_at = ((batch * HEADS + head) * H * W)[:, None] + in_image
-            tl.store(lse_ptr + lse_at, (top + tl.log2(total)) * LN2, mask=keep)
+            tl.store(lse_ptr + lse_at, top + tl.log2(total), mask=keep)
         a0 = tl.reshape(a0, (ROWS, D0))
         a1 = tl.reshape(a1, (ROWS, D1 if D1 > 0 else D0))
         acc0 = _projected(acc0, a0, a1, w_ptr, tl.arange(0, C0), head, C, D, D0, D1, ALIGN, PRECISION)
