@@ -1,0 +1,96 @@
+"""The floor of the criterion: what PyTorch is expected to err, on no machine in particular."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mvkernels import testing
+from mvkernels.registry import OPS
+from mvkernels.rounding import ExpectedRounding
+
+# PyTorch, its two libraries and this one held to what every x86-64 processor has.
+BASELINE = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MVKERNELS_CPU_ISA": "baseline",
+}
+
+
+def pixels(case):
+    return case.shape["height"] * case.shape["width"]
+
+
+def held(name, dtype=torch.float32):
+    """The yardstick of an op on the smallest map of its suite."""
+    op = OPS[name]
+    arguments = testing.normalised(op, min(op.suite("small"), key=pixels).make(batch=2, dtype=dtype))
+    # Drawn in float64: in float32 torch.randn differs between processors.
+    generator = torch.Generator().manual_seed(0)
+    for key, value in testing.tensors_in(arguments).items():
+        spread = 1.0 if key in op.maps else value[0].numel() ** -0.5
+        drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64) * spread
+        arguments = testing.with_tensors(arguments, {key: torch.empty_like(value).copy_(drawn)})
+    return testing.yardstick(op, arguments, list(testing.tensors_in(arguments)))[0]
+
+
+def errors(yardstick):
+    return {name: yardstick.expected_error(name) for name in yardstick.exact}
+
+
+@pytest.mark.parametrize("signs", ["mixed", "alike"])
+@pytest.mark.parametrize("terms", [2, 30, 500])
+def test_a_sum_is_off_by_what_adding_up_one_after_the_other_leaves(terms, signs):
+    x = torch.randn(2000, terms, generator=torch.Generator().manual_seed(terms))
+    x = x.abs() if signs == "alike" else x
+    added = x[:, 0].clone()
+    for term in x.T[1:]:
+        added += term
+    exact = x.double().sum(1)
+    with ExpectedRounding():
+        expected = x.sum(1)
+    assert 0.5 < testing.rms_error(expected, exact) / testing.rms_error(added, exact) < 2
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_pytorch_computes_passes_by_the_expected_errors_alone(name):
+    found = held(name)
+    # The luckiest machine there can be: every result is the exact one, rounded.
+    lucky = {key: value.to(torch.float32) for key, value in found.exact.items()}
+    computed, found.baseline = found.baseline, lucky
+    comparisons = found.compare(computed)
+    assert all(each.ok for each in comparisons), "; ".join(map(str, comparisons))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_every_result_has_the_dtype_of_pytorch_and_errs_as_much(name, dtype):
+    found = held(name, dtype)
+    for key, exact in found.exact.items():
+        expected, baseline = found.expected[0][key], found.baseline[key]
+        assert expected.dtype == baseline.dtype and expected.shape == baseline.shape
+        if dtype == torch.float64:
+            assert testing.max_error(expected, exact) < 1e-9 * (1 + float(exact.abs().max()))
+        elif baseline.isfinite().all():
+            # In half types nearly all of the error is the rounding of each step, which is alike everywhere.
+            assert 0.5 < testing.rms_error(expected, exact) / testing.rms_error(baseline, exact) < 2
+
+
+CODE = """
+import json
+from tests.test_rounding import OPS, errors, held
+print(json.dumps({name: errors(held(name)) for name in OPS}))
+"""
+
+
+def test_the_expected_errors_are_the_same_on_another_processor():
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=os.environ | BASELINE, capture_output=True, text=True, check=True
+    )
+    elsewhere = json.loads(done.stdout)
+    for name in OPS:
+        assert elsewhere[name] == pytest.approx(errors(held(name)), rel=1e-3)
