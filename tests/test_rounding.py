@@ -1,9 +1,6 @@
 """The floor of the criterion: what PyTorch is expected to err, on no machine in particular."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,14 +8,7 @@ import torch
 from mvkernels import testing
 from mvkernels.registry import OPS
 from mvkernels.rounding import ExpectedRounding
-
-# PyTorch, its two libraries and this one held to what every x86-64 processor has.
-BASELINE = {
-    "ATEN_CPU_CAPABILITY": "default",
-    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-    "ONEDNN_MAX_CPU_ISA": "SSE41",
-    "MVKERNELS_CPU_ISA": "baseline",
-}
+from tests.processors import python
 
 
 def pixels(case):
@@ -88,9 +78,8 @@ print(json.dumps({name: errors(held(name)) for name in OPS}))
 
 
 def test_the_expected_errors_are_the_same_on_another_processor():
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], env=os.environ | BASELINE, capture_output=True, text=True, check=True
-    )
+    done = python("baseline", "-c", CODE)
+    assert done.returncode == 0, done.stderr
     elsewhere = json.loads(done.stdout)
     for name in OPS:
         assert elsewhere[name] == pytest.approx(errors(held(name)), rel=1e-3)
