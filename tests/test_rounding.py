@@ -32,18 +32,49 @@ def errors(yardstick):
     return {name: yardstick.expected_error(name) for name in yardstick.exact}
 
 
-@pytest.mark.parametrize("signs", ["mixed", "alike"])
-@pytest.mark.parametrize("terms", [2, 30, 500])
-def test_a_sum_is_off_by_what_adding_up_one_after_the_other_leaves(terms, signs):
-    x = torch.randn(2000, terms, generator=torch.Generator().manual_seed(terms))
-    x = x.abs() if signs == "alike" else x
+SUMS = {
+    "sum": lambda x: x.sum(1),
+    "mean": lambda x: x.mean(1) * x.shape[1],
+    "product": lambda x: (x @ torch.ones(x.shape[1], 1))[:, 0],
+    "addmm": lambda x: torch.addmm(torch.zeros(1), x, torch.ones(x.shape[1], 1))[:, 0],
+    "convolution": lambda x: torch.conv1d(x[:, None], torch.ones(1, 1, x.shape[1]))[:, 0, 0],
+    "softmax": lambda x: 1 / (x.log().softmax(1) / x)[:, 0],
+}
+
+
+@pytest.mark.parametrize(
+    ("operation", "signs"),
+    [(name, signs) for name in SUMS for signs in ("mixed", "alike") if (name, signs) != ("softmax", "mixed")],
+)
+@pytest.mark.parametrize("terms", [30, 500])
+def test_a_sum_is_off_by_what_adding_up_one_after_the_other_leaves(terms, signs, operation):
+    x = torch.randn(500, terms, generator=torch.Generator().manual_seed(terms))
+    x = x.abs() + 0.1 if signs == "alike" else x
     added = x[:, 0].clone()
     for term in x.T[1:]:
         added += term
     exact = x.double().sum(1)
     with ExpectedRounding():
-        expected = x.sum(1)
+        expected = SUMS[operation](x)
     assert 0.5 < testing.rms_error(expected, exact) / testing.rms_error(added, exact) < 2
+
+
+@pytest.mark.parametrize("operation", ["sum", "product", "addmm", "convolution"])
+def test_a_sum_of_one_large_term_is_off_by_no_more_than_its_rounding(operation):
+    x = torch.full((50, 300), 1e-20)
+    x[:, 7] = 1.0
+    with ExpectedRounding():
+        assert torch.equal(SUMS[operation](x), torch.ones(50))
+
+
+def test_a_row_of_softmax_with_one_weight_is_exact():
+    scores = torch.zeros(3, 300)
+    scores[:, 7] = 200.0
+    scores.requires_grad_()
+    with ExpectedRounding():
+        weights = scores.softmax(1)
+        (gradient,) = torch.autograd.grad(weights, scores, torch.randn(3, 300))
+    assert torch.equal(weights[:, 7], torch.ones(3)) and not gradient[:, 7].any()
 
 
 @pytest.mark.parametrize("name", OPS)
