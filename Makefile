@@ -57,6 +57,7 @@ bench: setup
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/numerics.py
+	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/readme_table.py
 	$(BIN)/python benchmarks/pages.py
 

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and the table of docs/numerics.md, from the CSV files under benchmarks/results.
+"""Writes docs/performance.md, and the tables of docs/numerics.md, from the CSV files under benchmarks/results.
 
 ``--check`` changes nothing and exits with 1 if the pages are not what the files say.
 """
@@ -14,8 +14,7 @@ from readme_table import ROOT, Row, geomean, read, where
 
 from mvkernels import command, files
 
-BEGIN = "<!-- errors: begin (written by benchmarks/pages.py) -->\n"
-END = "<!-- errors: end -->"
+BEGIN, END = "<!-- {}: begin (written by benchmarks/pages.py) -->\n", "<!-- {}: end -->"
 RESULTS = ROOT / "benchmarks" / "results"
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 HEAD = """# Performance
@@ -157,32 +156,60 @@ def overhead(rows: list[Row]) -> list[str]:
 
 
 def errors(results: Path) -> str:
-    """The block of the numerics page."""
+    """What the kernels err, in a block of the numerics page."""
     lines = []
     for folder in machines(results):
         rows = read(folder / "numerics.csv")
         if not rows:
             continue
         lines += [f"{where(rows)}.", ""]
-        lines += ["| op | dtype | backend | output | PyTorch's | of allowed | gradients | PyTorch's | of allowed |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        columns = "PyTorch's | expected | of allowed"
+        lines += [f"| op | dtype | backend | output | {columns} | gradients | {columns} |", "| --- " * 11 + "|"]
         for r in rows:
             cells = [r["op"], r["dtype"], r["backend"]]
             for what in ("out", "grad"):
-                cells += [f"{float(r[f'{what}_error']):.1e}", f"{float(r[f'{what}_error_pytorch']):.1e}"]
+                cells += [
+                    f"{float(r[f'{what}_{which}']):.1e}" for which in ("error", "error_pytorch", "error_expected")
+                ]
                 cells.append(f"{100 * float(r[f'{what}_share_of_allowed']):.0f} %")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     if not lines:
         lines = ["No errors are committed yet: `python benchmarks/numerics.py` takes them.", ""]
-    return BEGIN + "\n".join(lines) + END
+    return "\n".join(lines)
+
+
+def faults(results: Path) -> str:
+    """Which planted faults the criterion finds, in a block of the numerics page."""
+    lines = []
+    for folder in machines(results):
+        rows = read(folder / "faults.csv")
+        if not rows:
+            continue
+        names = list(dict.fromkeys(row["fault"] for row in rows))
+        lines += [f"{where(rows)}.", "", f"| op | dtype | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
+        for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+            found = {row["fault"]: row for row in rows if (row["op"], row["dtype"]) == (op, dtype)}
+            cells = [f"{found[n]['found']} of {found[n]['planted']}" if n in found else "–" for n in names]
+            lines.append(f"| {op} | {dtype} | {' | '.join(cells)} |")
+        counted = [
+            sum(int(row[column]) for row in rows if row["dtype"] == "float32")
+            for column in ("planted", "found", "found_by_pytorch")
+        ]
+        lines += ["", "In float32 {:,} planted, {:,} found; {:,} by PyTorch's own error alone.".format(*counted), ""]
+    if not lines:
+        lines = ["No faults are committed yet: `python benchmarks/faults.py` plants them.", ""]
+    return "\n".join(lines)
 
 
 def pages(results: Path) -> dict[Path, str]:
     """Every page, and what is to stand in it."""
     numerics = ROOT / "docs" / "numerics.md"
-    before, rest = numerics.read_text().split(BEGIN)
-    text = before + errors(results) + rest.split(END, 1)[1]
+    text = numerics.read_text()
+    for name, block in (("faults", faults(results)), ("errors", errors(results))):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + block + end + rest.split(end, 1)[1]
     return {ROOT / "docs" / "performance.md": performance(results), numerics: text}
 
 

@@ -33,22 +33,8 @@ class Gate:
 
     def __init__(self, op: Op, arguments: Mapping[str, Any], mode: str) -> None:
         self.op, self.arguments, self.mode = op, arguments, mode
-        backward = mode != "fwd"
-        tensors = testing.tensors_in(arguments)
-        self.wanted = list(tensors) if backward else []
-        exact = testing.with_tensors(arguments, {n: v.detach().double() for n, v in tensors.items()})
-        first = next(iter(tensors.values()))
-        dtype, device = first.dtype, first.device
-        with torch.no_grad():
-            shape = op.reference(**exact).shape if backward else ()
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(shape, generator=generator, dtype=torch.float64) if backward else None
-        self.cotangent = None if cotangent is None else cotangent.to(device=device, dtype=dtype)
-        exact_cotangent = None if self.cotangent is None else self.cotangent.double()
-        self.exact = testing.run(op.reference, exact, self.wanted, exact_cotangent)
-        self.baseline = testing.run(
-            lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, self.wanted, self.cotangent
-        )
+        self.wanted = list(testing.tensors_in(arguments)) if mode != "fwd" else []
+        self.yardstick, self.cotangent = testing.yardstick(op, arguments, self.wanted)
 
     def apply(self, providers: Sequence[Provider]) -> None:
         """Give each provider that is right its work, and every other one the reason why it has none."""
@@ -62,16 +48,7 @@ class Gate:
             except Exception as error:  # a peer that does not compile is a row that says so, not the end
                 provider.fail(f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
                 continue
-            found = [
-                testing.compare(
-                    name,
-                    actual[name],
-                    exact,
-                    self.baseline[name],
-                    testing.FORWARD_FACTOR if name == "out" else testing.BACKWARD_FACTOR,
-                )
-                for name, exact in self.exact.items()
-            ]
+            found = self.yardstick.compare(actual)
             provider.error = max(c.error for c in found)
             wrong = [str(c) for c in found if not c.ok]
             if wrong:
@@ -93,7 +70,6 @@ class Gate:
             return forward
         leaves = [fresh[n] for n in self.wanted]
         # The gradient of the output lies as the output does, as it would from whatever follows.
-        assert self.cotangent is not None
         cotangent = torch.empty_like(call(**arguments).detach()).copy_(self.cotangent)
 
         def full() -> tuple[Tensor, ...]:

@@ -44,14 +44,11 @@ class Finding:
 
 
 def _calls(
-    op: Op, arguments: Mapping[str, Any], function: Callable[..., torch.Tensor]
+    arguments: Mapping[str, Any], function: Callable[..., torch.Tensor], cotangent: torch.Tensor
 ) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
     # One call each for the forward alone and for forward and backward, giving all their results.
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
-    out = op.reference(**arguments)
-    cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
     leaves = testing.with_tensors(arguments, wanted)
-    grad = _laid_as(cotangent.to(out.dtype), out)
 
     def forward() -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -59,33 +56,20 @@ def _calls(
 
     def backward() -> dict[str, torch.Tensor]:
         result = function(**leaves, backend="triton")
-        grads = torch.autograd.grad(result, list(wanted.values()), grad)
+        grads = torch.autograd.grad(result, list(wanted.values()), cotangent)
         return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
 
     return {"forward": forward, "backward": backward}
 
 
-def _laid_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``value`` in memory as ``like``: a gradient arrives as the output lies."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
+def _yardstick(op: Op, arguments: Mapping[str, Any]) -> tuple[testing.Yardstick, torch.Tensor]:
+    # The gradient of the output lies in memory as the output does, as it would from whatever follows.
+    held, cotangent = testing.yardstick(op, arguments, list(testing.tensors_in(arguments)))
+    return held, torch.empty_like(held.baseline["out"]).copy_(cotangent)
 
 
-def _expected(op: Op, arguments: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    # The float64 reference and PyTorch's own result in the dtype, gradients included.
-    tensors = testing.tensors_in(arguments)
-    wanted, dtype = list(tensors), next(iter(tensors.values())).dtype
-    out = op.reference(**arguments)
-    cotangent = torch.randn(out.shape, device=out.device, generator=torch.Generator(out.device).manual_seed(1))
-    cotangent = cotangent.to(dtype)
-    exact = testing.run(op.reference, arguments, wanted, cotangent.double(), torch.float64)
-    plain = testing.run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent)
-    return exact, plain
-
-
-def _right(results: Mapping[str, torch.Tensor], expected: tuple[Mapping[str, torch.Tensor], ...]) -> bool:
-    exact, plain = expected
-    factors = {name: testing.FORWARD_FACTOR if name == "out" else testing.BACKWARD_FACTOR for name in results}
-    return all(testing.compare(n, r, exact[n], plain[n], factors[n]).ok for n, r in results.items())
+def _right(results: Mapping[str, torch.Tensor], held: testing.Yardstick) -> bool:
+    return all(found.ok for found in held.compare(results))
 
 
 def tune_case(
@@ -99,8 +83,8 @@ def tune_case(
 
     ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs.
     """
-    calls = _calls(op, arguments, op.function)
-    expected = _expected(op, arguments)
+    held, cotangent = _yardstick(op, arguments)
+    calls = _calls(arguments, op.function, cotangent)
     findings = []
     seen: set[tuple[str, str]] = set()
     for call in calls.values():
@@ -112,7 +96,7 @@ def tune_case(
             seen.add((kernel, text))
             changes = launch.candidates_of(op.name, kernel, key)
             if changes:
-                findings.append(_tune_kernel(op, kernel, text, changes, call, expected, device, min_time))
+                findings.append(_tune_kernel(op, kernel, text, changes, call, held, device, min_time))
     done |= seen
     return findings
 
@@ -123,7 +107,7 @@ def _tune_kernel(
     key: str,
     changes: Sequence[Config],
     call: Callable[[], dict[str, torch.Tensor]],
-    expected: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]],
+    held: testing.Yardstick,
     device: torch.device | str,
     min_time: float,
 ) -> Finding:
@@ -137,7 +121,7 @@ def _tune_kernel(
     good = []
     for change in changes:
         try:
-            if _right(changed(change)(), expected):
+            if _right(changed(change)(), held):
                 good.append(change)
         except Exception:  # does not compile, or asks for more than the device has: not a candidate
             continue
@@ -180,15 +164,15 @@ def tune_choice(
     """
     if op.composed is None:
         return []
-    fused, composed = (_calls(op, arguments, function) for function in (op.function, op.composed.function))
-    expected = _expected(op, arguments)
+    held, cotangent = _yardstick(op, arguments)
+    fused, composed = (_calls(arguments, each, cotangent) for each in (op.function, op.composed.function))
     findings = []
     for name, call in fused.items():
         key = launch.key_text(op.composed.key(arguments, name == "backward"))
         if (op.composed.kernel, key) in done:
             continue
         done.add((op.composed.kernel, key))
-        right = _right(call(), expected)
+        right = _right(call(), held)
         times: dict[str, Callable[[], Any]] = {"composed": composed[name]} | ({"fused": call} if right else {})
         if torch.device(device).type == "cuda":
             times = {which: _graph(each) for which, each in times.items()}

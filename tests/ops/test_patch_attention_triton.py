@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvkernels import launch, testing
 from mvkernels.registry import OPS
-from mvkernels.testing import BACKWARD_FACTOR, FORWARD_FACTOR, compare, make_map, poisoned
+from mvkernels.testing import Yardstick, make_map, poisoned
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 kernels = pytest.importorskip("mvkernels.ops.patch_attention.triton_kernels")
@@ -87,11 +87,9 @@ def run(maps: list[Tensor], grad: Tensor, patch: tuple[int, int], scale: float) 
 
 
 def check(maps: list[Tensor], grad: Tensor, patch: tuple[int, int], scale: float) -> None:
-    actual = run(maps, grad, patch, scale)
-    exact = gradients(maps, grad, torch.float64, patch, scale)
-    plain = gradients(maps, grad, grad.dtype, patch, scale)
-    for name, a, e, p in zip(("out", "dq", "dk", "dv", "dbias"), actual, exact, plain, strict=False):
-        result = compare(name, a, e, p, FORWARD_FACTOR if name == "out" else BACKWARD_FACTOR)
+    names = ("out", "dq", "dk", "dv", "dbias")
+    held = Yardstick(lambda dtype: dict(zip(names, gradients(maps, grad, dtype, patch, scale))), grad.dtype)
+    for result in held.compare(dict(zip(names, run(maps, grad, patch, scale)))):
         assert result.ok, str(result)
 
 

@@ -1,0 +1,129 @@
+"""What rounding errors PyTorch is expected to make with a formula in a dtype, the same on every machine.
+
+The floor of the error criterion (:func:`mvkernels.testing.compare`) comes from here. docs/numerics.md derives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+_aten = torch.ops.aten
+
+
+class ExpectedRounding(TorchDispatchMode):
+    """Inside it every operation is exact and rounded once, and a sum of n terms is off by what is to be expected.
+
+    An operation is computed in float64, from operands in the dtype that the code gives them, and rounded to the
+    dtype of its result. To a sum of terms t an error of random sign is added before, of the size
+    ``u sqrt((n - 1) / 6) sqrt((sum t)^2 + sum t^2)``: nearly the standard deviation of what is left where they are
+    added one after the other. n is ``(sum |t|)^2 / sum t^2``, how many terms there are if they are of one size. u is
+    the unit roundoff of float32, or of float64 for that. The signs follow from ``seed``.
+
+    Sums are those of products of matrices, convolutions, sum, mean and softmax, and of their gradients. Another
+    operation that sums inside is taken for exact.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+        if not operands or func.is_view or func._schema.is_mutable or func in _MOVES:
+            return func(*args, **kwargs)
+        dtype = _dtype(func, args, operands) if kwargs.get("dtype") is None else kwargs.pop("dtype")
+        args, kwargs = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
+        if func in _SUMS:
+            found = _SUMS[func](_Sums(self._generator, dtype), func, *args, **kwargs)
+        else:
+            found = func(*args, **kwargs)
+        return tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == torch.float64 else t, found)
+
+
+def _dtype(func: Any, args: Sequence[Any], operands: Sequence[Tensor]) -> torch.dtype:
+    """That of the result, by PyTorch's rules."""
+    if func is _aten._softmax.default and args[2]:
+        return torch.float32
+    if func is _aten._softmax_backward_data.default:
+        return args[3]
+    return torch.result_type(operands[0], operands[-1])
+
+
+class _Sums:
+    """How sums go wrong whose results have a dtype: they are float32 at least."""
+
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+        self.generator = generator
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.unit = torch.finfo(self.dtype).eps / 2
+
+    def rounded(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype).double()
+
+    def off(self, total: Tensor, sizes: Tensor, squares: Tensor) -> Tensor:
+        """The sum of some terms with its error, ``sizes`` and ``squares`` being those of |t| and of t^2."""
+        signs = torch.randint(2, total.shape, generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
+        terms = torch.where(squares > 0, sizes.square() / squares, 1.0)
+        size = self.unit * ((terms - 1).clamp(min=0) / 6 * (total.square() + squares)).sqrt()
+        return total + signs.to(total.device) * size
+
+    def over(self, terms: Tensor, dim: int) -> Tensor:
+        """The sum over a dimension, kept."""
+        return self.off(*(each.sum(dim, keepdim=True) for each in (terms, terms.abs(), terms.square())))
+
+
+def _linear(sums: _Sums, func: Any, *args: Any) -> Any:
+    """Of products of the elements of each operand with those of the others."""
+    found = [func(*tree_map_only(Tensor, change, args)) for change in (torch.clone, torch.abs, torch.square)]
+    if isinstance(found[0], Tensor):
+        return sums.off(*found)
+    return tuple(None if each[0] is None else sums.off(*each) for each in zip(*found))
+
+
+def _addmm(sums: _Sums, func: Any, added: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    return beta * added + alpha * _linear(sums, _aten.mm.default, a, b)
+
+
+def _convolution(sums: _Sums, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    out = _linear(sums, func, x, weight, None, *how)
+    return out if bias is None else out + bias.view(-1, *[1] * (out.dim() - 2))
+
+
+def _mean(sums: _Sums, func: Any, x: Tensor, *where: Any) -> Tensor:
+    mean = func(x, *where)
+    return sums.off(mean, func(x.abs(), *where), func(x.square(), *where) * (mean.numel() / x.numel()))
+
+
+def _softmax(sums: _Sums, func: Any, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    weights = sums.rounded(sums.rounded(x - x.amax(dim, keepdim=True)).exp())
+    return weights / sums.over(weights, dim)
+
+
+def _softmax_backward(sums: _Sums, func: Any, grad: Tensor, out: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    terms = sums.rounded(grad * out)
+    return terms - sums.rounded(out * sums.rounded(sums.over(terms, dim)))
+
+
+_MOVES = {_aten.clone.default, _aten._to_copy.default, _aten._unsafe_view.default}
+_SUMS: Mapping[Any, Callable[..., Any]] = {
+    _aten.mm.default: _linear,
+    _aten.bmm.default: _linear,
+    _aten.addmm.default: _addmm,
+    _aten.sum.default: _linear,
+    _aten.sum.dim_IntList: _linear,
+    _aten.mean.default: _mean,
+    _aten.mean.dim: _mean,
+    _aten._softmax.default: _softmax,
+    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten.convolution.default: _convolution,
+    _aten.convolution_backward.default: _linear,
+}
