@@ -7,8 +7,6 @@ import pytest
 from mvkernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
-# Of a part that adds little to a gradient a relative error of 1e-4 may be less than all of it is rounded by.
-SMALL = ("half", "tf32", "scale")
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -21,5 +19,4 @@ def test_planted_faults_are_found(name, monkeypatch):
     planted = [row for row in _faults.plant(op, case.make()) if row["effect"]]
     assert {row["fault"] for row in planted} >= {"term", "half", "tf32", "scale", "row"}
     missed = [(row["fault"], row["place"], row["share"]) for row in planted if not row["share"] > 1]
-    assert all(fault in SMALL for fault, *_ in missed), missed
-    assert len(missed) <= 0.02 * len(planted), missed
+    assert not missed, missed
