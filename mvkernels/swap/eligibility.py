@@ -73,7 +73,7 @@ def not_exactly(module: nn.Module, original: type[nn.Module]) -> str:
     if parametrize.is_parametrized(module) and kind.__mro__[1] is original:
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         return f"its {names} is parametrized (torch.nn.utils.parametrize): swap the model first, then parametrize it"
-    return f"{class_name(kind)} is a subclass of {original.__name__}, which may compute something else"
+    return f"{class_name(kind)} is a subclass of {class_name(original)}, which may compute something else"
 
 
 def sharded(module: nn.Module) -> str:
@@ -155,9 +155,11 @@ def not_linear(module: Any, like: Tensor | None, what: str) -> str:
     reason = not_plain(module, nn.Linear, what)
     if reason or like is None:
         return reason
-    weight = module.weight
+    weight, bias = module.weight, module.bias
     if weight.dtype != like.dtype or weight.device != like.device:
         return f"{what} has another dtype or device than the rest"
+    if bias is not None and (bias.dtype != like.dtype or bias.device != like.device):
+        return f"{what} has a bias of another dtype or device than the rest"
     return not_dense(weight, what)
 
 

@@ -17,7 +17,7 @@ from mvkernels.backend import requested
 from mvkernels.swap.attention import children, mixes_tokens
 from mvkernels.swap.eligibility import class_name, not_exactly, not_hooked, sharded
 from mvkernels.swap.folding import fold
-from mvkernels.swap.report import SwapEntry, SwapReport, original_of, restore_module, set_backend
+from mvkernels.swap.report import SwapEntry, SwapReport, note_choice, note_swap, original_of, restore_module
 from mvkernels.swap.swapped import swapped_class
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -127,11 +127,9 @@ def swap(
         kind = getattr(type(module), "mvk_original", type(module))
         if original_of(module) is not None:
             reason, swapped = "already swapped", True
-            if backend is not None and name in picked:
-                before = set_backend(module, backend)
-                if before != backend:
-                    report._backends.append((module, before))
-                    reason += f", now with backend {backend}"
+            report._before[name] = module
+            if backend is not None and name in picked and note_choice(module, report._call, backend):
+                reason += f", now with backend {backend}"
         elif name not in picked:
             reason, swapped = "not chosen by only", False
         elif family is None:
@@ -141,8 +139,8 @@ def swap(
             swapped = not reason
             if swapped:
                 change()
-                set_backend(module, backend)
-                report._changed[name] = module, original_of(module)
+                note_swap(module, report._call, backend)
+                report._changed[name] = module
         report.entries.append(SwapEntry(name, kind.__name__, swapped, reason))
     if fold_norms:
         report._folded += fold(model, [(module, _adapter(family)) for _, module, family in found if family is not None])
@@ -152,9 +150,7 @@ def swap(
 def unswap(model: nn.Module) -> None:
     """Restore every swapped module of ``model``, whoever swapped it."""
     for module in [*model.modules()]:
-        original = original_of(module)
-        if original is not None:
-            restore_module(module, original)
+        restore_module(module)
 
 
 def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:

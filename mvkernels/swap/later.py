@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ class LaterTensor:
 
     def __init__(self, form: Callable[..., Tensor], *of: Tensor) -> None:
         autocast = None
-        if _any_autocast():
-            device = of[0].device.type
+        device = of[0].device.type
+        if _any_autocast() and torch.amp.is_autocast_available(device):
             autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Tensors of inference mode keep no count of their changes.
         versions = [None if t.is_inference() else t._version for t in of]
@@ -46,8 +47,10 @@ class LaterTensor:
                 "a swapped module forms this result when it is used, and its inputs have been changed in place since; "
                 "use it before, or restore the module"
             )
+        device = of[0].device.type
         dtype, enabled = autocast or (None, False)
-        with torch.set_grad_enabled(grad), torch.autocast(of[0].device.type, dtype, enabled):
+        cast = torch.autocast(device, dtype, enabled) if torch.amp.is_autocast_available(device) else nullcontext()
+        with torch.set_grad_enabled(grad), cast:
             formed = form(*of)
         object.__setattr__(self, "_formed", formed)
         object.__setattr__(self, "_then", None)

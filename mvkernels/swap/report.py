@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -30,8 +31,11 @@ class SwapReport:
     """The answer of :func:`mvkernels.swap`. Prints as a table."""
 
     entries: list[SwapEntry] = field(default_factory=list)
-    _changed: dict[str, tuple[nn.Module, Any]] = field(default_factory=dict, repr=False)
-    _backends: list[tuple[nn.Module, str | None]] = field(default_factory=list, repr=False)
+    _call: object = field(default_factory=object, repr=False, compare=False)
+    """Stands for the call of swap that the report is of."""
+    _changed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    _before: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+    """Modules that were swapped before this call, by name."""
     _folded: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -50,17 +54,26 @@ class SwapReport:
         What others did to a module since stays: a class that they made of its class (``fully_shard``, a
         parametrization) is made anew on the original one. The entries of restored modules say so.
         """
-        for module, backend in reversed(self._backends):
-            if original_of(module) is not None:
-                set_backend(module, backend)
-        for module, original in (*self._changed.values(), *self._folded):
-            restore_module(module, original)
-        self.entries = [
-            replace(e, swapped=False, reason="restored") if e.name in self._changed else e for e in self.entries
-        ]
-        self._backends.clear()
+        for module in self._before.values():
+            _forget_choice(module, self._call)
+        for module in self._changed.values():
+            if _calls.get(module, [(None, None)])[0][0] is self._call:
+                restore_module(module)
+        for module, original in self._folded:
+            if original_of(module) is original:
+                restore_module(module)
+        self.entries = [self._restored(entry) for entry in self.entries]
         self._changed.clear()
+        self._before.clear()
         self._folded.clear()
+
+    def _restored(self, entry: SwapEntry) -> SwapEntry:
+        module = self._changed.get(entry.name) or self._before.get(entry.name)
+        if module is None:
+            return entry
+        if entry.name in self._changed or original_of(module) is None:
+            return replace(entry, swapped=False, reason="restored")
+        return replace(entry, reason="already swapped")
 
     def __str__(self) -> str:
         folded = f"; {self.folded} modules fold their norms" if self._folded else ""
@@ -88,10 +101,38 @@ def set_backend(module: nn.Module, backend: str | None) -> str | None:
     return before
 
 
-def restore_module(module: nn.Module, original: Any) -> None:
+# Of a swapped module: the call that swapped it, with its backend, and the later calls that chose another one.
+_calls: WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = WeakKeyDictionary()
+
+
+def note_swap(module: nn.Module, call: object, backend: str | None) -> None:
+    """A call of swap has swapped the module, with this backend."""
+    _calls[module] = [(call, backend)]
+    set_backend(module, backend)
+
+
+def note_choice(module: nn.Module, call: object, backend: str) -> bool:
+    """A call of swap chooses another backend for a module that is swapped; whether that is another one."""
+    before = set_backend(module, backend)
+    _calls.setdefault(module, [(None, before)]).append((call, backend))  # a copy's calls are not known
+    return before != backend
+
+
+def _forget_choice(module: nn.Module, call: object) -> None:
+    """The backend is what it was without that call, whichever calls came after it."""
+    calls = _calls.get(module, [])
+    kept = [each for each in calls if each[0] is not call]
+    if kept and len(kept) < len(calls) and original_of(module) is not None:
+        _calls[module] = kept
+        set_backend(module, kept[-1][1])
+
+
+def restore_module(module: nn.Module) -> None:
     """Give a swapped module its own class or processor back; one that is not swapped is left alone."""
-    if original_of(module) is not original:
+    original = original_of(module)
+    if original is None:
         return
+    _calls.pop(module, None)
     set_backend(module, None)
     if isinstance(original, type):
         module.__class__ = without_form(type(module))

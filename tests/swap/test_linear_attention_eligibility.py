@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from mvkernels.swap import eligibility, swap
-from mvkernels.swap.report import original_of, restore_module
+from mvkernels.swap.report import restore_module
 from tests import efficientvit_layout as layout
 
 from .linear_attention import FAMILIES, Family, mit_attention, randomised, spy, timm_attention
@@ -29,7 +29,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 def restored(module: nn.Module) -> nn.Module:
     """A copy of a swapped module, with what it had before."""
     twin = copy.deepcopy(module)
-    restore_module(twin, original_of(twin))
+    restore_module(twin)
     return twin
 
 
