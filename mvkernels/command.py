@@ -28,8 +28,8 @@ class Parser(argparse.ArgumentParser):
 class OutputError(Exception):
     """Standard output cannot be written. No OSError, which argparse would pass over in silence."""
 
-    def __init__(self, error: OSError) -> None:
-        super().__init__(f"standard output cannot be written: {error.strerror or error}")
+    def __init__(self, error: OSError | UnicodeEncodeError) -> None:
+        super().__init__(f"standard output cannot be written: {getattr(error, 'strerror', None) or error}")
         self.closed_pipe = isinstance(error, BrokenPipeError)
 
 
@@ -42,7 +42,7 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
-        except OSError as error:
+        except (OSError, UnicodeEncodeError) as error:
             raise OutputError(error) from None
 
     def flush(self) -> None:

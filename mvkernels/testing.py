@@ -38,8 +38,8 @@ class Comparison:
     error: float
     """Largest absolute error of the tensor; infinite where NaNs or infinities stand in other places."""
     allowed: float
-    """factor x PyTorch's own error with the same formula in the same dtype, plus the floor; where the error is more
-    than that, factor x the expected error of PyTorch if that is larger."""
+    """factor x PyTorch's own error with the same formula in the same dtype, or that of rounding the exact value once,
+    plus the floor; where the error is more than that, factor x the expected error of PyTorch if that is larger."""
     detail: str = ""
     pytorch: float = 0.0
     """The error of PyTorch with the same formula in the same dtype, on this machine."""
@@ -87,9 +87,9 @@ def compare(
     """The error criterion.
 
     ``exact`` is the float64 reference, ``baseline`` the same formula done by PyTorch in the kernel's dtype.
-    The error of ``actual`` may be at most ``factor`` times that of ``baseline``, or of the worst but one of
-    ``expected()`` if that is larger, plus ``floor``; the largest error is held to it and, so that one bad row cannot
-    hide nor a general blur, the root mean square too.
+    The error of ``actual`` may be at most ``factor`` times the largest of three, plus ``floor``: that of ``baseline``,
+    the worst but one of ``expected()``, and that of the exact value rounded once. The largest error is held to it and,
+    so that one bad row cannot hide nor a general blur, the root mean square too.
 
     ``expected`` gives what PyTorch computes on no machine in particular (:class:`ExpectedRounding`). It is called only
     where the baseline does not settle it, for it takes longer than all else.
@@ -117,7 +117,8 @@ def _hold(
     found = []
     for measure, detail in ((max_error, ""), (rms_error, "(root mean square)")):
         pytorch = _finite(measure(baseline, exact))
-        allowed = factor * max(pytorch, _expected_of(expected, exact, measure)) + floor
+        rounded = _finite(measure(exact.to(actual.dtype), exact))
+        allowed = factor * max(pytorch, _expected_of(expected, exact, measure), rounded) + floor
         found.append(Comparison(name, measure(actual, exact), allowed, detail, pytorch))
     return next((each for each in found if not each.ok), found[0])
 

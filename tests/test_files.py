@@ -273,3 +273,11 @@ def test_a_full_stderr_leaves_the_status(monkeypatch):
 def test_no_output_at_all(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["info", "--json"]) == 0
+
+
+def test_text_that_standard_output_has_no_letters_for_is_told_in_one_line():
+    script = "from mvkernels import command; import sys; sys.exit(command.run('show', lambda: print('caf\\u00e9')))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "standard output cannot be written" in done.stderr

@@ -97,3 +97,12 @@ def test_make_map(kind, shape):
         assert storage.isnan().any()
     with pytest.raises(ValueError, match="unknown strides"):
         testing.make_map(shape, "spiral")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_exact_value_rounded_once_is_right_where_the_formula_overflows(dtype):
+    exact = 3e4 * torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    overflown = torch.full((50,), float("inf"), dtype=dtype)
+    assert testing.compare("out", exact.to(dtype), exact, overflown).ok
+    step = torch.finfo(dtype).eps * 3e4
+    assert not testing.compare("out", (exact + 3 * step).to(dtype), exact, overflown).ok
