@@ -51,7 +51,7 @@ def test_a_subclass_of_sanas_attention_or_processor():
     assert f"its processor is a {__name__}.Mine" in report.entries[0].reason and module.processor is processor
     module = FAMILIES["sana"].attention()
     module.__class__ = type("Mine", (type(module),), {})
-    assert "subclass of Attention" in swap(module).entries[0].reason
+    assert "subclass of diffusers.models.attention_processor.Attention" in swap(module).entries[0].reason
 
 
 def test_other_processors_of_diffusers_are_left_alone():

@@ -152,7 +152,10 @@ DECLINED = {
         lambda: with_attribute(efficientformer_attention(), "get_attention_biases"),
         "it has had its get_attention_biases replaced",
     ),
-    "subclass": (lambda: subclassed(efficientformer_attention()), "a subclass of Attention"),
+    "subclass": (
+        lambda: subclassed(efficientformer_attention()),
+        "a subclass of timm.models.efficientformer.Attention",
+    ),
 }
 
 
