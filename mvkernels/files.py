@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises UsageError, one line, where it cannot be written: no space, no right, no folder.
     """
     path = Path(path)
-    try:
+    with _told(path):
         if _direct(path):
             with path.open("wb") as file:
                 yield file
@@ -55,13 +55,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
-    except UsageError:
-        raise
-    except Exception as error:
-        cause = _of_the_system(error)
-        if cause is None:
-            raise
-        raise _refused(path, cause) from None
 
 
 @contextlib.contextmanager
@@ -71,7 +64,7 @@ def replacing_all(path: Path) -> Iterator[Path]:
     For writers that want a name and no open file, and may make several files, or a folder. Raises UsageError as
     :func:`replacing` does.
     """
-    try:
+    with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_parts(path)
         folder = Path(tempfile.mkdtemp(".part", f".{path.name[:60]}.", path.parent))
@@ -84,13 +77,6 @@ def replacing_all(path: Path) -> Iterator[Path]:
                 os.replace(made, place)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    except UsageError:
-        raise
-    except Exception as error:
-        cause = _of_the_system(error)
-        if cause is None:
-            raise
-        raise _refused(path, cause) from None
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -159,6 +145,20 @@ def _direct(path: Path) -> bool:
 
 def _refused(path: Path, error: OSError) -> UsageError:
     return UsageError(f"{path} cannot be written: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """An error of the system while a file is written becomes a UsageError; others stay what they are."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        cause = _of_the_system(error)
+        if cause is None:
+            raise
+        raise _refused(path, cause) from None
 
 
 def os_reason(error: OSError) -> str:

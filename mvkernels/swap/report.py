@@ -68,7 +68,7 @@ class SwapReport:
         self._folded.clear()
 
     def _restored(self, entry: SwapEntry) -> SwapEntry:
-        module = self._changed.get(entry.name) or self._before.get(entry.name)
+        module = (self._changed | self._before).get(entry.name)
         if module is None:
             return entry
         if entry.name in self._changed or original_of(module) is None:
