@@ -304,13 +304,13 @@ def strides_of(case: Case) -> dict[str, tuple[int, ...]]:
     q = (n * n * row, 2 * d + dv if by_head else d, 1, n * row, row)
     v = (n * n * row, 2 * d + dv if by_head else dv, 1, n * row, row)
     o = (n * n * h * dv, dv, 1, n * h * dv, h * dv)
-    return {"q": q, "k": q, "v": v, "g": o, "o": o}
+    return {"q": q, "k": q, "v": v, "g": o}
 
 
 def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool) -> Any:
     """The launcher's description of a call."""
     dtype = DTYPES[name]
-    names = "qkvgo" if backward else "qkv"
+    names = "qkvg" if backward else "qkv"
     strides = strides_of(case)
     tokens = math.ceil(case.size / case.patch) ** 2
     return patch_attention.Problem(

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvkernels import checks, extension, library
 from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.patch_attention import suite
-from mvkernels.ops.patch_attention.autograd import INFERENCE, KERNELS, PatchAttentionFunction
+from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 from mvkernels.registry import Op, register
@@ -77,7 +77,7 @@ def patch_attention(
         query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return PatchAttentionFunction.apply(query, key, value, (ph, pw), bias, scale, chosen, KERNELS[chosen][0])
-    return INFERENCE[chosen](query, key, value, ph, pw, bias, scale)
+    return KERNELS[chosen][0](query, key, value, ph, pw, bias, scale)
 
 
 _infer = _keep = library.at_once(KERNELS["cpp"][0])

@@ -11,28 +11,17 @@ from mvkernels import checks, flops, library
 from mvkernels.backend import choose
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 
-_INPUTS = "(Tensor query, Tensor key, Tensor value, int patch_h, int patch_w, Tensor? bias, float scale)"
-_SETTINGS = "int patch_h, int patch_w, Tensor? bias, float scale, bool need_bias)"
-_GRADIENTS = " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
-_FORWARD = _INPUTS + " -> Tensor"
-_BACKWARD = "(Tensor grad, Tensor query, Tensor key, Tensor value, " + _SETTINGS + _GRADIENTS
-# Triton's backward takes the output and the log-sum-exp of each row of scores.
-_FORWARD_TRITON = _INPUTS + " -> (Tensor out, Tensor lse)"
-_BACKWARD_TRITON = "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-_BACKWARD_TRITON += _SETTINGS + _GRADIENTS
+_SETTINGS = "int patch_h, int patch_w, Tensor? bias, float scale"
+_FORWARD = f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> Tensor"
+_BACKWARD = f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_SETTINGS}, bool need_bias)"
+_BACKWARD += " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
 
 
-def _fake_forward_cpp(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
+def _fake_forward(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
     return checks.empty_map(query, value.shape[2])
 
 
-def _fake_forward_triton(query, key, value, patch_h, patch_w, bias, scale):  # type: ignore[no-untyped-def]
-    b, h, _, height, width = query.shape
-    return checks.empty_map(query, value.shape[2]), query.new_empty((b, h, height, width), dtype=torch.float32)
-
-
-def _fake_backward(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    bias, need_bias = rest[-3], rest[-1]
+def _fake_backward(grad, query, key, value, patch_h, patch_w, bias, scale, need_bias):  # type: ignore[no-untyped-def]
     maps = tuple(checks.empty_map(m, m.shape[2]) for m in (query, key, value))
     return *maps, bias.new_empty(bias.shape) if need_bias else query.new_empty(0)
 
@@ -41,16 +30,15 @@ def _count(query, key, value, patch_h, patch_w, *_):  # type: ignore[no-untyped-
     return flops.grouped_attention(query, value, patch_h, patch_w)
 
 
-def _count_backward(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    patch_h, patch_w = rest[-5:-3]
+def _count_backward(grad, query, key, value, patch_h, patch_w, *_):  # type: ignore[no-untyped-def]
     return 2 * flops.grouped_attention(query, value, patch_h, patch_w)
 
 
-def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _triton_forward(query: Tensor, *rest: Any) -> Tensor:
     from mvkernels.ops.patch_attention import triton_kernels
 
     if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward_triton(query, *rest)
+        return _fake_forward(query, *rest)
     return triton_kernels.forward(query, *rest)
 
 
@@ -64,26 +52,12 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 KERNELS = {
-    "cpp": (
-        library.define("cpp", "patch_attention_forward", _FORWARD, _fake_forward_cpp, count=_count),
-        library.define("cpp", "patch_attention_backward", _BACKWARD, _fake_backward, count=_count_backward),
-    ),
-    "triton": (
-        library.define(
-            "triton", "patch_attention_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward, count=_count
-        ),
-        library.define(
-            "triton",
-            "patch_attention_backward",
-            _BACKWARD_TRITON,
-            _fake_backward,
-            _triton_backward,
-            count=_count_backward,
-        ),
-    ),
+    backend: (
+        library.define(backend, "patch_attention_forward", _FORWARD, _fake_forward, forward, count=_count),
+        library.define(backend, "patch_attention_backward", _BACKWARD, _fake_backward, backward, count=_count_backward),
+    )
+    for backend, forward, backward in (("cpp", None, None), ("triton", _triton_forward, _triton_backward))
 }
-INFERENCE = {"cpp": KERNELS["cpp"][0], "triton": library.output(KERNELS["triton"][0])}
-"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
 class PatchAttentionFunction(torch.autograd.Function):
@@ -91,8 +65,8 @@ class PatchAttentionFunction(torch.autograd.Function):
 
     ``apply(query, key, value, patch_size, bias, scale, backend)``, the op's arguments in order; those
     after ``value`` may be left out; ``kernel`` is the public function's, which has checked them and chosen the
-    backend: its forward. Saves query, key, value and bias; on Triton also the output and the log-sum-exp of each row of
-    scores (B, heads, H, W): nothing unfolded, no scores. A second derivative raises RuntimeError.
+    backend: its forward. Saves query, key, value and bias: nothing unfolded, no scores. A second derivative raises
+    RuntimeError.
     """
 
     @staticmethod
@@ -115,15 +89,10 @@ class PatchAttentionFunction(torch.autograd.Function):
             query, key, value, patch_size, bias, scale = arguments
         ph, pw = patch_size
         ctx.settings = ph, pw, scale, backend
+        ctx.save_for_backward(query, key, value, bias)
         if backend == "reference":
-            ctx.save_for_backward(query, key, value, bias)
             return reference(query, key, value, patch_size, bias, scale)
-        found = (kernel or KERNELS[backend][0])(query, key, value, ph, pw, bias, scale)  # type: ignore[index]
-        if backend == "cpp":
-            ctx.save_for_backward(query, key, value, bias)
-            return found
-        ctx.save_for_backward(query, key, value, bias, *found)
-        return found[0]
+        return (kernel or KERNELS[backend][0])(query, key, value, ph, pw, bias, scale)  # type: ignore[index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -136,11 +105,10 @@ class PatchAttentionFunction(torch.autograd.Function):
                 lambda q, k, v, bias: reference(q, k, v, (ph, pw), bias, scale), grad, saved, wanted
             )
         else:
-            query, key, value, bias, *kept = saved
+            *maps, bias = saved
             with library.not_recording():
-                kernel = KERNELS[backend][1]
-                found = kernel(grad, query, key, value, *kept, ph, pw, bias, scale, wanted[3])
+                found = KERNELS[backend][1](grad, *maps, ph, pw, bias, scale, wanted[3])
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved[:4]))
+                grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved))
         return grads[0], grads[1], grads[2], None, grads[3], None, None, None

@@ -1,13 +1,14 @@
 """Backward Triton kernels of patch_attention. triton_kernels.py says which runs when.
 
-With P the probabilities and delta the row sums of dout * out, which are those of P * dout V^T as well:
-dV = P^T dout, dS = P * (dout V^T - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
-In groups of one tile P and delta are made of the tile's own scores and dout V^T, with their own sums: where P is 1
-somewhere, what is left of the row is then 0, and not a rounding error times the size of keys and queries; and where a
-half type is rounded, delta is not. Larger groups recompute P from lse and begin with the delta of out; the queries'
-pass finds what that leaves of the sum of a row of dS, which is to be 0, takes it off dQ by way of P K, and leaves the
-right delta, and the sum of P, for the keys' pass. lse is kept in base 2: where one score is all of the sum, it is that
-score.
+With P the probabilities, dP = dout V^T and delta the row sums of P * dP:
+dV = P^T dout, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
+delta is not taken from out * dout. Where one key has nearly all of a row, its dP is nearly delta, and what is left of
+their difference would be a rounding error, which large queries multiply. So a row is told by its key with the highest
+score, its *peak*: rest is the row sum of P * (dP - dP of the peak), in which the peak itself adds exactly 0. Then dS of
+the peak is -P rest, and that of the others P * (dP - delta) with delta = dP of the peak + rest: every dS is as exact as
+the weight of the keys beside the peak. A row of a single weight has dS = 0 in every bit.
+In groups of one tile this is done in registers. In larger ones the queries' pass goes over the keys with a running
+peak, and leaves what the keys' pass has to know of a row: see ``store_rows``.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
@@ -28,7 +29,6 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     pixel_of,
     plane,
     row_offsets,
-    row_sum,
     rows3,
     store_tile,
     store_tile3,
@@ -37,49 +37,76 @@ from mvkernels.ops.patch_attention.triton_tiles import (
 
 _INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
 _GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
-_OUT = ["osb", "osh", "osd", "osy", "osx"]
+ROWS = tl.constexpr(5)
+"""Planes of what ``store_rows`` leaves."""
 _SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
 
 
 @triton.jit
-def _probabilities(
-    q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+def scores_of(
+    q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
     D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Scores of the queries m and the keys n in base 2, (queries, keys)."""
     scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     if BIAS:
         scores += bias_tile(bias_ptr, head, m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
-    return tl.where(inside, tl.exp2(scores - lse2[:, None]), 0.0)
+    return scores
 
 
 @triton.jit
-def below_1(p):
-    """p, or 0 where it is 1."""
-    return tl.where(p >= 1.0, 0.0, p)
+def _whole_rows(scores, dp, inside, n, AXIS: tl.constexpr):
+    """(P, dS, top, share, delta, rest, peak) of rows that are whole in a tile, the keys n along AXIS.
 
-
-@triton.jit
-def _softmax(scores, inside, AXIS: tl.constexpr):
-    """Probabilities of rows of scores in base 2 that are whole in a tile; 0 outside."""
+    P = 2^(score - top) share. P and dS are 0 outside.
+    """
     scores = tl.where(inside, scores, -float("inf"))
-    top = tl.expand_dims(tl.max(scores, AXIS), AXIS)
-    p = tl.exp2(scores - tl.where(top == -float("inf"), 0.0, top))
-    over = 1.0 / tl.sum(p, AXIS)
-    return tl.where(inside, p * tl.expand_dims(over, AXIS), 0.0)
+    top = tl.max(scores, AXIS)
+    highest = tl.expand_dims(top, AXIS)
+    base = tl.max(tl.where(scores == highest, dp, -float("inf")), AXIS)
+    beside = dp - tl.expand_dims(base, AXIS)
+    peak = tl.max(tl.where((scores == highest) & (beside == 0.0), n, -1), AXIS)
+    p = tl.exp2(scores - tl.where(highest == -float("inf"), 0.0, highest))
+    share = 1.0 / tl.sum(p, AXIS)
+    p = tl.where(inside, p * tl.expand_dims(share, AXIS), 0.0)
+    rest = tl.sum(tl.where(inside, p * beside, 0.0), AXIS)
+    ds = tl.where(inside, p * (beside - tl.expand_dims(rest, AXIS)), 0.0)
+    return p, ds, top, share, base + rest, rest, peak
+
+
+@triton.jit
+def store_rows(ptr, area, keep, top, share, delta, rest, peak):
+    """Leave planes of ``area`` pixels for another kernel: P = 2^(score - top) share; delta, rest, and the peak."""
+    tl.store(ptr, top, mask=keep)
+    tl.store(ptr + area, share, mask=keep)
+    tl.store(ptr + 2 * area, delta, mask=keep)
+    tl.store(ptr + 3 * area, rest, mask=keep)
+    tl.store(ptr + 4 * area, peak.to(tl.float32, bitcast=True), mask=keep)
+
+
+@triton.jit
+def load_rows(ptr, area, keep):
+    """What ``store_rows`` wrote; rows outside have P = 0."""
+    top = tl.load(ptr, mask=keep, other=0.0)
+    share = tl.load(ptr + area, mask=keep, other=0.0)
+    delta = tl.load(ptr + 2 * area, mask=keep, other=0.0)
+    rest = tl.load(ptr + 3 * area, mask=keep, other=0.0)
+    peak = tl.load(ptr + 4 * area, mask=keep, other=0.0).to(tl.int32, bitcast=True)
+    return top, share, delta, rest, peak
 
 
 # One program, one unit of at most BLOCK tokens, all in one tile: scores are computed once, each of q, k,
 # v, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own.
 @triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES)
 def backward_unit(
-    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
     gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
-    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_DELTA: tl.constexpr,
+    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, STORE_ROWS: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch, head, gy, gx = unit_of(tl.program_id(0), heads, ph, pw)
@@ -95,20 +122,22 @@ def backward_unit(
     dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
     dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
     dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
-    lse_plane = (batch * heads + head) * H * W
+    rows_ptr += (batch * heads + head) * ROWS * H * W
 
     n = tl.arange(0, BLOCK)
     keep = n < tokens
     inside = keep[:, None] & keep[None, :]
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
-    at = lse_plane + (x if LINEAR else y * W + x)
     g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
     q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
-    scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
-    if BIAS:
-        scores += bias_tile(bias_ptr, head, n, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
-    p = _softmax(scores, inside, 1)
+    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
+    scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, n, n, bsh, bsm, bsn,
+                       D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+    dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+    p, ds, top, share, delta, rest, peak = _whole_rows(scores, dp, inside, n[None, :], 1)
+    if STORE_ROWS:
+        store_rows(rows_ptr + (x if LINEAR else y * W + x), H * W, keep, top, share, delta, rest, peak)
     pt = tl.trans(p.to(g0.dtype))
     dv0 = tl.dot(pt, g0, input_precision=PRECISION)
     dv1 = dv0
@@ -116,12 +145,7 @@ def backward_unit(
         dv1 = tl.dot(pt, g1, input_precision=PRECISION)
     dv_rows = row_offsets(y, x, dvy, dvx, DLV, ADV, LINEAR)
     store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
-    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
-    dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-    delta = tl.sum(tl.where(inside, p * dp, 0.0), 1)
-    if STORE_DELTA:
-        tl.store(delta_ptr + at, delta, mask=keep)
-    ds = tl.where(inside, p * (dp - delta[:, None]), 0.0).to(k0.dtype)
+    ds = ds.to(k0.dtype)
     dst = tl.trans(ds)
     dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
     dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
@@ -136,15 +160,16 @@ def backward_unit(
     store_tile(dk_ptr, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK, AD, WIDE)
 
 
-# dQ of one block of queries, while all keys pass by. Pointers are those of the unit; strides come as
-# (y, x, channel); delta is computed on the way and left for the keys' pass.
+# dQ of one block of queries, while all keys pass by with a running peak: when another key becomes the peak, sums of
+# P * (dP - base) are shifted to its dP by way of the sums of P. Pointers are those of the unit; strides come as
+# (y, x, channel). What the keys' pass has to know of the rows is left on the way.
 @triton.jit
 def _queries(
-    first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, delta_ptr,
-    share_ptr, scale, scale2, qs, ks, vs, gs, os, dqs, bsh, bsm, bsn,
+    first, tokens, wg, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
+    scale, scale2, qs, ks, vs, gs, dqs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
@@ -152,19 +177,17 @@ def _queries(
     m = first + tl.arange(0, BLOCK_M)
     keep_m = m < tokens
     my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
-    at = mx if LINEAR else my * W + mx
     g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
                        DV, V0, V1, LG, AG, WIDE)  # fmt: skip
-    o0, o1 = load_tile(o_ptr, row_offsets(my, mx, os[0], os[1], LO, AO, LINEAR), keep_m, os[2],
-                       DV, V0, V1, LO, AO, WIDE)  # fmt: skip
-    delta = row_sum(g0, g1, o0, o1, V1, 1)
-    lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                        D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     pk0 = tl.zeros([BLOCK_M, D0], tl.float32)
     pk1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    base = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.zeros([BLOCK_M], tl.int32)
     total = tl.zeros([BLOCK_M], tl.float32)
     rest = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
@@ -176,23 +199,39 @@ def _queries(
                            D, D0, D1, LK, AK, WIDE)  # fmt: skip
         v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
                            DV, V0, V1, LV, AV, WIDE)  # fmt: skip
-        p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+        scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
                            D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+        scores = tl.where(inside, scores, -float("inf"))
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        ds = tl.where(inside, below_1(p) * (dp - delta[:, None]), 0.0)
+        highest, column = tl.max(scores, 1, return_indices=True)
+        higher = highest > top
+        peak = tl.where(higher, start + column, peak)
+        is_peak = n[None, :] == peak[:, None]
+        before = base
+        base = tl.where(higher, tl.sum(tl.where(is_peak, dp, 0.0), 1), base)
+        highest = tl.maximum(top, highest)
+        # A row with no score above -inf yet has to stay 0, not become inf - inf.
+        used = tl.where(highest == -float("inf"), 0.0, highest)
+        fade = tl.exp2(top - used)
+        top = highest
+        p = tl.exp2(scores - used[:, None])
+        ds = tl.where(inside, p * (dp - base[:, None]), 0.0)
+        total *= fade
+        rest = rest * fade + total * (before - base) + tl.sum(ds, 1)
         total += tl.sum(p, 1)
-        rest += tl.sum(ds, 1)
+        shift = (before - base)[:, None]
         p = p.to(k0.dtype)
         ds = ds.to(k0.dtype)
-        dq0 = tl.dot(ds, k0, dq0, input_precision=PRECISION)
+        pk0 *= fade[:, None]
+        dq0 = tl.dot(ds, k0, dq0 * fade[:, None] + pk0 * shift, input_precision=PRECISION)
         pk0 = tl.dot(p, k0, pk0, input_precision=PRECISION)
         if D1 > 0:
-            dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+            pk1 *= fade[:, None]
+            dq1 = tl.dot(ds, k1, dq1 * fade[:, None] + pk1 * shift, input_precision=PRECISION)
             pk1 = tl.dot(p, k1, pk1, input_precision=PRECISION)
     share = 1.0 / total
-    rest = rest * share
-    tl.store(delta_ptr + at, delta + rest, mask=keep_m)
-    tl.store(share_ptr + at, share, mask=keep_m)
+    rest *= share
+    store_rows(rows_ptr + (mx if LINEAR else my * W + mx), area, keep_m, top, share, base + rest, rest, peak)
     share = (share * scale)[:, None]
     dq0 = (dq0 - rest[:, None] * pk0) * share
     if D1 > 0:
@@ -205,8 +244,8 @@ def _queries(
 # rows), so that P^T and dS^T are operands as they come.
 @triton.jit
 def _keys(
-    first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr, dk_ptr, dv_ptr,
-    delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
+    first, tokens, wg, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
+    scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
@@ -229,10 +268,8 @@ def _keys(
         keep_m = m < tokens
         my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
         inside = keep_n[:, None] & keep_m[None, :]
-        at = mx if LINEAR else my * W + mx
-        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=keep_m, other=0.0)
-        share = tl.load(share_ptr + at, mask=keep_m, other=0.0)
+        at = rows_ptr + (mx if LINEAR else my * W + mx)
+        top, share, delta, rest, peak = load_rows(at, area, keep_m)
         q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                            D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
         g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
@@ -240,9 +277,10 @@ def _keys(
         scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
         if BIAS:
             scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
-        pt = tl.where(inside, tl.exp2(scores - lse2[None, :]) * share[None, :], 0.0)
+        pt = tl.where(inside, tl.exp2(scores - top[None, :]) * share[None, :], 0.0)
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
-        dst = tl.where(inside, below_1(pt) * (dpt - delta[None, :]), 0.0).to(q0.dtype)
+        beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
+        dst = tl.where(inside, pt * beside, 0.0).to(q0.dtype)
         pt = pt.to(g0.dtype)
         dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION)
         dk0 = tl.dot(dst, q0, dk0, input_precision=PRECISION)
@@ -263,14 +301,14 @@ def _keys(
 # are computed twice, but no accumulator of the whole unit has to live in registers, and what the second
 # phase reads is still in cache: memory sees each map once. PHASES 1 and 2: one program takes one block,
 # of queries or of keys; for large groups, and when units are too few to fill the machine.
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _OUT + _SIZES)
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES)
 def backward_blocks(
-    q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, share_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, osb, osh, osd, osy, osx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
@@ -287,30 +325,27 @@ def backward_blocks(
     k_ptr += plane(batch, head, ksb, ksh, LK, AK)
     v_ptr += plane(batch, head, vsb, vsh, LV, AV)
     g_ptr += plane(batch, head, gsb, gsh, LG, AG)
-    lse_ptr += (batch * heads + head) * H * W
-    delta_ptr += (batch * heads + head) * H * W
-    share_ptr += (batch * heads + head) * H * W
+    area = H * W
+    rows_ptr += (batch * heads + head) * ROWS * area
     qs = (qsy, qsx, qsd)
     ks = (ksy, ksx, ksd)
     vs = (vsy, vsx, vsd)
     gs = (gsy, gsx, gsd)
     if PHASES != 2:
-        o_ptr += plane(batch, head, osb, osh, LO, AO)
         dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
         dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
         first = block * Q_BLOCK_M
         last = tl.minimum(first + Q_BLOCK_M, tokens) if PHASES == 1 else tokens
         while first < last:
             _queries(
-                first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, o_ptr, lse_ptr, bias_ptr,
-                dq_ptr, delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, (osy, osx, osd), (dqy, dqx, dqd),
-                bsh, bsm, bsn,
-                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, LO, AO, DLQ, AD, BIAS, BIAS_ALIGN,
+                first, tokens, wg, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr,
+                rows_ptr, scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
+                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLQ, AD, BIAS, BIAS_ALIGN,
                 LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
             )  # fmt: skip
             first += Q_BLOCK_M
     if PHASES == 3:
-        tl.debug_barrier()  # delta, written above by other threads of this program, is read below
+        tl.debug_barrier()  # the rows, written above by other threads of this program, are read below
     if PHASES != 1:
         dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
         dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
@@ -320,8 +355,8 @@ def backward_blocks(
         last = tl.minimum(first + K_BLOCK_N, tokens) if PHASES == 2 else tokens
         while first < last:
             _keys(
-                first, tokens, wg, gy, gx, ph, pw, W, head, q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr,
-                dk_ptr, dv_ptr, delta_ptr, share_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
+                first, tokens, wg, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr,
+                rows_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
                 bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
                 LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
@@ -333,14 +368,14 @@ def backward_blocks(
 # are computed once, and each of q, k, v, dout is read once, each gradient written once.
 @triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["units"])
 def backward_packed(
-    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, delta_ptr, scale, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
     gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, units,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
-    BIAS: tl.constexpr, STORE_DELTA: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, STORE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
@@ -353,7 +388,6 @@ def backward_packed(
     x = (gx[:, None] + (n - row * wg[:, None]) * pw).to(tl.int64)
     keep = n < tokens[:, None]
     inside = keep[:, :, None] & keep[:, None, :]
-    lse_at = ((batch * heads + head) * H * W)[:, None] + y * W + x
 
     q_rows = rows3(batch * qsb + head * qsh, y, x, qsy, qsx, LQ, AQ)
     k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
@@ -367,12 +401,12 @@ def backward_packed(
     if BIAS:
         at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
         scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    p = _softmax(scores, inside, 2)
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
-    delta = tl.sum(tl.where(inside, p * dp, 0.0), 2)
-    if STORE_DELTA:
-        tl.store(delta_ptr + lse_at, delta, mask=keep)
-    ds = tl.where(inside, p * (dp - delta[:, :, None]), 0.0).to(k0.dtype)
+    p, ds, top, share, delta, rest, peak = _whole_rows(scores, dp, inside, n[:, None, :], 2)
+    if STORE_ROWS:
+        rows = rows_ptr + ((batch * heads + head) * ROWS * H * W)[:, None] + y * W + x
+        store_rows(rows, H * W, keep, top, share, delta, rest, peak)
+    ds = ds.to(k0.dtype)
     dst = tl.permute(ds, (0, 2, 1))
     pt = tl.permute(p.to(g0.dtype), (0, 2, 1))
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES, _probabilities, below_1
+from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES, ROWS, load_rows, scores_of
 from mvkernels.ops.patch_attention.triton_tiles import (
     dot_nt,
     load_tile,
@@ -17,11 +17,11 @@ from mvkernels.ops.patch_attention.triton_tiles import (
 # One program sums dS of one (head, BLOCK_M x BLOCK_N) tile over its slice of (batch, group), in that
 # order, in registers, and writes it once to partial[slice]. Scores are computed anew: a pass over
 # q, k, v and dout costs less than writing dS of every unit.
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["slices", "rest", "m_blocks", "n_blocks"])
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["slices", "items", "m_blocks", "n_blocks"])
 def bias_partials(
-    q_ptr, k_ptr, v_ptr, g_ptr, lse_ptr, bias_ptr, delta_ptr, partial_ptr, scale2,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, rows_ptr, partial_ptr, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, slices, rest, m_blocks, n_blocks,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, slices, items, m_blocks, n_blocks,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, N_ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr,
@@ -41,15 +41,14 @@ def bias_partials(
     keep_n = n < tokens
     inside = (m < tokens)[:, None] & keep_n[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(0, (rest - part + slices - 1) // slices if LOOP == 0 else LOOP):
+    for step in range(0, (items - part + slices - 1) // slices if LOOP == 0 else LOOP):
         item = part + step * slices
-        keep_m = (m < tokens) & (item < rest)
+        keep_m = (m < tokens) & (item < items)
         batch, wide_head, gy, gx = unit_of(item * heads + head, heads, ph, pw)
         my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
         ny, nx = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
-        at = (batch * heads + head) * H * W + (mx if LINEAR else my * W + mx)
-        lse2 = tl.load(lse_ptr + at, mask=keep_m, other=0.0)
-        delta = tl.load(delta_ptr + at, mask=keep_m, other=0.0)
+        at = rows_ptr + (batch * heads + head) * ROWS * H * W + (mx if LINEAR else my * W + mx)
+        top, share, delta, rest, peak = load_rows(at, H * W, keep_m)
         q_at = q_ptr + plane(batch, wide_head, qsb, qsh, LQ, AQ)
         k_at = k_ptr + plane(batch, wide_head, ksb, ksh, LK, AK)
         v_at = v_ptr + plane(batch, wide_head, vsb, vsh, LV, AV)
@@ -58,14 +57,16 @@ def bias_partials(
         k_rows = row_offsets(ny, nx, ksy, ksx, LK, AK, LINEAR)
         q0, q1 = load_tile(q_at, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE)
         k0, k1 = load_tile(k_at, k_rows, keep_n, ksd, D, D0, D1, LK, AK, WIDE)
-        p = _probabilities(q0, q1, k0, k1, lse2, scale2, inside, bias_ptr, wide_head, m, n, bsh, bsm, bsn,
+        scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, wide_head, m, n, bsh, bsm, bsn,
                            D1, True, BIAS_ALIGN, PRECISION)  # fmt: skip
+        p = tl.exp2(scores - top[:, None]) * share[:, None]
         g_rows = row_offsets(my, mx, gsy, gsx, LG, AG, LINEAR)
         v_rows = row_offsets(ny, nx, vsy, vsx, LV, AV, LINEAR)
         g0, g1 = load_tile(g_at, g_rows, keep_m, gsd, DV, V0, V1, LG, AG, WIDE)
         v0, v1 = load_tile(v_at, v_rows, keep_n, vsd, DV, V0, V1, LV, AV, WIDE)
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        total += tl.where(inside & keep_m[:, None], below_1(p) * (dp - delta[:, None]), 0.0)
+        beside = tl.where(n[None, :] == peak[:, None], -rest[:, None], dp - delta[:, None])
+        total += tl.where(inside & keep_m[:, None], p * beside, 0.0)
     area = tokens.to(tl.int64) * tokens
     base = partial_ptr + (part * heads + head) * area
     tl.store(base + m[:, None] * tokens.to(tl.int64) + n[None, :], total, mask=inside)

@@ -84,8 +84,9 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
 @heuristic(OP, "backward_unit")
 def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
-    limit = 0 if (key["dtype"] != "f16" and key["arch"] != "interpreter") or _wide(key) > 128 else 64
-    return {"MAX_TOKENS": limit, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+    cramped = (key["dtype"] != "f16" and key["arch"] != "interpreter") or (key["bias"] and key["arch"] not in _ROOMY)
+    limit = 0 if cramped or _wide(key) > 128 else 64
+    return {"MAX_TOKENS": limit, "BLOCK": 64, "num_warps": 8 if key["bias"] else 4, "num_stages": 1}
 
 
 @heuristic(OP, "backward_blocks")
@@ -101,22 +102,26 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
         config["num_warps"] = 4 if few else 8
     elif key["dtype"] == "tf32":
         config |= (
-            {"Q_BLOCK_N": 32}
+            {"Q_BLOCK_N": 32 if wide <= 32 or key["arch"] in _ROOMY else 16}
             if wide <= 64
             else {
                 "Q_BLOCK_N": 16,
                 "K_BLOCK_M": 16,
-                "K_BLOCK_N": 32,
+                "K_BLOCK_N": 32 if key["arch"] in _ROOMY else 16,
+                "FUSED_TOKENS": 0,
                 "num_warps": 8,
             }
         )
     elif wide > 128:
-        rows = 16 if key["arch"].startswith("gfx") else 64
-        config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": 32, "K_BLOCK_M": min(rows, 32), "K_BLOCK_N": 32, "num_warps": 8}
+        rows = 16 if key["arch"].startswith("gfx") else 32
+        config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": 32, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
     elif wide > 64:
-        config |= {"Q_BLOCK_N": 32, "K_BLOCK_M": 16, "num_warps": 8}
-    elif key["arch"] not in _ROOMY and not key["arch"].startswith("gfx"):
-        config |= {"Q_BLOCK_N": 32}
+        config |= {"Q_BLOCK_N": 32 if key["arch"] in _ROOMY else 16, "K_BLOCK_M": 16, "num_warps": 8}
+    elif not key["arch"].startswith("gfx"):
+        if key["arch"] not in _ROOMY or key["bias"]:
+            config |= {"Q_BLOCK_N": 32}
+        if (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in _ROOMY):
+            config |= {"K_BLOCK_M": 16}
     return config
 
 

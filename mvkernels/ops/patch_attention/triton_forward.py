@@ -46,7 +46,7 @@ def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexp
 # LOOP, here and elsewhere, is 0, or for the interpreter, which wants bounds as numbers, the bound.
 @triton.jit(do_not_specialize=_STRIDES + _SIZES)
 def forward_rows(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, bias_ptr, scale2,
+    q_ptr, k_ptr, v_ptr, o_ptr, bias_ptr, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
     heads, H, W, ph, pw, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -69,7 +69,6 @@ def forward_rows(
     k_ptr += plane(batch, head, ksb, ksh, LK, AK)
     v_ptr += plane(batch, head, vsb, vsh, LV, AV)
     o_ptr += plane(batch, head, osb, osh, LO, AO)
-    lse_ptr += (batch * heads + head) * H * W
 
     n = tl.arange(0, BLOCK_N)
     if ONE_PASS:
@@ -134,7 +133,6 @@ def forward_rows(
             acc1 = acc1 * over[:, None]
         o_rows = row_offsets(my, mx, osy, osx, LO, AO, LINEAR)
         store_tile(o_ptr, acc0, acc1, o_rows, keep_m, osd, DV, V0, V1, LO, AO, WIDE)
-        tl.store(lse_ptr + (mx if LINEAR else my * W + mx), top + tl.log2(total), mask=keep_m)
 
 
 # One program takes UNITS small units (at most TOKENS tokens each) as one batched product, a warp per
@@ -142,7 +140,7 @@ def forward_rows(
 # channels-last map. q, k, v and out each move once; nothing is exchanged between units.
 @triton.jit(do_not_specialize=_STRIDES + _SIZES + ["units"])
 def forward_packed(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, bias_ptr, scale2,
+    q_ptr, k_ptr, v_ptr, o_ptr, bias_ptr, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
     heads, H, W, ph, pw, bsh, bsm, bsn, units,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
@@ -186,5 +184,3 @@ def forward_packed(
     osb, osh, osd, osy, osx = dense_strides(heads, DV, H, W, LO)
     o_rows = rows3(batch * osb + head * osh, y, x, osy, osx, LO, AO)
     store_tile3(o_ptr, acc0, acc1, o_rows, keep, osd, DV, V0, V1, LO)
-    at = ((batch * heads + head) * H * W)[:, None] + y * W + x
-    tl.store(lse_ptr + at, top + tl.log2(total), mask=keep)

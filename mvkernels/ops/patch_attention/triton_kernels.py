@@ -21,7 +21,7 @@ import triton
 
 from mvkernels import launch
 from mvkernels.checks import empty_map
-from mvkernels.ops.patch_attention import triton_forward
+from mvkernels.ops.patch_attention import triton_backward, triton_forward
 from mvkernels.ops.patch_attention.triton_plan import Launch, Problem, backward_launches, forward_launches
 
 _LOG2E = 1.4426950408889634
@@ -108,21 +108,17 @@ def forward(
     patch_w: int,
     bias: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) or None -> (out, lse).
+) -> torch.Tensor:
+    """query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) or None -> out (B, h, Dv, H, W).
 
-    out is (B, h, Dv, H, W) in query's dtype, dense in query's order; lse is (B, h, H, W), float32,
-    contiguous: the logarithm in base 2 of the sum of exponentials of each query's row. Inputs are read in place,
-    whatever their strides.
+    out is in query's dtype, dense in query's order. Inputs are read in place, whatever their strides.
     """
     problem = _problem((("q", query), ("k", key), ("v", value)), bias, (patch_h, patch_w))
     out = empty_map(query, value.shape[2])
-    batch, heads, _, height, width = query.shape
-    lse = query.new_empty((batch, heads, height, width), dtype=torch.float32)
     # Without a bias its pointer is not read; any tensor will do.
-    tensors = {"q": query, "k": key, "v": value, "o": out, "lse": lse, "bias": lse if bias is None else bias}
+    tensors = {"q": query, "k": key, "v": value, "o": out, "bias": out if bias is None else bias}
     _run(forward_launches(problem), tensors, {"scale2": scale * _LOG2E})
-    return out, lse
+    return out
 
 
 def backward(
@@ -130,8 +126,6 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     patch_h: int,
     patch_w: int,
     bias: torch.Tensor | None,
@@ -140,11 +134,11 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dquery, dkey, dvalue, dbias), each dense in the order of its own input.
 
-    grad (B, h, Dv, H, W) with any strides; out and lse are forward's. dbias is (h, N, N), contiguous,
+    grad (B, h, Dv, H, W) with any strides; dbias is (h, N, N), contiguous,
     in bias's dtype, or an empty (0,) without ``need_bias``. No atomics: the same bits in every run.
     """
     dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
-    dbias = backward_into((dq, dk, dv), grad, query, key, value, out, lse, patch_h, patch_w, bias, scale, need_bias)
+    dbias = backward_into((dq, dk, dv), grad, query, key, value, patch_h, patch_w, bias, scale, need_bias)
     return dq, dk, dv, dbias
 
 
@@ -154,8 +148,6 @@ def backward_into(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     patch_h: int,
     patch_w: int,
     bias: torch.Tensor | None,
@@ -167,17 +159,19 @@ def backward_into(
 
     ``grads`` lie as their inputs do, dense; or, with ``packed`` 3, they are the thirds of one dense (B, H, W, 3C).
     """
-    maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("o", out))
+    maps = (("q", query), ("k", key), ("v", value), ("g", grad))
     problem = _problem(maps, bias, (patch_h, patch_w))
-    launches, uses_delta, slices = backward_launches(problem, need_bias, packed)
-    tensors = dict(maps)
-    tensors |= {"lse": lse, "bias": lse if bias is None else bias, "delta": lse}
+    launches, uses_rows, slices = backward_launches(problem, need_bias, packed)
+    # Pointers that are not read or written must be some: any tensor will do.
+    tensors = dict(maps) | {"bias": query if bias is None else bias, "rows": query}
     tensors |= dict(zip(("dq", "dk", "dv"), grads))
-    if uses_delta:
-        tensors |= {"delta": torch.empty_like(lse), "share": torch.empty_like(lse)}
+    if uses_rows:
+        batch, heads, _, height, width = query.shape
+        shape = (batch, heads, triton_backward.ROWS.value, height, width)
+        tensors["rows"] = query.new_empty(shape, dtype=torch.float32)
     if need_bias and bias is not None:
         tensors["dbias"] = bias.new_empty(bias.shape)
-        tensors["partial"] = lse.new_empty((slices, *bias.shape))
+        tensors["partial"] = query.new_empty((slices, *bias.shape), dtype=torch.float32)
     else:
         tensors["dbias"] = query.new_empty((0,))
     _run(launches, tensors, {"scale": scale, "scale2": scale * _LOG2E})

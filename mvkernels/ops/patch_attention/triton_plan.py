@@ -26,7 +26,7 @@ class Problem:
     query: Shape
     value_dim: int
     strides: tuple[tuple[str, Shape], ...]
-    """Of ``q``, ``k``, ``v`` and, in the backward, ``g`` (the incoming gradient) and ``o``."""
+    """Of ``q``, ``k``, ``v`` and, in the backward, ``g`` (the incoming gradient)."""
     bias: Shape | None
     """Strides of the bias."""
     bias_itemsize: int
@@ -78,7 +78,7 @@ class _Geometry:
         self.vector = 16 // problem.dtype.itemsize
         strides = {}
         for name, (sb, sh, sd, sy, sx) in problem.strides:
-            channels = dv if name in "vgo" else d
+            channels = dv if name in "vg" else d
             strides[name] = (
                 sb if batch > 1 else 0,
                 sh if heads > 1 else 0,
@@ -166,12 +166,12 @@ def _is_last(problem: Problem, name: str) -> bool:
 
 @launch.memo
 def forward_launches(problem: Problem) -> list[Launch]:
-    """The launches of a forward call; tensors ``q k v o lse bias``, floats ``scale2``."""
+    """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``."""
     geometry = _Geometry(problem)
     meta = _common(problem, geometry, "qkv")
     meta["LO"], meta["AO"] = geometry.dense(_is_last(problem, "q"), problem.value_dim)
     meta["BIAS"] = problem.bias is not None
-    pointers = ("q", "k", "v", "o", "lse", "bias")
+    pointers = ("q", "k", "v", "o", "bias")
     ints = geometry.ints("qkv") + geometry.sizes + geometry.bias
     if geometry.tokens <= 32:
         blocks, options = _split("forward_packed", problem, geometry)
@@ -200,19 +200,17 @@ def forward_launches(problem: Problem) -> list[Launch]:
 
 @launch.memo
 def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
-    """(launches, whether they use ``delta``, slices of the bias's partial sums).
+    """(launches, whether they use ``rows``, slices of the bias's partial sums).
 
     With ``packed`` 3, dq, dk and dv are the thirds of one channels-last map.
 
-    Tensors ``q k v g o lse bias dq dk dv delta share partial dbias``, floats ``scale scale2``.
+    Tensors ``q k v g bias dq dk dv rows partial dbias``, floats ``scale scale2``.
     """
     geometry = _Geometry(problem)
     d, dv = problem.query[2], problem.value_dim
     unit_blocks, unit_options = _split("backward_unit", problem, geometry)
-    # In one tile everything is made again; in blocks the output and the log-sum-exp are read.
     in_one = geometry.tokens <= max(32, unit_blocks.pop("MAX_TOKENS"))
-    names = "qkvg" if in_one else "qkvgo"
-    meta = _common(problem, geometry, names) | {"BIAS": problem.bias is not None, "PACKED": packed}
+    meta = _common(problem, geometry, "qkvg") | {"BIAS": problem.bias is not None, "PACKED": packed}
     for name, channels in ("q", d), ("k", d), ("v", dv):
         meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels)
         # One alignment serves dq and dk: the smaller of theirs.
@@ -225,12 +223,11 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
         "WIDE": geometry.wide,
     }
     inputs = ("q", "k", "v", "g")
-    made = ("bias", "dq", "dk", "dv", "delta")
-    every = (*inputs, *made) if in_one else (*inputs, "o", "lse", *made, "share")
+    every = (*inputs, "bias", "dq", "dk", "dv", "rows")
     scales = ("scale", "scale2")
-    ints = geometry.ints(names) + geometry.sizes + geometry.bias
+    ints = geometry.ints("qkvg") + geometry.sizes + geometry.bias
     launches = []
-    uses_delta = need_bias
+    uses_rows = need_bias
     if geometry.tokens <= 32:
         blocks, options = _split("backward_packed", problem, geometry)
         launches.append(
@@ -241,7 +238,7 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
                 every,
                 scales,
                 (*ints, geometry.units),
-                meta | {"STORE_DELTA": need_bias} | blocks,
+                meta | {"STORE_ROWS": need_bias} | blocks,
                 options,
             )
         )
@@ -254,12 +251,12 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
                 every,
                 scales,
                 ints,
-                meta | flat | {"STORE_DELTA": need_bias} | unit_blocks,
+                meta | flat | {"STORE_ROWS": need_bias} | unit_blocks,
                 unit_options,
             )
         )
     else:
-        uses_delta = True
+        uses_rows = True
         blocks, options = _split("backward_blocks", problem, geometry)
         fused = geometry.tokens <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
         meta |= flat | blocks | {"LOOP": _loop(problem, geometry.tokens)}
@@ -285,18 +282,18 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
         m_blocks = -(-geometry.tokens // blocks["BLOCK_M"])
         n_blocks = -(-geometry.tokens // blocks["BLOCK_N"])
         size = heads * geometry.tokens**2
-        rest_units = geometry.units // heads
+        items = geometry.units // heads
         slices = -(-4 * problem.device.processors // (heads * m_blocks * n_blocks))
-        slices = max(1, min(slices, rest_units, _PARTIAL_BYTES // (4 * size)))
+        slices = max(1, min(slices, items, _PARTIAL_BYTES // (4 * size)))
         launches.append(
             Launch(
                 triton_bias.bias_partials,
                 "bias_partials",
                 heads * m_blocks * n_blocks * slices,
-                (*inputs, "lse", "bias", "delta", "partial"),
+                (*inputs, "bias", "rows", "partial"),
                 ("scale2",),
-                (*geometry.ints("qkvg"), *geometry.sizes, *geometry.bias, slices, rest_units, m_blocks, n_blocks),
-                _common(problem, geometry, "qkvg") | flat | {"LOOP": _loop(problem, -(-rest_units // slices))} | blocks,
+                (*geometry.ints("qkvg"), *geometry.sizes, *geometry.bias, slices, items, m_blocks, n_blocks),
+                _common(problem, geometry, "qkvg") | flat | {"LOOP": _loop(problem, -(-items // slices))} | blocks,
                 options,
             )
         )
@@ -312,4 +309,4 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
                 {"num_warps": 4, "num_stages": 1},
             )
         )
-    return launches, uses_delta, slices
+    return launches, uses_rows, slices

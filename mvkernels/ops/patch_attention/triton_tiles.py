@@ -177,15 +177,6 @@ def dot_nt(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_sum(a0, a1, b0, b1, D1: tl.constexpr, AXIS: tl.constexpr):
-    """Sum over channels (axis AXIS) of a·b, float32."""
-    total = tl.sum(a0.to(tl.float32) * b0.to(tl.float32), AXIS)
-    if D1 > 0:
-        total += tl.sum(a1.to(tl.float32) * b1.to(tl.float32), AXIS)
-    return total
-
-
-@triton.jit
 def _piece3(rows, keep, sd, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, LAYOUT: tl.constexpr):
     # As _piece for (units, tokens): tiles of (units, tokens, channels) or (units, channels, tokens).
     cols = START + tl.arange(0, WIDTH)

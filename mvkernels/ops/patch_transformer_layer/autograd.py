@@ -20,23 +20,21 @@ _INPUTS += " Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc
 _INPUTS += " Tensor fc2_weight, Tensor fc2_bias"
 _SETTINGS = "int heads, int patch_h, int patch_w, float eps, float scale"
 _FORWARD = f"({_INPUTS}, {_SETTINGS}, bool save)"
-_FORWARD += " -> (Tensor out, Tensor qkv, Tensor attention, Tensor lse, Tensor middle)"
-_BACKWARD = f"(Tensor grad, Tensor qkv, Tensor attention, Tensor lse, Tensor middle, {_INPUTS}, {_SETTINGS})"
+_FORWARD += " -> (Tensor out, Tensor qkv, Tensor attention, Tensor middle)"
+_BACKWARD = f"(Tensor grad, Tensor qkv, Tensor attention, Tensor middle, {_INPUTS}, {_SETTINGS})"
 _BACKWARD += " -> (" + ", ".join(["Tensor"] * TENSORS) + ")"
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     b, c, height, width = x.shape
-    heads, save = rest[TENSORS - 1], rest[-1]
     out = checks.empty_map(x, c)
-    if not save:
-        return out, *(x.new_empty(0) for _ in range(4))
-    qkv, attention, middle = (x.new_empty((b, height, width, channels)) for channels in (3 * c, c, c))
-    return out, qkv, attention, x.new_empty((b, heads, height, width), dtype=torch.float32), middle
+    if not rest[-1]:  # save
+        return out, *(x.new_empty(0) for _ in range(3))
+    return out, *(x.new_empty((b, height, width, channels)) for channels in (3 * c, c, c))
 
 
 def _fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    x, *parameters = rest[4 : 4 + TENSORS]
+    x, *parameters = rest[3 : 3 + TENSORS]
     return checks.empty_map(x, x.shape[1]), *(x.new_empty(0 if p is None else p.shape) for p in parameters)
 
 
@@ -49,7 +47,7 @@ def _count(x: flops.Shape, *rest: Any) -> int:
     return products + flops.grouped_attention(maps, maps, patch_h, patch_w)
 
 
-def _count_backward(grad: flops.Shape, qkv: Any, attention: Any, lse: Any, middle: Any, *inputs: Any) -> int:
+def _count_backward(grad: flops.Shape, qkv: Any, attention: Any, middle: Any, *inputs: Any) -> int:
     return 2 * _count(*inputs)
 
 
@@ -91,8 +89,8 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
 
     ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, backend)``, the op's arguments in order; those
     after ``heads`` may be left out; ``checked`` is the public function's, which has checked them and chosen the
-    backend. Saves x, the parameters, the packed qkv, the output of attention with the log-sum-exp of its rows, and the
-    map between the two halves: no norm, nothing of the hidden layer. A second derivative raises RuntimeError.
+    backend. Saves x, the parameters, the packed qkv, the output of attention, and the map between the two halves: no
+    norm, nothing of the hidden layer. A second derivative raises RuntimeError.
     """
 
     @staticmethod

@@ -39,17 +39,17 @@ def _projected(
 
 @triton.jit
 def _softmax(scores, AXIS: tl.constexpr):
-    # (exponentials, maximum, sum) of rows in base 2.
+    # (exponentials, sum) of rows in base 2.
     top = tl.max(scores, AXIS)
     # A row of -inf alone must come out as NaN (0/0), without -inf - -inf on the way.
     top = tl.where(top == -float("inf"), 0.0, top)
     p = tl.exp2(scores - tl.expand_dims(top, AXIS))
-    return p, top, tl.sum(p, AXIS)
+    return p, tl.sum(p, AXIS)
 
 
-# One head of BLOCK_M queries against all keys of their group: the output, its pieces in the map's dtype, and the
-# log-sum-exp. With ONE_PASS a row of scores is whole in registers; else keys and values pass in blocks of BLOCK_N, with
-# the running maximum and sum.
+# One head of BLOCK_M queries against all keys of their group: the output, its pieces in the map's dtype. With ONE_PASS
+# a row of scores is whole in registers; else keys and values pass in blocks of BLOCK_N, with the running maximum and
+# sum.
 @triton.jit
 def _head(
     qkv_ptr, head, m_rows, keep_m, tokens, wg, gy, gx, ph, pw, W, scale2,
@@ -66,7 +66,7 @@ def _head(
         k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
         scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
         scores = tl.where(keep[None, :], scores, -float("inf"))
-        p, top, total = _softmax(scores, 1)
+        p, total = _softmax(scores, 1)
         v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
         p = p.to(v0.dtype)
         a0 = tl.dot(p, v0, input_precision=PRECISION)
@@ -101,13 +101,13 @@ def _head(
     a0 = (a0 * over).to(q0.dtype)
     if D1 > 0:
         a1 = a1 * over
-    return a0, a1.to(q0.dtype), top + tl.log2(total)
+    return a0, a1.to(q0.dtype)
 
 
 # One program: BLOCK_M pixels of one group.
 @triton.jit(do_not_specialize=_SIZES)
 def attend_rows(
-    qkv_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, attention_ptr, lse_ptr, scale2, H, W, ph, pw,
+    qkv_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, attention_ptr, scale2, H, W, ph, pw,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -129,7 +129,6 @@ def attend_rows(
     x_ptr += image * C
     out_ptr += image * C
     attention_ptr += image * C
-    lse_ptr += image * HEADS
 
     m = first + tl.arange(0, BLOCK_M)
     keep_m = m < tokens
@@ -138,14 +137,13 @@ def attend_rows(
     acc0 = tl.zeros([BLOCK_M, C0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for head in range(HEADS):
-        a0, a1, lse = _head(
+        a0, a1 = _head(
             qkv_ptr, head, m_rows, keep_m, tokens, wg, gy, gx, ph, pw, W, scale2,
             C, D, D0, D1, ALIGN, PRECISION, ONE_PASS, BLOCK_M, BLOCK_N, LOOP,
         )  # fmt: skip
         if SAVE:
             a_at = tl.multiple_of(m_rows * C + head * D, ALIGN)
             store_tile(attention_ptr, a0, a1, a_at, keep_m, 1, D, D0, D1, 1, ALIGN, False)
-            tl.store(lse_ptr + (head * H * W + m_rows), lse, mask=keep_m)
         acc0 = _projected(acc0, a0, a1, w_ptr, tl.arange(0, C0), head, C, D, D0, D1, ALIGN, PRECISION)
         if C1 > 0:
             acc1 = _projected(acc1, a0, a1, w_ptr, C0 + tl.arange(0, C1), head, C, D, D0, D1, ALIGN, PRECISION)
@@ -161,7 +159,7 @@ def attend_rows(
 # One program: UNITS small groups of at most TOKENS pixels, as a batched product; a group never meets another's values.
 @triton.jit(do_not_specialize=[*_SIZES, "groups"])
 def attend_packed(
-    qkv_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, attention_ptr, lse_ptr, scale2, H, W, ph, pw, groups,
+    qkv_ptr, w_ptr, bias_ptr, x_ptr, out_ptr, attention_ptr, scale2, H, W, ph, pw, groups,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HEADS: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, SAVE: tl.constexpr,
     PRECISION: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
@@ -187,7 +185,7 @@ def attend_packed(
         k0, k1 = load_tile3(qkv_ptr + C, at, keep, 1, D, D0, D1, 1)
         scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
         scores = tl.where(keep[:, None, :], scores, -float("inf"))
-        p, top, total = _softmax(scores, 2)
+        p, total = _softmax(scores, 2)
         v0, v1 = load_tile3(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1)
         p = p.to(v0.dtype)
         over = (1.0 / total)[:, :, None]
@@ -198,8 +196,6 @@ def attend_packed(
         if SAVE:
             a_at = tl.multiple_of(rows * C + head * D, [ALIGN, ALIGN])
             store_tile3(attention_ptr, a0, a1, a_at, keep, 1, D, D0, D1, 1)
-            lse_at = ((batch * HEADS + head) * H * W)[:, None] + in_image
-            tl.store(lse_ptr + lse_at, top + tl.log2(total), mask=keep)
         a0 = tl.reshape(a0, (ROWS, D0))
         a1 = tl.reshape(a1, (ROWS, D1 if D1 > 0 else D0))
         acc0 = _projected(acc0, a0, a1, w_ptr, tl.arange(0, C0), head, C, D, D0, D1, ALIGN, PRECISION)

@@ -92,11 +92,10 @@ def _maps(packed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    """(out, qkv, attention, lse, middle); the last four are empty unless the last argument is True.
+    """(out, qkv, attention, middle); the last three are empty unless the last argument is True.
 
     Takes the op's 13 tensors, then heads, patch_h, patch_w, eps, scale, save. out lies as x does; qkv (B, H, W, 3C),
-    attention and middle (B, H, W, C) and lse (B, heads, H, W), float32, are contiguous: what each kernel gives the
-    next, kept for :func:`backward`.
+    attention and middle (B, H, W, C) are contiguous: what each kernel gives the next, kept for :func:`backward`.
     """
     given, (heads, ph, pw, eps, scale, save) = arguments[:13], arguments[13:]
     x = given[0]
@@ -107,33 +106,30 @@ def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     before, after = forward_launches(problem, save)
     tensors["qkv"] = rows.new_empty((b, height, width, 3 * c))
     tensors["middle"], tensors["out"] = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
-    # In inference, nothing is written to these.
-    tensors["attention"] = tensors["lse"] = rows
-    if save and not after:
-        tensors["attention"] = rows.new_empty(rows.shape)
-        tensors["lse"] = rows.new_empty((b, heads, height, width), dtype=torch.float32)
+    # In inference, nothing is written to the attention.
+    tensors["attention"] = rows.new_empty(rows.shape) if save and not after else rows
     floats = {"eps": eps, "scale2": scale * _LOG2E}
     _run(before, tensors, floats)
     if after:
-        attention, tensors["lse"] = attention_kernels.forward(*_maps(tensors["qkv"], heads), ph, pw, None, scale)
+        attention = attention_kernels.forward(*_maps(tensors["qkv"], heads), ph, pw, None, scale)
         tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
         _run(after, tensors, floats)
     out = tensors["out"].permute(0, 3, 1, 2)
     if x.stride(1) != 1:
         out = empty_map(x, c).copy_(out)
     if not save:
-        return out, *(x.new_empty(0) for _ in range(4))
-    return out, tensors["qkv"], tensors["attention"], tensors["lse"], tensors["middle"]
+        return out, *(x.new_empty(0) for _ in range(3))
+    return out, tensors["qkv"], tensors["attention"], tensors["middle"]
 
 
 def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """The gradients of the 13 tensors, each dense in the order of its own; an empty one for a bias that is not there.
 
-    Takes grad (B, C, H, W) of any strides, forward's four, the op's 13 tensors, then heads, patch_h, patch_w, eps,
+    Takes grad (B, C, H, W) of any strides, forward's three, the op's 13 tensors, then heads, patch_h, patch_w, eps,
     scale. No atomics: the same bits in every run.
     """
-    grad, qkv, attention, lse, middle = arguments[:5]
-    given, (heads, ph, pw, eps, scale) = arguments[5:18], arguments[18:]
+    grad, qkv, attention, middle = arguments[:4]
+    given, (heads, ph, pw, eps, scale) = arguments[4:17], arguments[17:]
     x = given[0]
     b, c, height, width = x.shape
     tensors = _tensors(given)
@@ -164,7 +160,7 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors["dqkv"] = empty(3 * c)
     attention_kernels.backward_into(
         _maps(tensors["dqkv"].view(b, height, width, -1), heads), dattention, *_maps(qkv, heads),
-        attention.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2), lse, ph, pw, None, scale, False, packed=3,
+        ph, pw, None, scale, False, packed=3,
     )  # fmt: skip
     tensors |= {"normed1": empty(c), "dx": rows.new_empty(rows.shape)}
     tensors["qkv_sums"] = rows.new_empty((programs, 5 * c), dtype=torch.float32)

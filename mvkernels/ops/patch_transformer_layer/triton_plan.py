@@ -78,8 +78,8 @@ def _linear(problem: Problem, pointers: tuple[str, ...], outputs: int, **what: b
 def forward_launches(problem: Problem, save: bool) -> tuple[list[Launch], list[Launch]]:
     """The launches before attention, and those after; or all of them and none, where attention is one of them.
 
-    Tensors are the parameters by name, ``x qkv attention lse middle out``; floats ``eps scale2``. In between, the
-    caller runs patch_attention's own forward from ``qkv`` to ``attention`` and ``lse``: for exact float32, whose
+    Tensors are the parameters by name, ``x qkv attention middle out``; floats ``eps scale2``. In between, the
+    caller runs patch_attention's own forward from ``qkv`` to ``attention``: for exact float32, whose
     products want small tiles, and not the sum over the heads in registers beside them.
     """
     _, channels, height, width = problem.shape
@@ -104,7 +104,7 @@ def forward_launches(problem: Problem, save: bool) -> tuple[list[Launch], list[L
     meta["ALIGN"] = _low_bit(head_dim, limit=meta["ALIGN"])
     size = max(16, 1 << (tokens - 1).bit_length())
     kernel = "attend_packed" if tokens <= 32 else "attend_rows"
-    pointers = ("qkv", "proj_weight", "proj_bias", "x", "middle", "attention", "lse")
+    pointers = ("qkv", "proj_weight", "proj_bias", "x", "middle", "attention")
     blocks, options = _split(kernel, problem, n=min(size, 512))
     if tokens > blocks.pop("MAX_TOKENS"):
         project = _linear(
