@@ -1,5 +1,5 @@
 """Rows whose softmax is 1 at one place, as large queries make them: their scores have no gradient, and a rounding error
-in its place would be multiplied by the size of the queries."""
+in its place would be multiplied by the size of the queries. And rows in which one place has nearly all."""
 
 from __future__ import annotations
 
@@ -121,14 +121,79 @@ def test_triton_leaves_no_rounding_error(problem):
     assert_no_gradient_through_scores(*problem, "triton")
 
 
+@st.composite
+def scaled(draw: Any, most: int, dtypes: tuple[torch.dtype, ...]) -> tuple[str, dict[str, Any]]:
+    """Random arguments with queries of any size: rows from flat to a single weight, with all between them."""
+    name = draw(st.sampled_from(sorted(ALIKE)))
+    dtype = draw(st.sampled_from(dtypes))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    b, h, d = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([4, 7, 16, 24, 36, 64, 128]))
+    many, few = (b, h, d, draw(st.integers(1, most)), draw(st.integers(1, most))), (b, h, draw(st.integers(1, 9)), d)
+    size = draw(st.sampled_from([1, 10, 1e2, 1e3, *([] if dtype == torch.float16 else [1e4, 1e5])]))
+    mean = draw(st.sampled_from([0.0, 5.0, 20.0]))
+    strides = draw(st.sampled_from([s for s in testing.STRIDES if s != "expanded"]))
+
+    def tokens(factor: float, mean: float) -> torch.Tensor:
+        return (factor * torch.randn(few, generator=generator) + mean).to(dtype)
+
+    def a_map(factor: float, mean: float) -> torch.Tensor:
+        values = (factor * torch.randn(many, generator=generator) + mean).to(dtype)
+        return testing.make_map(many, strides, dtype).copy_(values)
+
+    if name == "mobile_to_former":
+        return name, {"query": tokens(size, 0), "x": a_map(1, mean)}
+    if name == "former_to_mobile":
+        return name, {"x": a_map(size, 0), "key": tokens(1, mean), "value": tokens(1, mean), "residual": False}
+    found: dict[str, Any] = {"query": a_map(size, 0), "key": a_map(1, mean), "value": a_map(1, mean)}
+    height, width = many[3:]
+    if draw(st.booleans()):
+        found["bias"] = torch.randn(h, height * width, height * width, generator=generator).to(dtype)
+    return name, {**found, "patch_size": 1}
+
+
+@needs_cpp("mobile_to_former")
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=scaled(24, HALVES))
+def test_cpp_with_queries_of_any_size(instruction_set, threads, problem):
+    assert_ok(testing.check(OPS[problem[0]], problem[1], "cpp"))
+
+
+@interpreter
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=scaled(11, HALVES[:2]))
+def test_triton_with_queries_of_any_size(problem):
+    assert_ok(testing.check(OPS[problem[0]], problem[1], "triton"))
+
+
+@interpreter
+@pytest.mark.parametrize(("seed", "dim", "mean"), [(884060411, 16, 0), (108221873, 7, 20)])
+def test_triton_with_nearly_one_weight_a_row(seed, dim, mean):
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, 1, dim, 12, 11, generator=generator) for _ in range(3))
+    arguments = {"query": query * 1e4, "key": key, "value": value + mean, "patch_size": 1}
+    assert_ok(testing.check(OPS["patch_attention"], arguments, "triton"))
+
+
 @needs_cpp("mobile_to_former")
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @pytest.mark.parametrize("size", [1e3, 1e4], ids=str)
 def test_a_token_with_large_queries(instruction_set, size):
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
-        query, x = torch.randn(1, 1, 1, 16, generator=generator), torch.randn(1, 1, 16, 28, 28, generator=generator)
-        assert_ok(testing.check(OPS["mobile_to_former"], {"query": query * size, "x": x}, "cpp"))
+        assert_ok(testing.check(OPS["mobile_to_former"], a_large_query(seed, size, 28), "cpp"))
+
+
+@interpreter
+@pytest.mark.parametrize("size", [1e3, 1e4], ids=str)
+def test_triton_with_a_large_query(size):
+    for seed in range(4):
+        assert_ok(testing.check(OPS["mobile_to_former"], a_large_query(seed, size, 18), "triton"))
+
+
+def a_large_query(seed: int, size: float, side: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query, x = torch.randn(1, 1, 1, 16, generator=generator), torch.randn(1, 1, 16, side, side, generator=generator)
+    return {"query": query * size, "x": x}
 
 
 @needs_cpp("mobile_to_former")

@@ -116,7 +116,10 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
         rows = 16 if key["arch"].startswith("gfx") else 32
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": 32, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
     elif wide > 64:
-        config |= {"Q_BLOCK_N": 32 if key["arch"] in _ROOMY else 16, "K_BLOCK_M": 16, "num_warps": 8}
+        rows, keys = (64, 32) if key["arch"] in _ROOMY else (64, 16) if key["arch"].startswith("gfx") else (32, 32)
+        config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": 16, "num_warps": 8}
+    elif key["bias"] and not key["wide"] and key["arch"] not in _ROOMY:
+        config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
         if key["arch"] not in _ROOMY or key["bias"]:
             config |= {"Q_BLOCK_N": 32}
