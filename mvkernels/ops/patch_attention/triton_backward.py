@@ -2,13 +2,7 @@
 
 With P the probabilities, dP = dout V^T and delta the row sums of P * dP:
 dV = P^T dout, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
-delta is not taken from out * dout. Where one key has nearly all of a row, its dP is nearly delta, and what is left of
-their difference would be a rounding error, which large queries multiply. So a row is told by its key with the highest
-score, its *peak*: rest is the row sum of P * (dP - dP of the peak), in which the peak itself adds exactly 0. Then dS of
-the peak is -P rest, and that of the others P * (dP - delta) with delta = dP of the peak + rest: every dS is as exact as
-the weight of the keys beside the peak. A row of a single weight has dS = 0 in every bit.
-In groups of one tile this is done in registers. In larger ones the queries' pass goes over the keys with a running
-peak, and leaves what the keys' pass has to know of a row: see ``store_rows``.
+triton_rows.py says how a row's P and dS are made so that large queries do not multiply rounding errors.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
@@ -18,6 +12,7 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_forward import bias_tile
+from mvkernels.ops.patch_attention.triton_rows import ROWS, load_rows, masked, scores_of, store_rows, whole_rows
 from mvkernels.ops.patch_attention.triton_tiles import (
     LOG2E,
     dense_strides,
@@ -37,62 +32,7 @@ from mvkernels.ops.patch_attention.triton_tiles import (
 
 _INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
 _GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
-ROWS = tl.constexpr(5)
-"""Planes of what ``store_rows`` leaves."""
 _SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
-
-
-@triton.jit
-def scores_of(
-    q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
-    D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of the queries m and the keys n in base 2, (queries, keys)."""
-    scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
-    if BIAS:
-        scores += bias_tile(bias_ptr, head, m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
-    return scores
-
-
-@triton.jit
-def _whole_rows(scores, dp, inside, n, AXIS: tl.constexpr):
-    """(P, dS, top, share, delta, rest, peak) of rows that are whole in a tile, the keys n along AXIS.
-
-    P = 2^(score - top) share. P and dS are 0 outside.
-    """
-    scores = tl.where(inside, scores, -float("inf"))
-    top = tl.max(scores, AXIS)
-    highest = tl.expand_dims(top, AXIS)
-    base = tl.max(tl.where(scores == highest, dp, -float("inf")), AXIS)
-    beside = dp - tl.expand_dims(base, AXIS)
-    peak = tl.max(tl.where((scores == highest) & (beside == 0.0), n, -1), AXIS)
-    p = tl.exp2(scores - tl.where(highest == -float("inf"), 0.0, highest))
-    share = 1.0 / tl.sum(p, AXIS)
-    p = tl.where(inside, p * tl.expand_dims(share, AXIS), 0.0)
-    rest = tl.sum(tl.where(inside, p * beside, 0.0), AXIS)
-    ds = tl.where(inside, p * (beside - tl.expand_dims(rest, AXIS)), 0.0)
-    return p, ds, top, share, base + rest, rest, peak
-
-
-@triton.jit
-def store_rows(ptr, area, keep, top, share, delta, rest, peak):
-    """Leave planes of ``area`` pixels for another kernel: P = 2^(score - top) share; delta, rest, and the peak."""
-    tl.store(ptr, top, mask=keep)
-    tl.store(ptr + area, share, mask=keep)
-    tl.store(ptr + 2 * area, delta, mask=keep)
-    tl.store(ptr + 3 * area, rest, mask=keep)
-    tl.store(ptr + 4 * area, peak.to(tl.float32, bitcast=True), mask=keep)
-
-
-@triton.jit
-def load_rows(ptr, area, keep):
-    """What ``store_rows`` wrote; rows outside have P = 0."""
-    top = tl.load(ptr, mask=keep, other=0.0)
-    share = tl.load(ptr + area, mask=keep, other=0.0)
-    delta = tl.load(ptr + 2 * area, mask=keep, other=0.0)
-    rest = tl.load(ptr + 3 * area, mask=keep, other=0.0)
-    peak = tl.load(ptr + 4 * area, mask=keep, other=0.0).to(tl.int32, bitcast=True)
-    return top, share, delta, rest, peak
 
 
 # One program, one unit of at most BLOCK tokens, all in one tile: scores are computed once, each of q, k,
@@ -135,7 +75,7 @@ def backward_unit(
     scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, n, n, bsh, bsm, bsn,
                        D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-    p, ds, top, share, delta, rest, peak = _whole_rows(scores, dp, inside, n[None, :], 1)
+    p, ds, top, share, delta, rest, peak = whole_rows(scores, dp, inside, n[None, :], 1)
     if STORE_ROWS:
         store_rows(rows_ptr + (x if LINEAR else y * W + x), H * W, keep, top, share, delta, rest, peak)
     pt = tl.trans(p.to(g0.dtype))
@@ -201,7 +141,6 @@ def _queries(
                            DV, V0, V1, LV, AV, WIDE)  # fmt: skip
         scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
                            D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
-        scores = tl.where(inside, scores, -float("inf"))
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
         highest, column = tl.max(scores, 1, return_indices=True)
         higher = highest > top
@@ -277,7 +216,7 @@ def _keys(
         scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
         if BIAS:
             scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
-        pt = tl.where(inside, tl.exp2(scores - top[None, :]) * share[None, :], 0.0)
+        pt = tl.exp2(masked(scores, inside) - top[None, :]) * share[None, :]
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
         beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
         dst = tl.where(inside, pt * beside, 0.0).to(q0.dtype)
@@ -402,7 +341,7 @@ def backward_packed(
         at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
         scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
     dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
-    p, ds, top, share, delta, rest, peak = _whole_rows(scores, dp, inside, n[:, None, :], 2)
+    p, ds, top, share, delta, rest, peak = whole_rows(masked(scores, inside), dp, inside, n[:, None, :], 2)
     if STORE_ROWS:
         rows = rows_ptr + ((batch * heads + head) * ROWS * H * W)[:, None] + y * W + x
         store_rows(rows, H * W, keep, top, share, delta, rest, peak)

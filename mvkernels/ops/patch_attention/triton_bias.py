@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES, ROWS, load_rows, scores_of
+from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES
+from mvkernels.ops.patch_attention.triton_rows import ROWS, load_rows, scores_of
 from mvkernels.ops.patch_attention.triton_tiles import (
     dot_nt,
     load_tile,

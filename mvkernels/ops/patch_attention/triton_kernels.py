@@ -21,7 +21,7 @@ import triton
 
 from mvkernels import launch
 from mvkernels.checks import empty_map
-from mvkernels.ops.patch_attention import triton_backward, triton_forward
+from mvkernels.ops.patch_attention import triton_forward, triton_rows
 from mvkernels.ops.patch_attention.triton_plan import Launch, Problem, backward_launches, forward_launches
 
 _LOG2E = 1.4426950408889634
@@ -167,7 +167,7 @@ def backward_into(
     tensors |= dict(zip(("dq", "dk", "dv"), grads))
     if uses_rows:
         batch, heads, _, height, width = query.shape
-        shape = (batch, heads, triton_backward.ROWS.value, height, width)
+        shape = (batch, heads, triton_rows.ROWS.value, height, width)
         tensors["rows"] = query.new_empty(shape, dtype=torch.float32)
     if need_bias and bias is not None:
         tensors["dbias"] = bias.new_empty(bias.shape)
