@@ -239,12 +239,17 @@ def unusual_call(x: Any, axes: int = 4) -> str:
     return ""
 
 
+def symbolic(*given: Any) -> str:
+    """What torch.fx.symbolic_trace puts in the place of tensors has no sizes to ask for."""
+    return "torch.fx is tracing it" if any(isinstance(x, torch.fx.Proxy) for x in given) else ""
+
+
 def asked(why_not: Callable[[Any], str], module: Any) -> str:
     """``why_not(module)``; where it misses a part that it looks for, that is the reason."""
     try:
         return why_not(module)
     except AttributeError as error:
-        return f"something in it is not what was swapped: {error}"
+        return f"a part that the fused form looks for is not there: {error}"
 
 
 def log_once(module: object, reason: str) -> None:
