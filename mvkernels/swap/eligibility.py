@@ -223,7 +223,7 @@ def drops_path(module: Any, rate: str = "drop_prob") -> str:
 def unusual_call(x: Any, axes: int = 4) -> str:
     """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
     if not isinstance(x, Tensor) or x.dim() != axes:
-        return f"the input is not a {axes}-D tensor"
+        return symbolic(x) or f"the input is not a {axes}-D tensor"
     if torch.compiler.is_compiling():
         return ""
     if nn.modules.module._has_any_global_hook():

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-import textwrap
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
