@@ -2,8 +2,8 @@
 
 Results go to benchmarks/results/<device>. Each step is noted when it has ended well, so that a run which was cut off
 goes on where it stopped; a change of the code, committed or not, or of torch or triton starts from the beginning, and
-one of results or of measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken of kernels that are
-not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
+one of results or of measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken
+of kernels that are not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
 """
 
 from __future__ import annotations

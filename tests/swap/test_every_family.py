@@ -64,7 +64,8 @@ def test_a_symbolic_trace_says_so(example, caplog):
         except (torch.fx.proxy.TraceError, TypeError) as error:
             answers.append(str(error))
     assert answers[0] == answers[1]
-    assert [record.getMessage().split(": ")[1] for record in caplog.records] == ["torch.fx is tracing it"]
+    said = [record.getMessage().split(": ")[1] for record in caplog.records if record.name == "mvkernels"]
+    assert said == ["torch.fx is tracing it"]
 
 
 def test_copies_and_pickles_stay_swapped(example):
