@@ -346,7 +346,7 @@ def test_a_storage_that_was_freed(name, offset, requires_grad, backend):
     for which, value in tensors_of(arguments).items():
         tensors = {key: t.clone().requires_grad_(requires_grad) for key, t in tensors_of(arguments).items()}
         tensors[which] = freed(value, offset).requires_grad_(requires_grad)
-        with pytest.raises(RuntimeError, match="^mvkernels: the storage of a tensor has been freed"):
+        with pytest.raises(RuntimeError, match=r"^mvkernels: the storage of a tensor has been freed"):
             call(name, arguments, tensors, backend=backend)
 
 
