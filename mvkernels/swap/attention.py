@@ -124,10 +124,10 @@ def _read(kind: type, functions: Sequence[_Function]) -> _Code:
     attends = softmax = product = calls_attention = False
     for function in _followed(kind, functions):
         names = {function.__name__}
-        for code in _parts(function.__code__) if isinstance(function, FunctionType) else ():
+        for code, known in _compiled(function):
             product = product or _multiplies_matrices(code)
             for name in code.co_names:
-                called = _whole(function.__globals__.get(name))
+                called = _whole(known.get(name))
                 # What was imported under another name has its own beside it.
                 said = {name, getattr(called, "__name__", name)}
                 names |= said
@@ -153,14 +153,21 @@ def _followed(kind: type, functions: Sequence[_Function]) -> Iterator[_Function]
         if not isinstance(function, FunctionType):
             continue
         package = _package(function)
-        for code in _parts(function.__code__):
+        for code, known in _compiled(function):
             for name in code.co_names:
                 if name != "forward":
                     waiting += _written(kind, name)
-                called = _whole(function.__globals__.get(name))
+                called = _whole(known.get(name))
                 if isinstance(called, FunctionType) and package != "torch" and _package(called) == package:
                     waiting += _unwrapped(called)
         waiting += _unwrapped(*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+
+
+def _compiled(function: _Function) -> Iterator[tuple[CodeType, dict[str, Any]]]:
+    """The code of a function and of what is in it, each with the names of its module; none if it is built in."""
+    if isinstance(function, FunctionType):
+        for code in _parts(function.__code__):
+            yield code, function.__globals__
 
 
 def _package(function: FunctionType) -> str:
