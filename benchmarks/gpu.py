@@ -1,9 +1,9 @@
 """Everything on CUDA tensors, for whoever has a GPU: correctness first, then tuning, then times.
 
 Results go to benchmarks/results/<device>. Each step is noted when it has ended well, so that a run which was cut off
-goes on where it stopped; a change of the code, committed or not, starts from the beginning, and one of results or of
-measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken of kernels that are
-not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
+goes on where it stopped; a change of the code, committed or not, or of torch or triton starts from the beginning, and
+one of results or of measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken
+of kernels that are not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,14 @@ def done() -> dict[str, Any]:
 
 def identity() -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [fingerprint(HERE.parent), device]
+    return [fingerprint(HERE.parent), device, f"torch {torch.__version__}", f"triton {_version('triton')}"]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def fingerprint(root: Path) -> str:

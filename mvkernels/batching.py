@@ -67,9 +67,9 @@ def _each(operator: Any, size: int, dims: Sequence[int | None], arguments: Any) 
     return tree_unflatten([torch.stack(column)[:size] for column in columns], tree_flatten(rows[0])[1])
 
 
-def _peel(value: Any, level: int) -> Tensor:
-    """The tensor with its batch of that level as first axis; an axis of 0 entries if it has no such batch."""
-    return torch._remove_batch_dim(value, level, 0, 0)  # type: ignore[no-any-return, attr-defined]
+def _peel(value: Any, level: int, absent: int = 0) -> Tensor:
+    """The tensor with its batch of that level as first axis; an axis of ``absent`` entries if it has no such batch."""
+    return torch._remove_batch_dim(value, level, absent, 0)  # type: ignore[no-any-return, attr-defined]
 
 
 def _level(value: Any) -> int:
@@ -78,5 +78,6 @@ def _level(value: Any) -> int:
     while isinstance(value, Tensor) and _is_batched(value):
         level += 1
         peeled = _peel(value, level)
-        value = peeled[0] if peeled.shape[0] else value
+        if peeled.shape[0] or not _peel(value, level, 1).shape[0]:  # else it has no batch of this level
+            value = peeled
     return level

@@ -339,6 +339,25 @@ def test_a_change_of_the_code_is_one_and_of_what_is_measured_none(
     assert gpu.fingerprint(ROOT) == gpu.identity()[0]
 
 
+def test_another_torch_or_triton_is_another_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "fingerprint", lambda root: "the same code")
+    seen = [gpu.identity()]
+    monkeypatch.setattr(gpu.torch, "__version__", "9.0")
+    seen.append(gpu.identity())
+    monkeypatch.setattr(gpu.metadata, "version", lambda package: "9.0")
+    seen.append(gpu.identity())
+
+    def absent(package: str) -> str:
+        raise gpu.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(gpu.metadata, "version", absent)
+    seen.append(gpu.identity())
+    assert len({str(each) for each in seen}) == 4
+
+
 def test_some_steps_again_leave_the_others_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -43,6 +44,7 @@ class Tensor {
   void* data() const {
     void* out;
     check(aoti_torch_get_data_ptr(handle_, &out));
+    if (reinterpret_cast<uintptr_t>(out) < kLow) require_memory();
     return out;
   }
   int64_t dim() const {
@@ -67,6 +69,17 @@ class Tensor {
   }
 
  private:
+  // A storage that was freed (resized to 0 bytes) lies at null, a tensor in it at its offset from there: at a low address, where
+  // hardly anything else lies, so that asking the storage costs the usual call nothing.
+  static constexpr uint64_t kLow = uint64_t(1) << 40;
+  void require_memory() const {
+    int64_t bytes, elements;
+    check(aoti_torch_get_storage_size(handle_, &bytes));
+    check(aoti_torch_get_numel(handle_, &elements));
+    if (!bytes && elements)
+      throw std::runtime_error("mvkernels: the storage of a tensor has been freed (resized to 0)");
+  }
+
   AtenTensorHandle handle_ = nullptr;
 };
 

@@ -1,9 +1,10 @@
 """Telling modules that mix tokens by attention from all others, whatever their class is called.
 
 Nothing is run and no source is read. Looked at are the class's name, what the module holds (projections for queries
-and keys, heads), and the names in the compiled code of its forward and of what that calls: softmax, products of
-matrices, scaled_dot_product_attention. None of these is enough by itself: a gate over channels may be called
-attention, a router has a softmax, a convolution may be a product.
+and keys, heads), and the names in the compiled code of its forward and of what that calls, also by attributes, defaults
+and partials: softmax, products of matrices, scaled_dot_product_attention. None of these is enough by itself: a gate
+over channels may be called attention, a router has a softmax, a convolution may be a product. What a softmax weighs is
+not known, so that a mixture of experts counts which is a product with its weights.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import contextlib
 import dis
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,8 @@ _PACKED = re.compile(r"qkv|query_key_value|^c_attn$", re.IGNORECASE)
 _QUERIES = frozenset(("q", "query", "queries", "wq", "qs", "toq"))
 _KEYS = frozenset(("k", "key", "keys", "wk", "ks", "tok", "kv", "kvs", "tokv", "wkv"))
 _HEADS = re.compile(r"^n_?heads?$|num_(?:\w+_)?heads?$|^heads$|^head_dim$|^dim_head$|^attention_head_size$|^nhead$")
+_Function = FunctionType | BuiltinFunctionType
+_CALLED = (FunctionType, BuiltinFunctionType, functools.partial)
 # A limit on what is followed, for code that is generated or that calls half of its package.
 _MOST_FUNCTIONS = 100
 
@@ -50,6 +53,9 @@ class _Code:
     calls_attention: bool = False
     """A function whose name says attention, which may do anything."""
 
+    def __or__(self, other: _Code) -> _Code:
+        return _Code(**{name: value or vars(other)[name] for name, value in vars(self).items()})
+
 
 _NOTHING = _Code()
 _known: WeakKeyDictionary[type, _Code] = WeakKeyDictionary()
@@ -60,9 +66,9 @@ def mixes_tokens(module: nn.Module) -> bool:
 
     Modules of this library do not count: they run on its ops already.
     """
-    code = _code(type(module))
+    code = _code(module)
     called_so = _NAME.search(_class_name(module)) is not None
-    if (code is _NOTHING and not called_so) or _ours(type(module)):
+    if (code == _NOTHING and not called_so) or _ours(type(module)):
         return False
     held = _held(module)
     softmax = code.softmax or any(type(child) is nn.Softmax for child in held.values())
@@ -104,59 +110,80 @@ def _projects(held: dict[str, Any]) -> bool:
     return not words.isdisjoint(_QUERIES) and not words.isdisjoint(_KEYS)
 
 
-def _code(kind: type) -> _Code:
+def _code(module: nn.Module) -> _Code:
+    kind = type(module)
     known = _known.get(kind)
     if known is None:
-        known = _known[kind] = _read(kind)
-    return known
+        # Of forward only, all that the bases define: super().forward names none of them.
+        known = _known[kind] = _read(kind, _written(kind, "forward", every=True))
+    kept = [value for value in module.__dict__.values() if isinstance(value, _CALLED)]
+    return known | _read(kind, _unwrapped(*kept)) if kept else known
 
 
-def _read(kind: type) -> _Code:
+def _read(kind: type, functions: Sequence[_Function]) -> _Code:
     attends = softmax = product = calls_attention = False
-    for function in _functions(kind):
-        for code in _parts(function.__code__):
+    for function in _followed(kind, functions):
+        names = {function.__name__}
+        for code, known in _compiled(function):
             product = product or _multiplies_matrices(code)
             for name in code.co_names:
-                called = function.__globals__.get(name)
+                called = _whole(known.get(name))
                 # What was imported under another name has its own beside it.
-                for said in {name, getattr(called, "__name__", name)}:
-                    attends = attends or _ATTENDS.fullmatch(said) is not None
-                    softmax = softmax or _SOFTMAX.search(said) is not None
-                    product = product or said in _PRODUCTS
-                    if isinstance(called, FunctionType) and _CALLED_ATTENTION.search(said):
-                        calls_attention = True
-    found = _Code(attends, softmax, product, calls_attention)
-    return _NOTHING if found == _NOTHING else found
+                said = {name, getattr(called, "__name__", name)}
+                names |= said
+                if isinstance(called, FunctionType) and any(map(_CALLED_ATTENTION.search, said)):
+                    calls_attention = True
+        attends = attends or any(map(_ATTENDS.fullmatch, names))
+        softmax = softmax or any(map(_SOFTMAX.search, names))
+        product = product or not names.isdisjoint(_PRODUCTS)
+    return _Code(attends, softmax, product, calls_attention)
 
 
-def _functions(kind: type) -> Iterator[FunctionType]:
-    """forward, the methods of the class, and the functions of its package, that it may come to call."""
-    # Of forward only, all that the bases define: super().forward names none of them.
-    waiting = _written(kind, "forward", every=True)
-    seen: set[CodeType] = set()
+def _followed(kind: type, functions: Sequence[_Function]) -> Iterator[_Function]:
+    """These, and what they may come to call: methods of the class, defaults, and functions of their package."""
+    waiting = [*functions]
+    seen: set[Any] = set()
     while waiting and len(seen) < _MOST_FUNCTIONS:
         function = waiting.pop(0)
-        if function.__code__ in seen:
+        mark = getattr(function, "__code__", function)
+        if mark in seen:
             continue
-        seen.add(function.__code__)
+        seen.add(mark)
         yield function
+        if not isinstance(function, FunctionType):
+            continue
         package = _package(function)
-        for code in _parts(function.__code__):
+        for code, known in _compiled(function):
             for name in code.co_names:
                 if name != "forward":
                     waiting += _written(kind, name)
-                called = function.__globals__.get(name)
+                called = _whole(known.get(name))
                 if isinstance(called, FunctionType) and package != "torch" and _package(called) == package:
                     waiting += _unwrapped(called)
+        waiting += _unwrapped(*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+
+
+def _compiled(function: _Function) -> Iterator[tuple[CodeType, dict[str, Any]]]:
+    """The code of a function and of what is in it, each with the names of its module; none if it is built in."""
+    if isinstance(function, FunctionType):
+        for code in _parts(function.__code__):
+            yield code, function.__globals__
 
 
 def _package(function: FunctionType) -> str:
     return (function.__module__ or "").partition(".")[0]
 
 
-def _written(kind: type, name: str, every: bool = False) -> list[FunctionType]:
+def _whole(value: Any) -> Any:
+    """What a partial is of."""
+    while isinstance(value, (functools.partial, functools.partialmethod)):
+        value = value.func
+    return value
+
+
+def _written(kind: type, name: str, every: bool = False) -> list[_Function]:
     """The methods of this name along the bases, below nn.Module: the first, or every one."""
-    found: list[FunctionType] = []
+    found: list[_Function] = []
     for base in kind.__mro__:
         if base is nn.Module or base is object:
             continue
@@ -168,25 +195,24 @@ def _written(kind: type, name: str, every: bool = False) -> list[FunctionType]:
     return found
 
 
-def _unwrapped(method: Any) -> list[FunctionType]:
-    """A function, and what decorators have put around it: by functools.wraps, or by a closure."""
-    found: list[FunctionType] = []
-    waiting = [method]
+def _unwrapped(*methods: Any) -> list[_Function]:
+    """Functions, and what decorators have put around them: by functools.wraps, or by a closure."""
+    found: list[_Function] = []
+    waiting = [*methods]
     while waiting and len(found) < _MOST_FUNCTIONS:
-        one = waiting.pop()
+        one = _whole(waiting.pop())
         if isinstance(one, (staticmethod, classmethod)):
-            one = one.__func__
+            one = _whole(one.__func__)
         elif isinstance(one, property):
             one = one.fget
-        elif isinstance(one, (functools.partial, functools.partialmethod)):
-            one = one.func
-        if not isinstance(one, FunctionType) or one in found:
+        if not isinstance(one, (FunctionType, BuiltinFunctionType)) or one in found:
             continue
         found.append(one)
-        waiting.append(one.__dict__.get("__wrapped__"))
-        for cell in one.__closure__ or ():
-            with contextlib.suppress(ValueError):  # an empty cell
-                waiting.append(cell.cell_contents)
+        if isinstance(one, FunctionType):
+            waiting.append(one.__dict__.get("__wrapped__"))
+            for cell in one.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    waiting.append(cell.cell_contents)
     return found
 
 

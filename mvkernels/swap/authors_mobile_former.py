@@ -19,7 +19,7 @@ from mvkernels.nn.mobile_former import add_attention
 from mvkernels.nn.pointwise import gradient_laid_as_input
 from mvkernels.ops.mobile_to_former import mobile_to_former
 from mvkernels.swap import by_structure
-from mvkernels.swap.eligibility import asked, class_name, drops_path, log_once, not_hooked, unusual_call
+from mvkernels.swap.eligibility import asked, class_name, drops_path, log_once, not_hooked, symbolic, unusual_call
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import Swapped
 
@@ -98,7 +98,8 @@ class _SwappedBridge(Swapped):
 
     def _why_not_this(self, x: Any) -> str:
         if not isinstance(x, (tuple, list)) or len(x) != 2 or not isinstance(x[1], Tensor) or x[1].dim() != 3:
-            return "the input is not a map and tokens"
+            given = x if isinstance(x, (tuple, list)) else (x,)
+            return symbolic(*given) or "the input is not a map and tokens"
         return unusual_call(x[0])
 
 

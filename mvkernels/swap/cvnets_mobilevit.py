@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mvkernels.swap import by_structure
 from mvkernels.swap.eligibility import (
     ELEMENTWISE,
+    asked,
     class_name,
     drops_attention,
     drops_path,
@@ -218,7 +219,7 @@ class _Rows:
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
-    reason = _why_not_now(block) or _drops(block)
+    reason = asked(_why_not_now, block) or _drops(block)
     return reason, [] if reason else [_layer(layer) for layer in list(block.global_rep)[:-1]]
 
 

@@ -55,8 +55,8 @@ def _why_not_now(attn: Any) -> str:
     return ""
 
 
-class FusedSanaLinearAttnProcessor:
-    """A ``SanaLinearAttnProcessor2_0`` with :func:`mvkernels.relu_linear_attention`.
+class FusedSanaLinearAttnProcessor(SanaLinearAttnProcessor2_0):  # type: ignore[misc]
+    """A ``SanaLinearAttnProcessor2_0`` with :func:`mvkernels.relu_linear_attention`, by whose name tools find it.
 
     Args:
         original: the processor whose place it takes, and to which it leaves what it does not do: masks, keys from
@@ -69,6 +69,9 @@ class FusedSanaLinearAttnProcessor:
     def __init__(self, original: SanaLinearAttnProcessor2_0, eps: float | None = None) -> None:
         self.mvk_original = original
         self.eps = _asked()[0] if eps is None else eps
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (), self.__dict__  # found by its name it would be the original
 
     def __call__(
         self,
@@ -104,6 +107,15 @@ class FusedSanaLinearAttnProcessor:
         out = out.permute(0, 3, 4, 1, 2).flatten(3).squeeze(1).to(dtype)
         out = attn.to_out[1](attn.to_out[0](out))
         return out.clip(-65504, 65504) if dtype == torch.float16 else out
+
+
+def _blank() -> FusedSanaLinearAttnProcessor:
+    """What unpickling and copying begin with."""
+    return FusedSanaLinearAttnProcessor.__new__(FusedSanaLinearAttnProcessor)
+
+
+for _name in ("__name__", "__qualname__", "__module__"):
+    setattr(FusedSanaLinearAttnProcessor, _name, getattr(SanaLinearAttnProcessor2_0, _name))
 
 
 def _map(tokens: Tensor, heads: int) -> Tensor:

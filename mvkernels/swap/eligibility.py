@@ -223,7 +223,7 @@ def drops_path(module: Any, rate: str = "drop_prob") -> str:
 def unusual_call(x: Any, axes: int = 4) -> str:
     """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
     if not isinstance(x, Tensor) or x.dim() != axes:
-        return f"the input is not a {axes}-D tensor"
+        return symbolic(x) or f"the input is not a {axes}-D tensor"
     if torch.compiler.is_compiling():
         return ""
     if nn.modules.module._has_any_global_hook():
@@ -239,12 +239,17 @@ def unusual_call(x: Any, axes: int = 4) -> str:
     return ""
 
 
+def symbolic(*given: Any) -> str:
+    """What torch.fx.symbolic_trace puts in the place of tensors has no sizes to ask for."""
+    return "torch.fx is tracing it" if any(isinstance(x, torch.fx.Proxy) for x in given) else ""
+
+
 def asked(why_not: Callable[[Any], str], module: Any) -> str:
     """``why_not(module)``; where it misses a part that it looks for, that is the reason."""
     try:
         return why_not(module)
     except AttributeError as error:
-        return f"something in it is not what was swapped: {error}"
+        return f"a part that the fused form looks for is not there: {error}"
 
 
 def log_once(module: object, reason: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mvkernels.backend import requested
 from mvkernels.swap.attention import children, mixes_tokens
-from mvkernels.swap.eligibility import class_name, not_exactly, not_hooked, sharded
+from mvkernels.swap.eligibility import asked, class_name, not_exactly, not_hooked, sharded
 from mvkernels.swap.folding import fold
 from mvkernels.swap.report import SwapEntry, SwapReport, note_choice, note_swap, original_of, restore_module
 from mvkernels.swap.swapped import swapped_class
@@ -170,7 +170,7 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
     if isinstance(family, Structure):
         return _why_not(module, functools.partial(adapter.why_not, model=model), family.parameters), class_
     if isinstance(family, Processor):
-        return _asked(module, adapter.why_not), processor
+        return asked(adapter.why_not, module), processor
     reason = not_exactly(module, getattr(sys.modules[family.source], family.class_name, nn.Module))
     return reason or _why_not(module, adapter.why_not, family.parameters), class_
 
@@ -232,14 +232,7 @@ def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str], parameters:
     taken = [*inspect.signature(type(module).forward).parameters][1:]
     if len(taken) != 1 if parameters is None else tuple(taken) != parameters:
         return "this version of its code has another forward"
-    return _asked(module, why_not)
-
-
-def _asked(module: nn.Module, why_not: Callable[[nn.Module], str]) -> str:
-    try:
-        return why_not(module)
-    except AttributeError as error:
-        return f"this version of its code is laid out differently: {error}"
+    return asked(why_not, module)
 
 
 def _predicate(only: Only | None, names: list[str]) -> Callable[[str, nn.Module], bool]:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import (
+    asked,
     drops_attention,
     drops_path,
     not_elementwise,
@@ -113,7 +114,7 @@ class SwappedMobileVitBlock(Swapped):
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
-    reason = why_not(block) or _why_not_now(block)
+    reason = asked(why_not, block) or _why_not_now(block)
     return reason, [] if reason else [_layer(layer) for layer in block.transformer]
 
 

@@ -19,6 +19,7 @@ from transformers.models.mobilevit.modeling_mobilevit import (
 )
 
 from mvkernels.swap.eligibility import (
+    asked,
     drops_attention,
     not_elementwise,
     not_layer_norm,
@@ -130,7 +131,7 @@ class SwappedMobileViTLayer(Swapped):
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:
-    reason = why_not(block)
+    reason = asked(why_not, block)
     for layer in block.transformer.layer if not reason else ():
         attention = layer.attention.attention
         reason = reason or drops_attention(attention, attention.dropout)

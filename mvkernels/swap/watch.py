@@ -95,23 +95,15 @@ _examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
 def examine(block: nn.Module, roots: Sequence[str], examiner: Examine) -> tuple[str, list[dict[str, Any]]]:
     """``examiner(block)``, from memory where nothing in the children named ``roots`` has changed since.
 
-    The examiner answers with the reason against fusing (empty if there is none) and the arguments of
-    each layer. Where it misses a part that it looks for, that is the reason.
+    The examiner answers with the reason against fusing (empty if there is none) and the arguments of each layer.
     """
     if torch.compiler.is_compiling():
-        return _asked(examiner, block)  # traced and guarded, attribute by attribute
+        return examiner(block)  # traced and guarded, attribute by attribute
     known = _examined.get(block)
     if known is not None and known.snapshot.read() == known.snapshot.state:
         return known.reason, known.layers
-    reason, layers = _asked(examiner, block)
+    reason, layers = examiner(block)
     children = [block._modules.get(name) for name in roots]
     snapshot = _Snapshot(block, [child for child in children if isinstance(child, nn.Module)])
     _examined[block] = _Examined(snapshot, reason, layers)
     return reason, layers
-
-
-def _asked(examiner: Examine, block: nn.Module) -> tuple[str, list[dict[str, Any]]]:
-    try:
-        return examiner(block)
-    except AttributeError as error:
-        return f"something in it is not what was swapped: {error}", []

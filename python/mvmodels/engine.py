@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -86,10 +87,17 @@ def _rows(history: list[Any]) -> bool:
     """Whether these are rows of epochs, all of the same columns."""
     return all(
         isinstance(row, dict)
-        and row.keys() == history[0].keys() >= {"epoch", "loss", "accuracy"}
+        and row.keys() == history[0].keys() >= {"epoch", "loss", "accuracy", "seconds"}
         and all(isinstance(value, (int, float)) for value in row.values())
         for row in history
     )
+
+
+def _same(theirs: Any, mine: Any) -> bool:
+    try:
+        return bool(theirs == mine)
+    except RuntimeError:  # a tensor of a file, which is neither true nor false
+        return False
 
 
 # What a checkpoint has to have for a run to go on, beside the model.
@@ -209,7 +217,8 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; a collective call."""
         return {
-            **self._result(self.model),
+            **self._described(),
+            "state_dict": checkpoint.detached(self.model),
             "ema": None if self.average is None else checkpoint.detached(self.average.model),
             "optimizer": self.optimizer.state_dict(),
             "options": self.options.identity(),
@@ -224,15 +233,14 @@ class Trainer:
             "seconds": self.seconds,
         }
 
-    def _result(self, model: nn.Module) -> dict[str, Any]:
-        """What it takes to use the model."""
+    def _described(self) -> dict[str, Any]:
+        """What it takes to use the model, beside its weights."""
         return {
             "model": self.options.model,
             "settings": self.settings,
             "classes": self.train.classes,
             "size": self.options.size,
             "channels": self.train.channels,
-            "state_dict": checkpoint.detached(model),
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -241,16 +249,12 @@ class Trainer:
         if missing:
             raise UsageError(f"{path} holds a model and no training to go on with: it has no {', '.join(missing)}")
         checkpoint.demand(state, _RESUMED, path)
-        mine = {
-            **self.options.identity(),
-            "ranks": self.ranks,
-            "classes": self.train.classes,
-            "pictures": [len(self.train), len(self.test)],
-        }
-        theirs = {**state["options"], **{key: state[key] for key in ("ranks", "classes", "pictures")}}
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise UsageError(f"{path} is of a run whose {name} is {theirs.get(name)}, here it is {value}")
+        run = {**self._described(), "ranks": self.ranks, "pictures": [len(self.train), len(self.test)]}
+        for theirs, mine in ((state["options"], self.options.identity()), (state, run)):
+            for name, value in mine.items():
+                if not _same(theirs.get(name), value):
+                    found = textwrap.shorten(str(theirs.get(name)), 200)  # one line, whatever it is
+                    raise UsageError(f"{path} is of a run whose {name} is {found}, here it is {value}")
         done = sum(len(self.sampler.draws(epoch)) for epoch in range(min(state["epoch"], self.options.epochs)))
         ended = state["epoch"] == self.options.epochs
         inside = 0 if ended else len(self.sampler.draws(state["epoch"]))
@@ -262,6 +266,13 @@ class Trainer:
         ):
             found = f"step {state['step']}, step {state['in_epoch']} of epoch {state['epoch'] + 1}"
             raise UsageError(f"{path} is at {found} with {len(state['history'])} rows, which do not belong together")
+        # Rows are rounded.
+        accuracies = [v for row in state["history"] for name, v in row.items() if name.endswith("accuracy")]
+        if not abs(state["best"] - max(accuracies, default=-1.0)) <= 1e-6:
+            raise UsageError(f"{path}: its best is {state['best']}, which none of its rows has as accuracy")
+        seconds = math.fsum(row["seconds"] for row in state["history"])
+        if not abs(state["seconds"] - seconds) <= 0.01 * len(state["history"]):
+            raise UsageError(f"{path}: its seconds are {state['seconds']}, those of its rows are {seconds:.2f}")
         optimizer = self._optimizer_state(state["optimizer"]["state"], path)
         checkpoint.fit(self.model, state["state_dict"], path)
         if self.average is not None:
@@ -340,7 +351,8 @@ class Trainer:
             self.best = measured[name]
             if self.options.output is not None and self.rank == 0:
                 model = self.average.model if name == "ema_accuracy" and self.average is not None else self.model
-                result = {**self._result(model), "accuracy": self.best, "epoch": self.epoch}
+                result = {**self._described(), "state_dict": checkpoint.detached(model)}
+                result |= {"accuracy": self.best, "epoch": self.epoch}
                 checkpoint.save(result, self.options.output / "best.pt")
         self._save()
         if self.board is not None:

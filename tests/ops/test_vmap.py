@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch._vmap_internals import _vmap
 from torch.autograd.functional import jacobian
 from torch.func import vmap
 
@@ -52,6 +53,26 @@ def test_gradients_of_many_cotangents_at_once(name, backend, batch, size, stride
             check(found, row)
 
 
+@pytest.mark.parametrize(("name", "backend"), NATIVE)
+@pytest.mark.parametrize("sizes", [(0,), (2, 0), (0, 2), (1, 0, 2)])
+@pytest.mark.parametrize("transform", [_vmap, vmap])
+def test_gradients_of_no_cotangents(name, backend, sizes, transform):
+    """``is_grads_batched=True`` itself asks for the first of them; what it calls gives gradients of no entries."""
+    if backend == "reference" and (transform is _vmap or name == "multiscale_linear_attention"):
+        pytest.skip("PyTorch's own softmax and convolutions refuse an axis of no entries")
+    arguments, inputs = leaves(name, batch=1)
+    out = OPS[name].function(**arguments, backend=backend)
+    for again in (False, True):
+
+        def gradients(cotangent, again=again):
+            return torch.autograd.grad(out, inputs, cotangent, retain_graph=True, create_graph=again)
+
+        for _ in sizes:
+            gradients = transform(gradients)
+        found = gradients(torch.randn(*sizes, *out.shape, dtype=out.dtype))
+        assert [(g.shape, g.dtype) for g in found] == [((*sizes, *value.shape), value.dtype) for value in inputs]
+
+
 @interpreter
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_of_many_cotangents_at_once_on_triton(name):
@@ -84,6 +105,24 @@ def test_a_vectorized_jacobian(name, backend):
 def _unnamed(name, arguments, first, value):
     """A transform chooses the reference by itself, unless a backend is named."""
     return OPS[name].function(**testing.with_tensors(arguments, {first: value})).flatten()[:5]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_vmap_over_no_entries(name):
+    if name == "multiscale_linear_attention":
+        pytest.skip("PyTorch's convolution makes a batch of 0 of no entries, whatever their batch is")
+    arguments = example(name, torch.float64, batch=1)
+    first, *_ = tensors_of(arguments)
+    out = OPS[name].function(**arguments)
+
+    def one(value):
+        return OPS[name].function(**testing.with_tensors(arguments, {first: value}))
+
+    value = arguments[first]
+    for in_dim in (0, 2):
+        none = value.new_empty((*value.shape[:in_dim], 0, *value.shape[in_dim:]))
+        found = vmap(one, in_dims=in_dim)(none)
+        assert found.shape == (0, *out.shape) and found.dtype == out.dtype
 
 
 @pytest.mark.parametrize("name", OPS)

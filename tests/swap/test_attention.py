@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +15,7 @@ import mvkernels
 from mvkernels.swap import attention, swap
 from mvkernels.swap.attention import mixes_tokens
 from mvkernels.swap.engine import find
+from tests.swap.attention_modules import LISTED, NOT_LISTED, Einsum, Operators, PackedMSA, Renamed
 
 ATTENTION = [
     "botnet26t_256",
@@ -125,149 +125,7 @@ def test_transformers(kind):
         assert {id(module) for _, module, _ in found} == ran
 
 
-def scores_of(x: Tensor) -> Tensor:
-    return (x @ x.mT).softmax(-1)
-
-
-def product(x: Tensor) -> Tensor:
-    return scores_of(x) @ x
-
-
-def wrapped(function):
-    @functools.wraps(function)
-    def inner(*args):
-        return function(*args)
-
-    return inner
-
-
-def closed_over(function):
-    def inner(self, x):
-        return function(self, x)
-
-    return inner
-
-
-class Mixer(nn.Module):
-    """Called nothing in particular. What follows differs in how it says that it attends."""
-
-    def __init__(self):
-        super().__init__()
-        self.to_out = nn.Linear(8, 8)
-
-
-class Operators(Mixer):
-    def forward(self, x):
-        return self.to_out(torch.softmax(x @ x.mT, -1) @ x)
-
-
-class Einsum(Mixer):
-    def forward(self, x):
-        return torch.einsum("bij,bjc->bic", F.softmax(torch.einsum("bic,bjc->bij", x, x), dim=-1), x)
-
-
-class InAnotherMethod(Mixer):
-    def attend(self, x):
-        return torch.bmm(x.softmax(-1), x)
-
-    def forward(self, x):
-        return self.attend(x)
-
-
-class InAFunction(Mixer):
-    def forward(self, x):
-        return product(x)
-
-
-class OfItsBase(InAFunction):
-    def forward(self, x):
-        return super().forward(x) + x
-
-
-class Decorated(Mixer):
-    @wrapped
-    def forward(self, x):
-        return scores_of(x) @ x
-
-
-class Closed(Mixer):
-    @closed_over
-    def forward(self, x):
-        return scores_of(x) @ x
-
-
-class ByALambda(Mixer):
-    def forward(self, x):
-        attend = lambda y: y.softmax(-1) @ y  # noqa: E731
-        return attend(x)
-
-
-class Renamed(Mixer):
-    def forward(self, x):
-        return sdpa(x, x, x)
-
-
-class SoftmaxAsAChild(Mixer):
-    def __init__(self):
-        super().__init__()
-        self.weigh = nn.Softmax(dim=-1)
-
-    def forward(self, x):
-        return self.weigh(torch.matmul(x, x.mT)) @ x
-
-
-class LinearAttention(nn.Module):
-    """No softmax and no product by name: its projections and its name say it."""
-
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x):
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return q * (k * v).sum(1, keepdim=True)
-
-
-class PackedMSA(LinearAttention):
-    def __init__(self):
-        nn.Module.__init__(self)
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return q * (k * v).sum(1, keepdim=True)
-
-
-class KernelAttn(nn.Module):
-    """All is left to a kernel: name and heads are what there is."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_heads, self.kernel = 2, lambda x: x
-
-    def forward(self, x):
-        return self.kernel(x)
-
-
-LISTED = [
-    Operators,
-    Einsum,
-    InAnotherMethod,
-    InAFunction,
-    OfItsBase,
-    Decorated,
-    Closed,
-    ByALambda,
-    Renamed,
-    SoftmaxAsAChild,
-    LinearAttention,
-    PackedMSA,
-    KernelAttn,
-    functools.partial(nn.MultiheadAttention, 8, 2),
-]
-
-
-@pytest.mark.parametrize("make", LISTED, ids=lambda make: getattr(make, "__name__", "MultiheadAttention"))
+@pytest.mark.parametrize("make", LISTED, ids=lambda make: getattr(make, "__name__", "partial"))
 def test_what_attends_is_listed(make):
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Identity(), make()))
     (entry,) = swap(model).entries
@@ -275,43 +133,7 @@ def test_what_attends_is_listed(make):
     assert entry.reason == "no fused form of this class is known"
 
 
-class Classifier(Mixer):
-    def forward(self, x):
-        return self.to_out(x).softmax(-1)
-
-
-class Router(Mixer):
-    def forward(self, x):
-        return torch.topk(F.softmax(self.to_out(x), -1), 2)
-
-
-class Gram(Mixer):
-    def forward(self, x):
-        return x @ x.mT
-
-
-class Loss(Mixer):
-    def forward(self, x):
-        return F.log_softmax(x @ x.mT, -1)
-
-
-class ChannelAttention(Mixer):
-    def forward(self, x):
-        return x * self.to_out(x.mean(1, keepdim=True)).sigmoid()
-
-
-class AttentionStage(nn.Module):
-    """Called attention, and only passes on."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([ChannelAttention()])
-
-    def forward(self, x):
-        return self.layers[0](x)
-
-
-@pytest.mark.parametrize("kind", [Classifier, Router, Gram, Loss, ChannelAttention, AttentionStage])
+@pytest.mark.parametrize("kind", NOT_LISTED)
 def test_what_does_not_is_not_listed(kind):
     assert find(nn.Sequential(nn.Linear(8, 8), kind())) == []
 

@@ -47,6 +47,27 @@ def test_the_class_keeps_its_name(example):
     assert repr(module) == text and inspect.signature(swapped.forward) == signature
 
 
+class OfATuple(nn.Sequential):
+    def forward(self, x, tokens):
+        return self[0]((x, tokens))
+
+
+def test_a_symbolic_trace_says_so(example, caplog):
+    """Whether or not the original can be traced: its forward is what is tried."""
+    module, twin = example.make(), example.make()
+    swap(module)
+    answers = []
+    for each in (module, twin):
+        kind = OfATuple if isinstance(example.inputs(), tuple) else nn.Sequential
+        try:
+            answers.append([node.op for node in torch.fx.symbolic_trace(kind(each)).graph.nodes])
+        except (torch.fx.proxy.TraceError, TypeError) as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+    said = [record.getMessage().split(": ")[1] for record in caplog.records if record.name == "mvkernels"]
+    assert said == ["torch.fx is tracing it"]
+
+
 def test_copies_and_pickles_stay_swapped(example):
     module, x = example.make(), example.inputs()
     swap(module, backend="reference")

@@ -43,6 +43,20 @@ def test_eps_of_sana_is_the_processors():
     assert module.processor.eps == 1e-15
 
 
+def test_the_processor_keeps_its_name():
+    module = FAMILIES["sana"].attention()
+    kind = type(module.processor)
+    report = swap(module)
+    swapped = type(module.processor)
+    assert swapped is not kind and isinstance(module.processor, kind)
+    for name in ("__name__", "__qualname__", "__module__"):
+        assert getattr(swapped, name) == getattr(kind, name)
+    for other in (copy.copy(module.processor), copy.deepcopy(module.processor)):
+        assert type(other) is swapped and other.eps == module.processor.eps
+    report.restore()
+    assert type(module.processor) is kind
+
+
 def test_a_subclass_of_sanas_attention_or_processor():
     module = FAMILIES["sana"].attention()
     processor = type("Mine", (type(module.processor),), {})()
