@@ -78,9 +78,9 @@ class Bridge:
         maps["odd"] = (2 * h * d * n * n, 2 * d * n * n, 2 * n * n, 2 * n, 2)
         of = {"x": maps[self.layout], "g": maps["last" if self.layout == "last" else "first"]}
         dense, split = (h * self.tokens * d, self.tokens * d, d, 1), (h * self.tokens * d, d, h * d, 1)
-        of |= {"q": split, "o": dense, "k": split, "v": split}
+        of |= {"q": split, "k": split, "v": split}
         if self.op == "mobile_to_former":
-            plan, each = mobile_to_former, ("qx", "gqox")
+            plan, each = mobile_to_former, ("qx", "gqx")
             of["g"] = dense
         else:
             plan, each = former_to_mobile, ("xkv", "gxkv")

@@ -70,15 +70,16 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "exact", "rows", "partial", "stats", "sums", "dsums", "parts", "p", "pw"}
+    sums = {"rows", "partial", "stats", "stats_parts", "sums", "dsums", "parts", "p", "pw"}
     sums |= {"dq_sums", "dk_sums", "dv_sums", "ffn_sums", "qkv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
+    indices = {"index", "index_parts"}
     names = list(launch.kernel.arg_names)
     types: dict[str, str] = {}
     divisible = []
     for index, pointer in enumerate(launch.pointers):
         is_sum = pointer in sums and (pointer != "rows" or launch.meta.get("STORE_ROWS", True))
-        types[names[index]] = sum_type if is_sum else POINTER[dtype]
+        types[names[index]] = sum_type if is_sum else "*i32" if pointer in indices else POINTER[dtype]
         divisible.append(index)  # allocations, and the slices of these models' qkv, begin at multiples of 16 bytes
     at = len(launch.pointers)
     for name in names[at : at + len(launch.floats)]:

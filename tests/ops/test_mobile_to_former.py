@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import mvkernels
 from mvkernels import checks, testing
@@ -85,32 +86,41 @@ def test_triton_on_wide_heads(arguments):
     assert_ok(testing.check(OP, arguments, "triton"))
 
 
+def _launches(query, x):
+    from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
+
+    named = (("q", query), ("x", x))
+    forward = triton_kernels.problem_of(OP.name, x, query.shape[2], named)
+    backward = triton_kernels.problem_of(OP.name, x, query.shape[2], (("g", query), *named))
+    both = triton_plan.forward_launches(forward), triton_plan.backward_launches(backward)
+    assert all(slices > 1 for _, slices in both)
+    return tuple([one.name for one in launches] for launches, _ in both)
+
+
 @interpreter
 @pytest.mark.parametrize(("m", "dtype"), [(4, torch.float32), (4, torch.float64), (20, torch.float32)])
 @pytest.mark.parametrize("shape", [(1, 1, 6, 11, 15), (1, 2, 24, 9, 13)])
 def test_triton_merges_slices_of_pixels(shape, m, dtype):
-    from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
-
     generator = torch.Generator().manual_seed(0)
     x = testing.make_map(shape, "contiguous", dtype, generator=generator)
     query = tokens((*shape[:2], m, shape[2]), "split", dtype, "cpu", generator)
-    named = (("q", query), ("x", x))
-    launches, slices = triton_plan.forward_launches(triton_kernels.problem_of(OP.name, x, m, named))
-    assert slices > 1 and [one.name for one in launches] == ["forward_slices", "forward_merge"]
+    assert _launches(query, x) == (
+        ["forward_slices", "forward_merge"],
+        ["backward_rows", "backward_merge", *["backward_slices"] * (1 if m <= 16 else 2), "sum_slices"],
+    )
     assert_ok(testing.check(OP, {"query": 4 * query, "x": x}, "triton"))
 
 
 @interpreter
 @pytest.mark.parametrize("m", [3, 20])
 def test_triton_merges_slices_of_pixels_of_wide_heads(m):
-    from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
-
     generator = torch.Generator().manual_seed(0)
     x = testing.make_map((1, 1, 70, 9, 15), "transposed", generator=generator)
     query = tokens((1, 1, m, 70), "strided", x.dtype, "cpu", generator)
-    named = (("q", query), ("x", x))
-    launches, slices = triton_plan.forward_launches(triton_kernels.problem_of(OP.name, x, m, named))
-    assert slices > 1 and [one.name for one in launches] == ["forward_wide", "forward_merge"]
+    assert _launches(query, x) == (
+        ["forward_wide", "forward_merge"],
+        ["rows_wide", "backward_merge", *["backward_wide"] * (1 if m <= 16 else 2), "sum_slices"],
+    )
     assert_ok(testing.check(OP, {"query": query, "x": x}, "triton"))
 
 
@@ -124,17 +134,39 @@ def test_tokens_that_attend_to_one_pixel_in_half(backend, pixels):
     assert_ok(testing.check(OP, {"query": query, "x": x, "scale": 0.3}, backend))
 
 
+@st.composite
+def peaked(draw):
+    """Rows of scores from flat to one-hot, most of them between: queries of any size, maps near 0 and far from it."""
+    dtype = draw(st.sampled_from([torch.float32, torch.float16]))
+    m, d = draw(st.sampled_from([1, 3, 6, 9, 20])), draw(st.sampled_from([4, 7, 16, 36, 64, 88, 128, 160]))
+    shape = (draw(st.integers(1, 2)), draw(st.integers(1, 2)), d, draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+    size = draw(st.sampled_from([1.0, 10.0, 100.0, 1e3, 1e4, *([] if dtype == torch.float16 else [1e5])]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = testing.make_map(shape, draw(st.sampled_from(testing.STRIDES)), generator=generator)
+    # All of the storage, so that the strides stay as they are.
+    room = torch.empty(0).set_(x.untyped_storage()).add(draw(st.sampled_from([0.0, 5.0, 20.0]))).to(dtype)
+    query = tokens((*shape[:2], m, d), draw(st.sampled_from(bridges.TOKENS)), torch.float32, "cpu", generator)
+    return {"query": (size * query).to(dtype), "x": room.as_strided(x.shape, x.stride(), x.storage_offset())}
+
+
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
-def test_the_log_sum_exp_that_triton_saves(dtype):
-    generator = torch.Generator().manual_seed(0)
-    x = testing.make_map((2, 2, 8, 5, 7), "packed", dtype, generator=generator)
-    query = tokens((2, 2, 3, 8), "strided", dtype, "cpu", generator)
-    lse = torch.ops.mvkernels_triton.mobile_to_former_forward(query, x, 0.3)[1]
-    scores = torch.einsum("bhmd,bhdp->bhmp", query, x.flatten(3)).double() * 0.3
-    assert lse.dtype == dtype and lse.is_contiguous()
-    lse = (lse[..., 0] + lse[..., 1].log2()) * math.log(2)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-6)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(arguments=peaked())
+def test_triton_on_peaked_rows(arguments):
+    """Of gradients alone, for this is about them. The examples are the same each time. Where two pixels share the
+    one row that is not one-hot, an error is that of one rounding, and PyTorch itself, summing the channels in another
+    order, misses the criterion in one or two of a hundred."""
+    assert_ok([found for found in testing.check(OP, arguments, "triton") if found.name != "out"])
+
+
+@interpreter
+@pytest.mark.parametrize(("pixels", "seed"), [((1, 3), 658679543), *(((2, 3), seed) for seed in (2, 13, 29, 32, 34))])
+def test_triton_on_a_pixel_with_nearly_all_of_a_row(pixels, seed):
+    """A row's sum made of the output left that pixel's score a rounding error for a gradient, times large queries."""
+    generator = torch.Generator().manual_seed(seed)
+    query = 100 * torch.randn(1, 2, 3, 4, generator=generator)
+    x = torch.randn(1, 2, 4, *pixels, generator=generator) + 5
+    assert_ok(testing.check(OP, {"query": query, "x": x}, "triton"))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -145,8 +177,7 @@ def test_opcheck(backend, kind):
     x = testing.make_map((2, 3, 5, 4, 6), kind, generator=generator)
     query, grad = (tokens((2, 3, 4, 5), lie, torch.float32, "cpu", generator) for lie in ("split", "strided"))
     torch.library.opcheck(namespace.mobile_to_former_forward, (query, x, 0.4))
-    kept = namespace.mobile_to_former_forward(query, x, 0.4)[:2] if backend == "triton" else ()
-    torch.library.opcheck(namespace.mobile_to_former_backward, (grad, query, x, *kept, 0.4))
+    torch.library.opcheck(namespace.mobile_to_former_backward, (grad, query, x, 0.4))
 
 
 def _tokens(*shape, dtype=torch.float32):
@@ -196,6 +227,24 @@ def test_nan_and_infinity_stay_in_their_rows(backend, bad, which, pixels):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [*NAMES, "grad"])
+@pytest.mark.parametrize("pixels", [(1, 1), (3, 5), (10, 13)], ids=["one pixel", "one slice", "slices"])
+def test_nan_and_infinity_in_gradients(backend, bad, which, pixels):
+    torch.manual_seed(0)
+    tensors = {"query": torch.randn(1, 2, 3, 5), "x": torch.randn(1, 2, 5, *pixels), "grad": torch.randn(1, 2, 3, 5)}
+    tensors[which][(0, 1, 2, -1, -1)[: tensors[which].dim()]] = bad
+    found = {}
+    for name in (backend, "reference"):
+        inputs = [tensors[each].clone().requires_grad_() for each in NAMES]
+        with testing.poisoned():
+            out = mvkernels.mobile_to_former(*inputs, backend=name)
+            found[name] = torch.autograd.grad(out, inputs, tensors["grad"])
+    for actual, wanted in zip(found[backend], found["reference"]):
+        assert torch.equal(actual.isfinite(), wanted.isfinite())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=checks.short)
 def test_scores_of_any_size(backend, dtype):
     """Attention to one pixel, scores past what 24 bits count, scales of 0 and near it: finite as the reference is."""
@@ -238,14 +287,12 @@ def test_wide_heads_with_large_scores(instruction_set, layout, seed):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_no_scores_are_saved(backend):
+def test_inputs_are_saved_and_nothing_else(backend):
     query, x = torch.randn(2, 2, 3, 8, requires_grad=True), torch.randn(2, 2, 8, 6, 6, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         mvkernels.mobile_to_former(query, x, backend=backend)
-    rest = [query.numel(), 2 * 2 * 3 * 2] if backend == "triton" else []
-    assert sorted(t.numel() for t in saved) == sorted([query.numel(), x.numel(), *rest])
-    assert {query.data_ptr(), x.data_ptr()} <= {t.data_ptr() for t in saved}
+    assert [t.data_ptr() for t in saved] == [query.data_ptr(), x.data_ptr()]
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])

@@ -10,7 +10,7 @@ from torch import Tensor
 from mvkernels import checks, extension, library
 from mvkernels.backend import REFUSED, choose, direct
 from mvkernels.ops.mobile_to_former import suite
-from mvkernels.ops.mobile_to_former.autograd import INFERENCE, KERNELS, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.autograd import KERNELS, MobileToFormerFunction
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 from mvkernels.registry import Op, register
 
@@ -54,7 +54,7 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
     query, x, scale = arguments
     if torch.is_grad_enabled() and (query.requires_grad or x.requires_grad):
         return MobileToFormerFunction.apply(query, x, scale, chosen, KERNELS[chosen][0])
-    return INFERENCE[chosen](query, x, scale)
+    return KERNELS[chosen][0](query, x, scale)
 
 
 _infer = _keep = library.at_once(KERNELS["cpp"][0])

@@ -14,25 +14,13 @@ from mvkernels.ops.mobile_to_former.reference import mobile_to_former as referen
 
 _FORWARD = "(Tensor query, Tensor x, float scale) -> Tensor"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor x, float scale) -> (Tensor dquery, Tensor dx)"
-# Triton's also gives what its backward needs: two numbers of each token's scores, and the output before its rounding to
-# a half type; nothing for other types.
-_FORWARD_TRITON = "(Tensor query, Tensor x, float scale) -> (Tensor out, Tensor lse, Tensor exact)"
-_BACKWARD_TRITON = "(Tensor grad, Tensor query, Tensor x, Tensor out, Tensor lse, float scale)"
-_BACKWARD_TRITON += " -> (Tensor dquery, Tensor dx)"
 
 
-def _fake_forward_cpp(query, x, scale):  # type: ignore[no-untyped-def]
+def _fake_forward(query, x, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape)
 
 
-def _fake_forward_triton(query, x, scale):  # type: ignore[no-untyped-def]
-    # The log-sum-exp of each token's scores as two numbers: highest score, and sum relative to it.
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    exact = query.new_empty(query.shape if dtype.itemsize > query.dtype.itemsize else (0,), dtype=dtype)
-    return query.new_empty(query.shape), query.new_empty((*query.shape[:3], 2), dtype=dtype), exact
-
-
-def _fake_backward(grad, query, x, *_):  # type: ignore[no-untyped-def]
+def _fake_backward(grad, query, x, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape), checks.empty_map(x, x.shape[2])
 
 
@@ -44,12 +32,12 @@ def _count_backward(grad, query, x, *_):  # type: ignore[no-untyped-def]
     return 8 * prod(query) * x[3] * x[4]
 
 
-def _triton_forward(query: Tensor, x: Tensor, scale: float) -> tuple[Tensor, ...]:
+def _triton_forward(query: Tensor, *rest: Any) -> Tensor:
     from mvkernels.ops.mobile_to_former import triton_kernels
 
     if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward_triton(query, x, scale)
-    return triton_kernels.forward(query, x, scale)
+        return _fake_forward(query, *rest)
+    return triton_kernels.forward(query, *rest)
 
 
 def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -62,34 +50,24 @@ def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 KERNELS = {
     "cpp": (
-        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward_cpp, count=_count),
+        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward, count=_count),
         library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward, count=_count_backward),
     ),
     "triton": (
+        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward, _triton_forward, count=_count),
         library.define(
-            "triton", "mobile_to_former_forward", _FORWARD_TRITON, _fake_forward_triton, _triton_forward, count=_count
-        ),
-        library.define(
-            "triton",
-            "mobile_to_former_backward",
-            _BACKWARD_TRITON,
-            _fake_backward,
-            _triton_backward,
-            count=_count_backward,
+            "triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
         ),
     ),
 }
-INFERENCE = {"cpp": KERNELS["cpp"][0], "triton": library.output(KERNELS["triton"][0])}
-"""By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 
 class MobileToFormerFunction(torch.autograd.Function):
     """:func:`mvkernels.mobile_to_former` with its own backward.
 
     ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
-    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query and
-    x; on Triton also the output as it was before its rounding to a half type, and what is left of each token's
-    scores, their log-sum-exp: no scores. A second derivative raises RuntimeError.
+    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves its inputs
+    and nothing else: the backward recomputes the probabilities. A second derivative raises RuntimeError.
     """
 
     @staticmethod
@@ -108,16 +86,10 @@ class MobileToFormerFunction(torch.autograd.Function):
             backend = choose(OP, backend, arguments)
             query, x, scale = arguments
         ctx.settings = scale, backend
+        ctx.save_for_backward(query, x)
         if backend == "reference":
-            ctx.save_for_backward(query, x)
             return reference(query, x, scale)
-        found = (kernel or KERNELS[backend][0])(query, x, scale)  # type: ignore[index]
-        if backend == "cpp":
-            ctx.save_for_backward(query, x)
-            return found
-        out, lse, exact = found
-        ctx.save_for_backward(query, x, exact if exact.shape == out.shape else out, lse)
-        return out
+        return (kernel or KERNELS[backend][0])(query, x, scale)  # type: ignore[index]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -130,5 +102,5 @@ class MobileToFormerFunction(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, *saved, scale)
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved[:2]))
+                grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved))
         return *grads, None, None, None

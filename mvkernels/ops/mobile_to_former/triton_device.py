@@ -1,11 +1,11 @@
 """Triton kernels of mobile_to_former. triton_plan.py says what they are launched with.
 
-A *unit* is one (batch, head). Its pixels are cut into slices, a program each, so that few units fill a
-machine; tokens come in blocks, padded by mask. A map's tile is (pixels, channels) in two pieces, as
-patch_attention's (triton_tiles.py). Of a token's scores two numbers are kept: the highest, times log2(e), and
-the sum of the exponentials of the differences to it. (Their logarithm alone would cost a digit of the probabilities
-that the backward makes of it. And an output rounded to a half type would cost the gradient of a token that attends
-to one pixel all of its digits: it is the difference of two large numbers.) Every sum over pixels has two stages: in
+A *unit* is one (batch, head). Its pixels are cut into slices, a program each, so that few units fill a machine;
+tokens come in blocks, padded by mask. A map's tile is (pixels, channels) in two pieces, as patch_attention's
+(triton_tiles.py). The forward leaves nothing for the backward, which reads the map twice: for what softmax's
+derivative needs of each token's row of scores, a few numbers; then for the gradients, which are made of the same
+scores and products. (A row's sum made of the output, which was rounded, leaves a rounding error for the gradient of
+a pixel that has nearly all of the softmax, and large queries multiply it.) Every sum over pixels has two stages: in
 a program, pixel by pixel; then over the slices, in their order. Sums are float32, float64 for float64.
 """
 
@@ -48,34 +48,26 @@ def store_tokens(ptr, first, second, rows, keep, D: tl.constexpr, D0: tl.constex
     store_tile(ptr, first, second, rows.to(tl.int64) * D, keep, 1, D, D0, D1, 1, 1, True)
 
 
-@triton.jit
-def dot_rows(a0, a1, b0, b1, D1: tl.constexpr, ACC: tl.constexpr):
-    """Sums over channels of a b, row by row, in the type of the sums."""
-    total = tl.sum(a0.to(ACC) * b0.to(ACC), 1)
-    if D1 > 0:
-        total += tl.sum(a1.to(ACC) * b1.to(ACC), 1)
-    return total
-
-
+_GRAD = ["gsb", "gsh", "gsm", "gsd"]
 _QUERY = ["qsb", "qsh", "qsm", "qsd"]
 _MAP = ["xsb", "xsh", "xsd", "xsy", "xsx"]
 _SIZES = ["heads", "H", "W", "blocks", "slices", "steps"]
 
 
 # One program: a block of tokens against one slice of a unit's pixels, running maximum. With one slice it writes
-# the result (EXACT: and once more, before it is rounded); else what it summed, not yet divided, for forward_merge.
+# the result; else (SPLIT) what it summed, not yet divided, for forward_merge, with the highest score, times log2(e),
+# and the sum of the powers of two of the differences to it.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
 def forward_slices(
-    q_ptr, x_ptr, out_ptr, stats_ptr, exact_ptr, scale2, scale2_low,
+    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
     qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    unit, block, part = unit_of(pid, heads, blocks, slices)
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
     batch = unit // heads
     head = unit % heads
     factor = exact(scale2, scale2_low, ACC)
@@ -108,21 +100,19 @@ def forward_slices(
     row = unit * M + m
     if SPLIT:
         row += part * rows
+        tl.store(stats_ptr + row * 2, top, mask=keep_m)
+        tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
     else:
         sum0 = sum0 / total[:, None]
         sum1 = sum1 / total[:, None]
-    tl.store(stats_ptr + row * 2, top, mask=keep_m)
-    tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
     store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
-    if EXACT:
-        store_tokens(exact_ptr, sum0, sum1, row, keep_m, D, D0, D1)
 
 
 # Second stage: one program takes ROWS rows (batch, head, token) over all slices, in their order.
 @triton.jit(do_not_specialize=["rows", "slices"])
 def forward_merge(
-    sums_ptr, stats_ptr, out_ptr, merged_ptr, exact_ptr, rows, slices,
-    D: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+    sums_ptr, stats_ptr, out_ptr, rows, slices,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < rows
@@ -139,64 +129,180 @@ def forward_merge(
         weight = tl.exp2(tl.load(stats_ptr + at * 2, mask=keep, other=0.0) - base)
         total += weight * tl.load(stats_ptr + at * 2 + 1, mask=keep, other=0.0)
         sums += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + cols[None, :], mask=inside, other=0.0)
-    tl.store(merged_ptr + row * 2, highest, mask=keep)
-    tl.store(merged_ptr + row * 2 + 1, total, mask=keep)
     out = sums / total[:, None]
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
-    if EXACT:
-        tl.store(exact_ptr + row[:, None] * D + cols[None, :], out, mask=inside)
 
 
-# What the backward has to know of a block of tokens.
+# Scores (pixels, tokens), -inf outside. With this choice after it the product is rounded in both stages alike: the
+# compiler cannot fuse it with the difference to the highest score.
+@triton.jit
+def masked(products, factor, inside):
+    return tl.where(inside, products * factor, -float("inf"))
+
+
+# What is known of the rows of scores, one of a token, with one tile of scores and dP (pixels, tokens) more: the
+# highest score; the sum of e = 2 ** (score - highest); which pixel has the highest; the base, that pixel's dP; and
+# the rest, the sum of e (dP - base). The gradients of the scores do not depend on the base. With this one all terms
+# of the rest are of other pixels: its error is relative to their weight, and not to a dP that cancels out.
+@triton.jit
+def add_tile(scores, dp, n, top, total, index, base, rest):
+    highest = tl.max(scores, 0)
+    at = tl.min(tl.where(scores == highest[None, :], n[:, None], 2147483647), 0)
+    higher = highest > top
+    index = tl.where(higher, at, index)
+    own = n[:, None] == index[None, :]
+    moved = tl.where(higher, tl.sum(tl.where(own, dp, 0.0), 0), base)
+    highest = tl.maximum(top, highest)
+    # A row with no score above -inf yet has to stay 0, not become inf - inf.
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    e = tl.exp2(scores - shift[None, :])
+    fade = tl.exp2(top - shift)
+    # Before the first tile this adds 0 times the base: all of the row is NaN where that is not finite, as it should be.
+    rest = rest * fade + total * fade * (base - moved)
+    rest += tl.sum(tl.where(own, 0.0, e * (dp - moved[None, :])), 0)
+    total = total * fade + tl.sum(e, 0)
+    return highest, total, index, moved, rest
+
+
+@triton.jit
+def store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest):
+    """What is known of rows, as add_tile names it, to (rows, 4) and (rows)."""
+    tl.store(stats_ptr + row * 4, top, mask=keep)
+    tl.store(stats_ptr + row * 4 + 1, total, mask=keep)
+    tl.store(stats_ptr + row * 4 + 2, base, mask=keep)
+    tl.store(stats_ptr + row * 4 + 3, rest, mask=keep)
+    tl.store(index_ptr + row, index, mask=keep)
+
+
+@triton.jit
+def load_rows(stats_ptr, index_ptr, row, keep):
+    """(top, total, index, base, rest) as store_rows left them; of no row, those that make gradients of 0."""
+    top = tl.load(stats_ptr + row * 4, mask=keep, other=0.0)
+    total = tl.load(stats_ptr + row * 4 + 1, mask=keep, other=1.0)
+    base = tl.load(stats_ptr + row * 4 + 2, mask=keep, other=0.0)
+    rest = tl.load(stats_ptr + row * 4 + 3, mask=keep, other=0.0)
+    return top, total, tl.load(index_ptr + row, mask=keep, other=0), base, rest
+
+
+# The backward's first stage. One program: a block of tokens against one slice of a unit's pixels. It has the tokens and
+# their gradient in registers, reads the slice once, and writes four numbers and an index of each token.
+@triton.jit(do_not_specialize=_GRAD + _QUERY + _MAP + _SIZES)
+def backward_rows(
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    factor = exact(scale2, scale2_low, ACC)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    top = tl.full([TOKENS], -float("inf"), ACC)
+    total = tl.zeros([TOKENS], ACC)
+    index = tl.zeros([TOKENS], tl.int32)
+    base = tl.zeros([TOKENS], ACC)
+    rest = tl.zeros([TOKENS], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
+        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
+
+
+# Where there is more than one slice: one program takes ROWS rows over all slices, in their order. The next stage then
+# reads a row once, however many slices there are: with many tokens it reads each row for every tile of pixels.
+@triton.jit(do_not_specialize=["rows", "slices"])
+def backward_merge(
+    stats_parts_ptr, index_parts_ptr, stats_ptr, index_ptr, rows, slices, ROWS: tl.constexpr, LOOP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < rows
+    top, total, index, base, rest = load_rows(stats_parts_ptr, index_parts_ptr, row, keep)
+    for part in range(1, slices if LOOP == 0 else LOOP):
+        at = row + part * rows
+        top_b, total_b, index_b, base_b, rest_b = load_rows(stats_parts_ptr, index_parts_ptr, at, keep)
+        higher = top_b > top
+        highest = tl.maximum(top, top_b)
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        moved = tl.where(higher, base_b, base)
+        fade = tl.exp2(top - shift)
+        fade_b = tl.exp2(top_b - shift)
+        rest = fade * (rest + total * (base - moved)) + fade_b * (rest_b + total_b * (base_b - moved))
+        total = fade * total + fade_b * total_b
+        top = highest
+        index = tl.where(higher, index_b, index)
+        base = moved
+    store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest)
+
+
+# Probabilities and the gradient of the scores, (pixels, tokens), of a tile's scores and dP. backward_rows had the
+# same scores, for it sums the same tiles in the same way: where a pixel is all of a row p is 1, and the gradient of
+# its score 0.
+@triton.jit
+def gradients(scores, dp, n, inside, top, total, index, base, rest):
+    share = 1.0 / total
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    p = tl.exp2(scores - shift[None, :]) * share[None, :]
+    dp = tl.where(n[:, None] == index[None, :], 0.0, dp - base[None, :])
+    return p, tl.where(inside, p * (dp - (rest * share)[None, :]), 0.0)
+
+
+# Queries of a block of tokens, their gradient, and what is known of their rows.
 @triton.jit
 def _token_block(
-    block, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
-    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
+    block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
-    TOKENS: tl.constexpr, ACC: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     m = block * TOKENS + tl.arange(0, TOKENS)
     keep = m < M
     q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
-    o0, o1 = load_tokens(o_ptr, batch, head, m, keep, osb, osh, osm, osd, D, D0, D1, LO, AO)
-    top = tl.load(stats_ptr + (unit * M + m) * 2, mask=keep, other=0.0)
-    share = 1.0 / tl.load(stats_ptr + (unit * M + m) * 2 + 1, mask=keep, other=1.0)
-    base = tl.where(top == -float("inf"), 0.0, top)
-    return q0, q1, g0, g1, base, share, dot_rows(g0, g1, o0, o1, D1, ACC), keep
+    top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep)
+    return q0, q1, g0, g1, keep, top, total, index, base, rest
 
 
-# Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens.
 @triton.jit
 def _gradients(
-    x0, x1, keep, several, q0, q1, g0, g1, base, share, delta, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr
-):
+    x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor,
+    D1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     inside = keep[:, None] & keep_m[None, :]
-    p = tl.where(inside, tl.exp2(dot_nt(x0, x1, q0, q1, D1, PRECISION) * factor - base[None, :]) * share[None, :], 0.0)
-    # The score of an only pixel has no gradient, nor has one that is all of the softmax: two ways to round the same
-    # sum would leave some, and large queries multiply it.
-    below_1 = tl.where(p >= 1.0, 0.0, p)
-    ds = tl.where(inside & several, below_1 * (dot_nt(x0, x1, g0, g1, D1, PRECISION) - delta[None, :]), 0.0)
+    scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, inside)
+    dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+    p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
     return p.to(x0.dtype), ds.to(x0.dtype)
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
 # Both at once with one block of tokens; beyond that a launch each, the second with a program for each block.
-@triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES + ["gsb", "gsh", "gsm", "gsd", "osb", "osh", "osm", "osd"])
+@triton.jit(do_not_specialize=_GRAD + _QUERY + _MAP + _SIZES)
 def backward_slices(
-    g_ptr, q_ptr, x_ptr, o_ptr, stats_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
-    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, osb, osh, osm, osd, xsb, xsh, xsd, xsy, xsx,
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx,
     heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    unit, block, part = unit_of(pid, heads, blocks, slices)
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
     batch = unit // heads
     head = unit % heads
     factor = exact(scale2, scale2_low, ACC)
@@ -205,10 +311,9 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    q0, q1, g0, g1, base, share, delta, keep_m = _token_block(
-        block, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
-        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
-        M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
+    q0, q1, g0, g1, keep_m, top, total, index, base, rest = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS,
     )  # fmt: skip
     dq0 = tl.zeros([TOKENS, D0], ACC)
     dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
@@ -217,7 +322,9 @@ def backward_slices(
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
-        p, ds = _gradients(x0, x1, keep, pixels > 1, q0, q1, g0, g1, base, share, delta, keep_m, factor, D1, PRECISION)
+        p, ds = _gradients(
+            x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor, D1, PRECISION
+        )
         if DTOKENS:
             dst = tl.trans(ds)
             dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
@@ -231,14 +338,14 @@ def backward_slices(
                 dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
-                a0, a1, b0, b1, base_b, share_b, delta_b, keep_b = _token_block(
-                    other, batch, head, unit, q_ptr, g_ptr, o_ptr, stats_ptr,
-                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, osb, osh, osm, osd,
-                    M, D, D0, D1, LQ, AQ, LG, AG, LO, AO, TOKENS, ACC,
+                a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b = _token_block(
+                    other, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS,
                 )  # fmt: skip
                 p, ds = _gradients(
-                    x0, x1, keep, pixels > 1, a0, a1, b0, b1, base_b, share_b, delta_b, keep_b, factor, D1, PRECISION
-                )
+                    x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,
+                    D1, PRECISION,
+                )  # fmt: skip
                 dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:

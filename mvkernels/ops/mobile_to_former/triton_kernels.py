@@ -1,9 +1,10 @@
 """mobile_to_former on Triton.
 
 Forward: ``forward_slices`` reads the map once, a slice of its pixels a program; with more than one slice
-``forward_merge`` puts the slices together. Backward: ``backward_slices`` reads it once more and writes dx, with
-what each slice adds to dquery; ``sum_slices`` adds that up. What follows from shapes, strides and dtype is
-planned once and cached (triton_plan.py); the static audit compiles the very same launches.
+``forward_merge`` puts the slices together. Backward: ``backward_rows`` reads the map for the sums of each token's
+row, which ``backward_merge`` puts together, and ``backward_slices`` reads it again and writes dx, with what each slice
+adds to dquery; ``sum_slices`` adds that up. What follows from shapes, strides and dtype is planned once and cached
+(triton_plan.py); the static audit compiles the very same launches.
 """
 
 from __future__ import annotations
@@ -90,39 +91,38 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """query (B, h, M, D), x (B, h, D, H, W) -> (out (B, h, M, D), lse (B, h, M, 2), exact), contiguous.
+def forward(query: torch.Tensor, x: torch.Tensor, scale: float) -> torch.Tensor:
+    """query (B, h, M, D), x (B, h, D, H, W) -> (B, h, M, D), contiguous.
 
-    lse is float32 (float64 for float64): of each token's scores, times log2(e), the highest; and the sum of the
-    powers of two of their differences to it. exact is the output in float32 for half types, else empty.
     Inputs are read in place, whatever their strides.
     """
     launches, slices = forward_launches(problem_of(TO_FORMER, x, query.shape[2], (("q", query), ("x", x))))
-    dtype = sums_dtype(x.dtype)
     out = query.new_empty(query.shape)
-    tensors = {"q": query, "x": x, "o": out, "lse": query.new_empty((*query.shape[:3], 2), dtype=dtype)}
-    exact = query.new_empty(out.shape if dtype != out.dtype else (0,), dtype=dtype)
-    tensors["exact"] = exact if exact.numel() else tensors["lse"]  # a pointer that is not used must be one
+    tensors = {"q": query, "x": x, "o": out}
     if slices > 1:
+        dtype = sums_dtype(x.dtype)
         tensors["sums"] = query.new_empty((slices, *query.shape), dtype=dtype)
         tensors["stats"] = query.new_empty((slices, *query.shape[:3], 2), dtype=dtype)
     run(launches, tensors, scale)
-    return out, tensors["lse"], exact
+    return out
 
 
 def backward(
-    grad: torch.Tensor, query: torch.Tensor, x: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, scale: float
+    grad: torch.Tensor, query: torch.Tensor, x: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dquery, contiguous; dx, dense in the order of x).
 
-    grad (B, h, M, D) with any strides; lse is forward's, out its exact output where there is one.
-    No atomics: the same bits in every run.
+    grad (B, h, M, D) with any strides. No atomics: the same bits in every run.
     """
-    named = (("g", grad), ("q", query), ("o", out), ("x", x))
+    named = (("g", grad), ("q", query), ("x", x))
     launches, slices = backward_launches(problem_of(TO_FORMER, x, query.shape[2], named))
-    made = {"dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
-    tensors = dict(named) | {"exact": out, "lse": lse} | made
+    tensors = dict(named) | {"dq": query.new_empty(query.shape), "dx": empty_map(x, x.shape[2])}
+    dtype, rows = sums_dtype(x.dtype), query.shape[:3]
+    tensors["stats"] = query.new_empty((*rows, 4), dtype=dtype)
+    tensors["index"] = query.new_empty(rows, dtype=torch.int32)
     if slices > 1:
-        tensors["dq_sums"] = query.new_empty((slices, *query.shape), dtype=sums_dtype(x.dtype))
+        tensors["stats_parts"] = query.new_empty((slices, *rows, 4), dtype=dtype)
+        tensors["index_parts"] = query.new_empty((slices, *rows), dtype=torch.int32)
+        tensors["dq_sums"] = query.new_empty((slices, *query.shape), dtype=dtype)
     run(launches, tensors, scale)
     return tensors["dq"], tensors["dx"]

@@ -109,19 +109,23 @@ class Plan:
 
     def launch(self, kernel: Any, blocks: int, pointers: tuple[str, ...], floats: tuple[str, ...],
                meta: dict[str, Any]) -> Launch:  # fmt: skip
-        """A program for every slice of every unit, for each of so many blocks of tokens and each piece of a head."""
-        blocks *= self.pieces
+        """A program for every slice of every unit, for each of so many blocks of tokens (and pieces of a head)."""
         ints = (*self.strides(), *self.map.sizes[:3], blocks, self.slices, self.steps, self.rows)
-        meta = self.meta | meta | {"LOOP": self.loop(self.steps)}
-        return Launch(
-            kernel, self.kernel, self.units * blocks * self.slices, pointers, floats, ints, meta, self.options
-        )
+        grid, meta = self.units * blocks * self.slices, meta | {"LOOP": self.loop(self.steps)}
+        return Launch(kernel, kernel.fn.__name__, grid, pointers, floats, ints, meta, self.options)
+
+    def merge(self, kernel: Any, rows: int, pointers: tuple[str, ...], meta: dict[str, Any]) -> Launch:
+        """A program for so many of the rows (batch, head, token), over all slices."""
+        meta = meta | {"ROWS": rows, "LOOP": self.loop(self.slices)}
+        grid, ints, options = -(-self.rows // rows), (self.rows, self.slices), {"num_warps": 4, "num_stages": 1}
+        return Launch(kernel, kernel.fn.__name__, grid, pointers, (), ints, meta, options)
 
     def backward(self, kernel: Any, pointers: tuple[str, ...], meta: dict[str, Any]) -> list[Launch]:
         """Gradients of map and tokens: at once with one block of tokens, else one after the other."""
         both = [(1, True, True)] if self.token_blocks == 1 else [(1, True, False), (self.token_blocks, False, True)]
+        meta = self.meta | meta
         return [
-            self.launch(kernel, blocks, pointers, SCALES, meta | {"DX": dx, "DTOKENS": dtokens})
+            self.launch(kernel, blocks * self.pieces, pointers, SCALES, meta | {"DX": dx, "DTOKENS": dtokens})
             for blocks, dx, dtokens in both
         ]
 
@@ -143,42 +147,38 @@ class Plan:
 
 @launch.memo
 def forward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a forward call; tensors ``q x o lse exact``, with more than one slice ``sums stats``."""
+    """(launches, slices) of a forward call; tensors ``q x o``, with more than one slice ``sums stats``."""
     plan = Plan(problem, "forward_slices", "qx")
     split = plan.slices > 1
-    pointers = ("q", "x", "sums", "stats", "exact") if split else ("q", "x", "o", "lse", "exact")
-    half = problem.dtype.itemsize == 2
+    # A pointer that is not used must be one.
+    pointers = ("q", "x", "sums", "stats") if split else ("q", "x", "o", "o")
     kernel = triton_wide.forward_wide if plan.wide else triton_device.forward_slices
-    launches = [plan.launch(kernel, plan.token_blocks, pointers, SCALE2, {"SPLIT": split, "EXACT": half and not split})]
+    blocks = plan.token_blocks * plan.pieces
+    launches = [plan.launch(kernel, blocks, pointers, SCALE2, plan.meta | {"SPLIT": split})]
     if split:
         d = problem.shape[2]
         wide = max(16, 1 << (d - 1).bit_length())
-        rows = max(1, 512 // wide)
-        merge = {"D": d, "EXACT": half, "WIDTH": wide, "ROWS": rows, "LOOP": plan.loop(plan.slices)}
-        launches.append(
-            Launch(
-                triton_device.forward_merge,
-                "forward_merge",
-                -(-plan.rows // rows),
-                ("sums", "stats", "o", "lse", "exact"),
-                (),
-                (plan.rows, plan.slices),
-                merge,
-                {"num_warps": 4, "num_stages": 1},
-            )
-        )
+        meta = {"D": d, "WIDTH": wide}
+        launches.append(plan.merge(triton_device.forward_merge, max(1, 512 // wide), ("sums", "stats", "o"), meta))
     return launches, plan.slices
 
 
 @launch.memo
 def backward_launches(problem: Problem) -> tuple[list[Launch], int]:
-    """(launches, slices) of a backward call; tensors ``g q x exact lse dq dx``, with more than one slice ``dq_sums``.
+    """(launches, slices) of a backward call; tensors ``g q x stats index dq dx``.
 
-    Floats ``scale scale_low scale2 scale2_low``.
+    With more than one slice also ``stats_parts index_parts dq_sums``. Floats ``scale scale_low scale2 scale2_low``.
+    Both stages have one plan, and so the same tiles: a score is the same bits in both.
     """
-    plan = Plan(problem, "backward_slices", "gqox")
+    plan = Plan(problem, "backward_slices", "gqx")
     split = plan.slices > 1
-    pointers = ("g", "q", "x", "exact", "lse", "dq_sums" if split else "dq", "dx")
+    rows, whole = ("stats_parts", "index_parts"), ("stats", "index")
+    kernel = triton_wide.rows_wide if plan.wide else triton_device.backward_rows
+    meta = {name: value for name, value in plan.meta.items() if name != "SLICE"}
+    launches = [plan.launch(kernel, plan.token_blocks, ("g", "q", "x", *(rows if split else whole)), SCALE2, meta)]
+    if split:
+        launches.append(plan.merge(triton_device.backward_merge, 128, (*rows, *whole), {}))
     kernel = triton_wide.backward_wide if plan.wide else triton_device.backward_slices
-    launches = plan.backward(kernel, pointers, plan.made_map("D"))
+    pointers = ("g", "q", "x", *whole, "dq_sums" if split else "dq", "dx")
+    launches += plan.backward(kernel, pointers, plan.made_map("D"))
     return launches + ([plan.sum_slices("dq")] if split else []), plan.slices

@@ -8,7 +8,19 @@ that lies in registers grows with head_dim.
 import triton
 import triton.language as tl
 
-from mvkernels.ops.mobile_to_former.triton_device import _MAP, _QUERY, _SIZES, exact, unit_of
+from mvkernels.ops.mobile_to_former.triton_device import (
+    _GRAD,
+    _MAP,
+    _QUERY,
+    _SIZES,
+    add_tile,
+    exact,
+    gradients,
+    load_rows,
+    masked,
+    store_rows,
+    unit_of,
+)
 from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, row_offsets
 
 
@@ -78,14 +90,14 @@ def products(
     return total
 
 
-# One program: as forward_slices, of a piece of the channels. The first piece writes what is kept of the scores.
+# One program: as forward_slices, of a piece of the channels. The first piece writes what the slices are merged by.
 @triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES)
 def forward_wide(
-    q_ptr, x_ptr, out_ptr, stats_ptr, exact_ptr, scale2, scale2_low,
+    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
     qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, DEPTH: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -126,38 +138,24 @@ def forward_wide(
     row = unit * M + m
     if SPLIT:
         row += part * rows
+        first = keep_m & (start == 0)
+        tl.store(stats_ptr + row * 2, top, mask=first)
+        tl.store(stats_ptr + row * 2 + 1, total, mask=first)
     else:
         sums = sums / total[:, None]
-    first = keep_m & (start == 0)
-    tl.store(stats_ptr + row * 2, top, mask=first)
-    tl.store(stats_ptr + row * 2 + 1, total, mask=first)
     store_slice(out_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
-    if EXACT:
-        store_slice(exact_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
 
 
-# Probabilities and the gradient of the scores, (pixels, tokens), of a tile and a block of tokens; and its tokens.
+# Scores and dP, (pixels, tokens), of a tile and a block of tokens, and which of them are inside. Both stages of the
+# backward call this, so that their scores are the same.
 @triton.jit
-def _gradients(
-    block, unit, q_ptr, g_ptr, o_ptr, stats_ptr, x_ptr, at, keep, several, factor,
-    qsm, qsd, gsm, gsd, osm, osd, xsd,
-    M: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+def _scores(
+    q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
+    D: tl.constexpr, DEPTH: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr,
+    LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    m = block * TOKENS + tl.arange(0, TOKENS)
-    keep_m = m < M
-    q_rows = token_rows(m, qsm, LQ, AQ)
-    g_rows = token_rows(m, gsm, LG, AG)
-    o_rows = token_rows(m, osm, LO, AO)
-    delta = tl.zeros([TOKENS], ACC)
-    for start in range(0, D, DEPTH):
-        g = load_slice(g_ptr, g_rows, keep_m, gsd, start, DEPTH, D, LG, AG, True)
-        o = load_slice(o_ptr, o_rows, keep_m, osd, start, DEPTH, D, LO, AO, True)
-        delta += tl.sum(g.to(ACC) * o.to(ACC), 1)
-    top = tl.load(stats_ptr + (unit * M + m) * 2, mask=keep_m, other=0.0)
-    share = 1.0 / tl.load(stats_ptr + (unit * M + m) * 2 + 1, mask=keep_m, other=1.0)
-    base = tl.where(top == -float("inf"), 0.0, top)
+    inside = keep[:, None] & keep_m[None, :]
     scores = products(
         x_ptr, at, keep, xsd, q_ptr, q_rows, keep_m, qsd,
         BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LQ, AQ, True, PRECISION, ACC,
@@ -166,22 +164,58 @@ def _gradients(
         x_ptr, at, keep, xsd, g_ptr, g_rows, keep_m, gsd,
         BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LG, AG, True, PRECISION, ACC,
     )  # fmt: skip
-    inside = keep[:, None] & keep_m[None, :]
-    p = tl.where(inside, tl.exp2(scores * factor - base[None, :]) * share[None, :], 0.0)
-    # As in triton_device.py: where a score is all of the softmax, it has no gradient.
-    ds = tl.where(inside & several, tl.where(p >= 1.0, 0.0, p) * (dp - delta[None, :]), 0.0)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    return p.to(dtype), ds.to(dtype), q_rows, g_rows, keep_m
+    return masked(scores, factor, inside), dp, inside
+
+
+# One program: as backward_rows. It needs no piece of the channels: all that it sums are scalars of a token.
+@triton.jit(do_not_specialize=_GRAD + _QUERY + _MAP + _SIZES)
+def rows_wide(
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, DEPTH: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    factor = exact(scale2, scale2_low, ACC)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    g_ptr += plane(batch, head, gsb, gsh, LG, AG)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    q_rows = token_rows(m, qsm, LQ, AQ)
+    g_rows = token_rows(m, gsm, LG, AG)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    top = tl.full([TOKENS], -float("inf"), ACC)
+    total = tl.zeros([TOKENS], ACC)
+    index = tl.zeros([TOKENS], tl.int32)
+    base = tl.zeros([TOKENS], ACC)
+    rest = tl.zeros([TOKENS], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
+        scores, dp, _inside = _scores(
+            q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
+            D, DEPTH, LQ, AQ, LG, AG, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
+        )  # fmt: skip
+        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
 # One program: as backward_slices, of a piece of the channels.
-@triton.jit(do_not_specialize=_QUERY + _MAP + _SIZES + ["gsb", "gsh", "gsm", "gsd", "osb", "osh", "osm", "osd"])
+@triton.jit(do_not_specialize=_GRAD + _QUERY + _MAP + _SIZES)
 def backward_wide(
-    g_ptr, q_ptr, x_ptr, o_ptr, stats_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
-    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, osb, osh, osm, osd, xsb, xsh, xsd, xsy, xsx,
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx,
     heads, H, W, blocks, slices, steps, rows,
     M: tl.constexpr, D: tl.constexpr, SLICE: tl.constexpr, DEPTH: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LO: tl.constexpr, AO: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
@@ -197,7 +231,6 @@ def backward_wide(
     scale = exact(scale, scale_low, ACC)
     q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
     g_ptr += plane(batch, head, gsb, gsh, LG, AG)
-    o_ptr += plane(batch, head, osb, osh, LO, AO)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
@@ -211,11 +244,18 @@ def backward_wide(
         dx = tl.zeros([BLOCK, SLICE], ACC)
         # Every block of tokens for the pixels' gradient, else the program's own.
         for other in range(0, (M + TOKENS - 1) // TOKENS if DX else 1):
-            p, ds, q_rows, g_rows, keep_m = _gradients(
-                other if DX else block, unit, q_ptr, g_ptr, o_ptr, stats_ptr, x_ptr, at, keep, pixels > 1, factor,
-                qsm, qsd, gsm, gsd, osm, osd, xsd,
-                M, D, DEPTH, LQ, AQ, LG, AG, LO, AO, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
+            m = (other if DX else block) * TOKENS + tl.arange(0, TOKENS)
+            keep_m = m < M
+            q_rows = token_rows(m, qsm, LQ, AQ)
+            g_rows = token_rows(m, gsm, LG, AG)
+            scores, dp, inside = _scores(
+                q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
+                D, DEPTH, LQ, AQ, LG, AG, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
             )  # fmt: skip
+            top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep_m)
+            p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
+            p = p.to(x_ptr.dtype.element_ty)
+            ds = ds.to(x_ptr.dtype.element_ty)
             if DTOKENS:
                 here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE)
                 dq = tl.dot(tl.trans(ds), here, dq, input_precision=PRECISION, out_dtype=ACC)
