@@ -70,7 +70,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"lse", "exact", "delta", "share", "partial", "stats", "sums", "dsums", "parts", "p", "pw"}
+    sums = {"lse", "delta", "share", "partial", "stats", "sums", "dsums", "parts", "p", "pw"}
     sums |= {"stats_parts", "dq_sums", "dk_sums", "dv_sums", "ffn_sums", "qkv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     indices = {"index", "index_parts"}
