@@ -59,7 +59,6 @@ def is_wide(key: Mapping[str, Any]) -> bool:
 
 
 @heuristic(TO_FORMER, "forward_wide")
-@heuristic(TO_FORMER, "backward_wide")
 @heuristic(TO_MOBILE, "forward_wide")
 def _wide(key: Mapping[str, Any]) -> Config:
     block, piece, depth, warps = {"tf32": (32, 64, 32, 4), "f64": (16, 32, 16, 8)}.get(key["dtype"], (32, 64, 32, 8))
@@ -68,10 +67,11 @@ def _wide(key: Mapping[str, Any]) -> Config:
     return {"BLOCK": block, "SLICE": piece, "DEPTH": depth, "PROGRAMS": 8, "num_warps": warps, "num_stages": 1}
 
 
+@heuristic(TO_FORMER, "backward_wide")
 @heuristic(TO_MOBILE, "backward_wide")
 def _wide_gradients(key: Mapping[str, Any]) -> Config:
     config = _wide(key)
-    # It sums twice as much as the others: for keys and for values.
+    # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores.
     if key["dtype"] == "tf32":
         return config | {"BLOCK": config["BLOCK"] // 2}
     return config | {"SLICE": config["SLICE"] // 2} if key["dtype"] == "f64" else config

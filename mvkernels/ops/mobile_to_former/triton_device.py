@@ -255,9 +255,11 @@ def backward_merge(
 def gradients(scores, dp, n, inside, top, total, index, base, rest):
     share = 1.0 / total
     shift = tl.where(top == -float("inf"), 0.0, top)
+    rest = rest * share
     p = tl.exp2(scores - shift[None, :]) * share[None, :]
-    dp = tl.where(n[:, None] == index[None, :], 0.0, dp - base[None, :])
-    return p, tl.where(inside, p * (dp - (rest * share)[None, :]), 0.0)
+    # The base cancels out for the row's own pixel alone; for the others what it rounds off is relative to their weight.
+    dp = tl.where(n[:, None] == index[None, :], -rest[None, :], dp - (base + rest)[None, :])
+    return p, tl.where(inside, p * dp, 0.0)
 
 
 # Queries of a block of tokens, their gradient, and what is known of their rows.
