@@ -106,3 +106,21 @@ def test_the_exact_value_rounded_once_is_right_where_the_formula_overflows(dtype
     assert testing.compare("out", exact.to(dtype), exact, overflown).ok
     step = torch.finfo(dtype).eps * 3e4
     assert not testing.compare("out", (exact + 3 * step).to(dtype), exact, overflown).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_exact_value_that_the_dtype_cannot_hold_may_be_infinite(dtype):
+    most = torch.finfo(dtype).max
+    exact = torch.tensor([1.0, 3 * most, -1.5 * most], dtype=torch.float64)
+    assert testing.compare("out", exact.to(dtype), exact, exact.to(dtype)).ok
+    for wrong in (torch.tensor([1.0, most / 4, -most]), torch.tensor([float("inf"), most, -most]), -exact):
+        assert not testing.compare("out", wrong.to(dtype), exact, exact.to(dtype)).ok
+    assert not testing.compare("out", torch.tensor([most], dtype=dtype), torch.tensor([float("inf")]), exact[:1]).ok
+
+
+def test_half_types_may_err_as_float32_does_where_their_formula_is_exact_by_luck():
+    """Keys that are all the same: in float16 the weights are 1/N and what they leave of the gradient is exactly 0."""
+    generator = torch.Generator().manual_seed(0)
+    query, value = torch.randn(2, 1, 2, 100, 2, 3, generator=generator).half()
+    arguments = {"query": query, "key": torch.full_like(query, 100), "value": value + 100, "patch_size": 2}
+    assert all(each.ok for each in testing.check(OP, arguments, "reference"))

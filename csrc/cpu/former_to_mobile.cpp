@@ -181,9 +181,10 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
       softmax_rows<T, G>(M, count * G, s, nullptr, K * G, T(factor.scores));
       for (int64_t g = 0; g < groups; ++g) {
         const Spread<T> set = {s + g * K * G, v + g * G * ldk};
-        const T* start = g ? out : a.residual ? rows : nullptr;
+        const T* start = g ? out : a.residual && groups == 1 ? rows : nullptr;
         spread_rows<T, G>(smaller(M - g * G, G), D, count, &set, 1, ldk, start, g ? ldo : ld, out, ldo);
       }
+      if (a.residual && groups > 1) add_rows<T>(D, count, rows, ld, out, ldo);
       y.put(n, count, out_packed, ldk);
     }
   }
@@ -300,11 +301,12 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t some = smaller(M - g * G, G), at = g * G * ldk;
         const Spread<T> set = {ds + g * K * G, k_scaled + at};
-        const T* start = g ? out : a.residual ? grads : nullptr;
+        const T* start = g ? out : a.residual && groups == 1 ? grads : nullptr;
         spread_rows<T, G>(some, D, count, &set, 1, ldk, start, g ? ldd : ldg, out, ldd);
         weigh<T, G>(some, D, count, ds + g * K * G, rows, ld, dk + at, ldk, nullptr, blocks.first());
         weigh<T, G>(some, D, count, s + g * K * G, grads, ldg, dv + at, ldk, nullptr, blocks.first());
       }
+      if (a.residual && groups > 1) add_rows<T>(D, count, grads, ldg, out, ldd);
       dx.put(n, count, dpacked, ldk);
     }
     for (int64_t m = 0; m < M; ++m) {

@@ -270,6 +270,18 @@ static void spread_rows(
   }
 }
 
+// Adds D dims of every pixel to what is in out. With more than one group of tokens a map's own pixels are added after all
+// of them: they may be large, and each addition to them would round as much.
+template <class T>
+static void add_rows(int64_t D, int64_t count, const T* rows, int64_t ld, T* out, int64_t ldo) {
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t d = 0; d < D; d += W<T>) {
+      const int lanes = at_most<T>(D - d);
+      T* to = out + n * ldo + d;
+      store_partial<T>(to, load_partial<T>(to, lanes) + load_partial<T>(rows + n * ld + d, lanes), lanes);
+    }
+}
+
 // One (batch, head) of a map as rows: in place where memory has them so, else in scratch.
 template <class T, class S>
 struct Rows {

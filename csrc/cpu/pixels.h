@@ -232,11 +232,16 @@ template <class T>
 static void spread(
     int64_t M, int64_t D, int64_t count, const T* a, int64_t lda, const T* r, int64_t ldr, const T* start, int64_t lds,
     T* out, int64_t ldo) {
+  // Another start is added when all is summed: it may be large, and each addition to it would round as much.
+  const bool apart = start && start != out && M > kTokens;
   for (int64_t m = 0; m < M; m += kTokens)
     for_tokens(M - m < kTokens ? M - m : kTokens, [&](auto J) {
-      const T* from = m ? out : start;
+      const T* from = m ? out : apart ? nullptr : start;
       spread_of<T, J.value>(count, D, a + m * lda, lda, r + m * ldr, ldr, from, m ? ldo : lds, out, ldo);
     });
+  for (int64_t d = 0; apart && d < D; ++d)
+    for (int64_t n = 0; n < count; n += W<T>)
+      store<T>(out + d * ldo + n, load<T>(out + d * ldo + n) + load<T>(start + d * lds + n));
 }
 
 // out[d] = sum of the lanes of acc[d] * factor, for D vectors; out has whole vectors.

@@ -234,3 +234,13 @@ def test_why_not():
         runs, reason = mvkernels.can_run("former_to_mobile", backend, *(t.to("meta") for t in (x, key, key)))
         assert not runs and reason
     assert mvkernels.former_to_mobile(x, key, key).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("strides", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("count", [17, 128])
+def test_a_large_map_is_added_once_to_the_sum_over_all_tokens(backend, strides, count):
+    generator = torch.Generator().manual_seed(0)
+    x = testing.make_map((1, 2, 16, 5, 7), strides, generator=generator)
+    key, value = torch.randn(2, 1, 2, count, 16, generator=generator)
+    assert_ok(testing.check(OP, {"x": x.mul_(1e4), "key": key, "value": value, "scale": 1e-4}, backend))

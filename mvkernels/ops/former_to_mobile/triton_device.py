@@ -195,6 +195,11 @@ def backward_slices(
             dx1 = dx0
             if D1 > 0:
                 dx1 = tl.dot(ds, k1, input_precision=PRECISION, out_dtype=ACC)
+            # The sum of a pixel's ds is 0, but for their rounding to a half type: what that leaves is taken off again,
+            # times the mean key.
+            left = tl.sum(ds.to(ACC), 1)
+            keys0 = tl.sum(k0.to(ACC), 0)
+            keys1 = tl.sum(k1.to(ACC), 0)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b = _token_block(
                     other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
@@ -206,9 +211,13 @@ def backward_slices(
                 dx0 = tl.dot(ds, a0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:
                     dx1 = tl.dot(ds, a1, dx1, input_precision=PRECISION, out_dtype=ACC)
-            dx0 = dx0 * scale
+                left += tl.sum(ds.to(ACC), 1)
+                keys0 += tl.sum(a0.to(ACC), 0)
+                keys1 += tl.sum(a1.to(ACC), 0)
+            left = (left / M)[:, None]
+            dx0 = (dx0 - left * keys0[None, :]) * scale
             if D1 > 0:
-                dx1 = dx1 * scale
+                dx1 = (dx1 - left * keys1[None, :]) * scale
             if RESIDUAL:
                 dx0 += g0.to(ACC)
                 if D1 > 0:

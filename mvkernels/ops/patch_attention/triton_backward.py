@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_forward import bias_tile
-from mvkernels.ops.patch_attention.triton_rows import ROWS, load_rows, masked, scores_of, store_rows, whole_rows
+from mvkernels.ops.patch_attention.triton_rows import (
+    ROWS,
+    load_rows,
+    masked,
+    scores_of,
+    store_rows,
+    whole_rows,
+    without_mean_key,
+)
 from mvkernels.ops.patch_attention.triton_tiles import (
     LOG2E,
     dense_strides,
@@ -87,12 +95,13 @@ def backward_unit(
     store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
     ds = ds.to(k0.dtype)
     dst = tl.trans(ds)
-    dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
+    over = 1.0 / tokens.to(tl.float32)
+    dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 1) * scale
     dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
     dq1 = dq0
     dk1 = dk0
     if D1 > 0:
-        dq1 = tl.dot(ds, k1, input_precision=PRECISION) * scale
+        dq1 = without_mean_key(tl.dot(ds, k1, input_precision=PRECISION), ds, k1, over, 1) * scale
         dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
     dq_rows = row_offsets(y, x, dqy, dqx, DLQ, AD, LINEAR)
     dk_rows = row_offsets(y, x, dky, dkx, DLK, AD, LINEAR)
@@ -155,12 +164,14 @@ def _queries(
         top = highest
         p = tl.exp2(scores - used[:, None])
         ds = tl.where(inside, p * (dp - base[:, None]), 0.0)
-        total *= fade
-        rest = rest * fade + total * (before - base) + tl.sum(ds, 1)
-        total += tl.sum(p, 1)
-        shift = (before - base)[:, None]
+        shift = before - base
+        # Sums of what was rounded, so that the mean of the keys leaves nothing in dQ.
         p = p.to(k0.dtype)
         ds = ds.to(k0.dtype)
+        total *= fade
+        rest = rest * fade + total * shift + tl.sum(ds.to(tl.float32), 1)
+        total += tl.sum(p.to(tl.float32), 1)
+        shift = shift[:, None]
         pk0 *= fade[:, None]
         dq0 = tl.dot(ds, k0, dq0 * fade[:, None] + pk0 * shift, input_precision=PRECISION)
         pk0 = tl.dot(p, k0, pk0, input_precision=PRECISION)
@@ -359,12 +370,13 @@ def backward_packed(
 
     dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
     dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
-    dq0 = tl.dot(ds, k0, input_precision=PRECISION) * scale
+    over = 1.0 / tl.maximum(tokens, 1).to(tl.float32)[:, None]
+    dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 2) * scale
     dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
     dq1 = dq0
     dk1 = dk0
     if D1 > 0:
-        dq1 = tl.dot(ds, k1, input_precision=PRECISION) * scale
+        dq1 = without_mean_key(tl.dot(ds, k1, input_precision=PRECISION), ds, k1, over, 2) * scale
         dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
     dq_rows = rows3(batch * dqb + head * dqh, y, x, dqy, dqx, DLQ, AD)
     dk_rows = rows3(batch * dkb + head * dkh, y, x, dky, dkx, DLK, AD)

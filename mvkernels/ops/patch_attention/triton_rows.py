@@ -62,6 +62,16 @@ def whole_rows(scores, dp, inside, n, AXIS: tl.constexpr):
 
 
 @triton.jit
+def without_mean_key(dq, ds, k, over, AXIS: tl.constexpr):
+    """dS K, given as dq, less what the mean key adds to it; ``over`` is 1 / the number of keys.
+
+    The sum of a row of dS is 0, but for its rounding to a half type.
+    """
+    left = tl.expand_dims(tl.sum(ds.to(tl.float32), AXIS), AXIS)
+    return dq - left * tl.expand_dims(tl.sum(k.to(tl.float32), AXIS - 1) * over, AXIS - 1)
+
+
+@triton.jit
 def store_rows(ptr, area, keep, top, share, delta, rest, peak):
     """Leave planes of ``area`` pixels for another kernel: P = 2^(score - top) share; delta, rest, and the peak."""
     tl.store(ptr, top, mask=keep)
