@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,7 +39,9 @@ _QUERIES = frozenset(("q", "query", "queries", "wq", "qs", "toq"))
 _KEYS = frozenset(("k", "key", "keys", "wk", "ks", "tok", "kv", "kvs", "tokv", "wkv"))
 _HEADS = re.compile(r"^n_?heads?$|num_(?:\w+_)?heads?$|^heads$|^head_dim$|^dim_head$|^attention_head_size$|^nhead$")
 _Function = FunctionType | BuiltinFunctionType
-_CALLED = (FunctionType, BuiltinFunctionType, functools.partial)
+_CALLED = (FunctionType, BuiltinFunctionType, MethodType, functools.partial, dict, list, tuple)
+_OWN = frozenset(vars(nn.Module()))
+"""What every module has, hooks among them."""
 # A limit on what is followed, for code that is generated or that calls half of its package.
 _MOST_FUNCTIONS = 100
 
@@ -116,7 +119,7 @@ def _code(module: nn.Module) -> _Code:
     if known is None:
         # Of forward only, all that the bases define: super().forward names none of them.
         known = _known[kind] = _read(kind, _written(kind, "forward", every=True))
-    kept = [value for value in module.__dict__.values() if isinstance(value, _CALLED)]
+    kept = [value for name, value in module.__dict__.items() if isinstance(value, _CALLED) and name not in _OWN]
     return known | _read(kind, _unwrapped(*kept)) if kept else known
 
 
@@ -125,6 +128,8 @@ def _read(kind: type, functions: Sequence[_Function]) -> _Code:
     for function in _followed(kind, functions):
         names = {function.__name__}
         for code, known in _compiled(function):
+            # getattr(F, "scaled_dot_product_attention")
+            names |= {each for each in code.co_consts if isinstance(each, str) and _ATTENDS.fullmatch(each)}
             product = product or _multiplies_matrices(code)
             for name in code.co_names:
                 called = _whole(known.get(name))
@@ -175,9 +180,12 @@ def _package(function: FunctionType) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """What a partial is of."""
-    while isinstance(value, (functools.partial, functools.partialmethod)):
-        value = value.func
+    """What a partial is of, or a bound method; of an autograd Function its forward."""
+    while isinstance(value, (functools.partial, functools.partialmethod, MethodType)):
+        value = value.__func__ if isinstance(value, MethodType) else value.func
+    if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+        forward = inspect.getattr_static(value, "forward")
+        return getattr(forward, "__func__", forward)
     return value
 
 
@@ -196,9 +204,13 @@ def _written(kind: type, name: str, every: bool = False) -> list[_Function]:
 
 
 def _unwrapped(*methods: Any) -> list[_Function]:
-    """Functions, and what decorators have put around them: by functools.wraps, or by a closure."""
+    """Functions, those in a dict, list or tuple, and what decorators have put around them: by functools.wraps, or by a
+    closure."""
     found: list[_Function] = []
-    waiting = [*methods]
+    waiting: list[Any] = []
+    for one in methods:
+        held = list(one.values()) if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else [one]
+        waiting += held[:_MOST_FUNCTIONS]
     while waiting and len(found) < _MOST_FUNCTIONS:
         one = _whole(waiting.pop())
         if isinstance(one, (staticmethod, classmethod)):

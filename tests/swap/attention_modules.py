@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,35 @@ class ByDefault(Mixer):
         return core(x, x, x)
 
 
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return sdpa(x, x, x)
+
+
+class AutogradFunction(Mixer):
+    def forward(self, x):
+        return Function.apply(x)
+
+
+class ByName(Mixer):
+    def forward(self, x):
+        return getattr(F, "scaled_dot_product_attention")(x, x, x)  # noqa: B009
+
+
+class InATable(Mixer):
+    ways = {"fused": sdpa}  # noqa: RUF012
+
+    def forward(self, x):
+        return self.ways["fused"](x, x, x)
+
+
+class BoundToTheInstance(Mixer):
+    def __init__(self):
+        super().__init__()
+        self.forward = MethodType(lambda self, x: product(x), self)
+
+
 unscaled = functools.partial(sdpa, scale=1.0)
 products = functools.partial(product)
 
@@ -192,6 +222,10 @@ LISTED = [
     ByKeyword,
     Alias,
     AliasOfItsPackage,
+    AutogradFunction,
+    ByName,
+    InATable,
+    BoundToTheInstance,
     SoftmaxAsAChild,
     LinearAttention,
     PackedMSA,
