@@ -21,9 +21,10 @@ class ExpectedRounding(TorchDispatchMode):
 
     An operation is computed in float64, from operands in the dtype that the code gives them, and rounded to the
     dtype of its result. To a sum of terms t an error of random sign is added before, of the size
-    ``u sqrt((n - 1) / 6) sqrt((sum t)^2 + sum t^2)``: nearly the standard deviation of what is left where they are
-    added one after the other. n is ``(sum |t|)^2 / sum t^2``, how many terms there are if they are of one size. u is
-    the unit roundoff of float32, or of float64 for that. The signs follow from ``seed``.
+    ``u sqrt(2 (n - 1) / 27) sqrt(2 (sum t)^2 + sum t^2)``: nearly the standard deviation of what is left where they are
+    added one after the other. n counts the terms whose factors are more than u times the largest of their tensors: one
+    that is less rounds away without a trace. u is the unit roundoff of float32, or of float64 for that. The signs
+    follow from ``seed``.
 
     Sums are those of products of matrices, convolutions, sum, mean and softmax, and of their gradients. Another
     operation that sums inside is taken for exact.
@@ -69,21 +70,25 @@ class _Sums:
     def rounded(self, value: Tensor) -> Tensor:
         return value.to(self.dtype).double()
 
-    def off(self, total: Tensor, sizes: Tensor, squares: Tensor) -> Tensor:
-        """The sum of some terms with its error, ``sizes`` and ``squares`` being those of |t| and of t^2."""
+    def off(self, total: Tensor, count: Tensor, squares: Tensor) -> Tensor:
+        """The sum of some terms with its error, ``count`` being how many count and ``squares`` the sum of t^2."""
         signs = torch.randint(2, total.shape, generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
-        terms = torch.where(squares > 0, sizes.square() / squares, 1.0)
-        size = self.unit * ((terms - 1).clamp(min=0) / 6 * (total.square() + squares)).sqrt()
+        size = self.unit * ((count - 1).clamp(min=0) * 2 / 27 * (2 * total.square() + squares)).sqrt()
         return total + signs.to(total.device) * size
+
+    def counts(self, factors: Tensor) -> Tensor:
+        """1 where a factor is large enough to count, else 0."""
+        sizes = factors.abs()
+        return (sizes > self.unit * sizes.max()).to(factors.dtype) if factors.numel() else factors
 
     def over(self, terms: Tensor, dim: int) -> Tensor:
         """The sum over a dimension, kept."""
-        return self.off(*(each.sum(dim, keepdim=True) for each in (terms, terms.abs(), terms.square())))
+        return self.off(*(each.sum(dim, keepdim=True) for each in (terms, self.counts(terms), terms.square())))
 
 
 def _linear(sums: _Sums, func: Any, *args: Any) -> Any:
     """Of products of the elements of each operand with those of the others."""
-    found = [func(*tree_map_only(Tensor, change, args)) for change in (torch.clone, torch.abs, torch.square)]
+    found = [func(*tree_map_only(Tensor, change, args)) for change in (torch.clone, sums.counts, torch.square)]
     if isinstance(found[0], Tensor):
         return sums.off(*found)
     return tuple(None if each[0] is None else sums.off(*each) for each in zip(*found))
@@ -100,7 +105,8 @@ def _convolution(sums: _Sums, func: Any, x: Tensor, weight: Tensor, bias: Tensor
 
 def _mean(sums: _Sums, func: Any, x: Tensor, *where: Any) -> Tensor:
     mean = func(x, *where)
-    return sums.off(mean, func(x.abs(), *where), func(x.square(), *where) * (mean.numel() / x.numel()))
+    of_each = x.numel() / mean.numel()
+    return sums.off(mean, func(sums.counts(x), *where) * of_each, func(x.square(), *where) / of_each)
 
 
 def _softmax(sums: _Sums, func: Any, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
