@@ -165,6 +165,13 @@ def add_tile(scores, dp, n, top, total, index, base, rest):
 
 
 @triton.jit
+def no_tile(TOKENS: tl.constexpr, ACC: tl.constexpr):
+    """(top, total, index, base, rest) before the first tile."""
+    zero = tl.zeros([TOKENS], ACC)
+    return tl.full([TOKENS], -float("inf"), ACC), zero, tl.zeros([TOKENS], tl.int32), zero, zero
+
+
+@triton.jit
 def store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest):
     """What is known of rows, as add_tile names it, to (rows, 4) and (rows)."""
     tl.store(stats_ptr + row * 4, top, mask=keep)
@@ -206,11 +213,7 @@ def backward_rows(
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top = tl.full([TOKENS], -float("inf"), ACC)
-    total = tl.zeros([TOKENS], ACC)
-    index = tl.zeros([TOKENS], tl.int32)
-    base = tl.zeros([TOKENS], ACC)
-    rest = tl.zeros([TOKENS], ACC)
+    top, total, index, base, rest = no_tile(TOKENS, ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels

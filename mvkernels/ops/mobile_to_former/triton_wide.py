@@ -18,6 +18,7 @@ from mvkernels.ops.mobile_to_former.triton_device import (
     gradients,
     load_rows,
     masked,
+    no_tile,
     store_rows,
     unit_of,
 )
@@ -190,11 +191,7 @@ def rows_wide(
     q_rows = token_rows(m, qsm, LQ, AQ)
     g_rows = token_rows(m, gsm, LG, AG)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top = tl.full([TOKENS], -float("inf"), ACC)
-    total = tl.zeros([TOKENS], ACC)
-    index = tl.zeros([TOKENS], tl.int32)
-    base = tl.zeros([TOKENS], ACC)
-    rest = tl.zeros([TOKENS], ACC)
+    top, total, index, base, rest = no_tile(TOKENS, ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
