@@ -142,7 +142,14 @@ def rows(
             "provider": who,
             **time_columns(t, first),
             "peak_bytes": timing.peak_bytes(calls[who], device),
+            **wall_columns(calls[who], device, columns["batch"]),
         }
+
+
+def wall_columns(call: Callable[[], Any], device: str, batch: int) -> dict[str, Any]:
+    """On a GPU: time per call of a caller who makes one after another, and pictures a second; nothing on a CPU."""
+    wall = timing.wall(call, device, seconds=0.5)
+    return {} if wall is None else {"wall_us": round(wall * 1e6, 1), "images_s": round(batch / wall, 1)}
 
 
 def time_columns(t: timing.Times, first: timing.Times) -> dict[str, Any]:

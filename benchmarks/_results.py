@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from readme_table import read
 
 from mvkernels import files, report
 
-ROOT = Path(__file__).parent / "results"
+ROOT = Path(os.environ.get("MVKERNELS_RESULTS", Path(__file__).parent / "results"))
 
 
 def folder(device: str = "cpu") -> Path:

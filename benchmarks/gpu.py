@@ -1,123 +1,157 @@
-"""Everything on CUDA tensors, for whoever has a GPU: correctness first, then tuning, then times.
+"""Ten minutes on a GPU: are the kernels right there, how fast are they, and which launch configurations suit it.
 
-Results go to benchmarks/results/<device>. Each step is noted when it has ended well, so that a run which was cut off
-goes on where it stopped; a change of the code, committed or not, or of torch or triton starts from the beginning, and
-one of results or of measured configurations does not. Where anything is wrong it stops, with status 1: no time is taken
-of kernels that are not right. Without a GPU it says so, status 2; ``--dry-run`` lists the steps and needs none.
+Steps that only compile and compare run side by side, those that time run alone. Each has its own limit, and none that
+fails stops the others: the last line says how many ended well, and the status is 1 if one did not. Results go to
+benchmarks/results/<device> and mvkernels/configs; after every step all of it is packed into OUT/results.tar.gz beside
+the logs, so that a run which is cut off leaves its part. Triton's cache goes to OUT/cache.tar.xz at the end.
+
+    python benchmarks/gpu.py --minutes 9.5 --out DIR
+    python benchmarks/gpu.py --minutes 5 --out OTHER --resume DIR      # what did not end well there, and the rest
+
+Nothing needs to be installed but PyTorch, Triton, NumPy, pytest and timm. ``--rehearse`` runs the same steps where
+there is no GPU, on the CPU's kernels with short limits; those that need a GPU then end badly, and say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from _results import ROOT as RESULTS
+from _results import write
 
-from mvkernels import command, files, report
+from mvkernels import command, files, launch, report
 from mvkernels.registry import OPS
 
 HERE = Path(__file__).resolve().parent
-NOTES = HERE / "out" / "gpu.json"
-MODELS = ("transformers:mobilevit_s", "timm:efficientvit_b1")
-OWN_MODEL = "mobile_former_294m"
+RESULTS = HERE / "results"
+OUT = HERE / "out" / "gpu"
+MODELS = ("timm:mobilevit_s", "timm:efficientvit_b1")
+DTYPES = ("bfloat16", "float16", "float32")
 SOURCE = ("mvkernels/**/*.py", "mvkernels/*.so", "python/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
+SHAPES = (
+    "mobilevit_xxs@256", "mobilevit_s@256", "efficientformer", "coatnet", "294m", "efficientvit_b1@512",
+    "efficientvit_b3@224", "sana_1600m",
+)  # fmt: skip
+"""The models at whose shapes times are taken against peers, and for which configurations are searched."""
+COUNTED = {
+    "patch_attention": ("channels_last", "4x36_32", "4x48_16", "4x60_8", "24x32"),
+    "mobile_to_former": ("channels_last", "2x24_28x28_m6"),
+    "former_to_mobile": ("channels_last", "2x24_28x28_m6"),
+    "relu_linear_attention": ("channels_last", "16x16_32x32"),
+    "multiscale_linear_attention": ("channels_last", "8x16_32x32"),
+    "patch_transformer_layer": ("channels_last", "4x36_32"),
+}
+"""Layout and shapes of each op whose kernels' hardware counters are read, at batch 128."""
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats", "InstructionStats")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and how many minutes are set aside for it."""
+    """A command, and how many seconds it may take."""
 
     name: str
     command: tuple[str, ...]
-    minutes: float
+    seconds: float
+    beside: bool = False
+    """Whether others run at the same time: it is not timed."""
     environment: dict[str, str] = field(default_factory=dict)
     needs: str = ""
     """A program without which the step is left out, and the report says so."""
-
-
-def steps() -> list[Step]:
-    """What is run, in this order."""
-    return [*correctness(), *tuning(), *times()]
 
 
 def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def correctness() -> Iterator[Step]:
-    tests = python("-m", "pytest", "-q", "-x", "-m", "not interpreter")
-    yield Step("info", python("-m", "mvkernels", "info"), 0.5)
-    yield Step("tests of the ops", (*tests, "tests/ops"), 8)
-    allowed = {"MVKERNELS_TEST_TF32": "1"}
-    yield Step(
-        "tests of the ops, tf32 allowed",
-        (*tests, "tests/ops", "-k", "device or (test_patch_transformer_layer and any_shape)"),
-        6,
-        allowed,
-    )
-    yield Step("tests of everything else", (*tests, "-n", "8", "--ignore", "tests/ops"), 9)
-    for op in OPS:
-        verify = python("-m", "mvkernels", "verify", "--op", op, "--device", "cuda", "--suite", "full")
-        yield Step(f"verify {op}", verify, 4)
-    yield Step("tests of fused layers", (*tests, "tests/nn/test_fused_layer.py"), 2)
-    for tool in ("memcheck", "racecheck"):
-        sanitized = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-        one = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
-        # Each tensor an allocation of its own: in a block that PyTorch keeps, what is read past an end is not seen.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        yield Step(tool, (*sanitized, *one), 9, alone, needs="compute-sanitizer")
-
-
-def tuning() -> Iterator[Step]:
-    for op in OPS:
-        for dtype in ("bfloat16", "float16", "float32"):
-            yield Step(f"tune {op} {dtype}", python("-m", "mvkernels", "tune", "--op", op, "--dtype", dtype), 9)
-
-
-def times() -> Iterator[Step]:
-    for op in OPS:
-        # Third parties are FlexAttention, and the packages' own code.
-        script = python(str(HERE / f"{op}.py"), "--device", "cuda", "--against", "eager,sdpa,compile,thirdparty")
-        for dtype in ("bfloat16", "float32"):
-            for batch in ("1", "32", "128"):
-                yield Step(f"time {op} {dtype} {batch}", (*script, "--dtype", dtype, "--batch", batch), 5)
+def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
+    """What is run, in this order."""
+    gpu = device == "cuda"
+    backend = "triton" if gpu else "cpp"
+    dtype = "bfloat16" if gpu else "float32"
+    batches = ("128", "1") if gpu else ("1",)
+    tests = python("-m", "pytest", "-q", "-m", "not interpreter")
+    workers = str(max(1, min(8, cores // 2)))
+    kernels = python(str(HERE / "kernels.py"), "--dtype", dtype, "--batch", *batches)
+    found = [Step("info", python("-m", "mvkernels", "info"), 30)]
+    for each in DTYPES if gpu else (dtype,):
+        for op in OPS:
+            line = ("verify", "--op", op, "--dtype", each, "--device", device, "--backend", backend, "--json")
+            found.append(Step(f"verify {op} {each}", python("-m", "mvkernels", *line), 170, beside=True))
+    if gpu:
+        line = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
+        found.append(Step("tests with tf32", line, 120, beside=True, environment={"MVKERNELS_TEST_TF32": "1"}))
+    for k in range(cores - 4):
+        found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
     for model in MODELS:
-        for dtype in ("bfloat16", "float32"):
-            script = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", model, "--dtype", dtype)
-            yield Step(f"time {model} {dtype}", (*script, "--batch", "1", "32", "128", "--channels-last"), 8)
-    for dtype in ("bfloat16", "float32"):
-        script = python(str(HERE / "models.py"), "--device", "cuda", "--model", OWN_MODEL, "--dtype", dtype)
-        batches = ("--batch", "1", "32", "128", "--mode", "fwd", "full", "--channels-last")
-        yield Step(f"time {OWN_MODEL} {dtype}", (*script, *batches), 8)
-    # A whole step of training with the layers fused, where no dropout is in the way, against the compiled original.
-    layers = python(str(HERE / "swapped.py"), "--device", "cuda", "--model", "timm:mobilevit_s", "--dtype", "bfloat16")
-    yield Step("time fused layers", (*layers, "--fused-layers", "--batch", "128", "--channels-last"), 8)
-    yield Step("tables", python(str(HERE / "readme_table.py")), 0.2)
-    yield Step("pages", python(str(HERE / "pages.py")), 0.2)
+        line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
+        found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
+    found.append(Step("kernels", kernels, 80))
+    for op in OPS:
+        found.append(Step(f"time {op}", timed(op, device, dtype, batches, "eager,sdpa"), 60))
+    search = ("--dtype", dtype, "--filter", *SHAPES, "--min-time", "0.03", "--processes", str(cores))
+    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
+    for model in MODELS:
+        line = ("--model", model, "--seconds", "1", "--no-compile")
+        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
+    counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
+    counters += (
+        "--kernel-name",
+        "regex:forward|backward|bias_|norm_ffn|linear_rows|slices|merge|aggregate|depthwise_w",
+    )
+    for op, (layout, *shapes) in COUNTED.items() if gpu else ():
+        line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
+        found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
+    device_tests = (*tests, "-n", workers, "tests/ops/test_device.py")
+    found.append(Step("tests of devices", device_tests, 100))
+    alone = {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+    }  # else what is read past an end, in a block that is kept, is not seen
+    sanitized = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
+    one_shape = (*tests, "tests/ops/test_device.py", "-k", "one_shape and bfloat16")
+    found.append(Step("memcheck", (*sanitized, *one_shape), 90, environment=alone, needs="compute-sanitizer"))
+    for op in ("patch_attention", "multiscale_linear_attention"):
+        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile")
+        found.append(Step(f"time {op}, compiled peers", compiled, 120))
+    for model in MODELS:
+        line = ("--model", model, "--seconds", "1")
+        found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
+    if not gpu:
+        found = [Step(s.name, s.command, min(s.seconds, 40), s.beside, s.environment, s.needs) for s in found]
+    return found
 
 
-def done() -> dict[str, Any]:
-    """Step → seconds, of an earlier run of this code on this device."""
-    if not NOTES.exists():
-        return {}
-    notes = json.loads(NOTES.read_text())
-    return notes["done"] if notes["of"] == identity() else {}
+def whole(device: str, dtype: str, *more: str) -> tuple[str, ...]:
+    """The command that measures a whole model."""
+    batch = "128" if device == "cuda" else "1"
+    line = ("--device", device, "--dtype", dtype, "--batch", batch, "--channels-last", *more)
+    return python(str(HERE / "swapped.py"), *line)
+
+
+def timed(op: str, device: str, dtype: str, batches: Sequence[str], against: str) -> tuple[str, ...]:
+    """The command that measures an op against its peers."""
+    line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *SHAPES)
+    return python(str(HERE / f"{op}.py"), *line, "--min-time", "0.05", "--no-plot")
 
 
 def identity() -> list[str]:
+    """What a result depends on: code, device, versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return [fingerprint(HERE.parent), device, f"torch {torch.__version__}", f"triton {_version('triton')}"]
 
@@ -137,15 +171,134 @@ def fingerprint(root: Path) -> str:
     return found.hexdigest()
 
 
-def note(seconds: dict[str, Any]) -> None:
-    files.write(NOTES, json.dumps({"of": identity(), "done": seconds}, indent=1) + "\n")
+class Run:
+    """The steps under one deadline, and what has become of them."""
+
+    def __init__(self, out: Path, minutes: float | None, device: str, done: dict[str, Any]) -> None:
+        """``minutes`` None: as long as it takes."""
+        self.out, self.device, self.done = out, device, dict(done)
+        self.began = time.monotonic()
+        self.limit = math.inf if minutes is None else 60 * minutes
+        self.status: dict[str, str] = {}
+        self.logs = out / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "python")]),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            "MVKERNELS_TEST_DEVICE": device,
+            "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
+            "TRITON_STORE_BINARY_ONLY": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
+        }
+        self.environment.pop("TRITON_INTERPRET", None)
+        self.results = RESULTS
+        if device == "cpu":  # a rehearsal is no measurement
+            self.results = out / "results"
+            self.environment["MVKERNELS_RESULTS"] = str(self.results)
+        self.results = self.results / report.slug(report.machine(device))
+        self.results.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.limit - (time.monotonic() - self.began)
+
+    def all(self, chosen: Sequence[Step], cores: int) -> None:
+        """Every step that has not ended well before: those beside each other first, all at once."""
+        todo = [step for step in chosen if step.name not in self.done]
+        first = next((i for i, step in enumerate(todo) if step.beside), 0)
+        self.some([step for step in todo[:first] if not step.beside], 1)
+        self.some([step for step in todo if step.beside], cores)
+        self.some([step for step in todo[first:] if not step.beside], 1)
+
+    def some(self, chosen: Sequence[Step], workers: int) -> None:
+        with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
+            for future in concurrent.futures.as_completed([pool.submit(self.one, step) for step in chosen]):
+                self.note(*future.result())
+
+    def one(self, step: Step) -> tuple[Step, str, float]:
+        """Run a step: (step, "ok" or what went wrong, seconds)."""
+        if step.needs and not shutil.which(step.needs):
+            return step, f"left out: needs {step.needs}", 0.0
+        seconds = min(step.seconds, self.left() - 6)
+        if seconds < 4:
+            return step, "no time", 0.0
+        begun = time.monotonic()
+        with self.log(step).open("w") as log:
+            stdout = self.log(step).with_suffix(".json").open("w") if "--json" in step.command else log
+            process = subprocess.Popen(
+                step.command, cwd=HERE.parent, env=self.environment_of(step), stdout=stdout,
+                stderr=log if stdout is not log else subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(seconds)
+                what = "ok" if code == 0 else f"status {code}"
+            except subprocess.TimeoutExpired:
+                what = "cut off"
+                stop(process)
+            if stdout is not log:
+                stdout.close()
+        return step, what, time.monotonic() - begun
+
+    def environment_of(self, step: Step) -> dict[str, str]:
+        # Beside others a process has a core: PyTorch would start a thread for each that the machine has.
+        threads = {"OMP_NUM_THREADS": "1"} if step.beside else {}
+        return {**self.environment, **threads, **step.environment}
+
+    def log(self, step: Step) -> Path:
+        return self.logs / f"{step.name.replace(' ', '_').replace(':', '_').replace(',', '')}.log"
+
+    def note(self, step: Step, what: str, seconds: float) -> None:
+        self.status[step.name] = what
+        if what == "ok":
+            self.done[step.name] = round(seconds, 1)
+        lines = self.log(step).read_text(errors="replace").strip().splitlines() if self.log(step).exists() else []
+        last = lines[-1][:110] if lines and what != "ok" else ""
+        print(f"{time.monotonic() - self.began:5.0f} s  {step.name:44} {what:10} {seconds:5.0f} s  {last}", flush=True)
+        if not step.beside:
+            self.pack()
+
+    def pack(self) -> None:
+        """Everything but the caches, in one file."""
+        notes = {"of": identity(), "done": self.done, "status": self.status}
+        files.write(self.out / "notes.json", json.dumps(notes, indent=1) + "\n")
+        with tarfile.open(self.out / "results.tar.gz", "w:gz", compresslevel=1) as tar:
+            tar.add(self.logs, arcname="logs")
+            tar.add(self.out / "notes.json", arcname="notes.json")
+            tar.add(self.results, arcname=f"benchmarks/results/{self.results.name}")
+            tar.add(launch.CONFIGS, arcname="mvkernels/configs")
+
+    def pack_cache(self) -> None:
+        """Triton's cache, for a later run with the same versions of everything: its ``--cache``."""
+        cache = self.out / "cache" / "triton"
+        if cache.exists() and shutil.which("xz"):
+            subprocess.run(["tar", "-C", str(cache.parent), "-I", "xz -T0 -1", "-cf", str(self.out / "cache.tar.xz"),
+                            cache.name], check=False)  # fmt: skip
+
+    def unpack_cache(self, packed: Path) -> None:
+        with tarfile.open(packed) as tar:
+            tar.extractall(self.out / "cache", filter="data")
+
+    def verified(self) -> None:
+        """One table of what `verify` found, of all its steps."""
+        rows: list[dict[str, Any]] = []
+        for path in sorted(self.logs.glob("verify_*.json")):
+            try:
+                found = json.loads(path.read_text())
+            except ValueError:  # cut off
+                continue
+            rows += [{**report.machine(self.device), **row} for row in found["rows"]]
+        if rows:
+            write(rows, self.results / "verify.csv")
 
 
-def run(step: Step) -> int:
-    environment = {**os.environ, "MVKERNELS_TEST_DEVICE": "cuda", **step.environment}
-    environment.pop("TRITON_INTERPRET", None)
-    print("$", *step.command[1:], flush=True)
-    return subprocess.run(step.command, cwd=HERE.parent, env=environment, check=False).returncode
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a step with all that it started: asked first, so that it can keep the rows it has."""
+    for how, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 30.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 def minutes_of(text: str) -> float:
@@ -157,46 +310,60 @@ def minutes_of(text: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry-run", action="store_true", help="list the steps, their minutes, and which are done")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only steps whose name has this")
-    parser.add_argument("--minutes", type=minutes_of, metavar="M", help="begin no step that may end later than this")
-    parser.add_argument("--again", action="store_true", help="also what has ended well before")
+    parser.add_argument("--dry-run", action="store_true", help="list the steps and the seconds that each may take")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only steps whose name has one of these")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="TEXT", help="no step whose name has one of these"
+    )
+    parser.add_argument("--minutes", type=minutes_of, metavar="M", help="when all of it must have ended")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"default: {OUT.relative_to(HERE.parent)}")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="the --out of an earlier run, unpacked or not")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="cache.tar.xz of an earlier run's --out")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: the CPU's kernels at small shapes")
     options = parser.parse_args()
-    chosen = [step for step in steps() if options.only in step.name]
+    device, cores = ("cpu" if options.rehearse else "cuda"), max(os.cpu_count() or 1, 5)
+    chosen = [
+        step
+        for step in steps(device, cores)
+        if (not options.only or any(text in step.name for text in options.only))
+        and not any(text in step.name for text in options.leave_out)
+    ]
     if not chosen:
-        parser.error(f"no step has {options.only!r} in its name")
-    again = {step.name for step in chosen} if options.again else set()
-    ended = {name: seconds for name, seconds in done().items() if name not in again}
+        parser.error("no step has such a name")
+    done = done_in(options.resume) if options.resume else {}
     if options.dry_run:
-        rows = [(s.name, s.minutes, "done" if s.name in ended else "", " ".join(s.command[1:])) for s in chosen]
-        print(report.table(rows, ("step", "minutes", "", "command")))
-        print(f"{sum(s.minutes for s in chosen if s.name not in ended):.0f} minutes at most, results under {RESULTS}")
+        rows = [
+            (s.name, s.seconds, "beside others" if s.beside else "alone", "done" if s.name in done else "",
+             " ".join(s.command[1:]))
+            for s in chosen
+        ]  # fmt: skip
+        print(report.table(rows, ("step", "seconds at most", "", "", "command")))
         return 0
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         print(f"gpu: no CUDA device is available to torch {torch.__version__}; nothing was run", file=sys.stderr)
         return 2
-    return go(chosen, ended, options.minutes)
+    run = Run(options.out.resolve(), options.minutes, device, done)
+    if options.cache:
+        run.unpack_cache(options.cache)
+    run.all(chosen, cores if device == "cuda" else 1)
+    run.verified()
+    run.pack()
+    run.pack_cache()
+    well = sum(what == "ok" for what in run.status.values())
+    print(f"{well} of {len(run.status)} steps ended well; {run.out / 'results.tar.gz'}")
+    return int(well < len(run.status))
 
 
-def go(chosen: list[Step], ended: dict[str, Any], minutes: float | None) -> int:
-    """Run the steps that have not ended well yet. 1: one failed; 3: no time for the next."""
-    start = time.monotonic()
-    for step in chosen:
-        if step.name in ended:
-            continue
-        if step.needs and not shutil.which(step.needs):
-            print(f"gpu: left out: {step.name}, which needs {step.needs}", file=sys.stderr)
-            continue
-        begun = time.monotonic()
-        if minutes is not None and begun - start + 60 * step.minutes > 60 * minutes:
-            print(f"gpu: no time for {step.name}; run it again to go on from there", file=sys.stderr)
-            return 3
-        if run(step):
-            print(f"gpu: failed: {step.name}", file=sys.stderr)
-            return 1
-        ended[step.name] = round(time.monotonic() - begun, 1)
-        note(ended)
-    return 0
+def done_in(earlier: Path) -> dict[str, Any]:
+    """Step → seconds of those that ended well in an earlier run of this code on this device."""
+    try:
+        with tarfile.open(earlier / "results.tar.gz") as tar:
+            packed = tar.extractfile("notes.json")
+            assert packed is not None
+            notes = json.load(packed)
+    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
+        raise report.UsageError(f"nothing to resume in {earlier}: {error}") from None
+    return notes["done"] if notes["of"] == identity() else {}
 
 
 if __name__ == "__main__":

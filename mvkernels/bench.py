@@ -167,6 +167,8 @@ def _measure_case(
             row.gb_s = round(sum(cost.bytes for cost in costs) / t.median / 1e9, 3)
             row.tflop_s = round(sum(cost.flops for cost in costs) / t.median / 1e12, 6)
             row.peak_bytes, row.peak_resident_bytes = peaks.get(provider.name, (None, None))
+            wall = timing.wall(timed[provider.name], options.device)
+            row.wall_us = None if wall is None else _us(wall)
             if provider.name in BACKENDS and peers:
                 row.best_peer = min(peers, key=lambda name: peers[name].median)
                 row.speedup_median = round(peers[row.best_peer].median / t.median, 4)

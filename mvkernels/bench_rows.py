@@ -64,6 +64,8 @@ class Row:
     """The floor's bytes and FLOPs over the median."""
     tflop_s: float | None = None
     triton: str = ""
+    wall_us: float | None = None
+    """On a GPU: per call, one after another, with what they cost the host (the least of a few tens)."""
 
     @property
     def shape(self) -> tuple[Any, ...]:

@@ -92,6 +92,11 @@ def candidates(op: str, kernel: str) -> Callable[[Candidates], Candidates]:
     return register
 
 
+def default(op: str, kernel: str, key: Mapping[str, Any]) -> Config:
+    """The heuristic's choice, whatever was measured."""
+    return _HEURISTICS[op, kernel](key)
+
+
 def candidates_of(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
     """The changes that tuning may try; none for a kernel that registered none."""
     return _CANDIDATES[op, kernel](key) if (op, kernel) in _CANDIDATES else []

@@ -126,10 +126,13 @@ def slug(where: dict[str, str]) -> str:
 
 
 def commit() -> str:
-    """The commit of a checkout, "-dirty" after it where files differ; empty for an installed package."""
+    """The commit of a checkout, "-dirty" after it where files differ; empty for an installed package.
+
+    A copy of a checkout without its ``.git`` is told by ``MVKERNELS_COMMIT``.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("MVKERNELS_COMMIT", "")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -12,6 +12,7 @@ import os
 import random
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import torch
 
 SHORTEST_SAMPLE = 100e-6
 """Seconds. Shorter calls are repeated inside a sample, so that reading the clock costs nothing."""
+_FASTEST_CLOCK = 2e9
+"""Cycles a second of a GPU's processors, no fewer than any has: a wait of so many cycles lasts at least as long."""
 
 
 @dataclass(frozen=True)
@@ -136,22 +139,64 @@ def _host_sample(call: Callable[[], Any], repeats: int) -> float:
 _flush: dict[int, torch.Tensor] = {}
 
 
-def _cuda_sample(call: Callable[[], Any], repeats: int) -> float:
-    """Time on the device alone, from cold caches: the queue is held up while the host fills it."""
+def flush() -> None:
+    """Put other data into the caches of the current CUDA device, without waiting for it."""
     index = torch.cuda.current_device()
     if index not in _flush:
-        _flush[index] = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        _flush[index] = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    _flush[index].bitwise_not_()
+
+
+_hold: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+"""Seconds for which the queue is held up while the host launches a call."""
+
+
+def _cuda_sample(call: Callable[[], Any], repeats: int) -> float:
+    """Time on the device alone, from cold caches: the queue is held up while the host fills it.
+
+    Whether for long enough is seen afterwards; if not, the sample is taken again. A queue takes about a thousand
+    launches and then makes the host wait: the second time is the last, and the device is no longer idle then.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    steps = _steps(call, repeats)
-    torch.cuda.synchronize()
-    _flush[index].zero_()
-    torch.cuda._sleep(4_000_000)  # about 2 ms: longer than Python takes to launch a forward and backward
-    start.record()
-    for step in steps:
-        step()
-    end.record()
-    end.synchronize()
+    for attempt in range(3):
+        hold = _hold.get(call, 1e-3)
+        steps = _steps(call, repeats)
+        torch.cuda.synchronize()
+        flush()
+        torch.cuda._sleep(round(hold * _FASTEST_CLOCK))
+        begun = time.perf_counter()
+        start.record()
+        for step in steps:
+            step()
+        end.record()
+        host = time.perf_counter() - begun
+        end.synchronize()
+        if host < hold:
+            break
+        if attempt < 2:
+            _hold[call] = 1.5 * host
     return start.elapsed_time(end) / repeats * 1e-3
+
+
+def wall(call: Callable[[], Any], device: torch.device | str = "cpu", seconds: float = 0.05) -> float | None:
+    """Seconds a call takes a caller who makes one after another and waits for the last, the host's work included.
+
+    None on a CPU, where it is what :func:`interleave` measures, and of a call in two steps.
+    """
+    if torch.device(device).type != "cuda" or isinstance(call, Staged):
+        return None
+    call()
+    torch.cuda.synchronize()
+    best = float("inf")
+    with _no_collection():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            begun = time.perf_counter()
+            for _ in range(10):
+                call()
+            torch.cuda.synchronize()
+            best = min(best, (time.perf_counter() - begun) / 10)
+    return best
 
 
 @contextmanager
@@ -231,10 +276,11 @@ def measure_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     cuda = torch.device(device).type == "cuda"
     if not cuda and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    source = torch.ones((1 << 30 if cuda else 1 << 26) // 4, device=device)
+    # Random values: products of ones draw less power, and a GPU's clock goes up.
+    source = torch.randn((1 << 30 if cuda else 1 << 26) // 4, device=device)
     target = torch.empty_like(source)
     size = 8192 if cuda else 1024
-    a = torch.ones(size, size, dtype=dtype, device=device)
+    a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
     times = interleave(
         {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, a, out=out)}, device, rounds=15

@@ -1,18 +1,24 @@
 """``python -m mvkernels tune``: measure launch configurations on this GPU and keep the best.
 
 For every op and shape of the suite, the kernels that a call asks a configuration for are found by
-running it; each configuration registered to be tried is first held against the float64 reference by
-the shared criterion, then timed beside the default, interleaved. What is faster by more than the
-margin goes to ``configs/<device>.json``, which every later call reads.
+running it. Of the configurations registered to be tried a few are taken, those near the default and unlike each
+other; each is first held against the float64 reference by the shared criterion, then timed beside the default,
+interleaved. What is faster by more than the margin goes to ``configs/<device>.json``, which every later call reads.
+Nearly all of the time is compilation, which several processes share beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +31,8 @@ from mvkernels.registry import OPS, Op
 from mvkernels.report import Progress, UsageError, table
 
 MARGIN = 0.02
+MOST = 10
+"""Configurations of a kernel that are tried for one key."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -78,27 +86,75 @@ def tune_case(
     device: torch.device | str,
     done: set[tuple[str, str]],
     min_time: float = 0.1,
+    most: int = MOST,
 ) -> list[Finding]:
     """Tune every kernel that a call with these arguments asks a configuration for and that is not in ``done``.
 
-    ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs.
+    ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs. At most ``most``
+    configurations of a kernel are tried.
     """
     held, cotangent = _yardstick(op, arguments)
     calls = _calls(arguments, op.function, cotangent)
-    findings = []
-    seen: set[tuple[str, str]] = set()
-    for call in calls.values():
-        with launch.recording() as asked:
-            call()
-        for (owner, kernel, text), key in asked.items():
-            if owner != op.name or (kernel, text) in done or (kernel, text) in seen:
-                continue
-            seen.add((kernel, text))
+    return [
+        _tune_kernel(op, kernel, text, changes, call, held, device, min_time)
+        for call in calls.values()
+        for kernel, text, changes in _asked_by(op, call, done, most)
+        if changes
+    ]
+
+
+def compile_case(
+    op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]], share: tuple[int, int], most: int = MOST
+) -> None:
+    """Run what :func:`tune_case` would try once, so that it is compiled: every N-th of it from the K-th on."""
+    with torch.no_grad():
+        cotangent = torch.randn_like(op.function(**arguments, backend="triton"))
+    number = 0
+    for call in _calls(arguments, op.function, cotangent).values():
+        for kernel, text, changes in _asked_by(op, call, done, most):
+            for change in changes:
+                number += 1
+                if number % share[1] != share[0]:
+                    continue
+                try:
+                    with launch.trying(op.name, kernel, text, change):
+                        call()
+                except Exception:  # tune_case refuses it, and counts it
+                    continue
+
+
+def _asked_by(
+    op: Op, call: Callable[[], Any], done: set[tuple[str, str]], most: int
+) -> list[tuple[str, str, list[Config]]]:
+    """(kernel, key, changes to try) of the kernels that a call launches and that are not in ``done``, which gains
+    them."""
+    with launch.recording() as asked:
+        call()
+    found = []
+    for (owner, kernel, text), key in asked.items():
+        if owner == op.name and (kernel, text) not in done:
+            done.add((kernel, text))
             changes = launch.candidates_of(op.name, kernel, key)
-            if changes:
-                findings.append(_tune_kernel(op, kernel, text, changes, call, held, device, min_time))
-    done |= seen
-    return findings
+            found.append((kernel, text, _few(changes, launch.default(op.name, kernel, key), most)))
+    return found
+
+
+def _few(changes: Sequence[Config], default: Config, most: int) -> list[Config]:
+    """The nearest to the default of each kind, a kind being tiles and warps, and then the next nearest of each."""
+
+    def distance(change: Config) -> float:
+        return sum(
+            abs(math.log2(value / default[name])) if value and default.get(name) else float(value != default.get(name))
+            for name, value in change.items()
+        )
+
+    new = [c for c in changes if {**default, **c} != default]
+    kinds: dict[tuple[Any, ...], list[Config]] = {}
+    for change in sorted(new, key=distance):
+        kind = tuple(value for name, value in change.items() if name not in ("PROGRAMS", "num_stages"))
+        kinds.setdefault(kind, []).append(change)
+    ranked = [(rank, change) for each in kinds.values() for rank, change in enumerate(each)]
+    return [change for _, change in sorted(ranked, key=lambda pair: (pair[0], distance(pair[1])))][:most]
 
 
 def _tune_kernel(
@@ -222,12 +278,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")
-    parser.add_argument("--filter", default="", metavar="TEXT", help="only shapes whose model or label has this")
+    parser.add_argument("--filter", nargs="+", default=[""], metavar="TEXT",
+                        help="only shapes whose model or label has one of these")  # fmt: skip
     parser.add_argument("--suite", choices=("small", "full"), default="full")
     parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
+    parser.add_argument("--most", type=int, default=MOST, help=f"configurations tried for a kernel (default {MOST})")
+    parser.add_argument("--processes", type=int, help="that compile beforehand (default: one a core)")
+    parser.add_argument("--compile", type=_share, metavar="K/N", help="only compile every N-th configuration from K on")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: mvkernels/configs/<device>.json")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}, want K/N with K from 0 to N - 1")
+    return int(k), int(n)
+
+
+def _compile_in(processes: int, argv: Sequence[str]) -> None:
+    """Let processes fill Triton's cache with what is to be tried. What one that fails leaves is compiled later."""
+    line = [sys.executable, "-m", "mvkernels", "tune", *argv]
+    started = [
+        subprocess.Popen([*line, "--compile", f"{k}/{processes}"], stdout=subprocess.DEVNULL) for k in range(processes)
+    ]
+    for each in started:
+        each.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,25 +322,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         for op in OPS.values()
         if (not options.op or op.name in options.op) and "triton" in op.why_not
         for case in op.suite(options.suite)
-        if options.filter in f"{case.model} {case.label}"
+        if any(text in f"{case.model} {case.label}" for text in options.filter)
         for layout in case.layouts
         for dtype in options.dtype or list(DTYPES)
     ]
     if not work:
         raise UsageError("no shape matches")
+    processes = (os.cpu_count() or 1) if options.processes is None else options.processes
+    if options.compile is None and processes > 1:
+        _compile_in(processes, sys.argv[1:] if argv is None else argv)
     progress = Progress(len(work))
     done: set[tuple[str, str]] = set()
     everything: list[Finding] = []
     for op, case, layout, dtype in work:
         progress.step(f"{op.name} {case.label} {dtype}")
         arguments = case.make(batch=options.batch, dtype=DTYPES[dtype], device="cuda", layout=layout)
-        for search in (tune_case, tune_choice):
+        if options.compile is not None:
+            compile_case(op, arguments, done, options.compile, options.most)
+            continue
+        for search in (partial(tune_case, most=options.most), tune_choice):
             findings = search(op, arguments, "cuda", done, options.min_time)
             save(path, op.name, findings, device)
             launch.forget()  # what is chosen between is what was found
             everything += findings
     progress.close()
     launch.forget()
+    if options.compile is not None:
+        return 0
     if options.json:
         print_json([vars(finding) for finding in everything])
     else:

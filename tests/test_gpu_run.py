@@ -1,0 +1,190 @@
+"""benchmarks/gpu.py without a GPU: its plan, its deadline, what it keeps, what it goes on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from mvkernels.registry import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "identity", lambda: ["code", "device"])
+    return gpu
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def code(text: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", text)
+
+
+def packed(out: Path, name: str) -> str:
+    with tarfile.open(out / "results.tar.gz") as tar:
+        file = tar.extractfile(name)
+        assert file is not None
+        return file.read().decode()
+
+
+def test_without_a_gpu_it_says_so_and_is_status_2() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    found = python()
+    assert found.returncode == 2
+    assert "no CUDA device" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_it_can_be_listed_without_one() -> None:
+    found = python("--dry-run")
+    assert found.returncode == 0, found.stderr
+    for op in OPS:
+        for what in ("verify", "time", "counters"):
+            assert f"{what} {op}" in found.stdout
+    assert "tune" in found.stdout
+    assert python("--only", "nothing").returncode == 2
+
+
+def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:
+    steps = {step.name: step for step in gpu.steps()}
+    assert len(steps) == len(gpu.steps()), "steps are noted by name"
+    # In a block that is kept, nothing is seen of what is read past an end.
+    assert steps["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert not any(step.beside for name, step in steps.items() if name.startswith(("time", "tune", "kernels")))
+    for dtype in gpu.DTYPES:
+        for op in OPS:
+            assert f"verify {op} {dtype}" in steps
+    shapes = {f"{case.model} {case.label}" for op in OPS.values() for case in op.suite("full")}
+    for text in gpu.SHAPES:
+        assert any(text in shape for shape in shapes), text
+    for op, (_, *parts) in gpu.COUNTED.items():
+        shapes = {f"{case.model} {case.label}" for case in OPS[op].suite("full")}
+        for text in parts:
+            assert any(text in shape for shape in shapes), text
+
+
+def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
+    steps = [
+        gpu.Step("first", code("print('one')"), 20),
+        gpu.Step("fails", code("raise SystemExit(3)"), 20, beside=True),
+        gpu.Step("hangs", code("import time; time.sleep(60)"), 4.1, beside=True),
+        gpu.Step("needs", code(""), 20, needs="no-such-program"),
+        gpu.Step("last", code("print('last')"), 20),
+    ]
+    run = gpu.Run(tmp_path, None, "cpu", {})
+    begun = time.monotonic()
+    run.all(steps, cores=2)
+    assert time.monotonic() - begun < 30
+    assert run.status.pop("needs") == "left out: needs no-such-program"
+    assert run.status == {"first": "ok", "fails": "status 3", "hangs": "cut off", "last": "ok"}
+    notes = json.loads(packed(tmp_path, "notes.json"))
+    assert set(notes["done"]) == {"first", "last"} and notes["status"].items() >= run.status.items()
+    assert packed(tmp_path, "logs/last.log") == "last\n"
+
+
+def test_the_deadline_holds_and_what_was_cut_off_keeps_its_rows(gpu: ModuleType, tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    keeps = f"import signal, time; signal.signal(15, lambda *_: (open({str(rows)!r}, 'w').write('kept'), exit(0)))"
+    steps = [gpu.Step("long", code(f"{keeps}; time.sleep(60)"), 60), gpu.Step("late", code(""), 60)]
+    begun = time.monotonic()
+    run = gpu.Run(tmp_path, 12 / 60, "cpu", {})
+    run.all(steps, cores=1)
+    assert time.monotonic() - begun < 16
+    assert run.status == {"long": "cut off", "late": "no time"} and rows.read_text() == "kept"
+
+
+def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "log"
+
+    def append(letter: str, more: str = "") -> tuple[str, ...]:
+        return code(f"open({str(log)!r}, 'a').write({letter!r}); {more}")
+
+    def go(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", *arguments])
+        return int(gpu.main())
+
+    wrong = [gpu.Step("a", append("a"), 20), gpu.Step("b", append("b", "exit(1)"), 20)]
+    monkeypatch.setattr(gpu, "steps", lambda *_: wrong)
+    assert go("--out", str(tmp_path / "one")) == 1
+    right = [gpu.Step("a", append("a"), 20), gpu.Step("b", append("b"), 20)]
+    monkeypatch.setattr(gpu, "steps", lambda *_: right)
+    assert go("--out", str(tmp_path / "two"), "--resume", str(tmp_path / "one")) == 0
+    assert log.read_text() == "abb"
+    assert go("--out", str(tmp_path / "three"), "--resume", str(tmp_path / "two"), "--only", "a") == 0
+    assert log.read_text() == "abb"
+    monkeypatch.setattr(gpu, "identity", lambda: ["other code", "device"])
+    assert go("--out", str(tmp_path / "four"), "--resume", str(tmp_path / "two")) == 0
+    assert log.read_text() == "abbab"
+    with pytest.raises(gpu.report.UsageError, match="nothing to resume"):
+        go("--resume", str(tmp_path / "nowhere"))
+
+
+def test_the_cache_travels(gpu: ModuleType, tmp_path: Path) -> None:
+    one = gpu.Run(tmp_path / "one", None, "cpu", {})
+    kept = Path(one.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"code")
+    one.pack_cache()
+    two = gpu.Run(tmp_path / "two", None, "cpu", {})
+    two.unpack_cache(tmp_path / "one" / "cache.tar.xz")
+    assert (Path(two.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin").read_bytes() == b"code"
+
+
+def test_a_change_of_the_code_is_seen(gpu: ModuleType, tmp_path: Path) -> None:
+    seen = {gpu.fingerprint(tmp_path)}
+    for name in ("mvkernels/a.py", "csrc/cpu/a.cpp", "tests/test_a.py", "benchmarks/a.py", "python/mvmodels/a.py"):
+        for text in ("one", "two")[: 2 if name == "mvkernels/a.py" else 1]:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+            seen.add(gpu.fingerprint(tmp_path))
+    assert len(seen) == 7
+    before = gpu.fingerprint(tmp_path)
+    for name in ("mvkernels/configs/some_gpu.json", "benchmarks/results/some-gpu/x.csv", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert gpu.fingerprint(tmp_path) == before
+
+
+def test_another_torch_or_triton_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "fingerprint", lambda root: "the same code")
+    seen = [gpu.identity()]
+    monkeypatch.setattr(gpu.torch, "__version__", "9.0")
+    seen.append(gpu.identity())
+    monkeypatch.setattr(gpu.metadata, "version", lambda package: "9.0")
+    seen.append(gpu.identity())
+
+    def absent(package: str) -> str:
+        raise gpu.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(gpu.metadata, "version", absent)
+    seen.append(gpu.identity())
+    assert len({str(each) for each in seen}) == 4
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "x"])
+def test_a_time_that_is_none(
+    gpu: ModuleType, minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--minutes", minutes])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err.splitlines()[-1]
