@@ -41,15 +41,18 @@ from mvkernels.registry import OPS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-OUT = HERE / "out" / "gpu"
+WORK = HERE / "out" / "gpu"
+"""Logs and compilers' caches."""
 MODELS = ("timm:mobilevit_s", "timm:efficientvit_b1")
 DTYPES = ("bfloat16", "float16", "float32")
 SOURCE = ("mvkernels/**/*.py", "mvkernels/*.so", "python/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
 SHAPES = (
     "mobilevit_xxs@256", "mobilevit_s@256", "efficientformer", "coatnet", "294m", "efficientvit_b1@512",
-    "efficientvit_b3@224", "sana_1600m",
+    "efficientvit_b3@224",
 )  # fmt: skip
 """The models at whose shapes times are taken against peers, and for which configurations are searched."""
+LARGE = "sana_1600m"
+"""A model whose maps are too large for a batch of 128."""
 COUNTED = {
     "patch_attention": ("channels_last", "4x36_32", "4x48_16", "4x60_8", "24x32"),
     "mobile_to_former": ("channels_last", "2x24_28x28_m6"),
@@ -88,7 +91,7 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     batches = ("128", "1") if gpu else ("1",)
     tests = python("-m", "pytest", "-q", "-m", "not interpreter")
     workers = str(max(1, min(8, cores // 2)))
-    kernels = python(str(HERE / "kernels.py"), "--dtype", dtype, "--batch", *batches)
+    kernels = python(str(HERE / "kernels.py"), "--dtype", dtype, "--batch", *batches, "--shape", *SHAPES)
     found = [Step("info", python("-m", "mvkernels", "info"), 30)]
     for each in DTYPES if gpu else (dtype,):
         for op in OPS:
@@ -103,13 +106,6 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
         line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
     found.append(Step("kernels", kernels, 80))
-    for op in OPS:
-        found.append(Step(f"time {op}", timed(op, device, dtype, batches, "eager,sdpa"), 60))
-    search = ("--dtype", dtype, "--filter", *SHAPES, "--min-time", "0.03", "--processes", str(cores))
-    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
-    for model in MODELS:
-        line = ("--model", model, "--seconds", "1", "--no-compile")
-        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
     counters += (
         "--kernel-name",
@@ -118,6 +114,15 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     for op, (layout, *shapes) in COUNTED.items() if gpu else ():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
+    search = ("--dtype", dtype, "--filter", *SHAPES, "--min-time", "0.03", "--processes", str(cores))
+    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
+    for op in OPS:
+        found.append(Step(f"time {op}", timed(op, device, dtype, batches, "eager,sdpa", SHAPES), 80))
+    for op in ("relu_linear_attention", "multiscale_linear_attention"):
+        found.append(Step(f"time {op}, {LARGE}", timed(op, device, dtype, ("2",), "eager", (LARGE,)), 30))
+    for model in MODELS:
+        line = ("--model", model, "--seconds", "1", "--no-compile")
+        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     device_tests = (*tests, "-n", workers, "tests/ops/test_device.py")
     found.append(Step("tests of devices", device_tests, 100))
     alone = {
@@ -127,7 +132,7 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     one_shape = (*tests, "tests/ops/test_device.py", "-k", "one_shape and bfloat16")
     found.append(Step("memcheck", (*sanitized, *one_shape), 90, environment=alone, needs="compute-sanitizer"))
     for op in ("patch_attention", "multiscale_linear_attention"):
-        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile")
+        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile", SHAPES)
         found.append(Step(f"time {op}, compiled peers", compiled, 120))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1")
@@ -144,9 +149,11 @@ def whole(device: str, dtype: str, *more: str) -> tuple[str, ...]:
     return python(str(HERE / "swapped.py"), *line)
 
 
-def timed(op: str, device: str, dtype: str, batches: Sequence[str], against: str) -> tuple[str, ...]:
+def timed(
+    op: str, device: str, dtype: str, batches: Sequence[str], against: str, shapes: Sequence[str]
+) -> tuple[str, ...]:
     """The command that measures an op against its peers."""
-    line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *SHAPES)
+    line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *shapes)
     return python(str(HERE / f"{op}.py"), *line, "--min-time", "0.05", "--no-plot")
 
 
@@ -174,28 +181,30 @@ def fingerprint(root: Path) -> str:
 class Run:
     """The steps under one deadline, and what has become of them."""
 
-    def __init__(self, out: Path, minutes: float | None, device: str, done: dict[str, Any]) -> None:
+    def __init__(self, out: Path, minutes: float | None, device: str, done: dict[str, Any], work: Path = WORK) -> None:
         """``minutes`` None: as long as it takes."""
-        self.out, self.device, self.done = out, device, dict(done)
+        self.out, self.work, self.device, self.done = out, work, device, dict(done)
         self.began = time.monotonic()
         self.limit = math.inf if minutes is None else 60 * minutes
         self.status: dict[str, str] = {}
-        self.logs = out / "logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs = work / "logs"
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True)
+        self.out.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "python")]),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "MVKERNELS_TEST_DEVICE": device,
-            "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
+            "TRITON_CACHE_DIR": str(work / "cache" / "triton"),
             "TRITON_STORE_BINARY_ONLY": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / "inductor"),
         }
         self.environment.pop("TRITON_INTERPRET", None)
         self.results = RESULTS
         if device == "cpu":  # a rehearsal is no measurement
-            self.results = out / "results"
+            self.results = work / "results"
             self.environment["MVKERNELS_RESULTS"] = str(self.results)
         self.results = self.results / report.slug(report.machine(device))
         self.results.mkdir(parents=True, exist_ok=True)
@@ -261,23 +270,23 @@ class Run:
     def pack(self) -> None:
         """Everything but the caches, in one file."""
         notes = {"of": identity(), "done": self.done, "status": self.status}
-        files.write(self.out / "notes.json", json.dumps(notes, indent=1) + "\n")
+        files.write(self.work / "notes.json", json.dumps(notes, indent=1) + "\n")
         with tarfile.open(self.out / "results.tar.gz", "w:gz", compresslevel=1) as tar:
             tar.add(self.logs, arcname="logs")
-            tar.add(self.out / "notes.json", arcname="notes.json")
+            tar.add(self.work / "notes.json", arcname="notes.json")
             tar.add(self.results, arcname=f"benchmarks/results/{self.results.name}")
             tar.add(launch.CONFIGS, arcname="mvkernels/configs")
 
     def pack_cache(self) -> None:
         """Triton's cache, for a later run with the same versions of everything: its ``--cache``."""
-        cache = self.out / "cache" / "triton"
+        cache = self.work / "cache" / "triton"
         if cache.exists() and shutil.which("xz"):
             subprocess.run(["tar", "-C", str(cache.parent), "-I", "xz -T0 -1", "-cf", str(self.out / "cache.tar.xz"),
                             cache.name], check=False)  # fmt: skip
 
     def unpack_cache(self, packed: Path) -> None:
         with tarfile.open(packed) as tar:
-            tar.extractall(self.out / "cache", filter="data")
+            tar.extractall(self.work / "cache", filter="data")
 
     def verified(self) -> None:
         """One table of what `verify` found, of all its steps."""
@@ -316,8 +325,8 @@ def main() -> int:
         "--leave-out", nargs="+", default=[], metavar="TEXT", help="no step whose name has one of these"
     )
     parser.add_argument("--minutes", type=minutes_of, metavar="M", help="when all of it must have ended")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help=f"default: {OUT.relative_to(HERE.parent)}")
-    parser.add_argument("--resume", type=Path, metavar="DIR", help="the --out of an earlier run, unpacked or not")
+    parser.add_argument("--out", type=Path, default=WORK, metavar="DIR", help="default: benchmarks/out/gpu")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="the --out of an earlier run")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="cache.tar.xz of an earlier run's --out")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: the CPU's kernels at small shapes")
     options = parser.parse_args()

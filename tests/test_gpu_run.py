@@ -87,7 +87,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp
         gpu.Step("needs", code(""), 20, needs="no-such-program"),
         gpu.Step("last", code("print('last')"), 20),
     ]
-    run = gpu.Run(tmp_path, None, "cpu", {})
+    run = gpu.Run(tmp_path, None, "cpu", {}, tmp_path / "work")
     begun = time.monotonic()
     run.all(steps, cores=2)
     assert time.monotonic() - begun < 30
@@ -103,7 +103,7 @@ def test_the_deadline_holds_and_what_was_cut_off_keeps_its_rows(gpu: ModuleType,
     keeps = f"import signal, time; signal.signal(15, lambda *_: (open({str(rows)!r}, 'w').write('kept'), exit(0)))"
     steps = [gpu.Step("long", code(f"{keeps}; time.sleep(60)"), 60), gpu.Step("late", code(""), 60)]
     begun = time.monotonic()
-    run = gpu.Run(tmp_path, 12 / 60, "cpu", {})
+    run = gpu.Run(tmp_path, 12 / 60, "cpu", {}, tmp_path / "work")
     run.all(steps, cores=1)
     assert time.monotonic() - begun < 16
     assert run.status == {"long": "cut off", "late": "no time"} and rows.read_text() == "kept"
@@ -114,6 +114,8 @@ def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatc
 
     def append(letter: str, more: str = "") -> tuple[str, ...]:
         return code(f"open({str(log)!r}, 'a').write({letter!r}); {more}")
+
+    monkeypatch.setattr(gpu.Run.__init__, "__defaults__", (tmp_path / "work",))
 
     def go(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", *arguments])
@@ -136,12 +138,12 @@ def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatc
 
 
 def test_the_cache_travels(gpu: ModuleType, tmp_path: Path) -> None:
-    one = gpu.Run(tmp_path / "one", None, "cpu", {})
+    one = gpu.Run(tmp_path / "one", None, "cpu", {}, tmp_path / "work 1")
     kept = Path(one.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"code")
     one.pack_cache()
-    two = gpu.Run(tmp_path / "two", None, "cpu", {})
+    two = gpu.Run(tmp_path / "two", None, "cpu", {}, tmp_path / "work 2")
     two.unpack_cache(tmp_path / "one" / "cache.tar.xz")
     assert (Path(two.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin").read_bytes() == b"code"
 
