@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from mvkernels import launch
 from mvkernels.launch import Device
 from mvkernels.ops.patch_attention import triton_backward, triton_bias, triton_forward
 from mvkernels.ops.patch_attention.triton_configs import OP, pieces
+from mvkernels.triton_launch import RepeatedLaunch
 
 _INT32 = 2**31
 _PARTIAL_BYTES = 64 << 20
@@ -48,16 +49,15 @@ class Launch:
     ints: tuple[int, ...]
     meta: dict[str, Any]
     options: dict[str, int]
+    _launch: RepeatedLaunch = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        repeated = RepeatedLaunch(self.kernel, self.grid, self.ints, self.meta, self.options)
+        object.__setattr__(self, "_launch", repeated)
 
     def __call__(self, tensors: dict[str, torch.Tensor], floats: dict[str, float]) -> None:
         """Launch on the current device."""
-        self.kernel[(self.grid,)](
-            *[tensors[name] for name in self.pointers],
-            *[floats[name] for name in self.floats],
-            *self.ints,
-            **self.meta,
-            **self.options,
-        )
+        self._launch([tensors[name] for name in self.pointers], [floats[name] for name in self.floats])
 
 
 def _low_bit(*values: int, limit: int) -> int:
