@@ -72,6 +72,18 @@ def device_of(type_: str, index: int | None) -> Device:
     return Device("interpreter", "interpreter", 2)
 
 
+@cache
+def _major(index: int | None) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """Why an NVIDIA GPU is too old for the kernels, or None; asked of the driver once per device."""
+    if device.type != "cuda" or torch.version.hip or _major(device.index) >= 8:
+        return None
+    return f"compute capability {_major(device.index)}.x: want 8.0 or more"
+
+
 def heuristic(op: str, kernel: str) -> Callable[[Heuristic], Heuristic]:
     """Register the default configuration of a kernel: a function of the key."""
 

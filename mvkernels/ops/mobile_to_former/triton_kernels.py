@@ -44,10 +44,8 @@ def why_no_kernel(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
         return f"no Triton for device type {type_}"
     if _INTERPRETED and x.dtype == torch.bfloat16:
         return "bfloat16 products are wrong in Triton's interpreter"
-    if type_ == "cuda" and not torch.version.hip:
-        major = torch.cuda.get_device_capability(x.device)[0]
-        if major < 8:
-            return f"compute capability {major}.x: want 8.0 or more"
+    if too_old := launch.why_too_old(x.device):
+        return too_old
     batch, heads, d, height, width = x.shape
     m = tokens.shape[2]
     if d > _MAX_HEAD_DIM:

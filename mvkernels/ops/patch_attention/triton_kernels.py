@@ -83,10 +83,8 @@ def why_not(
         return f"dtype {str(query.dtype).removeprefix('torch.')}: want float32, float16 or bfloat16"
     if _INTERPRETED and query.dtype == torch.bfloat16:
         return "bfloat16 products are wrong in Triton's interpreter"
-    if type_ == "cuda" and not torch.version.hip:
-        major = torch.cuda.get_device_capability(query.device)[0]
-        if major < 8:
-            return f"compute capability {major}.x: want 8.0 or more"
+    if too_old := launch.why_too_old(query.device):
+        return too_old
     batch, heads, d, height, width = query.shape
     dv = value.shape[2]
     if max(d, dv) > _MAX_HEAD_DIM:

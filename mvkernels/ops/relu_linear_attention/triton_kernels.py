@@ -44,10 +44,8 @@ def why_no_kernel(map_: torch.Tensor, units: int, channels: int, d: int, height:
         return f"no Triton for device type {type_}"
     if INTERPRETED and map_.dtype == torch.bfloat16:
         return "bfloat16 products are wrong in Triton's interpreter"
-    if type_ == "cuda" and not torch.version.hip:
-        major = torch.cuda.get_device_capability(map_.device)[0]
-        if major < 8:
-            return f"compute capability {major}.x: want 8.0 or more"
+    if too_old := launch.why_too_old(map_.device):
+        return too_old
     name = "tf32" if _precision(map_.dtype, type_) == "tf32" else str(map_.dtype).removeprefix("torch.")
     if d > _MAX_HEAD_DIM[name]:
         return f"head_dim {d}: want at most {_MAX_HEAD_DIM[name]} in {name}"
