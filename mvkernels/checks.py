@@ -176,8 +176,8 @@ def known(condition: Any) -> bool:
 
 
 def channels_last(value: torch.Tensor) -> bool:
-    """Whether a map (B, heads, head_dim, H, W) has its channels innermost."""
-    return known(value.stride(2) == 1)
+    """Whether a map (B, heads, head_dim, H, W), or (B, C, H, W), has its channels innermost."""
+    return known(value.stride(-3) == 1)
 
 
 def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -188,7 +188,10 @@ def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
     This one function says it for the kernels and for their fakes.
     """
     if like.dim() == 4:
-        return empty_map(like.unsqueeze(1), head_dim).squeeze(1)
+        b, _, height, width = like.shape
+        if channels_last(like):
+            return like.new_empty((b, height, width, head_dim)).permute(0, 3, 1, 2)
+        return like.new_empty((b, head_dim, height, width))
     b, h, _, height, width = like.shape
     if channels_last(like):
         return like.new_empty((b, height, width, h, head_dim)).permute(0, 3, 4, 1, 2)
