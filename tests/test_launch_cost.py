@@ -28,6 +28,7 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fake_cuda")
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1",
                     FAKE / "libcuda.c"], check=True)  # fmt: skip
+    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # by which Triton before 3.6 links
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     libraries = [str(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [environment.get("PYTHONPATH")])]
