@@ -10,6 +10,8 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     load_tile,
     pixel_of,
     plane,
+    round_tf32,
+    round_tile,
     row_offsets,
     store_tile,
 )
@@ -22,12 +24,13 @@ def _token_block(
     block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Keys and values of a block of tokens, and which of them are tokens.
     m = block * TOKENS + tl.arange(0, TOKENS)
     keep = m < M
-    k0, k1 = load_tokens(k_ptr, batch, head, m, keep, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK)
-    v0, v1 = load_tokens(v_ptr, batch, head, m, keep, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV)
+    k0, k1 = load_tokens(k_ptr, batch, head, m, keep, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK, PRECISION)
+    v0, v1 = load_tokens(v_ptr, batch, head, m, keep, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV, PRECISION)
     return k0, k1, v0, v1, keep
 
 
@@ -68,38 +71,19 @@ def forward_pixels(
     keep = n < tl.multiple_of(H * W, N_ALIGN)
     y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
     x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+    q0, q1 = round_tile(x0, x1, D1, PRECISION)
     top = tl.full([BLOCK], -float("inf"), ACC)
     total = tl.zeros([BLOCK], ACC)
     sum0 = tl.zeros([BLOCK, D0], ACC)
     sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
     for block in range(0, (M + TOKENS - 1) // TOKENS):
         k0, k1, v0, v1, keep_m = _token_block(
-            block,
-            batch,
-            head,
-            k_ptr,
-            v_ptr,
-            ksb,
-            ksh,
-            ksm,
-            ksd,
-            vsb,
-            vsh,
-            vsm,
-            vsd,
-            M,
-            D,
-            D0,
-            D1,
-            LK,
-            AK,
-            LV,
-            AV,
-            TOKENS,
-        )
-        top, p, fade = _rescale(top, _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION))
+            block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+            M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
+        )  # fmt: skip
+        top, p, fade = _rescale(top, _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION))
         total = total * fade + tl.sum(p, 1)
-        p = p.to(v0.dtype)
+        p = round_tf32(p.to(v0.dtype), PRECISION)
         sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
             sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -114,11 +98,11 @@ def forward_pixels(
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile whose maxima and sums are known.
 @triton.jit
-def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr):
+def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr, PRECISION: tl.constexpr):
     inside = keep[:, None] & keep_m[None, :]
     p = tl.where(inside, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
     ds = tl.where(inside, p * (dp - delta[:, None]), 0.0)
-    return p.to(dtype), ds.to(dtype)
+    return round_tf32(p.to(dtype), PRECISION), round_tf32(ds.to(dtype), PRECISION)
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dkey and
@@ -147,8 +131,9 @@ def backward_slices(
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     k0, k1, v0, v1, keep_m = _token_block(
-        block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd, M, D, D0, D1, LK, AK, LV, AV, TOKENS
-    )
+        block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+        M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
+    )  # fmt: skip
     dk0 = tl.zeros([TOKENS, D0], ACC)
     dk1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     dv0 = tl.zeros([TOKENS, D0], ACC)
@@ -157,8 +142,11 @@ def backward_slices(
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
-        g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, D, D0, D1, LG, AG, WIDE)
+        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
+        x0, x1 = load_tile(x_ptr, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        at = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
+        r0, r1 = load_tile(g_ptr, at, keep, gsd, D, D0, D1, LG, AG, WIDE)
+        g0, g1 = round_tile(r0, r1, D1, PRECISION)
         scores = _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION)
         dp = dot_nt(g0, g1, v0, v1, D1, PRECISION)
         if M <= TOKENS:
@@ -173,7 +161,7 @@ def backward_slices(
             for other in range(0, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b = _token_block(
                     other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-                    M, D, D0, D1, LK, AK, LV, AV, TOKENS,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
                 )  # fmt: skip
                 top, p, fade = _rescale(top, _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION))
                 total = total * fade + tl.sum(p, 1)
@@ -181,7 +169,7 @@ def backward_slices(
             base = tl.where(top == -float("inf"), 0.0, top)
             share = 1.0 / total
             delta = delta * share
-        p, ds = _gradients(scores, dp, keep, base, share, delta, keep_m, x0.dtype)
+        p, ds = _gradients(scores, dp, keep, base, share, delta, keep_m, x0.dtype, PRECISION)
         if DTOKENS:
             pt = tl.trans(p)
             dst = tl.trans(ds)
@@ -203,11 +191,11 @@ def backward_slices(
             for other in range(1, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b = _token_block(
                     other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-                    M, D, D0, D1, LK, AK, LV, AV, TOKENS,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
                 )  # fmt: skip
                 scores = _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION)
                 dp = dot_nt(g0, g1, b0, b1, D1, PRECISION)
-                p, ds = _gradients(scores, dp, keep, base, share, delta, keep_b, x0.dtype)
+                p, ds = _gradients(scores, dp, keep, base, share, delta, keep_b, x0.dtype, PRECISION)
                 dx0 = tl.dot(ds, a0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:
                     dx1 = tl.dot(ds, a1, dx1, input_precision=PRECISION, out_dtype=ACC)
@@ -219,9 +207,9 @@ def backward_slices(
             if D1 > 0:
                 dx1 = (dx1 - left * keys1[None, :]) * scale
             if RESIDUAL:
-                dx0 += g0.to(ACC)
+                dx0 += r0.to(ACC)
                 if D1 > 0:
-                    dx1 += g1.to(ACC)
+                    dx1 += r1.to(ACC)
             at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
             store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
     if DTOKENS:

@@ -10,7 +10,7 @@ import triton.language as tl
 from mvkernels.ops.former_to_mobile.triton_device import _TOKENS, _gradients, _rescale
 from mvkernels.ops.mobile_to_former.triton_device import _MAP, _SIZES, exact, unit_of
 from mvkernels.ops.mobile_to_former.triton_wide import load_slice, products, store_slice, token_rows
-from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, row_offsets
+from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, round_tf32, row_offsets
 
 
 # Products of a tile of the map with a block of a token set, (pixels, tokens).
@@ -63,8 +63,9 @@ def forward_wide(
         )
         top, p, fade = _rescale(top, tl.where((m < M)[None, :], scores * factor, -float("inf")))
         total = total * fade + tl.sum(p, 1)
-        v = load_slice(v_ptr, token_rows(m, vsm, LV, AV), m < M, vsd, start, SLICE, D, LV, AV, True)
-        sums = tl.dot(p.to(v.dtype), v, sums * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+        v = load_slice(v_ptr, token_rows(m, vsm, LV, AV), m < M, vsd, start, SLICE, D, LV, AV, True, PRECISION)
+        p = round_tf32(p.to(v.dtype), PRECISION)
+        sums = tl.dot(p, v, sums * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
     sums = sums / total[:, None]
     if RESIDUAL:
         sums += load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE).to(ACC)
@@ -146,14 +147,14 @@ def backward_wide(
                     g_ptr, at_g, keep, gsd, v_ptr, m, vsm, vsd,
                     M, D, DEPTH, LG, AG, WIDE, LV, AV, PRECISION, TOKENS, BLOCK, ACC,
                 )  # fmt: skip
-            p, ds = _gradients(scores, dp, keep, base, share, delta, m < M, x_ptr.dtype.element_ty)
+            p, ds = _gradients(scores, dp, keep, base, share, delta, m < M, x_ptr.dtype.element_ty, PRECISION)
             if DTOKENS:
-                here = load_slice(g_ptr, at_g, keep, gsd, start, SLICE, D, LG, AG, WIDE)
+                here = load_slice(g_ptr, at_g, keep, gsd, start, SLICE, D, LG, AG, WIDE, PRECISION)
                 dv = tl.dot(tl.trans(p), here, dv, input_precision=PRECISION, out_dtype=ACC)
-                here = load_slice(x_ptr, at_x, keep, xsd, start, SLICE, D, LX, AX, WIDE)
+                here = load_slice(x_ptr, at_x, keep, xsd, start, SLICE, D, LX, AX, WIDE, PRECISION)
                 dk = tl.dot(tl.trans(ds), here, dk, input_precision=PRECISION, out_dtype=ACC)
             if DX:
-                k = load_slice(k_ptr, token_rows(m, ksm, LK, AK), m < M, ksd, start, SLICE, D, LK, AK, True)
+                k = load_slice(k_ptr, token_rows(m, ksm, LK, AK), m < M, ksd, start, SLICE, D, LK, AK, True, PRECISION)
                 dx = tl.dot(ds, k, dx, input_precision=PRECISION, out_dtype=ACC)
                 left += tl.sum(ds.to(ACC), 1)
                 keys += tl.sum(k.to(ACC), 0)

@@ -18,6 +18,7 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     load_tile,
     pixel_of,
     plane,
+    round_tf32,
     row_offsets,
     store_tile,
 )
@@ -33,13 +34,14 @@ def exact(high, low, ACC: tl.constexpr):
 def load_tokens(
     ptr, batch, head, m, keep, sb, sh, sm, sd,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both pieces of a (tokens, D) tile of a token set (B, heads, M, D) of any strides."""
+    """Both pieces of a (tokens, D) tile of a token set (B, heads, M, D) of any strides, as operands of products."""
     rows = m.to(tl.int64) * sm
     if LAYOUT == 1:
         rows = tl.multiple_of(rows, ALIGN)
     base = ptr + plane(batch, head, sb, sh, LAYOUT, ALIGN)
-    return load_tile(base, rows, keep, sd, D, D0, D1, LAYOUT, ALIGN, True)
+    return load_tile(base, rows, keep, sd, D, D0, D1, LAYOUT, ALIGN, True, PRECISION)
 
 
 @triton.jit
@@ -73,7 +75,7 @@ def forward_slices(
     factor = exact(scale2, scale2_low, ACC)
     m = block * TOKENS + tl.arange(0, TOKENS)
     keep_m = m < M
-    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     top = tl.full([TOKENS], -float("inf"), ACC)
@@ -84,7 +86,9 @@ def forward_slices(
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
         scores = tl.where(keep[None, :], dot_nt(q0, q1, x0, x1, D1, PRECISION) * factor, -float("inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         # A row with no score above -inf yet has to stay 0, not become inf - inf.
@@ -93,7 +97,7 @@ def forward_slices(
         fade = tl.exp2(top - base)
         top = highest
         total = total * fade + tl.sum(p, 1)
-        p = p.to(x0.dtype)
+        p = round_tf32(p.to(x0.dtype), PRECISION)
         sum0 = tl.dot(p, x0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
             sum1 = tl.dot(p, x1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
@@ -209,8 +213,8 @@ def backward_rows(
     factor = exact(scale2, scale2_low, ACC)
     m = block * TOKENS + tl.arange(0, TOKENS)
     keep_m = m < M
-    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
-    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     top, total, index, base, rest = no_tile(TOKENS, ACC)
@@ -218,7 +222,9 @@ def backward_rows(
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
         scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
         dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
         top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
@@ -272,11 +278,12 @@ def _token_block(
     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     m = block * TOKENS + tl.arange(0, TOKENS)
     keep = m < M
-    q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ)
-    g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG)
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
     top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep)
     return q0, q1, g0, g1, keep, top, total, index, base, rest
 
@@ -290,7 +297,7 @@ def _gradients(
     scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, inside)
     dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
     p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
-    return p.to(x0.dtype), ds.to(x0.dtype)
+    return round_tf32(p.to(x0.dtype), PRECISION), round_tf32(ds.to(x0.dtype), PRECISION)
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
@@ -318,7 +325,7 @@ def backward_slices(
     pixels = tl.multiple_of(H * W, N_ALIGN)
     q0, q1, g0, g1, keep_m, top, total, index, base, rest = _token_block(
         block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
-        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
     )  # fmt: skip
     dq0 = tl.zeros([TOKENS, D0], ACC)
     dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
@@ -326,7 +333,9 @@ def backward_slices(
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
         y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
         p, ds = _gradients(
             x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor, D1, PRECISION
         )
@@ -345,7 +354,7 @@ def backward_slices(
             for other in range(1, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b = _token_block(
                     other, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
-                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS,
+                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
                 )  # fmt: skip
                 p, ds = _gradients(
                     x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,

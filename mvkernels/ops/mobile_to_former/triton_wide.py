@@ -22,7 +22,7 @@ from mvkernels.ops.mobile_to_former.triton_device import (
     store_rows,
     unit_of,
 )
-from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, row_offsets
+from mvkernels.ops.patch_attention.triton_tiles import EXACT, dense_strides, pixel_of, plane, round_tf32, row_offsets
 
 
 @triton.jit
@@ -48,10 +48,11 @@ def _slice(
 def load_slice(
     ptr, rows, keep, sd, start,
     WIDTH: tl.constexpr, D: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr = EXACT,
 ):  # fmt: skip
-    """Channels [start, start + WIDTH) of a (rows, D) tile; zeros outside ``keep`` and past D."""
+    """Channels [start, start + WIDTH) of a (rows, D) tile, as load_tile's."""
     offsets, mask = _slice(rows, keep, sd, start, WIDTH, D, LAYOUT, ALIGN, WIDE)
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
+    tile = round_tf32(tl.load(ptr + offsets, mask=mask, other=0.0), PRECISION)
     return tile if LAYOUT == 1 else tl.trans(tile)
 
 
@@ -85,8 +86,8 @@ def products(
     """a bᵀ, (A rows, B rows), summed over the channels DEPTH at a time."""
     total = tl.zeros([A, B], ACC)
     for start in range(0, D, DEPTH):
-        a = load_slice(a_ptr, a_rows, a_keep, asd, start, DEPTH, D, LA, AA, WA)
-        b = load_slice(b_ptr, b_rows, b_keep, bsd, start, DEPTH, D, LB, AB, WB)
+        a = load_slice(a_ptr, a_rows, a_keep, asd, start, DEPTH, D, LA, AA, WA, PRECISION)
+        b = load_slice(b_ptr, b_rows, b_keep, bsd, start, DEPTH, D, LB, AB, WB, PRECISION)
         total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION, out_dtype=ACC)
     return total
 
@@ -134,8 +135,9 @@ def forward_wide(
         fade = tl.exp2(top - base)
         top = highest
         total = total * fade + tl.sum(p, 1)
-        here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE)
-        sums = tl.dot(p.to(here.dtype), here, sums * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+        here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE, PRECISION)
+        p = round_tf32(p.to(here.dtype), PRECISION)
+        sums = tl.dot(p, here, sums * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
     row = unit * M + m
     if SPLIT:
         row += part * rows
@@ -251,15 +253,15 @@ def backward_wide(
             )  # fmt: skip
             top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep_m)
             p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
-            p = p.to(x_ptr.dtype.element_ty)
-            ds = ds.to(x_ptr.dtype.element_ty)
+            p = round_tf32(p.to(x_ptr.dtype.element_ty), PRECISION)
+            ds = round_tf32(ds.to(x_ptr.dtype.element_ty), PRECISION)
             if DTOKENS:
-                here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE)
+                here = load_slice(x_ptr, at, keep, xsd, start, SLICE, D, LX, AX, WIDE, PRECISION)
                 dq = tl.dot(tl.trans(ds), here, dq, input_precision=PRECISION, out_dtype=ACC)
             if DX:
-                q = load_slice(q_ptr, q_rows, keep_m, qsd, start, SLICE, D, LQ, AQ, True)
+                q = load_slice(q_ptr, q_rows, keep_m, qsd, start, SLICE, D, LQ, AQ, True, PRECISION)
                 dx += tl.dot(ds, q, input_precision=PRECISION, out_dtype=ACC) * scale
-                g = load_slice(g_ptr, g_rows, keep_m, gsd, start, SLICE, D, LG, AG, True)
+                g = load_slice(g_ptr, g_rows, keep_m, gsd, start, SLICE, D, LG, AG, True, PRECISION)
                 dx = tl.dot(p, g, dx, input_precision=PRECISION, out_dtype=ACC)
         if DX:
             to = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)

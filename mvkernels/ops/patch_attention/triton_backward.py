@@ -31,6 +31,7 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     load_tile3,
     pixel_of,
     plane,
+    round_tf32,
     row_offsets,
     rows3,
     store_tile,
@@ -76,24 +77,32 @@ def backward_unit(
     keep = n < tokens
     inside = keep[:, None] & keep[None, :]
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
-    g0, g1 = load_tile(g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE)
-    q0, q1 = load_tile(q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE)
-    k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE)
-    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE)
+    g0, g1 = load_tile(
+        g_ptr, row_offsets(y, x, gsy, gsx, LG, AG, LINEAR), keep, gsd, DV, V0, V1, LG, AG, WIDE, PRECISION
+    )
+    q0, q1 = load_tile(
+        q_ptr, row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR), keep, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION
+    )
+    k0, k1 = load_tile(
+        k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep, ksd, D, D0, D1, LK, AK, WIDE, PRECISION
+    )
+    v0, v1 = load_tile(
+        v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep, vsd, DV, V0, V1, LV, AV, WIDE, PRECISION
+    )
     scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, n, n, bsh, bsm, bsn,
                        D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
     dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
     p, ds, top, share, delta, rest, peak = whole_rows(scores, dp, inside, n[None, :], 1)
     if STORE_ROWS:
         store_rows(rows_ptr + (x if LINEAR else y * W + x), H * W, keep, top, share, delta, rest, peak)
-    pt = tl.trans(p.to(g0.dtype))
+    pt = tl.trans(round_tf32(p.to(g0.dtype), PRECISION))
     dv0 = tl.dot(pt, g0, input_precision=PRECISION)
     dv1 = dv0
     if V1 > 0:
         dv1 = tl.dot(pt, g1, input_precision=PRECISION)
     dv_rows = row_offsets(y, x, dvy, dvx, DLV, ADV, LINEAR)
     store_tile(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
-    ds = ds.to(k0.dtype)
+    ds = round_tf32(ds.to(k0.dtype), PRECISION)
     dst = tl.trans(ds)
     over = 1.0 / tokens.to(tl.float32)
     dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 1) * scale
@@ -127,9 +136,9 @@ def _queries(
     keep_m = m < tokens
     my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
     g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
-                       DV, V0, V1, LG, AG, WIDE)  # fmt: skip
+                       DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
-                       D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
+                       D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
     pk0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -145,9 +154,9 @@ def _queries(
         y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
         inside = keep_m[:, None] & keep_n[None, :]
         k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
-                           D, D0, D1, LK, AK, WIDE)  # fmt: skip
+                           D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
         v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
-                           DV, V0, V1, LV, AV, WIDE)  # fmt: skip
+                           DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
         scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
                            D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
@@ -166,8 +175,8 @@ def _queries(
         ds = tl.where(inside, p * (dp - base[:, None]), 0.0)
         shift = before - base
         # Sums of what was rounded, so that the mean of the keys leaves nothing in dQ.
-        p = p.to(k0.dtype)
-        ds = ds.to(k0.dtype)
+        p = round_tf32(p.to(k0.dtype), PRECISION)
+        ds = round_tf32(ds.to(k0.dtype), PRECISION)
         total *= fade
         rest = rest * fade + total * shift + tl.sum(ds.to(tl.float32), 1)
         total += tl.sum(p.to(tl.float32), 1)
@@ -206,9 +215,9 @@ def _keys(
     keep_n = n < tokens
     y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
-                       D, D0, D1, LK, AK, WIDE)  # fmt: skip
+                       D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
-                       DV, V0, V1, LV, AV, WIDE)  # fmt: skip
+                       DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
     dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
@@ -221,17 +230,17 @@ def _keys(
         at = rows_ptr + (mx if LINEAR else my * W + mx)
         top, share, delta, rest, peak = load_rows(at, area, keep_m)
         q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
-                           D, D0, D1, LQ, AQ, WIDE)  # fmt: skip
+                           D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
         g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
-                           DV, V0, V1, LG, AG, WIDE)  # fmt: skip
+                           DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
         scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
         if BIAS:
             scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
         pt = tl.exp2(masked(scores, inside) - top[None, :]) * share[None, :]
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
         beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
-        dst = tl.where(inside, pt * beside, 0.0).to(q0.dtype)
-        pt = pt.to(g0.dtype)
+        dst = round_tf32(tl.where(inside, pt * beside, 0.0).to(q0.dtype), PRECISION)
+        pt = round_tf32(pt.to(g0.dtype), PRECISION)
         dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION)
         dk0 = tl.dot(dst, q0, dk0, input_precision=PRECISION)
         if V1 > 0:
@@ -343,10 +352,10 @@ def backward_packed(
     k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
     v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
     g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
-    g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG)
-    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
-    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
-    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
+    g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG, PRECISION)
+    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ, PRECISION)
+    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, PRECISION)
+    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV, PRECISION)
     scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     if BIAS:
         at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
@@ -356,9 +365,9 @@ def backward_packed(
     if STORE_ROWS:
         rows = rows_ptr + ((batch * heads + head) * ROWS * H * W)[:, None] + y * W + x
         store_rows(rows, H * W, keep, top, share, delta, rest, peak)
-    ds = ds.to(k0.dtype)
+    ds = round_tf32(ds.to(k0.dtype), PRECISION)
     dst = tl.permute(ds, (0, 2, 1))
-    pt = tl.permute(p.to(g0.dtype), (0, 2, 1))
+    pt = tl.permute(round_tf32(p.to(g0.dtype), PRECISION), (0, 2, 1))
 
     dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
     dv0 = tl.dot(pt, g0, input_precision=PRECISION)

@@ -56,15 +56,15 @@ def bias_partials(
         g_at = g_ptr + plane(batch, wide_head, gsb, gsh, LG, AG)
         q_rows = row_offsets(my, mx, qsy, qsx, LQ, AQ, LINEAR)
         k_rows = row_offsets(ny, nx, ksy, ksx, LK, AK, LINEAR)
-        q0, q1 = load_tile(q_at, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE)
-        k0, k1 = load_tile(k_at, k_rows, keep_n, ksd, D, D0, D1, LK, AK, WIDE)
+        q0, q1 = load_tile(q_at, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION)
+        k0, k1 = load_tile(k_at, k_rows, keep_n, ksd, D, D0, D1, LK, AK, WIDE, PRECISION)
         scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, wide_head, m, n, bsh, bsm, bsn,
                            D1, True, BIAS_ALIGN, PRECISION)  # fmt: skip
         p = tl.exp2(scores - top[:, None]) * share[:, None]
         g_rows = row_offsets(my, mx, gsy, gsx, LG, AG, LINEAR)
         v_rows = row_offsets(ny, nx, vsy, vsx, LV, AV, LINEAR)
-        g0, g1 = load_tile(g_at, g_rows, keep_m, gsd, DV, V0, V1, LG, AG, WIDE)
-        v0, v1 = load_tile(v_at, v_rows, keep_n, vsd, DV, V0, V1, LV, AV, WIDE)
+        g0, g1 = load_tile(g_at, g_rows, keep_m, gsd, DV, V0, V1, LG, AG, WIDE, PRECISION)
+        v0, v1 = load_tile(v_at, v_rows, keep_n, vsd, DV, V0, V1, LV, AV, WIDE, PRECISION)
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
         beside = tl.where(n[None, :] == peak[:, None], -rest[:, None], dp - delta[:, None])
         total += tl.where(inside & keep_m[:, None], p * beside, 0.0)

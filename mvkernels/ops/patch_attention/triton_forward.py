@@ -13,6 +13,7 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     load_tile3,
     pixel_of,
     plane,
+    round_tf32,
     row_offsets,
     rows3,
     store_tile,
@@ -74,15 +75,19 @@ def forward_rows(
     if ONE_PASS:
         keep_n = n < tokens
         y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
-        k0, k1 = load_tile(k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep_n, ksd, D, D0, D1, LK, AK, WIDE)
-        v0, v1 = load_tile(v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep_n, vsd, DV, V0, V1, LV, AV, WIDE)
+        k0, k1 = load_tile(
+            k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep_n, ksd, D, D0, D1, LK, AK, WIDE, PRECISION
+        )
+        v0, v1 = load_tile(
+            v_ptr, row_offsets(y, x, vsy, vsx, LV, AV, LINEAR), keep_n, vsd, DV, V0, V1, LV, AV, WIDE, PRECISION
+        )
 
     for block in range(Q_BLOCKS):
         m = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
         keep_m = m < tokens
         my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
         q_rows = row_offsets(my, mx, qsy, qsx, LQ, AQ, LINEAR)
-        q0, q1 = load_tile(q_ptr, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE)
+        q0, q1 = load_tile(q_ptr, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION)
         if ONE_PASS:
             scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
             if BIAS:
@@ -94,7 +99,7 @@ def forward_rows(
             top = tl.where(top == -float("inf"), 0.0, top)
             p = tl.exp2(scores - top[:, None])
             total = tl.sum(p, 1)
-            p = p.to(v0.dtype)
+            p = round_tf32(p.to(v0.dtype), PRECISION)
             acc0 = tl.dot(p, v0, input_precision=PRECISION)
             acc1 = acc0
             if V1 > 0:
@@ -110,8 +115,8 @@ def forward_rows(
                 y, x = pixel_of(keys, wg, gy, gx, ph, pw, LINEAR, WIDE)
                 k_rows = row_offsets(y, x, ksy, ksx, LK, AK, LINEAR)
                 v_rows = row_offsets(y, x, vsy, vsx, LV, AV, LINEAR)
-                kb0, kb1 = load_tile(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, AK, WIDE)
-                vb0, vb1 = load_tile(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV, AV, WIDE)
+                kb0, kb1 = load_tile(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, AK, WIDE, PRECISION)
+                vb0, vb1 = load_tile(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV, AV, WIDE, PRECISION)
                 scores = dot_nt(q0, q1, kb0, kb1, D1, PRECISION) * scale2
                 if BIAS:
                     inside = keep_m[:, None] & keep[None, :]
@@ -123,7 +128,7 @@ def forward_rows(
                 shrink = tl.exp2(top - used)
                 total = total * shrink + tl.sum(p, 1)
                 top = new_top
-                p = p.to(vb0.dtype)
+                p = round_tf32(p.to(vb0.dtype), PRECISION)
                 acc0 = tl.dot(p, vb0, acc0 * shrink[:, None], input_precision=PRECISION)
                 if V1 > 0:
                     acc1 = tl.dot(p, vb1, acc1 * shrink[:, None], input_precision=PRECISION)
@@ -161,8 +166,8 @@ def forward_packed(
     q_rows = rows3(batch * qsb + head * qsh, y, x, qsy, qsx, LQ, AQ)
     k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
     v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
-    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ)
-    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK)
+    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ, PRECISION)
+    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, PRECISION)
     scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     inside = keep[:, :, None] & keep[:, None, :]
     if BIAS:
@@ -174,8 +179,8 @@ def forward_packed(
     p = tl.exp2(scores - top[:, :, None])
     total = tl.sum(p, 2)
     over = (1.0 / total)[:, :, None]
-    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV)
-    p = p.to(v0.dtype)
+    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV, PRECISION)
+    p = round_tf32(p.to(v0.dtype), PRECISION)
     acc0 = tl.dot(p, v0, input_precision=PRECISION) * over
     acc1 = acc0
     if V1 > 0:

@@ -65,7 +65,7 @@ def whole_rows(scores, dp, inside, n, AXIS: tl.constexpr):
 def without_mean_key(dq, ds, k, over, AXIS: tl.constexpr):
     """dS K, given as dq, less what the mean key adds to it; ``over`` is 1 / the number of keys.
 
-    The sum of a row of dS is 0, but for its rounding to a half type.
+    The sum of a row of dS is 0, but for its rounding to a half type or tf32.
     """
     left = tl.expand_dims(tl.sum(ds.to(tl.float32), AXIS), AXIS)
     return dq - left * tl.expand_dims(tl.sum(k.to(tl.float32), AXIS - 1) * over, AXIS - 1)

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+EXACT = tl.constexpr("ieee")
+"""PRECISION of what is no operand of products, or of exact ones."""
 
 
 @triton.jit
@@ -116,6 +118,29 @@ def _piece(
 
 
 @triton.jit
+def round_tf32(x, PRECISION: tl.constexpr, PURE: tl.constexpr = False):
+    """x as an operand of products: for tf32 the nearest number that tf32 has, else x.
+
+    Matrix units cut off the bits that tf32 does not have: that is twice the error of rounding, and always toward 0.
+    PyTorch's products (cuBLAS) round to nearest, ties away from 0, as this does. By the instruction's definition NaN
+    stays NaN and Inf stays Inf.
+
+    The compiler takes this for an effect, to leave it where it stands. With PURE it may do it anew in the registers of
+    each product that takes x: right for an operand of one product, too much for the registers with others.
+    """
+    if PRECISION == "tf32" and x.dtype == tl.float32:
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=PURE, pack=1)
+    return x
+
+
+@triton.jit
+def round_tile(first, second, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Both pieces of a tile as operands of products."""
+    first = round_tf32(first, PRECISION)
+    return first, round_tf32(second, PRECISION) if D1 > 0 else first
+
+
+@triton.jit
 def load_tile(
     ptr,
     rows,
@@ -127,16 +152,17 @@ def load_tile(
     LAYOUT: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
+    PRECISION: tl.constexpr = EXACT,
 ):
-    """Both pieces of a (tokens, D) tile; zeros outside ``keep`` and past D."""
+    """Both pieces of a (tokens, D) tile; zeros outside ``keep`` and past D. PRECISION: of the products it is for."""
     offsets, mask = _piece(rows, keep, sd, 0, D0, D, LAYOUT, ALIGN, WIDE)
-    first = tl.load(ptr + offsets, mask=mask, other=0.0)
+    first = round_tf32(tl.load(ptr + offsets, mask=mask, other=0.0), PRECISION)
     if LAYOUT != 1:
         first = tl.trans(first)
     second = first
     if D1 > 0:
         offsets, mask = _piece(rows, keep, sd, D0, D1, D, LAYOUT, ALIGN, WIDE)
-        second = tl.load(ptr + offsets, mask=mask, other=0.0)
+        second = round_tf32(tl.load(ptr + offsets, mask=mask, other=0.0), PRECISION)
         if LAYOUT != 1:
             second = tl.trans(second)
     return first, second
@@ -203,16 +229,19 @@ def rows3(base, y, x, sy, sx, LAYOUT: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def load_tile3(ptr, rows, keep, sd, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LAYOUT: tl.constexpr):
+def load_tile3(
+    ptr, rows, keep, sd,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """As load_tile, for a (units, tokens, D) tile."""
     offsets, mask = _piece3(rows, keep, sd, 0, D0, D, LAYOUT)
-    first = tl.load(ptr + offsets, mask=mask, other=0.0)
+    first = round_tf32(tl.load(ptr + offsets, mask=mask, other=0.0), PRECISION)
     if LAYOUT != 1:
         first = tl.permute(first, (0, 2, 1))
     second = first
     if D1 > 0:
         offsets, mask = _piece3(rows, keep, sd, D0, D1, D, LAYOUT)
-        second = tl.load(ptr + offsets, mask=mask, other=0.0)
+        second = round_tf32(tl.load(ptr + offsets, mask=mask, other=0.0), PRECISION)
         if LAYOUT != 1:
             second = tl.permute(second, (0, 2, 1))
     return first, second

@@ -15,6 +15,8 @@ from mvkernels.ops.patch_attention.triton_tiles import (
     load_tile,
     load_tile3,
     pixel_of,
+    round_tf32,
+    round_tile,
     store_tile,
     store_tile3,
 )
@@ -31,8 +33,10 @@ def _projected(
     # acc + (rows, D) of this head times its columns of the rows c of the weights (C, C).
     rows = tl.multiple_of(c * C + head * D, ALIGN)
     w0, w1 = load_tile(w_ptr, rows, c < C, 1, D, D0, D1, 1, ALIGN, False)
+    w0 = round_tf32(w0, PRECISION, PURE=True)
     acc = tl.dot(a0, tl.trans(w0), acc, input_precision=PRECISION)
     if D1 > 0:
+        w1 = round_tf32(w1, PRECISION, PURE=True)
         acc = tl.dot(a1, tl.trans(w1), acc, input_precision=PRECISION)
     return acc
 
@@ -57,18 +61,18 @@ def _head(
     PRECISION: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     q_at = tl.multiple_of(m_rows * (3 * C) + head * D, ALIGN)
-    q0, q1 = load_tile(qkv_ptr, q_at, keep_m, 1, D, D0, D1, 1, ALIGN, False)
+    q0, q1 = load_tile(qkv_ptr, q_at, keep_m, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
     if ONE_PASS:
         keys = tl.arange(0, BLOCK_N)
         keep = keys < tokens
         y, x = pixel_of(keys, wg, gy, gx, ph, pw, False, False)
         at = tl.multiple_of((y * W + x) * (3 * C) + head * D, ALIGN)
-        k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
+        k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
         scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
         scores = tl.where(keep[None, :], scores, -float("inf"))
         p, total = _softmax(scores, 1)
-        v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
-        p = p.to(v0.dtype)
+        v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
+        p = round_tf32(p.to(v0.dtype), PRECISION)
         a0 = tl.dot(p, v0, input_precision=PRECISION)
         a1 = a0
         if D1 > 0:
@@ -83,8 +87,8 @@ def _head(
             keep = keys < tokens
             y, x = pixel_of(keys, wg, gy, gx, ph, pw, False, False)
             at = tl.multiple_of((y * W + x) * (3 * C) + head * D, ALIGN)
-            k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
-            v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False)
+            k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
+            v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
             scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
             scores = tl.where(keep[None, :], scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
@@ -93,7 +97,7 @@ def _head(
             shrink = tl.exp2(top - used)
             total = total * shrink + tl.sum(p, 1)
             top = new_top
-            p = p.to(v0.dtype)
+            p = round_tf32(p.to(v0.dtype), PRECISION)
             a0 = tl.dot(p, v0, a0 * shrink[:, None], input_precision=PRECISION)
             if D1 > 0:
                 a1 = tl.dot(p, v1, a1 * shrink[:, None], input_precision=PRECISION)
@@ -144,6 +148,7 @@ def attend_rows(
         if SAVE:
             a_at = tl.multiple_of(m_rows * C + head * D, ALIGN)
             store_tile(attention_ptr, a0, a1, a_at, keep_m, 1, D, D0, D1, 1, ALIGN, False)
+        a0, a1 = round_tile(a0, a1, D1, PRECISION)
         acc0 = _projected(acc0, a0, a1, w_ptr, tl.arange(0, C0), head, C, D, D0, D1, ALIGN, PRECISION)
         if C1 > 0:
             acc1 = _projected(acc1, a0, a1, w_ptr, C0 + tl.arange(0, C1), head, C, D, D0, D1, ALIGN, PRECISION)
@@ -181,13 +186,13 @@ def attend_packed(
     acc1 = tl.zeros([ROWS, C1 if C1 > 0 else 1], tl.float32)
     for head in range(HEADS):
         at = tl.multiple_of(rows * (3 * C) + head * D, [ALIGN, ALIGN])
-        q0, q1 = load_tile3(qkv_ptr, at, keep, 1, D, D0, D1, 1)
-        k0, k1 = load_tile3(qkv_ptr + C, at, keep, 1, D, D0, D1, 1)
+        q0, q1 = load_tile3(qkv_ptr, at, keep, 1, D, D0, D1, 1, PRECISION)
+        k0, k1 = load_tile3(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, PRECISION)
         scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
         scores = tl.where(keep[:, None, :], scores, -float("inf"))
         p, total = _softmax(scores, 2)
-        v0, v1 = load_tile3(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1)
-        p = p.to(v0.dtype)
+        v0, v1 = load_tile3(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, PRECISION)
+        p = round_tf32(p.to(v0.dtype), PRECISION)
         over = (1.0 / total)[:, :, None]
         a0 = (tl.dot(p, v0, input_precision=PRECISION) * over).to(v0.dtype)
         a1 = a0
@@ -198,6 +203,7 @@ def attend_packed(
             store_tile3(attention_ptr, a0, a1, a_at, keep, 1, D, D0, D1, 1)
         a0 = tl.reshape(a0, (ROWS, D0))
         a1 = tl.reshape(a1, (ROWS, D1 if D1 > 0 else D0))
+        a0, a1 = round_tile(a0, a1, D1, PRECISION)
         acc0 = _projected(acc0, a0, a1, w_ptr, tl.arange(0, C0), head, C, D, D0, D1, ALIGN, PRECISION)
         if C1 > 0:
             acc1 = _projected(acc1, a0, a1, w_ptr, C0 + tl.arange(0, C1), head, C, D, D0, D1, ALIGN, PRECISION)

@@ -8,7 +8,7 @@ stages: each program writes its own, and they are added afterwards.
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_tiles import load_tile, store_tile
+from mvkernels.ops.patch_attention.triton_tiles import load_tile, round_tf32, store_tile
 from mvkernels.ops.patch_transformer_layer.triton_rows import (
     load_vector,
     norm_stats,
@@ -103,6 +103,7 @@ def ffn_backward(
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
+    WHOLE: tl.constexpr = "ieee" if CHUNK > 0 else PRECISION
     pid = tl.program_id(0).to(tl.int64)
     first = pid * BLOCK_M
     m = tl.arange(0, BLOCK_M)
@@ -113,8 +114,8 @@ def ffn_backward(
     g_ptr += first * C
     hidden_ptr += first * F
     dhidden_ptr += first * F
-    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN)
-    g0, g1 = load_tile(g_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
+    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
+    g0, g1 = load_tile(g_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
     d0 = tl.zeros([BLOCK_M, C0], tl.float32)
     d1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for start in range(0, F, BLOCK_F):
@@ -138,7 +139,8 @@ def ffn_backward(
         tl.store(sums_ptr + 4 * C + f, tl.sum(da, 0), mask=keep_f)
         da = da.to(x_ptr.dtype.element_ty)
         tl.store(dhidden_ptr + to, da, mask=inside)
-        w0, w1 = load_tile(w1_ptr, tl.multiple_of(f * C, ALIGN), keep_f, 1, C, C0, C1, 1, ALIGN, False)
+        da = round_tf32(da, PRECISION)
+        w0, w1 = load_tile(w1_ptr, tl.multiple_of(f * C, ALIGN), keep_f, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
         d0 = tl.dot(da, w0, d0, input_precision=PRECISION)
         if C1 > 0:
             d1 = tl.dot(da, w1, d1, input_precision=PRECISION)
@@ -174,7 +176,8 @@ def qkv_backward(
         from_ = tl.multiple_of(m * (3 * C), ALIGN)[:, None] + k[None, :]
         a = tl.load(dqkv_ptr + from_, mask=keep[:, None] & keep_k[None, :], other=0.0)
         tl.store(sums_ptr + 2 * C + k, tl.sum(a.to(tl.float32), 0), mask=keep_k)
-        w0, w1 = load_tile(w_ptr, tl.multiple_of(k * C, ALIGN), keep_k, 1, C, C0, C1, 1, ALIGN, False)
+        a = round_tf32(a, PRECISION)
+        w0, w1 = load_tile(w_ptr, tl.multiple_of(k * C, ALIGN), keep_k, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
         d0 = tl.dot(a, w0, d0, input_precision=PRECISION)
         if C1 > 0:
             d1 = tl.dot(a, w1, d1, input_precision=PRECISION)

@@ -9,7 +9,7 @@ Offsets inside a block are 32-bit, its first row's is 64-bit. ALIGN and FALIGN d
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_tiles import dot_nt, load_tile, store_tile
+from mvkernels.ops.patch_attention.triton_tiles import dot_nt, load_tile, round_tf32, round_tile, store_tile
 
 
 @triton.jit
@@ -52,9 +52,9 @@ def norm_stats(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr)
 @triton.jit
 def normed_rows(
     x_ptr, gamma_ptr, beta_ptr, at, keep, eps,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(both pieces of the normalised rows in x's dtype, mean, 1 / standard deviation)."""
+    """(both pieces of the normalised rows as operands of x's dtype, mean, 1 / standard deviation)."""
     x0, x1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
     x0 = x0.to(tl.float32)
     x1 = x1.to(tl.float32)
@@ -65,6 +65,7 @@ def normed_rows(
     n1 = n0
     if C1 > 0:
         n1 = ((x1 - mean[:, None]) * over[:, None] * g1[None, :] + b1[None, :]).to(x_ptr.dtype.element_ty)
+    n0, n1 = round_tile(n0, n1, C1, PRECISION)
     return n0, n1, mean, over
 
 
@@ -90,29 +91,31 @@ def product(
                 beta = tl.load(beta_ptr + k, mask=keep_k, other=0.0).to(tl.float32)
                 a = (a.to(tl.float32) - mean[:, None]) * over[:, None] * gamma[None, :] + beta[None, :]
                 a = a.to(a_ptr.dtype.element_ty)
+            a = round_tf32(a, PRECISION)
             inside = keep_k[:, None] & keep_n[None, :]
             if TRANSPOSED:
                 w = tl.load(w_ptr + (k * WIDTH)[:, None] + n[None, :], mask=inside, other=0.0)
             else:
                 w = tl.load(w_ptr + k[:, None] + (n * WIDTH)[None, :], mask=inside, other=0.0)
-            out = tl.dot(a, w, out, input_precision=PRECISION)
+            out = tl.dot(a, round_tf32(w, PRECISION), out, input_precision=PRECISION)
     elif TRANSPOSED:
-        w0, w1 = weight_columns(w_ptr, n, keep_n, C, C0, C1, WIDTH)
+        w0, w1 = weight_columns(w_ptr, n, keep_n, C, C0, C1, WIDTH, PRECISION)
         out = tl.dot(a0, w0, input_precision=PRECISION)
         if C1 > 0:
             out = tl.dot(a1, w1, out, input_precision=PRECISION)
     else:
         rows = tl.multiple_of(n * WIDTH, ALIGN)
-        w0, w1 = load_tile(w_ptr, rows, keep_n, 1, C, C0, C1, 1, ALIGN, False)
+        w0, w1 = load_tile(w_ptr, rows, keep_n, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
         out = dot_nt(a0, a1, w0, w1, C1, PRECISION)
     return out
 
 
 @triton.jit
 def weight_columns(
-    w_ptr, n, keep_n, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, WIDTH: tl.constexpr
+    w_ptr, n, keep_n,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both pieces (along C) of columns n of weights (C, WIDTH): (C0, n) and (C1, n), zeros outside."""
+    """Both pieces (along C) of columns n of weights (C, WIDTH), as operands: (C0, n) and (C1, n), zeros outside."""
     rows = tl.arange(0, C0)
     w0 = tl.load(w_ptr + (rows * WIDTH)[:, None] + n[None, :], mask=(rows < C)[:, None] & keep_n[None, :], other=0.0)
     w1 = w0
@@ -121,7 +124,7 @@ def weight_columns(
         w1 = tl.load(
             w_ptr + (rows * WIDTH)[:, None] + n[None, :], mask=(rows < C)[:, None] & keep_n[None, :], other=0.0
         )
-    return w0, w1
+    return round_tile(w0, w1, C1, PRECISION)
 
 
 # A block of rows stays, as the operand that it is, while STEPS blocks of outputs pass by; several programs share the
@@ -133,6 +136,7 @@ def linear_rows(
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, PROGRAMS_PER_BLOCK,
 ):  # fmt: skip
+    WHOLE: tl.constexpr = "ieee" if CHUNK > 0 else PRECISION  # of rows that are not operands nothing is rounded
     pid = tl.program_id(0)
     block = pid // PROGRAMS_PER_BLOCK
     part = pid - block * PROGRAMS_PER_BLOCK
@@ -144,11 +148,11 @@ def linear_rows(
     residual_ptr += first * N
     out_ptr += first * N
     if NORM:
-        a0, a1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN)
+        a0, a1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     else:
         mean = tl.zeros([BLOCK_M], tl.float32)
         over = mean
-        a0, a1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
+        a0, a1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
     for step in range(STEPS):
         n = (part * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         keep_n = n < N
@@ -173,12 +177,13 @@ def norm_ffn(
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, F: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
+    WHOLE: tl.constexpr = "ieee" if CHUNK > 0 else PRECISION
     first = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = tl.arange(0, BLOCK_M)
     keep = first + m < rows
     at = tl.multiple_of(m * C, ALIGN)
     x_ptr += first * C
-    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN)
+    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     out0 = tl.zeros([BLOCK_M, C0], tl.float32)
     out1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for start in range(0, F, BLOCK_F):
@@ -189,8 +194,8 @@ def norm_ffn(
             C, C0, C1, C, ALIGN, True, False, PRECISION, CHUNK,
         )  # fmt: skip
         a += tl.load(b1_ptr + f, mask=keep_f, other=0.0).to(tl.float32)[None, :]
-        h = (a / (1.0 + tl.exp(-a))).to(x_ptr.dtype.element_ty)
-        w0, w1 = weight_columns(w2_ptr, f, keep_f, C, C0, C1, F)
+        h = round_tf32((a / (1.0 + tl.exp(-a))).to(x_ptr.dtype.element_ty), PRECISION)
+        w0, w1 = weight_columns(w2_ptr, f, keep_f, C, C0, C1, F, PRECISION)
         out0 = tl.dot(h, tl.trans(w0), out0, input_precision=PRECISION)
         if C1 > 0:
             out1 = tl.dot(h, tl.trans(w1), out1, input_precision=PRECISION)
