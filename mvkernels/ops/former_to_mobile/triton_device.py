@@ -6,6 +6,7 @@ import triton.language as tl
 from mvkernels.ops.mobile_to_former.triton_device import _MAP, _SIZES, exact, load_tokens, store_tokens, unit_of
 from mvkernels.ops.patch_attention.triton_tiles import (
     dense_strides,
+    divider,
     dot_nt,
     load_tile,
     pixel_of,
@@ -69,7 +70,7 @@ def forward_pixels(
     out_ptr += plane(batch, head, ob, oh, LO, AO)
     n = part.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     keep = n < tl.multiple_of(H * W, N_ALIGN)
-    y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
     x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
     q0, q1 = round_tile(x0, x1, D1, PRECISION)
     top = tl.full([BLOCK], -float("inf"), ACC)
@@ -141,7 +142,7 @@ def backward_slices(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         x0, x1 = load_tile(x_ptr, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
         at = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)

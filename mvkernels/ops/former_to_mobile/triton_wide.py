@@ -10,7 +10,7 @@ import triton.language as tl
 from mvkernels.ops.former_to_mobile.triton_device import _TOKENS, _gradients, _rescale
 from mvkernels.ops.mobile_to_former.triton_device import _MAP, _SIZES, exact, unit_of
 from mvkernels.ops.mobile_to_former.triton_wide import load_slice, products, store_slice, token_rows
-from mvkernels.ops.patch_attention.triton_tiles import dense_strides, pixel_of, plane, round_tf32, row_offsets
+from mvkernels.ops.patch_attention.triton_tiles import dense_strides, divider, pixel_of, plane, round_tf32, row_offsets
 
 
 # Products of a tile of the map with a block of a token set, (pixels, tokens).
@@ -51,7 +51,7 @@ def forward_wide(
     out_ptr += plane(batch, head, ob, oh, LO, AO)
     n = part.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     keep = n < tl.multiple_of(H * W, N_ALIGN)
-    y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
     at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
     top = tl.full([BLOCK], -float("inf"), ACC)
     total = tl.zeros([BLOCK], ACC)
@@ -107,7 +107,7 @@ def backward_wide(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         at_x = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         at_g = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
         top = tl.full([BLOCK], -float("inf"), ACC)

@@ -19,10 +19,19 @@ from mvkernels.ops.mobile_to_former.triton_device import (
     load_rows,
     masked,
     no_tile,
+    rows_of,
     store_rows,
     unit_of,
 )
-from mvkernels.ops.patch_attention.triton_tiles import EXACT, dense_strides, pixel_of, plane, round_tf32, row_offsets
+from mvkernels.ops.patch_attention.triton_tiles import (
+    EXACT,
+    dense_strides,
+    divider,
+    pixel_of,
+    plane,
+    round_tf32,
+    row_offsets,
+)
 
 
 @triton.jit
@@ -121,7 +130,7 @@ def forward_wide(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         scores = products(
             q_ptr, q_rows, keep_m, qsd, x_ptr, at, keep, xsd,
@@ -193,17 +202,18 @@ def rows_wide(
     q_rows = token_rows(m, qsm, LQ, AQ)
     g_rows = token_rows(m, gsm, LG, AG)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top, total, index, base, rest = no_tile(TOKENS, ACC)
+    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         scores, dp, _inside = _scores(
             q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
             D, DEPTH, LQ, AQ, LG, AG, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
         )  # fmt: skip
         top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    top, total, index, base, rest = rows_of(top, total, index, base, rest)
     store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
@@ -238,7 +248,7 @@ def backward_wide(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         dx = tl.zeros([BLOCK, SLICE], ACC)
         # Every block of tokens for the pixels' gradient, else the program's own.

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_backward import _GRAD, _INPUTS, _SIZES
-from mvkernels.ops.patch_attention.triton_rows import ROWS, load_rows, scores_of
+from mvkernels.ops.patch_attention.triton_forward import bias_tile
+from mvkernels.ops.patch_attention.triton_rows import ROWS, load_rows, masked
 from mvkernels.ops.patch_attention.triton_tiles import (
+    divider,
     dot_nt,
     load_tile,
     pixel_of,
@@ -38,16 +40,18 @@ def bias_partials(
     part = pid // m_blocks
     # All groups are equal where there is a bias.
     wg = W // pw
+    width = divider(wg)
     tokens = tl.multiple_of((H // ph) * wg, N_ALIGN)
     keep_n = n < tokens
     inside = (m < tokens)[:, None] & keep_n[None, :]
+    bias = bias_tile(bias_ptr, head.to(tl.int64), m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(0, (items - part + slices - 1) // slices if LOOP == 0 else LOOP):
         item = part + step * slices
         keep_m = (m < tokens) & (item < items)
         batch, wide_head, gy, gx = unit_of(item * heads + head, heads, ph, pw)
-        my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
-        ny, nx = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
+        my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
+        ny, nx = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
         at = rows_ptr + (batch * heads + head) * ROWS * H * W + (mx if LINEAR else my * W + mx)
         top, share, delta, rest, peak = load_rows(at, H * W, keep_m)
         q_at = q_ptr + plane(batch, wide_head, qsb, qsh, LQ, AQ)
@@ -58,8 +62,7 @@ def bias_partials(
         k_rows = row_offsets(ny, nx, ksy, ksx, LK, AK, LINEAR)
         q0, q1 = load_tile(q_at, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION)
         k0, k1 = load_tile(k_at, k_rows, keep_n, ksd, D, D0, D1, LK, AK, WIDE, PRECISION)
-        scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, wide_head, m, n, bsh, bsm, bsn,
-                           D1, True, BIAS_ALIGN, PRECISION)  # fmt: skip
+        scores = masked(dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2 + bias, inside)
         p = tl.exp2(scores - top[:, None]) * share[:, None]
         g_rows = row_offsets(my, mx, gsy, gsx, LG, AG, LINEAR)
         v_rows = row_offsets(ny, nx, vsy, vsx, LV, AV, LINEAR)

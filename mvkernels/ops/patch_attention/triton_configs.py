@@ -86,7 +86,7 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
     cramped = (key["dtype"] != "f16" and key["arch"] != "interpreter") or (key["bias"] and key["arch"] not in _ROOMY)
     limit = 0 if cramped or _wide(key) > 128 else 64
-    return {"MAX_TOKENS": limit, "BLOCK": 64, "num_warps": 8 if key["bias"] else 4, "num_stages": 1}
+    return {"MAX_TOKENS": limit, "BLOCK": 64, "num_warps": 8 if key["bias"] and _wide(key) > 64 else 4, "num_stages": 1}
 
 
 @heuristic(OP, "backward_blocks")
@@ -148,10 +148,10 @@ def _forward_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     n = min(key["n"], 256)
     found = [
         {"BLOCK_M": m, "BLOCK_N": block, "Q_BLOCKS": q, "num_warps": warps, "num_stages": stages}
-        for m, warps in ((64, 4), (128, 4), (128, 8), (32, 2))
-        for block in sorted({64, 128, n})
+        for m, warps in ((64, 4), (128, 4), (128, 8), (32, 2), (64, 2))
+        for block in sorted({32, 64, 128, n})
         for q in ((1, max(1, n // m)) if block >= n else (1,))
-        for stages in ((1,) if block >= n and key["n"] <= 256 else (2, 3))
+        for stages in ((1,) if block >= n and key["n"] <= 256 else (1, 2, 3))
         if m <= max(n, 64) and block <= max(n, 64)
     ]
     return [config for index, config in enumerate(found) if config not in found[:index]]
@@ -162,7 +162,7 @@ def _backward_unit_candidates(key: Mapping[str, Any]) -> list[Config]:
     if key["n"] not in (64, 128):
         return []
     block = {"MAX_TOKENS": key["n"], "BLOCK": key["n"]}
-    return [{**block, "num_warps": warps} for warps in (4, 8)] + [{"MAX_TOKENS": 0}]
+    return [{**block, "num_warps": warps} for warps in (2, 4, 8)] + [{"MAX_TOKENS": 0}]
 
 
 @candidates(OP, "backward_blocks")
@@ -170,9 +170,9 @@ def _backward_blocks_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [
         {"Q_BLOCK_M": qm, "Q_BLOCK_N": qn, "K_BLOCK_M": km, "K_BLOCK_N": kn, "FUSED_TOKENS": fused,
          "num_warps": warps, "num_stages": stages}
-        for (qm, kn, warps) in ((64, 64, 4), (128, 128, 8), (128, 128, 4))
+        for (qm, kn, warps) in ((64, 64, 4), (128, 128, 8), (32, 32, 2), (64, 64, 8), (64, 64, 2))
         for qn in (32, 64)
-        for km in (32, 64)
+        for km in (16, 32, 64)
         for stages in (1, 2)
         for fused in ((0, 256) if key["n"] <= 256 else (0,))
     ]  # fmt: skip

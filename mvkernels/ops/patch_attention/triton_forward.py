@@ -6,6 +6,7 @@ import triton.language as tl
 from mvkernels.ops.patch_attention.triton_tiles import (
     LOG2E,
     dense_strides,
+    divider,
     dot3_nt,
     dot_nt,
     group_extent,
@@ -26,8 +27,8 @@ _SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
 
 
 @triton.jit
-def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexpr):
-    # (queries, keys) of the bias, in base 2. BIAS_ALIGN > 0: keys are contiguous. Offsets inside a head are
+def load_bias(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexpr):
+    # (queries, keys) of the bias. BIAS_ALIGN > 0: keys are contiguous. Offsets inside a head are
     # 32-bit: a tile of 64-bit ones does not fit the registers.
     plane = head * bsh
     rows = m * bsm
@@ -36,7 +37,13 @@ def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexp
         offsets = tl.multiple_of(rows, BIAS_ALIGN)[:, None] + n[None, :]
     else:
         offsets = rows[:, None] + (n * bsn)[None, :]
-    return tl.load(bias_ptr + plane + offsets, mask=keep, other=0.0).to(tl.float32) * LOG2E
+    return tl.load(bias_ptr + plane + offsets, mask=keep, other=0.0)
+
+
+@triton.jit
+def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexpr):
+    # In base 2.
+    return load_bias(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN).to(tl.float32) * LOG2E
 
 
 # One program takes Q_BLOCKS blocks of BLOCK_M queries of one unit. With ONE_PASS all keys and values
@@ -62,6 +69,7 @@ def forward_rows(
     first = (pid - unit * PROGRAMS_PER_UNIT) * (Q_BLOCKS * BLOCK_M)
     batch, head, gy, gx = unit_of(unit, heads, ph, pw)
     wg = group_extent(gx, W, pw)
+    width = divider(wg)
     tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
     if first >= tokens:
         return
@@ -74,7 +82,7 @@ def forward_rows(
     n = tl.arange(0, BLOCK_N)
     if ONE_PASS:
         keep_n = n < tokens
-        y, x = pixel_of(n, wg, gy, gx, ph, pw, LINEAR, WIDE)
+        y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
         k0, k1 = load_tile(
             k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep_n, ksd, D, D0, D1, LK, AK, WIDE, PRECISION
         )
@@ -85,7 +93,7 @@ def forward_rows(
     for block in range(Q_BLOCKS):
         m = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
         keep_m = m < tokens
-        my, mx = pixel_of(m, wg, gy, gx, ph, pw, LINEAR, WIDE)
+        my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
         q_rows = row_offsets(my, mx, qsy, qsx, LQ, AQ, LINEAR)
         q0, q1 = load_tile(q_ptr, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION)
         if ONE_PASS:
@@ -112,7 +120,7 @@ def forward_rows(
             for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
                 keys = start + n
                 keep = keys < tokens
-                y, x = pixel_of(keys, wg, gy, gx, ph, pw, LINEAR, WIDE)
+                y, x = pixel_of(keys, width, gy, gx, ph, pw, LINEAR, WIDE)
                 k_rows = row_offsets(y, x, ksy, ksx, LK, AK, LINEAR)
                 v_rows = row_offsets(y, x, vsy, vsx, LV, AV, LINEAR)
                 kb0, kb1 = load_tile(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, AK, WIDE, PRECISION)

@@ -60,6 +60,11 @@ class Launch:
         self._launch([tensors[name] for name in self.pointers], [floats[name] for name in self.floats])
 
 
+def divides(height: int, width: int) -> bool:
+    """Whether the kernels' ``divider`` is exact for every pixel of a map."""
+    return height * width * width < 2**32
+
+
 def _low_bit(*values: int, limit: int) -> int:
     # The largest power of two up to limit that divides all values.
     common = math.gcd(limit, *values)
@@ -90,6 +95,7 @@ class _Geometry:
         extents += [max(d, dv) * abs(s[2]) + height * abs(s[3]) + width * abs(s[4]) for s in strides.values()]
         self.wide = max(extents) >= _INT32
         self.linear = ph == pw == 1 and all(s[3] == width * s[4] or min(height, width) == 1 for s in strides.values())
+        self.wide |= not self.linear and not divides(height, width)
         if self.linear:
             strides = {name: (sb, sh, sd, 0, sx if width > 1 else sy) for name, (sb, sh, sd, sy, sx) in strides.items()}
             height, width = 1, height * width
@@ -198,6 +204,20 @@ def forward_launches(problem: Problem) -> list[Launch]:
                    ints, meta | blocks, options)]  # fmt: skip
 
 
+def _parts_of(problem: Problem, geometry: _Geometry, items: int) -> tuple[int, int]:
+    """(parts, steps) of the units of a head, which share a bias: programs for every processor, and few partial sums."""
+    size = 4 * problem.query[1] * geometry.tokens**2
+    parts = max(1, min(8 * problem.device.processors // problem.query[1], items, _PARTIAL_BYTES // size))
+    steps = -(-items // parts)
+    return -(-items // steps), steps
+
+
+def _bias_sum(problem: Problem, size: int, slices: int) -> Launch:
+    meta, options = {"BLOCK": 256, "LOOP": _loop(problem, slices)}, {"num_warps": 4, "num_stages": 1}
+    return Launch(triton_bias.bias_sum, "bias_sum", -(-size // 256), ("partial", "dbias"), (), (size, slices), meta,
+                  options)  # fmt: skip
+
+
 @launch.memo
 def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
     """(launches, whether they use ``rows``, slices of the bias's partial sums).
@@ -243,18 +263,26 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
             )
         )
     elif in_one:
+        heads = problem.query[1]
+        items = geometry.units // heads
+        parts, steps = _parts_of(problem, geometry, items) if problem.bias is not None else (items, 1)
+        # A loop of one step is none, and what it would keep for the next takes no registers.
+        dbias = {"DBIAS": need_bias, "LOOP": 1 if problem.bias is None else _loop(problem, steps)}
         launches.append(
             Launch(
                 triton_backward.backward_unit,
                 "backward_unit",
-                geometry.units,
-                every,
+                heads * parts,
+                (*every[:-1], "partial" if need_bias else "q"),
                 scales,
-                ints,
-                meta | flat | {"STORE_ROWS": need_bias} | unit_blocks,
+                (*ints, steps, items),
+                meta | flat | dbias | unit_blocks,
                 unit_options,
             )
         )
+        if need_bias:
+            launches.append(_bias_sum(problem, heads * geometry.tokens**2, parts))
+            return launches, False, parts
     else:
         uses_rows = True
         blocks, options = _split("backward_blocks", problem, geometry)
@@ -297,16 +325,5 @@ def backward_launches(problem: Problem, need_bias: bool, packed: int = 1) -> tup
                 options,
             )
         )
-        launches.append(
-            Launch(
-                triton_bias.bias_sum,
-                "bias_sum",
-                -(-size // 1024),
-                ("partial", "dbias"),
-                (),
-                (size, slices),
-                {"BLOCK": 1024, "LOOP": _loop(problem, slices)},
-                {"num_warps": 4, "num_stages": 1},
-            )
-        )
+        launches.append(_bias_sum(problem, size, slices))
     return launches, uses_rows, slices

@@ -39,13 +39,25 @@ def group_extent(offset, size, patch):
 
 
 @triton.jit
-def pixel_of(n, wg, gy, gx, ph, pw, LINEAR: tl.constexpr, WIDE: tl.constexpr):
-    """(y, x) of token n of a group that is ``wg`` tokens wide."""
+def divider(wg):
+    """A width as :func:`pixel_of` takes it: with a number whose product with n has n // width in its upper half.
+
+    Numbers are divided once in a program then, and not in every step: a division takes a dozen instructions for each
+    pixel of a tile.
+    """
+    return wg, tl.cast(0xFFFFFFFF, tl.uint32) // tl.maximum(wg, 1).to(tl.uint32) + 1
+
+
+@triton.jit
+def pixel_of(n, width, gy, gx, ph, pw, LINEAR: tl.constexpr, WIDE: tl.constexpr):
+    """(y, x) of token n of a group; ``width`` is the :func:`divider` of how many tokens wide it is."""
     if LINEAR:  # patch 1 on a map whose rows follow each other: the launcher has flattened it to one row
         y = tl.zeros_like(n)
         x = n
     else:
-        row = n // wg
+        wg, magic = width
+        # Exact while pixels * width < 2**32, which the launcher sees to.
+        row = n // wg if WIDE else tl.where(wg > 1, tl.umulhi(n.to(tl.uint32), magic).to(tl.int32), n)
         y = gy + row * ph
         x = gx + (n - row * wg) * pw
     if WIDE:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import (
+    divider,
     dot3_nt,
     dot_nt,
     group_extent,
@@ -56,7 +57,7 @@ def _softmax(scores, AXIS: tl.constexpr):
 # sum.
 @triton.jit
 def _head(
-    qkv_ptr, head, m_rows, keep_m, tokens, wg, gy, gx, ph, pw, W, scale2,
+    qkv_ptr, head, m_rows, keep_m, tokens, width, gy, gx, ph, pw, W, scale2,
     C: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, ONE_PASS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +66,7 @@ def _head(
     if ONE_PASS:
         keys = tl.arange(0, BLOCK_N)
         keep = keys < tokens
-        y, x = pixel_of(keys, wg, gy, gx, ph, pw, False, False)
+        y, x = pixel_of(keys, width, gy, gx, ph, pw, False, False)
         at = tl.multiple_of((y * W + x) * (3 * C) + head * D, ALIGN)
         k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
         scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
@@ -85,7 +86,7 @@ def _head(
         for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
             keys = start + tl.arange(0, BLOCK_N)
             keep = keys < tokens
-            y, x = pixel_of(keys, wg, gy, gx, ph, pw, False, False)
+            y, x = pixel_of(keys, width, gy, gx, ph, pw, False, False)
             at = tl.multiple_of((y * W + x) * (3 * C) + head * D, ALIGN)
             k0, k1 = load_tile(qkv_ptr + C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
             v0, v1 = load_tile(qkv_ptr + 2 * C, at, keep, 1, D, D0, D1, 1, ALIGN, False, PRECISION)
@@ -125,6 +126,7 @@ def attend_rows(
     gy = rest % ph
     batch = (rest // ph).to(tl.int64)
     wg = group_extent(gx, W, pw)
+    width = divider(wg)
     tokens = group_extent(gy, H, ph) * wg
     if first >= tokens:
         return
@@ -136,13 +138,13 @@ def attend_rows(
 
     m = first + tl.arange(0, BLOCK_M)
     keep_m = m < tokens
-    y, x = pixel_of(m, wg, gy, gx, ph, pw, False, False)
+    y, x = pixel_of(m, width, gy, gx, ph, pw, False, False)
     m_rows = y * W + x
     acc0 = tl.zeros([BLOCK_M, C0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for head in range(HEADS):
         a0, a1 = _head(
-            qkv_ptr, head, m_rows, keep_m, tokens, wg, gy, gx, ph, pw, W, scale2,
+            qkv_ptr, head, m_rows, keep_m, tokens, width, gy, gx, ph, pw, W, scale2,
             C, D, D0, D1, ALIGN, PRECISION, ONE_PASS, BLOCK_M, BLOCK_N, LOOP,
         )  # fmt: skip
         if SAVE:

@@ -22,7 +22,7 @@ from mvkernels import launch
 from mvkernels.checks import empty_map
 from mvkernels.ops.patch_attention import triton_kernels as attention_kernels
 from mvkernels.ops.patch_attention.triton_kernels import _INT32, _INTERPRETED, _LOG2E, _precision
-from mvkernels.ops.patch_attention.triton_plan import Launch
+from mvkernels.ops.patch_attention.triton_plan import Launch, divides
 from mvkernels.ops.patch_transformer_layer.triton_configs import OP
 from mvkernels.ops.patch_transformer_layer.triton_plan import Problem, backward_launches, forward_launches, key_of
 
@@ -45,6 +45,8 @@ def why_not(*arguments: Any) -> str | None:
         return f"{channels} channels: want at most {_MAX_CHANNELS}"
     if 3 * channels * height * width >= _INT32 or channels * arguments[9].shape[0] >= _INT32:
         return "qkv of a map, or a weight, passes 2**31 elements"
+    if not divides(height, width):
+        return "pixels * width of a map passes 2**32"
     if 2 * batch * height * width >= _INT32:
         return "batch * pixels passes 2**30"
     return None
