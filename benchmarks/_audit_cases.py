@@ -167,7 +167,8 @@ class Multiscale:
             return multiscale_linear_attention.Problem(maps, self.kernel, (False, False))
 
         forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
-        return forward + multiscale_linear_attention.gradient_launches(problem("gxeo"), True)[0]
+        weights, _ = multiscale_linear_attention.weight_launches(problem("gx"))
+        return forward + weights + multiscale_linear_attention.map_launches(problem("eo"))
 
     def columns(self) -> dict[str, Any]:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,

@@ -70,7 +70,7 @@ class Unit:
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
-    sums = {"rows", "partial", "stats", "stats_parts", "sums", "dsums", "parts", "p", "pw"}
+    sums = {"rows", "partial", "stats", "stats_parts", "sums", "dsums", "parts", "taps"}
     sums |= {"dq_sums", "dk_sums", "dv_sums", "ffn_sums", "qkv_sums"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     indices = {"index", "index_parts"}

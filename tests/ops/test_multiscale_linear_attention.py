@@ -135,12 +135,10 @@ def test_triton_sums_the_weights_gradients_over_slices_and_batch(batch):
     from mvkernels.ops.multiscale_linear_attention import triton_kernels, triton_plan
 
     arguments = arguments_of(1, 8, (9, 10), kernels=(1,), biases=(True, True), batch=batch)
-    maps = [(name, arguments["qkv"].unflatten(1, (3, 8))) for name in "gxeo"]
-    launches, pointwise, depthwise = triton_plan.gradient_launches(triton_kernels._problem(maps, 1, (None, None)), True)
-    assert (pointwise, depthwise) == (2, 2)
-    assert [one.name for one in launches] == [
-        "pointwise_backward", "sum_slices", "depthwise_weight", "sum_slices", "depthwise_backward"
-    ]  # fmt: skip
+    maps = [(name, arguments["qkv"].unflatten(1, (3, 8))) for name in "gx"]
+    launches, slices = triton_plan.weight_launches(triton_kernels._problem(maps, 1, (None, None)))
+    assert slices == 2
+    assert [one.name for one in launches] == ["weight_sums", "sum_slices", "weight_gradients"]
     assert_ok(testing.check(OP, arguments, "triton"))
 
 

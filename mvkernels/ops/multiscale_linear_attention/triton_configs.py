@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mvkernels.launch import Config, candidates, heuristic
-from mvkernels.ops.relu_linear_attention.triton_configs import by_warp, width
+from mvkernels.ops.relu_linear_attention.triton_configs import width
 
 OP = "multiscale_linear_attention"
 
@@ -28,28 +28,24 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
 @heuristic(OP, "aggregate")
 @heuristic(OP, "depthwise_backward")
 def _tiles(key: Mapping[str, Any]) -> Config:
-    return _config(key, 2048, 64)
+    return _config(key, 2048, 128)
 
 
 @heuristic(OP, "pointwise_backward")
 def _pointwise(key: Mapping[str, Any]) -> Config:
-    config = _tiles(key)
-    # Every warp has the whole pointwise weight; a tile of a channels-first map has an address for every element.
-    if by_warp(key["arch"]) and width(key["d"]) > 32 and not key["last"]:
-        config["num_warps"] = 8
-    return config
+    return _config(key, 4096, 128)
 
 
-@heuristic(OP, "depthwise_weight")
+@heuristic(OP, "weight_sums")
 def _weight(key: Mapping[str, Any]) -> Config:
-    # A tile is (pixels, taps of a row, channels).
-    return _config(key, 1024, 32) | {"num_warps": 8 if width(key["d"]) > 32 or key["dtype"] == "f64" else 4}
+    # A tile is (pixels, taps of a row, channels), whole as an operand of a product.
+    return _config(key, 1024, 64)
 
 
 @candidates(OP, "aggregate")
 @candidates(OP, "depthwise_backward")
 @candidates(OP, "pointwise_backward")
-@candidates(OP, "depthwise_weight")
+@candidates(OP, "weight_sums")
 def _candidates(key: Mapping[str, Any]) -> list[Config]:
     return [
         {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
@@ -57,5 +53,5 @@ def _candidates(key: Mapping[str, Any]) -> list[Config]:
         for warps in (1, 2, 4, 8)
         for stages in (1, 2)
         for programs in (2, 8)
-        if 8 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
+        if 4 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
     ]

@@ -8,7 +8,16 @@ memory, (pixels, channels) or (channels, pixels), and is turned once, for the pr
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton_tiles import _piece, load_tile, pixel_of, plane, row_offsets, store_tile
+from mvkernels.ops.patch_attention.triton_tiles import (
+    _piece,
+    divider,
+    load_tile,
+    pixel_of,
+    plane,
+    round_tf32,
+    row_offsets,
+    store_tile,
+)
 
 
 @triton.jit
@@ -24,10 +33,11 @@ def _inside(y, x, keep, H, W):
     return keep & (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
-# The depthwise convolution of a unit at a tile of pixels; weights (D, K, K) from w_ptr. SIGN -1: its transpose.
+# The depthwise convolution of a unit at a tile of pixels; weights (K * K, channels of all groups) from w_ptr, in
+# ACC, so that a thread loads those of its channels at once, as it does their values. SIGN -1: its transpose.
 @triton.jit
 def _depthwise(
-    x_ptr, w_ptr, y, x, keep, H, W, sd, sy, sx,
+    x_ptr, w_ptr, y, x, keep, H, W, sd, sy, sx, channels,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, SIGN: tl.constexpr, LAYOUT: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -38,17 +48,21 @@ def _depthwise(
     if WIDE:
         sy = sy.to(tl.int64)
         sx = sx.to(tl.int64)
-    for tap in range(0, K * K):
-        dy = SIGN * (tap // K - K // 2)
-        dx = SIGN * (tap % K - K // 2)
-        there = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
-        mask = inside & (there[:, None] if LAYOUT == 1 else there[None, :])
-        shift = dy * sy + dx * sx
-        if LAYOUT == 1:
-            shift = tl.multiple_of(shift, ALIGN)
-        value = tl.load(x_ptr + shift + offsets, mask=mask, other=0.0).to(ACC)
-        weight = tl.load(w_ptr + cols * (K * K) + tap, mask=cols < D, other=0.0).to(ACC)
-        total += value * (weight[None, :] if LAYOUT == 1 else weight[:, None])
+    for row in range(0, K):
+        dy = SIGN * (row - K // 2)
+        in_map = (y + dy >= 0) & (y + dy < H)
+        for col in tl.static_range(K):
+            dx = SIGN * (col - K // 2)
+            there = in_map & (x + dx >= 0) & (x + dx < W)
+            mask = inside & (there[:, None] if LAYOUT == 1 else there[None, :])
+            shift = dy * sy + dx * sx
+            if LAYOUT == 1:
+                offsets = tl.multiple_of(rows + shift, ALIGN)[:, None] + cols[None, :]
+                value = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACC)
+            else:
+                value = tl.load(x_ptr + shift + offsets, mask=mask, other=0.0).to(ACC)
+            weight = tl.load(w_ptr + (row * K + col) * channels + cols, mask=cols < D, other=0.0)
+            total += value * (weight[None, :] if LAYOUT == 1 else weight[:, None])
     return total if LAYOUT == 1 else tl.trans(total)
 
 
@@ -83,18 +97,20 @@ def aggregate(
     batch = (rest // tiles).to(tl.int64)
     n = (rest % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     keep = n < H * W
-    y, x = pixel_of(n, W, 0, 0, 1, 1, False, WIDE)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, False, WIDE)
     first = group * D
     x_ptr += plane(batch, group, xsb, xsh, LX, AX)
     o_ptr += plane(batch, group, osb, osh, LO, AO)
     each = _depthwise(
-        x_ptr, w_ptr + first * (K * K), y, x, keep, H, W, xsd, xsy, xsx, D, WIDTH, K, 1, LX, AX, WIDE, BLOCK, ACC
-    )
+        x_ptr, w_ptr + first, y, x, keep, H, W, xsd, xsy, xsx, groups * D,
+        D, WIDTH, K, 1, LX, AX, WIDE, BLOCK, ACC,
+    )  # fmt: skip
     each = (each + _bias(wb_ptr + first, WB, D, WIDTH, ACC)[None, :]).to(x_ptr.dtype.element_ty)
     rows = tl.arange(0, WIDTH)
     inside = (rows < D)[:, None] & (rows < D)[None, :]
     mix = tl.load(m_ptr + first * D + rows[None, :] * D + rows[:, None], mask=inside, other=0.0)  # (in, out)
-    out = tl.dot(each, mix, input_precision=PRECISION, out_dtype=ACC)
+    each = round_tf32(each, PRECISION)
+    out = tl.dot(each, round_tf32(mix, PRECISION), input_precision=PRECISION, out_dtype=ACC)
     out += _bias(mb_ptr + first, MB, D, WIDTH, ACC)[None, :]
     store_tile(o_ptr, out, out, row_offsets(y, x, osy, osx, LO, AO, False), keep, osd, D, WIDTH, 0, LO, AO, WIDE)
 
@@ -103,54 +119,30 @@ _G = ["gsb", "gsh", "gsd", "gsy", "gsx"]
 _E = ["esb", "esh", "esd", "esy", "esx"]
 
 
-# One program, a slice of a unit's tiles: e, the gradient of what the depthwise convolution made; with WEIGHTS the
-# slice's part of the gradients of the pointwise weight and both biases, as rows of (D + 2, D).
-@triton.jit(do_not_specialize=_X + _G + _E + _SIZES)
+# One program: at one tile of a unit the gradient of what the depthwise convolution made, in place of that of the scale.
+@triton.jit(do_not_specialize=_E + _SIZES)
 def pointwise_backward(
-    g_ptr, x_ptr, w_ptr, m_ptr, wb_ptr, e_ptr, p_ptr,
-    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, esb, esh, esd, esy, esx,
-    groups, H, W, tiles, slices, steps,
+    e_ptr, m_ptr,
+    esb, esh, esd, esy, esx, groups, H, W, tiles, slices, steps,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, LE: tl.constexpr, AE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    LE: tl.constexpr, AE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if e_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     group = (pid % groups).to(tl.int64)
     rest = pid // groups
-    part = (rest % slices).to(tl.int64)
-    batch = (rest // slices).to(tl.int64)
-    first = group * D
-    g_ptr += plane(batch, group, gsb, gsh, LG, AG)
-    x_ptr += plane(batch, group, xsb, xsh, LX, AX)
+    batch = (rest // tiles).to(tl.int64)
+    n = (rest % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < H * W
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, False, WIDE)
     e_ptr += plane(batch, group, esb, esh, LE, AE)
+    at = row_offsets(y, x, esy, esx, LE, AE, False)
     rows = tl.arange(0, WIDTH)
     inside = (rows < D)[:, None] & (rows < D)[None, :]
-    mix = tl.load(m_ptr + first * D + rows[:, None] * D + rows[None, :], mask=inside, other=0.0)  # (out, in)
-    dmix = tl.zeros([WIDTH, WIDTH], ACC)
-    dmb = tl.zeros([WIDTH], ACC)
-    dwb = tl.zeros([WIDTH], ACC)
-    for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        keep = n < H * W
-        y, x = pixel_of(n, W, 0, 0, 1, 1, False, WIDE)
-        g = _tile(g_ptr, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
-        e = tl.dot(g, mix, input_precision=PRECISION, out_dtype=ACC).to(e_ptr.dtype.element_ty)
-        store_tile(e_ptr, e, e, row_offsets(y, x, esy, esx, LE, AE, False), keep, esd, D, WIDTH, 0, LE, AE, WIDE)
-        if WEIGHTS:
-            each = _depthwise(
-                x_ptr, w_ptr + first * (K * K), y, x, keep, H, W, xsd, xsy, xsx,
-                D, WIDTH, K, 1, LX, AX, WIDE, BLOCK, ACC,
-            )  # fmt: skip
-            each = (each + _bias(wb_ptr + first, WB, D, WIDTH, ACC)[None, :]).to(g.dtype)
-            dmix = tl.dot(tl.trans(g), each, dmix, input_precision=PRECISION, out_dtype=ACC)
-            dmb += tl.sum(g.to(ACC), 0)
-            dwb += tl.sum(e.to(ACC), 0)
-    if WEIGHTS:
-        p_ptr += ((batch * slices + part) * groups + group) * ((D + 2) * D)
-        tl.store(p_ptr + rows[:, None] * D + rows[None, :], dmix, mask=inside)
-        tl.store(p_ptr + D * D + rows, dmb, mask=rows < D)
-        tl.store(p_ptr + (D + 1) * D + rows, dwb, mask=rows < D)
+    mix = tl.load(m_ptr + group * D * D + rows[:, None] * D + rows[None, :], mask=inside, other=0.0)  # (out, in)
+    g = load_tile(e_ptr, at, keep, esd, D, WIDTH, 0, LE, AE, WIDE, PRECISION)[0]
+    e = tl.dot(g, round_tf32(mix, PRECISION), input_precision=PRECISION, out_dtype=ACC)
+    store_tile(e_ptr, e, e, at, keep, esd, D, WIDTH, 0, LE, AE, WIDE)
 
 
 # One program: the transposed depthwise convolution of e at one tile, added to what is in the map already.
@@ -169,25 +161,30 @@ def depthwise_backward(
     batch = (rest // tiles).to(tl.int64)
     n = (rest % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     keep = n < H * W
-    y, x = pixel_of(n, W, 0, 0, 1, 1, False, WIDE)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, False, WIDE)
     e_ptr += plane(batch, group, esb, esh, LE, AE)
     o_ptr += plane(batch, group, osb, osh, LO, AO)
     total = _depthwise(
-        e_ptr, w_ptr + group * D * (K * K), y, x, keep, H, W, esd, esy, esx,
+        e_ptr, w_ptr + group * D, y, x, keep, H, W, esd, esy, esx, groups * D,
         D, WIDTH, K, -1, LE, AE, WIDE, BLOCK, ACC,
     )  # fmt: skip
     total += _tile(o_ptr, y, x, keep, osd, osy, osx, D, WIDTH, LO, AO, WIDE).to(ACC)
     store_tile(o_ptr, total, total, row_offsets(y, x, osy, osx, LO, AO, False), keep, osd, D, WIDTH, 0, LO, AO, WIDE)
 
 
-# One program: a slice of the (batch, tile) pairs of one group, and one row of taps, side by side in TAPS lanes.
-# What it adds to the gradient of the depthwise weight goes to (slice, channel, K * K).
-@triton.jit(do_not_specialize=_E + _X + _SIZES + ["items"])
-def depthwise_weight(
-    e_ptr, x_ptr, p_ptr,
-    esb, esh, esd, esy, esx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, items,
+# The gradients of both convolutions' weights are sums of the same products: with S[tap, c, o] the sum over pixels of
+# x[pixel + tap, c] * g[pixel, o], that of the depthwise weight is the sum of S over o, times the pointwise weight, and
+# that of the pointwise weight the sum of S over taps, times the depthwise weight. So x is read for both at once, by a
+# matrix product, and nothing between the convolutions is made again.
+#
+# One program: a slice of the (batch, tile) pairs of one group, and one row of taps, side by side in TAPS * WIDTH lanes.
+# What it adds to S goes to (slice, group, K * K * D, D), and with BIAS the sum of g to one row more.
+@triton.jit(do_not_specialize=_G + _X + _SIZES + ["items"])
+def weight_sums(
+    g_ptr, x_ptr, s_ptr,
+    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, items,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
-    LE: tl.constexpr, AE: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -196,22 +193,79 @@ def depthwise_weight(
     rest = pid // groups
     row = rest % K
     part = (rest // K).to(tl.int64)
-    cols = tl.arange(0, WIDTH)
-    taps = tl.arange(0, TAPS)
-    sums = tl.zeros([TAPS, WIDTH], ACC)
+    lanes = tl.arange(0, TAPS * WIDTH)
+    tap = lanes // WIDTH
+    channel = lanes % WIDTH
+    used = (tap < K) & (channel < D)
+    dx = tap - K // 2
+    along = dx * xsx + channel * xsd
+    if WIDE:
+        along = dx * xsx.to(tl.int64) + channel * xsd.to(tl.int64)
+    if LX == 1:
+        along = tl.multiple_of(dx * xsx, AX) + channel
+    width = divider(W)
+    sums = tl.zeros([TAPS * WIDTH, WIDTH], ACC)
+    total = tl.zeros([WIDTH], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         item = part * steps + step
         batch = item // tiles
         n = (item % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
         keep = (n < H * W) & (item < items)
-        y, x = pixel_of(n, W, 0, 0, 1, 1, False, WIDE)
-        e = _tile(e_ptr + plane(batch, group, esb, esh, LE, AE), y, x, keep, esd, esy, esx, D, WIDTH, LE, AE, WIDE)
-        ty = y[:, None] + (row - K // 2) + taps[None, :] * 0
-        tx = x[:, None] + (taps - K // 2)[None, :]
-        there = _inside(ty, tx, keep[:, None] & (taps < K)[None, :], H, W)
-        offsets = (ty * xsy + tx * xsx)[:, :, None] + (cols.to(tl.int64) * xsd)[None, None, :]
-        mask = there[:, :, None] & (cols < D)[None, None, :]
-        values = tl.load(x_ptr + plane(batch, group, xsb, xsh, LX, AX) + offsets, mask=mask, other=0.0)
-        sums += tl.sum(values.to(ACC) * e.to(ACC)[:, None, :], 0)
-    at = ((part * groups + group) * D + cols)[None, :] * (K * K) + row * K + taps[:, None]
-    tl.store(p_ptr + at, sums, mask=(taps < K)[:, None] & (cols < D)[None, :])
+        y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
+        g = _tile(g_ptr + plane(batch, group, gsb, gsh, LG, AG), y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
+        ty = y + (row - K // 2)
+        keep = keep & (ty >= 0) & (ty < H)
+        tx = x[:, None] + dx[None, :]
+        there = keep[:, None] & used[None, :] & (tx >= 0) & (tx < W)
+        offsets = row_offsets(ty, x, xsy, xsx, LX, AX, False)[:, None] + along[None, :]
+        values = tl.load(x_ptr + plane(batch, group, xsb, xsh, LX, AX) + offsets, mask=there, other=0.0)
+        left = round_tf32(tl.trans(values), PRECISION)
+        sums = tl.dot(left, round_tf32(g, PRECISION), sums, input_precision=PRECISION, out_dtype=ACC)
+        if WB or MB:
+            total += tl.sum(g.to(ACC), 0)
+    cols = tl.arange(0, WIDTH)
+    s_ptr += (part * groups + group) * ((K * K * D + 1) * D)
+    at = ((row * K + tap) * D + channel)[:, None] * D + cols[None, :]
+    tl.store(s_ptr + at, sums, mask=used[:, None] & (cols < D)[None, :])
+    if WB or MB:
+        tl.store(s_ptr + K * K * D * D + cols, total, mask=(cols < D) & (row == 0))
+
+
+# One program, one group and one tap: its column of the depthwise weight's gradient; or, after the last tap, all else.
+@triton.jit
+def weight_gradients(
+    s_ptr, w_ptr, m_ptr, wb_ptr, dw_ptr, dm_ptr, dwb_ptr, dmb_ptr, groups,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = s_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    group = pid // (K * K + 1)
+    tap = pid % (K * K + 1)
+    rows = tl.arange(0, WIDTH)
+    inside = (rows < D)[:, None] & (rows < D)[None, :]  # (in, out)
+    first = group * D
+    s_ptr += group.to(tl.int64) * ((K * K * D + 1) * D)
+    tile = rows[:, None] * D + rows[None, :]
+    turned = first.to(tl.int64) * D + rows[None, :] * D + rows[:, None]
+    if tap < K * K:
+        mix = tl.load(m_ptr + turned, mask=inside, other=0.0).to(ACC)
+        sums = tl.load(s_ptr + tap * (D * D) + tile, mask=inside, other=0.0)
+        found = tl.sum(sums * mix, 1)
+        at = (first + rows).to(tl.int64) * (K * K) + tap
+        tl.store(dw_ptr + at, found.to(dw_ptr.dtype.element_ty), mask=rows < D)
+    else:
+        dmix = tl.zeros([WIDTH, WIDTH], ACC)
+        for each in range(0, K * K if LOOP == 0 else LOOP):
+            weight = tl.load(w_ptr + each * (groups * D) + first + rows, mask=rows < D, other=0.0)
+            dmix += tl.load(s_ptr + each * (D * D) + tile, mask=inside, other=0.0) * weight[:, None]
+        if WB or MB:
+            total = tl.load(s_ptr + K * K * D * D + rows, mask=rows < D, other=0.0)
+            if MB:
+                tl.store(dmb_ptr + first + rows, total.to(dmb_ptr.dtype.element_ty), mask=rows < D)
+            if WB:
+                mix = tl.load(m_ptr + turned, mask=inside, other=0.0).to(ACC)
+                found = tl.sum(mix * total[None, :], 1)
+                tl.store(dwb_ptr + first + rows, found.to(dwb_ptr.dtype.element_ty), mask=rows < D)
+                bias = tl.load(wb_ptr + first + rows, mask=rows < D, other=0.0).to(ACC)
+                dmix += bias[:, None] * total[None, :]
+        tl.store(dm_ptr + turned, dmix.to(dm_ptr.dtype.element_ty), mask=inside)

@@ -2,9 +2,12 @@
 
 Forward: ``aggregate`` makes a scale's qkv, both convolutions in one pass; relu_linear_attention's kernels read the
 heads of each scale where they lie in it and write them where they belong in the output. Nothing is concatenated.
-Backward: a scale's qkv is made again; the attention's gradient takes its place; ``pointwise_backward`` and
-``depthwise_backward`` bring that to qkv, and add it to what is there; ``pointwise_backward`` and ``depthwise_weight``
-sum the gradients of the weights, in two stages.
+Backward: a scale's qkv is made again; the attention's gradient takes its place; ``weight_sums`` multiplies it with qkv
+for the gradients of the weights, summed in two stages; ``pointwise_backward`` and ``depthwise_backward`` bring it to
+qkv, and add it to what is there.
+A depthwise convolution reads every pixel k * k times. With channels first neighbours in x are no whole words to load,
+so such a map is copied to channels last before: two passes over it instead of k * k slow ones. What a scale makes lies
+with channels last always.
 """
 
 from __future__ import annotations
@@ -16,7 +19,12 @@ from torch import Tensor
 
 from mvkernels.checks import empty_map
 from mvkernels.ops.mobile_to_former.triton_kernels import sums_dtype
-from mvkernels.ops.multiscale_linear_attention.triton_plan import Problem, aggregate_launches, gradient_launches
+from mvkernels.ops.multiscale_linear_attention.triton_plan import (
+    Problem,
+    aggregate_launches,
+    map_launches,
+    weight_launches,
+)
 from mvkernels.ops.relu_linear_attention.triton_kernels import (
     backward_into,
     forward_into,
@@ -54,17 +62,24 @@ def _problem(named: Sequence[tuple[str, Tensor]], kernel: int, biases: Sequence[
 
 
 def _weights(source: Tensor, wide: Tensor, mixing: Tensor, biases: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    # What the kernels read of a scale's weights, contiguous. The pointer of a bias that is not there is not read.
+    # What the kernels read of a scale's weights: the depthwise one in the type of the sums, channels last. The pointer
+    # of a bias that is not there is not read.
     first, second = (source if b is None else b.contiguous() for b in biases)
-    return {"w": wide.contiguous(), "m": mixing.contiguous(), "wb": first, "mb": second}
+    taps = wide.flatten(1).t()
+    held = torch.empty(taps.shape, dtype=sums_dtype(wide.dtype), device=wide.device).copy_(taps)
+    return {"taps": held, "m": mixing.contiguous(), "wb": first, "mb": second}
 
 
-def _aggregate(qkv: Tensor, head_dim: int, wide: Tensor, mixing: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
-    """A scale: a map as qkv, dense in its order."""
-    out = empty_map(qkv, qkv.shape[1])
-    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("x", qkv), ("o", out))]
-    launches = aggregate_launches(_problem(named, wide.shape[-1], biases))
-    run(launches, dict(named) | _weights(qkv, wide, mixing, biases))
+def _channels_last(map_: Tensor) -> Tensor:
+    return map_ if map_.stride(1) == 1 else map_.contiguous(memory_format=torch.channels_last)
+
+
+def _aggregate(x: Tensor, head_dim: int, weights: dict[str, Tensor], kernel: int, biases: Sequence[Tensor | None]
+               ) -> Tensor:  # fmt: skip
+    """A scale of the map x: a map of its size, channels last."""
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("x", x), ("o", out))]
+    run(aggregate_launches(_problem(named, kernel, biases)), dict(named) | weights)
     return out
 
 
@@ -85,11 +100,13 @@ def forward(
     scales, heads = 1 + len(depthwise), channels // head_dim
     out = empty_map(qkv, scales * channels)
     sums = qkv.new_empty((scales, batch, heads, head_dim + 1, head_dim), dtype=sums_dtype(qkv.dtype))
+    x = _channels_last(qkv) if depthwise else qkv
     for scale, part in enumerate(out.unflatten(1, (scales, heads, head_dim)).unbind(1)):
         source = qkv
         if scale:
             i = scale - 1
-            source = _aggregate(qkv, head_dim, depthwise[i], pointwise[i], (depthwise_bias[i], pointwise_bias[i]))
+            wide, biases = depthwise[i], (depthwise_bias[i], pointwise_bias[i])
+            source = _aggregate(x, head_dim, _weights(x, wide, pointwise[i], biases), wide.shape[-1], biases)
         forward_into(part, sums[scale], *_heads(source, head_dim), eps)
     return out, sums
 
@@ -113,41 +130,42 @@ def backward(
     grads = grad.unflatten(1, (1 + len(depthwise), -1, head_dim)).unbind(1)
     dqkv = empty_map(qkv, qkv.shape[1])
     backward_into(_heads(dqkv, head_dim), grads[0], *_heads(qkv, head_dim), sums[0], eps)
+    x = _channels_last(qkv) if depthwise else qkv
     found = []
     for i, (wide, mixing) in enumerate(zip(depthwise, pointwise)):
-        biases = (depthwise_bias[i], pointwise_bias[i])
-        scale = _aggregate(qkv, head_dim, wide, mixing, biases)
+        biases, kernel = (depthwise_bias[i], pointwise_bias[i]), wide.shape[-1]
+        held = _weights(x, wide, mixing, biases)
+        scale = _aggregate(x, head_dim, held, kernel, biases)
         parts = _heads(scale, head_dim)
         backward_into(parts, grads[1 + i], *parts, sums[1 + i], eps)
-        found.append(_gradients(scale, qkv, dqkv, head_dim, wide, mixing, biases, weights))
+        if weights:
+            found.append(_weight_gradients(scale, x, head_dim, held, wide, mixing, biases))
+        else:
+            found.append(tuple(qkv.new_empty(0) for _ in range(4)))
+        named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("e", scale), ("o", dqkv))]
+        run(map_launches(_problem(named, kernel, biases)), dict(named) | held)
     return [dqkv, *(each for kind in zip(*found) for each in kind)]
 
 
-def _gradients(
+def _weight_gradients(
     grad: Tensor,
-    qkv: Tensor,
-    dqkv: Tensor,
+    x: Tensor,
     head_dim: int,
+    held: dict[str, Tensor],
     wide: Tensor,
     mixing: Tensor,
     biases: Sequence[Tensor | None],
-    weights: bool,
 ) -> tuple[Tensor, ...]:
-    """Add to dqkv what a scale's gradient brings; return the gradients of its four weights."""
-    between = torch.empty_like(grad)
-    of = (("g", grad), ("x", qkv), ("e", between), ("o", dqkv))
-    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in of]
-    launches, pointwise_parts, depthwise_parts = gradient_launches(_problem(named, wide.shape[-1], biases), weights)
-    tensors = dict(named) | _weights(qkv, wide, mixing, biases)
-    if not weights:
-        run(launches, tensors | {"p": between})  # not written
-        return tuple(qkv.new_empty(0) for _ in range(4))
-    dtype, groups = sums_dtype(qkv.dtype), qkv.shape[1] // head_dim
-    mixed, wide_grad = qkv.new_empty((groups, head_dim + 2, head_dim)), wide.new_empty(wide.shape)
-    tensors["p"] = qkv.new_empty((pointwise_parts, *mixed.shape), dtype=dtype)
-    tensors["pw"] = qkv.new_empty((depthwise_parts, *wide.shape), dtype=dtype)
-    run(launches, tensors | {"dm": mixed, "dw": wide_grad})
-    mixing_grad = mixed[:, :head_dim].reshape(mixing.shape)
-    rows = zip(biases, (head_dim + 1, head_dim))
-    first, second = (qkv.new_empty(0) if bias is None else mixed[:, row].reshape(-1) for bias, row in rows)
-    return wide_grad, mixing_grad, first, second
+    """The gradients of a scale's four weights, given that of its map; empty for a bias that is not there."""
+    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("g", grad), ("x", x))]
+    kernel = wide.shape[-1]
+    launches, slices = weight_launches(_problem(named, kernel, biases))
+    found = [t.new_empty(t.shape) for t in (wide, mixing)]
+    found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases]
+    size = (x.shape[1] // head_dim, kernel**2 * head_dim + 1, head_dim)
+    made = {
+        "parts": x.new_empty((slices, *size), dtype=sums_dtype(x.dtype)),
+        "sums": x.new_empty(size, dtype=sums_dtype(x.dtype)),
+    }
+    run(launches, dict(named) | held | made | dict(zip(("dw", "dm", "dwb", "dmb"), found)))
+    return tuple(found)

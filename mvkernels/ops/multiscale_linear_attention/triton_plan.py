@@ -8,7 +8,7 @@ from typing import Any
 from mvkernels import launch
 from mvkernels.ops.multiscale_linear_attention import triton_device
 from mvkernels.ops.multiscale_linear_attention.triton_configs import OP
-from mvkernels.ops.patch_attention.triton_plan import Launch, _low_bit
+from mvkernels.ops.patch_attention.triton_plan import Launch, _low_bit, divides
 from mvkernels.ops.relu_linear_attention import triton_plan as single
 from mvkernels.ops.relu_linear_attention.triton_configs import width
 
@@ -38,7 +38,7 @@ class _Plan:
         self.strides = {name: self._strides(s) for name, s in maps.strides}
         extents = [self.d * abs(s[2]) + (self.height + problem.kernel) * abs(s[3])
                    + (self.width + problem.kernel) * abs(s[4]) for s in self.strides.values()]  # fmt: skip
-        self.wide = max(extents) >= _INT32
+        self.wide = max(extents) >= _INT32 or not divides(self.height, self.width)
         key = {
             "d": self.d,
             "k": problem.kernel,
@@ -95,46 +95,46 @@ class _Plan:
 
 @launch.memo
 def aggregate_launches(problem: Problem) -> list[Launch]:
-    """Both convolutions of the map ``x`` to the map ``o``; tensors ``x w m wb mb o``."""
+    """Both convolutions of the map ``x`` to the map ``o``; tensors ``x taps m wb mb o``."""
     plan = _Plan(problem, "aggregate", "x")
     programs = plan.batch * plan.groups * plan.tiles
-    return [plan.launch(triton_device.aggregate, "x w m wb mb o", "x o", programs, (1, 1))]
+    return [plan.launch(triton_device.aggregate, "x taps m wb mb o", "x o", programs, (1, 1))]
 
 
 @launch.memo
-def gradient_launches(problem: Problem, weights: bool) -> tuple[list[Launch], int, int]:
-    """(launches, parts of the sums of ``p``, of ``pw``): gradients of a scale, given that of its map, ``g``.
+def weight_launches(problem: Problem) -> tuple[list[Launch], int]:
+    """(launches, slices) of the gradients of a scale's weights, given that of its map, ``g``.
 
-    Tensors ``g x w m wb e o p dm pw dw``: ``e`` is a map for what lies between the convolutions, ``o`` the map to
-    whose values the gradient of ``x`` is added. With ``weights`` ``dm`` (groups, D + 2, D) becomes the gradients of the
-    pointwise weight and of both biases, ``dw`` (groups * D, k, k) that of the depthwise weight; ``p`` and ``pw`` hold
-    their parts.
+    Tensors ``g x taps m wb parts sums dw dm dwb dmb``: ``parts`` (slices, groups, k * k * D + 1, D) holds the parts of
+    ``sums``. Without a bias its gradient is not written.
     """
-    plan = _Plan(problem, "pointwise_backward", "x")
-    units, itemsize = plan.batch * plan.groups, max(4, problem.maps.dtype.itemsize)
-    size = plan.groups * (plan.d + 2) * plan.d
-    limit = max(1, _PARTS_BYTES // (itemsize * size * plan.batch))
-    slices, steps = plan.split(plan.tiles, units, limit if weights else plan.tiles)
-    launches = [
-        plan.launch(triton_device.pointwise_backward, "g x w m wb e p", "g x e", units * slices, (slices, steps),
-                    WEIGHTS=weights, LOOP=plan.loop(steps))
-    ]  # fmt: skip
-    pointwise_parts = plan.batch * slices
-    if weights:
-        launches.append(single.sum_slices("p", "dm", size, pointwise_parts, plan.interpreted))
-    parts = 0
-    if weights:
-        plan = _Plan(problem, "depthwise_weight", "x")
-        size, items = plan.groups * plan.d * problem.kernel**2, plan.batch * plan.tiles
-        programs = plan.groups * problem.kernel
-        parts, steps = plan.split(items, programs, max(1, _PARTS_BYTES // (itemsize * size)))
-        taps = 1 << (problem.kernel - 1).bit_length()
-        launches.append(
-            plan.launch(triton_device.depthwise_weight, "e x pw", "e x", programs * parts, (parts, steps), (items,),
-                        TAPS=taps, LOOP=plan.loop(steps))
-        )  # fmt: skip
-        launches.append(single.sum_slices("pw", "dw", size, parts, plan.interpreted))
-    plan = _Plan(problem, "depthwise_backward", "e")
-    programs = units * plan.tiles
-    launches.append(plan.launch(triton_device.depthwise_backward, "e w o", "e o", programs, (1, 1)))
-    return launches, pointwise_parts, parts
+    plan = _Plan(problem, "weight_sums", "x")
+    size, items = plan.groups * (problem.kernel**2 * plan.d + 1) * plan.d, plan.batch * plan.tiles
+    itemsize = max(4, problem.maps.dtype.itemsize)
+    programs = plan.groups * problem.kernel
+    slices, steps = plan.split(items, programs, max(1, _PARTS_BYTES // (itemsize * size)))
+    taps = 1 << (problem.kernel - 1).bit_length()
+    first, second = problem.biases
+    meta = {"D": plan.d, "WIDTH": width(plan.d), "K": problem.kernel, "WB": first, "MB": second}
+    return [
+        plan.launch(triton_device.weight_sums, "g x parts", "g x", programs * slices, (slices, steps), (items,),
+                    TAPS=taps, LOOP=plan.loop(steps)),
+        single.sum_slices("parts", "sums", size, slices, plan.interpreted),
+        Launch(triton_device.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
+               ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),
+               meta | {"LOOP": plan.loop(problem.kernel**2)}, {"num_warps": 4, "num_stages": 1}),
+    ], slices  # fmt: skip
+
+
+@launch.memo
+def map_launches(problem: Problem) -> list[Launch]:
+    """From the gradient of a scale's map, ``e``, which is written over, to that of ``x``, added to the map ``o``.
+
+    Tensors ``e m taps o``.
+    """
+    first, second = (_Plan(problem, kernel, "e") for kernel in ("pointwise_backward", "depthwise_backward"))
+    units = first.batch * first.groups
+    return [
+        first.launch(triton_device.pointwise_backward, "e m", "e", units * first.tiles, (1, 1)),
+        second.launch(triton_device.depthwise_backward, "e taps o", "e o", units * second.tiles, (1, 1)),
+    ]

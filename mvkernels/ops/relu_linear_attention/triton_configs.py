@@ -49,7 +49,7 @@ def _backward(key: Mapping[str, Any]) -> Config:
     wide, arch = width(key["d"]), key["arch"]
     if key["dtype"] != "f16" or not arch.startswith("sm_"):
         return config
-    # Beside the operands in three parts, which are twice the registers, a tile is as small as one can be. Where all are
+    # Beside operands in parts, which are twice the registers, a tile is as small as one can be. Where all are
     # in registers, more warps than rows of the sums to share out would repeat them.
     if wide > 32 and by_warp(arch):
         return config | {"BLOCK": 16, "num_warps": 4}
@@ -65,5 +65,5 @@ def _candidates(key: Mapping[str, Any]) -> list[Config]:
         for warps in (1, 2, 4, 8)
         for stages in (1, 2)
         for programs in (2, 8)
-        if 8 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
+        if 4 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
     ]

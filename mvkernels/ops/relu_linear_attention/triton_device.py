@@ -7,26 +7,80 @@ the slices, in their order, between. A tile is (pixels, channels), padded by mas
 
 What is summed over pixels, S, lies as (D + 1, D): row d < D is the sum of relu(k)_d v, row D the sum of relu(k).
 Sums, division and every product with S are float32 (float64 for float64): PRODUCT says how matrix instructions
-that take less do that.
+that take less do that. "tf32x2" is for half types: every product has an operand that was one, which tf32 holds exactly,
+and the other goes in two parts that together do, a product each.
 """
 
 import triton
 import triton.language as tl
 
 from mvkernels.ops.mobile_to_former.triton_device import exact
-from mvkernels.ops.patch_attention.triton_tiles import load_tile, pixel_of, plane, row_offsets, store_tile
+from mvkernels.ops.patch_attention.triton_tiles import (
+    divider,
+    load_tile,
+    pixel_of,
+    plane,
+    round_tf32,
+    row_offsets,
+    store_tile,
+)
 
 
 @triton.jit
-def relu(x):
-    """max(x, 0), NaN for NaN."""
-    return tl.where(x <= 0, 0.0, x).to(x.dtype)
+def relu(x, PRODUCT: tl.constexpr):
+    """max(x, 0), NaN for NaN.
+
+    Of half types NVIDIA has one instruction for two elements, which the compiler does not find ("tf32x2" is NVIDIA's
+    alone): a comparison and a selection take six.
+    """
+    if PRODUCT == "tf32x2" and x.dtype == tl.bfloat16:
+        return _relu_pairs(x, "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }")
+    elif PRODUCT == "tf32x2" and x.dtype == tl.float16:
+        return _relu_pairs(x, "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.f16x2 $0, $1, zero; }")
+    else:
+        return tl.where(x <= 0, 0.0, x).to(x.dtype)
+
+
+@triton.jit
+def _relu_pairs(x, INSTRUCTION: tl.constexpr):
+    return tl.inline_asm_elementwise(INSTRUCTION, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _parts(x, PRODUCT: tl.constexpr):
+    """(high, low) of a float32: what tf32 holds of it, and the rest, which is 0 for an infinity."""
+    high = round_tf32(x, PRODUCT)
+    low = high
+    if PRODUCT == "tf32x2":
+        high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        low = tl.where(tl.abs(high) == float("inf"), 0.0, x - high)
+    return high, low
+
+
+@triton.jit
+def _times(a, high, low, acc, PRODUCT: tl.constexpr, ACC: tl.constexpr):
+    """acc + a b, for the parts of b, and a of which the dtype of matrix instructions holds all."""
+    if PRODUCT == "tf32x2":
+        acc = tl.dot(a, low, acc, input_precision="tf32")
+        return tl.dot(a, high, acc, input_precision="tf32")
+    else:
+        return tl.dot(round_tf32(a, PRODUCT), high, acc, input_precision=PRODUCT, out_dtype=ACC)
+
+
+@triton.jit
+def _times_left(high, low, b, acc, PRODUCT: tl.constexpr, ACC: tl.constexpr):
+    """acc + a b, for the parts of a."""
+    if PRODUCT == "tf32x2":
+        acc = tl.dot(low, b, acc, input_precision="tf32")
+        return tl.dot(high, b, acc, input_precision="tf32")
+    else:
+        return tl.dot(high, round_tf32(b, PRODUCT), acc, input_precision=PRODUCT, out_dtype=ACC)
 
 
 @triton.jit
 def _pixels(step, part, steps, pixels, W, BLOCK: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr):
     n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-    y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
     return y, x, n < pixels
 
 
@@ -102,13 +156,16 @@ def forward_slices(
         k_ptr += plane(batch, head, ksb, ksh, LK, AK)
         v_ptr += plane(batch, head, vsb, vsh, LV, AV)
         kv = tl.zeros([WIDTH, WIDTH], ACC)
-        keys = tl.zeros([WIDTH], ACC)
+        # Summed over pixels at the end: a sum in every step would shuffle them between threads.
+        terms = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
-            k = relu(_load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE))
+            k = relu(_load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE), PRODUCT)
             v = _load(v_ptr, y, x, keep, vsd, vsy, vsx, D, WIDTH, LV, AV, LINEAR, WIDE)
-            kv = tl.dot(tl.trans(k), v, kv, input_precision=PRECISION, out_dtype=ACC)
-            keys += tl.sum(k.to(ACC), 0)
+            left = round_tf32(tl.trans(k), PRECISION)
+            kv = tl.dot(left, round_tf32(v, PRECISION), kv, input_precision=PRECISION, out_dtype=ACC)
+            terms += k.to(ACC)
+        keys = tl.sum(terms, 0)
         _store_sums(s_ptr, kv, keys, D, WIDTH)
     else:
         kv, keys = _load_sums(s_ptr, D, WIDTH)
@@ -116,11 +173,13 @@ def forward_slices(
         q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
         o_ptr += plane(batch, head, osb, osh, LO, AO)
         least = exact(eps, eps_low, ACC)
+        high, low = _parts(kv, PRODUCT)
+        none = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
-            q = relu(_load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE)).to(ACC)
+            q = relu(_load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE), PRODUCT).to(ACC)
             divisor = tl.sum(q * keys[None, :], 1) + least
-            out = tl.dot(q, kv, input_precision=PRODUCT, out_dtype=ACC) / divisor[:, None]
+            out = _times(q, high, low, none, PRODUCT, ACC) / divisor[:, None]
             _store(o_ptr, out, y, x, keep, osd, osy, osx, D, WIDTH, LO, AO, LINEAR, WIDE)
 
 
@@ -154,29 +213,30 @@ def backward_slices(
         g_ptr += plane(batch, head, gsb, gsh, LG, AG)
         dq_ptr += plane(batch, head, dqsb, dqsh, LDQ, ADQ)
         kv, keys = _load_sums(s_ptr + unit * ((D + 1) * D), D, WIDTH)
-        if not TURN:
-            vk = tl.trans(kv)
+        high, low = _parts(kv if TURN else tl.trans(kv), PRODUCT)
+        none = tl.zeros([WIDTH, BLOCK] if TURN else [BLOCK, WIDTH], ACC)
         least = exact(eps, eps_low, ACC)
         dkv = tl.zeros([WIDTH, WIDTH], ACC)
-        dkeys = tl.zeros([WIDTH], ACC)
+        terms = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
             raw = _load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE)
             g = _load(g_ptr, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, LINEAR, WIDE).to(ACC)
-            q = relu(raw).to(ACC)
+            q = relu(raw, PRODUCT).to(ACC)
             # Outside the map 0 / eps is 0, but not where eps is 0.
             divisor = tl.where(keep, tl.sum(q * keys[None, :], 1) + least, 1.0)
-            g = g / divisor[:, None]
             if TURN:
-                t = tl.trans(tl.dot(kv, tl.trans(g), input_precision=PRODUCT, out_dtype=ACC))
+                t = tl.trans(_times_left(high, low, tl.trans(g), none, PRODUCT, ACC)) / divisor[:, None]
             else:
-                t = tl.dot(g, vk, input_precision=PRODUCT, out_dtype=ACC)
+                t = _times(g, high, low, none, PRODUCT, ACC) / divisor[:, None]
             # g . out / divisor: divided twice, for the square of a small divisor is 0.
             share = tl.sum(q * t, 1) / divisor
             dq = tl.where(raw <= 0, 0.0, t - share[:, None] * keys[None, :])
             _store(dq_ptr, dq, y, x, keep, dqsd, dqsy, dqsx, D, WIDTH, LDQ, ADQ, LINEAR, WIDE)
-            dkv = tl.dot(tl.trans(q), g, dkv, input_precision=PRODUCT, out_dtype=ACC)
-            dkeys -= tl.sum(q * share[:, None], 0)
+            g_high, g_low = _parts(g / divisor[:, None], PRODUCT)
+            dkv = _times(tl.trans(q), g_high, g_low, dkv, PRODUCT, ACC)
+            terms -= q * share[:, None]
+        dkeys = tl.sum(terms, 0)
         if STAGE == 1:
             _store_sums(ds_ptr, dkv, dkeys, D, WIDTH)
     else:
@@ -186,13 +246,15 @@ def backward_slices(
         v_ptr += plane(batch, head, vsb, vsh, LV, AV)
         dk_ptr += plane(batch, head, dksb, dksh, LDK, ADK)
         dv_ptr += plane(batch, head, dvsb, dvsh, LDV, ADV)
-        dvk = tl.trans(dkv)
+        high, low = _parts(dkv, PRODUCT)
+        high_t, low_t = _parts(tl.trans(dkv), PRODUCT)
+        none = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
             k = _load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE)
             v = _load(v_ptr, y, x, keep, vsd, vsy, vsx, D, WIDTH, LV, AV, LINEAR, WIDE).to(ACC)
-            dk = tl.dot(v, dvk, input_precision=PRODUCT, out_dtype=ACC) + dkeys[None, :]
+            dk = _times(v, high_t, low_t, none, PRODUCT, ACC) + dkeys[None, :]
             dk = tl.where(k <= 0, 0.0, dk)
             _store(dk_ptr, dk, y, x, keep, dksd, dksy, dksx, D, WIDTH, LDK, ADK, LINEAR, WIDE)
-            dv = tl.dot(relu(k).to(ACC), dkv, input_precision=PRODUCT, out_dtype=ACC)
+            dv = _times(relu(k, PRODUCT).to(ACC), high, low, none, PRODUCT, ACC)
             _store(dv_ptr, dv, y, x, keep, dvsd, dvsy, dvsx, D, WIDTH, LDV, ADV, LINEAR, WIDE)

@@ -35,23 +35,23 @@ class Problem:
 
 
 def product_precision(problem: Problem) -> str:
-    """How matrix instructions take the float32 sums beside half inputs: in three parts on NVIDIA, and else whole.
+    """How matrix instructions take the float32 sums beside half inputs: in two parts on NVIDIA, and else whole.
 
     Of few pixels the gradients of q and k are small differences: those products are exact.
     """
     many = problem.shape[3] * problem.shape[4] > 16
     parts = many and problem.dtype.itemsize == 2 and problem.device.arch.startswith("sm_")
-    return "tf32x3" if parts else problem.precision
+    return "tf32x2" if parts else problem.precision
 
 
 def turned(problem: Problem) -> bool:
     """Whether q's gradient is a product from the left of the sums: they are the operand that warps share out.
 
     Where instructions are one warp's, warps divide the rows of all products of a kernel alike. An operand on the right
-    is whole in every warp, and in three parts the sums of 64 channels alone are all of its registers.
+    is whole in every warp, and in parts the sums of 64 channels alone are all of its registers.
     """
     wide = width(problem.shape[2]) > 32
-    return wide and by_warp(problem.device.arch) and product_precision(problem) == "tf32x3"
+    return wide and by_warp(problem.device.arch) and product_precision(problem) == "tf32x2"
 
 
 def sum_slices(source: str, target: str, size: int, slices: int, interpreted: bool) -> Launch:
