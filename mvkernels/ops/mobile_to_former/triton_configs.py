@@ -87,6 +87,6 @@ def _candidates(key: Mapping[str, Any]) -> list[Config]:
         for block in (32, 64, 128, 256)
         for warps in (1, 2, 4, 8)
         for stages in (1, 2)
-        for programs in (4, 16)
-        if 8 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
+        for programs in (2, 8)
+        if 4 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
     ]

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mvkernels.ops.patch_attention.triton_tiles import (
     dense_strides,
+    divider,
     dot_nt,
     load_tile,
     pixel_of,
@@ -85,7 +86,7 @@ def forward_slices(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )
@@ -148,31 +149,41 @@ def masked(products, factor, inside):
 # highest score; the sum of e = 2 ** (score - highest); which pixel has the highest; the base, that pixel's dP; and
 # the rest, the sum of e (dP - base). The gradients of the scores do not depend on the base. With this one all terms
 # of the rest are of other pixels: its error is relative to their weight, and not to a dP that cancels out.
+# Each element of the tile has its own, of the pixels that it has met: nothing is exchanged between threads until
+# rows_of puts them together.
 @triton.jit
 def add_tile(scores, dp, n, top, total, index, base, rest):
-    highest = tl.max(scores, 0)
-    at = tl.min(tl.where(scores == highest[None, :], n[:, None], 2147483647), 0)
-    higher = highest > top
-    index = tl.where(higher, at, index)
-    own = n[:, None] == index[None, :]
-    moved = tl.where(higher, tl.sum(tl.where(own, dp, 0.0), 0), base)
-    highest = tl.maximum(top, highest)
-    # A row with no score above -inf yet has to stay 0, not become inf - inf.
+    higher = scores > top
+    highest = tl.maximum(top, scores)
+    # An element with no score above -inf yet has to stay 0, not become inf - inf.
     shift = tl.where(highest == -float("inf"), 0.0, highest)
-    e = tl.exp2(scores - shift[None, :])
     fade = tl.exp2(top - shift)
-    # Before the first tile this adds 0 times the base: all of the row is NaN where that is not finite, as it should be.
-    rest = rest * fade + total * fade * (base - moved)
-    rest += tl.sum(tl.where(own, 0.0, e * (dp - moved[None, :])), 0)
-    total = total * fade + tl.sum(e, 0)
-    return highest, total, index, moved, rest
+    e = tl.exp2(scores - shift)
+    moved = tl.where(higher, dp, base)
+    # At the first pixel this adds 0 times the base: all of the row is NaN where that is not finite, as it should be.
+    rest = rest * fade + total * fade * (base - moved) + tl.where(higher, 0.0, e * (dp - moved))
+    total = total * fade + e
+    return highest, total, tl.where(higher, n[:, None], index), moved, rest
 
 
 @triton.jit
-def no_tile(TOKENS: tl.constexpr, ACC: tl.constexpr):
-    """(top, total, index, base, rest) before the first tile."""
-    zero = tl.zeros([TOKENS], ACC)
-    return tl.full([TOKENS], -float("inf"), ACC), zero, tl.zeros([TOKENS], tl.int32), zero, zero
+def rows_of(top, total, index, base, rest):
+    """(top, total, index, base, rest) of the tokens, from those of the elements of a tile."""
+    highest = tl.max(top, 0)
+    at = tl.min(tl.where(top == highest[None, :], index, 2147483647), 0)
+    own = (top == highest[None, :]) & (index == at[None, :])
+    moved = tl.sum(tl.where(own, base, 0.0), 0)
+    fade = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[None, :])
+    rest = tl.sum(fade * (rest + total * (base - moved[None, :])), 0)
+    return highest, tl.sum(fade * total, 0), at, moved, rest
+
+
+@triton.jit
+def no_tile(BLOCK: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
+    """(top, total, index, base, rest) of the elements before the first tile: each pixel another's index."""
+    zero = tl.zeros([BLOCK, TOKENS], ACC)
+    index = tl.zeros([BLOCK, TOKENS], tl.int32) + tl.arange(0, BLOCK)[:, None]
+    return tl.full([BLOCK, TOKENS], -float("inf"), ACC), zero, index, zero, zero
 
 
 @triton.jit
@@ -217,17 +228,18 @@ def backward_rows(
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top, total, index, base, rest = no_tile(TOKENS, ACC)
+    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )
         scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
         dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
         top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    top, total, index, base, rest = rows_of(top, total, index, base, rest)
     store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
@@ -332,7 +344,7 @@ def backward_slices(
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, W, 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )
