@@ -35,6 +35,7 @@ def _run(op: str, description: str | None) -> int:
     parser.add_argument("--batch", nargs="+", help="default: 1 8 on a CPU, 1 32 128 on a GPU")
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, bfloat16 float32 on a GPU")
     parser.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
+    parser.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
     parser.add_argument("--against", default="eager,sdpa,compile", help="as for `mvkernels bench`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--min-time", default="0.5")
@@ -57,6 +58,7 @@ def _run(op: str, description: str | None) -> int:
         line += ["--against", options.against]
         line += ["--min-time", options.min_time, "--allocator", allocator]
         line += ["--shape", *options.shape] if options.shape else []
+        line += ["--layout", *options.layout] if options.layout else []
         with tempfile.TemporaryDirectory() as place:
             measured = Path(place) / "rows.csv"
             status = max(status, subprocess.run([*line, "--csv", str(measured)], check=False).returncode)

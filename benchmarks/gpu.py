@@ -51,6 +51,13 @@ SHAPES = (
     "efficientvit_b3@224",
 )  # fmt: skip
 """The models at whose shapes times are taken against peers, and for which configurations are searched."""
+TUNED = (
+    "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x8_", "294m@224 2x12_",
+    "294m@224 2x24_", "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512", "efficientvit_b3@224",
+)  # fmt: skip
+"""The shapes for which configurations are searched, with channels last."""
+COMPILED = ("mobilevit_s@256", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32", "294m@224 2x24_")
+"""The shapes at which torch.compile is a peer too: to compile takes most of the time."""
 LARGE = "sana_1600m"
 """A model whose maps are too large for a batch of 128."""
 COUNTED = {
@@ -91,7 +98,8 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     batches = ("128", "1") if gpu else ("1",)
     tests = python("-m", "pytest", "-q", "-m", "not interpreter")
     workers = str(max(1, min(8, cores // 2)))
-    kernels = python(str(HERE / "kernels.py"), "--dtype", dtype, "--batch", *batches, "--shape", *SHAPES)
+    where = ("--dtype", dtype, "--batch", batches[0], "--shape", *SHAPES, "--layout", "channels_last")
+    kernels = python(str(HERE / "kernels.py"), *where)
     found = [Step("info", python("-m", "mvkernels", "info"), 30)]
     for each in DTYPES if gpu else (dtype,):
         for op in OPS:
@@ -100,11 +108,35 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     if gpu:
         line = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
         found.append(Step("tests with tf32", line, 120, beside=True, environment={"MVKERNELS_TEST_TF32": "1"}))
+        device_tests = (*tests, "-n", workers, "tests/ops/test_device.py")
+        found.append(Step("tests of devices", device_tests, 170, beside=True))
+        # Each tensor an allocation of its own: in a block that PyTorch keeps, what is read past an end is not seen.
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        sanitized = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
+        one_shape = (*tests, "tests/ops/test_device.py", "-k", "one_shape and bfloat16")
+        found.append(
+            Step("memcheck", (*sanitized, *one_shape), 170, beside=True, environment=alone, needs="compute-sanitizer")
+        )
     for k in range(cores - 4):
         found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
     for model in MODELS:
         line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
+    tuned = [part for op in OPS if op != "patch_transformer_layer" for part in ("--op", op)]
+    search = (
+        *tuned,
+        "--dtype",
+        dtype,
+        "--filter",
+        *TUNED,
+        "--layout",
+        "channels_last",
+        "--min-time",
+        "0.02",
+        "--most",
+        "16",
+    )
+    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
     found.append(Step("kernels", kernels, 80))
     counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
     counters += (
@@ -114,8 +146,6 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     for op, (layout, *shapes) in COUNTED.items() if gpu else ():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
-    search = ("--dtype", dtype, "--filter", *SHAPES, "--min-time", "0.03", "--processes", str(cores))
-    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
     for op in OPS:
         found.append(Step(f"time {op}", timed(op, device, dtype, batches, "eager,sdpa", SHAPES), 80))
     for op in ("relu_linear_attention", "multiscale_linear_attention"):
@@ -123,17 +153,9 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     for model in MODELS:
         line = ("--model", model, "--seconds", "1", "--no-compile")
         found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
-    device_tests = (*tests, "-n", workers, "tests/ops/test_device.py")
-    found.append(Step("tests of devices", device_tests, 100))
-    alone = {
-        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
-    }  # else what is read past an end, in a block that is kept, is not seen
-    sanitized = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
-    one_shape = (*tests, "tests/ops/test_device.py", "-k", "one_shape and bfloat16")
-    found.append(Step("memcheck", (*sanitized, *one_shape), 90, environment=alone, needs="compute-sanitizer"))
-    for op in ("patch_attention", "multiscale_linear_attention"):
-        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile", SHAPES)
-        found.append(Step(f"time {op}, compiled peers", compiled, 120))
+    for op in OPS:
+        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile", COMPILED)
+        found.append(Step(f"time {op}, compiled peers", compiled, 60))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1")
         found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
@@ -154,7 +176,7 @@ def timed(
 ) -> tuple[str, ...]:
     """The command that measures an op against its peers."""
     line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *shapes)
-    return python(str(HERE / f"{op}.py"), *line, "--min-time", "0.05", "--no-plot")
+    return python(str(HERE / f"{op}.py"), *line, "--layout", "channels_last", "--min-time", "0.03", "--no-plot")
 
 
 def identity() -> list[str]:

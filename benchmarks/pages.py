@@ -1,4 +1,4 @@
-"""Writes docs/performance.md, and the tables of docs/numerics.md, from the CSV files under benchmarks/results.
+"""Writes docs/performance.md, docs/gpu.md and the tables of docs/numerics.md from the files of benchmarks/results.
 
 ``--check`` changes nothing and exits with 1 if the pages are not what the files say.
 """
@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import _gpu_page
 import readme_table
 from readme_table import ROOT, Row, geomean, read, where
 
@@ -25,7 +26,9 @@ measured, and what each column is: [benchmarks](benchmarks.md). On your machine:
 
 
 def machines(results: Path) -> list[Path]:
-    return sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits"))
+    """The folders of processors; GPUs have a page of their own."""
+    found = sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits"))
+    return [path for path in found if "-sm-" not in path.name]
 
 
 def performance(results: Path) -> str:
@@ -210,7 +213,8 @@ def pages(results: Path) -> dict[Path, str]:
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
         text = before + begin + block + end + rest.split(end, 1)[1]
-    return {ROOT / "docs" / "performance.md": performance(results), numerics: text}
+    docs = ROOT / "docs"
+    return {docs / "performance.md": performance(results), docs / "gpu.md": _gpu_page.page(results), numerics: text}
 
 
 def main() -> int:

@@ -128,11 +128,13 @@ def slug(where: dict[str, str]) -> str:
 def commit() -> str:
     """The commit of a checkout, "-dirty" after it where files differ; empty for an installed package.
 
-    A copy of a checkout without its ``.git`` is told by ``MVKERNELS_COMMIT``.
+    ``MVKERNELS_COMMIT`` says it of a copy of a checkout, whose ``.git`` is not there or another commit's.
     """
     root = Path(__file__).resolve().parents[1]
+    if "MVKERNELS_COMMIT" in os.environ:
+        return os.environ["MVKERNELS_COMMIT"]
     if not (root / ".git").exists():
-        return os.environ.get("MVKERNELS_COMMIT", "")
+        return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -2,14 +2,15 @@
 
 For every op and shape of the suite, the kernels that a call asks a configuration for are found by
 running it. Of the configurations registered to be tried a few are taken, those near the default and unlike each
-other; each is first held against the float64 reference by the shared criterion, then timed beside the default,
-interleaved. What is faster by more than the margin goes to ``configs/<device>.json``, which every later call reads.
-Nearly all of the time is compilation, which several processes share beforehand.
+other, and timed; the fastest once more beside the default, interleaved. What is faster by more than the margin and
+right, held against the float64 reference by the shared criterion, goes to ``configs/<device>.json``, which every later
+call reads. Nearly all of the time is compilation, which several processes share beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ from mvkernels.registry import OPS, Op
 from mvkernels.report import Progress, UsageError, table
 
 MARGIN = 0.02
+FINALISTS = 3
 MOST = 10
 """Configurations of a kernel that are tried for one key."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -103,24 +105,16 @@ def tune_case(
     ]
 
 
-def compile_case(
-    op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]], share: tuple[int, int], most: int = MOST
-) -> None:
-    """Run what :func:`tune_case` would try once, so that it is compiled: every N-th of it from the K-th on."""
+def compile_case(op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]], most: int = MOST) -> None:
+    """Run what :func:`tune_case` would try once, so that it is compiled."""
     with torch.no_grad():
         cotangent = torch.randn_like(op.function(**arguments, backend="triton"))
-    number = 0
     for call in _calls(arguments, op.function, cotangent).values():
         for kernel, text, changes in _asked_by(op, call, done, most):
             for change in changes:
-                number += 1
-                if number % share[1] != share[0]:
-                    continue
-                try:
-                    with launch.trying(op.name, kernel, text, change):
-                        call()
-                except Exception:  # tune_case refuses it, and counts it
-                    continue
+                # What does not compile tune_case refuses, and counts.
+                with contextlib.suppress(Exception), launch.trying(op.name, kernel, text, change):
+                    call()
 
 
 def _asked_by(
@@ -167,44 +161,50 @@ def _tune_kernel(
     device: torch.device | str,
     min_time: float,
 ) -> Finding:
-    def changed(change: Config) -> Callable[[], Any]:
-        def run() -> Any:
-            with launch.trying(op.name, kernel, key, change):
-                return call()
-
-        return run
-
-    good = []
-    for change in changes:
+    quick: dict[str, float] = {}
+    for change in ({}, *changes):
         try:
-            if _right(changed(change)(), held):
-                good.append(change)
-        except Exception:  # does not compile, or asks for more than the device has: not a candidate
-            continue
-    # Entering and leaving a trial costs host time, alike for all, the default included; device times are what
-    # is compared, by replaying a graph of the call where the device has graphs.
-    best: Config = {}
-    times: dict[str, Callable[[], Any]] = {}
-    for change in ({}, *good):
-        replay = changed(change)
-        if torch.device(device).type == "cuda":
             with launch.trying(op.name, kernel, key, change):
-                replay = _graph(call)
-        times[json.dumps(change, sort_keys=True)] = replay
-    measured = timing.interleave(times, device, min_time=min_time)
-    default = measured["{}"].median
-    winner = min(measured, key=lambda text: measured[text].median)
-    if measured[winner].median < (1 - MARGIN) * default:
-        best = json.loads(winner)
-    return Finding(
-        kernel,
-        key,
-        len(changes),
-        len(changes) - len(good),
-        default * 1e6,
-        (measured[winner].median if best else default) * 1e6,
-        best,
+                call()
+                quick[json.dumps(change, sort_keys=True)] = min(timing.sample(call, 1, device) for _ in range(5))
+        except Exception:  # does not compile, or asks for more than the device has: not a candidate
+            if not change:
+                raise
+    # Few are worth a second look. Entering and leaving a trial costs host time, alike for all, the default included;
+    # device times are what is compared, by replaying a graph of the call where the device has graphs.
+    finalists = [text for text in sorted(quick, key=quick.__getitem__) if quick[text] < quick["{}"]][:FINALISTS]
+    measured = timing.interleave(
+        {text: _replayed(op.name, kernel, key, json.loads(text), call, device) for text in ("{}", *finalists)},
+        device,
+        min_time=min_time,
     )
+    default = measured["{}"].median
+    best, wrong = "{}", 0
+    for text in sorted(finalists, key=lambda text: measured[text].median):
+        if not measured[text].median < (1 - MARGIN) * default:
+            break
+        with launch.trying(op.name, kernel, key, json.loads(text)):
+            if _right(call(), held):
+                best = text
+                break
+        wrong += 1
+    refused = len(changes) + 1 - len(quick) + wrong
+    return Finding(kernel, key, len(changes), refused, default * 1e6, measured[best].median * 1e6, json.loads(best))
+
+
+def _replayed(
+    op: str, kernel: str, key: str, change: Config, call: Callable[[], Any], device: torch.device | str
+) -> Callable[[], Any]:
+    """The call with a change of a configuration."""
+    if torch.device(device).type == "cuda":
+        with launch.trying(op, kernel, key, change):
+            return _graph(call)
+
+    def run() -> Any:
+        with launch.trying(op, kernel, key, change):
+            return call()
+
+    return run
 
 
 def tune_choice(
@@ -280,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")
     parser.add_argument("--filter", nargs="+", default=[""], metavar="TEXT",
                         help="only shapes whose model or label has one of these")  # fmt: skip
+    parser.add_argument("--layout", choices=("channels_last", "channels_first"), help="only this (default: all)")
     parser.add_argument("--suite", choices=("small", "full"), default="full")
     parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
     parser.add_argument("--most", type=int, default=MOST, help=f"configurations tried for a kernel (default {MOST})")
@@ -324,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in op.suite(options.suite)
         if any(text in f"{case.model} {case.label}" for text in options.filter)
         for layout in case.layouts
+        if options.layout in (None, layout)
         for dtype in options.dtype or list(DTYPES)
     ]
     if not work:
@@ -334,11 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = Progress(len(work))
     done: set[tuple[str, str]] = set()
     everything: list[Finding] = []
+    if options.compile is not None:
+        work = work[options.compile[0] :: options.compile[1]]
     for op, case, layout, dtype in work:
         progress.step(f"{op.name} {case.label} {dtype}")
         arguments = case.make(batch=options.batch, dtype=DTYPES[dtype], device="cuda", layout=layout)
         if options.compile is not None:
-            compile_case(op, arguments, done, options.compile, options.most)
+            compile_case(op, arguments, done, options.most)
             continue
         for search in (partial(tune_case, most=options.most), tune_choice):
             findings = search(op, arguments, "cuda", done, options.min_time)
