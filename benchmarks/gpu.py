@@ -47,15 +47,14 @@ MODELS = ("timm:mobilevit_s", "timm:efficientvit_b1")
 DTYPES = ("bfloat16", "float16", "float32")
 SOURCE = ("mvkernels/**/*.py", "mvkernels/*.so", "python/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
 SHAPES = (
-    "mobilevit_xxs@256", "mobilevit_s@256", "efficientformer", "coatnet", "294m", "efficientvit_b1@512",
+    "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x12_", "294m@224 2x24_",
+    "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32",
     "efficientvit_b3@224",
 )  # fmt: skip
-"""The models at whose shapes times are taken against peers, and for which configurations are searched."""
-TUNED = (
-    "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x8_", "294m@224 2x12_",
-    "294m@224 2x24_", "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512", "efficientvit_b3@224",
-)  # fmt: skip
-"""The shapes for which configurations are searched, with channels last."""
+"""The shapes, with channels last, at which times are taken and for which configurations are searched."""
+TUNED = ("patch_attention", "multiscale_linear_attention", "mobile_to_former", "relu_linear_attention",
+         "former_to_mobile")  # fmt: skip
+"""The ops for which configurations are searched, in this order."""
 COMPILED = ("mobilevit_s@256", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32", "294m@224 2x24_")
 """The shapes at which torch.compile is a peer too: to compile takes most of the time."""
 LARGE = "sana_1600m"
@@ -90,8 +89,8 @@ def python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
-    """What is run, in this order."""
+def steps(device: str = "cuda", cores: int = 16, cached: bool = False) -> list[Step]:
+    """What is run, in this order; ``cached``: without the steps that only compile."""
     gpu = device == "cuda"
     backend = "triton" if gpu else "cpp"
     dtype = "bfloat16" if gpu else "float32"
@@ -108,35 +107,31 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     if gpu:
         line = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
         found.append(Step("tests with tf32", line, 120, beside=True, environment={"MVKERNELS_TEST_TF32": "1"}))
-        device_tests = (*tests, "-n", workers, "tests/ops/test_device.py")
-        found.append(Step("tests of devices", device_tests, 170, beside=True))
+        device_tests = (*tests, "-n", workers, "tests/ops/test_device.py", "-k")
+        found.append(Step("tests of graphs", (*device_tests, "bits or graph"), 100, beside=True))
+        found.append(
+            Step("tests of sizes", (*device_tests, "not bits and not graph and not one_shape"), 170, beside=True)
+        )
         # Each tensor an allocation of its own: in a block that PyTorch keeps, what is read past an end is not seen.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         sanitized = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1")
         one_shape = (*tests, "tests/ops/test_device.py", "-k", "one_shape and bfloat16")
         found.append(
-            Step("memcheck", (*sanitized, *one_shape), 170, beside=True, environment=alone, needs="compute-sanitizer")
+            Step("memcheck", (*sanitized, *one_shape), 60, beside=True, environment=alone, needs="compute-sanitizer")
         )
-    for k in range(cores - 4):
+    for k in range(0 if cached else cores - 4):
         found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
-    for model in MODELS:
+    for model in () if cached else MODELS:
         line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
-    tuned = [part for op in OPS if op != "patch_transformer_layer" for part in ("--op", op)]
-    search = (
-        *tuned,
-        "--dtype",
-        dtype,
-        "--filter",
-        *TUNED,
-        "--layout",
-        "channels_last",
-        "--min-time",
-        "0.02",
-        "--most",
-        "16",
-    )
+    tuned = [part for op in TUNED for part in ("--op", op)]
+    search = (*tuned, "--dtype", dtype, "--filter", *SHAPES, "--layout", "channels_last", "--min-time", "0.02")
+    search += ("--processes", "1") if cached else ()
     found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
+    found.append(Step("times", timed(device, dtype, batches, "eager,sdpa", SHAPES), 150))
+    for model in MODELS:
+        line = ("--model", model, "--seconds", "1", "--no-compile")
+        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     found.append(Step("kernels", kernels, 80))
     counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
     counters += (
@@ -146,16 +141,9 @@ def steps(device: str = "cuda", cores: int = 16) -> list[Step]:
     for op, (layout, *shapes) in COUNTED.items() if gpu else ():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
-    for op in OPS:
-        found.append(Step(f"time {op}", timed(op, device, dtype, batches, "eager,sdpa", SHAPES), 80))
-    for op in ("relu_linear_attention", "multiscale_linear_attention"):
-        found.append(Step(f"time {op}, {LARGE}", timed(op, device, dtype, ("2",), "eager", (LARGE,)), 30))
-    for model in MODELS:
-        line = ("--model", model, "--seconds", "1", "--no-compile")
-        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
-    for op in OPS:
-        compiled = timed(op, device, dtype, batches[:1], "eager,sdpa,compile", COMPILED)
-        found.append(Step(f"time {op}, compiled peers", compiled, 60))
+    large = ("--op", "relu_linear_attention", "multiscale_linear_attention")
+    found.append(Step(f"times of {LARGE}", (*timed(device, dtype, ("2",), "eager", (LARGE,)), *large), 40))
+    found.append(Step("times, compiled peers", timed(device, dtype, batches[:1], "eager,sdpa,compile", COMPILED), 180))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1")
         found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
@@ -171,12 +159,10 @@ def whole(device: str, dtype: str, *more: str) -> tuple[str, ...]:
     return python(str(HERE / "swapped.py"), *line)
 
 
-def timed(
-    op: str, device: str, dtype: str, batches: Sequence[str], against: str, shapes: Sequence[str]
-) -> tuple[str, ...]:
-    """The command that measures an op against its peers."""
+def timed(device: str, dtype: str, batches: Sequence[str], against: str, shapes: Sequence[str]) -> tuple[str, ...]:
+    """The command that measures the ops against their peers."""
     line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *shapes)
-    return python(str(HERE / f"{op}.py"), *line, "--layout", "channels_last", "--min-time", "0.03", "--no-plot")
+    return python(str(HERE / "ops.py"), *line, "--layout", "channels_last")
 
 
 def identity() -> list[str]:
@@ -355,7 +341,7 @@ def main() -> int:
     device, cores = ("cpu" if options.rehearse else "cuda"), max(os.cpu_count() or 1, 5)
     chosen = [
         step
-        for step in steps(device, cores)
+        for step in steps(device, cores, options.cache is not None)
         if (not options.only or any(text in step.name for text in options.only))
         and not any(text in step.name for text in options.leave_out)
     ]

@@ -84,6 +84,13 @@ def why_too_old(device: torch.device) -> str | None:
     return f"compute capability {_major(device.index)}.x: want 8.0 or more"
 
 
+def tf32_allowed(device_type: str) -> bool:
+    """Whether the user lets float32 products on such a device round to tf32."""
+    # Reading allow_tf32 raises where the user has set the newer fp32_precision; that one tells both.
+    nvidia = device_type == "cuda" and not torch.version.hip
+    return nvidia and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def heuristic(op: str, kernel: str) -> Callable[[Heuristic], Heuristic]:
     """Register the default configuration of a kernel: a function of the key."""
 

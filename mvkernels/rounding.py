@@ -50,6 +50,40 @@ class ExpectedRounding(TorchDispatchMode):
         return tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == torch.float64 else t, found)
 
 
+class Tf32Products(TorchDispatchMode):
+    """Inside it float32 operands of matrix products and convolutions are those that tf32 has nearest to them.
+
+    What PyTorch may do where the user allows tf32: whether it does depends on the size of a product and the device.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _PRODUCTS:
+            operands = _PRODUCTS[func]
+            args = tuple(to_tf32(a) if i in operands and isinstance(a, Tensor) else a for i, a in enumerate(args))
+        return func(*args, **(kwargs or {}))
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """The nearest number with 10 bits of fraction, ties away from 0; what is no float32, or not finite, as it is."""
+    if x.dtype != torch.float32:
+        return x
+    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+_PRODUCTS = {
+    _aten.mm.default: (0, 1),
+    _aten.bmm.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.baddbmm.default: (1, 2),
+    _aten.convolution.default: (0, 1),
+    _aten.convolution_backward.default: (0, 1, 2),
+}
+"""Which arguments are operands."""
+
+
 def _dtype(func: Any, args: Sequence[Any], operands: Sequence[Tensor]) -> torch.dtype:
     """That of the result, by PyTorch's rules."""
     if func is _aten._softmax.default and args[2]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mvkernels import extension
+from mvkernels import extension, launch
 from mvkernels.registry import Op
-from mvkernels.rounding import ExpectedRounding
+from mvkernels.rounding import ExpectedRounding, Tf32Products
 
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
@@ -254,10 +254,14 @@ def yardstick(op: Op, arguments: Mapping[str, Any], wanted: Sequence[str]) -> tu
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
 
+    # Whether PyTorch takes what it may depends on a product's size; ours are held to what is allowed.
+    allowed = launch.tf32_allowed(first.device.type)
+
     def formula(dtype: torch.dtype) -> dict[str, Tensor]:
         # Inputs in float64 for the exact values; else as they are, and only what is computed from them in the dtype.
         inputs = dtype if dtype == torch.float64 else None
-        return run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent, inputs)
+        with Tf32Products() if allowed and dtype == torch.float32 else nullcontext():
+            return run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent, inputs)
 
     return Yardstick(formula, first.dtype), cotangent
 

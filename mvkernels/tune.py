@@ -320,8 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     files.check(path)
     work = [
         (op, case, layout, dtype)
-        for op in OPS.values()
-        if (not options.op or op.name in options.op) and "triton" in op.why_not
+        for op in [OPS[name] for name in options.op or OPS]
+        if "triton" in op.why_not
         for case in op.suite(options.suite)
         if any(text in f"{case.model} {case.label}" for text in options.filter)
         for layout in case.layouts

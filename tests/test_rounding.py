@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mvkernels import testing
+from mvkernels import rounding, testing
 from mvkernels.registry import OPS
 from mvkernels.rounding import ExpectedRounding
 from tests.processors import python
@@ -114,3 +114,20 @@ def test_the_expected_errors_are_the_same_on_another_processor():
     elsewhere = json.loads(done.stdout)
     for name in OPS:
         assert elsewhere[name] == pytest.approx(errors(held(name)), rel=1e-3)
+
+
+def test_operands_of_products_in_tf32_are_rounded_to_nearest():
+    near = torch.tensor([1 + 2**-11, 1 + 2**-11 - 2**-20, -1 - 2**-11, 2.0**-130, float("inf"), float("nan")])
+    rounded = torch.tensor([1 + 2**-10, 1.0, -1 - 2**-10, 2.0**-130, float("inf"), float("nan")])
+    torch.testing.assert_close(rounding.to_tf32(near), rounded, rtol=0, atol=0, equal_nan=True)
+    a, b, c = (torch.randn(5, 7, 7, requires_grad=True) for _ in range(3))
+    operands = [rounding.to_tf32(t.detach()).requires_grad_() for t in (a, b)]
+    with rounding.Tf32Products():
+        out = torch.baddbmm(c, a, b)
+    expected = torch.baddbmm(c, *operands)
+    assert torch.equal(out, expected) and not torch.equal(out, torch.baddbmm(c, a, b))
+    grad = rounding.to_tf32(torch.randn(5, 7, 7))
+    with rounding.Tf32Products():
+        found = torch.autograd.grad(out, (a, b, c), grad)
+    for one, other in zip(found, torch.autograd.grad(expected, (*operands, c), grad), strict=True):
+        assert torch.equal(one, other)

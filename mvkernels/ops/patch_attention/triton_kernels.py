@@ -32,9 +32,7 @@ _INTERPRETED = not isinstance(triton_forward.forward_rows, triton.JITFunction)
 
 
 def _precision(dtype: torch.dtype, device_type: str) -> str:
-    # Reading allow_tf32 raises where the user has set the newer fp32_precision; that one tells both.
-    allowed = device_type == "cuda" and not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+    return "tf32" if dtype == torch.float32 and launch.tf32_allowed(device_type) else "ieee"
 
 
 def _problem(maps: Sequence[tuple[str, torch.Tensor]], bias: torch.Tensor | None, patch: tuple[int, int]) -> Problem:
