@@ -10,7 +10,9 @@ from readme_table import Row, geomean, read, where
 HEAD = """# On a GPU
 
 Written by `benchmarks/pages.py` from what `benchmarks/gpu.py` left under `benchmarks/results`; no number is typed by
-hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md).
+hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Every table
+names the commit that it is of. The times of kernels below led to changes of nearly all of them, which have been found
+right on the same GPU and not been timed yet; nor has anything been timed against peers there.
 """
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 OURS = ("triton", "cuda")
@@ -33,6 +35,7 @@ def page(results: Path) -> str:
         ]
         parts += verified(read(folder / "verify.csv")) + summary(ops) + shapes(ops, predicted)
         parts += models(read(folder / "swapped.csv")) + kernels(read(folder / "kernels.csv"))
+        parts += counters(read(folder / "counters.csv"))
     if len(parts) == 1:
         parts.append("No GPU has run them yet: `python benchmarks/gpu.py` does.\n")
     return "\n".join(parts)
@@ -179,3 +182,23 @@ def kernels(rows: list[Row]) -> list[str]:
 
 def times(row: Row) -> str:
     return f" ({row['launches']} launches)" if int(row["launches"]) > 1 else ""
+
+
+def counters(rows: list[Row]) -> list[str]:
+    """What each kernel waits for."""
+    if not rows:
+        return []
+    lines = [
+        f"### Hardware counters\n\n{where(rows)}. By Nsight Compute, at the clock that it sets. Busy: of the peak of "
+        "the processors, of the memory. Warps: of as many as a processor holds, on average.\n",
+        *header("op", "kernel", "programs", "microseconds", "processors busy", "memory busy", "warps", "registers",
+                "instructions of a warp"),
+    ]  # fmt: skip
+    for r in rows:
+        cells = (
+            r["op"], f"`{r['kernel']}`", r["grid"], f"{float(r['ns']) / 1e3:.4g}", f"{float(r['sm_percent']):.0f} %",
+            f"{float(r['dram_percent']):.0f} %", f"{float(r['occupancy_percent']):.0f} %",
+            f"{float(r['registers']):.0f}", f"{float(r['warp_instructions']) / 1e6:.1f} M",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]

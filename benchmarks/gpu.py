@@ -33,6 +33,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _counters
 import torch
 from _results import write
 
@@ -124,15 +125,19 @@ def steps(device: str = "cuda", cores: int = 16, cached: bool = False) -> list[S
     for model in () if cached else MODELS:
         line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
-    tuned = [part for op in TUNED for part in ("--op", op)]
-    search = (*tuned, "--dtype", dtype, "--filter", *SHAPES, "--layout", "channels_last", "--min-time", "0.02")
-    search += ("--processes", "1") if cached else ()
-    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
     found.append(Step("times", timed(device, dtype, batches, "eager,sdpa", SHAPES), 150))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1", "--no-compile")
         found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     found.append(Step("kernels", kernels, 80))
+    large = ("--op", "relu_linear_attention", "multiscale_linear_attention")
+    found.append(Step(f"times of {LARGE}", (*timed(device, dtype, ("2",), "eager", (LARGE,)), *large), 40))
+    found.append(Step("times, compiled peers", timed(device, dtype, batches[:1], "eager,sdpa,compile", COMPILED), 180))
+    # After the times: it takes as long as it is given. What it finds is for the next run.
+    tuned = [part for op in TUNED for part in ("--op", op)]
+    search = (*tuned, "--dtype", dtype, "--filter", *SHAPES, "--layout", "channels_last", "--min-time", "0.02")
+    search += ("--processes", "1") if cached else ()
+    found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
     counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
     counters += (
         "--kernel-name",
@@ -141,9 +146,6 @@ def steps(device: str = "cuda", cores: int = 16, cached: bool = False) -> list[S
     for op, (layout, *shapes) in COUNTED.items() if gpu else ():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
-    large = ("--op", "relu_linear_attention", "multiscale_linear_attention")
-    found.append(Step(f"times of {LARGE}", (*timed(device, dtype, ("2",), "eager", (LARGE,)), *large), 40))
-    found.append(Step("times, compiled peers", timed(device, dtype, batches[:1], "eager,sdpa,compile", COMPILED), 180))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1")
         found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
@@ -308,6 +310,24 @@ class Run:
         if rows:
             write(rows, self.results / "verify.csv")
 
+    def counted(self) -> None:
+        """One table of the hardware counters of all kernels."""
+        rows = [
+            {
+                **report.machine(self.device),
+                "op": op,
+                "layout": COUNTED[op][0],
+                "batch": 128,
+                "dtype": "bfloat16",
+                **row,
+            }
+            for op in OPS
+            if (log := self.logs / f"counters_{op}.log").exists()
+            for row in _counters.rows(log.read_text(errors="replace"))
+        ]
+        if rows:
+            write(rows, self.results / "counters.csv")
+
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a step with all that it started: asked first, so that it can keep the rows it has."""
@@ -364,6 +384,7 @@ def main() -> int:
         run.unpack_cache(options.cache)
     run.all(chosen, cores if device == "cuda" else 1)
     run.verified()
+    run.counted()
     run.pack()
     run.pack_cache()
     well = sum(what == "ok" for what in run.status.values())

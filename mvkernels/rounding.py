@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _aten = torch.ops.aten
+_SIGNS = 1_000_003
+"""So many signs are drawn for a tensor, and repeated: a processor takes seconds for those of the scores of a batch."""
 
 
 class ExpectedRounding(TorchDispatchMode):
@@ -106,9 +108,13 @@ class _Sums:
 
     def off(self, total: Tensor, count: Tensor, squares: Tensor) -> Tensor:
         """The sum of some terms with its error, ``count`` being how many count and ``squares`` the sum of t^2."""
-        signs = torch.randint(2, total.shape, generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
+        count_of = min(total.numel(), _SIGNS)
+        signs = torch.randint(2, (count_of,), generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
+        signs = signs.to(total.device)
+        if count_of < total.numel():
+            signs = signs.repeat(-(-total.numel() // count_of))[: total.numel()]
         size = self.unit * ((count - 1).clamp(min=0) * 2 / 27 * (2 * total.square() + squares)).sqrt()
-        return total + signs.to(total.device) * size
+        return total + signs.view(total.shape) * size
 
     def counts(self, factors: Tensor) -> Tensor:
         """1 where a factor is large enough to count, else 0."""

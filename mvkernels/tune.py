@@ -29,7 +29,7 @@ from mvkernels import files, launch, testing, timing
 from mvkernels.command import Parser, print_json
 from mvkernels.launch import Config
 from mvkernels.registry import OPS, Op
-from mvkernels.report import Progress, UsageError, table
+from mvkernels.report import Progress, UsageError
 
 MARGIN = 0.02
 FINALISTS = 3
@@ -349,6 +349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             save(path, op.name, findings, device)
             launch.forget()  # what is chosen between is what was found
             everything += findings
+            if not options.json:
+                for f in findings:
+                    times = f"{f.default_us:.1f} us, {f.best_us:.1f} us" + (f" with {f.best}" if f.best else "")
+                    print(f"{op.name}.{f.kernel} {f.key}: {times}; {f.tried} tried, {f.refused} refused", flush=True)
     progress.close()
     launch.forget()
     if options.compile is not None:
@@ -356,8 +360,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print_json([vars(finding) for finding in everything])
     else:
-        header = ["kernel", "key", "tried", "refused", "default us", "best us", "change"]
-        rows = [[*list(vars(f).values())[:4], f"{f.default_us:.1f}", f"{f.best_us:.1f}", f.best] for f in everything]
-        print(table(rows, header))
         print(f"written to {path}")
     return 0

@@ -137,6 +137,30 @@ def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatc
         go("--resume", str(tmp_path / "nowhere"))
 
 
+NCU = """==PROF== Connected
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name"
+"""  # noqa: E501
+
+
+def test_hardware_counters_become_rows(gpu: ModuleType, tmp_path: Path) -> None:
+    import _counters
+
+    def lines(launch: int, duration: str, unit: str) -> str:
+        head = f'"{launch}","1","python","host","a_kernel","1","7","(128, 1, 1)","(2048, 1, 1)","0","9.0","Section",'
+        values = {name: ("%", "1,012.5") for name in _counters.COLUMNS} | {"Duration": (unit, duration)}
+        return "".join(f'{head}"{name}","{of}","{value}",""\n' for name, (of, value) in values.items())
+
+    run = gpu.Run(tmp_path, None, "cpu", {}, tmp_path / "work")
+    log = NCU + lines(0, "1.5", "us") + lines(1, "9", "ns")  # the second is the same launch once more
+    log += lines(2, "nan", "ns").replace("a_kernel", "another") + '"3","1","python","ho'  # cut off
+    (run.logs / "counters_patch_attention.log").write_text(log)
+    run.counted()
+    (row,) = _counters.rows(log)
+    assert (row["kernel"], row["grid"], row["ns"], row["sm_percent"]) == ("a_kernel", 2048, 1500.0, 1012.5)
+    assert "a_kernel,2048,1500.0" in (run.results / "counters.csv").read_text()
+    assert _counters.rows("ncu: no such device") == []
+
+
 def test_the_cache_travels(gpu: ModuleType, tmp_path: Path) -> None:
     one = gpu.Run(tmp_path / "one", None, "cpu", {}, tmp_path / "work 1")
     kept = Path(one.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin"

@@ -54,7 +54,7 @@ def store_tokens(ptr, first, second, rows, keep, D: tl.constexpr, D0: tl.constex
 _GRAD = ["gsb", "gsh", "gsm", "gsd"]
 _QUERY = ["qsb", "qsh", "qsm", "qsd"]
 _MAP = ["xsb", "xsh", "xsd", "xsy", "xsx"]
-_SIZES = ["heads", "H", "W", "blocks", "slices", "steps"]
+_SIZES = ["heads", "H", "W", "blocks", "slices", "steps", "rows"]
 
 
 # One program: a block of tokens against one slice of a unit's pixels, running maximum. With one slice it writes
