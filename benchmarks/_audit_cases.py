@@ -157,18 +157,19 @@ class Multiscale:
         strides = {
             "last": (n * n * groups * d, d, 1, n * groups * d, groups * d),
             "first": (groups * d * n * n, d * n * n, n * n, n, 1),
-        }[self.layout]
+        }
 
-        def problem(names: str) -> Any:
+        # The convolutions read maps with channels last, copied if need be; the gradient is added to one of any layout.
+        def problem(names: str, o: str = "last") -> Any:
             maps = relu_linear_attention.Problem(
-                (batch, groups, d, n, n), tuple((each, strides) for each in names), DTYPES[name],
-                "tf32" if name == "tf32" else "ieee", device,
+                (batch, groups, d, n, n), tuple((each, strides[o if each == "o" else "last"]) for each in names),
+                DTYPES[name], "tf32" if name == "tf32" else "ieee", device,
             )  # fmt: skip
             return multiscale_linear_attention.Problem(maps, self.kernel, (False, False))
 
         forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
         weights, _ = multiscale_linear_attention.weight_launches(problem("gx"))
-        return forward + weights + multiscale_linear_attention.map_launches(problem("eo"))
+        return forward + weights + multiscale_linear_attention.map_launches(problem("eo", self.layout))
 
     def columns(self) -> dict[str, Any]:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,

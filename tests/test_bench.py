@@ -26,7 +26,7 @@ COLUMNS = (
     "date,device,capability,torch,mvkernels,commit,threads,allocator,op,model,label,size_class,batch,dtype,layout,mode,"
     "provider,ok,median_us,min_us,p20_us,p80_us,rounds,speedup_median,speedup_min,best_peer,peak_bytes,"
     "peak_resident_bytes,floor_us,fraction_of_floor,copy_gb_s,matmul_gflop_s,error,note,"
-    "median_low_us,median_high_us,gb_s,tflop_s,triton"
+    "median_low_us,median_high_us,gb_s,tflop_s,triton,wall_us"
 )
 
 

@@ -28,7 +28,9 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
 @heuristic(OP, "aggregate")
 @heuristic(OP, "depthwise_backward")
 def _tiles(key: Mapping[str, Any]) -> Config:
-    return _config(key, 2048, 128)
+    # The loads of a row of taps stand side by side; on AMD more than 5 of a large tile do not fit the registers.
+    many = key["k"] > 5 and key["arch"].startswith("gfx")
+    return _config(key, 1024 if many else 2048, 128)
 
 
 @heuristic(OP, "pointwise_backward")
@@ -38,8 +40,11 @@ def _pointwise(key: Mapping[str, Any]) -> Config:
 
 @heuristic(OP, "weight_sums")
 def _weight(key: Mapping[str, Any]) -> Config:
-    # A tile is (pixels, taps of a row, channels), whole as an operand of a product.
-    return _config(key, 1024, 64)
+    # A tile is (pixels, taps of a row, channels), whole as an operand of a product; so are the sums.
+    config = _config(key, 1024, 64)
+    if width(key["d"]) > 32:
+        config["num_warps"] = 8 if key["dtype"] in ("f16", "tf32") else 16
+    return config
 
 
 @candidates(OP, "aggregate")

@@ -86,9 +86,12 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
 @heuristic(OP, "backward_unit")
 def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
-    cramped = (key["dtype"] != "f16" and key["arch"] != "interpreter") or (key["bias"] and key["arch"] not in _ROOMY)
-    limit = 0 if cramped or _wide(key) > 128 else 64
-    return {"MAX_TOKENS": limit, "BLOCK": 64, "num_warps": 8 if key["bias"] and _wide(key) > 64 else 4, "num_stages": 1}
+    wide, nvidia = _wide(key), key["arch"].startswith("sm_")
+    cramped = key["dtype"] != "f16" and key["arch"] != "interpreter"
+    # A bias and its gradient are two tiles more; narrow loads take a register for every address.
+    cramped |= bool(key["bias"]) and (key["arch"] not in _ROOMY or (nvidia and (wide > 64 or not key["wide"])))
+    cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in _ROOMY)
+    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
 
 
 @heuristic(OP, "backward_blocks")
@@ -115,15 +118,16 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
             }
         )
     elif wide > 128:
-        rows = 16 if key["arch"].startswith("gfx") else 32
-        config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": 32, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
+        rows, keys = (16, 16) if key["arch"].startswith("gfx") else (32, 32)
+        config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
     elif wide > 64:
-        rows, keys = (64, 32) if key["arch"] in _ROOMY else (64, 16) if key["arch"].startswith("gfx") else (32, 32)
+        rows, keys = (64, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": 16, "num_warps": 8}
+        config |= {"K_BLOCK_N": 32} if key["bias"] else {}
     elif key["bias"] and not key["wide"] and key["arch"] not in _ROOMY:
         config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
-        if key["arch"] not in _ROOMY or key["bias"]:
+        if key["arch"] not in _ROOMY or key["bias"] or (wide > 32 and not key["wide"]):
             config |= {"Q_BLOCK_N": 32}
         if (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in _ROOMY):
             config |= {"K_BLOCK_M": 16}
@@ -135,6 +139,8 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
     wide = _wide(key)
     if key["dtype"] == "tf32" and wide > 64:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    if key["dtype"] == "f32" and not key["wide"]:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     rows = 64 if wide <= 64 and key["dtype"] == "f16" else 32
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
