@@ -155,7 +155,7 @@ def _cuda_sample(call: Callable[[], Any], repeats: int) -> float:
     """Time on the device alone, from cold caches: the queue is held up while the host fills it.
 
     Whether for long enough is seen afterwards; if not, the sample is taken again. A queue takes about a thousand
-    launches and then makes the host wait: the second time is the last, and the device is no longer idle then.
+    launches and then makes the host wait, however long it is held: so the third time is the last.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for attempt in range(3):

@@ -46,16 +46,23 @@ def _forward_pixels(key: Mapping[str, Any]) -> Config:
 
 @heuristic(TO_FORMER, "forward_slices")
 @heuristic(TO_FORMER, "backward_slices")
-@heuristic(TO_MOBILE, "backward_slices")
 def _slices(key: Mapping[str, Any]) -> Config:
     return _config(key, 2048, 64)
+
+
+@heuristic(TO_MOBILE, "backward_slices")
+def _slices_of_two(key: Mapping[str, Any]) -> Config:
+    # Two maps are read; narrow loads take a register for every address.
+    return _config(key, 2048 if key["last"] or key["dtype"] != "f16" else 1024, 64)
 
 
 def is_wide(key: Mapping[str, Any]) -> bool:
     """Whether a head goes in pieces, to the kernels ``forward_wide`` and ``backward_wide``."""
     # Half types: with many tokens the backward spills where products take their operands from registers (gfx942).
-    many = 256 if key["arch"].startswith("sm_") else 128
-    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (256, many))[key["m"] > TOKENS])
+    # And where channels are not contiguous, with any number: narrow loads take a register for every address.
+    few = 256 if key["last"] or not key["arch"].startswith("sm_") else 128
+    many = min(few, 256 if key["arch"].startswith("sm_") else 128)
+    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (few, many))[key["m"] > TOKENS])
 
 
 @heuristic(TO_FORMER, "forward_wide")
@@ -71,8 +78,9 @@ def _wide(key: Mapping[str, Any]) -> Config:
 @heuristic(TO_MOBILE, "backward_wide")
 def _wide_gradients(key: Mapping[str, Any]) -> Config:
     config = _wide(key)
-    # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores.
-    if key["dtype"] == "tf32":
+    # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores. Narrow
+    # loads take a register for every address.
+    if key["dtype"] == "tf32" or (key["dtype"] == "f16" and not key["last"]):
         return config | {"BLOCK": config["BLOCK"] // 2}
     return config | {"SLICE": config["SLICE"] // 2} if key["dtype"] == "f64" else config
 
