@@ -80,7 +80,9 @@ def _wide_gradients(key: Mapping[str, Any]) -> Config:
     config = _wide(key)
     # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores. Narrow
     # loads take a register for every address.
-    if key["dtype"] == "tf32" or (key["dtype"] == "f16" and not key["last"]):
+    if key["dtype"] == "f16" and not key["last"]:
+        return config | {"SLICE": config["SLICE"] // 2, "num_warps": 4}
+    if key["dtype"] == "tf32":
         return config | {"BLOCK": config["BLOCK"] // 2}
     return config | {"SLICE": config["SLICE"] // 2} if key["dtype"] == "f64" else config
 
