@@ -47,8 +47,8 @@ def _forward(key: Mapping[str, Any]) -> Config:
 def _backward(key: Mapping[str, Any]) -> Config:
     config = _config(key, 2048, 64, 32)
     wide, arch = width(key["d"]), key["arch"]
-    if key["dtype"] == "f32" and wide > 16 and not key["wide"]:
-        return config | {"BLOCK": 16}
+    if key["dtype"] == "f32" and wide == 32:
+        return config | {"BLOCK": 16}  # what is summed over pixels at the end is a tile more
     if key["dtype"] != "f16" or not arch.startswith("sm_"):
         return config
     # Beside operands in parts, which are twice the registers, a tile is as small as one can be. Where all are

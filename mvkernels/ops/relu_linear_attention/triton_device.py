@@ -148,6 +148,8 @@ def forward_slices(
     BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Sums over pixels at the end: in every step they would be shuffled between threads. Of float64 there is no room.
+    LATE: tl.constexpr = q_ptr.dtype.element_ty != tl.float64
     batch, head, part = _place(tl.program_id(0), heads, slices)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     unit = batch * heads + head
@@ -156,15 +158,14 @@ def forward_slices(
         k_ptr += plane(batch, head, ksb, ksh, LK, AK)
         v_ptr += plane(batch, head, vsb, vsh, LV, AV)
         kv = tl.zeros([WIDTH, WIDTH], ACC)
-        # Summed over pixels at the end: a sum in every step would shuffle them between threads.
-        terms = tl.zeros([BLOCK, WIDTH], ACC)
+        terms = tl.zeros([BLOCK if LATE else 1, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
             k = relu(_load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE), PRODUCT)
             v = _load(v_ptr, y, x, keep, vsd, vsy, vsx, D, WIDTH, LV, AV, LINEAR, WIDE)
             left = round_tf32(tl.trans(k), PRECISION)
             kv = tl.dot(left, round_tf32(v, PRECISION), kv, input_precision=PRECISION, out_dtype=ACC)
-            terms += k.to(ACC)
+            terms += k.to(ACC) if LATE else tl.sum(k.to(ACC), 0)[None, :]
         keys = tl.sum(terms, 0)
         _store_sums(s_ptr, kv, keys, D, WIDTH)
     else:
@@ -204,6 +205,8 @@ def backward_slices(
     TURN: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Sums over pixels at the end: in every step they would be shuffled between threads. Of float64 there is no room.
+    LATE: tl.constexpr = q_ptr.dtype.element_ty != tl.float64
     batch, head, part = _place(tl.program_id(0), heads, slices)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     unit = batch * heads + head
@@ -217,7 +220,7 @@ def backward_slices(
         none = tl.zeros([WIDTH, BLOCK] if TURN else [BLOCK, WIDTH], ACC)
         least = exact(eps, eps_low, ACC)
         dkv = tl.zeros([WIDTH, WIDTH], ACC)
-        terms = tl.zeros([BLOCK, WIDTH], ACC)
+        terms = tl.zeros([BLOCK if LATE else 1, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
             y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
             raw = _load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE)
@@ -225,7 +228,10 @@ def backward_slices(
             q = relu(raw, PRODUCT).to(ACC)
             # Outside the map 0 / eps is 0, but not where eps is 0.
             divisor = tl.where(keep, tl.sum(q * keys[None, :], 1) + least, 1.0)
-            if TURN:
+            scaled = g / divisor[:, None]
+            if PRODUCT != "tf32x2":  # else g, which was a half type, is the exact operand
+                t = _times(scaled, high, low, none, PRODUCT, ACC)
+            elif TURN:
                 t = tl.trans(_times_left(high, low, tl.trans(g), none, PRODUCT, ACC)) / divisor[:, None]
             else:
                 t = _times(g, high, low, none, PRODUCT, ACC) / divisor[:, None]
@@ -233,9 +239,9 @@ def backward_slices(
             share = tl.sum(q * t, 1) / divisor
             dq = tl.where(raw <= 0, 0.0, t - share[:, None] * keys[None, :])
             _store(dq_ptr, dq, y, x, keep, dqsd, dqsy, dqsx, D, WIDTH, LDQ, ADQ, LINEAR, WIDE)
-            g_high, g_low = _parts(g / divisor[:, None], PRODUCT)
+            g_high, g_low = _parts(scaled, PRODUCT)
             dkv = _times(tl.trans(q), g_high, g_low, dkv, PRODUCT, ACC)
-            terms -= q * share[:, None]
+            terms -= q * share[:, None] if LATE else tl.sum(q * share[:, None], 0)[None, :]
         dkeys = tl.sum(terms, 0)
         if STAGE == 1:
             _store_sums(ds_ptr, dkv, dkeys, D, WIDTH)
