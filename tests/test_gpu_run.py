@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 from pathlib import Path
@@ -214,3 +217,18 @@ def test_a_time_that_is_none(
     with pytest.raises(SystemExit) as stopped:
         gpu.main()
     assert stopped.value.code == 2 and "--minutes" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_it_asks_triton_for_is_compiled_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    if not shutil.which("cc") or not shutil.which("xz") or not Path(sysconfig.get_path("include"), "Python.h").exists():
+        pytest.skip("needs a C compiler, Python's headers and xz")
+    line = [sys.executable, str(ROOT / "benchmarks" / "precompile.py"), "--out", str(tmp_path / "cache.tar.xz")]
+    line += ["--processes", "1", "--only", "time patch_attention 4x60_8x8_p2 128"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert (found.returncode, found.stderr) == (0, "")
+    with tarfile.open(tmp_path / "cache.tar.xz") as tar:
+        names = [Path(name).name for name in tar.getnames()]
+    assert {"forward_packed.cubin", "backward_packed.cubin"} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
