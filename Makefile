@@ -70,7 +70,7 @@ audit: setup
 	$(BIN)/python benchmarks/audit.py --processes 2
 
 gpu: setup
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --minutes 9.5
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside a copy of the tests: the checkout's own
 # extension stays as it is. Leaks are Python's own and not looked for.

@@ -11,8 +11,7 @@ HEAD = """# On a GPU
 
 Written by `benchmarks/pages.py` from what `benchmarks/gpu.py` left under `benchmarks/results`; no number is typed by
 hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Every table
-names the commit that it is of. The times of kernels below led to changes of nearly all of them, which have been found
-right on the same GPU and not been timed yet; nor has anything been timed against peers there.
+names the commits that it is of; kernels may have changed since.
 """
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 OURS = ("triton", "cuda")
@@ -33,6 +32,8 @@ def page(results: Path) -> str:
         predicted = [
             r for r in read(results / "audit" / "roofline.csv") if any_rows and r["device"] in any_rows[0]["device"]
         ]
+        if any_rows and not ops:
+            parts.append("No op has been timed against peers on it yet.\n")
         parts += verified(read(folder / "verify.csv")) + summary(ops) + shapes(ops, predicted)
         parts += models(read(folder / "swapped.csv")) + kernels(read(folder / "kernels.csv"))
         parts += counters(read(folder / "counters.csv"))

@@ -35,7 +35,7 @@ from typing import Any
 
 import _counters
 import torch
-from _results import write
+from _results import merge
 
 from mvkernels import command, files, launch, report
 from mvkernels.registry import OPS
@@ -69,6 +69,8 @@ COUNTED = {
     "patch_transformer_layer": ("channels_last", "4x36_32"),
 }
 """Layout and shapes of each op whose kernels' hardware counters are read, at batch 128."""
+KERNELS = "forward|backward|bias_|norm_ffn|_rows|rows_wide|attend_|_slices|_merge|aggregate|weight_"
+"""What tells this library's kernels from PyTorch's by a part of the name."""
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats", "InstructionStats")
 
 
@@ -141,7 +143,7 @@ def steps(device: str = "cuda", cores: int = 16, cached: bool = False) -> list[S
     counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
     counters += (
         "--kernel-name",
-        "regex:forward|backward|bias_|norm_ffn|linear_rows|slices|merge|aggregate|depthwise_w",
+        f"regex:{KERNELS}",
     )
     for op, (layout, *shapes) in COUNTED.items() if gpu else ():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
@@ -308,7 +310,7 @@ class Run:
                 continue
             rows += [{**report.machine(self.device), **row} for row in found["rows"]]
         if rows:
-            write(rows, self.results / "verify.csv")
+            merge(rows, self.results / "verify.csv", ("op", "backend", "dtype", "shape", "strides"))
 
     def counted(self) -> None:
         """One table of the hardware counters of all kernels."""
@@ -326,7 +328,7 @@ class Run:
             for row in _counters.rows(log.read_text(errors="replace"))
         ]
         if rows:
-            write(rows, self.results / "counters.csv")
+            merge(rows, self.results / "counters.csv", ("op", "kernel", "grid", "layout", "batch", "dtype"))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -70,6 +70,8 @@ def compile_share(options: argparse.Namespace) -> None:
     """Every N-th job, N being the number of processes."""
     pretend(options.device, options.key.read_text().strip() if options.key else None)
     chosen = [(name, job) for name, job in jobs() if options.only in name]
+    if not chosen:
+        raise SystemExit(f"precompile: no job has {options.only!r} in its name")
     for name, job in chosen[options.worker :: options.processes]:
         try:
             job()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_it_can_be_listed_without_one() -> None:
     assert python("--only", "nothing").returncode == 2
 
 
+def jitted(op: str) -> set[str]:
+    """The names of an op's kernels that are launched: the decorated ones whose first argument is a pointer to a tensor
+    and that nothing else calls."""
+    text = "\n".join(path.read_text() for path in (ROOT / "mvkernels" / "ops" / op).glob("triton_*.py"))
+    return set(re.findall(r"triton_\w+\.(\w+), \"", text)) | set(re.findall(r'Launch\(\s*[\w.]+,\s*"(\w+)"', text))
+
+
 def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:
     steps = {step.name: step for step in gpu.steps()}
     assert len(steps) == len(gpu.steps()), "steps are noted by name"
@@ -76,6 +84,8 @@ def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:
     shapes = {f"{case.model} {case.label}" for op in OPS.values() for case in op.suite("full")}
     for text in gpu.SHAPES:
         assert any(text in shape for shape in shapes), text
+    kernels = {name for op in OPS.values() if "triton" in op.why_not for name in jitted(op.name)}
+    assert len(kernels) > 15 and [name for name in kernels if not re.search(gpu.KERNELS, name)] == []
     for op, (_, *parts) in gpu.COUNTED.items():
         shapes = {f"{case.model} {case.label}" for case in OPS[op].suite("full")}
         for text in parts:
@@ -158,9 +168,13 @@ def test_hardware_counters_become_rows(gpu: ModuleType, tmp_path: Path) -> None:
     log += lines(2, "nan", "ns").replace("a_kernel", "another") + '"3","1","python","ho'  # cut off
     (run.logs / "counters_patch_attention.log").write_text(log)
     run.counted()
+    # A later run of another op, in another process, leaves these rows.
+    (run.logs / "counters_patch_attention.log").rename(run.logs / "counters_mobile_to_former.log")
+    run.counted()
+    written = (run.results / "counters.csv").read_text()
+    assert written.count("a_kernel,2048,1500.0") == 2 and "patch_attention" in written
     (row,) = _counters.rows(log)
     assert (row["kernel"], row["grid"], row["ns"], row["sm_percent"]) == ("a_kernel", 2048, 1500.0, 1012.5)
-    assert "a_kernel,2048,1500.0" in (run.results / "counters.csv").read_text()
     assert _counters.rows("ncu: no such device") == []
 
 

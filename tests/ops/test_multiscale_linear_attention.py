@@ -118,6 +118,7 @@ TRITON = {
     "float64, one channel in memory": {"kind": "expanded", "dtype": torch.float64, "size": (3, 2)},
     "one pixel, one tap": {"kernels": (1,), "size": (1, 1), "kind": "transposed"},
     "kernel wider than the map": {"kernels": (5,), "size": (2, 3), "kind": "sliced"},
+    "taps of a row in two programs": {"kernels": (9,), "size": (5, 6), "biases": (True, True), "dim": 3},
     "two scales": {"kernels": (3, 1), "size": (3, 4), "biases": (True, True), "dim": 2},
     "no scale": {"kernels": (), "heads": 2, "size": (5, 4)},
 }

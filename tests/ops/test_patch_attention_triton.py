@@ -250,7 +250,9 @@ def test_launches_of_a_packed_map():
     strides = (32 * 32 * 432, 36, 1, 32 * 432, 432)
     (forward,) = plan.forward_launches(problem((128, 4, 36, 32, 32), strides, torch.bfloat16))
     assert (forward.meta["LQ"], forward.meta["AQ"], forward.meta["D0"], forward.meta["D1"]) == (1, 4, 32, 16)
-    assert forward.meta["ONE_PASS"] and not forward.meta["WIDE"] and not forward.meta["LINEAR"]
+    assert not (forward.meta["ONE_PASS"] or forward.meta["WIDE"] or forward.meta["LINEAR"])
+    (small,) = plan.forward_launches(problem((128, 4, 36, 16, 16), strides, torch.bfloat16))
+    assert small.meta["ONE_PASS"]
     backward, uses_rows, slices = plan.backward_launches(problem((128, 4, 36, 32, 32), strides, torch.bfloat16), False)
     assert [one.meta["PHASES"] for one in backward] == [3] and uses_rows and slices == 0
     backward, _, _ = plan.backward_launches(problem((1, 4, 36, 32, 32), strides, torch.bfloat16), False)

@@ -177,31 +177,35 @@ def depthwise_backward(
 # that of the pointwise weight the sum of S over taps, times the depthwise weight. So x is read for both at once, by a
 # matrix product, and nothing between the convolutions is made again.
 #
-# One program: a slice of the (batch, tile) pairs of one group, and one row of taps, side by side in TAPS * WIDTH lanes.
-# What it adds to S goes to (slice, group, K * K * D, D), and with BIAS the sum of g to one row more.
+# One program: a slice of the (batch, tile) pairs of one group, and TAPS taps of one row (of CHUNKS in a row), side by
+# side in TAPS * WIDTH lanes. What it adds to S goes to (slice, group, K * K * D, D), and with a bias the sum of g to
+# one row more.
 @triton.jit(do_not_specialize=_G + _X + _SIZES + ["items"])
 def weight_sums(
     g_ptr, x_ptr, s_ptr,
     gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, items,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    PRECISION: tl.constexpr, TAPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     group = (pid % groups).to(tl.int64)
     rest = pid // groups
-    row = rest % K
-    part = (rest // K).to(tl.int64)
+    chunk = rest % (K * CHUNKS)
+    row = chunk // CHUNKS
+    part = (rest // (K * CHUNKS)).to(tl.int64)
     lanes = tl.arange(0, TAPS * WIDTH)
-    tap = lanes // WIDTH
+    tap = (chunk % CHUNKS) * TAPS + lanes // WIDTH
     channel = lanes % WIDTH
     used = (tap < K) & (channel < D)
     dx = tap - K // 2
     along = dx * xsx + channel * xsd
     if WIDE:
         along = dx * xsx.to(tl.int64) + channel * xsd.to(tl.int64)
-    if LX == 1:
+        if LX == 1:
+            along = tl.multiple_of(dx * xsx.to(tl.int64), AX) + channel
+    elif LX == 1:
         along = tl.multiple_of(dx * xsx, AX) + channel
     width = divider(W)
     sums = tl.zeros([TAPS * WIDTH, WIDTH], ACC)
@@ -228,7 +232,7 @@ def weight_sums(
     at = ((row * K + tap) * D + channel)[:, None] * D + cols[None, :]
     tl.store(s_ptr + at, sums, mask=used[:, None] & (cols < D)[None, :])
     if WB or MB:
-        tl.store(s_ptr + K * K * D * D + cols, total, mask=(cols < D) & (row == 0))
+        tl.store(s_ptr + K * K * D * D + cols, total, mask=(cols < D) & (chunk == 0))
 
 
 # One program, one group and one tap: its column of the depthwise weight's gradient; or, after the last tap, all else.

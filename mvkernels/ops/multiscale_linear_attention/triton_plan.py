@@ -15,6 +15,8 @@ from mvkernels.ops.relu_linear_attention.triton_configs import width
 _INT32 = 2**31
 # Of parts of sums that one launch may leave: small beside any map that makes so many.
 _PARTS_BYTES = 64 << 20
+# Of a row side by side in the product that makes the weights' gradients: more would not fit beside the sums.
+_TAPS = 8
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,15 @@ def weight_launches(problem: Problem) -> tuple[list[Launch], int]:
     plan = _Plan(problem, "weight_sums", "x")
     size, items = plan.groups * (problem.kernel**2 * plan.d + 1) * plan.d, plan.batch * plan.tiles
     itemsize = max(4, problem.maps.dtype.itemsize)
-    programs = plan.groups * problem.kernel
+    taps = min(_TAPS, 1 << (problem.kernel - 1).bit_length())
+    chunks = -(-problem.kernel // taps)
+    programs = plan.groups * problem.kernel * chunks
     slices, steps = plan.split(items, programs, max(1, _PARTS_BYTES // (itemsize * size)))
-    taps = 1 << (problem.kernel - 1).bit_length()
     first, second = problem.biases
     meta = {"D": plan.d, "WIDTH": width(plan.d), "K": problem.kernel, "WB": first, "MB": second}
     return [
         plan.launch(triton_device.weight_sums, "g x parts", "g x", programs * slices, (slices, steps), (items,),
-                    TAPS=taps, LOOP=plan.loop(steps)),
+                    TAPS=taps, CHUNKS=chunks, LOOP=plan.loop(steps)),
         single.sum_slices("parts", "sums", size, slices, plan.interpreted),
         Launch(triton_device.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
                ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),

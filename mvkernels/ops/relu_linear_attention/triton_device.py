@@ -8,7 +8,7 @@ the slices, in their order, between. A tile is (pixels, channels), padded by mas
 What is summed over pixels, S, lies as (D + 1, D): row d < D is the sum of relu(k)_d v, row D the sum of relu(k).
 Sums, division and every product with S are float32 (float64 for float64): PRODUCT says how matrix instructions
 that take less do that. "tf32x2" is for half types: every product has an operand that was one, which tf32 holds exactly,
-and the other goes in two parts that together do, a product each.
+and the other goes in two parts that together hold 21 of its 24 bits, a product each.
 """
 
 import triton
