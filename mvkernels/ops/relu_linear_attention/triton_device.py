@@ -229,12 +229,13 @@ def backward_slices(
             # Outside the map 0 / eps is 0, but not where eps is 0.
             divisor = tl.where(keep, tl.sum(q * keys[None, :], 1) + least, 1.0)
             scaled = g / divisor[:, None]
-            if PRODUCT != "tf32x2":  # else g, which was a half type, is the exact operand
-                t = _times(scaled, high, low, none, PRODUCT, ACC)
-            elif TURN:
-                t = tl.trans(_times_left(high, low, tl.trans(g), none, PRODUCT, ACC)) / divisor[:, None]
+            operand = g if PRODUCT == "tf32x2" else scaled  # g was a half type: an exact operand
+            if TURN:
+                t = tl.trans(_times_left(high, low, tl.trans(operand), none, PRODUCT, ACC))
             else:
-                t = _times(g, high, low, none, PRODUCT, ACC) / divisor[:, None]
+                t = _times(operand, high, low, none, PRODUCT, ACC)
+            if PRODUCT == "tf32x2":
+                t = t / divisor[:, None]
             # g . out / divisor: divided twice, for the square of a small divisor is 0.
             share = tl.sum(q * t, 1) / divisor
             dq = tl.where(raw <= 0, 0.0, t - share[:, None] * keys[None, :])
