@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 from pathlib import Path
 
-from readme_table import Row, geomean, read, where
+from _op import SAME
+from readme_table import MODE, OPS, OURS, Row, geomean, read, where
 
 HEAD = """# On a GPU
 
@@ -13,19 +14,13 @@ Written by `benchmarks/pages.py` from what `benchmarks/gpu.py` left under `bench
 hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Every table
 names the commits that it is of; kernels may have changed since.
 """
-MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
-OURS = ("triton", "cuda")
-OPS = (
-    "patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention", "multiscale_linear_attention",
-    "patch_transformer_layer",
-)  # fmt: skip
 
 
 def page(results: Path) -> str:
     """The page; without files it says so."""
     parts = [HEAD]
     for folder in sorted(path for path in results.glob("*-sm-*") if path.is_dir()):
-        ops = [row for op in OPS for row in read(folder / f"{op}.csv")]
+        ops = [row for op, *_ in OPS for row in read(folder / f"{op}.csv")]
         any_rows = ops or read(folder / "verify.csv") or read(folder / "kernels.csv")
         if any_rows:
             parts.append(f"## {any_rows[0]['device']}\n")
@@ -42,8 +37,12 @@ def page(results: Path) -> str:
     return "\n".join(parts)
 
 
+def line(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def header(*names: str) -> tuple[str, str]:
-    return f"| {' | '.join(names)} |", "| " + " | ".join(["---"] * len(names)) + " |"
+    return line(*names), line(*["---"] * len(names))
 
 
 def verified(rows: list[Row]) -> list[str]:
@@ -60,7 +59,7 @@ def verified(rows: list[Row]) -> list[str]:
     for (op, dtype), each in groups.items():
         wrong = sum(row["ok"] != "True" for row in each)
         near = max((float(r["error"]) / float(r["allowed"]) for r in each if r["allowed"]), default=0.0)
-        lines.append(f"| {op} | {dtype} | {len(each)} | {wrong} | {100 * near:.0f} % |")
+        lines.append(line(op, dtype, len(each), wrong, f"{100 * near:.0f} %"))
     return ["\n".join(lines) + "\n"]
 
 
@@ -87,12 +86,12 @@ def summary(rows: list[Row]) -> list[str]:
             op, dtype, batch, MODE[mode], len(each), f"{geomean(ratios):.2f}×", f"{min(ratios):.2f}×",
             f"{max(ratios):.2f}×", f"{100 * geomean(floors):.0f} %", wall,
         )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]
 
 
 def same(row: Row, other: Row) -> bool:
-    return all(row[key] == other[key] for key in ("op", "model", "label", "batch", "dtype", "layout", "mode"))
+    return all(row[key] == other[key] for key in SAME)
 
 
 def wall_ratio(row: Row, rows: list[Row]) -> float | None:
@@ -122,7 +121,7 @@ def shapes(rows: list[Row], predicted: list[Row]) -> list[str]:
             f"{float(row['speedup_median']):.2f}×" if row["speedup_median"] else "–",
             f"{float(row['wall_us']):.4g}" if row.get("wall_us") else "–", f"{min(walls):.4g}" if walls else "–",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]
 
 
@@ -153,7 +152,7 @@ def models(rows: list[Row]) -> list[str]:
             f"{float(r['median_us']) / 1e3:.2f} ms", f"{float(r['speedup_median']):.2f}×",
             f"{float(r['images_s']):,.0f}" if r.get("images_s") else "–",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]
 
 
@@ -177,7 +176,7 @@ def kernels(rows: list[Row]) -> list[str]:
             op, f"{model} {label}", batch, dtype, layout.replace("_", " "), f"{total:.4g}", f"{total / floor:.1f}",
             parts,
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]
 
 
@@ -201,5 +200,5 @@ def counters(rows: list[Row]) -> list[str]:
             f"{float(r['dram_percent']):.0f} %", f"{float(r['occupancy_percent']):.0f} %",
             f"{float(r['registers']):.0f}", f"{float(r['warp_instructions']) / 1e6:.1f} M",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]

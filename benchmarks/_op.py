@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,18 +33,11 @@ def _run(op: str, description: str | None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", nargs="+", help="default: 1 8 on a CPU, 1 32 128 on a GPU")
     parser.add_argument("--dtype", nargs="+", help="default: float32 on a CPU, bfloat16 float32 on a GPU")
-    parser.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
-    parser.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
     parser.add_argument("--against", default="eager,sdpa,compile", help="as for `mvkernels bench`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--min-time", default="0.5")
     parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
-    parser.add_argument(
-        "--no-plot", action="store_true", help="only the rows: `mvkernels bench --read` draws them later"
-    )
     options = parser.parse_args()
-    # Asked to end, with the benchmark that it waits for, it still merges the rows that there are.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     cpu = options.device == "cpu"
     status = 0
     for allocator in options.allocator if cpu else ["default"]:
@@ -57,8 +49,6 @@ def _run(op: str, description: str | None) -> int:
         line += ["--mode", "fwd", "full", "--device", options.device, "--threads", str(options.threads)]
         line += ["--against", options.against]
         line += ["--min-time", options.min_time, "--allocator", allocator]
-        line += ["--shape", *options.shape] if options.shape else []
-        line += ["--layout", *options.layout] if options.layout else []
         with tempfile.TemporaryDirectory() as place:
             measured = Path(place) / "rows.csv"
             status = max(status, subprocess.run([*line, "--csv", str(measured)], check=False).returncode)
@@ -66,8 +56,6 @@ def _run(op: str, description: str | None) -> int:
                 continue
             with measured.open(newline="") as file:
                 merge(list(csv.DictReader(file)), Path(f"{target}.csv"), SAME)
-        if options.no_plot:
-            continue
         plot = [sys.executable, "-m", "mvkernels", "bench", "--read", f"{target}.csv", "--plot", f"{target}.png"]
         status = max(status, subprocess.run(plot, stdout=subprocess.DEVNULL, check=False).returncode)
     return status

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from _op import SAME
 from _results import folder, merge
 
 from mvkernels import bench, command, report, testing, timing
+from mvkernels.registry import Cost
 
-SAME = ("op", "model", "label", "batch", "dtype", "layout", "mode")
 ROUNDS = 7
 LARGEST = 1 << 28
 """Elements of a call's first tensor: larger calls are left out (they take longer to make than to measure)."""
@@ -35,7 +36,7 @@ def main() -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 128])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
-    parser.add_argument("--share", type=share, metavar="K/N")
+    parser.add_argument("--share", type=command.share, metavar="K/N")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise report.UsageError("needs a CUDA or ROCm device, and there is none")
@@ -65,29 +66,21 @@ def main() -> int:
     return 0
 
 
-def share(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}, want K/N with K from 0 to N - 1")
-    return int(found[1]), int(found[2])
-
-
-def call_of(item: bench.Item) -> tuple[Callable[[], Any], float, float] | None:
-    """The call, the bytes and the FLOPs of its floor; None for one that is too large."""
+def call_of(item: bench.Item) -> tuple[Callable[[], Any], list[Cost]] | None:
+    """The call, and the floor of each of its passes; None for one that is too large."""
     op, case, layout, batch, dtype, mode = item
     alone = case.make(batch=1, dtype=torch.float32, device="meta", layout=layout)
     if batch * next(iter(testing.tensors_in(alone).values())).numel() > LARGEST:
         return None
     arguments = case.make(batch=batch, dtype=getattr(torch, dtype), device="cuda", layout=layout)
     costs = [op.cost(arguments, backward) for backward in ((False,) if mode == "fwd" else (False, True))]
-    moved, flops = sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs)
 
     def forward() -> Any:
         with torch.no_grad():
             return op.function(**arguments, backend="triton")
 
     if mode == "fwd":
-        return forward, moved, flops
+        return forward, costs
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     leaves = testing.with_tensors(arguments, wanted)
     cotangent = torch.randn_like(forward())
@@ -95,12 +88,10 @@ def call_of(item: bench.Item) -> tuple[Callable[[], Any], float, float] | None:
     def full() -> Any:
         return torch.autograd.grad(op.function(**leaves, backend="triton"), list(wanted.values()), cotangent)
 
-    return full, moved, flops
+    return full, costs
 
 
-def rows(
-    item: bench.Item, call: Callable[[], Any], moved: float, flops: float, rates: timing.Rates
-) -> Iterator[dict[str, Any]]:
+def rows(item: bench.Item, call: Callable[[], Any], costs: list[Cost], rates: timing.Rates) -> Iterator[dict[str, Any]]:
     """A row for each kernel of the call, in the order in which they run."""
     op, case, layout, batch, dtype, mode = item
     for _ in range(2):
@@ -126,7 +117,7 @@ def rows(
             seen.setdefault(event.name(), [])
             if len(seen[event.name()]) < rounds:
                 seen[event.name()].append(this[event.name()])
-    floor = max(moved / rates.copy, flops / rates.matmul) * 1e6
+    floor = sum(cost.seconds(rates.copy, rates.matmul) for cost in costs) * 1e6
     for position, (name, each) in enumerate(seen.items()):
         yield {
             **report.machine("cuda"),

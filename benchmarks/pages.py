@@ -11,13 +11,12 @@ from pathlib import Path
 
 import _gpu_page
 import readme_table
-from readme_table import ROOT, Row, geomean, read, where
+from readme_table import MODE, ROOT, Row, geomean, read, where
 
 from mvkernels import command, files
 
 BEGIN, END = "<!-- {}: begin (written by benchmarks/pages.py) -->\n", "<!-- {}: end -->"
 RESULTS = ROOT / "benchmarks" / "results"
-MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 HEAD = """# Performance
 
 Written by `benchmarks/pages.py` from the files under `benchmarks/results`; no number is typed by hand. How it was

@@ -29,6 +29,7 @@ OPS = (
     ("multiscale_linear_attention", "layout", "layout", LAYOUTS),
 )
 OURS = ("cpp", "triton", "cuda")
+MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
 
 Row = dict[str, str]
 

@@ -25,6 +25,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+def share(text: str) -> tuple[int, int]:
+    """An option's K/N: every N-th piece of work, from the K-th on."""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}, want K/N with K from 0 to N - 1")
+    return int(k), int(n)
+
+
 class OutputError(Exception):
     """Standard output cannot be written. No OSError, which argparse would pass over in silence."""
 

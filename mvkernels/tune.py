@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from mvkernels import files, launch, testing, timing
-from mvkernels.command import Parser, print_json
+from mvkernels.command import Parser, print_json, share
 from mvkernels.launch import Config
 from mvkernels.registry import OPS, Op
 from mvkernels.report import Progress, UsageError
@@ -285,17 +285,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
     parser.add_argument("--most", type=int, default=MOST, help=f"configurations tried for a kernel (default {MOST})")
     parser.add_argument("--processes", type=int, help="that compile beforehand (default: one a core)")
-    parser.add_argument("--compile", type=_share, metavar="K/N", help="only compile every N-th configuration from K on")
+    parser.add_argument("--compile", type=share, metavar="K/N", help="only compile, for every N-th shape from K on")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: mvkernels/configs/<device>.json")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
-
-
-def _share(text: str) -> tuple[int, int]:
-    k, _, n = text.partition("/")
-    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r}, want K/N with K from 0 to N - 1")
-    return int(k), int(n)
 
 
 def _compile_in(processes: int, argv: Sequence[str]) -> None:

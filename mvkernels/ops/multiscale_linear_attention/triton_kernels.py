@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvkernels.checks import empty_map
+from mvkernels.checks import channels_last, empty_map
 from mvkernels.ops.mobile_to_former.triton_kernels import sums_dtype
 from mvkernels.ops.multiscale_linear_attention.triton_plan import (
     Problem,
@@ -71,7 +71,7 @@ def _weights(source: Tensor, wide: Tensor, mixing: Tensor, biases: Sequence[Tens
 
 
 def _channels_last(map_: Tensor) -> Tensor:
-    return map_ if map_.stride(1) == 1 else map_.contiguous(memory_format=torch.channels_last)
+    return map_ if channels_last(map_) else map_.contiguous(memory_format=torch.channels_last)
 
 
 def _aggregate(x: Tensor, head_dim: int, weights: dict[str, Tensor], kernel: int, biases: Sequence[Tensor | None]
