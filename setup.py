@@ -25,8 +25,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp") if p.name != "register.cpp")
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.h"))
+KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.h"))
 REGISTER = "csrc/cpu/register.cpp"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
 MEMORY_OF_A_COMPILER = 2 << 30

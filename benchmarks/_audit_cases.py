@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
-from mvkernels.launch import Device
-from mvkernels.ops.former_to_mobile import triton_plan as former_to_mobile
-from mvkernels.ops.mobile_to_former import triton_plan as mobile_to_former
-from mvkernels.ops.multiscale_linear_attention import triton_plan as multiscale_linear_attention
-from mvkernels.ops.patch_attention import triton_plan as patch_attention
-from mvkernels.ops.patch_transformer_layer import triton_plan as patch_transformer_layer
-from mvkernels.ops.relu_linear_attention import triton_plan as relu_linear_attention
+from mvkernels.ops.former_to_mobile.triton import plan as former_to_mobile
+from mvkernels.ops.mobile_to_former.triton import plan as mobile_to_former
+from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale_linear_attention
+from mvkernels.ops.patch_attention.triton import plan as patch_attention
+from mvkernels.ops.patch_transformer_layer.triton import plan as patch_transformer_layer
+from mvkernels.ops.relu_linear_attention.triton import plan as relu_linear_attention
+from mvkernels.triton.bridge.plan import BridgeProblem
+from mvkernels.triton.configs import Device
+from mvkernels.triton.problem import Problem
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Device("audit", "sm_80", 108)),
@@ -88,8 +90,8 @@ class Bridge:
         for names, launches in zip(each, (plan.forward_launches, plan.backward_launches), strict=True):
             precision = "tf32" if name == "tf32" else "ieee"
             strides = tuple((letter, of[letter]) for letter in names)
-            problem = mobile_to_former.Problem(
-                self.op, (batch, h, d, n, n), self.tokens, strides, True, DTYPES[name], precision, device
+            problem = BridgeProblem(
+                (batch, h, d, n, n), strides, DTYPES[name], precision, device, self.op, self.tokens, True
             )
             planned = launches(problem)
             found += planned[0] if isinstance(planned, tuple) else planned
@@ -128,7 +130,7 @@ class Linear:
             (("q", "k", "v", "o"), relu_linear_attention.forward_launches),
             (("g", "q", "k", "v", "dq", "dk", "dv"), relu_linear_attention.backward_launches),
         ):
-            problem = relu_linear_attention.Problem(
+            problem = Problem(
                 (batch, h, d, n, n), tuple((each, of[each]) for each in names), DTYPES[name],
                 "tf32" if name == "tf32" else "ieee", device,
             )  # fmt: skip
@@ -161,11 +163,10 @@ class Multiscale:
 
         # The convolutions read maps with channels last, copied if need be; the gradient is added to one of any layout.
         def problem(names: str, o: str = "last") -> Any:
-            maps = relu_linear_attention.Problem(
+            return multiscale_linear_attention.ScaleProblem(
                 (batch, groups, d, n, n), tuple((each, strides[o if each == "o" else "last"]) for each in names),
-                DTYPES[name], "tf32" if name == "tf32" else "ieee", device,
+                DTYPES[name], "tf32" if name == "tf32" else "ieee", device, self.kernel, (False, False),
             )  # fmt: skip
-            return multiscale_linear_attention.Problem(maps, self.kernel, (False, False))
 
         forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
         weights, _ = multiscale_linear_attention.weight_launches(problem("gx"))
@@ -190,9 +191,9 @@ class Layer:
 
     def launches(self, batch: int, name: str, device: Device) -> list[Any]:
         c = self.heads * self.d
-        problem = patch_transformer_layer.Problem(
-            (batch, c, self.size, self.size), 2 * c, self.heads, (self.patch, self.patch), True, DTYPES[name],
-            "tf32" if name == "tf32" else "ieee", device,
+        problem = patch_transformer_layer.LayerProblem(
+            (batch, c, self.size, self.size), (), DTYPES[name], "tf32" if name == "tf32" else "ieee", device,
+            2 * c, self.heads, (self.patch, self.patch), True,
         )  # fmt: skip
         # For training, where the attention is written too: without that, it is the same code and less of it.
         before, after = patch_transformer_layer.forward_launches(problem, True)
@@ -315,16 +316,16 @@ def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool
     names = "qkvg" if backward else "qkv"
     strides = strides_of(case)
     tokens = math.ceil(case.size / case.patch) ** 2
-    return patch_attention.Problem(
+    return patch_attention.PatchProblem(
         (batch, case.heads, case.d, case.size, case.size),
-        case.dv,
         tuple((map_, strides[map_]) for map_ in names),
-        (tokens * tokens, tokens, 1) if case.bias else None,
-        dtype.itemsize,
-        (case.patch, case.patch),
         dtype,
         "tf32" if name == "tf32" else "ieee",
         device,
+        case.dv,
+        (tokens * tokens, tokens, 1) if case.bias else None,
+        dtype.itemsize,
+        (case.patch, case.patch),
     )
 
 

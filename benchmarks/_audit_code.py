@@ -12,7 +12,7 @@ from typing import Any
 
 import triton
 
-from mvkernels.launch import shared_memory_of
+from mvkernels.triton.configs import shared_memory_of
 
 
 def _tool(name: str) -> str:

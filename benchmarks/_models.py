@@ -13,7 +13,8 @@ import torch
 import torch._inductor.config
 from torch import Tensor, nn
 
-from mvkernels import bench_report, report, timing
+from mvkernels import report
+from mvkernels.bench import timing
 
 Model = Callable[[Tensor], Any]
 SHOWN = ("model", "size", "batch", "mode", "provider", "median_us", "min_us", "speedup_median", "speedup_min")
@@ -29,7 +30,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if any(value is not None and value < 1 for value in values):
             parser.error(f"--{name} is less than 1")
     try:
-        bench_report.check_device(options.device)
+        report.check_device(options.device)
     except report.UsageError as error:
         parser.error(str(error))
     return options

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from _results import folder, merge, stem
 
-from mvkernels import command
+from mvkernels.commands import command
 
 SAME = ("op", "model", "label", "batch", "dtype", "layout", "mode")
 """The columns that say which rows of a file a new measurement takes the place of."""

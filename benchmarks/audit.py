@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its pa
 from _audit_cases import DTYPES, OPS, TARGETS, Every, aligned_bytes, suite
 from _audit_code import amd, nvidia, verdict
 
-from mvkernels import command, files
+from mvkernels import files
+from mvkernels.commands import command
 from mvkernels.report import Progress, table
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}

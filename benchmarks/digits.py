@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 import mvmodels
-from mvkernels import bench_plots, command, files, report
-from mvkernels.backend import requested
+from mvkernels import files, report
+from mvkernels.bench import plots as bench_plots
+from mvkernels.commands import command
+from mvkernels.dispatch.backend import requested
 from mvmodels.data import Digits
 from mvmodels.engine import Options, Trainer, say
 

@@ -18,7 +18,9 @@ import torch
 from _models import time_columns
 from _results import folder, keep_pages, write
 
-from mvkernels import command, export, files, report, third_party, timing
+from mvkernels import export, files, report, third_party
+from mvkernels.bench import timing
+from mvkernels.commands import command
 
 MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0", "mvmodels:mobile_former_26m")
 TARGETS = ("onnx", "openvino", "executorch")

@@ -13,8 +13,9 @@ import torch
 from _faults import FAULTS, plant
 from _results import folder, write
 
-from mvkernels import command, report
-from mvkernels.registry import OPS, Op
+from mvkernels import report
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS, Op
 
 # In half types a result is rounded by more than these change it.
 FLOAT32_ONLY = ("half", "tf32", "scale")

@@ -37,8 +37,10 @@ import _counters
 import torch
 from _results import merge
 
-from mvkernels import command, files, launch, report
-from mvkernels.registry import OPS
+from mvkernels import files, report
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS
+from mvkernels.triton import configs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -287,7 +289,7 @@ class Run:
             tar.add(self.logs, arcname="logs")
             tar.add(self.work / "notes.json", arcname="notes.json")
             tar.add(self.results, arcname=f"benchmarks/results/{self.results.name}")
-            tar.add(launch.CONFIGS, arcname="mvkernels/configs")
+            tar.add(configs.CONFIGS, arcname="mvkernels/configs")
 
     def pack_cache(self) -> None:
         """Triton's cache, for a later run with the same versions of everything: its ``--cache``."""

@@ -20,8 +20,10 @@ import torch
 from _op import SAME
 from _results import folder, merge
 
-from mvkernels import bench, command, report, testing, timing
-from mvkernels.registry import Cost
+from mvkernels import bench, report, testing
+from mvkernels.bench import timing
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import Cost
 
 ROUNDS = 7
 LARGEST = 1 << 28

@@ -17,8 +17,9 @@ from _results import folder, keep_pages, merge, stem, write
 from torch import nn
 
 import mvmodels
-from mvkernels import command, report, third_party
-from mvkernels.backend import BACKENDS, BackendUnavailable
+from mvkernels import report, third_party
+from mvkernels.commands import command
+from mvkernels.dispatch.backend import BACKENDS, BackendUnavailable
 
 
 def on(backend: str, model: nn.Module) -> nn.Module:

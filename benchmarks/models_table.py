@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import mvmodels
-from mvkernels import command, files
+from mvkernels import files
+from mvkernels.commands import command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN = "<!-- models: begin (written by benchmarks/models_table.py) -->\n"

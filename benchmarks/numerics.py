@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from _results import folder, write
 
-from mvkernels import command, report, testing
-from mvkernels.backend import can_run
-from mvkernels.registry import OPS, Op
+from mvkernels import report, testing
+from mvkernels.commands import command
+from mvkernels.dispatch.backend import can_run
+from mvkernels.dispatch.registry import OPS, Op
 from mvkernels.verify import DTYPES
 
 

@@ -12,8 +12,9 @@ import torch
 from _op import SAME
 from _results import folder, merge
 
-from mvkernels import bench, command, report
-from mvkernels.registry import OPS
+from mvkernels import bench, report
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS
 
 
 def main() -> int:

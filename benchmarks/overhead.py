@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvkernels import can_run, command, report, timing
-from mvkernels.registry import OPS, Op
+from mvkernels import can_run, report
+from mvkernels.bench import timing
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS, Op
 
 Arguments = Mapping[str, Any]
 Call = Callable[[], Any]

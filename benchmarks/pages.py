@@ -13,7 +13,8 @@ import _gpu_page
 import readme_table
 from readme_table import MODE, ROOT, Row, geomean, read, where
 
-from mvkernels import command, files
+from mvkernels import files
+from mvkernels.commands import command
 
 BEGIN, END = "<!-- {}: begin (written by benchmarks/pages.py) -->\n", "<!-- {}: end -->"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -85,10 +85,10 @@ def pretend(device: str, key: str | None) -> None:
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import cache, driver
 
-    from mvkernels import launch
-    from mvkernels.registry import OPS
+    from mvkernels.dispatch.registry import OPS
+    from mvkernels.triton import configs
 
-    found = launch.Device(*DEVICES[device])
+    found = configs.Device(*DEVICES[device])
 
     class Nothing(CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -101,7 +101,7 @@ def pretend(device: str, key: str | None) -> None:
     driver.set_active(Nothing())
     if key is not None:
         cache.triton_key = lambda: key
-    launch.device_of = lambda *_: found  # type: ignore[assignment]
+    configs.device_of = lambda *_: found  # type: ignore[assignment]
     for op in OPS.values():
         op.why_not["triton"] = lambda *_, **__: None  # type: ignore[index]
 
@@ -118,7 +118,7 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     import torch
 
     from mvkernels import bench, testing, tune, verify
-    from mvkernels.registry import OPS
+    from mvkernels.dispatch.registry import OPS
 
     def call(op: Any, make: Callable[[], dict[str, Any]]) -> None:
         arguments = testing.normalised(op, make())

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mvkernels import command, files
+from mvkernels import files
+from mvkernels.commands import command
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- figures: begin (written by benchmarks/readme_table.py) -->\n"

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 import mvkernels  # noqa: F401  (registers the ops)
-from mvkernels import command, files
-from mvkernels.registry import OPS
+from mvkernels import files
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS
 
 TARGET = Path(__file__).parent / "results" / "audit" / "roofline.csv"
 

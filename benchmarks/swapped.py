@@ -18,8 +18,9 @@ from _models import SAME, Compiled, Model, calls, in_mode, parse, rows, show
 from _results import folder, keep_pages, merge, stem
 from torch import nn
 
-from mvkernels import command, export, report, third_party
-from mvkernels.backend import BACKENDS, BackendUnavailable
+from mvkernels import export, report, third_party
+from mvkernels.commands import command
+from mvkernels.dispatch.backend import BACKENDS, BackendUnavailable
 from mvkernels.nn import fused_layers
 from mvkernels.swap import swap
 

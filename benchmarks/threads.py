@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from _results import folder, keep_pages, write
 
-from mvkernels import command, report, timing
-from mvkernels.registry import OPS
+from mvkernels import report
+from mvkernels.bench import timing
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS
 
 
 def main() -> int:

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mvkernels import command, report, third_party, timing
+from mvkernels import report, third_party
+from mvkernels.bench import timing
+from mvkernels.commands import command
 from mvkernels.swap import swap
 
 SAME = ("model", "size", "batch", "layout")

@@ -14,7 +14,12 @@ from pathlib import Path
 import torch
 
 import mvkernels
-from mvkernels import bench, bench_plots, bench_report, command, report, swap_command, third_party, timing
+from mvkernels import bench, report, third_party
+from mvkernels.bench import plots as bench_plots
+from mvkernels.bench import timing
+from mvkernels.commands import bench as bench_report
+from mvkernels.commands import command
+from mvkernels.commands import swap as swap_command
 from mvkernels.swap import swap, verify_swap
 
 

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn import functional as F
 
 import mvmodels
-from mvkernels.command import run
+from mvkernels.commands.command import run
 from mvmodels import checkpoint
 from mvmodels.data import Digits
 

@@ -1,6 +1,6 @@
 """Fused attention kernels for mobile vision models."""
 
-from mvkernels.backend import BackendUnavailable, can_run, use_backend
+from mvkernels.dispatch.backend import BackendUnavailable, can_run, use_backend
 from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mobile
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
 from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention

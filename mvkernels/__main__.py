@@ -2,6 +2,6 @@
 
 import sys
 
-from mvkernels.cli import main
+from mvkernels.commands.cli import main
 
 sys.exit(main())

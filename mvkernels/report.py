@@ -97,7 +97,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     """The columns that say where a figure comes from."""
     import torch
 
-    from mvkernels import extension
+    from mvkernels.dispatch import extension
 
     kind = torch.device(device).type
     if kind == "cuda":
@@ -117,6 +117,28 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "allocator": "kept" if pages_are_kept() else "default",
     }
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError unless tensors live there, with values."""
+    import torch
+
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def check_backends(op: str, backends: Sequence[str], device: str) -> None:
+    """Raise UsageError, with the reason, if a backend that was named runs no shape of an op's suite."""
+    from mvkernels.dispatch.backend import can_run
+    from mvkernels.dispatch.registry import OPS
+
+    arguments = OPS[op].suite("small")[0].make(device=device)
+    for backend in backends:
+        able, reason = can_run(op, backend, **arguments)
+        if not able:
+            raise UsageError(f"{op}: backend {backend} cannot run: {reason}")
 
 
 def slug(where: dict[str, str]) -> str:

@@ -16,9 +16,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mvkernels import extension, launch
-from mvkernels.registry import Op
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.registry import Op
 from mvkernels.rounding import ExpectedRounding, Tf32Products
+from mvkernels.triton import configs
 
 FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
@@ -255,7 +256,7 @@ def yardstick(op: Op, arguments: Mapping[str, Any], wanted: Sequence[str]) -> tu
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
 
     # Whether PyTorch takes what it may depends on a product's size; ours are held to what is allowed.
-    allowed = launch.tf32_allowed(first.device.type)
+    allowed = configs.tf32_allowed(first.device.type)
 
     def formula(dtype: torch.dtype) -> dict[str, Tensor]:
         # Inputs in float64 for the exact values; else as they are, and only what is computed from them in the dtype.

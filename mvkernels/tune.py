@@ -9,27 +9,22 @@ call reads. Nearly all of the time is compilation, which several processes share
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvkernels import files, launch, testing, timing
-from mvkernels.command import Parser, print_json, share
-from mvkernels.launch import Config
-from mvkernels.registry import OPS, Op
-from mvkernels.report import Progress, UsageError
+from mvkernels import files, testing
+from mvkernels.bench import timing
+from mvkernels.dispatch.registry import Op
+from mvkernels.triton import configs
+from mvkernels.triton.configs import Config
 
 MARGIN = 0.02
 FINALISTS = 3
@@ -113,7 +108,7 @@ def compile_case(op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]
         for kernel, text, changes in _asked_by(op, call, done, most):
             for change in changes:
                 # What does not compile tune_case refuses, and counts.
-                with contextlib.suppress(Exception), launch.trying(op.name, kernel, text, change):
+                with contextlib.suppress(Exception), configs.trying(op.name, kernel, text, change):
                     call()
 
 
@@ -122,14 +117,14 @@ def _asked_by(
 ) -> list[tuple[str, str, list[Config]]]:
     """(kernel, key, changes to try) of the kernels that a call launches and that are not in ``done``, which gains
     them."""
-    with launch.recording() as asked:
+    with configs.recording() as asked:
         call()
     found = []
     for (owner, kernel, text), key in asked.items():
         if owner == op.name and (kernel, text) not in done:
             done.add((kernel, text))
-            changes = launch.candidates_of(op.name, kernel, key)
-            found.append((kernel, text, _few(changes, launch.default(op.name, kernel, key), most)))
+            changes = configs.candidates_of(op.name, kernel, key)
+            found.append((kernel, text, _few(changes, configs.default(op.name, kernel, key), most)))
     return found
 
 
@@ -164,7 +159,7 @@ def _tune_kernel(
     quick: dict[str, float] = {}
     for change in ({}, *changes):
         try:
-            with launch.trying(op.name, kernel, key, change):
+            with configs.trying(op.name, kernel, key, change):
                 call()
                 quick[json.dumps(change, sort_keys=True)] = min(timing.sample(call, 1, device) for _ in range(5))
         except Exception:  # does not compile, or asks for more than the device has: not a candidate
@@ -183,7 +178,7 @@ def _tune_kernel(
     for text in sorted(finalists, key=lambda text: measured[text].median):
         if not measured[text].median < (1 - MARGIN) * default:
             break
-        with launch.trying(op.name, kernel, key, json.loads(text)):
+        with configs.trying(op.name, kernel, key, json.loads(text)):
             if _right(call(), held):
                 best = text
                 break
@@ -197,11 +192,11 @@ def _replayed(
 ) -> Callable[[], Any]:
     """The call with a change of a configuration."""
     if torch.device(device).type == "cuda":
-        with launch.trying(op, kernel, key, change):
+        with configs.trying(op, kernel, key, change):
             return _graph(call)
 
     def run() -> Any:
-        with launch.trying(op, kernel, key, change):
+        with configs.trying(op, kernel, key, change):
             return call()
 
     return run
@@ -224,7 +219,7 @@ def tune_choice(
     fused, composed = (_calls(arguments, each, cotangent) for each in (op.function, op.composed.function))
     findings = []
     for name, call in fused.items():
-        key = launch.key_text(op.composed.key(arguments, name == "backward"))
+        key = configs.key_text(op.composed.key(arguments, name == "backward"))
         if (op.composed.kernel, key) in done:
             continue
         done.add((op.composed.kernel, key))
@@ -254,7 +249,7 @@ def _graph(call: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def save(path: Path, op: str, findings: Sequence[Finding], device: launch.Device) -> None:
+def save(path: Path, op: str, findings: Sequence[Finding], device: configs.Device) -> None:
     """Merge the findings into a configuration file; a key whose default is the best is taken out."""
     import triton
 
@@ -271,87 +266,3 @@ def save(path: Path, op: str, findings: Sequence[Finding], device: launch.Device
     content |= {"torch": torch.__version__, "triton": triton.__version__}
     content["configs"] = {name: dict(sorted(entries.items())) for name, entries in sorted(configs.items()) if entries}
     files.write(path, json.dumps(content, indent=1) + "\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="mvkernels tune", description="Find launch configurations for this GPU.")
-    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")
-    parser.add_argument("--filter", nargs="+", default=[""], metavar="TEXT",
-                        help="only shapes whose model or label has one of these")  # fmt: skip
-    parser.add_argument("--layout", choices=("channels_last", "channels_first"), help="only this (default: all)")
-    parser.add_argument("--suite", choices=("small", "full"), default="full")
-    parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
-    parser.add_argument("--most", type=int, default=MOST, help=f"configurations tried for a kernel (default {MOST})")
-    parser.add_argument("--processes", type=int, help="that compile beforehand (default: one a core)")
-    parser.add_argument("--compile", type=share, metavar="K/N", help="only compile, for every N-th shape from K on")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: mvkernels/configs/<device>.json")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    return parser
-
-
-def _compile_in(processes: int, argv: Sequence[str]) -> None:
-    """Let processes fill Triton's cache with what is to be tried. What one that fails leaves is compiled later."""
-    line = [sys.executable, "-m", "mvkernels", "tune", *argv]
-    started = [
-        subprocess.Popen([*line, "--compile", f"{k}/{processes}"], stdout=subprocess.DEVNULL) for k in range(processes)
-    ]
-    for each in started:
-        each.wait()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status. Raises UsageError without a GPU, or with nothing to tune."""
-    options = _parser().parse_args(argv)
-    if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA or ROCm device, and there is none")
-    if options.batch < 1:
-        raise UsageError(f"--batch is {options.batch}, want 1 or more")
-    device = launch.device_of("cuda", torch.cuda.current_device())
-    path = options.output or launch.file_of(device.name)
-    files.check(path)
-    work = [
-        (op, case, layout, dtype)
-        for op in [OPS[name] for name in options.op or OPS]
-        if "triton" in op.why_not
-        for case in op.suite(options.suite)
-        if any(text in f"{case.model} {case.label}" for text in options.filter)
-        for layout in case.layouts
-        if options.layout in (None, layout)
-        for dtype in options.dtype or list(DTYPES)
-    ]
-    if not work:
-        raise UsageError("no shape matches")
-    processes = (os.cpu_count() or 1) if options.processes is None else options.processes
-    if options.compile is None and processes > 1:
-        _compile_in(processes, sys.argv[1:] if argv is None else argv)
-    progress = Progress(len(work))
-    done: set[tuple[str, str]] = set()
-    everything: list[Finding] = []
-    if options.compile is not None:
-        work = work[options.compile[0] :: options.compile[1]]
-    for op, case, layout, dtype in work:
-        progress.step(f"{op.name} {case.label} {dtype}")
-        arguments = case.make(batch=options.batch, dtype=DTYPES[dtype], device="cuda", layout=layout)
-        if options.compile is not None:
-            compile_case(op, arguments, done, options.most)
-            continue
-        for search in (partial(tune_case, most=options.most), tune_choice):
-            findings = search(op, arguments, "cuda", done, options.min_time)
-            save(path, op.name, findings, device)
-            launch.forget()  # what is chosen between is what was found
-            everything += findings
-            if not options.json:
-                for f in findings:
-                    times = f"{f.default_us:.1f} us, {f.best_us:.1f} us" + (f" with {f.best}" if f.best else "")
-                    print(f"{op.name}.{f.kernel} {f.key}: {times}; {f.tried} tried, {f.refused} refused", flush=True)
-    progress.close()
-    launch.forget()
-    if options.compile is not None:
-        return 0
-    if options.json:
-        print_json([vars(finding) for finding in everything])
-    else:
-        print(f"written to {path}")
-    return 0

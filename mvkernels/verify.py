@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mvkernels import report, testing
-from mvkernels.backend import BACKENDS, can_run
-from mvkernels.registry import OPS, Case, Op
+from mvkernels.dispatch.backend import BACKENDS, can_run
+from mvkernels.dispatch.registry import OPS, Case, Op
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 # Height and width: even, odd, long, a single pixel; each with the strides that reads it hardest.
@@ -91,14 +91,12 @@ def verify(
     Raises UsageError for an op that does not exist, a device that is not there, or a backend that was
     named and cannot run.
     """
-    from mvkernels.bench_report import check_backends, check_device
-
     for name in ops:
         if name not in OPS:
             raise report.UsageError(f"unknown op {name!r}, want one of {', '.join(OPS)}")
-    check_device(device)
+    report.check_device(device)
     for name in ops or OPS:
-        check_backends(name, backends, device)
+        report.check_backends(name, backends, device)
     result = Result()
     work = [
         (OPS[name], backend, dtype, shape, strides, make)

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "audit.py"

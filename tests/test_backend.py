@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import mvkernels
-from mvkernels import backend as backends
-from mvkernels import extension
-from mvkernels.registry import OPS
+from mvkernels.dispatch import backend as backends
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.registry import OPS
 
 needs_cpp = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 OP = OPS["patch_attention"]

@@ -14,8 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvkernels import bench, bench_report, cli, report, timing
-from mvkernels.registry import OPS
+from mvkernels import bench, report
+from mvkernels.bench import timing
+from mvkernels.commands import bench as bench_report
+from mvkernels.commands import cli
+from mvkernels.dispatch.registry import OPS
 
 NAME = "patch_attention"
 QUICK = bench.Options(

@@ -17,10 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvkernels import bench, bench_ab, bench_compare, bench_plots, cli, report, testing, timing
-from mvkernels.bench_rows import Row
-from mvkernels.ops.third_party import flex_attention
-from mvkernels.registry import OPS, NotOffered
+from mvkernels import bench, report, testing
+from mvkernels.bench import ab as bench_ab
+from mvkernels.bench import compare as bench_compare
+from mvkernels.bench import plots as bench_plots
+from mvkernels.bench import timing
+from mvkernels.bench.rows import Row
+from mvkernels.commands import cli
+from mvkernels.dispatch.registry import OPS, NotOffered
+from mvkernels.ops.common.peers import flex_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from mvkernels import cli, report, third_party
-from mvkernels.backend import BACKENDS
-from mvkernels.registry import OPS
+from mvkernels import report, third_party
+from mvkernels.commands import cli
+from mvkernels.dispatch.backend import BACKENDS
+from mvkernels.dispatch.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,7 +95,11 @@ def test_a_missing_package_says_which_extra(
 def test_a_package_that_does_not_import_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    real = importlib.import_module
+
     def broken(name: str) -> Any:
+        if name.startswith("mvkernels"):
+            return real(name)
         raise RuntimeError("operator torchvision::nms does not exist\nand more")
 
     monkeypatch.setattr(third_party.importlib, "import_module", broken)
@@ -198,7 +204,7 @@ def test_the_dc_aes_are_those_that_were_published() -> None:
 
 def test_swap_of_a_wrong_model_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
-    from mvkernels import swap_command
+    from mvkernels.commands import swap as swap_command
 
     class Wrong:
         ok = False
@@ -256,7 +262,7 @@ def test_importing_the_command_line_is_light() -> None:
     code = """
         import sys, torch
         before = set(sys.modules)
-        import mvkernels.cli
+        import mvkernels.commands.cli
         heavy = {"matplotlib", "transformers", "timm", "triton", "sklearn", "PIL", "pytest"}
         print(sorted(heavy & (set(sys.modules) - before)))
     """

@@ -11,7 +11,7 @@ import torch
 
 import mvkernels
 from mvkernels import testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from tests.ops.test_contract_all import NATIVE, example, tensors_of
 
 
@@ -38,12 +38,12 @@ def test_each_thread_has_its_own_backend():
 
     def chosen(name):
         with mvkernels.use_backend(name):
-            return [mvkernels.backend.requested(None) for _ in range(200)], mvkernels.patch_attention(x, x, x)
+            return [mvkernels.dispatch.backend.requested(None) for _ in range(200)], mvkernels.patch_attention(x, x, x)
 
     with ThreadPoolExecutor(2) as pool:
         for name, (seen, _) in zip(("reference", "auto"), pool.map(chosen, ("reference", "auto"))):
             assert set(seen) == {name}
-    assert mvkernels.backend.requested(None) == "auto" or os.environ.get("MVKERNELS_BACKEND")
+    assert mvkernels.dispatch.backend.requested(None) == "auto" or os.environ.get("MVKERNELS_BACKEND")
 
 
 def _forked(sender, names, threads):

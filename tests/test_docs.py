@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mvkernels import cli
+from mvkernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -102,7 +102,7 @@ def test_the_call_overhead_is_a_table_of_what_was_timed(monkeypatch: pytest.Monk
     import overhead
     import pages
 
-    from mvkernels.registry import OPS
+    from mvkernels.dispatch.registry import OPS
 
     rows = []
     for name, arguments in overhead.tiny().items():

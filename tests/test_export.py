@@ -15,8 +15,9 @@ from torch.export import Dim
 
 import mvkernels
 import mvmodels
-from mvkernels import cli, export, swap
+from mvkernels import export, swap
 from mvkernels import nn as fused
+from mvkernels.commands import cli
 from mvkernels.report import UsageError
 from tests.swap.conftest import randomise, timm_block, transformers_block
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 

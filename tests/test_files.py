@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvkernels import bench_plots, cli, command, files
+from mvkernels import files
+from mvkernels.bench import plots as bench_plots
+from mvkernels.commands import cli, command
 from mvkernels.report import UsageError
 
 FULL = Path("/dev/full")
@@ -231,7 +233,7 @@ def test_python_has_nothing_to_add_at_exit(shell, status, lines):
 
 _SAY = """
 import sys, time
-from mvkernels.command import run
+from mvkernels.commands.command import run
 def say():
     time.sleep(0.2)
     print("x" * 10)
@@ -276,7 +278,7 @@ def test_no_output_at_all(monkeypatch):
 
 
 def test_text_that_standard_output_has_no_letters_for_is_told_in_one_line():
-    script = "from mvkernels import command; import sys; sys.exit(command.run('show', lambda: print('caf\\u00e9')))"
+    script = "from mvkernels.commands.command import run; raise SystemExit(run('show', lambda: print('caf\\u00e9')))"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""

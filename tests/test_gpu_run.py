@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,8 +68,8 @@ def test_it_can_be_listed_without_one() -> None:
 def jitted(op: str) -> set[str]:
     """The names of an op's kernels that are launched: the decorated ones whose first argument is a pointer to a tensor
     and that nothing else calls."""
-    text = "\n".join(path.read_text() for path in (ROOT / "mvkernels" / "ops" / op).glob("triton_*.py"))
-    return set(re.findall(r"triton_\w+\.(\w+), \"", text)) | set(re.findall(r'Launch\(\s*[\w.]+,\s*"(\w+)"', text))
+    text = "\n".join(path.read_text() for path in (ROOT / "mvkernels" / "ops" / op).glob("triton/*.py"))
+    return set(re.findall(r"kernels\.(\w+), \"", text)) | set(re.findall(r'Launch\(\s*[\w.]+,\s*"(\w+)"', text))
 
 
 def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:

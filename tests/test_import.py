@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvkernels import extension
+from mvkernels.dispatch import extension
 
 ROOT = Path(__file__).parent.parent
 
@@ -117,7 +117,7 @@ def test_the_extension_is_built_where_there_is_a_compiler():
 @pytest.mark.skipif(extension.module is None, reason=extension.reason)
 class TestTheBinary:
     def test_instruction_set_by_environment(self):
-        code = "from mvkernels import extension as e; print(e.instruction_set(), '|', e.reason)"
+        code = "from mvkernels.dispatch import extension as e; print(e.instruction_set(), '|', e.reason)"
         for name in extension.module.instruction_sets():
             assert python(code, MVKERNELS_CPU_ISA=name).stdout.split()[0] == name
         done = python(code, MVKERNELS_CPU_ISA="altivec")

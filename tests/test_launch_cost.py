@@ -19,7 +19,7 @@ ROOT = FAKE.parent.parent
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What fake_cuda/launches.py prints."""
-    triton_launch = pytest.importorskip("mvkernels.triton_launch")
+    triton_launch = pytest.importorskip("mvkernels.triton.repeated")
     if triton_launch._CUDA_LAUNCHER is None:
         pytest.skip("compiled kernels are not kept with this version of Triton, or without its CUDA backend")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """What the build reads, with a small package and a small extension."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mvkernels/version.py", "mvkernels/cli.py"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "mvkernels/version.py", "mvkernels/__main__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "mvkernels" / "__init__.py").touch()

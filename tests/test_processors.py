@@ -2,7 +2,7 @@
 
 import pytest
 
-from mvkernels import extension
+from mvkernels.dispatch import extension
 from tests.ops.bridges import INSTRUCTION_SETS, interpreter
 from tests.processors import PROCESSORS, python
 

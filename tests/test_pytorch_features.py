@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvkernels import nn as fused
 from mvkernels import testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from mvkernels.swap import swap
 from tests.ops import test_contract_all as contract
 from tests.ops.test_contract_all import NATIVE, tensors_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mvkernels import rounding, testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from mvkernels.rounding import ExpectedRounding
 from tests.processors import python
 

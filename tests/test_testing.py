@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvkernels import checks, extension, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.registry import OPS
 
 OP = OPS["patch_attention"]
 

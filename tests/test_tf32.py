@@ -17,7 +17,7 @@ import triton
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TARGET = "sm_90"

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvkernels import cli, testing, verify
-from mvkernels.registry import OPS
+from mvkernels import testing, verify
+from mvkernels.commands import cli
+from mvkernels.dispatch.registry import OPS
 
 NAME = "patch_attention"
 

@@ -8,16 +8,16 @@
 #include <cstdlib>
 
 #include "build_info.h"
-#include "elementwise_op.h"
-#include "linear_attention_op.h"
-#include "mobile_former_op.h"
-#include "multiscale_op.h"
-#include "patch_attention_op.h"
+#include "common/linear_attention_op.h"
+#include "common/mobile_former_op.h"
+#include "elementwise/elementwise_op.h"
+#include "multiscale_linear_attention/multiscale_op.h"
+#include "patch_attention/patch_attention_op.h"
 
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 7;  // with INTERFACE in mvkernels/extension.py
+constexpr long kInterface = 7;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels import checks
-from mvkernels.backend import requested
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.backend import requested
 from mvkernels.ops.multiscale_linear_attention import multiscale_linear_attention
 
 _HARDSWISH = functools.partial(nn.Hardswish, inplace=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvkernels.backend import reason_against, requested
+from mvkernels.dispatch.backend import reason_against, requested
 from mvkernels.ops.patch_transformer_layer import OP, patch_transformer_layer
 
 _KINDS = (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Dropout, nn.Identity)
@@ -84,7 +84,7 @@ def fused_layer(
     if reason_against(OP, "triton", (map_, *parameters, heads, patch_size, eps, scale, "silu")):
         return None
     if wanted.value is None:
-        from mvkernels.ops.patch_transformer_layer.triton_kernels import measured_faster, problem_of
+        from mvkernels.ops.patch_transformer_layer.triton.launcher import measured_faster, problem_of
 
         grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
         if not measured_faster(problem_of(map_, parameters[8].shape[0], heads, patch_size), grad):

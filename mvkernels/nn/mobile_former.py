@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvkernels import checks
-from mvkernels.backend import requested
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.backend import requested
 from mvkernels.ops.former_to_mobile import former_to_mobile
 from mvkernels.ops.mobile_to_former import mobile_to_former
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvkernels import checks
-from mvkernels.backend import requested
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.backend import requested
 from mvkernels.nn.fused_layer import fused_layer, wanted
 from mvkernels.ops.patch_attention import patch_attention
 

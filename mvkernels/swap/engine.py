@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from mvkernels.backend import requested
+from mvkernels.dispatch.backend import requested
 from mvkernels.swap.attention import children, mixes_tokens
 from mvkernels.swap.eligibility import asked, class_name, not_exactly, not_hooked, sharded
 from mvkernels.swap.folding import fold
@@ -31,7 +31,7 @@ class Family:
     """The module that defines the class."""
     class_name: str
     adapter: str
-    """The file here that has ``SWAPPED``, the fused form, and ``why_not(module) -> str``."""
+    """The file of families/ that has ``SWAPPED``, the fused form, and ``why_not(module) -> str``."""
     parameters: tuple[str, ...] | None = None
     """The names that its forward takes beside self, where that is more than one."""
 
@@ -43,7 +43,7 @@ class Structure:
     holds: frozenset[str]
     """Names of attributes and children that a module has if it is one of these."""
     adapter: str
-    """The file here that has ``form(module)``, the fused one, and ``why_not(module, model) -> str``."""
+    """The file of families/ that has ``form(module)``, the fused one, and ``why_not(module, model) -> str``."""
     parameters: tuple[str, ...] | None = None
     """As of :class:`Family`."""
 
@@ -55,7 +55,7 @@ class Processor:
     source: str
     class_name: str
     adapter: str
-    """The file here that has ``FUSED``, made from the processor whose place it takes, and ``why_not(module)``."""
+    """The file of families/ that has ``FUSED``, made of the processor that it replaces, and ``why_not(module)``."""
 
 
 AnyFamily = Family | Processor | Structure
@@ -176,7 +176,7 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
 
 
 def _adapter(family: AnyFamily) -> Any:
-    return importlib.import_module(f"mvkernels.swap.{family.adapter}")
+    return importlib.import_module(f"mvkernels.swap.families.{family.adapter}")
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mvkernels.backend import requested
+from mvkernels.dispatch.backend import requested
 from mvkernels.report import UsageError
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels import patch_attention
-from mvkernels.backend import requested
+from mvkernels.dispatch.backend import requested
 from mvkernels.nn import pointwise_to_channels_first, pointwise_to_channels_last
 
 

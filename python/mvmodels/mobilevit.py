@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvkernels.checks import known
+from mvkernels.dispatch.checks import known
 from mvkernels.nn import PatchTransformer
 from mvmodels.layers import ConvNorm, ToChannelsFirst, ToChannelsLast, check_picture, check_sizes
 from mvmodels.registry import ModelInfo, WeightSource, register, renaming

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mvkernels
-from mvkernels.command import Parser, print_json, run
+from mvkernels.commands.command import Parser, print_json, run
 from mvkernels.report import UsageError
 from mvmodels import checkpoint
 from mvmodels.command import backend, device, number, setting

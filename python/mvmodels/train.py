@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mvkernels.command import Parser, print_json, run
+from mvkernels.commands.command import Parser, print_json, run
 from mvkernels.report import Progress, UsageError, machine, table
 from mvmodels import checkpoint
 from mvmodels.command import backend, device, number, setting

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mvmodels
-from mvkernels import extension
+from mvkernels.dispatch import extension
 from mvkernels.swap import swap
 from tests.distributed.processes import LINUX, run
 from tests.swap.conftest import randomise, transformers_block

@@ -14,13 +14,13 @@ from triton import knobs
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
 from triton.runtime import driver
 
-from mvkernels import launch
-from mvkernels.ops.mobile_to_former import triton_kernels as mobile_to_former
-from mvkernels.ops.multiscale_linear_attention import triton_kernels as multiscale_linear_attention
-from mvkernels.ops.patch_attention import triton_kernels as patch_attention
-from mvkernels.ops.patch_attention.triton_plan import Launch
-from mvkernels.ops.patch_transformer_layer import triton_kernels as patch_transformer_layer
-from mvkernels.ops.relu_linear_attention import triton_kernels as relu_linear_attention
+from mvkernels.ops.mobile_to_former.triton import launcher as mobile_to_former
+from mvkernels.ops.multiscale_linear_attention.triton import launcher as multiscale_linear_attention
+from mvkernels.ops.patch_attention.triton import launcher as patch_attention
+from mvkernels.ops.patch_attention.triton.plan import Launch
+from mvkernels.ops.patch_transformer_layer.triton import launcher as patch_transformer_layer
+from mvkernels.ops.relu_linear_attention.triton import launcher as relu_linear_attention
+from mvkernels.triton import configs
 
 
 class FakeDriver(CudaDriver):
@@ -38,8 +38,8 @@ class FakeDriver(CudaDriver):
 # From here on CPU tensors are this GPU's.
 FAKE = FakeDriver()
 driver.set_active(FAKE)
-H100 = launch.Device("NVIDIA H100 80GB HBM3", "sm_90", 132)
-launch.device_of = lambda *place: H100
+H100 = configs.Device("NVIDIA H100 80GB HBM3", "sm_90", 132)
+configs.device_of = lambda *place: H100
 
 
 Call = tuple[Launch, dict[str, torch.Tensor], dict[str, float]]

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mvkernels
 import mvmodels
-from mvkernels import backend as backend_module
-from mvkernels import extension, third_party
+from mvkernels import third_party
+from mvkernels.dispatch import backend as backend_module
+from mvkernels.dispatch import extension
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 from mvmodels import coatnet, efficientformer, layers
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 pytest.importorskip("PIL")
 from PIL import Image
 
-from mvkernels.command import one_line
+from mvkernels.commands.command import one_line
 from mvmodels.data import DataError, Digits, folder_data, random_box, read_picture
 from mvmodels.sampler import MultiScaleBatchSampler
 from tests.models import pictures

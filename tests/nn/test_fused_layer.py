@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mvkernels import testing
+from mvkernels.dispatch.registry import OPS
 from mvkernels.nn import PatchTransformer, fused_layer, fused_layers, patch_transformer_layer
-from mvkernels.registry import OPS
 from mvkernels.swap import swap
 from tests.ops.bridges import DEVICE, interpreter
 from tests.swap.conftest import randomise, timm_block, transformers_block
@@ -164,7 +164,7 @@ def test_what_was_measured_decides(taken, fused, monkeypatch):
     """As a device that is no CPU is asked; the CPU itself never is."""
     model, x = stack(), picture()
     monkeypatch.setattr(
-        "mvkernels.ops.patch_transformer_layer.triton_kernels.measured_faster", lambda problem, grad: bool(fused)
+        "mvkernels.ops.patch_transformer_layer.triton.launcher.measured_faster", lambda problem, grad: bool(fused)
     )
     arguments = (*(getattr(model.layers[0], n) for n in ("norm1", "qkv", "proj", "norm2", "fc1", "activation", "fc2")),)
 

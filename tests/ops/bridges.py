@@ -10,8 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvkernels import can_run, extension, testing
-from mvkernels.registry import OPS
+from mvkernels import can_run, testing
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.registry import OPS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 HEAD_DIMS = (1, 3, 6, 8, 12, 20, 22, 24, 36, 48, 64, 88, 120, 160)

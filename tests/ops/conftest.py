@@ -1,6 +1,6 @@
 import pytest
 
-from mvkernels import extension
+from mvkernels.dispatch import extension
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mvkernels
-from mvkernels import can_run, checks, testing
-from mvkernels.registry import OPS
+from mvkernels import can_run, testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import INTERPRETER
 
 FUNCTIONS = {name.lower(): getattr(mvkernels, name) for name in mvkernels.__all__ if name.endswith("Function")}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mvkernels import can_run, testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import DEVICE, INTERPRETER, assert_ok, needs_device
 from tests.ops.test_contract_all import example, tensors_of
 

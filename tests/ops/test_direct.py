@@ -18,9 +18,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvkernels
-from mvkernels import backend as backends
-from mvkernels import extension
-from mvkernels.registry import OPS
+from mvkernels.dispatch import backend as backends
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.registry import OPS
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 DIRECT = [name for name, op in OPS.items() if "cpp" in op.why_not]

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mvkernels import testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from tests.ops.test_contract_all import KERNELS, example, tensors_of
 
 

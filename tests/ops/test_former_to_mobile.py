@@ -7,8 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import mvkernels
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device, tokens
 
@@ -96,14 +97,14 @@ def test_triton_on_wide_heads(arguments):
 @pytest.mark.parametrize("m", [4, 20])
 @pytest.mark.parametrize("shape", [(1, 1, 6, 11, 15), (1, 2, 24, 9, 13)])
 def test_triton_adds_up_slices_of_pixels(shape, m):
-    from mvkernels.ops.former_to_mobile import triton_plan
-    from mvkernels.ops.mobile_to_former import triton_kernels
+    from mvkernels.ops.former_to_mobile.triton import plan
+    from mvkernels.triton.bridge import plan as bridge
 
     generator = torch.Generator().manual_seed(0)
     x = testing.make_map(shape, "contiguous", generator=generator)
     key, value = (tokens((*shape[:2], m, shape[2]), "split", x.dtype, "cpu", generator) for _ in range(2))
-    problem = triton_kernels.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
-    launches, slices = triton_plan.backward_launches(problem)
+    problem = bridge.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
+    launches, slices = plan.backward_launches(problem)
     first = ["backward_slices"] * (1 if m <= 16 else 2)
     assert slices > 1 and [one.name for one in launches] == [*first, "sum_slices"]
     assert_ok(testing.check(OP, {"x": x, "key": 4 * key, "value": value}, "triton"))
@@ -112,14 +113,14 @@ def test_triton_adds_up_slices_of_pixels(shape, m):
 @interpreter
 @pytest.mark.parametrize("m", [3, 20])
 def test_triton_adds_up_slices_of_pixels_of_wide_heads(m):
-    from mvkernels.ops.former_to_mobile import triton_plan
-    from mvkernels.ops.mobile_to_former import triton_kernels
+    from mvkernels.ops.former_to_mobile.triton import plan
+    from mvkernels.triton.bridge import plan as bridge
 
     generator = torch.Generator().manual_seed(0)
     x = testing.make_map((1, 1, 70, 9, 15), "transposed", generator=generator)
     key, value = (tokens((1, 1, m, 70), "strided", x.dtype, "cpu", generator) for _ in range(2))
-    problem = triton_kernels.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
-    launches, slices = triton_plan.backward_launches(problem)
+    problem = bridge.problem_of(OP.name, x, m, (("g", x), ("x", x), ("k", key), ("v", value)), True)
+    launches, slices = plan.backward_launches(problem)
     first = ["backward_wide"] * (1 if m <= 16 else 2)
     assert slices > 1 and [one.name for one in launches] == [*first, "sum_slices"]
     assert_ok(testing.check(OP, {"x": x, "key": key, "value": value}, "triton"))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import mvkernels
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import INSTRUCTION_SETS, assert_ok
 

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mvkernels
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device, tokens
 
@@ -87,12 +88,13 @@ def test_triton_on_wide_heads(arguments):
 
 
 def _launches(query, x):
-    from mvkernels.ops.mobile_to_former import triton_kernels, triton_plan
+    from mvkernels.ops.mobile_to_former.triton import plan
+    from mvkernels.triton.bridge import plan as bridge
 
     named = (("q", query), ("x", x))
-    forward = triton_kernels.problem_of(OP.name, x, query.shape[2], named)
-    backward = triton_kernels.problem_of(OP.name, x, query.shape[2], (("g", query), *named))
-    both = triton_plan.forward_launches(forward), triton_plan.backward_launches(backward)
+    forward = bridge.problem_of(OP.name, x, query.shape[2], named)
+    backward = bridge.problem_of(OP.name, x, query.shape[2], (("g", query), *named))
+    both = plan.forward_launches(forward), plan.backward_launches(backward)
     assert all(slices > 1 for _, slices in both)
     return tuple([one.name for one in launches] for launches, _ in both)
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 import mvkernels
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device
 
@@ -133,11 +134,11 @@ def test_triton(name):
 @interpreter
 @pytest.mark.parametrize("batch", [1, 2])
 def test_triton_sums_the_weights_gradients_over_slices_and_batch(batch):
-    from mvkernels.ops.multiscale_linear_attention import triton_kernels, triton_plan
+    from mvkernels.ops.multiscale_linear_attention.triton import launcher, plan
 
     arguments = arguments_of(1, 8, (9, 10), kernels=(1,), biases=(True, True), batch=batch)
     maps = [(name, arguments["qkv"].unflatten(1, (3, 8))) for name in "gx"]
-    launches, slices = triton_plan.weight_launches(triton_kernels._problem(maps, 1, (None, None)))
+    launches, slices = plan.weight_launches(launcher._problem(maps, 1, (None, None)))
     assert slices == 2
     assert [one.name for one in launches] == ["weight_sums", "sum_slices", "weight_gradients"]
     assert_ok(testing.check(OP, arguments, "triton"))

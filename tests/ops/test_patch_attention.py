@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mvkernels
-from mvkernels import checks, extension, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.registry import OPS
 
 OP = OPS["patch_attention"]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

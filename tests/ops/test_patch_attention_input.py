@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import mvkernels
-from mvkernels import extension
-from mvkernels.registry import OPS
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.registry import OPS
 
 OP = OPS["patch_attention"]
 needs_cpp = pytest.mark.skipif(extension.module is None, reason=extension.reason)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mvkernels import testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import INSTRUCTION_SETS, assert_ok, needs_cpp
 
 PATCH_ATTENTION = OPS["patch_attention"]

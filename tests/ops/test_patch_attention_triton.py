@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mvkernels import launch, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch.registry import OPS
 from mvkernels.testing import Yardstick, make_map, poisoned
+from mvkernels.triton import configs
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-kernels = pytest.importorskip("mvkernels.ops.patch_attention.triton_kernels")
-plan = pytest.importorskip("mvkernels.ops.patch_attention.triton_plan")
+kernels = pytest.importorskip("mvkernels.ops.patch_attention.triton.launcher")
+plan = pytest.importorskip("mvkernels.ops.patch_attention.triton.plan")
 
 in_interpreter = [
     pytest.mark.interpreter,
@@ -240,9 +241,9 @@ def test_why_not():
 def problem(
     shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, patch: int = 2, units: int = 132
 ) -> Any:
-    device = launch.Device("none", "sm_90", units)
+    device = configs.Device("none", "sm_90", units)
     maps = tuple((name, strides) for name in "qkvg")
-    return plan.Problem(shape, shape[2], maps, None, 1, (patch, patch), dtype, "ieee", device)
+    return plan.PatchProblem(shape, maps, dtype, "ieee", device, shape[2], None, 1, (patch, patch))
 
 
 def test_launches_of_a_packed_map():
@@ -275,21 +276,21 @@ def test_patch_larger_than_the_map_has_no_empty_groups():
 
 def test_a_configuration_file_overrides_the_heuristic(tmp_path, monkeypatch):
     key = {"n": 256, "d": 36, "dv": 36, "bias": 0, "wide": 1, "dtype": "f16", "arch": "sm_90"}
-    before = launch.config("patch_attention", "forward_rows", "A Device", key)
+    before = configs.config("patch_attention", "forward_rows", "A Device", key)
     (tmp_path / "a_device.json").write_text(
         '{"configs": {"patch_attention.forward_rows": {"bias=0,d=36,dtype=f16,dv=36,n=256,wide=1": {"num_warps": 8}}}}'
     )
-    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    launch.forget()
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path)
+    configs.forget()
     try:
-        after = launch.config("patch_attention", "forward_rows", "A Device", key)
+        after = configs.config("patch_attention", "forward_rows", "A Device", key)
         assert after == {**before, "num_warps": 8} != before
         (tmp_path / "a_device.json").write_text("{")
-        launch.forget()
-        assert launch.config("patch_attention", "forward_rows", "A Device", key) == before
+        configs.forget()
+        assert configs.config("patch_attention", "forward_rows", "A Device", key) == before
     finally:
         monkeypatch.undo()
-        launch.forget()
+        configs.forget()
 
 
 @interpreter

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import mvkernels
-from mvkernels import launch, testing, tune
+from mvkernels import testing, tune
+from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.patch_transformer_layer import suite
 from mvkernels.ops.patch_transformer_layer.autograd import TENSORS
-from mvkernels.registry import OPS
+from mvkernels.triton import configs
 from tests.ops.bridges import DEVICE, assert_ok, interpreter
 from tests.ops.test_contract_all import example
 
@@ -134,18 +135,18 @@ def test_the_configurations_of_exact_products(channels, monkeypatch):
     """Rows in chunks, attention apart from the projection, several programs to a block of rows."""
     changes = {"CHUNK": 16, "MAX_TOKENS": 0, "STEPS": 2, "BLOCK_N": 16, "BLOCK_F": 16, "ROWS": 8}
     for kernel in CONFIGS:
-        usual = launch._HEURISTICS[OP.name, kernel]
+        usual = configs._HEURISTICS[OP.name, kernel]
 
         def changed(key, usual=usual):
             return (config := usual(key)) | {name: value for name, value in changes.items() if name in config}
 
-        monkeypatch.setitem(launch._HEURISTICS, (OP.name, kernel), changed)
-    launch.forget()
+        monkeypatch.setitem(configs._HEURISTICS, (OP.name, kernel), changed)
+    configs.forget()
     try:
         assert_ok(testing.check(OP, arguments_of(4, channels // 4, 36, (3, 4)), "triton"))
     finally:
         monkeypatch.undo()
-        launch.forget()
+        configs.forget()
 
 
 @on_triton
@@ -231,9 +232,11 @@ def test_what_triton_does_not_take():
 
 
 def problem(batch=128, channels=144, side=32, dtype=torch.bfloat16, arch="sm_90"):
-    plan = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton_plan")
-    device = launch.Device("none", arch, 132)
-    return plan, plan.Problem((batch, channels, side, side), 2 * channels, 4, (2, 2), True, dtype, "ieee", device)
+    plan = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton.plan")
+    device = configs.Device("none", arch, 132)
+    return plan, plan.LayerProblem(
+        (batch, channels, side, side), (), dtype, "ieee", device, 2 * channels, 4, (2, 2), True
+    )
 
 
 def test_three_kernels_and_no_more():
@@ -272,17 +275,17 @@ def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_pa
     assert [f.best for f in findings] == [{"FUSED": 1} if times[1] < times[0] else {}] * 2
     assert all(f.refused == 0 for f in findings) and tune.tune_choice(OP, arguments, DEVICE, done) == []
 
-    kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton_kernels")
+    kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton.launcher")
     described = kernels.problem_of(arguments["x"], 20, 2, (2, 2))
-    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    tune.save(launch.file_of(described.device.name), OP.name, findings, described.device)
-    launch.forget()
+    monkeypatch.setattr(configs, "CONFIGS", tmp_path)
+    tune.save(configs.file_of(described.device.name), OP.name, findings, described.device)
+    configs.forget()
     try:
         for grad in (False, True):
             assert kernels.measured_faster(described, grad) == (times[1] < times[0])
     finally:
         monkeypatch.undo()
-        launch.forget()
+        configs.forget()
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import INSTRUCTION_SETS, assert_ok, interpreter, needs_cpp
 
 ALIKE = {"mobile_to_former": ("query",), "former_to_mobile": ("x", "key"), "patch_attention": ("query", "key")}

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mvkernels
-from mvkernels import checks, testing
-from mvkernels.registry import OPS
+from mvkernels import testing
+from mvkernels.dispatch import checks
+from mvkernels.dispatch.registry import OPS
 from tests.ops import bridges
 from tests.ops.bridges import DEVICE, INSTRUCTION_SETS, assert_ok, interpreter, needs_device
 
@@ -81,14 +82,14 @@ def test_triton_on_any_shape_stride_and_dtype(arguments):
 @interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=checks.short)
 def test_triton_sums_slices_of_pixels(dtype):
-    from mvkernels.ops.relu_linear_attention import triton_kernels, triton_plan
+    from mvkernels.ops.relu_linear_attention.triton import launcher, plan
 
     maps = [testing.make_map((1, 1, 24, 19, 23), "contiguous", dtype) for _ in range(7)]
     for launches_of, names in (
-        (triton_plan.forward_launches, ("q", "k", "v", "o")),
-        (triton_plan.backward_launches, ("g", "q", "k", "v", "dq", "dk", "dv")),
+        (plan.forward_launches, ("q", "k", "v", "o")),
+        (plan.backward_launches, ("g", "q", "k", "v", "dq", "dk", "dv")),
     ):
-        launches, slices = launches_of(triton_kernels.problem_of(list(zip(names, maps))))
+        launches, slices = launches_of(launcher.problem_of(list(zip(names, maps))))
         assert slices > 1 and [one.meta.get("STAGE") for one in launches] == [1, None, 2]
     assert_ok(testing.check(OP, dict(zip(NAMES, maps)), "triton"))
 
@@ -96,25 +97,26 @@ def test_triton_sums_slices_of_pixels(dtype):
 @interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=checks.short)
 def test_triton_with_the_sums_as_left_operand(monkeypatch, dtype):
-    from mvkernels import launch
-    from mvkernels.ops.relu_linear_attention import triton_kernels, triton_plan
+    from mvkernels.ops.relu_linear_attention.triton import launcher, plan
+    from mvkernels.triton import configs
 
     maps = [testing.make_map((1, 2, 48, 5, 7), "contiguous", dtype) for _ in range(7)]
-    problem = triton_kernels.problem_of(list(zip(("g", "q", "k", "v", "dq", "dk", "dv"), maps)))
-    assert not triton_plan.turned(problem)
-    monkeypatch.setattr(triton_plan, "turned", lambda problem: True)
-    launch.forget()
+    problem = launcher.problem_of(list(zip(("g", "q", "k", "v", "dq", "dk", "dv"), maps)))
+    assert not plan.turned(problem)
+    monkeypatch.setattr(plan, "turned", lambda problem: True)
+    configs.forget()
     try:
-        assert triton_plan.backward_launches(problem)[0][0].meta["TURN"]
+        assert plan.backward_launches(problem)[0][0].meta["TURN"]
         assert_ok(testing.check(OP, dict(zip(NAMES, maps)), "triton"))
     finally:
-        launch.forget()
+        configs.forget()
 
 
 def test_the_sums_are_the_left_operand_where_warps_share_rows():
-    from mvkernels.launch import Device
+    from mvkernels.triton.configs import Device
+    from mvkernels.triton.problem import Problem
 
-    triton_plan = pytest.importorskip("mvkernels.ops.relu_linear_attention.triton_plan")
+    plan = pytest.importorskip("mvkernels.ops.relu_linear_attention.triton.plan")
     found = {}
     for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         for d, side, dtype in (
@@ -124,8 +126,8 @@ def test_the_sums_are_the_left_operand_where_warps_share_rows():
             (64, 8, torch.float),
         ):
             shape = (1, 1, d, side, side)
-            problem = triton_plan.Problem(shape, (), dtype, "ieee", Device("test", arch, 1))
-            found[arch, d, side, dtype] = triton_plan.turned(problem)
+            problem = Problem(shape, (), dtype, "ieee", Device("test", arch, 1))
+            found[arch, d, side, dtype] = plan.turned(problem)
     assert {key for key, turned in found.items() if turned} == {
         (arch, 64, 8, torch.bfloat16) for arch in ("sm_80", "sm_89", "sm_120")
     }

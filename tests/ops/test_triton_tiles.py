@@ -8,11 +8,11 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from mvkernels import launch  # noqa: E402
-from mvkernels.ops.multiscale_linear_attention import triton_plan as multiscale  # noqa: E402
-from mvkernels.ops.patch_attention import triton_plan  # noqa: E402
-from mvkernels.ops.patch_attention.triton_tiles import divider, pixel_of  # noqa: E402
-from mvkernels.ops.relu_linear_attention import triton_plan as single  # noqa: E402
+from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale  # noqa: E402
+from mvkernels.ops.patch_attention.triton import plan  # noqa: E402
+from mvkernels.triton import configs  # noqa: E402
+from mvkernels.triton.maps import divides  # noqa: E402
+from mvkernels.triton.tiles import divider, pixel_of  # noqa: E402
 from tests.ops.bridges import interpreter  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def test_a_pixel_is_found_by_a_product_as_by_a_division():
     sizes = [(1, 1), (7, 1), (1, 65_535), (1_300, 1_817), (4_000_000, 32), (2**31 - 64, 1)]
     sizes += [(draw.randint(1, 2**14), draw.randint(1, 2**9)) for _ in range(40)]
     for height, width in sizes:
-        assert triton_plan.divides(height, width)
+        assert divides(height, width)
         for first in {0, max(0, width - 33), max(0, height * width - 64)}:
             for wide in (False, True):
                 y, x = torch.empty(2, 64, dtype=torch.int64)
@@ -42,14 +42,15 @@ def test_a_pixel_is_found_by_a_product_as_by_a_division():
 
 
 def test_where_a_product_would_not_do_it_is_a_division():
-    assert not triton_plan.divides(1, 65_536) and not triton_plan.divides(2_000, 2_000)
-    device = launch.Device("A Device", "sm_90", 100)
+    assert not divides(1, 65_536) and not divides(2_000, 2_000)
+    device = configs.Device("A Device", "sm_90", 100)
     for side, wide in ((64, False), (2_000, True)):
         strides = (side * side * 96, 16, 1, side * 96, 96)
-        problem = triton_plan.Problem(
-            (1, 2, 16, side, side), 16, tuple((name, strides) for name in "qkv"), None, 1, (2, 2), torch.float16,
-            "ieee", device,
+        problem = plan.PatchProblem(
+            (1, 2, 16, side, side), tuple((name, strides) for name in "qkv"), torch.float16, "ieee", device,
+            16, None, 1, (2, 2),
         )  # fmt: skip
-        assert triton_plan.forward_launches(problem)[0].meta["WIDE"] == wide
-        maps = single.Problem((1, 6, 16, side, side), (("g", strides), ("x", strides)), torch.float16, "ieee", device)
-        assert multiscale.weight_launches(multiscale.Problem(maps, 5, (False, False)))[0][0].meta["WIDE"] == wide
+        assert plan.forward_launches(problem)[0].meta["WIDE"] == wide
+        maps = (("g", strides), ("x", strides))
+        scale = multiscale.ScaleProblem((1, 6, 16, side, side), maps, torch.float16, "ieee", device, 5, (False, False))
+        assert multiscale.weight_launches(scale)[0][0].meta["WIDE"] == wide

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 from torch.func import vmap
 
 from mvkernels import testing
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import interpreter
 from tests.ops.test_contract_all import NATIVE, call_function, example, tensors_of
 

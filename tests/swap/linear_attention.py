@@ -153,7 +153,7 @@ FAMILIES = {
         "SanaMultiscaleLinearAttention",
         tuple(f"{side}_blocks.{i}.{j}.attn" for side, i, j in _DC_AE),
         "to_v",
-        ("diffusers_dc_ae", "aggregate_and_attend"),
+        ("families.diffusers_dc_ae", "aggregate_and_attend"),
     ),
     "sana": Family(
         sana_attention,

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mvkernels.swap import authors_mobile_former, swap, verify_swap
+from mvkernels.swap import swap, verify_swap
+from mvkernels.swap.families import authors_mobile_former
 from mvkernels.swap.later import LaterTensor
 from tests import mobile_former_layout as layout
 from tests.swap.test_mobile_former import bridge, inputs, model

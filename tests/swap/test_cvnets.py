@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mvkernels import third_party
-from mvkernels.swap import cvnets_mobilevit, swap, verify_swap
+from mvkernels.swap import swap, verify_swap
+from mvkernels.swap.families import cvnets_mobilevit
 from tests import cvnets_layout as layout
 
 

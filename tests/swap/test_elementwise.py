@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from mvkernels import extension, testing
-from mvkernels.swap import elementwise
+from mvkernels import testing
+from mvkernels.dispatch import extension
+from mvkernels.swap.folding import elementwise
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason="the C++ extension is not built")
 

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from mvkernels import third_party
-from mvkernels.swap import authors_mobile_former, swap, verify_swap
+from mvkernels.swap import swap, verify_swap
+from mvkernels.swap.families import authors_mobile_former
 from tests import mobile_former_layout as layout
 
 

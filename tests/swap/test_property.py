@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, note, reject, settings
 from torch import Tensor, nn
 
-from mvkernels.registry import OPS
+from mvkernels.dispatch.registry import OPS
 from mvkernels.swap import eligibility, swap, verification
 from mvkernels.swap.engine import FAMILIES, STRUCTURES, unswap
 from mvkernels.swap.later import LaterTensor

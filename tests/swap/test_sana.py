@@ -125,7 +125,7 @@ def test_a_changed_version_of_sanas_processor_is_declined(monkeypatch):
     pytest.importorskip("diffusers")
     from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 
-    from mvkernels.swap import diffusers_sana
+    from mvkernels.swap.families import diffusers_sana
 
     def with_eps(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, eps=1e-3, factor=1.0):
         q = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2).relu()

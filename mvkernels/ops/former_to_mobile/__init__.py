@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension, library
-from mvkernels.backend import REFUSED, choose, direct
+from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch.backend import REFUSED, choose, direct
+from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.former_to_mobile import suite
-from mvkernels.ops.former_to_mobile.autograd import KERNELS, FormerToMobileFunction
+from mvkernels.ops.former_to_mobile.autograd import KERNELS, FormerToMobileFunction, launcher
 from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
-from mvkernels.registry import Op, register
 
 __all__ = ["OP", "FormerToMobileFunction", "former_to_mobile"]
 
@@ -38,7 +38,7 @@ def former_to_mobile(
         key, value: tokens (B, heads, M, head_dim), any strides, M at least 1.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
         residual: whether the result is ``x + attention``, or the attention alone.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
 
     Returns:
         Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
@@ -106,13 +106,7 @@ def _why_not_cpp(x: Tensor, *_: Any) -> str | None:
     return extension.why_not(x, head_dim=x.shape[2])
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.former_to_mobile import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
-
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -121,7 +115,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("x",),
-        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

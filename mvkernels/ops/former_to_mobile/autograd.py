@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.former_to_mobile.reference import former_to_mobile as reference
 
+_NAME = "former_to_mobile"
 _FORWARD = "(Tensor x, Tensor key, Tensor value, float scale, bool residual) -> Tensor"
 _BACKWARD = "(Tensor grad, Tensor x, Tensor key, Tensor value, float scale, bool residual)"
 _BACKWARD += " -> (Tensor dx, Tensor dkey, Tensor dvalue)"
@@ -33,33 +34,18 @@ def _count_backward(grad, x, key, *_):  # type: ignore[no-untyped-def]
     return 8 * prod(key) * x[3] * x[4]
 
 
-def _triton_forward(x: Tensor, *rest: Any) -> Tensor:
-    from mvkernels.ops.former_to_mobile import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.former_to_mobile.triton import launcher
 
-    if x.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(x, *rest)
-    return triton_kernels.forward(x, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.former_to_mobile import triton_kernels
-
-    if grad.shape[0] == 0:
-        return _fake_backward(grad, *rest)
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
 KERNELS = {
-    "cpp": (
-        library.define("cpp", "former_to_mobile_forward", _FORWARD, _fake_forward, count=_count),
-        library.define("cpp", "former_to_mobile_backward", _BACKWARD, _fake_backward, count=_count_backward),
-    ),
-    "triton": (
-        library.define("triton", "former_to_mobile_forward", _FORWARD, _fake_forward, _triton_forward, count=_count),
-        library.define(
-            "triton", "former_to_mobile_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
-        ),
-    ),
+    backend: library.pair(
+        backend, _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), launcher
+    )
+    for backend in ("cpp", "triton")
 }
 
 
@@ -84,10 +70,7 @@ class FormerToMobileFunction(torch.autograd.Function):
         kernel: Any = None,
     ) -> Tensor:
         if kernel is None:
-            from mvkernels.ops.former_to_mobile import OP
-
-            arguments = OP.check(x, key, value, scale, residual)
-            backend = choose(OP, backend, arguments)
+            backend, arguments = prepare(_NAME, backend, x, key, value, scale, residual)
             x, key, value, scale, residual = arguments
         ctx.settings = scale, residual, backend
         ctx.save_for_backward(x, key, value)
@@ -106,5 +89,5 @@ class FormerToMobileFunction(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, *saved, *settings)
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("former_to_mobile", grads, (grad, *saved))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved))
         return *grads, None, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvkernels.checks import lay_as, without_autocast
+from mvkernels.dispatch.checks import lay_as, without_autocast
 
 
 def former_to_mobile(

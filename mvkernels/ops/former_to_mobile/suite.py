@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvkernels.ops.mobile_to_former.suite import cases_of, make_map, make_tokens
-from mvkernels.ops.third_party import flex_attention
-from mvkernels.registry import Case, Cost
+from mvkernels.dispatch.registry import Case, Cost
+from mvkernels.ops.common.bridges import cases_of, make_map, make_tokens
+from mvkernels.ops.common.peers import flex_attention
 
 
 def cases(suite: str = "full") -> list[Case]:

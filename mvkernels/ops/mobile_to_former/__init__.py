@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension, library
-from mvkernels.backend import REFUSED, choose, direct
+from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch.backend import REFUSED, choose, direct
+from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.mobile_to_former import suite
-from mvkernels.ops.mobile_to_former.autograd import KERNELS, MobileToFormerFunction
+from mvkernels.ops.mobile_to_former.autograd import KERNELS, MobileToFormerFunction, launcher
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
-from mvkernels.registry import Op, register
 
 __all__ = ["OP", "MobileToFormerFunction", "mobile_to_former"]
 
@@ -29,7 +29,7 @@ def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, ba
         query: tokens (B, heads, M, head_dim), any strides, M at least 1.
         x: map (B, heads, head_dim, H, W), any strides.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
 
     Returns:
         Tokens (B, heads, M, head_dim), contiguous, in the input's dtype (float32, float16, bfloat16, float64).
@@ -89,13 +89,7 @@ def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
     return extension.why_not(query, head_dim=query.shape[3])
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.mobile_to_former import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
-
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -104,7 +98,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("x",),
-        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.mobile_to_former.reference import mobile_to_former as reference
 
+_NAME = "mobile_to_former"
 _FORWARD = "(Tensor query, Tensor x, float scale) -> Tensor"
 _BACKWARD = "(Tensor grad, Tensor query, Tensor x, float scale) -> (Tensor dquery, Tensor dx)"
 
@@ -32,33 +33,18 @@ def _count_backward(grad, query, x, *_):  # type: ignore[no-untyped-def]
     return 8 * prod(query) * x[3] * x[4]
 
 
-def _triton_forward(query: Tensor, *rest: Any) -> Tensor:
-    from mvkernels.ops.mobile_to_former import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.mobile_to_former.triton import launcher
 
-    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(query, *rest)
-    return triton_kernels.forward(query, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.mobile_to_former import triton_kernels
-
-    if grad.shape[0] == 0:
-        return _fake_backward(grad, *rest)
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
 KERNELS = {
-    "cpp": (
-        library.define("cpp", "mobile_to_former_forward", _FORWARD, _fake_forward, count=_count),
-        library.define("cpp", "mobile_to_former_backward", _BACKWARD, _fake_backward, count=_count_backward),
-    ),
-    "triton": (
-        library.define("triton", "mobile_to_former_forward", _FORWARD, _fake_forward, _triton_forward, count=_count),
-        library.define(
-            "triton", "mobile_to_former_backward", _BACKWARD, _fake_backward, _triton_backward, count=_count_backward
-        ),
-    ),
+    backend: library.pair(
+        backend, _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), launcher
+    )
+    for backend in ("cpp", "triton")
 }
 
 
@@ -80,10 +66,7 @@ class MobileToFormerFunction(torch.autograd.Function):
         kernel: Any = None,
     ) -> Tensor:
         if kernel is None:
-            from mvkernels.ops.mobile_to_former import OP
-
-            arguments = OP.check(query, x, scale)
-            backend = choose(OP, backend, arguments)
+            backend, arguments = prepare(_NAME, backend, query, x, scale)
             query, x, scale = arguments
         ctx.settings = scale, backend
         ctx.save_for_backward(query, x)
@@ -102,5 +85,5 @@ class MobileToFormerFunction(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, *saved, scale)
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("mobile_to_former", grads, (grad, *saved))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved))
         return *grads, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mvkernels.checks import without_autocast
+from mvkernels.dispatch.checks import without_autocast
 
 
 def mobile_to_former(

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension, library
-from mvkernels.backend import REFUSED, choose, direct
+from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch.backend import REFUSED, choose, direct
+from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.multiscale_linear_attention import suite
 from mvkernels.ops.multiscale_linear_attention.autograd import (
     CPP,
@@ -18,10 +19,10 @@ from mvkernels.ops.multiscale_linear_attention.autograd import (
     Flat,
     MultiscaleLinearAttentionFunction,
     flat,
+    launcher,
 )
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 from mvkernels.ops.multiscale_linear_attention.third_party import THIRD_PARTY
-from mvkernels.registry import Op, register
 
 __all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
 
@@ -54,7 +55,7 @@ def multiscale_linear_attention(
         head_dim: channels of a head's query.
         depthwise_bias, pointwise_bias: for each scale a (3C,) tensor or None; or None.
         eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
 
     Returns:
         Map (B, (1 + scales) * C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
@@ -170,13 +171,7 @@ def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_:
     return extension.why_not(qkv, head_dim=head_dim)
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.multiscale_linear_attention import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
-
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -185,7 +180,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("qkv",),
-        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

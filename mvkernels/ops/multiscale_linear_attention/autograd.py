@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, flops, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 
+_NAME = "multiscale_linear_attention"
 Weights = Sequence[Tensor | None]
 
 
@@ -144,42 +145,25 @@ def _fake_backward_triton(grad, qkv, sums, depthwise, pointwise, head_dim, first
     return [checks.empty_map(qkv, qkv.shape[1]), *dweights]
 
 
-def _triton_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.multiscale_linear_attention import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.multiscale_linear_attention.triton import launcher
 
-    if qkv.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward_triton(qkv, *rest)
-    return triton_kernels.forward(qkv, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> list[Tensor]:
-    from mvkernels.ops.multiscale_linear_attention import triton_kernels
-
-    if grad.shape[0] == 0:
-        return [g.zero_() for g in _fake_backward_triton(grad, *rest)]
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
-_TRITON = (
-    library.define(
-        "triton",
-        "multiscale_linear_attention_forward",
-        _FORWARD_TRITON,
-        _fake_forward_triton,
-        _triton_forward,
-        count=lambda qkv, depthwise, pointwise, head_dim, *_: _count(qkv, [*depthwise, *pointwise], head_dim),
-    ),
-    library.define(
-        "triton",
-        "multiscale_linear_attention_backward",
-        _BACKWARD_TRITON,
-        _fake_backward_triton,
-        _triton_backward,
-        count=lambda grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, wanted: _count_backward(
-            qkv, [*depthwise, *pointwise], head_dim, wanted
-        ),
-    ),
-)
+def _count_triton(qkv, depthwise, pointwise, head_dim, *_):  # type: ignore[no-untyped-def]
+    return _count(qkv, [*depthwise, *pointwise], head_dim)
+
+
+def _count_backward_triton(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
+    return _count_backward(qkv, [*depthwise, *pointwise], head_dim, weights)
+
+
+_TRITON = library.pair(
+    "triton", _NAME, (_FORWARD_TRITON, _BACKWARD_TRITON), (_fake_forward_triton, _fake_backward_triton),
+    (_count_triton, _count_backward_triton), launcher,
+)  # fmt: skip
 
 
 def _forward_on_triton(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
@@ -239,7 +223,7 @@ class Flat(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, inputs[0], inputs[1:], saved, *settings, any(wanted[1:]))
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("multiscale_linear_attention", grads, (grad, *inputs))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *inputs))
         return grads[0], None, None, None, None, *grads[1:]
 
 
@@ -263,10 +247,8 @@ class MultiscaleLinearAttentionFunction(Flat):
         eps: float = 1e-15,
         backend: str | None = None,
     ) -> Tensor:
-        from mvkernels.ops.multiscale_linear_attention import OP
-
-        arguments = OP.check(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps)
-        backend = choose(OP, backend, arguments)
+        given = (qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps)
+        backend, arguments = prepare(_NAME, backend, *given)
         qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps = arguments
         weights = flat(depthwise, pointwise, depthwise_bias, pointwise_bias)
         kernel = None if backend == "reference" else KERNELS[backend][0]

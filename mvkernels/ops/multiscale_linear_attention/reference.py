@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from mvkernels.checks import lay_as, without_autocast
-from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention
+from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.ops.relu_linear_attention import OP as RELU_LINEAR_ATTENTION
 
 
 def multiscale_linear_attention(
@@ -44,5 +44,5 @@ def multiscale_linear_attention(
             each = conv2d(scales[0], wide.to(dtype), b, padding=wide.shape[-1] // 2, groups=channels)
             scales.append(conv2d(each, mixing.to(dtype), c, groups=channels // head_dim))
         q, k, v = torch.cat(scales, 1).unflatten(1, (-1, 3, head_dim)).unbind(2)
-        out = relu_linear_attention(q, k, v, eps)
+        out = RELU_LINEAR_ATTENTION.reference(q, k, v, eps)
     return lay_as(out.flatten(1, 2).to(qkv.dtype), qkv)

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from mvkernels.ops.relu_linear_attention import suite as single
-from mvkernels.registry import Case, Cost
+from mvkernels.dispatch.registry import Case, Cost
+from mvkernels.ops.common import linear
 
 
 def cases(suite: str = "full") -> list[Case]:
     """The shape suite: "full", or "small" for a quick look."""
     found = []
-    for model, heads, dim, kernel, side in single.shapes(suite):
+    for model, heads, dim, kernel, side in linear.shapes(suite):
         shape = {"heads": heads, "head_dim": dim, "kernel": kernel, "height": side, "width": side}
         label = f"{heads}x{dim}_{side}x{side}" + (f"_k{kernel}" if kernel else "_s0")
-        found.append(Case(label, model, partial(_make, shape), single.LAYOUTS, shape))
+        found.append(Case(label, model, partial(_make, shape), linear.LAYOUTS, shape))
     return found
 
 
@@ -35,7 +35,7 @@ def _make(
     channels, dim, kernel = 3 * shape["heads"] * shape["head_dim"], shape["head_dim"], shape["kernel"]
     generator = torch.Generator().manual_seed(seed)
     arguments: dict[str, Any] = {
-        "qkv": single.make_qkv(channels, shape, batch, dtype, device, layout, generator),
+        "qkv": linear.make_qkv(channels, shape, batch, dtype, device, layout, generator),
         "depthwise": (),
         "pointwise": (),
         "head_dim": dim,
@@ -73,7 +73,7 @@ def eager(
         each = conv2d(qkv, wide, first, padding=wide.shape[-1] // 2, groups=qkv.shape[1])
         scales.append(conv2d(each, mixing, second, groups=qkv.shape[1] // head_dim))
     q, k, v = torch.cat(scales, 1).unflatten(1, (-1, 3, head_dim)).unbind(2)
-    return single.eager(q, k, v, eps).flatten(1, 2)
+    return linear.eager(q, k, v, eps).flatten(1, 2)
 
 
 PEERS = {"eager": eager}

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mvkernels.ops.third_party import Part, in_float32, package, weigh
-from mvkernels.registry import NotOffered
+from mvkernels.dispatch.registry import NotOffered
+from mvkernels.ops.common.peers import Part, in_float32, package, weigh
 
 
 @cache

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension, library
-from mvkernels.backend import REFUSED, choose, direct
+from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch.backend import REFUSED, choose, direct
+from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.patch_attention import suite
-from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction
+from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, launcher
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
-from mvkernels.registry import Op, register
 
-__all__ = ["OP", "PatchAttentionFunction", "patch_attention"]
+__all__ = ["KERNELS", "OP", "PatchAttentionFunction", "backward_into", "patch_attention", "why_not_triton"]
 
 _NAME = "patch_attention"
 
@@ -44,7 +44,7 @@ def patch_attention(
         bias: (heads, N, N), added to the scaled scores, shared by batch and groups; N is the number of
             pixels of a group, and all groups must be equal. Has a gradient.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
 
     Returns:
         Map (B, heads, value_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
@@ -131,13 +131,13 @@ def _why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | No
     return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.patch_attention import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
+def backward_into(*arguments: Any, **settings: Any) -> Tensor:
+    """The Triton backward for other ops: see the launcher's ``backward_into``."""
+    dbias: Tensor = launcher().backward_into(*arguments, **settings)
+    return dbias
 
+
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -146,7 +146,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, flops, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 
+_NAME = "patch_attention"
 _SETTINGS = "int patch_h, int patch_w, Tensor? bias, float scale"
 _FORWARD = f"(Tensor query, Tensor key, Tensor value, {_SETTINGS}) -> Tensor"
 _BACKWARD = f"(Tensor grad, Tensor query, Tensor key, Tensor value, {_SETTINGS}, bool need_bias)"
@@ -34,29 +35,18 @@ def _count_backward(grad, query, key, value, patch_h, patch_w, *_):  # type: ign
     return 2 * flops.grouped_attention(query, value, patch_h, patch_w)
 
 
-def _triton_forward(query: Tensor, *rest: Any) -> Tensor:
-    from mvkernels.ops.patch_attention import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.patch_attention.triton import launcher
 
-    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(query, *rest)
-    return triton_kernels.forward(query, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.patch_attention import triton_kernels
-
-    if grad.shape[0] == 0:
-        *maps, dbias = _fake_backward(grad, *rest)
-        return *maps, dbias.zero_()
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
 KERNELS = {
-    backend: (
-        library.define(backend, "patch_attention_forward", _FORWARD, _fake_forward, forward, count=_count),
-        library.define(backend, "patch_attention_backward", _BACKWARD, _fake_backward, backward, count=_count_backward),
+    backend: library.pair(
+        backend, _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), launcher
     )
-    for backend, forward, backward in (("cpp", None, None), ("triton", _triton_forward, _triton_backward))
+    for backend in ("cpp", "triton")
 }
 
 
@@ -82,10 +72,7 @@ class PatchAttentionFunction(torch.autograd.Function):
         kernel: Any = None,
     ) -> Tensor:
         if kernel is None:
-            from mvkernels.ops.patch_attention import OP
-
-            arguments = OP.check(query, key, value, patch_size, bias, scale)
-            backend = choose(OP, backend, arguments)
+            backend, arguments = prepare(_NAME, backend, query, key, value, patch_size, bias, scale)
             query, key, value, patch_size, bias, scale = arguments
         ph, pw = patch_size
         ctx.settings = ph, pw, scale, backend
@@ -110,5 +97,5 @@ class PatchAttentionFunction(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, *maps, ph, pw, bias, scale, wanted[3])
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("patch_attention", grads, (grad, *saved))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved))
         return grads[0], grads[1], grads[2], None, grads[3], None, None, None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvkernels.checks import lay_as, without_autocast
+from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.ops.common.groups import attention, fold, unfold
 
 
 def patch_attention(
@@ -44,8 +45,8 @@ def patch_attention(
             if torch.compiler.is_dynamo_compiling():  # to whom sizes left open are multiples of the patch only so
                 height, width = height // ph * ph, width // pw * pw
                 maps = [m[..., :height, :width] for m in maps]
-            q, k, v = (_unfold(m, ph, pw) for m in maps)
-            out = _fold(_attention(q, k, v, bias, scale), ph, pw, height, width)
+            q, k, v = (unfold(m, ph, pw) for m in maps)
+            out = fold(attention(q, k, v, bias, scale), ph, pw, height, width)
         else:
             q, k, v = maps
             out = _unequal(q, k, v, index(min(ph, height)), index(min(pw, width)), bias, scale)
@@ -64,35 +65,13 @@ def _unequal(q: Tensor, k: Tensor, v: Tensor, ph: int, pw: int, bias: Tensor | N
         for x, xs in _sizes(width, pw):
             groups = patches[:, :, ys, xs, :y, :x]
             query, key, value = groups.flatten(4, 5).flatten(2, 3).split((d, d, dv), -1)
-            out = _attention(query, key, value, bias, scale)
+            out = attention(query, key, value, bias, scale)
             row.append(pad(out.reshape(*groups.shape[:-1], dv), (0, 0, 0, nx - x, 0, ny - y)))
         rows.append(torch.cat(row, 3))
-    return _fold(torch.cat(rows, 2).flatten(4, 5).flatten(2, 3), ph, pw, ny * ph, nx * pw)[..., :height, :width]
+    return fold(torch.cat(rows, 2).flatten(4, 5).flatten(2, 3), ph, pw, ny * ph, nx * pw)[..., :height, :width]
 
 
 def _sizes(size: int, patch: int) -> list[tuple[int, slice]]:
     """Along one axis: how many pixels a group has, and which groups they are that have so many."""
     count, larger = size // patch, index(size % patch)
     return [(count + 1, slice(0, larger)), (count, slice(larger, patch))][0 if larger else 1 :]
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(B, h, groups, N, D) -> (B, h, groups, N, Dv)."""
-    scores = query @ key.transpose(-2, -1) * scale
-    if bias is not None:
-        scores = scores + bias[:, None]
-    return scores.softmax(-1) @ value
-
-
-def _unfold(x: Tensor, ph: int, pw: int) -> Tensor:
-    """(B, h, D, H, W) -> (B, h, ph * pw, N, D)."""
-    b, h, d, height, width = x.shape
-    x = x.reshape(b, h, d, height // ph, ph, width // pw, pw)
-    return x.permute(0, 1, 4, 6, 3, 5, 2).reshape(b, h, ph * pw, (height // ph) * (width // pw), d)
-
-
-def _fold(x: Tensor, ph: int, pw: int, height: int, width: int) -> Tensor:
-    """(B, h, ph * pw, N, D) -> (B, h, D, H, W)."""
-    b, h, _, _, d = x.shape
-    x = x.reshape(b, h, ph, pw, height // ph, width // pw, d)
-    return x.permute(0, 1, 6, 4, 2, 5, 3).reshape(b, h, d, height, width)

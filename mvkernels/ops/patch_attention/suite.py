@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvkernels.ops.patch_attention.reference import _attention, _fold, _unfold
-from mvkernels.registry import Case, Cost
+from mvkernels.dispatch.registry import Case, Cost
+from mvkernels.ops.common.groups import attention, fold, pairs_of, unfold
 
 # model, its stages as (heads, head_dim, value_dim, map side), patch, bias, layouts
 _MODELS: tuple[tuple[str, tuple[tuple[int, int, int, int], ...], int, bool, tuple[str, ...]], ...] = (
@@ -74,13 +74,6 @@ def _make(
     return arguments
 
 
-def pairs_of(patch: tuple[int, int], height: int, width: int) -> int:
-    """How many pixels attend to how many, over all groups of one map."""
-    ph, pw = patch
-    rows, columns = range(min(ph, height)), range(min(pw, width))
-    return sum((len(range(y, height, ph)) * len(range(x, width, pw))) ** 2 for y in rows for x in columns)
-
-
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     """Floor of the forward, or of the backward alone (which reads q, k, v, out, dout and writes dq, dk, dv)."""
     query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
@@ -106,8 +99,8 @@ def eager(
     """Unfold, matmul, softmax, matmul, fold, as the models' own code does."""
     height, width = query.shape[-2:]
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    q, k, v = (_unfold(m, *patch_size) for m in (query, key, value))
-    return _fold(_attention(q, k, v, bias, scale), *patch_size, height, width)
+    q, k, v = (unfold(m, *patch_size) for m in (query, key, value))
+    return fold(attention(q, k, v, bias, scale), *patch_size, height, width)
 
 
 def sdpa(
@@ -132,9 +125,9 @@ def over_groups(
 
     Groups come before heads, so that a bias (heads, N, N) broadcasts over the 4-D shape that fused kernels take.
     """
-    q, k, v = (_unfold(m, *patch_size).transpose(1, 2).flatten(0, 1) for m in (query, key, value))
+    q, k, v = (unfold(m, *patch_size).transpose(1, 2).flatten(0, 1) for m in (query, key, value))
     out = attend(q, k, v).unflatten(0, (query.shape[0], -1)).transpose(1, 2)
-    return _fold(out, *patch_size, *query.shape[-2:])
+    return fold(out, *patch_size, *query.shape[-2:])
 
 
 PEERS = {"eager": eager, "sdpa": sdpa}

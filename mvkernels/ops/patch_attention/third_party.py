@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mvkernels.dispatch.registry import NotOffered
+from mvkernels.ops.common.peers import Given, flex_attention, package
 from mvkernels.ops.patch_attention.suite import over_groups
-from mvkernels.ops.third_party import Given, flex_attention, package
-from mvkernels.registry import NotOffered
 
 
 @cache

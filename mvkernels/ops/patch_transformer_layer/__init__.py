@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks
-from mvkernels.backend import choose, requested
+from mvkernels.dispatch import checks, library
+from mvkernels.dispatch.backend import choose, requested
+from mvkernels.dispatch.registry import Composed, Op, register
 from mvkernels.ops.patch_transformer_layer import suite
-from mvkernels.ops.patch_transformer_layer.autograd import KERNELS, TENSORS, PatchTransformerLayerFunction
+from mvkernels.ops.patch_transformer_layer.autograd import KERNELS, TENSORS, PatchTransformerLayerFunction, launcher
 from mvkernels.ops.patch_transformer_layer.composed import composed
 from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
-from mvkernels.registry import Composed, Op, register
 
 __all__ = ["OP", "PatchTransformerLayerFunction", "patch_transformer_layer"]
 
@@ -67,7 +67,7 @@ def patch_transformer_layer(
         eps: of both LayerNorms.
         scale: factor of the scores, ``(C / heads) ** -0.5`` by default.
         activation: "silu".
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`).
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
 
     Returns:
         Map (B, C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense, channels-last if the stride
@@ -159,20 +159,12 @@ def _check_shapes(given: dict[str, Tensor], heads: int) -> None:
             raise ValueError(f"{_NAME}: {name} is {checks.shape(given[name])}, want {axes} = {size}")
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.patch_transformer_layer import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
-
-
 def _layer_key(arguments: Mapping[str, Any], grad: bool) -> Mapping[str, Any]:
-    from mvkernels.ops.patch_transformer_layer import triton_kernels
-
     hidden, patch = arguments["fc1_weight"].shape[0], arguments["patch_size"]
-    return triton_kernels.layer_key(triton_kernels.problem_of(arguments["x"], hidden, arguments["heads"], patch), grad)
+    return launcher().layer_key(launcher().problem_of(arguments["x"], hidden, arguments["heads"], patch), grad)
 
+
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -181,7 +173,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("x",),
-        why_not={"triton": _why_not_triton},
+        why_not={"triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, flops, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
 
+_NAME = "patch_transformer_layer"
 TENSORS = 13
 """x and the parameters, which come first among the arguments."""
 
@@ -51,36 +52,17 @@ def _count_backward(grad: flops.Shape, qkv: Any, attention: Any, middle: Any, *i
     return 2 * _count(*inputs)
 
 
-def _triton_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.patch_transformer_layer import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.patch_transformer_layer.triton import launcher
 
-    if x.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward(x, *rest)
-    return triton_kernels.forward(x, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.patch_transformer_layer import triton_kernels
-
-    if grad.shape[0] == 0:
-        return tuple(g.zero_() for g in _fake_backward(grad, *rest))
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
 KERNELS = {
-    "triton": (
-        library.define(
-            "triton", "patch_transformer_layer_forward", _FORWARD, _fake_forward, _triton_forward, count=_count
-        ),
-        library.define(
-            "triton",
-            "patch_transformer_layer_backward",
-            _BACKWARD,
-            _fake_backward,
-            _triton_backward,
-            count=_count_backward,
-        ),
-    ),
+    "triton": library.pair(
+        "triton", _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), launcher
+    )
 }
 
 
@@ -98,10 +80,7 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
         given = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, False)[len(arguments) - TENSORS :])
         values, (backend, checked) = given[:-2], given[-2:]
         if not checked:
-            from mvkernels.ops.patch_transformer_layer import OP
-
-            values = OP.check(*values)
-            backend = choose(OP, backend, values)
+            backend, values = prepare(_NAME, backend, *values)
         tensors, settings = values[:TENSORS], values[TENSORS:]
         heads, (ph, pw), eps, scale, _ = settings
         ctx.settings, ctx.backend, ctx.count = settings, backend, len(arguments)
@@ -125,5 +104,5 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
                 found = KERNELS[ctx.backend][1](grad, *saved, *inputs, heads, ph, pw, eps, scale)
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("patch_transformer_layer", grads, (grad, *inputs))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *inputs))
         return (*grads, *[None] * (ctx.count - TENSORS))

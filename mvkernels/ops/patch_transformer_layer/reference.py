@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from mvkernels.checks import lay_as, without_autocast
-from mvkernels.ops.patch_attention.reference import patch_attention
+from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.ops.patch_attention import OP as PATCH_ATTENTION
 
 
 def patch_transformer_layer(
@@ -56,7 +56,7 @@ def patch_transformer_layer(
         normed = _norm(rows, norm1_weight, norm1_bias, eps)
         packed = linear(normed, qkv_weight.to(dtype), cast(qkv_bias))
         query, key, value = (part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1))
-        out = patch_attention(query, key, value, patch_size, scale=scale, compute_dtype=dtype)
+        out = PATCH_ATTENTION.reference(query, key, value, patch_size, scale=scale, compute_dtype=dtype)
         rows = rows + linear(out.permute(0, 3, 4, 1, 2).flatten(-2), proj_weight.to(dtype), cast(proj_bias))
         normed = _norm(rows, norm2_weight, norm2_bias, eps)
         hidden = silu(linear(normed, fc1_weight.to(dtype), cast(fc1_bias)))

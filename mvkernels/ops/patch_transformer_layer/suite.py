@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 
-from mvkernels.ops.patch_attention.reference import _attention, _fold, _unfold
-from mvkernels.ops.patch_attention.suite import pairs_of
-from mvkernels.registry import Case, Cost
+from mvkernels.dispatch.registry import Case, Cost
+from mvkernels.ops.common.groups import attention, fold, pairs_of, unfold
 
 # model, its stages as (channels, map side); four heads, a hidden layer of twice the channels, patches of 2
 _MODELS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
@@ -116,20 +115,20 @@ def _plain(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callabl
     ) -> Tensor:
         b, c, height, width = x.shape
         scale = (c // heads) ** -0.5 if scale is None else scale
-        tokens = _unfold(x.unsqueeze(1), *patch_size).flatten(0, 2)
+        tokens = unfold(x.unsqueeze(1), *patch_size).flatten(0, 2)
         packed = linear(layer_norm(tokens, (c,), norm1_weight, norm1_bias, eps), qkv_weight, qkv_bias)
         query, key, value = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         out = attend(query, key, value, scale).transpose(1, 2).flatten(2)
         tokens = tokens + linear(out, proj_weight, proj_bias)
         hidden = silu(linear(layer_norm(tokens, (c,), norm2_weight, norm2_bias, eps), fc1_weight, fc1_bias))
         tokens = tokens + linear(hidden, fc2_weight, fc2_bias)
-        return _fold(tokens.unflatten(0, (b, 1, -1)), *patch_size, height, width).squeeze(1)
+        return fold(tokens.unflatten(0, (b, 1, -1)), *patch_size, height, width).squeeze(1)
 
     return layer
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _attention(query, key, value, None, scale)
+    return attention(query, key, value, None, scale)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -7,15 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, extension, library
-from mvkernels.backend import REFUSED, choose, direct
+from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch.backend import REFUSED, choose, direct
+from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.relu_linear_attention import suite
-from mvkernels.ops.relu_linear_attention.autograd import INFERENCE, KERNELS, ReLULinearAttentionFunction
+from mvkernels.ops.relu_linear_attention.autograd import INFERENCE, KERNELS, ReLULinearAttentionFunction, launcher
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 from mvkernels.ops.relu_linear_attention.third_party import THIRD_PARTY
-from mvkernels.registry import Op, register
 
-__all__ = ["OP", "ReLULinearAttentionFunction", "relu_linear_attention"]
+__all__ = [
+    "OP",
+    "ReLULinearAttentionFunction",
+    "backward_into",
+    "forward_into",
+    "relu_linear_attention",
+    "why_not_triton",
+]
 
 _NAME = "relu_linear_attention"
 
@@ -41,7 +48,7 @@ def relu_linear_attention(
             calls with its part, of any H and W and of one B, heads and head_dim, and gets its part of the result. One
             all-reduce of (B, heads, head_dim + 1, head_dim) numbers, forward and backward; the backward's is waited
             for by every rank that wants the gradient of its key or value, so either all of them do or none.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.backend`). With a
+        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`). With a
             process_group there is "reference" alone.
 
     Returns:
@@ -103,13 +110,17 @@ def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
     return extension.why_not(query, head_dim=query.shape[2])
 
 
-def _why_not_triton(*arguments: Any) -> str | None:
-    try:
-        from mvkernels.ops.relu_linear_attention import triton_kernels
-    except ImportError as error:
-        return f"Triton does not import: {error}"
-    return triton_kernels.why_not(*arguments)
+def forward_into(*arguments: Any) -> None:
+    """The Triton forward for other ops: see the launcher's ``forward_into``."""
+    launcher().forward_into(*arguments)
 
+
+def backward_into(*arguments: Any) -> None:
+    """The Triton backward for other ops: see the launcher's ``backward_into``."""
+    launcher().backward_into(*arguments)
+
+
+why_not_triton = library.why_not_triton(launcher)
 
 OP = register(
     Op(
@@ -118,7 +129,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp, "triton": _why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

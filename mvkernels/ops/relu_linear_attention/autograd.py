@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels import checks, flops, library
-from mvkernels.backend import choose
+from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch.backend import prepare
 from mvkernels.ops.relu_linear_attention.reference import relu_linear_attention as reference
 
+_NAME = "relu_linear_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 _GRADS = "(Tensor dquery, Tensor dkey, Tensor dvalue)"
 
@@ -43,20 +44,11 @@ def _count_backward(grad, query, *_):  # type: ignore[no-untyped-def]
     return 2 * _count(query)
 
 
-def _triton_forward(query: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.relu_linear_attention import triton_kernels
+def launcher() -> Any:
+    """The module that launches the Triton kernels, imported only here."""
+    from mvkernels.ops.relu_linear_attention.triton import launcher
 
-    if query.shape[0] == 0:  # a grid of no blocks cannot be launched
-        return _fake_forward_triton(query, *rest)
-    return triton_kernels.forward(query, *rest)
-
-
-def _triton_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from mvkernels.ops.relu_linear_attention import triton_kernels
-
-    if grad.shape[0] == 0:
-        return _fake_backward(grad, *rest)
-    return triton_kernels.backward(grad, *rest)
+    return launcher
 
 
 _FORWARD = {
@@ -67,19 +59,14 @@ _BACKWARD = {
     "cpp": f"(Tensor grad, {_INPUTS}, Tensor kv, Tensor keys, float eps) -> {_GRADS}",
     "triton": f"(Tensor grad, {_INPUTS}, Tensor sums, float eps) -> {_GRADS}",
 }
-_NAMES = ("relu_linear_attention_forward", "relu_linear_attention_backward")
+_FAKE_FORWARD = {"cpp": _fake_forward_cpp, "triton": _fake_forward_triton}
 KERNELS = {
-    "cpp": (
-        library.define("cpp", _NAMES[0], _FORWARD["cpp"], _fake_forward_cpp, count=_count),
-        library.define("cpp", _NAMES[1], _BACKWARD["cpp"], _fake_backward, count=_count_backward),
-    ),
-    "triton": (
-        library.define("triton", _NAMES[0], _FORWARD["triton"], _fake_forward_triton, _triton_forward, count=_count),
-        library.define(
-            "triton", _NAMES[1], _BACKWARD["triton"], _fake_backward, _triton_backward, count=_count_backward
-        ),
-    ),
-}
+    backend: library.pair(
+        backend, _NAME, (_FORWARD[backend], _BACKWARD[backend]), (_FAKE_FORWARD[backend], _fake_backward),
+        (_count, _count_backward), launcher,
+    )
+    for backend in ("cpp", "triton")
+}  # fmt: skip
 """By backend: ``forward(query, key, value, eps) -> (out, *sums)`` and
 ``backward(grad, query, key, value, *sums, eps) -> (dq, dk, dv)``."""
 
@@ -115,10 +102,7 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
         kernel: Any = None,
     ) -> Tensor:
         if kernel is None:
-            from mvkernels.ops.relu_linear_attention import OP
-
-            arguments = OP.check(query, key, value, eps)
-            backend = choose(OP, backend, arguments)
+            backend, arguments = prepare(_NAME, backend, query, key, value, eps)
             query, key, value, eps = arguments
         ctx.settings = eps, backend
         if backend == "reference":
@@ -139,5 +123,5 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
                 found = KERNELS[backend][1](grad, *saved, eps)
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative("relu_linear_attention", grads, (grad, *saved[:3]))
+                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved[:3]))
         return *grads, None, None, None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mvkernels.checks import lay_as, without_autocast
+from mvkernels.dispatch.checks import lay_as, without_autocast
 
 _SMALLEST = 2.0**-24
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvkernels.backend import BackendUnavailable, requested
-from mvkernels.checks import lay_as, without_autocast
+from mvkernels.dispatch.backend import BackendUnavailable, requested
+from mvkernels.dispatch.checks import lay_as, without_autocast
 
 _NAME = "relu_linear_attention"
 

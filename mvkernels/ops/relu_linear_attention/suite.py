@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-from mvkernels.registry import Case, Cost
-
-LAYOUTS = ("channels_first", "channels_last")
-# model, head_dim, kernel of its one further scale (0: none), its maps as (heads of a scale, side)
-MODELS: tuple[tuple[str, int, int, tuple[tuple[int, int], ...]], ...] = (
-    ("efficientvit_b0@224", 16, 5, ((4, 14), (8, 7))),
-    ("efficientvit_b0@512", 16, 5, ((4, 32), (8, 16))),
-    ("efficientvit_b1@224", 16, 5, ((8, 14), (16, 7))),
-    ("efficientvit_b1@512", 16, 5, ((8, 32), (16, 16))),
-    ("efficientvit_b1@1024", 16, 5, ((8, 64),)),
-    ("efficientvit_b2@224", 32, 5, ((6, 14), (12, 7))),
-    ("efficientvit_b2@512", 32, 5, ((6, 32), (12, 16))),
-    ("efficientvit_b3@224", 32, 5, ((8, 14), (16, 7))),
-    ("efficientvit_b3@512", 32, 5, ((8, 32), (16, 16))),
-    ("efficientvit_l1@224", 32, 5, ((16, 7),)),  # L2 has the maps of L1
-    ("efficientvit_l1@512", 32, 5, ((16, 16),)),
-    ("efficientvit_l3@224", 32, 5, ((32, 7),)),
-    ("efficientvit_l3@512", 32, 5, ((32, 16),)),
-    ("dc_ae_f32@512", 32, 5, ((16, 64), (32, 32), (32, 16))),
-    ("sana_600m@1024", 32, 0, ((36, 32),)),
-    ("sana_1600m@1024", 32, 0, ((70, 32),)),
-)
-_SMALL = ("efficientvit_b0@224", "efficientvit_b3@224", "efficientvit_b1@512")
-
-Make = Callable[..., dict[str, Any]]
-
-
-def shapes(suite: str) -> Iterator[tuple[str, int, int, int, int]]:
-    """(model, heads of a scale, head_dim, kernel, side) of the suite, "full" or "small"."""
-    for model, dim, kernel, maps in MODELS:
-        if suite == "full" or model in _SMALL:
-            for heads, side in maps:
-                yield model, heads, dim, kernel, side
+from mvkernels.dispatch.registry import Case, Cost
+from mvkernels.ops.common.linear import LAYOUTS, eager, make_qkv, shapes
 
 
 def cases(suite: str = "full") -> list[Case]:
@@ -53,21 +20,6 @@ def cases(suite: str = "full") -> list[Case]:
         label = f"{shape['heads']}x{dim}_{side}x{side}"
         found.append(Case(label, model, partial(_make, shape), LAYOUTS, shape))
     return found
-
-
-def make_qkv(
-    channels: int,
-    shape: Mapping[str, Any],
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    layout: str | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """A map (B, channels, H, W) as a convolution leaves it."""
-    x = torch.randn(batch, channels, shape["height"], shape["width"], generator=generator)
-    last = layout == "channels_last"
-    return x.to(device, dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _make(
@@ -92,15 +44,6 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     if backward:
         return Cost(7 * size * query.element_size(), 8 * size * dim, 0)
     return Cost(4 * size * query.element_size(), 4 * size * dim, 0)
-
-
-def eager(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """As the models' own code: float32, the keys' sum by a row of ones under the values, two products, a division."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (m.flatten(3).to(dtype) for m in (query, key, value))
-    v = pad(v, (0, 0, 0, 1), value=1.0)
-    out = v @ k.relu().transpose(-2, -1) @ q.relu()
-    return (out[:, :, :-1] / (out[:, :, -1:] + eps)).to(query.dtype).unflatten(3, query.shape[3:])
 
 
 PEERS = {"eager": eager}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvkernels.ops.third_party import in_float32, package
+from mvkernels.ops.common.peers import in_float32, package
 
 
 @cache

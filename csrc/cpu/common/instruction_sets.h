@@ -1,0 +1,65 @@
+// The kernels by instruction set, and which one runs. Included once, by register.cpp.
+#pragma once
+
+#include <cstring>
+
+#include "common/linear_attention.h"
+#include "common/mobile_former.h"
+#include "elementwise/elementwise.h"
+#include "multiscale_linear_attention/multiscale.h"
+#include "patch_attention/patch_attention.h"
+
+namespace mvk {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+  const PatchAttentionKernels* patch_attention;
+  const MobileToFormerKernels* mobile_to_former;
+  const FormerToMobileKernels* former_to_mobile;
+  const LinearAttentionKernels* relu_linear_attention;
+  const MultiscaleKernels* multiscale;
+  const MultiscaleBackwardKernels* multiscale_backward;
+  const ElementwiseKernels* elementwise;
+};
+
+#define MVK_KERNELS(isa)                                                                                \
+  &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,        \
+      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
+      &isa::elementwise_kernels
+const InstructionSet kInstructionSets[] = {
+// best first
+#if defined(MVK_AVX512)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     },
+     MVK_KERNELS(avx512)},
+#endif
+#if defined(MVK_AVX2)
+    {"avx2",
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
+     MVK_KERNELS(avx2)},
+#endif
+#if defined(MVK_NEON)
+    {"neon", [] { return true; }, MVK_KERNELS(neon)},
+#endif
+#if defined(MVK_BASELINE)
+    {"baseline", [] { return true; }, MVK_KERNELS(baseline)},
+#endif
+};
+#undef MVK_KERNELS
+
+const InstructionSet* find(const char* name) {
+  for (const InstructionSet& set : kInstructionSets)
+    if (set.supported() && (!name || !std::strcmp(name, set.name))) return &set;
+  return nullptr;
+}
+
+const InstructionSet* current = find(nullptr);
+
+}  // namespace
+}  // namespace mvk

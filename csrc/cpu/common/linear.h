@@ -1,0 +1,364 @@
+// What the kernels of ReLU linear attention are made of: blocks of pixels in registers' order, and products over them.
+//
+// The sums of a head are rows: kv[j][i] = sum_n v_j[n] relu(k_i[n]), and row D is the sum of relu(k) itself, as if the values had one
+// more dim that is 1 everywhere. Maps whose pixels lie side by side are computed with pixels as lanes, those whose dims do with
+// dims as lanes; other strides are packed into one of the two.
+#pragma once
+
+#include "common/lattice.h"
+#include "common/linear_attention.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+template <class T>
+MVK_INLINE vec<T> relu(vec<T> x) {
+  return maximum<T>(vec<T>{}, x);  // NaN stays
+}
+// A gradient through relu, given its result: as PyTorch, NaN lets it pass.
+template <class T>
+MVK_INLINE vec<T> where_positive(vec<T> result, vec<T> gradient) {
+  return result <= vec<T>{} ? vec<T>{} : gradient;
+}
+
+// One (batch, head) of a map, by blocks of pixels.
+template <class T, class S>
+struct Head {
+  S* base;
+  Map map;
+  int64_t dims, width, first = 0;  // first: the pixel that base is
+  bool uniform, rows, last;        // whether all pixels are equally far apart; pixels, or dims, side by side
+  int64_t* table;
+  int64_t known = 0;
+
+  Head(const Map& m, int64_t b, int64_t h, int64_t dims, int64_t height, int64_t width, int64_t* table)
+      : base(static_cast<S*>(m.data) + b * m.b + h * m.h),
+        map(m),
+        dims(dims),
+        width(width),
+        uniform(m.y == width * m.x || height == 1),
+        rows(m.x == 1 && uniform),
+        last(m.d == 1),
+        table(table) {}
+  // Of rows in scratch that hold pixels from `first` on.
+  Head(S* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
+      : base(rows),
+        map{nullptr, 0, 0, ld, 1, 1},
+        dims(dims),
+        width(1),
+        first(first),
+        uniform(true),
+        rows(true),
+        last(false),
+        table(table) {}
+  int64_t at(int64_t n) const {
+    n -= first;
+    return uniform ? n * map.x : n / width * map.y + n % width * map.x;
+  }
+  Lattice<S> lattice(int64_t n, int64_t count) {
+    if (!uniform) {
+      for (int64_t i = 0; i < count; ++i) table[i] = at(n + i) - at(n);
+    } else {
+      for (; known < count; ++known) table[known] = known * map.x;
+    }
+    return {base + at(n), table, map.d, map.x};
+  }
+  // dst[d * ld + i] = pixel n + i, dim d; lanes up to a whole vector are 0.
+  template <bool Relu>
+  void panel(int64_t n, int64_t count, T* dst, int64_t ld) {
+    auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
+    if (rows) {
+      for (int64_t d = 0; d < dims; ++d) {
+        const S* p = base + d * map.d + at(n);
+        T* to = dst + d * ld;
+        int64_t i = 0;
+        for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act(load<T>(p + i)));
+        if (i < count) store<T>(to + i, act(load_partial<T>(p + i, int(count - i))));
+      }
+      return;
+    }
+    pack_panel<T>(lattice(n, count), 0, count, dims, T(1), dst, ld);
+    if constexpr (Relu)
+      for (int64_t d = 0; d < dims; ++d)
+        for (int64_t i = 0; i < count; i += W<T>) store<T>(dst + d * ld + i, relu<T>(load<T>(dst + d * ld + i)));
+  }
+  // dst[i * ld + d] = pixel n + i, dim d; columns up to a whole vector are 0.
+  template <bool Relu>
+  void tokens(int64_t n, int64_t count, T* dst, int64_t ld) {
+    auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
+    if (last) {
+      for (int64_t i = 0; i < count; ++i) {
+        const S* p = base + at(n + i);
+        T* to = dst + i * ld;
+        int64_t d = 0;
+        for (; d + W<T> <= dims; d += W<T>) store<T>(to + d, act(load<T>(p + d)));
+        if (d < dims) store<T>(to + d, act(load_partial<T>(p + d, int(dims - d))));
+      }
+      return;
+    }
+    const Lattice<S> all = lattice(n, count);
+    vec<T> block[W<T>];
+    for (int64_t i = 0; i < count; i += W<T>) {
+      const int some = at_most<T>(count - i);
+      for (int64_t d = 0; d < dims; d += W<T>) {
+        T* to = dst + i * ld + d;
+        if (rows && some == W<T> && d + W<T> <= dims) {
+          const S* p = base + d * map.d + at(n) + i;
+#pragma GCC unroll 16
+          for (int j = 0; j < W<T>; ++j) block[j] = act(load<T>(p + j * map.d));
+          transpose<T>(block);
+#pragma GCC unroll 16
+          for (int j = 0; j < W<T>; ++j) store<T>(to + j * ld, block[j]);
+        } else {
+          load_by_dim<T>(all, i, some, d, at_most<T>(dims - d), block);
+          for (int j = 0; j < W<T>; ++j) block[j] = act(block[j]);
+          transpose<T>(block);
+          for (int j = 0; j < some; ++j) store<T>(to + j * ld, block[j]);
+        }
+      }
+    }
+  }
+  // A pixel's dims where they lie, or null.
+  const T* tokens_in_place(int64_t n) const {
+    if constexpr (!std::is_same_v<T, std::remove_const_t<S>>) return nullptr;
+    return last && uniform ? reinterpret_cast<const T*>(base + at(n)) : nullptr;
+  }
+  // Where whole vectors can be written in place, or null.
+  T* in_place_panel(int64_t n, int64_t count) const {
+    if constexpr (!std::is_same_v<T, S>) return nullptr;
+    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
+  }
+  T* in_place_tokens(int64_t n) const {
+    if constexpr (!std::is_same_v<T, S>) return nullptr;
+    return last && uniform && dims % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
+  }
+  void put_panel(int64_t n, int64_t count, const T* src, int64_t ld) {
+    if (rows) {
+      for (int64_t d = 0; d < dims; ++d) {
+        S* p = base + d * map.d + at(n);
+        const T* from = src + d * ld;
+        int64_t i = 0;
+        for (; i + W<T> <= count; i += W<T>) store_as<T>(p + i, load<T>(from + i));
+        if (i < count) store_partial<T>(p + i, load<T>(from + i), int(count - i));
+      }
+      return;
+    }
+    unpack_panel<T>(lattice(n, count), 0, count, dims, src, ld, static_cast<const T*>(nullptr));
+  }
+  void put_tokens(int64_t n, int64_t count, const T* src, int64_t ld) {
+    const T one = 1;
+    unpack_rows<T>(lattice(n, count), 0, count, dims, src, ld, &one, 0);
+  }
+};
+
+// Prefetches into L2, between the tiles of a product, what is read or written after it: heads of a map are far apart, and the hardware
+// does not guess them.
+struct Next {
+  struct Lines {
+    const char* base;
+    int64_t stride, bytes, count;
+  } some[4];
+  int maps = 0;
+  int64_t at = 0;
+  template <class T, class S>
+  void add(const Head<T, S>& head, int64_t n, int64_t count) {
+    if (count <= 0) return;
+    const char* base = reinterpret_cast<const char*>(head.base + head.at(n));
+    constexpr int64_t size = sizeof(S);
+    if (head.rows)
+      some[maps++] = {base, head.map.d * size, count * size, head.dims};
+    else if (head.last && head.uniform)
+      some[maps++] = {base, head.map.x * size, head.dims * size, count};
+  }
+  // A share of the rows, for one of so many tiles.
+  void between_tiles(int tiles) {
+    for (int i = 0; i < maps; ++i) {
+      const Lines& m = some[i];
+      const int64_t share = (m.count + tiles - 1) / tiles, from = at * share;
+      for (int64_t r = from; r < from + share && r < m.count; ++r)
+        for (int64_t b = 0; b < m.bytes; b += 64) __builtin_prefetch(m.base + r * m.stride + b, 0, 2);
+    }
+    ++at;
+  }
+};
+
+// c (+)= A B over all columns, with A in rows: row m, element k at a[m * lda + k]. b and c have whole vectors.
+template <class T, Start from, class Between = const Nothing>
+static void product(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    Between& between = kNothing) {
+  auto panel = [&](auto width, int64_t col) {
+    product_rows<T, decltype(width)::value, from, false>(
+        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr), between);
+  };
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
+  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
+  if (left) panel(std::integral_constant<int, 1>{}, col);
+}
+
+// What is done to a product as it is stored: n is the column.
+template <class T>
+struct Scaled {
+  const T* f;
+  vec<T> operator()(vec<T> x, int64_t n) const { return x * load<T>(f + n); }
+};
+template <class T>
+struct Rectified {
+  vec<T> operator()(vec<T> x, int64_t) const { return relu<T>(x); }
+};
+
+// c[m][n] = end(sum_k a[m * am + k * ak] b[k * ldb + n], n) for M rows and V vectors; am is 1 if Adjacent, else ak is.
+template <class T, int M, int V, bool Adjacent, class End>
+static void ended_tile(
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
+  vec<T> acc[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
+  for (int64_t k = 0; k < K; ++k) {
+    vec<T> bv[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
+    }
+    a += Adjacent ? ak : 1;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, end(acc[m][v], col + v * W<T>));
+}
+template <class T, int M, int V, bool Adjacent, class End>
+MVK_INLINE void ended_tile_of(
+    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
+    int64_t ldc) {
+  if (rows == M) return ended_tile<T, M, V, Adjacent>(K, a, am, ak, b, ldb, end, col, c, ldc);
+  if constexpr (M > 1) ended_tile_of<T, M - 1, V, Adjacent>(rows, K, a, am, ak, b, ldb, end, col, c, ldc);
+}
+template <class T, bool Adjacent, class End, class Between = const Nothing>
+static void ended_product(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end,
+    T* c, int64_t ldc, Between& between = kNothing) {
+  auto panel = [&](auto width, int64_t col) {
+    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
+    const Tiles tiles(rows, M);
+    int64_t m = 0;
+    for (int i = 0; i < tiles.count; ++i) {
+      const int r = tiles.height + (i < tiles.taller);
+      ended_tile_of<T, M, V, Adjacent>(r, K, a + m * am, am, ak, b + col, ldb, end, col, c + m * ldc + col, ldc);
+      m += r;
+      between.between_tiles(tiles.count);
+    }
+  };
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
+  if (left) panel(std::integral_constant<int, 1>{}, col);
+}
+
+// to[n] = 1 / (sum_i keys[i] q[i * ld + n] + eps) for V vectors of pixels.
+template <class T, int V>
+MVK_INLINE void reciprocals(int64_t D, const T* keys, const T* q, int64_t ld, T eps, T* to) {
+  vec<T> sum[2][V];  // two chains
+  for (auto& half : sum)
+    for (auto& one : half) one = vec<T>{};
+  int64_t i = 0;
+  for (; i + 2 <= D; i += 2, q += 2 * ld)
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[u][v] += splat(keys[i + u]) * load<T>(q + u * ld + v * W<T>);
+  for (int v = 0; v < V; ++v) {
+    if (i < D) sum[0][v] += splat(keys[i]) * load<T>(q + v * W<T>);
+    store<T>(to + v * W<T>, splat(T(1)) / (sum[0][v] + sum[1][v] + splat(eps)));
+  }
+}
+
+// to[n] = sum_i a[n * lda + i] b[n * ldb + i] for up to W rows of whole vectors; b's step is 0 for one row for all.
+template <class T>
+MVK_INLINE vec<T> dots(int count, int64_t cols, const T* a, int64_t lda, const T* b, int64_t ldb) {
+  vec<T> sum[W<T>];
+#pragma GCC unroll 16
+  for (int n = 0; n < W<T>; ++n) {
+    sum[n] = vec<T>{};
+    if (n < count)
+      for (int64_t i = 0; i < cols; i += W<T>) sum[n] += load<T>(a + n * lda + i) * load<T>(b + n * ldb + i);
+  }
+  add_across<T>(sum);
+  return sum[0];
+}
+
+// dst[n * ldd + i] = src[i * lds + n] for `count` pixels, whole vectors of them in src, and whole vectors of dims in dst.
+template <class T>
+static void turn(int64_t dims, int64_t count, const T* src, int64_t lds, T* dst, int64_t ldd) {
+  vec<T> block[W<T>];
+  for (int64_t n = 0; n < count; n += W<T>) {
+    for (int64_t d = 0; d < dims; d += W<T>) {
+      const int some = at_most<T>(dims - d);
+      const T* from = src + d * lds + n;
+      if (some == W<T>) {
+#pragma GCC unroll 16
+        for (int j = 0; j < W<T>; ++j) block[j] = load<T>(from + j * lds);
+      } else {
+        for (int j = 0; j < W<T>; ++j) block[j] = j < some ? load<T>(from + j * lds) : vec<T>{};
+      }
+      transpose<T>(block);
+      T* to = dst + n * ldd + d;
+#pragma GCC unroll 16
+      for (int j = 0; j < W<T>; ++j) store<T>(to + j * ldd, block[j]);
+    }
+  }
+}
+
+// [D + 1][ld] in scratch from kv (D, D) and keys (D), and back.
+template <class T>
+static void take_sums(int64_t D, const T* kv, const T* keys, T* to, int64_t ld) {
+  for (int64_t j = 0; j <= D; ++j, to += ld) {
+    const T* from = j < D ? kv + j * D : keys;
+    for (int64_t i = 0; i < ld; ++i) to[i] = i < D ? from[i] : T(0);
+  }
+}
+template <class T>
+static void give_sums(int64_t D, const T* from, int64_t ld, T* kv, T* keys) {
+  for (int64_t j = 0; j <= D; ++j) memcpy(j < D ? kv + j * D : keys, from + j * ld, D * sizeof(T));
+}
+// The sums of all chunks, `stride` apart, in order.
+template <class T>
+static void merge_sums(int64_t D, int64_t chunks, const T* parts, int64_t stride, T* to, int64_t ld) {
+  take_sums(D, parts, parts + D * D, to, ld);
+  for (int64_t c = 1; c < chunks; ++c)
+    for (int64_t j = 0; j <= D; ++j)
+      for (int64_t i = 0; i < D; ++i) to[j * ld + i] += parts[c * stride + j * D + i];
+}
+
+// The pixels of a chunk: whole vectors but for the last.
+template <class T>
+MVK_INLINE void part_of(int64_t pixels, int64_t chunk, int64_t chunks, int64_t& begin, int64_t& end) {
+  begin = 0, end = pixels;
+  if (chunks == 1) return;
+  const int64_t vectors = (pixels + W<T> - 1) / W<T>, cut = vectors * (chunk + 1) / chunks * W<T>;
+  begin = vectors * chunk / chunks * W<T>;
+  if (cut < end) end = cut;
+}
+
+// Pixels of a block: two maps of it in 24 KB, a half of L1 at the least.
+template <class T>
+MVK_INLINE int64_t pixels_of_block(int64_t D, int64_t pixels) {
+  constexpr int64_t unit = 2 * W<T>;
+  int64_t fit = (24 << 10) / (2 * D * int64_t(sizeof(T))) / unit * unit;
+  fit = fit < unit ? unit : fit > 256 ? 256 : fit;
+  const int64_t all = round_up(pixels, W<T>);
+  return fit < all ? fit : all;
+}
+
+}  // namespace
+}  // namespace MVK_ISA
+}  // namespace mvk

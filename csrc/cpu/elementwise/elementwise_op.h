@@ -1,0 +1,91 @@
+// The element-wise kernels around attention as boxed torch operators. Included by register.cpp alone.
+#pragma once
+
+#include <cmath>
+
+#include "common/instruction_sets.h"
+#include "common/tensor.h"
+#include "elementwise/elementwise.h"
+
+namespace mvk {
+namespace {
+
+// Dense in one of the two layouts that convolutions give.
+bool dense(const Tensor& t, bool channels_last) {
+  const int64_t *n = t.sizes(), *s = t.strides();
+  const int64_t c = channels_last ? 1 : n[2] * n[3], x = channels_last ? n[1] : 1;
+  const int64_t wanted[4] = {n[1] * n[2] * n[3], c, x * n[3], x};
+  for (int i = 0; i < 4; ++i)
+    if (n[i] != 1 && s[i] != wanted[i]) return false;
+  return true;
+}
+
+Maps maps(const Tensor& x, const Tensor& out, const char* op) {
+  const bool float32 = x.dtype() == aoti_torch_dtype_float32();
+  require(x.dim() == 4 && float32, op, "a float32 map of 4 axes is wanted");
+  const bool first = dense(x, false);
+  require(first || dense(x, true), op, "a dense map is wanted");
+  const int64_t* n = x.sizes();
+  const auto* in = static_cast<const float*>(x.data());
+  return {in, static_cast<float*>(out.data()), n[0], n[1], n[2], n[3], !first};
+}
+
+Tensor empty_as(const Tensor& x) {
+  return empty({x.sizes(), x.sizes() + x.dim()}, {x.strides(), x.strides() + x.dim()}, x.dtype());
+}
+
+// Runs a kernel over all units of so many FLOPs an element.
+template <class Kernel>
+void over(const Maps& m, double flops, const Kernel& kernel) {
+  if (m.units() && m.unit_size()) parallel(m.units(), grain(flops * double(m.unit_size())), kernel);
+}
+
+// Settings of a channel each, or null.
+const float* per_channel(const Tensor& t, int64_t channels) {
+  if (!t) return nullptr;
+  const bool fits = t.dim() == 1 && t.sizes()[0] == channels && (channels == 1 || t.strides()[0] == 1);
+  require(fits && t.dtype() == aoti_torch_dtype_float32(), "norm_activation", "parameters do not fit");
+  return static_cast<const float*>(t.data());
+}
+
+// settings: mean, var, weight, bias, bias of the convolution, eps, activation
+void run_norm_activation(const Tensor& x, const Tensor& out, StableIValue* settings) {
+  Tensor mean = take(settings[0]), var = take(settings[1]), weight = take_optional(settings[2]);
+  Tensor bias = take_optional(settings[3]), conv_bias = take_optional(settings[4]);
+  const double eps = torch::stable::detail::to<double>(settings[5]);
+  NormActivation a{maps(x, out, "norm_activation"), nullptr, nullptr};
+  a.activation = Activation(torch::stable::detail::to<int64_t>(settings[6]));
+  const int64_t C = a.maps.C;
+  const float *m = per_channel(mean, C), *v = per_channel(var, C), *w = per_channel(weight, C);
+  const float *b = per_channel(bias, C), *before = per_channel(conv_bias, C);
+  std::vector<float> scale(C), shift(C);
+  for (int64_t c = 0; c < C; ++c) {
+    scale[c] = 1 / std::sqrt(v[c] + float(eps)) * (w ? w[c] : 1);
+    shift[c] = ((before ? before[c] : 0) - m[c]) * scale[c] + (b ? b[c] : 0);
+  }
+  a.scale = scale.data(), a.shift = shift.data();
+  over(a.maps, 16, [&](int64_t i, int64_t j) { current->elementwise->norm_activation(a, i, j); });
+}
+
+void norm_activation(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x = take(stack[0]);
+  Tensor out = empty_as(x);
+  run_norm_activation(x, out, stack + 1);
+  give(stack, out);
+}
+
+void norm_activation_(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x = take(stack[0]);
+  run_norm_activation(x, x, stack + 1);
+}
+
+void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x = take(stack[0]);
+  Tensor out = empty_as(x);
+  const Maps m = maps(x, out, "pooled_difference");
+  over(m, 8, [&](int64_t i, int64_t j) { current->elementwise->pooled_difference(m, i, j); });
+  give(stack, out);
+}
+
+}  // namespace
+}  // namespace mvk

@@ -1,0 +1,511 @@
+// Mobile to Former on CPUs: few tokens attend to all pixels of a map, key and value at once.
+//
+// For each block of pixels of a (batch, head): scores, exponentials, sums of p x, with the block in cache: the map is read
+// from memory once. With pixels as lanes each lane keeps a running maximum, sum and weighted sums of its own, so nothing
+// goes across lanes until the end; maps whose dims are contiguous go by rows, lanes are tokens and then dims. The backward
+// makes the scores of all pixels again, and once their sums are known writes dx, and sums dquery as the forward sums the
+// output. Chunks of pixels are added up in order: no atomics.
+#include "common/pixel_rows.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+// What lanes have in common where pixels are lanes: the token, but nothing while they are summed, unless all at once.
+template <class T>
+struct OneToken {
+  static vec<T> running(vec<T> v, bool once) { return once ? top(v) : v; }
+  static vec<T> top(vec<T> v) { return fold<T, 1, W<T>>(v, Most<T>()); }
+  static vec<T> sum(vec<T> v) { return fold<T, 1, W<T>>(v, Sum<T>()); }
+};
+// Where lane i is of token i % G.
+template <class T, int G>
+struct TokensInTurn {
+  static vec<T> running(vec<T> v, bool) { return top(v); }
+  static vec<T> top(vec<T> v) { return fold<T, G, W<T>>(v, Most<T>()); }
+  static vec<T> sum(vec<T> v) { return fold<T, G, W<T>>(v, Sum<T>()); }
+};
+
+// s = 2^(factor (s - top)) for a row of whole vectors, where top becomes the maximum so far of what is summed together, and
+// sum the lane's sum; alpha is what was summed before is to be multiplied with.
+template <class T, class Lanes>
+MVK_INLINE void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha, bool once = false) {
+  const vec<T> f = splat(factor), before = load<T>(top);
+  vec<T> most = before;
+  for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
+  most = Lanes::running(most, once);
+  store<T>(top, most);
+  // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
+  const vec<T> none = splat(-kInfinity<T>);
+  const vec<T> shift = most == none ? vec<T>{} : most;
+  vec<T> a[1] = {(before - shift) * f};
+  exp2_nonpositive<1>(a);
+  store<T>(alpha, a[0]);
+  vec<T> total = {};
+  int64_t n = 0;
+  auto some = [&](auto vectors) __attribute__((always_inline)) {
+    constexpr int U = decltype(vectors)::value;
+    vec<T> p[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) p[u] = (load<T>(s + n + u * W<T>) - shift) * f;
+    exp2_nonpositive<U>(p);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      store<T>(s + n + u * W<T>, p[u]);
+      total += p[u];
+    }
+    n += U * W<T>;
+  };
+  while (n + 4 * W<T> <= count) some(std::integral_constant<int, 4>{});
+  while (n < count) some(std::integral_constant<int, 1>{});
+  store<T>(sum, total + a[0] * load<T>(sum));
+}
+
+// What is known of a token after all pixels of a unit, as a chunk's part or as the result.
+template <class T, class S>
+MVK_INLINE void put_output(const Bridge& a, int64_t unit, int64_t m, const T* row, T most, T total) {
+  if (a.partial) {
+    T* to = static_cast<T*>(a.partial) + unit * a.forward_partial() + m * (a.D + 2);
+    memcpy(to, row, a.D * sizeof(T));
+    to[a.D] = most, to[a.D + 1] = total;
+  } else {
+    store_token<T, S>(a, a.out, unit / a.heads, unit % a.heads, m, row);
+  }
+}
+
+template <class T, class S>
+static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
+  const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
+  arena.reset(
+      Arena::bytes<int64_t>(K) + Arena::bytes<T>(M * ldq) + Arena::bytes<T>(D * K) + Arena::bytes<T>(M * K) +
+          Arena::bytes<T>(Sums<T>::lanes_size(a)) + 3 * Arena::bytes<T>(M * W<T>) +
+          Arena::bytes<T>(Sums<T>::rows_size(a)),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  T* q = arena.take<T>(M * ldq);
+  T* packed = arena.take<T>(D * K);
+  T* s = arena.take<T>(M * K);
+  T* acc = arena.take<T>(Sums<T>::lanes_size(a));
+  T* top = arena.take<T>(M * W<T>);
+  T* sum = arena.take<T>(M * W<T>);
+  T* alpha = arena.take<T>(M * W<T>);
+  Sums<T> out(a, acc, arena.take<T>(Sums<T>::rows_size(a)));
+  const Factor factor(a.scale, false);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Pixels<T, const S> x(a, a.x, b, h, table);
+    pack_tokens<T, S>(a, a.query, b, h, T(factor.queries), q, ldq);
+    for (int64_t i = 0; i < M * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
+    int64_t from, to;
+    chunk_of<T>(a, unit % a.chunks, from, to);
+    Span<T> span(from, to, K);
+    bool first = true;
+    for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {
+      int64_t ld;
+      const T* rows = x.rows(n, count, packed, K, ld);
+      scores<T>(M, D, q, ldq, rows, ld, count, s, K);
+      fill_tail<T>(M, s, K, count, -kInfinity<T>);
+      for (int64_t m = 0; m < M; ++m)
+        exponentials<T, OneToken<T>>(
+            s + m * K, count, T(factor.scores), top + m * W<T>, sum + m * W<T>, alpha + m * W<T>, count == to - from);
+      out.once = count == to - from;
+      out.add(count, s, K, rows, ld, alpha, first);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      const T most = lane_max<T>(load<T>(top + m * W<T>));
+      vec<T> part[1] = {
+          (load<T>(top + m * W<T>) - splat(most == -kInfinity<T> ? T(0) : most)) * splat(T(factor.scores))};
+      exp2_nonpositive<1>(part);
+      const T total = lane_sum<T>(part[0] * load<T>(sum + m * W<T>));
+      const T* row = out.token(m, a.partial ? part[0] : part[0] * splat(T(1) / total));
+      put_output<T, S>(a, unit, m, row, most, total);
+    }
+  }
+}
+
+template <class T, class S, int G>
+static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
+  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldq = round_up(D, W<T>), groups = (M + G - 1) / G;
+  arena.reset(
+      Arena::bytes<int64_t>(K) + Arena::bytes<T>(groups * D * G) + Arena::bytes<T>(K * ldq) + Arena::bytes<T>(K * G) +
+          2 * Arena::bytes<T>(groups * W<T>) + Arena::bytes<T>(W<T>) + Arena::bytes<T>(M * ldq),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  T* q = arena.take<T>(groups * D * G);
+  T* packed = arena.take<T>(K * ldq);
+  T* s = arena.take<T>(K * G);
+  T* top = arena.take<T>(groups * W<T>);
+  T* sum = arena.take<T>(groups * W<T>);
+  T* alpha = arena.take<T>(W<T>);
+  T* out = arena.take<T>(M * ldq);
+  const Factor factor(a.scale, false);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Rows<T, const S> x(a, a.x, b, h, table);
+    pack_columns<T, S, G>(a, a.query, b, h, T(factor.queries), q);
+    for (int64_t i = 0; i < groups * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
+    Blocks blocks = blocks_of_unit<T>(a, unit, K);
+    while (blocks.next()) {
+      int64_t ld;
+      const T* rows = x.read(blocks.n, blocks.count, packed, ldq, ld);
+      for (int64_t g = 0; g < groups; ++g) {
+        dots<T, G>(D, blocks.count, rows, ld, q + g * D * G, s, -kInfinity<T>);
+        exponentials<T, TokensInTurn<T, G>>(
+            s, blocks.count * G, T(factor.scores), top + g * W<T>, sum + g * W<T>, alpha);
+        weigh<T, G>(smaller(M - g * G, G), D, blocks.count, s, rows, ld, out + g * G * ldq, ldq, alpha, blocks.first());
+      }
+    }
+    for (int64_t g = 0; g < groups; ++g) store<T>(sum + g * W<T>, TokensInTurn<T, G>::sum(load<T>(sum + g * W<T>)));
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t at = m / G * W<T> + m % G;
+      T* row = out + m * ldq;
+      if (!a.partial)
+        for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(1) / sum[at]) * load<T>(row + d));
+      put_output<T, S>(a, unit, m, row, top[at], sum[at]);
+    }
+  }
+}
+
+// Over (batch, head): the chunks' sums, each less than its own maximum, put together in order.
+template <class T, class S>
+static void merge(const Bridge& a, int64_t begin, int64_t end) {
+  const int64_t M = a.M, D = a.D;
+  arena.reset(Arena::bytes<T>(D), a.poison);
+  T* row = arena.take<T>(D);
+  const Factor factor(a.scale, false);
+  for (int64_t item = begin; item < end; ++item)
+    for (int64_t m = 0; m < M; ++m) {
+      const T* parts = static_cast<const T*>(a.partial) + item * a.chunks * a.forward_partial() + m * (D + 2);
+      T most = -kInfinity<T>, total = 0;
+      for (int64_t c = 0; c < a.chunks; ++c) {
+        const T top = parts[c * a.forward_partial() + D];
+        most = top > most ? top : most;
+      }
+      for (int64_t d = 0; d < D; ++d) row[d] = 0;
+      for (int64_t c = 0; c < a.chunks; ++c) {
+        const T* part = parts + c * a.forward_partial();
+        const T shift = most == -kInfinity<T> ? T(0) : most;
+        const T f = T(__builtin_exp2(double((part[D] - shift) * T(factor.scores))));
+        total += f * part[D + 1];
+        for (int64_t d = 0; d < D; ++d) row[d] += f * part[d];
+      }
+      for (int64_t d = 0; d < D; ++d) row[d] /= total;
+      store_token<T, S>(a, a.out, item / a.heads, item % a.heads, m, row);
+    }
+}
+
+// What a chunk of pixels leaves of a token for softmax's backward: its highest score, the sum of e = 2^(factor (S - top)), the
+// dP of that score, and sum e (dP - base). dS does not depend on the base; with this one nothing is lost where P is nearly 1.
+template <class T>
+struct Row {
+  T top, sum, base, sum_dp;
+};
+
+// e and dP of a chunk's pixels for all tokens, `columns` rows of `lanes` values a pixel: dS needs sums over all pixels before
+// it can be made. Of one chunk it is scratch, of several it lies in memory until all are there.
+template <class T>
+struct Weights {
+  int64_t ld;
+  T *e, *dp;
+  Row<T>* rows;
+  Weights(const Bridge& a, int64_t columns, int64_t lanes, T* scratch, int64_t unit)
+      : ld(leading<T>(chunk_most<T>(a) * lanes)) {
+    if (a.partial) scratch = static_cast<T*>(a.partial) + a.units() * a.M * a.D + unit * a.weights();
+    e = scratch, dp = e + columns * ld, rows = reinterpret_cast<Row<T>*>(dp + columns * ld);
+  }
+  static size_t size(const Bridge& a, int64_t columns, int64_t lanes) {
+    return a.partial ? 0 : 2 * columns * leading<T>(chunk_most<T>(a) * lanes) + 4 * a.M;
+  }
+};
+
+// What dS = factor e (dP - base - shift) takes. All of it is made of these very e and dP: what is left where P is 1 is then 0,
+// and not a rounding error times the size of the queries.
+template <class T>
+struct Shift {
+  T factor, base, shift;
+};
+template <class T>
+MVK_INLINE Shift<T> shift_of(const Bridge& a, const Weights<T>& w, int64_t unit, int64_t m) {
+  const T factor(Factor(a.scale, false).scores);
+  const int64_t step = a.weights() / 4;  // rows from a chunk to the next
+  const Row<T> own = w.rows[m], *rows = w.rows + m - unit % a.chunks * step;
+  T top = own.top, sum = 0, shift = 0;
+  for (int64_t c = 0; c < a.chunks; ++c) top = rows[c * step].top > top ? rows[c * step].top : top;
+  auto weight = [&](const Row<T>& row) {
+    return row.top == top ? T(1) : T(__builtin_exp2(double((row.top - top) * factor)));
+  };
+  for (int64_t c = 0; c < a.chunks; ++c) {
+    const Row<T>& row = rows[c * step];
+    const T share = weight(row);
+    sum += share * row.sum, shift += share * (row.sum_dp + (row.base - own.base) * row.sum);
+  }
+  return {weight(own) / sum, own.base, shift / sum};
+}
+
+// s becomes e, in a row of whole vectors; what is returned is alike in the lanes of a token. A sum is of chains of at most 32.
+template <class T, class Lanes>
+MVK_INLINE Row<vec<T>> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
+  const vec<T> f = splat(factor), none = splat(-kInfinity<T>);
+  vec<T> most = none, dp_of_most = {}, sum = {}, sum_dp = {};
+  for (int64_t n = 0; n < count; n += W<T>) {
+    const vec<T> v = load<T>(s + n);
+    dp_of_most = v > most ? load<T>(dp + n) : dp_of_most;
+    most = maximum<T>(most, v);
+  }
+  const vec<T> top = Lanes::top(most), shift = top == none ? vec<T>{} : top;
+  const vec<T> base = finite_or_zero<T>(Lanes::top(most == top ? dp_of_most : none));
+  int64_t n = 0;
+  auto some = [&](auto vectors, int64_t end) __attribute__((always_inline)) {
+    constexpr int U = decltype(vectors)::value;
+    vec<T> of_e[U] = {}, of_dp[U] = {};
+    for (; n + (U - 1) * W<T> < end; n += U * W<T>) {
+      vec<T> e[U];
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) e[u] = (load<T>(s + n + u * W<T>) - shift) * f;
+      exp2_nonpositive<U>(e);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        store<T>(s + n + u * W<T>, e[u]);
+        of_e[u] += e[u], of_dp[u] += e[u] * (load<T>(dp + n + u * W<T>) - base);
+      }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum += of_e[u], sum_dp += of_dp[u];
+  };
+  while (n + 3 * W<T> < count) some(std::integral_constant<int, 4>{}, smaller(count, n + 128 * W<T>));
+  some(std::integral_constant<int, 1>{}, count);
+  return {top, Lanes::sum(sum), base, Lanes::sum(sum_dp)};
+}
+
+// ds = e (dP - base - shift) over a row of whole vectors.
+template <class T>
+MVK_INLINE void derivative(const T* e, const T* dp, T* ds, int64_t count, vec<T> base, vec<T> shift) {
+  for (int64_t n = 0; n < count; n += W<T>) store<T>(ds + n, load<T>(e + n) * (load<T>(dp + n) - base - shift));
+}
+
+// Pixels that are split over threads go in two stages, with a barrier between.
+enum class Stage { all, weights, products };
+
+template <class T>
+MVK_INLINE void scale_row(T* row, int64_t ld, T factor) {
+  for (int64_t d = 0; d < ld; d += W<T>) store<T>(row + d, splat(factor) * load<T>(row + d));
+}
+
+template <class T, class S>
+MVK_INLINE void put_dquery(const Bridge& a, int64_t unit, int64_t m, const T* row) {
+  if (a.partial)
+    memcpy(static_cast<T*>(a.partial) + (unit * a.M + m) * a.D, row, a.D * sizeof(T));
+  else
+    store_token<T, S>(a, a.dquery, unit / a.heads, unit % a.heads, m, row);
+}
+
+// The weights of a chunk. q has the queries and then the output's gradient, for S and dP.
+template <class T, class S>
+static void weights_lanes(
+    const Bridge& a, Pixels<T, const S>& x, int64_t from, int64_t to, const T* q, int64_t ldq, T* packed, int64_t K,
+    const Weights<T>& w) {
+  const T factor(Factor(a.scale, false).scores);
+  Span<T> span(from, to, K);
+  for (int64_t n = span.next, count; (count = span.take()); n = span.next) {
+    int64_t ld;
+    const T* rows = x.rows(n, count, packed, K, ld);
+    scores<T>(2 * a.M, a.D, q, ldq, rows, ld, count, w.e + (n - from), w.ld);
+  }
+  fill_tail<T>(a.M, w.e, w.ld, to - from, -kInfinity<T>);
+  fill_tail<T>(a.M, w.dp, w.ld, to - from, T(0));
+  for (int64_t m = 0; m < a.M; ++m) {
+    const auto row = exponentials_of_row<T, OneToken<T>>(w.e + m * w.ld, w.dp + m * w.ld, to - from, factor);
+    w.rows[m] = {row.top[0], row.sum[0], row.base[0], row.sum_dp[0]};
+  }
+}
+
+template <class T, class S>
+static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
+  const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
+  arena.reset(
+      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(2 * M * ldq) + 2 * Arena::bytes<T>(D * K) +
+          Arena::bytes<T>(Weights<T>::size(a, M, 1)) + Arena::bytes<T>(Sums<T>::lanes_size(a)) +
+          Arena::bytes<T>(Sums<T>::rows_size(a)) + Arena::bytes<Shift<T>>(M),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  int64_t* dtable = arena.take<int64_t>(K);
+  T* q = arena.take<T>(2 * M * ldq);
+  T* q_scaled = arena.take<T>(2 * M * ldq);
+  T* go = q_scaled + M * ldq;
+  T* packed = arena.take<T>(D * K);
+  T* dpacked = arena.take<T>(D * K);
+  T* scratch = arena.take<T>(Weights<T>::size(a, M, 1));
+  T* acc = arena.take<T>(Sums<T>::lanes_size(a));
+  Sums<T> dq(a, acc, arena.take<T>(Sums<T>::rows_size(a)));
+  Shift<T>* shift = arena.take<Shift<T>>(M);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Pixels<T, const S> x(a, a.x, b, h, table);
+    Pixels<T, S> dx(a, a.dx, b, h, dtable);
+    const Weights<T> w(a, M, 1, scratch, unit);
+    int64_t from, to;
+    chunk_of<T>(a, unit % a.chunks, from, to);
+    if (stage != Stage::products) {
+      pack_tokens<T, S>(a, a.query, b, h, T(Factor(a.scale, false).queries), q, ldq);
+      pack_tokens<T, S>(a, a.grad, b, h, T(1), q + M * ldq, ldq);
+      weights_lanes<T, S>(a, x, from, to, q, ldq, packed, K, w);
+    }
+    if (stage == Stage::weights) continue;
+    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
+    pack_tokens<T, S>(a, a.grad, b, h, T(1), go, ldq);
+    for (int64_t m = 0; m < M; ++m) {
+      shift[m] = shift_of(a, w, unit, m);
+      scale_row(q_scaled + m * ldq, ldq, shift[m].factor);
+      scale_row(go + m * ldq, ldq, shift[m].factor);
+    }
+    Span<T> span(from, to, K);
+    bool first = true;
+    for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {
+      int64_t ld, ldd;
+      const T* rows = x.rows(n, count, packed, K, ld);
+      T *e = w.e + (n - from), *ds = w.dp + (n - from);
+      for (int64_t m = 0; m < M; ++m)
+        derivative(
+            e + m * w.ld, ds + m * w.ld, ds + m * w.ld, round_up(count, W<T>), splat(shift[m].base),
+            splat(shift[m].shift));
+      T* out = dx.target(n, count, dpacked, K, ldd);
+      spread<T>(M, D, count, q_scaled, ldq, ds, w.ld, nullptr, 0, out, ldd);
+      spread<T>(M, D, count, go, ldq, e, w.ld, out, ldd, out, ldd);
+      dx.put(n, count, out, ldd, dpacked);
+      dq.once = count == to - from;
+      dq.add(count, ds, w.ld, rows, ld, nullptr, first);
+    }
+    for (int64_t m = 0; m < M; ++m) put_dquery<T, S>(a, unit, m, dq.token(m, splat(T(a.scale) * shift[m].factor)));
+  }
+}
+
+// The same by rows, where q and go have the tokens by columns.
+template <class T, class S, int G>
+static void weights_rows(
+    const Bridge& a, Rows<T, const S>& x, Blocks blocks, const T* q, const T* go, T* packed, int64_t ldq,
+    const Weights<T>& w) {
+  const int64_t groups = (a.M + G - 1) / G, lanes = (blocks.end - blocks.begin) * G;
+  const T factor(Factor(a.scale, false).scores);
+  while (blocks.next()) {
+    int64_t ld;
+    const T* rows = x.read(blocks.n, blocks.count, packed, ldq, ld);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = g * w.ld + (blocks.n - blocks.begin) * G;
+      dots<T, G>(a.D, blocks.count, rows, ld, q + g * a.D * G, w.e + at, -kInfinity<T>);
+      dots<T, G>(a.D, blocks.count, rows, ld, go + g * a.D * G, w.dp + at, T(0));
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const auto row = exponentials_of_row<T, TokensInTurn<T, G>>(w.e + g * w.ld, w.dp + g * w.ld, lanes, factor);
+    for (int j = 0; j < G && g * G + j < a.M; ++j)
+      w.rows[g * G + j] = {row.top[j], row.sum[j], row.base[j], row.sum_dp[j]};
+  }
+}
+
+template <class T, class S, int G>
+static void backward_rows(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
+  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldq = round_up(D, W<T>), groups = (M + G - 1) / G;
+  arena.reset(
+      2 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(groups * D * G) + 3 * Arena::bytes<T>(M * ldq) +
+          2 * Arena::bytes<T>((K + W<T>)*ldq) + Arena::bytes<T>(K * G) +
+          Arena::bytes<T>(Weights<T>::size(a, groups, G)) + 2 * Arena::bytes<T>(groups * W<T>) +
+          Arena::bytes<Shift<T>>(M),
+      a.poison);
+  int64_t* table = arena.take<int64_t>(K);
+  int64_t* dtable = arena.take<int64_t>(K);
+  T* q = arena.take<T>(groups * D * G);
+  T* go = arena.take<T>(groups * D * G);
+  T* q_scaled = arena.take<T>(M * ldq);
+  T* go_rows = arena.take<T>(M * ldq);
+  T* dq = arena.take<T>(M * ldq);
+  T* packed = arena.take<T>((K + W<T>)*ldq);
+  T* dpacked = arena.take<T>((K + W<T>)*ldq);
+  T* ds = arena.take<T>(K * G);
+  T* scratch = arena.take<T>(Weights<T>::size(a, groups, G));
+  T* base = arena.take<T>(groups * W<T>);
+  T* below = arena.take<T>(groups * W<T>);
+  Shift<T>* shift = arena.take<Shift<T>>(M);
+
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
+    Rows<T, const S> x(a, a.x, b, h, table);
+    Rows<T, S> dx(a, a.dx, b, h, dtable);
+    const Weights<T> w(a, groups, G, scratch, unit);
+    Blocks blocks = blocks_of_unit<T>(a, unit, K);
+    if (stage != Stage::products) {
+      pack_columns<T, S, G>(a, a.query, b, h, T(Factor(a.scale, false).queries), q);
+      pack_columns<T, S, G>(a, a.grad, b, h, T(1), go);
+      weights_rows<T, S, G>(a, x, blocks, q, go, packed, ldq, w);
+    }
+    if (stage == Stage::weights) continue;
+    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
+    pack_tokens<T, S>(a, a.grad, b, h, T(1), go_rows, ldq);
+    for (int64_t i = 0; i < groups * W<T>; ++i) base[i] = below[i] = 0;
+    for (int64_t m = 0; m < M; ++m) {
+      shift[m] = shift_of(a, w, unit, m);
+      scale_row(q_scaled + m * ldq, ldq, shift[m].factor);
+      scale_row(go_rows + m * ldq, ldq, shift[m].factor);
+      for (int64_t i = m / G * W<T> + m % G; i < (m / G + 1) * W<T>; i += G)
+        base[i] = shift[m].base, below[i] = shift[m].shift;
+    }
+    while (blocks.next()) {
+      int64_t ld, ldd;
+      const int64_t n = blocks.n, count = blocks.count;
+      const T* rows = x.read(n, count, packed, ldq, ld);
+      T* out = dx.target(n, dpacked, ldq, ldd);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t some = smaller(M - g * G, G), from = g * G * ldq, at = g * w.ld + (n - blocks.begin) * G;
+        derivative(w.e + at, w.dp + at, ds, count * G, load<T>(base + g * W<T>), load<T>(below + g * W<T>));
+        const Spread<T> sets[2] = {{ds, q_scaled + from}, {w.e + at, go_rows + from}};
+        spread_rows<T, G>(some, D, count, sets, 2, ldq, g ? out : nullptr, ldd, out, ldd);
+        weigh<T, G>(some, D, count, ds, rows, ld, dq + from, ldq, nullptr, blocks.first());
+      }
+      dx.put(n, count, dpacked, ldq);
+    }
+    for (int64_t m = 0; m < M; ++m) {
+      scale_row(dq + m * ldq, ldq, T(a.scale) * shift[m].factor);
+      put_dquery<T, S>(a, unit, m, dq + m * ldq);
+    }
+  }
+}
+
+// Maps whose dims are contiguous go by rows.
+template <class T, class S>
+static void forward(const Bridge& a, int64_t begin, int64_t end) {
+  if (a.x.d != 1) return forward_lanes<T, S>(a, begin, end);
+  with_group<T>(a.M, [&](auto G) { forward_rows<T, S, G.value>(a, begin, end); });
+}
+template <class T, class S>
+static void backward(const Bridge& a, int64_t begin, int64_t end) {
+  const Stage stage = a.partial ? Stage::products : Stage::all;
+  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, stage);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, stage); });
+}
+// The first stage of a backward in chunks.
+template <class T, class S>
+static void weights(const Bridge& a, int64_t begin, int64_t end) {
+  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, Stage::weights);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, Stage::weights); });
+}
+
+// Over (batch, head).
+template <class T, class S>
+static void sum_dquery(const Bridge& a, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item)
+    sum_chunks<T, S>(a, a.dquery, static_cast<T*>(a.partial) + item * a.chunks * a.M * a.D, a.M * a.D, item);
+}
+
+}  // namespace
+
+static MVK_BY_DTYPE(Bridge, forward) static MVK_BY_DTYPE(Bridge, merge) static MVK_BY_DTYPE(
+    Bridge, weights) static MVK_BY_DTYPE(Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dquery)
+
+    extern const MobileToFormerKernels mobile_to_former_kernels;
+const MobileToFormerKernels mobile_to_former_kernels = {
+    forward_by_dtype, merge_by_dtype, weights_by_dtype, backward_by_dtype, sum_dquery_by_dtype};
+
+}  // namespace MVK_ISA
+}  // namespace mvk

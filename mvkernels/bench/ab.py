@@ -1,0 +1,207 @@
+"""``mvkernels bench --ab COMMIT``: this checkout against another commit, in two processes that take turns.
+
+Two runs one after the other compare two moods of a machine. Here each round has one sample of either side, in a random
+order, and what is judged is the ratio within a round.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mvkernels import report
+from mvkernels.bench import timing
+from mvkernels.bench.compare import TOLERANCE
+from mvkernels.bench.measuring import Options, candidates, work
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@dataclass
+class Side:
+    """Medians of one shape on either side, in microseconds, and their ratio: here over there, above 1 is slower."""
+
+    op: str
+    shape: str
+    batch: int
+    dtype: str
+    layout: str
+    mode: str
+    provider: str
+    there_us: float | None = None
+    here_us: float | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    """The 95 % confidence interval of the median of the rounds' ratios."""
+    ratio_high: float | None = None
+    rounds: int = 0
+    verdict: str = ""
+    """"slower", "faster", "same", or why there is no time."""
+    failed: bool = False
+
+    @property
+    def regressed(self) -> bool:
+        return self.verdict == "slower" or self.failed
+
+
+def run(options: Options, commit: str, tolerance: float = TOLERANCE) -> list[Side]:
+    """Measure every shape asked for on both sides. Raises UsageError where a side cannot be made."""
+    with ExitStack() as stack:
+        there = stack.enter_context(checkout(commit))
+        sides = {"here": stack.enter_context(worker(ROOT)), "there": stack.enter_context(worker(there))}
+        found = []
+        items = [(item, backend) for item in work(options) for backend in candidates(item, options)]
+        progress = report.Progress(len(items))
+        for (op, case, layout, batch, dtype, mode), backend in items:
+            progress.step(f"{op.name} {case.label} batch {batch} {dtype} {mode}")
+            request = {
+                "op": op.name, "model": case.model, "label": case.label, "layout": layout, "batch": batch,
+                "dtype": dtype, "mode": mode, "backend": backend, "device": options.device, "threads": options.threads,
+            }  # fmt: skip
+            row = Side(op.name, f"{case.model} {case.label}", batch, dtype, layout, mode, backend)
+            _measure(row, sides, request, options, tolerance)
+            found.append(row)
+        progress.close()
+    return found
+
+
+def _measure(row: Side, sides: dict[str, _Worker], request: dict[str, Any], options: Options, tolerance: float) -> None:
+    answers = {name: side.ask(request) for name, side in sides.items()}
+    for name, answer in answers.items():
+        if "why" in answer:
+            row.verdict, row.failed = f"no time {name}: {answer['why']}", name == "here"
+            return
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    order, shuffle = list(sides), random.Random(0).shuffle
+    end = time.perf_counter() + 2 * options.min_time
+    while not (_enough(len(samples["here"]), options) and (options.rounds or time.perf_counter() >= end)):
+        shuffle(order)
+        for name in order:
+            samples[name].append(sides[name].ask("sample"))
+    ratios = [here / there for here, there in zip(samples["here"], samples["there"])]
+    times = timing.Times(tuple(ratios))
+    low, high = times.interval()
+    row.ratio, row.ratio_low, row.ratio_high, row.rounds = times.median, low, high, len(ratios)
+    row.here_us, row.there_us = (timing.Times(tuple(samples[name])).median * 1e6 for name in ("here", "there"))
+    row.verdict = "slower" if low > 1 + tolerance else "faster" if high < 1 / (1 + tolerance) else "same"
+
+
+def _enough(count: int, options: Options) -> bool:
+    return count >= (options.rounds or 15)
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """The files of a commit in a temporary folder, with the extension that belongs to it."""
+    if not (ROOT / ".git").exists():
+        raise report.UsageError("--ab needs a git checkout, this is an installed package")
+    try:
+        found = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").strip()
+    except (OSError, subprocess.CalledProcessError):
+        raise report.UsageError(f"--ab {commit}: git knows no such commit") from None
+    with tempfile.TemporaryDirectory(prefix="mvkernels-ab-") as folder:
+        path = Path(folder) / "checkout"
+        try:
+            # Not a worktree: that would be written into the repository, and stay there if this process is killed.
+            _git("archive", "--format=tar", f"--output={folder}/checkout.tar", found)
+            with tarfile.open(f"{folder}/checkout.tar") as files:
+                files.extractall(path, filter="data")
+            _extension(path, found)
+        except subprocess.CalledProcessError as error:
+            raise report.UsageError(f"--ab {commit}: {_last_line(error)}") from None
+        yield path
+
+
+def _extension(path: Path, commit: str) -> None:
+    """Copy this checkout's extension where its sources are the same, else build; neither where this one has none."""
+    built = list((ROOT / "mvkernels").glob("_C*.so"))
+    if not built:
+        return
+    same = subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "csrc", "setup.py"], check=False)
+    if same.returncode == 0:
+        for file in built:
+            shutil.copy2(file, path / "mvkernels")
+        return
+    print(f"building the extension of {commit[:10]}", file=sys.stderr)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=path, check=True, capture_output=True, text=True)
+    if not list((path / "mvkernels").glob("_C*.so")):
+        raise report.UsageError(f"--ab {commit[:10]}: its extension was not built")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _last_line(error: subprocess.CalledProcessError) -> str:
+    lines = (error.stderr or error.stdout or str(error)).strip().splitlines()
+    return lines[-1] if lines else str(error)
+
+
+class _Worker:
+    def __init__(self, process: subprocess.Popen[str], path: Path) -> None:
+        self.process, self.path = process, path
+
+    def ask(self, request: Any) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise report.UsageError(f"--ab: the process of {self.path} has ended, see above") from None
+
+
+@contextmanager
+def worker(path: Path) -> Iterator[_Worker]:
+    """A process on a checkout. Waiting threads of one side must not run against the other's: they sleep."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(path), str(path / "python")))}
+    environment |= {"OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, str(HERE / "worker.py"), str(path), str(HERE / "timing.py")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=path
+    ) as process:
+        try:
+            yield _Worker(process, path)
+        finally:
+            process.kill()
+
+
+def text(rows: Sequence[Side], commit: str) -> str:
+    """A table, and what it amounts to."""
+    lines = [
+        (
+            r.op, r.shape, r.batch, r.dtype, r.layout, r.mode, r.provider, _us(r.there_us), _us(r.here_us),
+            None if r.ratio is None else f"{r.ratio:.3f}x",
+            None if r.ratio is None else f"{r.ratio_low:.3f}..{r.ratio_high:.3f}", r.rounds, r.verdict,
+        )
+        for r in rows
+    ]  # fmt: skip
+    header = ("op", "shape", "batch", "dtype", "layout", "mode", "provider", f"{commit[:12]} us", "here us",
+              "here/there", "95 %", "rounds", "verdict")  # fmt: skip
+    ratios = [r.ratio for r in rows if r.ratio is not None]
+    total = f"{len(rows)} rows, {sum(r.regressed for r in rows)} regressed"
+    if ratios:
+        total += f", geometric mean of here/there {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}"
+    return f"{report.table(lines, header)}\n\n{total}"
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else report.microseconds(value * 1e-6)
+
+
+def as_json(rows: Sequence[Side]) -> list[dict[str, Any]]:
+    return [asdict(row) for row in rows]

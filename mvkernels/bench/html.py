@@ -1,0 +1,195 @@
+"""``mvkernels bench --html FOLDER``: one page that shows a folder of results, and needs nothing but itself."""
+
+from __future__ import annotations
+
+import csv
+import html
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvkernels import report
+from mvkernels.bench import plots as bench_plots
+from mvkernels.bench.rows import COLUMNS, Row, geomeans, read_csv
+from mvkernels.files import write
+
+_STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222;background:#fff}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em;border-top:1px solid #ccc;padding-top:.8em}
+table{border-collapse:collapse;font-size:12px}td,th{padding:2px 8px;text-align:right;white-space:nowrap}
+th{cursor:pointer;background:#f2f2f2;position:sticky;top:0}tr:nth-child(even) td{background:#fafafa}
+td.t,th.t{text-align:left}.scroll{overflow:auto;max-height:32em;border:1px solid #ddd}
+.bad{color:#b00020}.bar{display:inline-block;height:9px;background:#3b7dd8;vertical-align:middle}.slow{background:#c77}
+.one{border-left:1px solid #000}nav a{margin-right:1em}input{margin:.4em 0;padding:3px 6px;width:24em}
+svg text{font:10px system-ui,sans-serif}
+"""
+_SCRIPT = """
+for (const t of document.querySelectorAll('table')) {
+  const body = t.tBodies[0];
+  t.querySelectorAll('th').forEach((h, i) => h.onclick = () => {
+    const up = h.dataset.up = h.dataset.up === '1' ? '0' : '1', rows = [...body.rows];
+    const value = r => { const s = r.cells[i].dataset.v ?? r.cells[i].textContent; const n = parseFloat(s);
+      return isNaN(n) ? s : n; };
+    rows.sort((a, b) => { const x = value(a), y = value(b); const c = typeof x === typeof y ?
+      (x > y) - (x < y) : typeof x === 'number' ? -1 : 1; return up === '1' ? c : -c; });
+    body.append(...rows);
+  });
+  const box = t.closest('section').querySelector('input');
+  if (box) box.oninput = () => { for (const r of body.rows)
+    r.hidden = !box.value.split(' ').every(p => r.textContent.toLowerCase().includes(p.toLowerCase())); };
+}
+"""
+_COLOURS = ("#3b7dd8", "#d8793b", "#4a9d5b", "#9a57b5", "#b5574a", "#666666", "#2aa5a0", "#c2a32b")
+
+
+def command(folder: str, json: Callable[[Any], None] | None) -> int:
+    """Write the page, and say where. UsageError where there is nothing to show."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise report.UsageError(f"--html {folder}: no such folder")
+    files = sorted(path.rglob("*.csv"))
+    if not files:
+        raise report.UsageError(f"--html {folder}: no CSV file in it")
+    target = path / "index.html"
+    write(target, page(path, files))
+    json({"page": str(target), "files": [str(f) for f in files]}) if json is not None else print(f"written: {target}")
+    return 0
+
+
+def page(folder: Path, files: Sequence[Path]) -> str:
+    """The page, a section for each file."""
+    names = [str(file.relative_to(folder)) for file in files]
+    sections = []
+    for name, file in zip(names, files):
+        try:
+            sections.append(_section(name, file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise report.UsageError(f"{file} cannot be read: {error}") from None
+    links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mvkernels: results</title>'
+        f"<style>{_STYLE}</style></head><body><h1>mvkernels: results</h1><nav>{links}</nav>\n"
+        + "\n".join(sections)
+        + f"<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(name: str, file: Path) -> str:
+    with file.open(newline="") as text:
+        reader = csv.DictReader(text)
+        lines, columns = list(reader), list(reader.fieldnames or ())
+    head = f'<section id="{html.escape(name)}"><h2>{html.escape(name)}</h2>'
+    if not lines:
+        return f"{head}<p>No rows.</p></section>"
+    body = ""
+    constant = {c: lines[0][c] for c in columns if len(lines) > 1 and all(line[c] == lines[0][c] for line in lines)}
+    if set(COLUMNS[:18]) <= set(columns):
+        rows = read_csv(file)
+        body = _summary(rows) + _bars(rows) + _roofline(rows)
+    said = ", ".join(f"{html.escape(c)} {html.escape(v or '')}" for c, v in constant.items() if v)
+    shown = [c for c in columns if c not in constant]
+    table = _table(shown, [[line[c] or "" for c in shown] for line in lines])
+    return (
+        f'{head}<p>{said}</p>{body}<input placeholder="filter: words, all of which a row must have">{table}</section>'
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numeric = [all(_number(row[i]) is not None or not row[i] for row in rows) for i in range(len(header))]
+    kind = ["" if number else ' class="t"' for number in numeric]
+    heads = "".join(f"<th{k}>{html.escape(h)}</th>" for h, k in zip(header, kind))
+    lines = [
+        "<tr>" + "".join(f"<td{k}>{html.escape(_short(cell))}</td>" for cell, k in zip(row, kind)) + "</tr>"
+        for row in rows
+    ]
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _short(text: str) -> str:
+    value = _number(text)
+    return text if value is None or len(text) < 8 or not math.isfinite(value) or value == int(value) else f"{value:.4g}"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    found = geomeans(rows)
+    return "" if not found else _plain(list(found[0]), [[str(v) for v in line.values()] for line in found])
+
+
+def _plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    lines = ["<tr>" + "".join(f'<td class="t">{html.escape(c)}</td>' for c in row) + "</tr>" for row in rows]
+    return (
+        "<details open><summary>geometric means over the best peer</summary>"
+        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
+    )
+
+
+def _bars(rows: Sequence[Row]) -> str:
+    mine = [r for r in rows if r.speedup_median is not None]
+    if not mine:
+        return ""
+    most = max(r.speedup_median or 0 for r in mine)
+    unit = 420 / max(most, 1)
+    lines = []
+    for r in mine:
+        value = r.speedup_median or 0
+        name = f"{r.model} {r.label} B{r.batch} {r.dtype} {r.layout} {r.mode} {r.provider}"
+        slow = " slow" if value < 1 else ""
+        bar = f'<span class="bar{slow}" style="width:{value * unit:.0f}px"></span> {value:.2f}× of {r.best_peer}'
+        lines.append(f'<tr><td class="t">{html.escape(name)}</td><td class="t" data-v="{value}">{bar}</td></tr>')
+    head = '<thead><tr><th class="t">shape</th><th class="t">times as fast as the best peer</th></tr></thead>'
+    return (
+        f'<details><summary>speed-up, shape by shape</summary><div class="scroll"><table>{head}'
+        f"<tbody>{''.join(lines)}</tbody></table></div></details>"
+    )
+
+
+def _roofline(rows: Sequence[Row]) -> str:
+    """A log-log scatter as SVG, as :func:`mvkernels.bench.plots.roofline` draws it."""
+    rows = [r for r in rows if r.gb_s and r.tflop_s]
+    if not rows:
+        return ""
+    points = [(r, *bench_plots.point(r)) for r in rows]
+    low_x, high_x = (f(x for _, x, _ in points) for f in (min, max))
+    low_y = min(y for *_, y in points)
+    high_y = max(*(y for *_, y in points), bench_plots.roof(rows[0], high_x * 2))
+    width, height, edge = 640, 360, 48
+
+    def x_of(value: float) -> float:
+        return edge + (width - 2 * edge) * math.log(value / (low_x / 2)) / math.log(4 * high_x / low_x)
+
+    def y_of(value: float) -> float:
+        return height - edge - (height - 2 * edge) * math.log(value / (low_y / 2)) / math.log(4 * high_y / low_y)
+
+    at = [low_x / 2 * (4 * high_x / low_x) ** (i / 60) for i in range(61)]
+    line = " ".join(f"{x_of(x):.1f},{y_of(max(bench_plots.roof(rows[0], x), low_y / 2)):.1f}" for x in at)
+    parts = [f'<polyline points="{line}" fill="none" stroke="#000"/>']
+    providers = list(dict.fromkeys(r.provider for r in rows))
+    colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(providers)}
+    for r, x, y in points:
+        said = html.escape(f"{r.provider}: {r.model} {r.label} B{r.batch} {r.mode}, {y:.3g} GFLOP/s at {x:.3g} FLOP/B")
+        parts.append(
+            f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour[r.provider]}" fill-opacity=".7">'
+            f"<title>{said}</title></circle>"
+        )
+    for i, name in enumerate(providers):
+        parts.append(f'<rect x="{edge + 8}" y="{14 + 14 * i}" width="8" height="8" fill="{colour[name]}"/>')
+        parts.append(f'<text x="{edge + 20}" y="{22 + 14 * i}">{html.escape(name)}</text>')
+    for power in range(math.ceil(math.log10(low_x / 2)), math.floor(math.log10(high_x * 2)) + 1):
+        parts.append(f'<text x="{x_of(10**power):.0f}" y="{height - edge + 14}">{10.0**power:g}</text>')
+    for power in range(math.ceil(math.log10(low_y / 2)), math.floor(math.log10(high_y * 2)) + 1):
+        parts.append(f'<text x="6" y="{y_of(10**power):.0f}">{10.0**power:g}</text>')
+    parts.append(f'<text x="{width / 2 - 60}" y="{height - 8}">FLOPs per byte of the floor</text>')
+    parts.append('<text x="6" y="12">GFLOP/s</text>')
+    return (
+        f"<details><summary>roofline (line: copy and matrix product measured in the run)</summary>"
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg></details>'
+    )

@@ -1,0 +1,1 @@
+"""The ``mvkernels`` command, a file for each of its commands."""

@@ -1,0 +1,93 @@
+"""``mvkernels swap``: swap a model, say who was swapped, verify it, and time it against the original."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels import report, third_party
+from mvkernels.bench import timing
+from mvkernels.swap import swap, verify_swap
+
+
+def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
+    """Returns 1 if the swapped model computes something else than the original."""
+    report.check_device(options.device)
+    torch.set_num_threads(options.threads)
+    model = third_party.build(options.model, options.pretrained).to(options.device)
+    image, source = third_party.picture(options.image, options.size, options.batch)
+    if options.model.startswith("transformers:mobilevit"):
+        image = image.flip(1)  # these checkpoints were trained on BGR
+    image = image.to(options.device)
+    swapped = copy.deepcopy(model)
+    found = swap(swapped, backend=None if options.backend == "auto" else options.backend)
+    verified = verify_swap(swapped, image)
+    contenders = {"original": model, "swapped": swapped}
+    if options.compile:
+        contenders["original, compiled"] = torch.compile(model)  # type: ignore[assignment]
+    times = time_models(contenders, image, options.rounds)
+
+    parameters = sum(p.numel() for p in model.parameters())
+    if json is not None:
+        json(
+            {
+                "machine": report.machine(options.device),
+                "model": options.model,
+                "parameters": parameters,
+                "input": list(image.shape),
+                "image": source,
+                "entries": [asdict(entry) for entry in found.entries],
+                "swapped": found.count,
+                "verified": verified.ok,
+                "verification": str(verified),
+                "times": {
+                    name: {"median_us": t.median * 1e6, "min_us": t.min * 1e6, "rounds": len(t.samples)}
+                    for name, t in times.items()
+                },
+            }
+        )
+    else:
+        weights = "pretrained" if options.pretrained else "random weights"
+        print(f"{options.model}, {parameters:,} parameters, {weights}; input {tuple(image.shape)}: {source}\n")
+        print(found, verified, times_table(times), sep="\n\n")
+    if not verified.ok:
+        print("mvkernels swap: the swapped model differs from the original", file=sys.stderr)
+    return 0 if verified.ok else 1
+
+
+def time_models(models: dict[str, nn.Module], image: Tensor, rounds: int | None = None) -> dict[str, timing.Times]:
+    """Forward times of models on one input, interleaved, without gradients."""
+
+    def forward(model: nn.Module) -> Callable[[], Any]:
+        def call() -> Any:
+            with torch.no_grad():
+                return model(image)
+
+        return call
+
+    calls = {name: forward(model) for name, model in models.items()}
+    return timing.interleave(calls, image.device, rounds, min_time=1.0)
+
+
+def times_table(times: dict[str, timing.Times], first: str = "original") -> str:
+    """Milliseconds of each, and the speed-up over ``first``."""
+    base = times[first]
+    rows = [
+        (
+            name,
+            f"{t.median * 1e3:.2f}",
+            f"{t.min * 1e3:.2f}",
+            f"{t.quantile(0.2) * 1e3:.2f}..{t.quantile(0.8) * 1e3:.2f}",
+            f"{base.median / t.median:.2f}x",
+            f"{base.min / t.min:.2f}x",
+        )
+        for name, t in times.items()
+    ]
+    return report.table(rows, ("forward", "median ms", "min ms", "p20..p80", "x median", "x min"))

@@ -1,0 +1,1 @@
+"""Choosing a backend, checking arguments, registering operators: what every call goes through."""

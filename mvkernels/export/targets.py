@@ -1,0 +1,195 @@
+"""The file formats that models are exported to, and the runtimes that read them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from mvkernels.report import UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file format and the runtime that reads it."""
+
+    suffix: str
+    needs: tuple[str, ...]
+    """Modules that must import."""
+    write: Callable[[ExportedProgram, Path], dict[str, Any]]
+    """Writes the file; what it answers is shown."""
+    load: Callable[[Path, int], Callable[[Tensor], Tensor]] | None
+    """``load(path, threads)`` -> a function of the input, run by the target's own runtime."""
+    bounded: bool = False
+    """Whether dynamic sizes need an upper bound."""
+    exact_suffix: bool = False
+    """Whether the target writes no file of another suffix."""
+
+
+def _write_torch(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    with path.open("wb") as file:  # given a name it says nothing of a full disk
+        torch.export.save(program, file)
+    return {}
+
+
+def _load_torch(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    converted = torch.onnx.export(
+        program, (), dynamo=True, verbose=False, input_names=["image"], output_names=["logits"]
+    )
+    assert converted is not None
+    converted.save(path)
+    return {"opset": converted.model.opset_imports[""]}
+
+
+def _load_onnx(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0])
+
+
+def _write_openvino(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    import openvino
+
+    model = openvino.convert_model(program)
+    shape = [d if isinstance(d, int) else -1 for d in input_of(program).shape]
+    model.reshape(shape)  # the converter forgets which sizes are fixed
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return {"weights": path.with_suffix(".bin").name}
+
+
+def _load_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    # Left to itself it computes in bfloat16 where the processor can.
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda image: torch.from_numpy(next(iter(request.infer([image.numpy()]).values())).copy())
+
+
+def _write_executorch(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    found = _delegation(edge.exported_program())
+    path.write_bytes(edge.to_executorch().buffer)
+    return found
+
+
+def _delegation(program: ExportedProgram) -> dict[str, Any]:
+    """How many nodes XNNPACK has, and which were left to ExecuTorch's portable kernels."""
+    from executorch.exir.lowered_backend_module import get_lowered_submodules
+
+    def ops(graph: torch.fx.Graph) -> list[str]:
+        # What only takes a tuple apart is no work of anybody.
+        called = [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
+        return [name for name in called if "getitem" not in name and "executorch_call_delegate" not in name]
+
+    parts = get_lowered_submodules(program.graph_module)
+    delegated = sum(len(ops(lowered.original_module.graph)) for _, lowered, _ in parts)
+    left = Counter(ops(program.graph_module.graph))
+    return {
+        "delegated_nodes": delegated,
+        "other_nodes": left.total(),
+        "delegated_share": round(delegated / max(delegated + left.total(), 1), 4),
+        "subgraphs": len(parts),
+        "not_delegated": dict(left.most_common()),
+    }
+
+
+def _load_executorch(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    from executorch.extension.pybindings import portable_lib
+    from executorch.runtime import Runtime
+
+    if hasattr(portable_lib, "_threadpool_set_num_threads"):
+        portable_lib._threadpool_set_num_threads(threads)
+    method = Runtime.get().load_program(path).load_method("forward")
+    # The runtime reads dense tensors in the order of their axes.
+    return lambda image: method.execute([image.contiguous()])[0].clone()
+
+
+def _write_coreml(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    import coremltools
+
+    converted = coremltools.convert(
+        program.run_decompositions({}),
+        minimum_deployment_target=coremltools.target.iOS17,
+        compute_precision=coremltools.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    converted.save(str(path))
+    return {"deployment_target": "iOS17"}
+
+
+TARGETS = {
+    "torch": Target(".pt2", (), _write_torch, _load_torch),
+    "onnx": Target(".onnx", ("onnx", "onnxscript", "onnxruntime"), _write_onnx, _load_onnx),
+    "openvino": Target(".xml", ("openvino",), _write_openvino, _load_openvino, exact_suffix=True),
+    "executorch": Target(".pte", ("executorch.exir", "executorch.runtime"), _write_executorch, _load_executorch, True),
+    "coreml": Target(".mlpackage", ("coremltools",), _write_coreml, None, True, exact_suffix=True),
+}
+
+
+def require(target: str) -> Target:
+    """The target of that name, whose packages import.
+
+    Raises UsageError for an unknown target, and with the extra to install where a package is missing.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}, want one of {', '.join(TARGETS)}")
+    found = TARGETS[target]
+    with quiet():
+        for name in found.needs:
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                package = name.partition(".")[0]
+                missing = (error.name or package).partition(".")[0]
+                what = f"{package} is not installed" if missing == package else f"{package} needs {missing}"
+                raise UsageError(f"{target}: {what}: pip install 'mvkernels[export]'") from None
+            except Exception as error:  # a package built for another torch fails in many ways
+                raise UsageError(f"{target}: {name} does not import: {line_of(error)}") from None
+    return found
+
+
+def input_of(program: ExportedProgram) -> Tensor:
+    name = program.graph_signature.user_inputs[0]
+    return next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+
+
+def line_of(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings, progress bars and notices that converters print while they work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    held = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(held), contextlib.redirect_stderr(held):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,283 @@
+"""Triton kernels of mobile_to_former. plan.py says what they are launched with.
+
+Units, slices and blocks of tokens are those of mvkernels/triton/bridge, tiles those of mvkernels/triton. The forward
+leaves nothing for the backward, which reads the map twice: for what softmax's derivative needs of each token's row of
+scores, a few numbers; then for the gradients, which are made of the same scores and products. (A row's sum made of the
+output, which was rounded, leaves a rounding error for the gradient of a pixel that has nearly all of the softmax, and
+large queries multiply it.) Every sum over pixels has two stages: in
+a program, pixel by pixel; then over the slices, in their order. Sums are float32, float64 for float64.
+"""
+
+import triton
+import triton.language as tl
+
+from mvkernels.ops.mobile_to_former.triton.row_kernels import (
+    add_tile,
+    gradients,
+    load_rows,
+    masked,
+    no_tile,
+    rows_of,
+    store_rows,
+)
+from mvkernels.triton.bridge.tiles import GRAD, MAP, QUERY, SIZES, load_tokens, store_tokens, unit_of
+from mvkernels.triton.tiles import (
+    dense_strides,
+    divider,
+    dot_nt,
+    exact,
+    load_tile,
+    pixel_of,
+    plane,
+    round_tf32,
+    row_offsets,
+    store_tile,
+)
+
+
+# One program: a block of tokens against one slice of a unit's pixels, running maximum. With one slice it writes
+# the result; else (SPLIT) what it summed, not yet divided, for forward_merge, with the highest score, times log2(e),
+# and the sum of the powers of two of the differences to it.
+@triton.jit(do_not_specialize=QUERY + MAP + SIZES)
+def forward_slices(
+    q_ptr, x_ptr, out_ptr, stats_ptr, scale2, scale2_low,
+    qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    factor = exact(scale2, scale2_low, ACC)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    top = tl.full([TOKENS], -float("inf"), ACC)
+    total = tl.zeros([TOKENS], ACC)
+    sum0 = tl.zeros([TOKENS, D0], ACC)
+    sum1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
+        scores = tl.where(keep[None, :], dot_nt(q0, q1, x0, x1, D1, PRECISION) * factor, -float("inf"))
+        highest = tl.maximum(top, tl.max(scores, 1))
+        # A row with no score above -inf yet has to stay 0, not become inf - inf.
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        top = highest
+        total = total * fade + tl.sum(p, 1)
+        p = round_tf32(p.to(x0.dtype), PRECISION)
+        sum0 = tl.dot(p, x0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+        if D1 > 0:
+            sum1 = tl.dot(p, x1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+    row = unit * M + m
+    if SPLIT:
+        row += part * rows
+        tl.store(stats_ptr + row * 2, top, mask=keep_m)
+        tl.store(stats_ptr + row * 2 + 1, total, mask=keep_m)
+    else:
+        sum0 = sum0 / total[:, None]
+        sum1 = sum1 / total[:, None]
+    store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
+
+
+# Second stage: one program takes ROWS rows (batch, head, token) over all slices, in their order.
+@triton.jit(do_not_specialize=["rows", "slices"])
+def forward_merge(
+    sums_ptr, stats_ptr, out_ptr, rows, slices,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < rows
+    cols = tl.arange(0, WIDTH)
+    inside = keep[:, None] & (cols < D)[None, :]
+    highest = tl.full([ROWS], -float("inf"), stats_ptr.dtype.element_ty)
+    for part in range(0, slices if LOOP == 0 else LOOP):
+        highest = tl.maximum(highest, tl.load(stats_ptr + (row + part * rows) * 2, mask=keep, other=0.0))
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    total = tl.zeros([ROWS], stats_ptr.dtype.element_ty)
+    sums = tl.zeros([ROWS, WIDTH], stats_ptr.dtype.element_ty)
+    for part in range(0, slices if LOOP == 0 else LOOP):
+        at = row + part * rows
+        weight = tl.exp2(tl.load(stats_ptr + at * 2, mask=keep, other=0.0) - base)
+        total += weight * tl.load(stats_ptr + at * 2 + 1, mask=keep, other=0.0)
+        sums += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + cols[None, :], mask=inside, other=0.0)
+    out = sums / total[:, None]
+    tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+# The backward's first stage. One program: a block of tokens against one slice of a unit's pixels. It has the tokens and
+# their gradient in registers, reads the slice once, and writes four numbers and an index of each token.
+@triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
+def backward_rows(
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx, heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    factor = exact(scale2, scale2_low, ACC)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
+        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
+        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    top, total, index, base, rest = rows_of(top, total, index, base, rest)
+    store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
+
+
+# Where there is more than one slice: one program takes ROWS rows over all slices, in their order. The next stage then
+# reads a row once, however many slices there are: with many tokens it reads each row for every tile of pixels.
+@triton.jit(do_not_specialize=["rows", "slices"])
+def backward_merge(
+    stats_parts_ptr, index_parts_ptr, stats_ptr, index_ptr, rows, slices, ROWS: tl.constexpr, LOOP: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    keep = row < rows
+    top, total, index, base, rest = load_rows(stats_parts_ptr, index_parts_ptr, row, keep)
+    for part in range(1, slices if LOOP == 0 else LOOP):
+        at = row + part * rows
+        top_b, total_b, index_b, base_b, rest_b = load_rows(stats_parts_ptr, index_parts_ptr, at, keep)
+        higher = top_b > top
+        highest = tl.maximum(top, top_b)
+        shift = tl.where(highest == -float("inf"), 0.0, highest)
+        moved = tl.where(higher, base_b, base)
+        fade = tl.exp2(top - shift)
+        fade_b = tl.exp2(top_b - shift)
+        rest = fade * (rest + total * (base - moved)) + fade_b * (rest_b + total_b * (base_b - moved))
+        total = fade * total + fade_b * total_b
+        top = highest
+        index = tl.where(higher, index_b, index)
+        base = moved
+    store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest)
+
+
+# Queries of a block of tokens, their gradient, and what is known of their rows.
+@triton.jit
+def _token_block(
+    block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
+    top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep)
+    return q0, q1, g0, g1, keep, top, total, index, base, rest
+
+
+@triton.jit
+def _gradients(
+    x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor,
+    D1: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    inside = keep[:, None] & keep_m[None, :]
+    scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, inside)
+    dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+    p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
+    return round_tf32(p.to(x0.dtype), PRECISION), round_tf32(ds.to(x0.dtype), PRECISION)
+
+
+# One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
+# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block.
+@triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
+def backward_slices(
+    g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
+    gsb, gsh, gsm, gsd, qsb, qsh, qsm, qsd, xsb, xsh, xsd, xsy, xsx,
+    heads, H, W, blocks, slices, steps, rows,
+    M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
+    LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
+    batch = unit // heads
+    head = unit % heads
+    factor = exact(scale2, scale2_low, ACC)
+    scale = exact(scale, scale_low, ACC)
+    x_ptr += plane(batch, head, xsb, xsh, LX, AX)
+    dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
+    dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
+    pixels = tl.multiple_of(H * W, N_ALIGN)
+    q0, q1, g0, g1, keep_m, top, total, index, base, rest = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
+    )  # fmt: skip
+    dq0 = tl.zeros([TOKENS, D0], ACC)
+    dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
+        p, ds = _gradients(
+            x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor, D1, PRECISION
+        )
+        if DTOKENS:
+            dst = tl.trans(ds)
+            dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
+            if D1 > 0:
+                dq1 = tl.dot(dst, x1, dq1, input_precision=PRECISION, out_dtype=ACC)
+        if DX:
+            dx0 = tl.dot(ds, q0, input_precision=PRECISION, out_dtype=ACC) * scale
+            dx0 = tl.dot(p, g0, dx0, input_precision=PRECISION, out_dtype=ACC)
+            dx1 = dx0
+            if D1 > 0:
+                dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
+                dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
+            for other in range(1, (M + TOKENS - 1) // TOKENS):
+                a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b = _token_block(
+                    other, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
+                )  # fmt: skip
+                p, ds = _gradients(
+                    x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,
+                    D1, PRECISION,
+                )  # fmt: skip
+                dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
+                dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
+                if D1 > 0:
+                    dx1 += tl.dot(ds, a1, input_precision=PRECISION, out_dtype=ACC) * scale
+                    dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
+            at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
+            store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
+    if DTOKENS:
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        if D1 > 0:
+            dq1 = dq1 * scale
+        store_tokens(dq_ptr, dq0 * scale, dq1, row, m < M, D, D0, D1)

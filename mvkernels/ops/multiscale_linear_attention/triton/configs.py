@@ -1,0 +1,62 @@
+"""Default launch configurations of the Triton kernels of multiscale_linear_attention. Needs no Triton.
+
+A key has ``d`` (head_dim), ``k`` (the side of the depthwise kernel), ``dtype`` (``f16`` for both half types, ``f32``
+for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last qkv) and ``arch``. ``BLOCK`` is the most
+pixels of a tile, ``PROGRAMS`` how many programs a processor should get before tiles share one. The attention itself
+is launched with relu_linear_attention's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvkernels.triton.configs import Config, candidates, heuristic
+from mvkernels.triton.maps import lanes
+
+OP = "multiscale_linear_attention"
+
+
+def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
+    wide = lanes(key["d"])
+    share = {"f32": 2, "f64": 4}.get(key["dtype"], 1)
+    few = wide <= {"tf32": 32, "f32": 32, "f64": 0}.get(key["dtype"], 64)
+    block = max(16, min(most // share, elements // share // wide))
+    return {"BLOCK": block, "PROGRAMS": 4, "num_warps": 4 if few else 8, "num_stages": 1}
+
+
+@heuristic(OP, "aggregate")
+@heuristic(OP, "depthwise_backward")
+def _tiles(key: Mapping[str, Any]) -> Config:
+    # The loads of a row of taps stand side by side; on AMD more than 5 of a large tile do not fit the registers.
+    many = key["k"] > 5 and key["arch"].startswith("gfx")
+    return _config(key, 1024 if many else 2048, 128)
+
+
+@heuristic(OP, "pointwise_backward")
+def _pointwise(key: Mapping[str, Any]) -> Config:
+    return _config(key, 4096, 128)
+
+
+@heuristic(OP, "weight_sums")
+def _weight(key: Mapping[str, Any]) -> Config:
+    # A tile is (pixels, taps of a row, channels), whole as an operand of a product; so are the sums.
+    config = _config(key, 1024, 64)
+    if lanes(key["d"]) > 32:
+        config["num_warps"] = 8 if key["dtype"] in ("f16", "tf32") else 16
+    return config
+
+
+@candidates(OP, "aggregate")
+@candidates(OP, "depthwise_backward")
+@candidates(OP, "pointwise_backward")
+@candidates(OP, "weight_sums")
+def _candidates(key: Mapping[str, Any]) -> list[Config]:
+    return [
+        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for block in (16, 32, 64, 128)
+        for warps in (1, 2, 4, 8)
+        for stages in (1, 2)
+        for programs in (2, 8)
+        if 4 * 64 * warps <= block * lanes(key["d"]) <= 128 * 64 * warps
+    ]

@@ -1,0 +1,117 @@
+"""Launches of multiscale_linear_attention's convolutions: all that follows from shapes, strides and dtype alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mvkernels.ops.multiscale_linear_attention.triton import kernels
+from mvkernels.ops.multiscale_linear_attention.triton.configs import OP
+from mvkernels.triton import configs
+from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
+from mvkernels.triton.maps import INT32, divides, lanes, low_bit, needed
+from mvkernels.triton.problem import Problem
+
+# Of a row side by side in the product that makes the weights' gradients: more would not fit beside the sums.
+_TAPS = 8
+
+
+@dataclass(frozen=True)
+class ScaleProblem(Problem):
+    """One scale of a call. Maps are (B, groups, D, H, W)."""
+
+    kernel: int
+    """Side of the depthwise kernel."""
+    biases: tuple[bool, bool]
+    """Whether the depthwise and the pointwise convolution have one."""
+
+
+class _Plan:
+    def __init__(self, problem: ScaleProblem, kernel: str, source: str):
+        self.problem, self.kernel = problem, kernel
+        self.batch, self.groups, self.d, self.height, self.width = problem.shape
+        self.vector = 16 // problem.dtype.itemsize
+        self.strides = {name: needed(s, problem.shape) for name, s in problem.strides}
+        extents = [self.d * abs(s[2]) + (self.height + problem.kernel) * abs(s[3])
+                   + (self.width + problem.kernel) * abs(s[4]) for s in self.strides.values()]  # fmt: skip
+        self.wide = max(extents) >= INT32 or not divides(self.height, self.width)
+        last = int(self.strides[source][2] == 1)
+        key = {"d": self.d, "k": problem.kernel, "dtype": problem.key_dtype, "last": last}
+        self.config, self.options = problem.split(OP, kernel, key)
+        area = self.height * self.width
+        self.block = min(self.config["BLOCK"], lanes(area))
+        self.tiles = -(-area // self.block)
+
+    def _layout(self, name: str) -> tuple[int, int]:
+        sb, sh, sd, sy, sx = self.strides[name]
+        if sd == 1:
+            return 1, low_bit(sb, sh, sy, sx, limit=self.vector)
+        # A tile's pixels may go on in the next row, so that nothing is known of where a run begins.
+        return 2 if sx == 1 else 0, 1
+
+    def split(self, items: int, programs: int, limit: int) -> tuple[int, int]:
+        """(slices, steps) of so many items, for kernels that run ``programs`` programs a slice."""
+        wanted = self.config["PROGRAMS"] * self.problem.device.processors // programs
+        steps = -(-items // max(1, min(wanted, items, limit)))
+        return -(-items // steps), steps
+
+    def launch(self, kernel: Any, pointers: str, names: str, programs: int, split: tuple[int, int],
+               extra: tuple[int, ...] = (), **meta: Any) -> Launch:  # fmt: skip
+        """``names``: the maps among the pointers, in the order of their strides."""
+        problem = self.problem
+        first, second = problem.biases
+        meta = {"D": self.d, "WIDTH": lanes(self.d), "K": problem.kernel, "WB": first, "MB": second} | meta
+        for name in names.split():
+            meta["L" + name.upper()], meta["A" + name.upper()] = self._layout(name)
+        meta |= {"WIDE": self.wide, "PRECISION": problem.precision, "BLOCK": self.block}
+        strides = tuple(stride for name in names.split() for stride in self.strides[name])
+        ints = (*strides, self.groups, self.height, self.width, self.tiles, *split, *extra)
+        return Launch(kernel, self.kernel, programs, tuple(pointers.split()), (), ints, meta, self.options)
+
+
+@configs.memo
+def aggregate_launches(problem: ScaleProblem) -> list[Launch]:
+    """Both convolutions of the map ``x`` to the map ``o``; tensors ``x taps m wb mb o``."""
+    plan = _Plan(problem, "aggregate", "x")
+    programs = plan.batch * plan.groups * plan.tiles
+    return [plan.launch(kernels.aggregate, "x taps m wb mb o", "x o", programs, (1, 1))]
+
+
+@configs.memo
+def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
+    """(launches, slices) of the gradients of a scale's weights, given that of its map, ``g``.
+
+    Tensors ``g x taps m wb parts sums dw dm dwb dmb``: ``parts`` (slices, groups, k * k * D + 1, D) holds the parts of
+    ``sums``. Without a bias its gradient is not written.
+    """
+    plan = _Plan(problem, "weight_sums", "x")
+    size, items = plan.groups * (problem.kernel**2 * plan.d + 1) * plan.d, plan.batch * plan.tiles
+    itemsize = max(4, problem.dtype.itemsize)
+    taps = min(_TAPS, 1 << (problem.kernel - 1).bit_length())
+    chunks = -(-problem.kernel // taps)
+    programs = plan.groups * problem.kernel * chunks
+    slices, steps = plan.split(items, programs, max(1, PARTS_BYTES // (itemsize * size)))
+    first, second = problem.biases
+    meta = {"D": plan.d, "WIDTH": lanes(plan.d), "K": problem.kernel, "WB": first, "MB": second}
+    return [
+        plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, (slices, steps), (items,),
+                    TAPS=taps, CHUNKS=chunks, LOOP=problem.loop(steps)),
+        sum_slices(("parts",), ("sums",), size, slices, problem.loop(slices)),
+        Launch(kernels.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
+               ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),
+               meta | {"LOOP": problem.loop(problem.kernel**2)}, {"num_warps": 4, "num_stages": 1}),
+    ], slices  # fmt: skip
+
+
+@configs.memo
+def map_launches(problem: ScaleProblem) -> list[Launch]:
+    """From the gradient of a scale's map, ``e``, which is written over, to that of ``x``, added to the map ``o``.
+
+    Tensors ``e m taps o``.
+    """
+    first, second = (_Plan(problem, kernel, "e") for kernel in ("pointwise_backward", "depthwise_backward"))
+    units = first.batch * first.groups
+    return [
+        first.launch(kernels.pointwise_backward, "e m", "e", units * first.tiles, (1, 1)),
+        second.launch(kernels.depthwise_backward, "e taps o", "e o", units * second.tiles, (1, 1)),
+    ]

@@ -1,0 +1,423 @@
+"""Backward Triton kernels of patch_attention. triton_kernels.py says which runs when.
+
+With P the probabilities, dP = dout V^T and delta the row sums of P * dP:
+dV = P^T dout, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
+triton_rows.py says how a row's P and dS are made so that large queries do not multiply rounding errors.
+Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
+NaN and Inf stay in the unit that they came in.
+PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
+"""
+
+import triton
+import triton.language as tl
+
+from mvkernels.ops.patch_attention.triton.forward_kernels import bias_tile, load_bias
+from mvkernels.ops.patch_attention.triton.row_kernels import (
+    ROWS,
+    load_rows,
+    masked,
+    scores_of,
+    store_rows,
+    whole_rows,
+    without_mean_key,
+)
+from mvkernels.triton.tiles import (
+    LOG2E,
+    dense_strides,
+    divider,
+    dot3_nt,
+    dot_nt,
+    group_extent,
+    load_tile,
+    load_tile3,
+    pixel_of,
+    plane,
+    round_tf32,
+    row_offsets,
+    rows3,
+    store_tile,
+    store_tile3,
+    unit_of,
+)
+
+_INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
+_GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
+_SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
+
+
+# One program, units of one head in turn, each of at most BLOCK tokens, all in one tile: scores are computed once, each
+# of q, k, v, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own. With a bias it has
+# several units: the bias is read once for all of them, and with DBIAS they are summed up in registers, in their order,
+# and written once to partial[part].
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["steps", "items"])
+def backward_unit(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, steps, items,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
+    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DBIAS: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    part = tl.program_id(0) // heads
+    n = tl.arange(0, BLOCK)
+    bias = tl.zeros([BLOCK, BLOCK], bias_ptr.dtype.element_ty)
+    if BIAS:  # all groups are equal
+        of_all = n < (H // ph) * (W // pw)
+        inside = of_all[:, None] & of_all[None, :]
+        bias = load_bias(bias_ptr, head.to(tl.int64), n, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
+    dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        item = part * steps + step
+        batch, wide_head, gy, gx = unit_of(item * heads + head, heads, ph, pw)
+        wg = group_extent(gx, W, pw)
+        width = divider(wg)
+        tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
+        keep = n < tokens
+        if BIAS:
+            keep = keep & (item < items)
+        inside = keep[:, None] & keep[None, :]
+        y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+        g_rows = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
+        q_rows = row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR)
+        k_rows = row_offsets(y, x, ksy, ksx, LK, AK, LINEAR)
+        v_rows = row_offsets(y, x, vsy, vsx, LV, AV, LINEAR)
+        g0, g1 = load_tile(g_ptr + plane(batch, wide_head, gsb, gsh, LG, AG), g_rows, keep, gsd, DV, V0, V1,
+                           LG, AG, WIDE, PRECISION)  # fmt: skip
+        q0, q1 = load_tile(q_ptr + plane(batch, wide_head, qsb, qsh, LQ, AQ), q_rows, keep, qsd, D, D0, D1,
+                           LQ, AQ, WIDE, PRECISION)  # fmt: skip
+        k0, k1 = load_tile(k_ptr + plane(batch, wide_head, ksb, ksh, LK, AK), k_rows, keep, ksd, D, D0, D1,
+                           LK, AK, WIDE, PRECISION)  # fmt: skip
+        v0, v1 = load_tile(v_ptr + plane(batch, wide_head, vsb, vsh, LV, AV), v_rows, keep, vsd, DV, V0, V1,
+                           LV, AV, WIDE, PRECISION)  # fmt: skip
+        scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
+        if BIAS:
+            scores += bias.to(tl.float32) * LOG2E
+        dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+        found = whole_rows(masked(scores, inside), dp, inside, n[None, :], 1)
+        p = found[0]
+        ds = found[1]
+        if DBIAS:
+            dbias += ds
+        pt = tl.trans(round_tf32(p.to(g0.dtype), PRECISION))
+        dv0 = tl.dot(pt, g0, input_precision=PRECISION)
+        dv1 = dv0
+        if V1 > 0:
+            dv1 = tl.dot(pt, g1, input_precision=PRECISION)
+        dv_rows = row_offsets(y, x, dvy, dvx, DLV, ADV, LINEAR)
+        dv_at = dv_ptr + plane(batch, wide_head, dvb, dvh, DLV, ADV)
+        store_tile(dv_at, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
+        ds = round_tf32(ds.to(k0.dtype), PRECISION)
+        dst = tl.trans(ds)
+        over = 1.0 / tokens.to(tl.float32)
+        dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 1) * scale
+        dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
+        dq1 = dq0
+        dk1 = dk0
+        if D1 > 0:
+            dq1 = without_mean_key(tl.dot(ds, k1, input_precision=PRECISION), ds, k1, over, 1) * scale
+            dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
+        dq_rows = row_offsets(y, x, dqy, dqx, DLQ, AD, LINEAR)
+        dk_rows = row_offsets(y, x, dky, dkx, DLK, AD, LINEAR)
+        dq_at = dq_ptr + plane(batch, wide_head, dqb, dqh, DLQ, AD)
+        dk_at = dk_ptr + plane(batch, wide_head, dkb, dkh, DLK, AD)
+        store_tile(dq_at, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ, AD, WIDE)
+        store_tile(dk_at, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK, AD, WIDE)
+    if DBIAS:
+        tokens = (H // ph) * (W // pw)
+        of_all = n < tokens
+        partial_ptr += (part * heads + head).to(tl.int64) * tokens * tokens
+        tl.store(partial_ptr + n[:, None] * tokens + n[None, :], dbias, mask=of_all[:, None] & of_all[None, :])
+
+
+# dQ of one block of queries, while all keys pass by with a running peak: when another key becomes the peak, sums of
+# P * (dP - base) are shifted to its dP by way of the sums of P. Pointers are those of the unit; strides come as
+# (y, x, channel). What the keys' pass has to know of the rows is left on the way.
+@triton.jit
+def _queries(
+    first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
+    scale, scale2, qs, ks, vs, gs, dqs, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    m = first + tl.arange(0, BLOCK_M)
+    keep_m = m < tokens
+    my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
+    g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
+                       DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
+    q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
+                       D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    pk0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    pk1 = tl.zeros([BLOCK_M, D1 if D1 > 0 else 1], tl.float32)
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    base = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.zeros([BLOCK_M], tl.int32)
+    # Sums of what was rounded, so that the mean of the keys leaves nothing in dQ. Of half types they are products with
+    # ones, SUMS equal columns: to sum them as they are, each would have to be turned back into float32.
+    HALF: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 16
+    SUMS: tl.constexpr = 16 if HALF else 1
+    ones = tl.full([BLOCK_N, SUMS], 1.0, k_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_M, SUMS], tl.float32)
+    rest = tl.zeros([BLOCK_M, SUMS], tl.float32)
+    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        keep_n = n < tokens
+        y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+        inside = keep_m[:, None] & keep_n[None, :]
+        k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
+                           D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
+        v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
+                           DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
+        scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+                           D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+        dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
+        highest, column = tl.max(scores, 1, return_indices=True)
+        higher = highest > top
+        peak = tl.where(higher, start + column, peak)
+        is_peak = n[None, :] == peak[:, None]
+        before = base
+        base = tl.where(higher, tl.sum(tl.where(is_peak, dp, 0.0), 1), base)
+        highest = tl.maximum(top, highest)
+        # A row with no score above -inf yet has to stay 0, not become inf - inf.
+        used = tl.where(highest == -float("inf"), 0.0, highest)
+        fade = tl.exp2(top - used)
+        top = highest
+        p = tl.exp2(scores - used[:, None])
+        ds = tl.where(inside, p * (dp - base[:, None]), 0.0)
+        shift = (before - base)[:, None]
+        fade = fade[:, None]
+        p = round_tf32(p.to(k0.dtype), PRECISION)
+        ds = round_tf32(ds.to(k0.dtype), PRECISION)
+        total *= fade
+        rest = rest * fade + total * shift
+        if HALF:
+            rest = tl.dot(ds, ones, rest)
+            total = tl.dot(p, ones, total)
+        else:
+            rest += tl.sum(ds, 1)[:, None]
+            total += tl.sum(p, 1)[:, None]
+        pk0 *= fade
+        dq0 = tl.dot(ds, k0, dq0 * fade + pk0 * shift, input_precision=PRECISION)
+        pk0 = tl.dot(p, k0, pk0, input_precision=PRECISION)
+        if D1 > 0:
+            pk1 *= fade
+            dq1 = tl.dot(ds, k1, dq1 * fade + pk1 * shift, input_precision=PRECISION)
+            pk1 = tl.dot(p, k1, pk1, input_precision=PRECISION)
+    total = tl.max(total, 1)
+    rest = tl.max(rest, 1)
+    share = 1.0 / total
+    rest *= share
+    store_rows(rows_ptr + (mx if LINEAR else my * W + mx), area, keep_m, top, share, base + rest, rest, peak)
+    share = (share * scale)[:, None]
+    dq0 = (dq0 - rest[:, None] * pk0) * share
+    if D1 > 0:
+        dq1 = (dq1 - rest[:, None] * pk1) * share
+    rows = row_offsets(my, mx, dqs[0], dqs[1], DLQ, AD, LINEAR)
+    store_tile(dq_ptr, dq0, dq1, rows, keep_m, dqs[2], D, D0, D1, DLQ, AD, WIDE)
+
+
+# dK and dV of one block of keys, while all queries pass by, with the scores transposed (keys are the
+# rows), so that P^T and dS^T are operands as they come.
+@triton.jit
+def _keys(
+    first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
+    scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
+    BIAS: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
+    n = first + tl.arange(0, BLOCK_N)
+    keep_n = n < tokens
+    y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+    k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
+                       D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
+    v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
+                       DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
+    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 1], tl.float32)
+    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        keep_m = m < tokens
+        my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
+        inside = keep_n[:, None] & keep_m[None, :]
+        at = rows_ptr + (mx if LINEAR else my * W + mx)
+        top, share, delta, rest, peak = load_rows(at, area, keep_m)
+        q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
+                           D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
+        g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
+                           DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
+        scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
+        if BIAS:
+            scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
+        pt = tl.exp2(masked(scores, inside) - top[None, :]) * share[None, :]
+        dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
+        beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
+        dst = round_tf32(tl.where(inside, pt * beside, 0.0).to(q0.dtype), PRECISION)
+        pt = round_tf32(pt.to(g0.dtype), PRECISION)
+        dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION)
+        dk0 = tl.dot(dst, q0, dk0, input_precision=PRECISION)
+        if V1 > 0:
+            dv1 = tl.dot(pt, g1, dv1, input_precision=PRECISION)
+        if D1 > 0:
+            dk1 = tl.dot(dst, q1, dk1, input_precision=PRECISION)
+    dk0 = dk0 * scale
+    if D1 > 0:
+        dk1 = dk1 * scale
+    dk_rows = row_offsets(y, x, dks[0], dks[1], DLK, AD, LINEAR)
+    dv_rows = row_offsets(y, x, dvs[0], dvs[1], DLV, ADV, LINEAR)
+    store_tile(dk_ptr, dk0, dk1, dk_rows, keep_n, dks[2], D, D0, D1, DLK, AD, WIDE)
+    store_tile(dv_ptr, dv0, dv1, dv_rows, keep_n, dvs[2], DV, V0, V1, DLV, ADV, WIDE)
+
+
+# PHASES 3: one program takes a unit whole, first the blocks of queries, then the blocks of keys. Scores
+# are computed twice, but no accumulator of the whole unit has to live in registers, and what the second
+# phase reads is still in cache: memory sees each map once. PHASES 1 and 2: one program takes one block,
+# of queries or of keys; for large groups, and when units are too few to fill the machine.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES)
+def backward_blocks(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
+    N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
+    Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
+    LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    unit = pid // PROGRAMS_PER_UNIT
+    block = pid - unit * PROGRAMS_PER_UNIT
+    batch, head, gy, gx = unit_of(unit, heads, ph, pw)
+    wg = group_extent(gx, W, pw)
+    width = divider(wg)
+    tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
+    q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
+    k_ptr += plane(batch, head, ksb, ksh, LK, AK)
+    v_ptr += plane(batch, head, vsb, vsh, LV, AV)
+    g_ptr += plane(batch, head, gsb, gsh, LG, AG)
+    area = H * W
+    rows_ptr += (batch * heads + head) * ROWS * area
+    qs = (qsy, qsx, qsd)
+    ks = (ksy, ksx, ksd)
+    vs = (vsy, vsx, vsd)
+    gs = (gsy, gsx, gsd)
+    if PHASES != 2:
+        dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
+        dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
+        first = block * Q_BLOCK_M
+        last = tl.minimum(first + Q_BLOCK_M, tokens) if PHASES == 1 else tokens
+        while first < last:
+            _queries(
+                first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr,
+                rows_ptr, scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
+                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLQ, AD, BIAS, BIAS_ALIGN,
+                LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
+            )  # fmt: skip
+            first += Q_BLOCK_M
+    if PHASES == 3:
+        tl.debug_barrier()  # the rows, written above by other threads of this program, are read below
+    if PHASES != 1:
+        dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
+        dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
+        dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
+        dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
+        first = block * K_BLOCK_N
+        last = tl.minimum(first + K_BLOCK_N, tokens) if PHASES == 2 else tokens
+        while first < last:
+            _keys(
+                first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr,
+                dv_ptr, rows_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
+                bsh, bsm, bsn,
+                D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
+                LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
+            )  # fmt: skip
+            first += K_BLOCK_N
+
+
+# UNITS small units as one batched product, as in forward_packed: everything is in one tile, so scores
+# are computed once, and each of q, k, v, dout is read once, each gradient written once.
+@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["units"])
+def backward_packed(
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
+    qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, units,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr,
+    DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
+    BIAS: tl.constexpr, STORE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    batch, head, gy, gx = unit_of(unit, heads, ph, pw)
+    wg = group_extent(gx, W, pw)
+    tokens = tl.where(unit < units, group_extent(gy, H, ph) * wg, 0)
+    n = tl.arange(0, TOKENS)[None, :]
+    row = n // tl.maximum(wg, 1)[:, None]
+    y = (gy[:, None] + row * ph).to(tl.int64)
+    x = (gx[:, None] + (n - row * wg[:, None]) * pw).to(tl.int64)
+    keep = n < tokens[:, None]
+    inside = keep[:, :, None] & keep[:, None, :]
+
+    q_rows = rows3(batch * qsb + head * qsh, y, x, qsy, qsx, LQ, AQ)
+    k_rows = rows3(batch * ksb + head * ksh, y, x, ksy, ksx, LK, AK)
+    v_rows = rows3(batch * vsb + head * vsh, y, x, vsy, vsx, LV, AV)
+    g_rows = rows3(batch * gsb + head * gsh, y, x, gsy, gsx, LG, AG)
+    g0, g1 = load_tile3(g_ptr, g_rows, keep, gsd, DV, V0, V1, LG, PRECISION)
+    q0, q1 = load_tile3(q_ptr, q_rows, keep, qsd, D, D0, D1, LQ, PRECISION)
+    k0, k1 = load_tile3(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, PRECISION)
+    v0, v1 = load_tile3(v_ptr, v_rows, keep, vsd, DV, V0, V1, LV, PRECISION)
+    scores = dot3_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
+    if BIAS:
+        at = n[:, :, None] * bsm.to(tl.int64) + n[:, None, :] * bsn.to(tl.int64) + (head * bsh)[:, None, None]
+        scores += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    dp = dot3_nt(g0, g1, v0, v1, V1, PRECISION)
+    p, ds, top, share, delta, rest, peak = whole_rows(masked(scores, inside), dp, inside, n[:, None, :], 2)
+    if STORE_ROWS:
+        rows = rows_ptr + ((batch * heads + head) * ROWS * H * W)[:, None] + y * W + x
+        store_rows(rows, H * W, keep, top, share, delta, rest, peak)
+    ds = round_tf32(ds.to(k0.dtype), PRECISION)
+    dst = tl.permute(ds, (0, 2, 1))
+    pt = tl.permute(round_tf32(p.to(g0.dtype), PRECISION), (0, 2, 1))
+
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
+    dv0 = tl.dot(pt, g0, input_precision=PRECISION)
+    dv1 = dv0
+    if V1 > 0:
+        dv1 = tl.dot(pt, g1, input_precision=PRECISION)
+    dv_rows = rows3(batch * dvb + head * dvh, y, x, dvy, dvx, DLV, ADV)
+    store_tile3(dv_ptr, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV)
+
+    dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
+    over = 1.0 / tl.maximum(tokens, 1).to(tl.float32)[:, None]
+    dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 2) * scale
+    dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
+    dq1 = dq0
+    dk1 = dk0
+    if D1 > 0:
+        dq1 = without_mean_key(tl.dot(ds, k1, input_precision=PRECISION), ds, k1, over, 2) * scale
+        dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
+    dq_rows = rows3(batch * dqb + head * dqh, y, x, dqy, dqx, DLQ, AD)
+    dk_rows = rows3(batch * dkb + head * dkh, y, x, dky, dkx, DLK, AD)
+    store_tile3(dq_ptr, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ)
+    store_tile3(dk_ptr, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK)

@@ -1,0 +1,147 @@
+"""Default launch configurations of the layer's Triton kernels. Needs no Triton.
+
+A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs, or tokens of the largest group rounded up to a
+power of two), ``dtype`` (``f16`` for both half types, ``f32`` for exact float32 products, ``tf32``), ``few`` (1 where
+blocks of 64 rows are fewer than processors) and ``arch``. The choices here are those that `make audit` shows to need no
+spills and to fit shared memory on every architecture it compiles for.
+
+``layer`` is no kernel: its FUSED says whether the modules of :mod:`mvkernels.nn` take this op rather than the
+attention alone with PyTorch's norms and products around it. Nothing was measured where no file says so: 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvkernels.triton.configs import ROOMY, Config, candidates, exact, heuristic
+from mvkernels.triton.maps import pieces
+
+OP = "patch_transformer_layer"
+_ALL = 1 << 30
+_TILES = ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8))
+"""Rows, columns and warps to try."""
+
+
+def _wide(key: Mapping[str, Any]) -> int:
+    return sum(pieces(key["c"]))
+
+
+def _rows(key: Mapping[str, Any]) -> int:
+    # Of a block: few where there are few in all, but an interpreter runs one program after the other.
+    return 16 if key["few"] and key["arch"] != "interpreter" else 64
+
+
+@heuristic(OP, "linear_rows")
+def _linear_rows(key: Mapping[str, Any]) -> Config:
+    # STEPS: blocks of outputs that a program takes one after the other; all of them if rows fill the machine.
+    if exact(key):
+        config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
+    elif key["dtype"] == "tf32":
+        config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+    else:
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "CHUNK": 0, "num_warps": 4, "num_stages": 2}
+        if _wide(key) > 128:
+            config["num_warps"] = 8
+    return {**config, "STEPS": 1 if key["few"] and key["arch"] != "interpreter" else 64}
+
+
+@heuristic(OP, "attend_rows")
+def _attend_rows(key: Mapping[str, Any]) -> Config:
+    # MAX_TOKENS: the largest group that this kernel takes; beyond it attention is patch_attention's own forward, and
+    # the projection a kernel after it.
+    half = key["dtype"] == "f16" or key["arch"] == "interpreter"
+    config = {"MAX_TOKENS": _ALL if half else 0, "BLOCK_M": _rows(key), "BLOCK_N": 64}
+    if _wide(key) > 128 and key["arch"] not in ROOMY:
+        config |= {"BLOCK_N": 32}
+    return config | {"num_warps": 8 if _wide(key) > 128 and not key["few"] else 4, "num_stages": 1}
+
+
+@heuristic(OP, "attend_packed")
+def _attend_packed(key: Mapping[str, Any]) -> Config:
+    tokens = min(max(key["n"], 16), 32)
+    limit = 0 if exact(key) else 32
+    return {"MAX_TOKENS": limit, "TOKENS": tokens, "UNITS": 32 // tokens if key["few"] else 64 // tokens,
+            "num_warps": 8 if _wide(key) > 128 and not key["few"] else 4, "num_stages": 1}  # fmt: skip
+
+
+@heuristic(OP, "norm_ffn")
+def _norm_ffn(key: Mapping[str, Any]) -> Config:
+    if exact(key):
+        return {"BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
+    if key["dtype"] == "tf32":
+        return {"BLOCK_M": 32, "BLOCK_F": 16, "CHUNK": 0, "num_warps": 8, "num_stages": 1}
+    wide = _wide(key) > 128
+    block = 16 if wide and key["arch"] not in ROOMY else 32
+    return {"BLOCK_M": _rows(key), "BLOCK_F": block, "CHUNK": 0, "num_warps": 8 if wide else 4,
+            "num_stages": 2}  # fmt: skip
+
+
+# ROWS: how many at a time go through the norm's gradient, when the products are done.
+@heuristic(OP, "ffn_backward")
+def _ffn_backward(key: Mapping[str, Any]) -> Config:
+    config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
+    if exact(key):
+        return {**config, "BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16}
+    if key["dtype"] == "tf32":
+        return {**config, "BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16}
+    # Two operands of all channels stay beside the sum, unless they do not fit: then the rows are read again.
+    whole = _wide(key) <= (160 if key["arch"] in ROOMY else 96)
+    block = 32 if whole or key["arch"] in ROOMY else 16
+    return {**config, "BLOCK_M": _rows(key), "BLOCK_F": block, "CHUNK": 0 if whole else 32}
+
+
+@heuristic(OP, "qkv_backward")
+def _qkv_backward(key: Mapping[str, Any]) -> Config:
+    config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
+    if key["dtype"] != "f16" and key["arch"] != "interpreter":
+        return {**config, "BLOCK_M": 16, "BLOCK_K": 16}
+    return {**config, "BLOCK_M": _rows(key), "BLOCK_K": 32, "num_stages": 2}
+
+
+@heuristic(OP, "layer")
+def _layer(key: Mapping[str, Any]) -> Config:
+    return {"FUSED": 0}
+
+
+# Few, since each is compiled, checked and timed for every key; none for exact products, which have little room.
+@candidates(OP, "linear_rows")
+def _linear_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
+    steps = 1 if key["few"] else 64
+    found = [{"BLOCK_M": m, "BLOCK_N": n, "STEPS": steps, "num_warps": w} for m, n, w in _TILES]
+    return [*found, {"STEPS": 2}, {"num_stages": 3}]
+
+
+@candidates(OP, "attend_rows")
+def _attend_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
+    # 0: attention and projection apart.
+    tiles = [(16, 64, 4), (32, 64, 4), *_TILES[1:4]]
+    return [{"MAX_TOKENS": 0}, *({"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m, n, w in tiles), {"num_stages": 2}]
+
+
+@candidates(OP, "attend_packed")
+def _attend_packed_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
+    return [{"MAX_TOKENS": 0}, *({"UNITS": units, "num_warps": warps} for units in (1, 2, 4) for warps in (4, 8))]
+
+
+@candidates(OP, "norm_ffn")
+@candidates(OP, "ffn_backward")
+def _ffn_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
+    tiles = [(16, 32, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8)]
+    return [*({"BLOCK_M": m, "BLOCK_F": f, "num_warps": w} for m, f, w in tiles), {"num_stages": 3}]
+
+
+@candidates(OP, "qkv_backward")
+def _qkv_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if key["dtype"] == "f32":
+        return []
+    tiles = [(32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8)]
+    return [*({"BLOCK_M": m, "BLOCK_K": k, "num_warps": w} for m, k, w in tiles), {"num_stages": 3}]

@@ -1,0 +1,181 @@
+"""The layer on Triton: three kernels forward, and a backward that makes again what it needs.
+
+| | forward | backward |
+| --- | --- | --- |
+| norm + qkv | ``linear_rows`` | ``qkv_backward`` |
+| attention + projection + residual | ``attend_packed`` (groups of up to 32 tokens), ``attend_rows`` (up to 256), else \
+patch_attention's forward and ``linear_rows`` | patch_attention's backward into a packed dqkv |
+| norm + feed-forward + residual | ``norm_ffn`` | ``ffn_backward`` |
+
+The gradients of the weights, and the projection's way back, are plain matrix products and PyTorch's own. What follows
+from shapes and dtype is planned once and cached (plan.py); the static audit compiles the very same launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mvkernels.dispatch.checks import empty_map
+from mvkernels.ops.patch_attention import KERNELS as ATTENTION
+from mvkernels.ops.patch_attention import backward_into
+from mvkernels.ops.patch_attention import why_not_triton as why_not_attention
+from mvkernels.ops.patch_transformer_layer.triton.configs import OP
+from mvkernels.ops.patch_transformer_layer.triton.plan import (
+    LayerProblem,
+    backward_launches,
+    forward_launches,
+    key_of,
+)
+from mvkernels.triton import configs
+from mvkernels.triton.launch import INTERPRETED, LOG2E, run
+from mvkernels.triton.maps import INT32, divides, lanes
+
+_MAX_CHANNELS = 256
+_NAMES = ("x", "norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "norm2_weight",
+          "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")  # fmt: skip
+
+Tensors = Sequence[torch.Tensor | None]
+
+
+def why_not(*arguments: Any) -> str | None:
+    """Why these kernels cannot run a call, or None. Takes the op's checked arguments; never raises."""
+    x, heads, patch = arguments[0], arguments[13], arguments[14]
+    batch, channels, height, width = x.shape
+    maps = x.unflatten(1, (heads, channels // heads))
+    reason = why_not_attention(maps, maps, maps, patch, None, None)
+    if reason:
+        return reason
+    if channels > _MAX_CHANNELS:
+        return f"{channels} channels: want at most {_MAX_CHANNELS}"
+    if 3 * channels * height * width >= INT32 or channels * arguments[9].shape[0] >= INT32:
+        return "qkv of a map, or a weight, passes 2**31 elements"
+    if not divides(height, width):
+        return "pixels * width of a map passes 2**32"
+    if 2 * batch * height * width >= INT32:
+        return "batch * pixels passes 2**30"
+    return None
+
+
+def problem_of(x: torch.Tensor, hidden: int, heads: int, patch: tuple[int, int], bias: bool = True) -> LayerProblem:
+    """The launcher's description of a call on the map x (B, C, H, W)."""
+    return LayerProblem.of(x, (), INTERPRETED, hidden=hidden, heads=heads, patch=patch, bias=bias)
+
+
+def layer_key(problem: LayerProblem, grad: bool) -> dict[str, Any]:
+    """Under which it is noted whether the layer is faster fused; ``grad``: forward and backward."""
+    size = min(512, lanes(problem.groups[1]))
+    return key_of(problem) | {"f": problem.hidden, "n": size, "grad": int(grad)}
+
+
+@configs.memo
+def measured_faster(problem: LayerProblem, grad: bool) -> bool:
+    """Whether the device's configuration file says that such layers are faster fused."""
+    return bool(configs.config(OP, "layer", problem.device.name, layer_key(problem, grad))["FUSED"])
+
+
+def _tensors(given: Tensors) -> dict[str, torch.Tensor]:
+    # Contiguous, by name; x as rows (B, H, W, C). For a bias that is not there any tensor will do: it is not read.
+    x, *parameters = given
+    assert x is not None
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    found = {"x": rows}
+    for name, value in zip(_NAMES[1:], parameters):
+        found[name] = rows if value is None else value.contiguous()
+    return found
+
+
+def _maps(packed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, H, W, 3C) -> query, key and value, (B, heads, D, H, W), views."""
+    query, key, value = (part.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2) for part in packed.chunk(3, dim=-1))
+    return query, key, value
+
+
+def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """(out, qkv, attention, middle); the last three are empty unless the last argument is True.
+
+    Takes the op's 13 tensors, then heads, patch_h, patch_w, eps, scale, save. out lies as x does; qkv (B, H, W, 3C),
+    attention and middle (B, H, W, C) are contiguous: what each kernel gives the next, kept for :func:`backward`.
+    """
+    given, (heads, ph, pw, eps, scale, save) = arguments[:13], arguments[13:]
+    x = given[0]
+    b, c, height, width = x.shape
+    tensors = _tensors(given)
+    rows = tensors["x"]
+    problem = problem_of(x, tensors["fc1_weight"].shape[0], heads, (ph, pw), given[4] is not None)
+    before, after = forward_launches(problem, save)
+    tensors["qkv"] = rows.new_empty((b, height, width, 3 * c))
+    tensors["middle"], tensors["out"] = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
+    # In inference, nothing is written to the attention.
+    tensors["attention"] = rows.new_empty(rows.shape) if save and not after else rows
+    floats = {"eps": eps, "scale2": scale * LOG2E}
+    run(before, tensors, floats)
+    if after:
+        attention = ATTENTION["triton"][0](*_maps(tensors["qkv"], heads), ph, pw, None, scale)
+        tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
+        run(after, tensors, floats)
+    out = tensors["out"].permute(0, 3, 1, 2)
+    if x.stride(1) != 1:
+        out = empty_map(x, c).copy_(out)
+    if not save:
+        return out, *(x.new_empty(0) for _ in range(3))
+    return out, tensors["qkv"], tensors["attention"], tensors["middle"]
+
+
+def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    """The gradients of the 13 tensors, each dense in the order of its own; an empty one for a bias that is not there.
+
+    Takes grad (B, C, H, W) of any strides, forward's three, the op's 13 tensors, then heads, patch_h, patch_w, eps,
+    scale. No atomics: the same bits in every run.
+    """
+    grad, qkv, attention, middle = arguments[:4]
+    given, (heads, ph, pw, eps, scale) = arguments[4:17], arguments[17:]
+    x = given[0]
+    b, c, height, width = x.shape
+    tensors = _tensors(given)
+    rows = tensors["x"]
+    hidden = tensors["fc1_weight"].shape[0]
+    ffn, ffn_programs, to_x, programs = backward_launches(problem_of(x, hidden, heads, (ph, pw), given[4] is not None))
+    count = b * height * width
+
+    def empty(channels: int) -> torch.Tensor:
+        return rows.new_empty((count, channels))
+
+    tensors |= {"grad": grad.permute(0, 2, 3, 1).contiguous(), "middle": middle}
+    tensors |= {"hidden": empty(hidden), "dhidden": empty(hidden), "normed2": empty(c), "dmiddle": empty(c)}
+    tensors["ffn_sums"] = rows.new_empty((ffn_programs, 4 * c + hidden), dtype=torch.float32)
+    floats = {"eps": eps}
+    run([ffn], tensors, floats)
+    of_grad, dmiddle = tensors["grad"].view(count, c), tensors["dmiddle"]
+    dfc2 = of_grad.t().mm(tensors["hidden"])
+    dfc1 = tensors["dhidden"].t().mm(tensors["normed2"])
+    dgamma2, dbeta2, dfc2_bias, dproj_bias, dfc1_bias = (
+        tensors["ffn_sums"].sum(0).to(x.dtype).split((c, c, c, c, hidden))
+    )  # fmt: skip
+    for name in ("hidden", "dhidden", "normed2", "grad"):
+        del tensors[name]
+
+    dproj = dmiddle.t().mm(attention.view(count, c))
+    dattention = dmiddle.mm(tensors["proj_weight"]).view(b, height, width, heads, -1).permute(0, 3, 4, 1, 2)
+    tensors["dqkv"] = empty(3 * c)
+    backward_into(
+        _maps(tensors["dqkv"].view(b, height, width, -1), heads), dattention, *_maps(qkv, heads),
+        ph, pw, None, scale, False, packed=3,
+    )  # fmt: skip
+    tensors |= {"normed1": empty(c), "dx": rows.new_empty(rows.shape)}
+    tensors["qkv_sums"] = rows.new_empty((programs, 5 * c), dtype=torch.float32)
+    run([to_x], tensors, floats)
+    dqkv = tensors["dqkv"].t().mm(tensors["normed1"])
+    dgamma1, dbeta1, dqkv_bias = tensors["qkv_sums"].sum(0).to(x.dtype).split((c, c, 3 * c))
+    dx = tensors["dx"].permute(0, 3, 1, 2)
+    if x.stride(1) != 1:
+        dx = empty_map(x, c).copy_(dx)
+    vectors = (dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias)
+    # Operators may not return views of one another.
+    dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias = (v.clone() for v in vectors)
+    if given[4] is None:
+        dqkv_bias = x.new_empty(0)
+    return (dx, dgamma1, dbeta1, dqkv, dqkv_bias, dproj, dproj_bias, dgamma2, dbeta2, dfc1, dfc1_bias, dfc2,
+            dfc2_bias)  # fmt: skip

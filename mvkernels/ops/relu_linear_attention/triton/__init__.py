@@ -1,0 +1,1 @@
+"""relu_linear_attention on Triton: which kernels run a call, with what, and the kernels."""

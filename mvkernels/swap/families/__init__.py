@@ -1,0 +1,1 @@
+"""One file for each third-party family of attention modules."""

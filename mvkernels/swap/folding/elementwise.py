@@ -1,0 +1,113 @@
+"""What surrounds attention at inference on a CPU, in one pass each: norm with activation, EfficientFormer's pooling.
+
+Operators of the C++ extension; :func:`not_now` and :func:`not_fit` say when they may not stand in
+for modules, who then run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.dispatch import extension, library
+from mvkernels.dispatch.backend import requested
+from mvkernels.swap.eligibility import not_plain, replaced
+
+# As Activation in csrc/cpu/elementwise.h.
+_IDENTITY, _RELU, _SILU, _HARDSWISH, _GELU = range(5)
+_ACTIVATIONS = {
+    ("torch.nn.modules.linear", "Identity"): _IDENTITY,
+    ("torch.nn.modules.dropout", "Dropout"): _IDENTITY,  # at rest
+    ("torch.nn.modules.activation", "ReLU"): _RELU,
+    ("torch.nn.modules.activation", "SiLU"): _SILU,
+    ("torch.nn.modules.activation", "Hardswish"): _HARDSWISH,
+    ("torch.nn.modules.activation", "GELU"): _GELU,
+    ("timm.layers.activations", "GELU"): _GELU,
+    ("transformers.activations", "SiLUActivation"): _SILU,
+    ("transformers.activations", "GELUActivation"): _GELU,
+}
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+# f(norm(x + conv_bias)) for a batch norm at rest, over the channels of a dense float32 map (B, C, H, W).
+_SETTINGS = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv_bias, float eps, int activation)"
+norm_activation = library.define("cpp", "norm_activation", f"(Tensor x, {_SETTINGS} -> Tensor", _like)
+norm_activation_ = library.define("cpp", "norm_activation_", f"(Tensor(a!) x, {_SETTINGS} -> ()", lambda *_: None)
+# The mean of the 3 x 3 neighbours that lie in the map, minus the pixel; x as above.
+pooled_difference = library.define("cpp", "pooled_difference", "(Tensor x) -> Tensor", _like)
+
+_listeners = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack)
+
+
+def normalised(x: Tensor, *settings: Any, in_place: bool = False) -> Tensor | None:
+    """:func:`norm_activation`, in the place of ``x`` if nobody else can have it; None if the operator refuses the
+    settings (strided or mixed ones), about which the norm itself has its own say."""
+    if any(isinstance(setting, Tensor) and not setting.is_cpu for setting in settings):
+        return None  # one on the meta device would have the operator's fake called, which computes nothing
+    try:
+        if not in_place or any(listening() for listening in _listeners):  # a mode may keep what the convolution wrote
+            return norm_activation(x, *settings)  # type: ignore[no-any-return]
+        norm_activation_(x, *settings)
+        return x
+    except RuntimeError:
+        return None
+
+
+def not_now() -> str:
+    """Why the operators are not to be used, whatever the map; empty if they are."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return "the compiler fuses by itself"
+    if torch.is_grad_enabled():
+        return "a gradient may be wanted"
+    if extension.module is None or requested(None) not in ("auto", "cpp"):
+        return "it is for the C++ backend"
+    return ""
+
+
+def not_fit(x: Tensor) -> str:
+    """Why the operators cannot take the map ``x``; empty if they can."""
+    if x.dtype != torch.float32 or not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        return "it is for float32 on a CPU"
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return "" if dense and x.numel() else "it is for dense maps"
+
+
+def activation_of(modules: Iterable[Any]) -> int | None:
+    """The number of the one activation that these modules, called in turn, are; None if they are something else."""
+    found = _IDENTITY
+    for module in modules:
+        kind = type(module)
+        known = _ACTIVATIONS.get((kind.__module__, kind.__qualname__))
+        if known is None or not_plain(module, kind, "it") or (known and found):
+            return None
+        if isinstance(module, nn.Dropout) and module.training:
+            return None
+        if known == _GELU and not _is_exact(module):
+            return None
+        found = found or known
+    return found
+
+
+def _is_exact(gelu: Any) -> bool:
+    """Whether it is the one by erf: torch's and transformers' can be told to compute another."""
+    return getattr(gelu, "approximate", "none") == "none" and getattr(gelu, "act", _gelu) is _gelu
+
+
+_gelu = nn.functional.gelu
+
+
+def not_neighbours(pool: Any) -> str:
+    """The average of 3 × 3 neighbours that :func:`pooled_difference` takes."""
+    reason = not_plain(pool, nn.AvgPool2d, "the pooling") or replaced(nn.AvgPool2d, "forward")
+    if reason:
+        return reason
+    sizes = [s if isinstance(s, tuple) else (s, s) for s in (pool.kernel_size, pool.stride, pool.padding)]
+    if sizes != [(3, 3), (1, 1), (1, 1)] or pool.ceil_mode or pool.count_include_pad or pool.divisor_override:
+        return "the pooling is not over 3 x 3 neighbours"
+    return ""

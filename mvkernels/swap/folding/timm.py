@@ -1,0 +1,114 @@
+"""timm: its batch norms at inference, in the convolution before or the activation after; EfficientFormer's pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import BatchNormAct2d, ConvNormAct
+from timm.models import efficientformer, efficientvit_mit
+from torch import Tensor, nn
+
+from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
+from mvkernels.swap.folding import elementwise
+from mvkernels.swap.folding.forms import Folding, alone, both
+
+
+class FoldingConvNormAct(Folding):
+    """A ``ConvNormAct`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("conv", "bn"),)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        norm: Any = self.bn
+        out = both(self, self.conv, norm, x, *_after(norm))
+        if out is None:
+            return ConvNormAct.forward(self, x)
+        return out if self.aa is None else self.aa(out)
+
+
+class FoldingEfficientVitConvNormAct(Folding):
+    """EfficientViT's ``ConvNormAct`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("conv", "norm"),)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        rests = not (self.dropout.training or not_plain(self.dropout, nn.Dropout, "dropout"))
+        out = both(self, self.conv, self.norm, x, *_after(self.norm), self.act) if rests else None
+        return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else out
+
+
+class FoldingConvMlpWithNorm(Folding):
+    """EfficientFormer's ``ConvMlpWithNorm`` whose convolutions do the work of their norms."""
+
+    mvk_pairs = (("fc1", "norm1"), ("fc2", "norm2"))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        hidden = both(self, self.fc1, self.norm1, x, *_after(self.norm1), self.act, self.drop)
+        if hidden is None:
+            return efficientformer.ConvMlpWithNorm.forward(self, x)
+        out = both(self, self.fc2, self.norm2, hidden, *_after(self.norm2), self.drop)
+        return self.drop(self.norm2(self.fc2(hidden))) if out is None else out
+
+
+class FoldingDownsample(Folding):
+    """EfficientFormer's ``Downsample`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("conv", "norm"),)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        out = both(self, self.conv, self.norm, x, *_after(self.norm))
+        return efficientformer.Downsample.forward(self, x) if out is None else out
+
+
+class FoldingPooling(Folding):
+    """EfficientFormer's token mixer in one pass."""
+
+    @classmethod
+    def mvk_why_not(cls, module: nn.Module) -> str:
+        """Why such a module has nothing to fold; empty if it has."""
+        return elementwise.not_neighbours(getattr(module, "pool", None))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        reason = (
+            elementwise.not_now()
+            or unusual_call(x)
+            or elementwise.not_fit(x)
+            or elementwise.not_neighbours(self.pool)
+            or replaced(self.mvk_original, "forward")
+        )
+        return efficientformer.Pooling.forward(self, x) if reason else elementwise.pooled_difference(x)
+
+
+class FoldingBatchNormAct2d(Folding):
+    """A batch norm with its activation in one pass, where the convolution before it is called by somebody else."""
+
+    @classmethod
+    def mvk_why_not(cls, module: nn.Module) -> str:
+        """Why such a module has nothing to fold; empty if it has."""
+        return "" if elementwise.activation_of(_after(module)) else "it has no activation known here"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        out = alone(self, x, *_after(self))
+        return BatchNormAct2d.forward(self, x) if out is None else out
+
+
+def _after(norm: Any) -> tuple[Any, ...]:
+    """What timm's ``BatchNormAct2d`` calls once it has normalised; a plain batch norm does nothing more."""
+    return (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
+
+
+FOLDING = {
+    ConvNormAct: FoldingConvNormAct,
+    efficientvit_mit.ConvNormAct: FoldingEfficientVitConvNormAct,
+    efficientformer.ConvMlpWithNorm: FoldingConvMlpWithNorm,
+    efficientformer.Downsample: FoldingDownsample,
+    efficientformer.Pooling: FoldingPooling,
+    BatchNormAct2d: FoldingBatchNormAct2d,
+}
+"""The folding form of each class."""

@@ -1,0 +1,1 @@
+"""What the Triton kernels of both bridges share, from a map to a few tokens and back."""

@@ -1,0 +1,102 @@
+"""Default launch configurations of the Triton kernels of mobile_to_former and former_to_mobile. Needs no Triton.
+
+A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16`` for both
+half types, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
+``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the
+pixels of a unit stay in one; of the kernels for wide heads ``SLICE`` is how many channels a program sums, ``DEPTH`` how
+many it adds to a score at a time. What the backward of mobile_to_former finds of a row of scores it finds with the
+configuration of its gradients. The choices here are those that `make audit` shows to need no spills on every
+architecture it compiles for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvkernels.triton.configs import Config, candidates, heuristic
+from mvkernels.triton.maps import width
+
+# Tokens of a block: the fewest that matrix instructions take.
+TOKENS = 16
+
+# The widest heads whose tiles fit the registers whole; exact products hold their operands there. Few and many tokens.
+_ONE_PIECE = {"tf32": (96, 96), "f32": (64, 32), "f64": (32, 16)}
+
+TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
+
+
+def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
+    # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
+    wide = width(key["d"])
+    # Wide types take more registers, and operands of products on the ordinary cores more still.
+    share = {"tf32": 2, "f32": 2, "f64": 4}.get(key["dtype"], 1)
+    few = wide <= {"tf32": 64, "f32": 32, "f64": 0}.get(key["dtype"], 128)
+    if key["m"] > TOKENS and key["dtype"] in ("f32", "f64"):
+        share, few = 2 * share, few and wide <= 16
+    elements, most = elements // share, most // share
+    block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
+    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if few else 8, "num_stages": 1}
+
+
+@heuristic(TO_MOBILE, "forward_pixels")
+def _forward_pixels(key: Mapping[str, Any]) -> Config:
+    return _config(key, 4096, 128)
+
+
+@heuristic(TO_FORMER, "forward_slices")
+@heuristic(TO_FORMER, "backward_slices")
+def _slices(key: Mapping[str, Any]) -> Config:
+    return _config(key, 2048, 64)
+
+
+@heuristic(TO_MOBILE, "backward_slices")
+def _slices_of_two(key: Mapping[str, Any]) -> Config:
+    # Two maps are read; narrow loads take a register for every address.
+    return _config(key, 2048 if key["last"] or key["dtype"] != "f16" else 1024, 64)
+
+
+def is_wide(key: Mapping[str, Any]) -> bool:
+    """Whether a head goes in pieces, to the kernels ``forward_wide`` and ``backward_wide``."""
+    # Half types: with many tokens the backward spills where products take their operands from registers (gfx942).
+    # And where channels are not contiguous, with any number: narrow loads take a register for every address.
+    few = 256 if key["last"] or not key["arch"].startswith("sm_") else 128
+    many = min(few, 256 if key["arch"].startswith("sm_") else 128)
+    return bool(key["d"] > _ONE_PIECE.get(key["dtype"], (few, many))[key["m"] > TOKENS])
+
+
+@heuristic(TO_FORMER, "forward_wide")
+@heuristic(TO_MOBILE, "forward_wide")
+def _wide(key: Mapping[str, Any]) -> Config:
+    block, piece, depth, warps = {"tf32": (32, 64, 32, 4), "f64": (16, 32, 16, 8)}.get(key["dtype"], (32, 64, 32, 8))
+    if key["arch"] == "interpreter":  # no registers to run out of
+        block = piece = depth = 64
+    return {"BLOCK": block, "SLICE": piece, "DEPTH": depth, "PROGRAMS": 8, "num_warps": warps, "num_stages": 1}
+
+
+@heuristic(TO_FORMER, "backward_wide")
+@heuristic(TO_MOBILE, "backward_wide")
+def _wide_gradients(key: Mapping[str, Any]) -> Config:
+    config = _wide(key)
+    # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores. Narrow
+    # loads take a register for every address.
+    if key["dtype"] == "f16" and not key["last"]:
+        return config | {"SLICE": config["SLICE"] // 2, "num_warps": 4}
+    if key["dtype"] == "tf32":
+        return config | {"BLOCK": config["BLOCK"] // 2}
+    return config | {"SLICE": config["SLICE"] // 2} if key["dtype"] == "f64" else config
+
+
+@candidates(TO_FORMER, "forward_slices")
+@candidates(TO_FORMER, "backward_slices")
+@candidates(TO_MOBILE, "forward_pixels")
+@candidates(TO_MOBILE, "backward_slices")
+def _candidates(key: Mapping[str, Any]) -> list[Config]:
+    return [
+        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for block in (32, 64, 128, 256)
+        for warps in (1, 2, 4, 8)
+        for stages in (1, 2)
+        for programs in (2, 8)
+        if 4 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
+    ]

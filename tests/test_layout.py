@@ -1,0 +1,135 @@
+"""What may import what: the rules of the tree, read off its source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each may import those of its own line and of those above it. Imports inside functions count as well.
+LAYERS = (
+    ("version", "configs"),
+    ("report", "files", "rounding", "dispatch", "triton"),
+    ("ops",),
+    ("testing", "bench", "verify", "tune", "third_party", "nn"),
+    ("swap",),
+    ("export",),
+    ("commands",),
+)
+# Of whom it is enough that they are asked for when they are needed, by a function that most callers never call.
+LATE = {
+    # What is said of the machine names the instruction set and the backends.
+    ("mvkernels.report", "mvkernels.dispatch.extension"),
+    ("mvkernels.ops.common.peers", "mvkernels.third_party"),  # a benchmark's peers of other packages
+}
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
+    found = {}
+    for path in sorted((root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules(ROOT, "mvkernels") | modules(ROOT / "python", "mvmodels")
+
+
+def imports(name: str, late: bool = True) -> set[tuple[str, str]]:
+    """(module, name taken from it, or "") of all that a module imports from the tree; without ``late`` at its top."""
+    tree = ast.parse(MODULES[name].read_text())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}
+    typing = {
+        id(n)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.dump(test.test)
+        for n in ast.walk(test)
+    }
+    found: set[tuple[str, str]] = set()
+    for node in ast.walk(tree):
+        if id(node) in typing or (not late and id(node) in inside):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name}: imports here are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                found.add((whole, "") if whole in MODULES else (node.module, alias.name))
+        elif isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+    return {(module, taken) for module, taken in found if module in MODULES}
+
+
+def op_of(module: str) -> str | None:
+    """The op in whose folder a module is."""
+    parts = module.split(".")
+    return parts[2] if parts[:2] == ["mvkernels", "ops"] and len(parts) > 2 and parts[2] != "common" else None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name: str) -> None:
+    order = {part: index for index, layer in enumerate(LAYERS) for part in layer}
+    parts = name.split(".")
+    mine = len(LAYERS) if parts[0] == "mvmodels" or len(parts) == 1 or parts[1] == "__main__" else order[parts[1]]
+    for module, _ in imports(name):
+        other = module.split(".")
+        if other[0] == "mvmodels":
+            assert parts[0] == "mvmodels", f"{name} imports {module}"
+        elif len(other) > 1:
+            assert order[other[1]] <= mine or (name, module) in LATE, f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if op_of(name)])
+def test_an_op_takes_only_public_names_of_another(name: str) -> None:
+    for module, taken in imports(name):
+        other = op_of(module)
+        if other is None or other == op_of(name):
+            continue
+        assert module == f"mvkernels.ops.{other}" and taken, f"{name} imports {module}, of another op's folder"
+        tree = ast.parse(MODULES[module].read_text())
+        public = next(
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.dump(node.targets[0]).startswith("Name(id='__all__'")
+        )
+        assert taken in public, f"{name} takes {taken}, which is no public name of {module}"
+
+
+def test_no_circle_of_imports() -> None:
+    needs = {name: {module for module, _ in imports(name)} - {name} for name in MODULES}
+    for name, needed in needs.items():  # a module stands in its packages, whose own code runs before it
+        needed.difference_update([parent for parent in needed if name.startswith(f"{parent}.")])
+    needs["mvkernels"] = set()  # the public names: whoever wants one of them imports where it comes from
+    done: set[str] = set()
+    on_the_way: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in done:
+            return
+        assert name not in on_the_way, " -> ".join([*on_the_way[on_the_way.index(name) :], name])
+        on_the_way.append(name)
+        for module in sorted(needs[name]):
+            if (name, module) not in LATE:
+                visit(module)
+        on_the_way.pop()
+        done.add(name)
+
+    for name in needs:
+        visit(name)
+
+
+def test_few_files_lie_at_the_top_of_the_package() -> None:
+    assert len(list((ROOT / "mvkernels").glob("*.py"))) <= 10
+
+
+def test_every_op_is_one_folder_and_one_line() -> None:
+    from mvkernels.dispatch.registry import OPS
+
+    folders = {path.name for path in (ROOT / "mvkernels" / "ops").iterdir() if (path / "reference.py").exists()}
+    assert set(OPS) == folders
+    package = (ROOT / "mvkernels" / "__init__.py").read_text()
+    for op in folders:
+        assert package.count(f"from mvkernels.ops.{op} import") == 1
