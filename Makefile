@@ -62,8 +62,9 @@ bench: setup
 	$(BIN)/python benchmarks/pages.py
 
 docs: setup
-	$(BIN)/python -c "import mkdocs, mkdocstrings" 2>/dev/null || $(PIP) mkdocs 'mkdocstrings[python]'
-	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || \
+		$(PIP) 'mkdocs<2' mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 audit: setup
 	$(BIN)/python benchmarks/roofline.py
