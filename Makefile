@@ -58,7 +58,7 @@ bench: setup
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/numerics.py
 	$(BIN)/python benchmarks/faults.py
-	$(BIN)/python benchmarks/readme_table.py
+	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python benchmarks/pages.py
 
 docs: setup

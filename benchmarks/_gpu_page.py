@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 from pathlib import Path
 
+from _figures import MODE, OPS, OURS, Row, geomean, read, where
 from _op import SAME
-from readme_table import MODE, OPS, OURS, Row, geomean, read, where
 
 HEAD = """# On a GPU
 

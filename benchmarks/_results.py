@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from readme_table import read
+from _figures import read
 
 from mvkernels import files, report
 

@@ -1,4 +1,5 @@
-"""Writes docs/performance.md, docs/gpu.md and the tables of docs/numerics.md from the files of benchmarks/results.
+"""Writes docs/performance.md, docs/performance/, docs/gpu.md and the tables of docs/numerics.md from the CSV files of
+benchmarks/results.
 
 ``--check`` changes nothing and exits with 1 if the pages are not what the files say.
 """
@@ -9,39 +10,82 @@ import argparse
 import sys
 from pathlib import Path
 
+import _figures
 import _gpu_page
-import readme_table
-from readme_table import MODE, ROOT, Row, geomean, read, where
+from _figures import HEADING, MODE, OPS, RESULTS, ROOT, Row, geomean, machines, op_table, peers, read, where
+from readme import files_are
 
-from mvkernels import files
 from mvkernels.commands import command
 
 BEGIN, END = "<!-- {}: begin (written by benchmarks/pages.py) -->\n", "<!-- {}: end -->"
-RESULTS = ROOT / "benchmarks" / "results"
-HEAD = """# Performance
-
+WRITTEN = """
 Written by `benchmarks/pages.py` from the files under `benchmarks/results`; no number is typed by hand. How it was
-measured, and what each column is: [benchmarks](benchmarks.md). On your machine: `make bench`.
+measured, and what each column is: [benchmarks]({}benchmarks.md). On your machine: `make bench`.
 """
 
 
-def machines(results: Path) -> list[Path]:
-    """The folders of processors; GPUs have a page of their own."""
-    found = sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits"))
-    return [path for path in found if "-sm-" not in path.name]
-
-
-def performance(results: Path) -> str:
-    """The page."""
-    summary = readme_table.render(results).removeprefix(readme_table.BEGIN).removesuffix(readme_table.END)
-    parts = [HEAD, "## Summary\n", summary.rstrip() + "\n"]
+def performance(results: Path) -> dict[str, str]:
+    """The pages by their place in docs/: a summary, a page for each op, whole models, and what a call costs."""
+    pages = {f"performance/{op}.md": op_page(results, op) for op, *_ in OPS}
+    pages["performance/models.md"] = models_page(results)
+    pages["performance/calls.md"] = calls_page(results)
+    parts = [
+        "# Performance\n",
+        "How fast the ops and swapped models are on the machines that were measured.",
+        WRITTEN.format(""),
+    ]
     for folder in machines(results):
+        found = _figures.summary(folder)
+        parts += [f"## {folder.name}\n", *found] if found else []
+    links = {f"performance/{op}.md": f"`{op}`" for op, *_ in OPS}
+    links |= {"performance/models.md": "whole models", "performance/calls.md": "call overhead and threads"}
+    links["gpu.md"] = "on a GPU"
+    parts += ["Shape by shape: " + ", ".join(f"[{text}]({link})" for link, text in links.items()) + ".", ""]
+    return {"performance.md": "\n".join(parts), **pages}
+
+
+def op_page(results: Path, op: str) -> str:
+    """An op's tables of every machine: by class of shapes, then shape by shape."""
+    classes = next(rest for name, *rest in OPS if name == op)
+    parts = [f"# Performance of {op}\n", f"How fast `{op}` is at each shape of its suite.", WRITTEN.format("../")]
+    found = False
+    for folder in machines(results):
+        for file in sorted(folder.glob(f"{op}*.csv")):
+            rows = read(file)
+            if not rows or file.stem.removeprefix(op)[:1] not in ("", "_"):
+                continue
+            found = True
+            *first, last = peers(rows)
+            title = HEADING.format(f"{', '.join(first)} and {last}")
+            parts += op_table(rows, f"{title}, allocator {rows[0]['allocator']}", op, *classes) + shapes(
+                file.stem, rows
+            )
+    if not found:
+        parts.append("Nothing is measured yet on a machine whose figures are committed.\n")
+    return "\n".join(parts)
+
+
+def models_page(results: Path) -> str:
+    """Whole models: those of other packages swapped, mvmodels' own, their exports, and where the time goes."""
+    parts = ["# Performance of whole models\n", "How fast whole models are, swapped and in other runtimes."]
+    parts.append(WRITTEN.format("../"))
+    for folder in machines(results):
+        swapped = _figures.models(
+            read(folder / "swapped.csv"), "Whole models of other packages, times as fast as the original", "original",
+            "swapped",
+        )  # fmt: skip
+        if swapped:
+            parts += [f"## Models of other packages, {folder.name}\n", *swapped]
         parts += every_model(read(folder / "models.csv")) + exports(read(folder / "export.csv"))
         parts += where_time_goes(read(folder / "where.csv"))
-        for file in sorted(folder.glob("*.csv")):
-            rows = read(file)
-            if rows and "speedup_median" in rows[0] and "size_class" in rows[0]:
-                parts += shapes(file.stem, rows)
+    return "\n".join(parts)
+
+
+def calls_page(results: Path) -> str:
+    """What a call costs before any arithmetic, and what a second thread gains."""
+    parts = ["# Call overhead and threads\n", "What a call costs before any arithmetic, and what threads gain."]
+    parts.append(WRITTEN.format("../"))
+    for folder in machines(results):
         parts += threads(read(folder / "threads.csv")) + overhead(read(folder / "overhead.csv"))
     return "\n".join(parts)
 
@@ -77,7 +121,7 @@ def every_model(rows: list[Row]) -> list[str]:
         "multiply-adds": lambda row: f"{float(row['macs_m']):,.0f} M",
     }
     title = "Times as fast as with every op on the reference, in eager mode"
-    lines = readme_table.models(rows, title, "reference", counted=counted)
+    lines = _figures.models(rows, title, "reference", counted=counted)
     return ["\n".join([f"## Models of mvmodels, {rows[0]['device']}\n", *lines])]
 
 
@@ -214,21 +258,18 @@ def pages(results: Path) -> dict[Path, str]:
         before, rest = text.split(begin)
         text = before + begin + block + end + rest.split(end, 1)[1]
     docs = ROOT / "docs"
-    return {docs / "performance.md": performance(results), docs / "gpu.md": _gpu_page.page(results), numerics: text}
+    return {
+        **{docs / name: page for name, page in performance(results).items()},
+        docs / "gpu.md": _gpu_page.page(results),
+        numerics: text,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    status = 0
-    for path, text in pages(RESULTS).items():
-        if not options.check:
-            files.write(path, text)
-        elif not path.exists() or path.read_text() != text:
-            print(f"{path.name} is not what benchmarks/results says: run benchmarks/pages.py", file=sys.stderr)
-            status = 1
-    return status
+    return files_are(pages(RESULTS), options.check, "benchmarks/pages.py")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return f"[{text}]({path.removeprefix('docs/')}{anchor})"
         return f"{text} (`{path}`)"
 
+    if beside:  # a picture's address, which is no link
+        markdown = re.sub(r'(src|srcset)="docs/', r'\1="', markdown)
     # Not inside code blocks, which come out as they went in.
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.MULTILINE | re.DOTALL)
     pattern = r"(?<!!)\[([^\]\[]+)\]\(([^)#\s]*)(#[^)\s]*)?\)"

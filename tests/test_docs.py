@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
-import importlib.util
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from mvkernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def blocks(language: str) -> list[Any]:
@@ -58,7 +59,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_readme_shows_the_figures_of_the_csv_files() -> None:
-    script = ROOT / "benchmarks" / "readme_table.py"
+    script = ROOT / "benchmarks" / "readme.py"
     found = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
@@ -128,32 +129,70 @@ def test_every_page_is_on_the_site_and_every_name_in_the_api() -> None:
     import mvkernels
 
     nav = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f": {page.name}\n" in nav, page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in nav, page.name
     api = (ROOT / "docs" / "api.md").read_text()
     for name in mvkernels.__all__:
         if not name.endswith("Function") and not name.startswith("__"):
             assert re.search(rf"^::: mvkernels\.(\w+\.)?{name}$", api, re.MULTILINE), name
 
 
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.usefixtures("benchmarks")
 def test_figures_come_from_the_rows(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert "No figures are committed yet" in module.render(tmp_path)
+    import _figures
+    import readme
+
+    assert "No figures are committed yet" in readme.render(tmp_path)
 
     names = "device,capability,threads,torch,date,commit,op,model,label,size_class,batch,dtype,layout,mode,provider,"
     names += "speedup_median,peak_bytes"
     where = "cpu,avx2,1,2.13,2026-01-01,abc,patch_attention,m,s,N<=16,1,float32,channels_last"
     lines = [names, f"{where},full,eager,,400", f"{where},full,cpp,2.5,100", f"{where},fwd,cpp,3.5,50"]
-    (tmp_path / "somewhere").mkdir()
-    (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
-    text = module.render(tmp_path)
-    assert "| cpp | float32, without torch.compile | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in text
+    path = tmp_path / "somewhere" / "patch_attention.csv"
+
+    def table() -> str:
+        return "\n".join(_figures.op_table(_figures.read(path), "title", *_figures.OPS[0]))
+
+    path.parent.mkdir()
+    path.write_text("\n".join(lines) + "\n")
+    assert "| cpp | float32, without torch.compile | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in table()
     lines.append(f"{where},fwd,compile(sdpa),,")
-    (tmp_path / "somewhere" / "patch_attention.csv").write_text("\n".join(lines) + "\n")
-    assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in module.render(tmp_path)
+    path.write_text("\n".join(lines) + "\n")
+    assert "| cpp | float32 | N ≤ 16 | 1 | 3.50× | 3.50× | 2.50× | 2.50× | 0.25 of" in table()
+    row = "| `patch_attention` | the best of eager, SDPA, torch.compile | 1 shapes | 3.50× (worst 3.50×) | 2.50× (worst"
+    assert row in readme.render(tmp_path)
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_picture_has_a_bar_for_each_op_and_way_to_run_a_model(tmp_path: Path) -> None:
+    import readme
+
+    names = "device,capability,threads,torch,date,commit,model,size,batch,dtype,layout,mode,provider,median_us"
+    where = "cpu,avx2,1,2.13,2026-01-01,abc,timm:m,256,1,float32,contiguous"
+    times = (("fwd,original", 3000), ("fwd,swapped", 2000), ("full,original", 9000), ("full,swapped", 10000))
+    lines = [names, *(f"{where},{who},{time}" for who, time in times), f'{where},fwd,"original, onnx",1500']
+    (tmp_path / "somewhere").mkdir()
+    (tmp_path / "somewhere" / "swapped.csv").write_text("\n".join(lines) + "\n")
+    text = readme.render(tmp_path)
+    assert "| whole models, swapped | the original | 1 model | 1.50× (worst 1.50×) | 0.90× (worst 0.90×) |" in text
+    assert "| whole models, swapped | the original, onnx | 1 model | 0.75× (worst 0.75×) | – |" in text
+    for colours in readme.COLOURS.values():
+        svg = ElementTree.fromstring(readme.picture(tmp_path / "somewhere", colours))
+        shown = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+        assert shown[1:] == ["timm:m", "swapped", "1.50×", "original, ONNX Runtime", "2.00×"]
+        widths = [float(bar.attrib["width"]) for bar in svg.iter("{http://www.w3.org/2000/svg}rect")][1:]
+        assert widths[1] / widths[0] == pytest.approx(2 / 1.5, rel=1e-3)
+
+
+def test_committed_figures_are_of_clean_commits() -> None:
+    for path in (ROOT / "benchmarks" / "results").rglob("*.csv"):
+        with path.open(newline="") as file:
+            assert not [row for row in csv.DictReader(file) if row.get("commit", "").endswith("-dirty")], path
 
 
 def test_a_part_that_is_measured_leaves_the_rest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +248,7 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import _results
-    import readme_table
+    import pages
 
     def row(batch: int, provider: str, microseconds: float, speedup: float) -> dict[str, object]:
         same = {
@@ -232,7 +271,7 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
         [row(1, "original", 2000, 1), row(1, "swapped", 1000, 2), row(1, "compiled", 1600, 1.25)], path, same
     )
     _results.merge([row(8, "original", 8000, 1), row(8, "swapped", 5000, 1.6)], path, same)
-    text = readme_table.render(tmp_path)
+    text = pages.models_page(tmp_path)
     assert "| `timm:m` | 256² | 1 | inference | 2.0 ms | 2.00× | 1.25× |" in text
     assert "| `timm:m` | 256² | 8 | inference | 8.0 ms | 1.60× | – |" in text
     assert "gone" not in text and "a_newer_column" in path.read_text()
@@ -240,7 +279,7 @@ def test_whole_models_are_a_line_each_and_new_rows_take_the_place_of_old_ones(
 
 def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import readme_table
+    import pages
 
     names = "model,size,batch,dtype,layout,mode,device,capability,threads,torch,date,commit,provider,median_us,"
     lines = [names + "speedup_median"]
@@ -250,7 +289,7 @@ def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypat
             lines += [f"{same},original,6000,1", f"{same},swapped,{6000 / speedup},{speedup}"]
     (tmp_path / "some-gpu").mkdir()
     (tmp_path / "some-gpu" / "swapped.csv").write_text("\n".join(lines) + "\n")
-    text = readme_table.render(tmp_path)
+    text = pages.models_page(tmp_path)
     for shown, speedup in (("", "2.00×"), (", bfloat16", "3.00×")):
         assert f"| `a` | 256², channels last{shown} | 128 | training step | 6.0 ms | {speedup} |" in text
         assert f"| **geometric mean of 3 rows** | channels last{shown} | 128 | training step |  | {speedup} |" in text
@@ -258,7 +297,7 @@ def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypat
 
 def test_all_who_were_timed_are_named_as_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import readme_table
+    import _figures
 
     names = "device,capability,threads,torch,date,commit,op,model,label,size_class,batch,dtype,layout,mode,provider,"
     names += "median_us,speedup_median,peak_bytes"
@@ -267,6 +306,6 @@ def test_all_who_were_timed_are_named_as_peers(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "some-gpu").mkdir()
     path = tmp_path / "some-gpu" / "patch_attention.csv"
     path.write_text("\n".join([*lines, f"{where},triton,1,2,"]) + "\n")
-    assert "best of eager, SDPA, torch.compile and flex_attention at" in readme_table.render(tmp_path)
+    assert _figures.peers(_figures.read(path)) == ["eager", "SDPA", "torch.compile", "flex_attention"]
     path.write_text("\n".join([*lines[:2], f"{where},triton,1,2,"]) + "\n")
-    assert "best of eager, SDPA and torch.compile at" in readme_table.render(tmp_path)
+    assert _figures.peers(_figures.read(path)) == ["eager", "SDPA", "torch.compile"]

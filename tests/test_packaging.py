@@ -55,7 +55,7 @@ def contents(checkout: Path, wheel: str) -> tuple[list[str], str]:
     with zipfile.ZipFile(checkout / "dist" / wheel) as files:
         names = files.namelist()
         about = next(name for name in names if name.endswith(".dist-info/WHEEL"))
-        assert "mvkernels/cli.py" in names and "mvmodels/__init__.py" in names
+        assert "mvkernels/__main__.py" in names and "mvmodels/__init__.py" in names
         return [name for name in names if name.endswith((".so", ".pyd"))], files.read(about).decode()
 
 

@@ -16,7 +16,7 @@ from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
 from mvkernels.swap.eligibility import not_plain, replaced
 
-# As Activation in csrc/cpu/elementwise.h.
+# As Activation in csrc/cpu/elementwise/elementwise.h.
 _IDENTITY, _RELU, _SILU, _HARDSWISH, _GELU = range(5)
 _ACTIVATIONS = {
     ("torch.nn.modules.linear", "Identity"): _IDENTITY,

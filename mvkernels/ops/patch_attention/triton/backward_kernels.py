@@ -1,8 +1,8 @@
-"""Backward Triton kernels of patch_attention. triton_kernels.py says which runs when.
+"""Backward Triton kernels of patch_attention. launcher.py says which runs when.
 
 With P the probabilities, dP = dout V^T and delta the row sums of P * dP:
 dV = P^T dout, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
-triton_rows.py says how a row's P and dS are made so that large queries do not multiply rounding errors.
+row_kernels.py says how a row's P and dS are made so that large queries do not multiply rounding errors.
 Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.

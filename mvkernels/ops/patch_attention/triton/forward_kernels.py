@@ -1,4 +1,4 @@
-"""Forward Triton kernels of patch_attention. triton_kernels.py says which runs when."""
+"""Forward Triton kernels of patch_attention. launcher.py says which runs when."""
 
 import triton
 import triton.language as tl

@@ -1,23 +1,14 @@
-"""Writes the README's figures from the CSV files under benchmarks/results: no number there is typed by hand.
-
-``--check`` changes nothing and exits with 1 if the README is not what the files say.
-"""
+"""Tables of the CSV files under benchmarks/results, for the README and the pages: no number there is typed by hand."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mvkernels import files
-from mvkernels.commands import command
-
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN = "<!-- figures: begin (written by benchmarks/readme_table.py) -->\n"
-END = "<!-- figures: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {"N<=16": "N ≤ 16", "N<=64": "17 to 64", "N<=255": "65 to 255", "N>=256": "N ≥ 256", "all": "all"}
 LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last", "all": "all"}
 # op, what its shapes are told apart by: the heading, the column of the files, its values
@@ -31,6 +22,8 @@ OPS = (
 )
 OURS = ("cpp", "triton", "cuda")
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}
+
+HEADING = "times as fast as the best of {} at each shape, geometric mean of medians"
 
 Row = dict[str, str]
 
@@ -168,39 +161,67 @@ def means(rows: list[Row], first: str, others: list[str], skipped: int) -> list[
     return lines
 
 
-def render(results: Path) -> str:
-    """The block between the markers."""
-    lines: list[str] = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits")):
-        best = "times as fast as the best of {} at each shape, geometric mean of medians"
-        for op, *classes in OPS:
-            lines += op_table(read(folder / f"{op}.csv"), best, op, *classes)
-            default = read(folder / f"{op}_default_allocator.csv")
-            lines += op_table(default, "the same with glibc's default allocator", op, *classes)
-        title = "Whole models of other packages, times as fast as the original"
-        lines += models(read(folder / "swapped.csv"), title, "original", "swapped")
+def machines(results: Path) -> list[Path]:
+    """The folders of processors; GPUs have a page of their own."""
+    found = sorted(path for path in results.glob("*") if path.is_dir() and path.name not in ("audit", "digits"))
+    return [path for path in found if "-sm-" not in path.name and any(path.glob("*.csv"))]
+
+
+def summary(folder: Path) -> list[str]:
+    """One row an op (float32, all shapes) and one for whole models in each mode: what a machine's files come to."""
+    lines, sources = [], []
+    for op, *_ in OPS:
+        rows = [r for r in read(folder / f"{op}.csv") if r["dtype"] == "float32"]
+        mine = [r for r in rows if r["provider"] in OURS and r["speedup_median"]]
+        if not mine:
+            continue
+        cells = [f"`{op}`", f"the best of {', '.join(peers(rows))}", f"{len({shape_of(r) for r in mine})} shapes"]
+        for mode in ("fwd", "full"):
+            found = [float(r["speedup_median"]) for r in mine if r["mode"] == mode]
+            cells.append(f"{geomean(found):.2f}× (worst {min(found):.2f}×)" if found else "–")
+        cells.append(memory([r for r in mine if r["mode"] == "full"], rows))
+        lines.append(f"| {' | '.join(cells)} |")
+        sources += mine
+    swapped = [r for r in read(folder / "swapped.csv") if r["batch"] == "1" and r["layout"] == "contiguous"]
+    for who, of in (
+        ("swapped", "original"),
+        ("swapped, compiled", "original, compiled"),
+        ("swapped", "original, onnx"),
+    ):
+        cells = [f"whole models, {who}", f"the {of}", ""]
+        count = 0
+        for mode in ("fwd", "full"):
+            found = list(ratios(swapped, mode, who, of).values())
+            count = max(count, len(found))
+            cells.append(f"{geomean(found):.2f}× (worst {min(found):.2f}×)" if found else "–")
+        if count:
+            cells[2] = f"{count} model{'s' * (count > 1)}"
+            lines.append(f"| {' | '.join(cells)} | – |")
     if not lines:
-        lines = ["No figures are committed yet: `make bench` takes them on your machine and writes them here.", ""]
-    else:
-        lines += ["Shape by shape: `benchmarks/results/<device>/*.csv`; on your machine: `make bench`.", ""]
-    return BEGIN + "\n".join(lines) + END
+        return []
+    head = ["what", "against", "of", "forward", "forward + backward", "peak memory"]
+    return [f"{where(sources + swapped)}.", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *lines, ""]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    wanted = before + render(ROOT / "benchmarks" / "results") + rest.split(END, 1)[1]
-    if options.check and wanted != text:
-        print("README.md is not what benchmarks/results says: run benchmarks/readme_table.py", file=sys.stderr)
-        return 1
-    if not options.check:
-        files.write(readme, wanted)
-    return 0
+def peers(rows: list[Row]) -> list[str]:
+    """Who was timed beside this library."""
+    compiled = ["torch.compile"] if any(r["provider"].startswith("compile") for r in rows) else []
+    return ["eager", "SDPA", *compiled, *others(rows)]
 
 
-if __name__ == "__main__":
-    sys.exit(command.run("readme_table", main))
+def shape_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("model", "label", "batch", "layout"))
+
+
+def ratios(rows: list[Row], mode: str, who: str, of: str) -> dict[str, float]:
+    """How many times as fast as ``of`` each model is as ``who``, where both were timed."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(f"{r['model']} {r['size']}" for r in rows):
+        times = {
+            r["provider"]: float(r["median_us"])
+            for r in rows
+            if f"{r['model']} {r['size']}" == name and r["mode"] == mode
+        }
+        if who in times and of in times:
+            found[name] = times[of] / times[who]
+    return found

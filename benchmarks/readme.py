@@ -1,0 +1,158 @@
+"""Writes the README's figures from the CSV files under benchmarks/results: its table, and the picture in docs/.
+
+The picture is drawn twice, for light and for dark backgrounds. ``--check`` changes nothing and exits with 1 if the
+README or a picture is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from _figures import OPS, OURS, RESULTS, ROOT, Row, geomean, machines, ratios, read, summary
+
+from mvkernels import files
+from mvkernels.commands import command
+
+BEGIN = "<!-- figures: begin (written by benchmarks/readme.py) -->\n"
+END = "<!-- figures: end -->"
+# Background, text, lines, then the bars: this library's, and the others'.
+COLOURS = {"light": ("#ffffff", "#1f2328", "#d1d9e0", "#0969da", "#9aa4af"),
+           "dark": ("#0d1117", "#e6edf3", "#3d444d", "#58a6ff", "#6e7681")}  # fmt: skip
+WHO = (("swapped", "swapped"), ("swapped, compiled", "swapped, compiled"),
+       ("original, compiled", "original, torch.compile"), ("original, onnx", "original, ONNX Runtime"))  # fmt: skip
+Bar = tuple[str, float, bool]
+
+
+def shown(results: Path) -> Path | None:
+    """The machine that the README shows: the one with figures of most ops, then of most rows."""
+
+    def count(folder: Path) -> tuple[int, int]:
+        return len(summary(folder)), sum(len(read(path)) for path in folder.glob("*.csv"))
+
+    return max(machines(results), key=count, default=None)
+
+
+def op_bars(folder: Path) -> list[Bar]:
+    """How many times as fast as the best peer each op is, forward, float32."""
+    found: list[Bar] = []
+    for op, *_ in OPS:
+        mine = [r for r in read(folder / f"{op}.csv") if r["provider"] in OURS and r["mode"] == "fwd"]
+        speedups = [float(r["speedup_median"]) for r in mine if r["dtype"] == "float32" and r["speedup_median"]]
+        if speedups:
+            found.append((op, geomean(speedups), True))
+    return found
+
+
+def model_bars(folder: Path) -> list[tuple[str, list[Bar]]]:
+    """Whole models at inference, batch 1: how many times as fast as the original each way to run them is."""
+    rows: list[Row] = [r for r in read(folder / "swapped.csv") if (r["batch"], r["layout"]) == ("1", "contiguous")]
+    found = {name: ratios(rows, "fwd", name, "original") for name, _ in WHO}
+    names = list(dict.fromkeys(model for of in found.values() for model in of))
+    return [
+        (
+            model.split()[0],
+            [(label, found[who][model], who.startswith("swapped")) for who, label in WHO if model in found[who]],
+        )
+        for model in names
+    ]
+
+
+def picture(folder: Path, colours: Sequence[str]) -> str:
+    """Both panels as SVG: plain rectangles and text, so that it is the same on every machine."""
+    ground, ink, line, ours, theirs = colours
+    width, left, top, step = 820, 250, 30, 18
+    parts: list[str] = []
+    y = 8
+
+    def text(x: float, at: float, what: str, anchor: str = "start", weight: str = "normal") -> None:
+        parts.append(f'<text x="{x:g}" y="{at:g}" text-anchor="{anchor}" font-weight="{weight}">{escape(what)}</text>')
+
+    def panel(title: str, groups: list[tuple[str, list[Bar]]]) -> None:
+        nonlocal y
+        most = max(value for _, bars in groups for _, value, _ in bars)
+        scale = (width - left - 70) / max(most, 1.0)
+        text(10, y + 14, title, weight="bold")
+        y += top
+        begin = y
+        for name, bars in groups:
+            if name:
+                text(10, y + 13, name)
+                y += step
+            for label, value, is_ours in bars:
+                text(left - 8, y + 13, label, "end")
+                fill = ours if is_ours else theirs
+                parts.append(
+                    f'<rect x="{left}" y="{y + 2}" width="{value * scale:.1f}" height="{step - 5}" fill="{fill}"/>'
+                )
+                text(left + value * scale + 6, y + 13, f"{value:.2f}×")
+                y += step
+            y += 6
+        parts.insert(0, f'<path d="M{left + scale:.1f} {begin}V{y}" stroke="{line}" stroke-dasharray="4 3"/>')
+        y += 14
+
+    ops, models = op_bars(folder), model_bars(folder)
+    if ops:
+        panel("Ops: times as fast as the best of eager, SDPA and torch.compile (forward)", [("", ops)])
+    if models:
+        panel("Whole models: times as fast as the original in eager mode (inference)", models)
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{ink}">\n<title>Speed-up of ops and models</title>\n'
+        f'<rect width="{width}" height="{y}" fill="{ground}"/>\n{body}\n</svg>\n'
+    )
+
+
+def render(results: Path) -> str:
+    """The block between the markers."""
+    folder = shown(results)
+    if folder is None or not summary(folder):
+        return (
+            f"{BEGIN}No figures are committed yet: `make bench` takes them on your machine and writes them here.\n{END}"
+        )
+    lines = [
+        "<picture>",
+        '  <source media="(prefers-color-scheme: dark)" srcset="docs/figures-dark.svg">',
+        '  <img src="docs/figures-light.svg" alt="How many times as fast ops and whole models are">',
+        "</picture>", "", *summary(folder),
+    ]  # fmt: skip
+    return BEGIN + "\n".join(lines) + END
+
+
+def wanted(results: Path) -> dict[Path, str]:
+    """Every file, and what is to stand in it."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    found = {readme: before + render(results) + rest.split(END, 1)[1]}
+    folder = shown(results)
+    if folder is not None and summary(folder):
+        found |= {ROOT / "docs" / f"figures-{kind}.svg": picture(folder, of) for kind, of in COLOURS.items()}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    return files_are(wanted(RESULTS), options.check, "benchmarks/readme.py")
+
+
+def files_are(texts: dict[Path, str], check: bool, script: str) -> int:
+    """Write the files, or with ``check`` say which are not so."""
+    status = 0
+    for path, text in texts.items():
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path.name} is not what benchmarks/results says: run {script}", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(command.run("readme", main))
