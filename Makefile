@@ -1,12 +1,15 @@
-# `make demo` or `make test` is all that a fresh clone needs: both run `make setup` first.
+# `make demo` or `make test` is all that a fresh clone needs: each first installs what it needs itself.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
+DEMO   := $(VENV)/.demo-done
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 SUITE  ?= full
 
+# What builds the package and what the demo imports; then the rest, which the tests need.
+FIRST  := setuptools wheel ninja torch triton numpy transformers pillow scikit-learn matplotlib
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
 	pillow scikit-learn onnx onnxscript onnxruntime executorch
@@ -18,7 +21,15 @@ SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/te
 
 .PHONY: setup demo test bench docs lint format audit gpu sanitize wheel clean
 
+# The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
+
+$(DEMO): pyproject.toml setup.py constraints.txt $(SOURCE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(FIRST)
+	MVKERNELS_BUILD_ISAS=native $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+		--no-deps -e .
+	touch $@
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,7 +38,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCE)
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-demo: setup
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))
 	$(BIN)/python examples/demo.py
 
 test: lint
@@ -89,4 +100,4 @@ wheel: setup
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)
+	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP) $(DEMO)

@@ -58,6 +58,19 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, free // MEMORY_OF_A_COMPILER))
 
 
+def native(isas: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The last of the sets, and so the best, that this processor has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return isas
+    has = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+    able = [
+        name for name, flags in isas.items() if {f[2:] for f in flags if f.startswith("-m") and "=" not in f} <= has
+    ]
+    return {able[-1]: isas[able[-1]]}
+
+
 class BuildExtension(build_ext):
     """Compiles each kernel once per instruction set; a failure leaves a pure Python package."""
 
@@ -81,7 +94,9 @@ class BuildExtension(build_ext):
             raise RuntimeError(f"the extension needs torch 2.10 or newer, this is {torch.__version__}")
         isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
         wanted = os.environ.get("MVKERNELS_BUILD_ISAS", "").split(",")
-        if wanted != [""]:  # the first, which every processor of this kind has, is always in
+        if wanted == ["native"]:
+            isas = native(isas)
+        elif wanted != [""]:  # the first, which every processor of this kind has, is always in
             for unknown in (isa for isa in wanted if isa not in isas):
                 print(
                     f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want some of {', '.join(isas)}", file=sys.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mvkernels.dispatch import extension
 from mvkernels.version import __version__
 
 pytest.importorskip("setuptools", minversion="77")
@@ -86,3 +88,13 @@ def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> 
 
 def test_a_source_distribution_is_called_the_same(checkout: Path) -> None:
     assert build(checkout, "sdist", CC="false", CXX="false") == f"mvkernels-{__version__}.tar.gz"
+
+
+def test_native_is_the_best_set_that_this_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    sets = names["ISA_FLAGS"].get(names["MACHINE"], {"baseline": []})
+    (found,) = names["native"](sets)
+    if extension.module is None:
+        pytest.skip("which it is, only the extension can say")
+    assert found == list(sets)[max([*sets].index(able) for able in extension.module.instruction_sets())]

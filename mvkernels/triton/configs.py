@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -128,6 +128,18 @@ def default(op: str, kernel: str, key: Mapping[str, Any]) -> Config:
 def candidates_of(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
     """The changes that tuning may try; none for a kernel that registered none."""
     return _CANDIDATES[op, kernel](key) if (op, kernel) in _CANDIDATES else []
+
+
+def tiles_to_try(lanes: int, blocks: Sequence[int]) -> list[Config]:
+    """Candidates for kernels that walk over tiles of (pixels, lanes): sizes that so many warps have registers for."""
+    return [
+        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for block in blocks
+        for warps in (1, 2, 4, 8)
+        for stages in (1, 2)
+        for programs in (2, 8)
+        if 4 * 64 * warps <= block * lanes <= 128 * 64 * warps
+    ]
 
 
 def memo(function: Callable[..., T]) -> Callable[..., T]:

@@ -162,7 +162,7 @@ FAMILIES = {
         "Attention",
         tuple(f"transformer_blocks.{i}.attn1" for i in (0, 1)),
         "to_q",
-        ("diffusers_sana", "relu_linear_attention"),
+        ("families.diffusers_sana", "relu_linear_attention"),
         tokens=True,
     ),
 }

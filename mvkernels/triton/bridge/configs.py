@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic
+from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
 from mvkernels.triton.maps import width
 
 # Tokens of a block: the fewest that matrix instructions take.
@@ -92,11 +92,4 @@ def _wide_gradients(key: Mapping[str, Any]) -> Config:
 @candidates(TO_MOBILE, "forward_pixels")
 @candidates(TO_MOBILE, "backward_slices")
 def _candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for block in (32, 64, 128, 256)
-        for warps in (1, 2, 4, 8)
-        for stages in (1, 2)
-        for programs in (2, 8)
-        if 4 * 64 * warps <= block * width(key["d"]) <= 128 * 64 * warps
-    ]
+    return tiles_to_try(width(key["d"]), (32, 64, 128, 256))

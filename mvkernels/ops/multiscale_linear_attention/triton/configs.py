@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic
+from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
 from mvkernels.triton.maps import lanes
 
 OP = "multiscale_linear_attention"
@@ -52,11 +52,4 @@ def _weight(key: Mapping[str, Any]) -> Config:
 @candidates(OP, "pointwise_backward")
 @candidates(OP, "weight_sums")
 def _candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for block in (16, 32, 64, 128)
-        for warps in (1, 2, 4, 8)
-        for stages in (1, 2)
-        for programs in (2, 8)
-        if 4 * 64 * warps <= block * lanes(key["d"]) <= 128 * 64 * warps
-    ]
+    return tiles_to_try(lanes(key["d"]), (16, 32, 64, 128))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic
+from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
 from mvkernels.triton.maps import lanes
 
 OP = "relu_linear_attention"
@@ -57,11 +57,4 @@ def _backward(key: Mapping[str, Any]) -> Config:
 @candidates(OP, "forward_slices")
 @candidates(OP, "backward_slices")
 def _candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [
-        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for block in (32, 64, 128, 256)
-        for warps in (1, 2, 4, 8)
-        for stages in (1, 2)
-        for programs in (2, 8)
-        if 4 * 64 * warps <= block * lanes(key["d"]) <= 128 * 64 * warps
-    ]
+    return tiles_to_try(lanes(key["d"]), (32, 64, 128, 256))

@@ -27,7 +27,7 @@ from mvkernels.commands import cli
 from mvkernels.dispatch.registry import OPS, NotOffered
 from mvkernels.ops.common.peers import flex_attention
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(**changes: Any) -> Row:
