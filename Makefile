@@ -13,7 +13,7 @@ FIRST  := setuptools wheel ninja torch triton numpy transformers pillow scikit-l
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
 	pillow scikit-learn onnx onnxscript onnxruntime executorch
-SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu)
+SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)

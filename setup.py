@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.h"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.h"))
 REGISTER = "csrc/cpu/register.cpp"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
 MEMORY_OF_A_COMPILER = 2 << 30

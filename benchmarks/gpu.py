@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -29,12 +28,12 @@ import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import _counters
 import torch
+from _identity import identity
 from _results import merge
 
 from mvkernels import files, report
@@ -48,7 +47,6 @@ WORK = HERE / "out" / "gpu"
 """Logs and compilers' caches."""
 MODELS = ("timm:mobilevit_s", "timm:efficientvit_b1")
 DTYPES = ("bfloat16", "float16", "float32")
-SOURCE = ("mvkernels/**/*.py", "mvkernels/*.so", "python/**/*.py", "csrc/**/*.*", "tests/**/*.py", "benchmarks/*.py")
 SHAPES = (
     "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x12_", "294m@224 2x24_",
     "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32",
@@ -169,27 +167,6 @@ def timed(device: str, dtype: str, batches: Sequence[str], against: str, shapes:
     """The command that measures the ops against their peers."""
     line = ("--device", device, "--dtype", dtype, "--batch", *batches, "--against", against, "--shape", *shapes)
     return python(str(HERE / "ops.py"), *line, "--layout", "channels_last")
-
-
-def identity() -> list[str]:
-    """What a result depends on: code, device, versions."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return [fingerprint(HERE.parent), device, f"torch {torch.__version__}", f"triton {_version('triton')}"]
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
-def fingerprint(root: Path) -> str:
-    """Of the code below a checkout: a commit would not tell one uncommitted change from another."""
-    found = hashlib.sha256()
-    for path in sorted(path for pattern in SOURCE for path in root.glob(pattern) if path.is_file()):
-        found.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return found.hexdigest()
 
 
 class Run:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,6 +140,14 @@ def check_backends(op: str, backends: Sequence[str], device: str) -> None:
         able, reason = can_run(op, backend, **arguments)
         if not able:
             raise UsageError(f"{op}: backend {backend} cannot run: {reason}")
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; empty where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def slug(where: dict[str, str]) -> str:

@@ -189,37 +189,42 @@ def test_the_cache_travels(gpu: ModuleType, tmp_path: Path) -> None:
     assert (Path(two.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin").read_bytes() == b"code"
 
 
-def test_a_change_of_the_code_is_seen(gpu: ModuleType, tmp_path: Path) -> None:
-    seen = {gpu.fingerprint(tmp_path)}
+def test_a_change_of_the_code_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from _identity import fingerprint
+
+    seen = {fingerprint(tmp_path)}
     for name in ("mvkernels/a.py", "csrc/cpu/a.cpp", "tests/test_a.py", "benchmarks/a.py", "python/mvmodels/a.py"):
         for text in ("one", "two")[: 2 if name == "mvkernels/a.py" else 1]:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
-            seen.add(gpu.fingerprint(tmp_path))
+            seen.add(fingerprint(tmp_path))
     assert len(seen) == 7
-    before = gpu.fingerprint(tmp_path)
+    before = fingerprint(tmp_path)
     for name in ("mvkernels/configs/some_gpu.json", "benchmarks/results/some-gpu/x.csv", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert gpu.fingerprint(tmp_path) == before
+    assert fingerprint(tmp_path) == before
 
 
 def test_another_torch_or_triton_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import gpu
+    import _identity
 
-    monkeypatch.setattr(gpu, "fingerprint", lambda root: "the same code")
-    seen = [gpu.identity()]
-    monkeypatch.setattr(gpu.torch, "__version__", "9.0")
-    seen.append(gpu.identity())
-    monkeypatch.setattr(gpu.metadata, "version", lambda package: "9.0")
-    seen.append(gpu.identity())
+    from mvkernels import report
+
+    monkeypatch.setattr(_identity, "fingerprint", lambda root: "the same code")
+    seen = [_identity.identity()]
+    monkeypatch.setattr(_identity.torch, "__version__", "9.0")
+    seen.append(_identity.identity())
+    monkeypatch.setattr(report.metadata, "version", lambda package: "9.0")
+    seen.append(_identity.identity())
 
     def absent(package: str) -> str:
-        raise gpu.metadata.PackageNotFoundError(package)
+        raise report.metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(gpu.metadata, "version", absent)
-    seen.append(gpu.identity())
+    monkeypatch.setattr(report.metadata, "version", absent)
+    seen.append(_identity.identity())
     assert len({str(each) for each in seen}) == 4
 
 

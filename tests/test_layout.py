@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,19 @@ def test_every_op_is_one_folder_and_one_line() -> None:
     package = (ROOT / "mvkernels" / "__init__.py").read_text()
     for op in folders:
         assert package.count(f"from mvkernels.ops.{op} import") == 1
+
+
+def test_kernels_of_an_op_include_only_their_own_folder_and_what_is_common() -> None:
+    for path in (ROOT / "csrc" / "cpu").glob("*/*.*"):
+        for included in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            folder, _, name = included.partition("/")
+            # The table of instruction sets, which names all ops, is what the launching half of an op asks.
+            known = {path.parent.name, "common"} if name else {"instruction_sets.h"}
+            assert folder in known, f"{path.relative_to(ROOT)} includes {included}"
+
+
+def test_no_file_of_code_is_long() -> None:
+    for folder in ("mvkernels", "python", "csrc", "benchmarks", "tests", "examples", "docs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".c"):
+                assert len(path.read_text().splitlines()) <= 400, path.relative_to(ROOT)

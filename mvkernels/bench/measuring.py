@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
     torch.set_num_threads(options.threads)
     result, progress = Result(), report.Progress(len(cases))
     try:
-        where, triton = report.machine(options.device), _version("triton")
+        where, triton = report.machine(options.device), report.version_of("triton")
         for op, case, layout, batch, name, mode in cases:
             if name not in result.rates:
                 result.rates[name] = timing.measure_rates(options.device, getattr(torch, name))
@@ -220,10 +219,3 @@ def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:
 
 def _on(op: Op, backend: str) -> Callable[..., Tensor]:
     return lambda **arguments: op.function(**arguments, backend=backend)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -16,59 +16,9 @@ from torch.nn import functional as F
 
 from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import requested
+from mvkernels.nn.layers import DropPath, DynamicReLU, HeadwiseLinear
 from mvkernels.ops.former_to_mobile import former_to_mobile
 from mvkernels.ops.mobile_to_former import mobile_to_former
-
-
-class DropPath(nn.Module):
-    """In training, zeroes a residual branch of whole samples with probability ``p`` and scales up the others."""
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"DropPath: p is {p}, want 0 <= p < 1")
-        self.p = p
-
-    @property
-    def active(self) -> bool:
-        return self.training and self.p > 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, ...) -> the same shape."""
-        if not self.active:
-            return x
-        keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1.0 - self.p)
-        return x * (keep / (1.0 - self.p))
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-class HeadwiseLinear(nn.Module):
-    """One Linear for each head, from its slice of the input to its slice of the output.
-
-    The paper's equations write the projections of the tokens so; the authors' code has a full Linear in their
-    place. weight (out, in / heads), bias (out,).
-    """
-
-    def __init__(self, in_features: int, out_features: int, heads: int) -> None:
-        super().__init__()
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if value % heads:
-                raise ValueError(f"HeadwiseLinear: {name} is {value}, want a multiple of heads = {heads}")
-        self.in_features, self.out_features, self.heads = in_features, out_features, heads
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // heads))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
-        weight = self.weight.unflatten(0, (self.heads, -1))
-        out = torch.einsum("...hi,hoi->...ho", x.unflatten(-1, (self.heads, -1)), weight)
-        return out.flatten(-2) + self.bias.to(out.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, heads={self.heads}"
 
 
 class _Bridge(nn.Module):
@@ -305,29 +255,6 @@ class Former(nn.Module):
         if self.has_ffn:
             tokens = self.norm2(tokens + self.fc2(F.gelu(self.fc1(tokens))))
         return tokens
-
-
-class DynamicReLU(nn.Module):
-    """DY-ReLU (arXiv 2003.10027) of two pieces without offsets, whose slopes a token says.
-
-    With theta = hsig(fc2(relu(fc1(token)))), 2C numbers in [0, 1], of which the first half makes a1 and the
-    second a2::
-
-        y = max(a1 x, a2 x),    a1 = 2 theta₁ in [0, 2],    a2 = 2 theta₂ - 1 in [-1, 1]
-
-    At theta = 1/2 this is ReLU. ``reduction`` divides ``token_dim`` for the hidden width.
-    """
-
-    def __init__(self, channels: int, token_dim: int, reduction: int = 4) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(token_dim, token_dim // reduction)
-        self.fc2 = nn.Linear(token_dim // reduction, 2 * channels)
-
-    def forward(self, x: Tensor, token: Tensor) -> Tensor:
-        """x (B, C, H, W), token (B, token_dim) -> (B, C, H, W)."""
-        theta = F.hardsigmoid(self.fc2(F.relu(self.fc1(token))))
-        a1, a2 = (2.0 * theta)[..., None, None].chunk(2, dim=1)
-        return torch.maximum(x * a1, x * (a2 - 1.0))
 
 
 class Mobile(nn.Module):

@@ -5,7 +5,7 @@
 #include <cstdlib>
 
 #include "common/gemm.h"
-#include "patch_attention/patch_attention.h"
+#include "common/map.h"
 
 namespace mvk {
 namespace MVK_ISA {
@@ -56,92 +56,12 @@ class Arena {
 
 static thread_local Arena arena;
 
-// One (batch, group, head): which pixels, and how many.
-struct Group {
-  int64_t b, h, y, x, high, wide, tokens;
-  Group(const PatchAttention& a, int64_t slice, int64_t head)
-      : b(slice / a.groups()),
-        h(head),
-        y(slice % a.groups() / a.groups_x()),
-        x(slice % a.groups() % a.groups_x()),
-        high((a.H - y + a.ph - 1) / a.ph),
-        wide((a.W - x + a.pw - 1) / a.pw),
-        tokens(high * wide) {}
-};
-
-// The units of a forward in order. A division takes as long as a dozen vectors of arithmetic, so a group is worked out only
-// where the slice changes.
-struct Walk {
-  const PatchAttention* a;
-  int64_t chunk, slice;
-  Group group;
-  Walk(const PatchAttention& args, int64_t unit)
-      : a(&args),
-        chunk(unit % args.chunks),
-        slice(unit / args.chunks / args.heads),
-        group(args, slice, unit / args.chunks % args.heads) {}
-  void step() {
-    if (++chunk < a->chunks) return;
-    chunk = 0;
-    if (++group.h == a->heads) group = Group(*a, ++slice, 0);
-  }
-};
-
-// Offsets of a group's tokens from its first one, kept while they stay the same: for heads, and for groups of one size.
-struct Offsets {
-  int64_t* table;
-  int64_t high = 0, wide = 0, row = 0, step = 0;
-  const int64_t* of(const Group& g, int64_t row_stride, int64_t step_stride) {
-    if (g.high == high && g.wide == wide && row_stride == row && step_stride == step) return table;
-    high = g.high, wide = g.wide, row = row_stride, step = step_stride;
-    int64_t* out = table;
-    for (int64_t i = 0; i < high; ++i)
-      for (int64_t j = 0; j < wide; ++j) *out++ = i * row + j * step;
-    return table;
-  }
-};
-
 // The tokens of a group in one map: token n, dim i at data[offset[n] + i * d].
 template <class S>
 struct Lattice {
   S* data;
   const int64_t* offset;
   int64_t d, step;
-};
-
-template <class S>
-MVK_INLINE S* first_token(const Map& map, const Group& g) {
-  return static_cast<S*>(map.data) + g.b * map.b + g.h * map.h + g.y * map.y + g.x * map.x;
-}
-
-template <class S>
-MVK_INLINE Lattice<S> lattice(const PatchAttention& a, const Map& map, Offsets& offsets, const Group& g) {
-  return {first_token<S>(map, g), offsets.of(g, map.y * a.ph, map.x * a.pw), map.d, map.x * a.pw};
-}
-
-// Prefetches the next unit's tokens into L2 between the tiles of this one: rows of a map are far apart, and the hardware
-// does not guess them. For maps whose dims are contiguous; others are left to the hardware.
-struct Ahead {
-  struct Rows {
-    const char* base;
-    const int64_t* offset;
-    int64_t item, bytes;
-  } maps[6];
-  int some = 0;
-  int64_t next = 0, count = 0, panel = 0;  // tokens: reached, all, and for one panel of queries
-  template <class S>
-  void add(const Map& map, const Group& g, const int64_t* offset, int64_t dims) {
-    if (map.d == 1)
-      maps[some++] = {
-          reinterpret_cast<const char*>(first_token<S>(map, g)), offset, sizeof(S), dims * int64_t(sizeof(S))};
-  }
-  void between_tiles(int tiles) {
-    for (int64_t n = (panel + tiles - 1) / tiles; n > 0 && next < count; --n, ++next)
-      for (int i = 0; i < some; ++i) {
-        const char* p = maps[i].base + maps[i].offset[next] * maps[i].item;
-        for (int64_t at = 0; at < maps[i].bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
-      }
-  }
 };
 
 // Whether tokens n .. n + count - 1, at most W of them, lie side by side.

@@ -1,7 +1,8 @@
 // What the registration and the kernels of ReLU linear attention share: plain data, no torch.
 #pragma once
 
-#include "patch_attention/patch_attention.h"
+#include "common/each_isa.h"
+#include "common/map.h"
 
 namespace mvk {
 
@@ -36,14 +37,6 @@ struct LinearAttentionKernels {
   void (*backward)(const LinearAttention&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                                             \
-  namespace isa {                                                    \
-  extern const LinearAttentionKernels relu_linear_attention_kernels; \
-  }
-MVK_DECLARE(baseline)
-MVK_DECLARE(avx2)
-MVK_DECLARE(avx512)
-MVK_DECLARE(neon)
-#undef MVK_DECLARE
+MVK_EACH_ISA(LinearAttentionKernels, relu_linear_attention_kernels)
 
 }  // namespace mvk

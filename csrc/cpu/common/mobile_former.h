@@ -1,7 +1,8 @@
 // What the registration and the kernels of Mobile-Former's two bridges share: plain data, no torch.
 #pragma once
 
-#include "patch_attention/patch_attention.h"
+#include "common/each_isa.h"
+#include "common/map.h"
 
 namespace mvk {
 
@@ -50,15 +51,7 @@ struct FormerToMobileKernels {
   void (*sum_dtokens)(const Bridge&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                                       \
-  namespace isa {                                              \
-  extern const MobileToFormerKernels mobile_to_former_kernels; \
-  extern const FormerToMobileKernels former_to_mobile_kernels; \
-  }
-MVK_DECLARE(baseline)
-MVK_DECLARE(avx2)
-MVK_DECLARE(avx512)
-MVK_DECLARE(neon)
-#undef MVK_DECLARE
+MVK_EACH_ISA(MobileToFormerKernels, mobile_to_former_kernels)
+MVK_EACH_ISA(FormerToMobileKernels, former_to_mobile_kernels)
 
 }  // namespace mvk

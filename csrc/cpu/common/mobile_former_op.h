@@ -1,8 +1,8 @@
 // Mobile-Former's two bridges as boxed torch operators. Included by register.cpp alone.
 #pragma once
 
-#include "common/instruction_sets.h"
 #include "common/tensor.h"
+#include "instruction_sets.h"
 
 namespace mvk {
 namespace {
@@ -39,18 +39,24 @@ int64_t split(Bridge& a, double products) {
   return grain(flops / double(a.chunks));
 }
 
+// Room for the partial sums of all units, so many numbers each, if there are any: where units are chunks of a head.
+Tensor partial_sums(Bridge& a, int64_t size) {
+  Tensor partial;
+  if (a.chunks > 1) {
+    partial = empty({a.units(), size}, sums_dtype(a.dtype));
+    a.partial = partial.data();
+  }
+  return partial;
+}
+
 void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), x = take(stack[1]);
   Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[2]));
   Tensor out = empty({a.B, a.heads, a.M, a.D}, query.dtype());
-  Tensor partial;
   if (a.B) {
     a.query = tokens(query), a.out = tokens(out);
     const int64_t least = split(a, 2);
-    if (a.chunks > 1) {
-      partial = empty({a.units(), a.forward_partial()}, sums_dtype(a.dtype));
-      a.partial = partial.data();
-    }
+    const Tensor partial = partial_sums(a, a.forward_partial());
     const MobileToFormerKernels& kernels = *current->mobile_to_former;
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.forward(a, i, j); });
     if (a.partial) kernels.merge(a, 0, a.B * a.heads);
@@ -62,14 +68,11 @@ void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), query = take(stack[1]), x = take(stack[2]);
   Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[3]));
   require_like(grad, query, "mobile_to_former", "grad does not fit");
-  Tensor dquery = empty({a.B, a.heads, a.M, a.D}, query.dtype()), dx = empty_map(x, a.D), partial;
+  Tensor dquery = empty({a.B, a.heads, a.M, a.D}, query.dtype()), dx = empty_map(x, a.D);
   if (a.B) {
     a.query = tokens(query), a.grad = tokens(grad), a.dquery = tokens(dquery), a.dx = map(dx);
     const int64_t least = split(a, 5);
-    if (a.chunks > 1) {
-      partial = empty({a.units(), a.M * a.D + a.weights()}, sums_dtype(a.dtype));
-      a.partial = partial.data();
-    }
+    const Tensor partial = partial_sums(a, a.M * a.D + a.weights());
     const MobileToFormerKernels& kernels = *current->mobile_to_former;
     if (a.partial) parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.weights(a, i, j); });
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
@@ -100,15 +103,12 @@ void former_to_mobile_backward(StableIValue* stack, uint64_t, uint64_t) {
   require_like(grad, x, "former_to_mobile", "grad does not fit");
   a.residual = torch::stable::detail::to<bool>(stack[5]);
   Tensor dx = empty_map(x, a.D), dkey = empty({a.B, a.heads, a.M, a.D}, key.dtype());
-  Tensor dvalue = empty({a.B, a.heads, a.M, a.D}, key.dtype()), partial;
+  Tensor dvalue = empty({a.B, a.heads, a.M, a.D}, key.dtype());
   if (a.B) {
     a.key = tokens(key), a.value = tokens(value), a.dkey = tokens(dkey), a.dvalue = tokens(dvalue);
     a.grad_map = map(grad), a.dx = map(dx);
     const int64_t least = split(a, 5);
-    if (a.chunks > 1) {
-      partial = empty({a.units(), a.backward_partial()}, sums_dtype(a.dtype));
-      a.partial = partial.data();
-    }
+    const Tensor partial = partial_sums(a, a.backward_partial());
     const FormerToMobileKernels& kernels = *current->former_to_mobile;
     parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
     if (a.partial) kernels.sum_dtokens(a, 0, a.B * a.heads);

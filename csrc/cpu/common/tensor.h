@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "patch_attention/patch_attention.h"
+#include "common/map.h"
 
 namespace mvk {
 namespace {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/each_isa.h"
+
 namespace mvk {
 
 // As ACTIVATIONS in mvkernels/swap/elementwise.py.
@@ -32,14 +34,6 @@ struct ElementwiseKernels {
   void (*pooled_difference)(const Maps&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                               \
-  namespace isa {                                      \
-  extern const ElementwiseKernels elementwise_kernels; \
-  }
-MVK_DECLARE(baseline)
-MVK_DECLARE(avx2)
-MVK_DECLARE(avx512)
-MVK_DECLARE(neon)
-#undef MVK_DECLARE
+MVK_EACH_ISA(ElementwiseKernels, elementwise_kernels)
 
 }  // namespace mvk

@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "common/instruction_sets.h"
 #include "common/tensor.h"
 #include "elementwise/elementwise.h"
+#include "instruction_sets.h"
 
 namespace mvk {
 namespace {

@@ -1,6 +1,7 @@
 // What the registration and the kernels of multi-scale linear attention share: plain data, no torch.
 #pragma once
 
+#include "common/each_isa.h"
 #include "common/linear_attention.h"
 
 namespace mvk {
@@ -64,15 +65,7 @@ struct MultiscaleBackwardKernels {
   void (*sum_weights)(const Multiscale&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                                              \
-  namespace isa {                                                     \
-  extern const MultiscaleKernels multiscale_kernels;                  \
-  extern const MultiscaleBackwardKernels multiscale_backward_kernels; \
-  }
-MVK_DECLARE(baseline)
-MVK_DECLARE(avx2)
-MVK_DECLARE(avx512)
-MVK_DECLARE(neon)
-#undef MVK_DECLARE
+MVK_EACH_ISA(MultiscaleKernels, multiscale_kernels)
+MVK_EACH_ISA(MultiscaleBackwardKernels, multiscale_backward_kernels)
 
 }  // namespace mvk

@@ -1,17 +1,10 @@
 // What the registration and the kernels of patch attention share: plain data, no torch.
 #pragma once
 
-#include <cstdint>
+#include "common/each_isa.h"
+#include "common/map.h"
 
 namespace mvk {
-
-enum class DType { f32, f64, f16, bf16 };
-
-// A map (B, heads, dim, H, W): strides in elements.
-struct Map {
-  void* data;
-  int64_t b, h, d, y, x;
-};
 
 struct PatchAttention {
   DType dtype;
@@ -56,14 +49,6 @@ struct PatchAttentionKernels {
   void (*sum_dbias)(const PatchAttention&, int64_t begin, int64_t end);
 };
 
-#define MVK_DECLARE(isa)                                      \
-  namespace isa {                                             \
-  extern const PatchAttentionKernels patch_attention_kernels; \
-  }
-MVK_DECLARE(baseline)
-MVK_DECLARE(avx2)
-MVK_DECLARE(avx512)
-MVK_DECLARE(neon)
-#undef MVK_DECLARE
+MVK_EACH_ISA(PatchAttentionKernels, patch_attention_kernels)
 
 }  // namespace mvk

@@ -1,8 +1,8 @@
 // Patch attention as boxed torch operators. Included by register.cpp alone.
 #pragma once
 
-#include "common/instruction_sets.h"
 #include "common/tensor.h"
+#include "instruction_sets.h"
 
 namespace mvk {
 namespace {

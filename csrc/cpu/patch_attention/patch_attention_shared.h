@@ -4,8 +4,8 @@
 // across lanes and no masks for the last keys, and no head_dim is padded.
 #pragma once
 
-#include "common/lattice.h"
 #include "common/softmax.h"
+#include "patch_attention/groups.h"
 
 namespace mvk {
 namespace MVK_ISA {

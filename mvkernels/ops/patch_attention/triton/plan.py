@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mvkernels.ops.patch_attention.triton import backward_kernels, bias_kernels, forward_kernels
+from mvkernels.ops.patch_attention.triton import backward_kernels, bias_kernels, forward_kernels, packed_kernels
 from mvkernels.ops.patch_attention.triton.configs import OP
 from mvkernels.triton import configs
 from mvkernels.triton.launch import PARTS_BYTES, Launch
@@ -146,7 +146,7 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
         blocks, options = _split("backward_packed", problem, geometry)
         launches.append(
             Launch(
-                backward_kernels.backward_packed,
+                packed_kernels.backward_packed,
                 "backward_packed",
                 -(-geometry.units // blocks["UNITS"]),
                 every,
