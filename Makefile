@@ -19,7 +19,7 @@ SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test bench docs lint format audit gpu sanitize wheel clean
+.PHONY: setup demo test check bench docs lint format audit gpu sanitize wheel clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -44,6 +44,10 @@ demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))
 test: lint
 	$(BIN)/python -m pytest -n auto -m "not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter
+
+# The inner loop: lint, types, and of each file of tests the one that covers most.
+check: lint
+	$(BIN)/python -m pytest -n auto -m "not interpreter" --one-a-file
 
 lint: setup
 	$(BIN)/ruff check .

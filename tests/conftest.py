@@ -2,6 +2,7 @@ import importlib.util
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 # pytest-xdist already gives each core a process. On a busy machine a second thread in each would wait for a time slice
@@ -32,3 +33,26 @@ if not _operators_load():
     _torchvision = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-a-file",
+        action="store_true",
+        help="of each file the first test marked `core`, else its first that is quick",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--one-a-file"):
+        return
+    chosen: dict[Path, pytest.Item] = {}
+    for item in items:
+        known = chosen.get(item.path)
+        if not item.get_closest_marker("slow") and (
+            known is None or (item.get_closest_marker("core") and not known.get_closest_marker("core"))
+        ):
+            chosen[item.path] = item
+    keep = set(chosen.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in keep])
+    items[:] = [item for item in items if item in keep]

@@ -22,6 +22,7 @@ def change(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> None:
     monkeypatch.setitem(OPS, NAME, dataclasses.replace(OPS[NAME], **parts))
 
 
+@pytest.mark.core
 def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out

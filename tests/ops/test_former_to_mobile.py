@@ -39,6 +39,7 @@ def test_the_reference_is_the_definition(arguments):
     torch.testing.assert_close(OP.reference(**arguments), by_definition(**arguments), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.core
 @needs_cpp
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -36,6 +36,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (7, 7), (5, 8), (1, 1), (6, 14)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
