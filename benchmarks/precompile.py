@@ -9,7 +9,7 @@ machines need the same version of Triton; its compiled half differs from one ver
 that is not found is compiled there, as ever.
 
 Launches go through the library's own planning and Triton's own launcher, over a libcuda that does nothing
-(tests/fake_cuda), on CPU tensors whose values nobody looks at.
+(tests/triton/fake_cuda), on CPU tensors whose values nobody looks at.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-STUB = HERE.parent / "tests" / "fake_cuda" / "libcuda.c"
+sys.path.insert(0, str(HERE.parent))
+from tests.triton.fake_cuda import driver as fake_cuda  # noqa: E402
+
 DEVICES = {"h100": ("NVIDIA H100 80GB HBM3", "sm_90", 132), "a100": ("NVIDIA A100-SXM4-80GB", "sm_80", 108)}
 
 
@@ -42,13 +44,9 @@ def main() -> int:
         compile_share(options)
         return 0
     with tempfile.TemporaryDirectory() as place:
-        library, cache = Path(place) / "libcuda.so.1", Path(place) / "triton"
-        subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o",
-                        str(library), str(STUB)], check=True)  # fmt: skip
-        (Path(place) / "libcuda.so").symlink_to(library)
-        environment = os.environ | {
-            "LD_LIBRARY_PATH": place,
-            "TRITON_LIBCUDA_PATH": place,
+        cache = Path(place) / "triton"
+        environment = os.environ | fake_cuda.build(Path(place), os.environ.get("CC", "cc"))
+        environment |= {
             "TRITON_CACHE_DIR": str(cache),
             "TRITON_STORE_BINARY_ONLY": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "python"), str(HERE)]),
@@ -82,23 +80,14 @@ def compile_share(options: argparse.Namespace) -> None:
 def pretend(device: str, key: str | None) -> None:
     """From here on CPU tensors are that GPU's, and random values are none."""
     import torch
-    from triton.backends.nvidia.driver import CudaDriver
-    from triton.runtime import cache, driver
+    from triton.runtime import cache
 
     from mvkernels.dispatch.registry import OPS
     from mvkernels.triton import configs
 
     found = configs.Device(*DEVICES[device])
 
-    class Nothing(CudaDriver):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.get_current_device = lambda: 0
-            self.set_current_device = lambda index: None
-            self.get_current_stream = lambda index: 0
-            self.get_device_capability = lambda index=0: (int(found.arch[3]), int(found.arch[4:]))
-
-    driver.set_active(Nothing())
+    fake_cuda.pretend(found.arch)
     if key is not None:
         cache.triton_key = lambda: key
     configs.device_of = lambda *_: found  # type: ignore[assignment]

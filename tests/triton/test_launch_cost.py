@@ -1,4 +1,4 @@
-"""Kernel launches over a libcuda that does nothing (tests/fake_cuda): what reaches the launcher, and what it costs."""
+"""Kernel launches over a libcuda that does nothing (fake_cuda): what reaches the launcher, and what it costs."""
 
 import json
 import os
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.triton.fake_cuda.driver import build
+
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 FAKE = Path(__file__).parent / "fake_cuda"
-ROOT = FAKE.parent.parent
+ROOT = FAKE.parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -26,19 +28,10 @@ def found(tmp_path_factory):
     if compiler is None or not Path(sysconfig.get_path("include"), "Python.h").exists():
         pytest.skip("no C compiler, or not Python's headers: Triton builds its launchers with them")
     folder = tmp_path_factory.mktemp("fake_cuda")
-    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1",
-                    FAKE / "libcuda.c"], check=True)  # fmt: skip
-    (folder / "libcuda.so").symlink_to("libcuda.so.1")  # by which Triton before 3.6 links
+    fake = build(folder, compiler)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    libraries = [str(folder), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     paths = [str(ROOT), str(ROOT / "python"), *filter(None, [environment.get("PYTHONPATH")])]
-    environment |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-        "TRITON_LIBCUDA_PATH": str(folder),
-    }
+    environment |= fake | {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, FAKE / "launches.py"], env=environment, capture_output=True, text=True, check=False
     )

@@ -11,33 +11,19 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
-from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
-from triton.runtime import driver
+from triton.backends.nvidia.driver import CudaLauncher
 
 from mvkernels.ops.mobile_to_former.triton import launcher as mobile_to_former
 from mvkernels.ops.multiscale_linear_attention.triton import launcher as multiscale_linear_attention
 from mvkernels.ops.patch_attention.triton import launcher as patch_attention
-from mvkernels.ops.patch_attention.triton.plan import Launch
 from mvkernels.ops.patch_transformer_layer.triton import launcher as patch_transformer_layer
 from mvkernels.ops.relu_linear_attention.triton import launcher as relu_linear_attention
 from mvkernels.triton import configs
-
-
-class FakeDriver(CudaDriver):
-    """CUDA with the device and the stream that a check wants."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device = 0
-        self.get_current_device = lambda: self.device
-        self.set_current_device = lambda device: None
-        self.get_current_stream = lambda device: 100 + device
-        self.get_device_capability = lambda device=0: (9, 0)
-
+from mvkernels.triton.launch import Launch
+from tests.triton.fake_cuda.driver import pretend
 
 # From here on CPU tensors are this GPU's.
-FAKE = FakeDriver()
-driver.set_active(FAKE)
+FAKE = pretend("sm_90")
 H100 = configs.Device("NVIDIA H100 80GB HBM3", "sm_90", 132)
 configs.device_of = lambda *place: H100
 
