@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from _figures import OPS, OURS, RESULTS, ROOT, Row, geomean, machines, ratios, read, summary
 
 from mvkernels import files
+from mvkernels.bench import svg
 from mvkernels.commands import command
 
 BEGIN = "<!-- figures: begin (written by benchmarks/readme.py) -->\n"
 END = "<!-- figures: end -->"
-# Background, text, lines, then the bars: this library's, and the others'.
-COLOURS = {"light": ("#ffffff", "#1f2328", "#d1d9e0", "#0969da", "#9aa4af"),
-           "dark": ("#0d1117", "#e6edf3", "#3d444d", "#58a6ff", "#6e7681")}  # fmt: skip
+COLOURS = {"light": svg.LIGHT, "dark": svg.DARK}
 WHO = (("swapped", "swapped"), ("swapped, compiled", "swapped, compiled"),
        ("original, compiled", "original, torch.compile"), ("original, onnx", "original, ONNX Runtime"))  # fmt: skip
-Bar = tuple[str, float, bool]
 
 
 def shown(results: Path) -> Path | None:
@@ -36,18 +32,18 @@ def shown(results: Path) -> Path | None:
     return max(machines(results), key=count, default=None)
 
 
-def op_bars(folder: Path) -> list[Bar]:
+def op_bars(folder: Path) -> list[svg.Bar]:
     """How many times as fast as the best peer each op is, forward, float32."""
-    found: list[Bar] = []
+    found: list[svg.Bar] = []
     for op, *_ in OPS:
         mine = [r for r in read(folder / f"{op}.csv") if r["provider"] in OURS and r["mode"] == "fwd"]
         speedups = [float(r["speedup_median"]) for r in mine if r["dtype"] == "float32" and r["speedup_median"]]
         if speedups:
-            found.append((op, geomean(speedups), True))
+            found.append(svg.Bar(op, geomean(speedups), True))
     return found
 
 
-def model_bars(folder: Path) -> list[tuple[str, list[Bar]]]:
+def model_bars(folder: Path) -> list[tuple[str, list[svg.Bar]]]:
     """Whole models at inference, batch 1: how many times as fast as the original each way to run them is."""
     rows: list[Row] = [r for r in read(folder / "swapped.csv") if (r["batch"], r["layout"]) == ("1", "contiguous")]
     found = {name: ratios(rows, "fwd", name, "original") for name, _ in WHO}
@@ -55,56 +51,21 @@ def model_bars(folder: Path) -> list[tuple[str, list[Bar]]]:
     return [
         (
             model.split()[0],
-            [(label, found[who][model], who.startswith("swapped")) for who, label in WHO if model in found[who]],
+            [svg.Bar(label, found[who][model], who.startswith("swapped")) for who, label in WHO if model in found[who]],
         )
         for model in names
     ]
 
 
-def picture(folder: Path, colours: Sequence[str]) -> str:
-    """Both panels as SVG: plain rectangles and text, so that it is the same on every machine."""
-    ground, ink, line, ours, theirs = colours
-    width, left, top, step = 820, 250, 30, 18
-    parts: list[str] = []
-    y = 8
-
-    def text(x: float, at: float, what: str, anchor: str = "start", weight: str = "normal") -> None:
-        parts.append(f'<text x="{x:g}" y="{at:g}" text-anchor="{anchor}" font-weight="{weight}">{escape(what)}</text>')
-
-    def panel(title: str, groups: list[tuple[str, list[Bar]]]) -> None:
-        nonlocal y
-        most = max(value for _, bars in groups for _, value, _ in bars)
-        scale = (width - left - 70) / max(most, 1.0)
-        text(10, y + 14, title, weight="bold")
-        y += top
-        begin = y
-        for name, bars in groups:
-            if name:
-                text(10, y + 13, name)
-                y += step
-            for label, value, is_ours in bars:
-                text(left - 8, y + 13, label, "end")
-                fill = ours if is_ours else theirs
-                parts.append(
-                    f'<rect x="{left}" y="{y + 2}" width="{value * scale:.1f}" height="{step - 5}" fill="{fill}"/>'
-                )
-                text(left + value * scale + 6, y + 13, f"{value:.2f}×")
-                y += step
-            y += 6
-        parts.insert(0, f'<path d="M{left + scale:.1f} {begin}V{y}" stroke="{line}" stroke-dasharray="4 3"/>')
-        y += 14
-
+def picture(folder: Path, colours: svg.Colours) -> str:
+    """Ops, and whole models, of a machine."""
     ops, models = op_bars(folder), model_bars(folder)
+    panels: list[tuple[str, svg.Groups]] = []
     if ops:
-        panel("Ops: times as fast as the best of eager, SDPA and torch.compile (forward)", [("", ops)])
+        panels.append(("Ops: times as fast as the best of eager, SDPA and torch.compile (forward)", [("", ops)]))
     if models:
-        panel("Whole models: times as fast as the original in eager mode (inference)", models)
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="{width}" height="{y}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="12" fill="{ink}">\n<title>Speed-up of ops and models</title>\n'
-        f'<rect width="{width}" height="{y}" fill="{ground}"/>\n{body}\n</svg>\n'
-    )
+        panels.append(("Whole models: times as fast as the original in eager mode (inference)", models))
+    return svg.bars(panels, colours, "Speed-up of ops and models")
 
 
 def render(results: Path) -> str:

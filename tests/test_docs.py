@@ -182,10 +182,10 @@ def test_the_picture_has_a_bar_for_each_op_and_way_to_run_a_model(tmp_path: Path
     assert "| whole models, swapped | the original | 1 model | 1.50× (worst 1.50×) | 0.90× (worst 0.90×) |" in text
     assert "| whole models, swapped | the original, onnx | 1 model | 0.75× (worst 0.75×) | – |" in text
     for colours in readme.COLOURS.values():
-        svg = ElementTree.fromstring(readme.picture(tmp_path / "somewhere", colours))
-        shown = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+        drawn = ElementTree.fromstring(readme.picture(tmp_path / "somewhere", colours))
+        shown = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
         assert shown[1:] == ["timm:m", "swapped", "1.50×", "original, ONNX Runtime", "2.00×"]
-        widths = [float(bar.attrib["width"]) for bar in svg.iter("{http://www.w3.org/2000/svg}rect")][1:]
+        widths = [float(bar.attrib["width"]) for bar in drawn.iter("{http://www.w3.org/2000/svg}rect")][1:]
         assert widths[1] / widths[0] == pytest.approx(2 / 1.5, rel=1e-3)
 
 
