@@ -11,6 +11,7 @@ from typing import Any
 
 from mvkernels import report
 from mvkernels.bench import plots as bench_plots
+from mvkernels.bench import svg
 from mvkernels.bench.rows import COLUMNS, Row, geomeans, read_csv
 from mvkernels.files import write
 
@@ -22,7 +23,7 @@ th{cursor:pointer;background:#f2f2f2;position:sticky;top:0}tr:nth-child(even) td
 td.t,th.t{text-align:left}.scroll{overflow:auto;max-height:32em;border:1px solid #ddd}
 .bad{color:#b00020}.bar{display:inline-block;height:9px;background:#3b7dd8;vertical-align:middle}.slow{background:#c77}
 .one{border-left:1px solid #000}nav a{margin-right:1em}input{margin:.4em 0;padding:3px 6px;width:24em}
-svg text{font:10px system-ui,sans-serif}
+svg{max-width:100%;height:auto}svg.roof text{font:10px system-ui,sans-serif}summary{cursor:pointer;margin:.6em 0}
 """
 _SCRIPT = """
 for (const t of document.querySelectorAll('table')) {
@@ -40,6 +41,7 @@ for (const t of document.querySelectorAll('table')) {
     r.hidden = !box.value.split(' ').every(p => r.textContent.toLowerCase().includes(p.toLowerCase())); };
 }
 """
+MODE = {"fwd": "forward", "bwd": "backward", "full": "forward and backward"}
 _COLOURS = ("#3b7dd8", "#d8793b", "#4a9d5b", "#9a57b5", "#b5574a", "#666666", "#2aa5a0", "#c2a32b")
 
 
@@ -66,19 +68,81 @@ def page(folder: Path, files: Sequence[Path]) -> str:
             sections.append(_section(name, file))
         except (OSError, ValueError, csv.Error) as error:
             raise report.UsageError(f"{file} cannot be read: {error}") from None
+    try:
+        opening = _opening(files)
+    except ValueError as error:
+        raise report.UsageError(f"--html {folder}: a speed-up is no number: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mvkernels: results</title>'
-        f"<style>{_STYLE}</style></head><body><h1>mvkernels: results</h1><nav>{links}</nav>\n"
+        f"<style>{_STYLE}</style></head><body><h1>mvkernels: results</h1>\n"
+        + opening
+        + f"<h2>Files</h2><nav>{links}</nav>\n"
         + "\n".join(sections)
         + f"<script>{_SCRIPT}</script></body></html>\n"
     )
 
 
-def _section(name: str, file: Path) -> str:
+def _opening(files: Sequence[Path]) -> str:
+    """What all files come to: pictures of the ops' and the models' speed-up, and the means that they show."""
+    ops: dict[str, list[svg.Bar]] = {}
+    models: dict[str, list[svg.Bar]] = {}
+    means: list[list[str]] = []
+    for file in files:
+        lines, columns = _read(file)
+        if set(COLUMNS[:18]) <= set(columns):
+            groups = _grouped(lines, ("op", "device", "dtype", "provider", "mode"), "best_peer")
+            for (op, device, dtype, provider, mode), found in groups.items():
+                bar = svg.Bar(f"{dtype}, {MODE.get(mode, mode)}, {provider}", _mean(found), True)
+                ops.setdefault(f"{op}, {device}", []).append(bar)
+                means.append(
+                    [f"{op}, {provider}", device, f"{dtype}, {MODE.get(mode, mode)}", "the best peer", *_said(found)]
+                )
+        elif {"model", "device", "mode", "provider", "speedup_median"} <= set(columns) and "op" not in columns:
+            groups = _grouped(lines, ("device", "mode", "provider"), "speedup_median")
+            for (device, mode, provider), found in groups.items():
+                if all(value == 1 for value in found):  # what the others are held against
+                    continue
+                bar = svg.Bar(provider, _mean(found), provider.startswith(("swapped", "fused")))
+                models.setdefault(f"{MODE.get(mode, mode)}, {device}", []).append(bar)
+                means.append([provider, device, MODE.get(mode, mode), "the original", *_said(found)])
+    panels: list[tuple[str, svg.Groups]] = []
+    if models:
+        panels.append(("Whole models: times as fast as the original, geometric mean", list(models.items())))
+    if ops:
+        panels.append(("Ops: times as fast as the best peer at each shape, geometric mean", list(ops.items())))
+    if not panels:
+        return ""
+    header = ("what", "device", "how", "against", "rows", "geometric mean", "worst")
+    picture = svg.bars(panels).replace(' xmlns="http://www.w3.org/2000/svg"', "")  # HTML knows it
+    return picture + f"<h2>Geometric means</h2>{_table(header, means)}"
+
+
+def _read(file: Path) -> tuple[list[dict[str, str]], list[str]]:
     with file.open(newline="") as text:
         reader = csv.DictReader(text)
-        lines, columns = list(reader), list(reader.fieldnames or ())
+        return list(reader), list(reader.fieldnames or ())
+
+
+def _grouped(lines: Sequence[dict[str, str]], by: Sequence[str], needed: str) -> dict[tuple[str, ...], list[float]]:
+    """The speed-ups of rows that have one, and something in the column ``needed``, by the values of columns."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for line in lines:
+        if line.get("speedup_median") and line.get(needed):
+            found.setdefault(tuple(line.get(column) or "" for column in by), []).append(float(line["speedup_median"]))
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _said(values: Sequence[float]) -> list[str]:
+    return [str(len(values)), f"{_mean(values):.2f}", f"{min(values):.2f}"]
+
+
+def _section(name: str, file: Path) -> str:
+    lines, columns = _read(file)
     head = f'<section id="{html.escape(name)}"><h2>{html.escape(name)}</h2>'
     if not lines:
         return f"{head}<p>No rows.</p></section>"
@@ -91,19 +155,32 @@ def _section(name: str, file: Path) -> str:
     shown = [c for c in columns if c not in constant]
     table = _table(shown, [[line[c] or "" for c in shown] for line in lines])
     return (
-        f'{head}<p>{said}</p>{body}<input placeholder="filter: words, all of which a row must have">{table}</section>'
+        f"{head}<p>{said}</p>{body}<details><summary>all {len(lines)} rows</summary>"
+        f'<input placeholder="filter: words, all of which a row must have">{table}</details></section>'
     )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     numeric = [all(_number(row[i]) is not None or not row[i] for row in rows) for i in range(len(header))]
     kind = ["" if number else ' class="t"' for number in numeric]
-    heads = "".join(f"<th{k}>{html.escape(h)}</th>" for h, k in zip(header, kind))
+    heads = "".join(f"<th{k}>{html.escape(_heading(h))}</th>" for h, k in zip(header, kind))
     lines = [
-        "<tr>" + "".join(f"<td{k}>{html.escape(_short(cell))}</td>" for cell, k in zip(row, kind)) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(_cell(name, cell, k) for name, cell, k in zip(header, row, kind)) + "</tr>" for row in rows
     ]
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _heading(column: str) -> str:
+    """A column of a file in words: the unit of a time is in its cells."""
+    return column.removesuffix("_us").replace("_", " ")
+
+
+def _cell(column: str, text: str, kind: str) -> str:
+    value = _number(text)
+    if value is None or not column.endswith("_us"):
+        return f"<td{kind}>{html.escape(_short(text))}</td>"
+    shown = f"{value / 1e3:.4g} ms" if value >= 1e3 else f"{value:.4g} µs"
+    return f'<td{kind} data-v="{value}">{shown}</td>'
 
 
 def _number(text: str) -> float | None:
@@ -190,6 +267,6 @@ def _roofline(rows: Sequence[Row]) -> str:
     parts.append(f'<text x="{width / 2 - 60}" y="{height - 8}">FLOPs per byte of the floor</text>')
     parts.append('<text x="6" y="12">GFLOP/s</text>')
     return (
-        f"<details><summary>roofline (line: copy and matrix product measured in the run)</summary>"
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg></details>'
+        f"<details open><summary>roofline (line: copy and matrix product measured in the run)</summary>"
+        f'<svg class="roof" viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg></details>'
     )

@@ -213,6 +213,25 @@ def test_a_file_with_times_that_are_none_is_refused(
     assert status == 2 and "bad.csv cannot be read" in err and err.count("\n") == 1
 
 
+def test_the_page_opens_with_pictures_and_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.write_csv([row(speedup_median=2.0), row(speedup_median=8.0, batch=2)], tmp_path / "a.csv")
+    lines = [
+        "device,model,mode,provider,median_us,speedup_median",
+        "cpu,m,fwd,original,3000,1",
+        "cpu,m,fwd,swapped,2000,1.5",
+    ]
+    (tmp_path / "swapped.csv").write_text("\n".join(lines) + "\n")
+    assert run(capsys, "--html", str(tmp_path))[0] == 0
+    opening, files = (tmp_path / "index.html").read_text().split("<h2>Files</h2>")
+    assert ">4.00×</text>" in opening and ">1.50×</text>" in opening
+    assert "<td>2</td><td>4.00</td><td>2.00</td>" in opening and "<td>1</td><td>1.50</td><td>1.50</td>" in opening
+    assert '<td data-v="3000.0">3 ms</td>' in files and "<th>median</th>" in files
+    assert files.count("<details><summary>all 2 rows</summary>") == 2  # closed until somebody asks
+    (tmp_path / "swapped.csv").write_text("\n".join([*lines, "cpu,m,fwd,swapped,1,x"]) + "\n")
+    status, _, err = run(capsys, "--html", str(tmp_path))
+    assert status == 2 and "a speed-up is no number" in err and err.count("\n") == 1
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench.write_csv([row(note="<script>bad</script>"), row(provider="eager", speedup_median=None)], tmp_path / "a.csv")
     (tmp_path / "more").mkdir()
