@@ -1,5 +1,7 @@
 """Checkpoints and trainings that are not what they should be."""
 
+# ruff: noqa: F811  (fixtures are imported, and are arguments)
+
 from __future__ import annotations
 
 import math
@@ -10,7 +12,7 @@ import torch
 pytest.importorskip("PIL")
 
 from mvmodels import checkpoint, predict, registry
-from tests.models.test_commands import one_line_on_stderr, run
+from tests.models.test_commands import folder, one_line_on_stderr, run, tiny, trained  # noqa: F401
 
 
 def test_a_model_that_is_no_classifier(folder, trained, tmp_path, capsys):
