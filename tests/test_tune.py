@@ -27,9 +27,9 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_search_refuses_wrong_candidates_and_is_told_once(monkeypatch):
     from mvkernels.ops.patch_attention import OP
-    from mvkernels.ops.patch_attention.triton import configs
+    from mvkernels.ops.patch_attention.triton import configs as of_the_op
 
-    assert configs  # its import registers candidates, which would take the place of these
+    assert of_the_op  # its import registers candidates, which would take the place of these
 
     tried = [{"UNITS": 1}, {"UNITS": 3}]  # a tile of three units is no power of two: it does not compile
     for kernel in ("forward_packed", "backward_packed"):
