@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from mvkernels import files
+from mvkernels.bench.rows import geomean
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,10 +38,6 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def geomean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def where(rows: list[Row]) -> str:
     """On what these were measured; rows of a file may be of several days and commits."""
     row = rows[0]
@@ -52,14 +51,14 @@ def where(rows: list[Row]) -> str:
     )
 
 
-def op_table(rows: list[Row], title: str, op: str, heading: str, column: str, classes: dict[str, str]) -> list[str]:
+def op_table(rows: list[Row], op: str, heading: str, column: str, classes: dict[str, str]) -> list[str]:
     """Speed-up of the first own backend by class of shapes, and memory against eager."""
     mine = [row for row in rows if row["provider"] in OURS and row["speedup_median"]]
     if not mine:
         return []
-    peers = ["eager", "SDPA", "torch.compile", *others(rows)]
-    title = title.format(f"{', '.join(peers[:-1])} and {peers[-1]}")
-    lines = [f"`{op}`, {title}. {where(mine)}.", ""]
+    *first, last = peers(rows)
+    title = HEADING.format(f"{', '.join(first)} and {last}")
+    lines = [f"`{op}`, {title}, allocator {mine[0].get('allocator', 'default')}. {where(mine)}.", ""]
     lines += [f"| backend | dtype | {heading} | shapes | forward | worst | forward + backward | worst | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for backend, dtype in dict.fromkeys((row["provider"], row["dtype"]) for row in mine):
@@ -225,3 +224,16 @@ def ratios(rows: list[Row], mode: str, who: str, of: str) -> dict[str, float]:
         if who in times and of in times:
             found[name] = times[of] / times[who]
     return found
+
+
+def files_are(texts: dict[Path, str], check: bool, script: str) -> int:
+    """Write the files, or with ``check`` say which are not so."""
+    status = 0
+    for path, text in texts.items():
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path, text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path.name} is not as {script} writes it: run that", file=sys.stderr)
+            status = 1
+    return status

@@ -10,8 +10,9 @@ import re
 import sys
 from pathlib import Path
 
+from _figures import files_are
+
 import mvmodels
-from mvkernels import files
 from mvkernels.commands import command
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -47,13 +48,7 @@ def main() -> int:
     text = PAGE.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     wanted = f"{before}{BEGIN}{table()}{END}{after}"
-    if wanted == text:
-        return 0
-    if options.check:
-        print(f"{PAGE.name} is not what the registry says: run benchmarks/models_table.py", file=sys.stderr)
-        return 1
-    files.write(PAGE, wanted)
-    return 0
+    return files_are({PAGE: wanted}, options.check, "benchmarks/models_table.py")
 
 
 if __name__ == "__main__":

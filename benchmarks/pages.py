@@ -12,8 +12,7 @@ from pathlib import Path
 
 import _figures
 import _gpu_page
-from _figures import HEADING, MODE, OPS, RESULTS, ROOT, Row, geomean, machines, op_table, peers, read, where
-from readme import files_are
+from _figures import MODE, OPS, RESULTS, ROOT, Row, files_are, geomean, machines, op_table, read, where
 
 from mvkernels.commands import command
 
@@ -55,11 +54,7 @@ def op_page(results: Path, op: str) -> str:
             if not rows or file.stem.removeprefix(op)[:1] not in ("", "_"):
                 continue
             found = True
-            *first, last = peers(rows)
-            title = HEADING.format(f"{', '.join(first)} and {last}")
-            parts += op_table(rows, f"{title}, allocator {rows[0]['allocator']}", op, *classes) + shapes(
-                file.stem, rows
-            )
+            parts += op_table(rows, op, *classes) + shapes(file.stem, rows)
     if not found:
         parts.append("Nothing is measured yet on a machine whose figures are committed.\n")
     return "\n".join(parts)

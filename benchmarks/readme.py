@@ -10,9 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from _figures import OPS, OURS, RESULTS, ROOT, Row, geomean, machines, ratios, read, summary
+from _figures import OPS, OURS, RESULTS, ROOT, Row, files_are, geomean, machines, ratios, read, summary
 
-from mvkernels import files
 from mvkernels.bench import svg
 from mvkernels.commands import command
 
@@ -100,19 +99,6 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     return files_are(wanted(RESULTS), options.check, "benchmarks/readme.py")
-
-
-def files_are(texts: dict[Path, str], check: bool, script: str) -> int:
-    """Write the files, or with ``check`` say which are not so."""
-    status = 0
-    for path, text in texts.items():
-        if not check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write(path, text)
-        elif not path.exists() or path.read_text() != text:
-            print(f"{path.name} is not what benchmarks/results says: run {script}", file=sys.stderr)
-            status = 1
-    return status
 
 
 if __name__ == "__main__":

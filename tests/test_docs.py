@@ -156,7 +156,7 @@ def test_figures_come_from_the_rows(tmp_path: Path) -> None:
     path = tmp_path / "somewhere" / "patch_attention.csv"
 
     def table() -> str:
-        return "\n".join(_figures.op_table(_figures.read(path), "title", *_figures.OPS[0]))
+        return "\n".join(_figures.op_table(_figures.read(path), *_figures.OPS[0]))
 
     path.parent.mkdir()
     path.write_text("\n".join(lines) + "\n")

@@ -21,8 +21,6 @@ LAYERS = (
 )
 # Of whom it is enough that they are asked for when they are needed, by a function that most callers never call.
 LATE = {
-    # What is said of the machine names the instruction set and the backends.
-    ("mvkernels.report", "mvkernels.dispatch.extension"),
     ("mvkernels.ops.common.peers", "mvkernels.third_party"),  # a benchmark's peers of other packages
 }
 
@@ -39,11 +37,9 @@ def modules(root: Path, package: str) -> dict[str, Path]:
 MODULES = modules(ROOT, "mvkernels") | modules(ROOT / "python", "mvmodels")
 
 
-def imports(name: str, late: bool = True) -> set[tuple[str, str]]:
-    """(module, name taken from it, or "") of all that a module imports from the tree; without ``late`` at its top."""
+def imports(name: str) -> set[tuple[str, str]]:
+    """(module, name taken from it, or "") of all that a module imports from the tree, inside functions too."""
     tree = ast.parse(MODULES[name].read_text())
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}
     typing = {
         id(n)
         for test in ast.walk(tree)
@@ -52,7 +48,7 @@ def imports(name: str, late: bool = True) -> set[tuple[str, str]]:
     }
     found: set[tuple[str, str]] = set()
     for node in ast.walk(tree):
-        if id(node) in typing or (not late and id(node) in inside):
+        if id(node) in typing:
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{name}: imports here are absolute"

@@ -7,7 +7,6 @@ order, and what is judged is the ratio within a round.
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ from mvkernels import report
 from mvkernels.bench import timing
 from mvkernels.bench.compare import TOLERANCE
 from mvkernels.bench.measuring import Options, candidates, work
+from mvkernels.bench.rows import geomean
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -195,7 +195,7 @@ def text(rows: Sequence[Side], commit: str) -> str:
     ratios = [r.ratio for r in rows if r.ratio is not None]
     total = f"{len(rows)} rows, {sum(r.regressed for r in rows)} regressed"
     if ratios:
-        total += f", geometric mean of here/there {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}"
+        total += f", geometric mean of here/there {geomean(ratios):.3f}"
     return f"{report.table(lines, header)}\n\n{total}"
 
 

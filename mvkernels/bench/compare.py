@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mvkernels import report
-from mvkernels.bench.rows import Row
+from mvkernels.bench.rows import Row, geomean
 from mvkernels.dispatch.backend import BACKENDS
 
 TOLERANCE = 0.05
@@ -78,7 +77,7 @@ def drift(old: Sequence[Row], new: Sequence[Row]) -> float | None:
         for row in new
         if row.provider not in BACKENDS and row.median_us and _key(row) in before
     ]
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+    return geomean(ratios) if ratios else None
 
 
 def text(changes: Sequence[Change], machine: float | None) -> str:
@@ -98,7 +97,7 @@ def text(changes: Sequence[Change], machine: float | None) -> str:
     ratios = [c.ratio for c in changes if c.ratio is not None]
     total = f"{len(changes)} rows compared ({commits}), {sum(c.regressed for c in changes)} regressed"
     if ratios:
-        total += f", geometric mean of new/old {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}"
+        total += f", geometric mean of new/old {geomean(ratios):.3f}"
     if machine is not None:
         total += f"; the peers, which have not changed: {machine:.3f}"
     return f"{report.table(lines, header)}\n\n{total}"

@@ -12,7 +12,7 @@ from typing import Any
 from mvkernels import report
 from mvkernels.bench import plots as bench_plots
 from mvkernels.bench import svg
-from mvkernels.bench.rows import COLUMNS, Row, geomeans, read_csv
+from mvkernels.bench.rows import COLUMNS, Row, geomean, geomeans, read_csv
 from mvkernels.files import write
 
 _STYLE = """
@@ -41,6 +41,8 @@ for (const t of document.querySelectorAll('table')) {
     r.hidden = !box.value.split(' ').every(p => r.textContent.toLowerCase().includes(p.toLowerCase())); };
 }
 """
+Table = tuple[list[dict[str, str]], list[str]]
+"""The rows of a file, and its columns."""
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward and backward"}
 _COLOURS = ("#3b7dd8", "#d8793b", "#4a9d5b", "#9a57b5", "#b5574a", "#666666", "#2aa5a0", "#c2a32b")
 
@@ -62,14 +64,15 @@ def command(folder: str, json: Callable[[Any], None] | None) -> int:
 def page(folder: Path, files: Sequence[Path]) -> str:
     """The page, a section for each file."""
     names = [str(file.relative_to(folder)) for file in files]
-    sections = []
+    sections, tables = [], []
     for name, file in zip(names, files):
         try:
-            sections.append(_section(name, file))
+            tables.append(_read(file))
+            sections.append(_section(name, file, *tables[-1]))
         except (OSError, ValueError, csv.Error) as error:
             raise report.UsageError(f"{file} cannot be read: {error}") from None
     try:
-        opening = _opening(files)
+        opening = _opening(tables)
     except ValueError as error:
         raise report.UsageError(f"--html {folder}: a speed-up is no number: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
@@ -83,17 +86,16 @@ def page(folder: Path, files: Sequence[Path]) -> str:
     )
 
 
-def _opening(files: Sequence[Path]) -> str:
+def _opening(tables: Sequence[Table]) -> str:
     """What all files come to: pictures of the ops' and the models' speed-up, and the means that they show."""
     ops: dict[str, list[svg.Bar]] = {}
     models: dict[str, list[svg.Bar]] = {}
     means: list[list[str]] = []
-    for file in files:
-        lines, columns = _read(file)
+    for lines, columns in tables:
         if set(COLUMNS[:18]) <= set(columns):
             groups = _grouped(lines, ("op", "device", "dtype", "provider", "mode"), "best_peer")
             for (op, device, dtype, provider, mode), found in groups.items():
-                bar = svg.Bar(f"{dtype}, {MODE.get(mode, mode)}, {provider}", _mean(found), True)
+                bar = svg.Bar(f"{dtype}, {MODE.get(mode, mode)}, {provider}", geomean(found), True)
                 ops.setdefault(f"{op}, {device}", []).append(bar)
                 means.append(
                     [f"{op}, {provider}", device, f"{dtype}, {MODE.get(mode, mode)}", "the best peer", *_said(found)]
@@ -103,7 +105,7 @@ def _opening(files: Sequence[Path]) -> str:
             for (device, mode, provider), found in groups.items():
                 if all(value == 1 for value in found):  # what the others are held against
                     continue
-                bar = svg.Bar(provider, _mean(found), provider.startswith(("swapped", "fused")))
+                bar = svg.Bar(provider, geomean(found), provider.startswith(("swapped", "fused")))
                 models.setdefault(f"{MODE.get(mode, mode)}, {device}", []).append(bar)
                 means.append([provider, device, MODE.get(mode, mode), "the original", *_said(found)])
     panels: list[tuple[str, svg.Groups]] = []
@@ -118,7 +120,7 @@ def _opening(files: Sequence[Path]) -> str:
     return picture + f"<h2>Geometric means</h2>{_table(header, means)}"
 
 
-def _read(file: Path) -> tuple[list[dict[str, str]], list[str]]:
+def _read(file: Path) -> Table:
     with file.open(newline="") as text:
         reader = csv.DictReader(text)
         return list(reader), list(reader.fieldnames or ())
@@ -133,16 +135,11 @@ def _grouped(lines: Sequence[dict[str, str]], by: Sequence[str], needed: str) ->
     return found
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def _said(values: Sequence[float]) -> list[str]:
-    return [str(len(values)), f"{_mean(values):.2f}", f"{min(values):.2f}"]
+    return [str(len(values)), f"{geomean(values):.2f}", f"{min(values):.2f}"]
 
 
-def _section(name: str, file: Path) -> str:
-    lines, columns = _read(file)
+def _section(name: str, file: Path, lines: list[dict[str, str]], columns: list[str]) -> str:
     head = f'<section id="{html.escape(name)}"><h2>{html.escape(name)}</h2>'
     if not lines:
         return f"{head}<p>No rows.</p></section>"

@@ -76,6 +76,11 @@ class Row:
 COLUMNS = tuple(f.name for f in fields(Row))
 
 
+def geomean(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def geomeans(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Speed-ups put together by op, mode, dtype, provider and class of shapes, worst shape included."""
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -95,8 +100,8 @@ def geomeans(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "provider": provider,
                 "size_class": klass,
                 "shapes": len(members),
-                "geomean_of_medians": round(math.exp(sum(map(math.log, medians)) / len(medians)), 3),
-                "geomean_of_minima": round(math.exp(sum(map(math.log, minima)) / len(minima)), 3),
+                "geomean_of_medians": round(geomean(medians), 3),
+                "geomean_of_minima": round(geomean(minima), 3),
                 "worst": round(min(medians), 3),
             }
         )

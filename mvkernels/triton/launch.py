@@ -57,8 +57,10 @@ def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor], floats:
             each(tensors, floats)
 
 
-def in_two(**numbers: float) -> dict[str, float]:
-    """Each number as ``name`` and ``name_low``: Triton passes a float as float32, so the rest of it is sent after."""
+def in_two(dtype: torch.dtype, **numbers: float) -> dict[str, float]:
+    """Each number as ``name`` and ``name_low``: Triton passes float32, so of float64 the rest is sent after it."""
+    if dtype != torch.float64:
+        return numbers | {f"{name}_low": 0.0 for name in numbers}
     high = {name: ctypes.c_float(number).value for name, number in numbers.items()}
     return high | {f"{name}_low": number - high[name] for name, number in numbers.items()}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mvkernels.dispatch.registry import Case
+from mvkernels.ops.common.maps import convolved
 
 HEADS = 2
 LAYOUTS = ("channels_first", "channels_last")
@@ -53,11 +54,7 @@ def make_map(
 ) -> Tensor:
     """A map (B, heads, head_dim, H, W) as a convolution leaves it."""
     channels = shape["heads"] * shape["head_dim"]
-    x = torch.randn(batch, channels, shape["height"], shape["width"], generator=generator).to(
-        device=device, dtype=dtype
-    )
-    last = layout == "channels_last"
-    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    x = convolved(channels, shape, batch, dtype, device, layout, generator)
     return x.unflatten(1, (shape["heads"], -1))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,21 +40,6 @@ def shapes(suite: str) -> Iterator[tuple[str, int, int, int, int]]:
         if suite == "full" or model in _SMALL:
             for heads, side in maps:
                 yield model, heads, dim, kernel, side
-
-
-def make_qkv(
-    channels: int,
-    shape: Mapping[str, Any],
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    layout: str | None,
-    generator: torch.Generator,
-) -> Tensor:
-    """A map (B, channels, H, W) as a convolution leaves it."""
-    x = torch.randn(batch, channels, shape["height"], shape["width"], generator=generator)
-    last = layout == "channels_last"
-    return x.to(device, dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def eager(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:

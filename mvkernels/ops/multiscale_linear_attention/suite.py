@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d
 
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common import linear
+from mvkernels.ops.common.maps import convolved
 
 
 def cases(suite: str = "full") -> list[Case]:
@@ -35,7 +36,7 @@ def _make(
     channels, dim, kernel = 3 * shape["heads"] * shape["head_dim"], shape["head_dim"], shape["kernel"]
     generator = torch.Generator().manual_seed(seed)
     arguments: dict[str, Any] = {
-        "qkv": linear.make_qkv(channels, shape, batch, dtype, device, layout, generator),
+        "qkv": convolved(channels, shape, batch, dtype, device, layout, generator),
         "depthwise": (),
         "pointwise": (),
         "head_dim": dim,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.linear import LAYOUTS, eager, make_qkv, shapes
+from mvkernels.ops.common.linear import LAYOUTS, eager, shapes
+from mvkernels.ops.common.maps import convolved
 
 
 def cases(suite: str = "full") -> list[Case]:
@@ -33,7 +34,7 @@ def _make(
     """Query, key and value as slices of one map, by head [q | k | v]."""
     heads, dim = shape["heads"], shape["head_dim"]
     generator = torch.Generator().manual_seed(seed)
-    qkv = make_qkv(3 * heads * dim, shape, batch, dtype, device, layout, generator)
+    qkv = convolved(3 * heads * dim, shape, batch, dtype, device, layout, generator)
     return dict(zip(("query", "key", "value"), qkv.unflatten(1, (heads, 3, dim)).unbind(2)))
 
 

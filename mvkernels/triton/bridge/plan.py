@@ -46,7 +46,7 @@ def why_no_bridge(x: torch.Tensor, tokens: torch.Tensor) -> str | None:
 
 def launch(launches: Sequence[Launch], tensors: dict[str, torch.Tensor], scale: float) -> None:
     """Run a bridge's launches."""
-    run(launches, tensors, in_two(scale=scale, scale2=scale * LOG2E))
+    run(launches, tensors, in_two(tensors["x"].dtype, scale=scale, scale2=scale * LOG2E))
 
 
 class Plan:

@@ -46,7 +46,7 @@ def forward_into(
     tensors = dict(named) | {"sums": sums}
     if slices > 1:
         tensors["parts"] = parts(slices, sums)
-    run(launches, tensors, in_two(eps=eps))
+    run(launches, tensors, in_two(query.dtype, eps=eps))
 
 
 def backward_into(
@@ -65,7 +65,7 @@ def backward_into(
     tensors = dict(named) | {"sums": sums, "dsums": sums}
     if slices > 1:
         tensors |= {"dsums": sums.new_empty(sums.shape), "parts": parts(slices, sums)}
-    run(launches, tensors, in_two(eps=eps))
+    run(launches, tensors, in_two(query.dtype, eps=eps))
 
 
 def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, eps: float
