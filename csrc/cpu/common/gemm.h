@@ -1,10 +1,33 @@
 // Small matrix products on packed operands, C (+)= A B, in register tiles: rows of A are broadcast, rows of B are vectors.
+// The tiles are compiled once, in gemm.cpp.
 #pragma once
 
 #include "common/simd.h"
 
 namespace mvk {
 namespace MVK_ISA {
+
+enum class Start { zero, from };  // a product adds to 0 or to what is there
+constexpr Start start_if(bool there) { return there ? Start::from : Start::zero; }
+
+// What is done to a product as it is stored.
+template <class T>
+struct End {
+  Start start = Start::zero;
+  const T* factor = nullptr;  // column n is multiplied by factor[n]
+  bool rectified = false;     // relu; NaN stays
+  T* top = nullptr;           // top[n] becomes at least every element of column n
+
+  End at(int64_t col) const { return {start, factor ? factor + col : nullptr, rectified, top ? top + col : nullptr}; }
+};
+
+// c[m][n] = end(sum_k a[m * am + k * ak] * b[k * ldb + n]) for `rows` rows, at most those of a tile, and `vectors` vectors; am is 1
+// if Adjacent, else ak is.
+template <class T, bool Adjacent>
+void tile(
+    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end);
+
 namespace {
 
 // Columns of a panel: a tile is two vectors wide.
@@ -13,9 +36,9 @@ constexpr int kPanel = 2 * W<T>;
 
 // Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many.
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
-// Rows of a tile V vectors wide; one vector needs as many rows to keep the multipliers busy.
-template <int V>
-constexpr int kRowsOf = V == 1 ? 12 : 2 * kTileRows / V;
+constexpr int kMostVectors = 4;
+// Rows of a tile so many vectors wide; one vector needs as many rows to keep the multipliers busy.
+constexpr int rows_of_tile(int vectors) { return vectors == 1 ? 12 : 2 * kTileRows / vectors; }
 
 // How n rows are cut into the fewest tiles of at most `most`, nearly equal: 16 as 8 + 8, not as 12 + 4.
 struct Tiles {
@@ -27,135 +50,92 @@ struct Tiles {
   }
 };
 
-enum class Start { zero, from };  // a tile adds to 0 or to what is there
-
-// c[m][n] = (c[m][n] or 0) + sum_k a[m * am + k * ak] * b[k * ldb + n] for M rows and V vectors; am is 1 if Adjacent, else
-// ak is. If Top, top[n] becomes at least every c[m][n].
-template <class T, int M, int V, bool Adjacent, Start from, bool Top>
-static void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
-  vec<T> acc[M][V];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
-  auto step = [&]() __attribute__((always_inline)) {
-    vec<T> bv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
-    }
-    a += Adjacent ? ak : 1;
-    b += ldb;
-  };
-  int64_t k = K;
-  for (; k >= 2; k -= 2) {
-    step();
-    step();
-  }
-  if (k) step();
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    vec<T> most = Top ? load<T>(top + v * W<T>) : vec<T>{};
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      // What is there is added last: sums of sums err less than one long chain.
-      if constexpr (from == Start::from) acc[m][v] += load<T>(c + m * ldc + v * W<T>);
-      store<T>(c + m * ldc + v * W<T>, acc[m][v]);
-      if constexpr (Top) most = maximum<T>(most, acc[m][v]);
-    }
-    if constexpr (Top) store<T>(top + v * W<T>, most);
-  }
-}
-
-template <class T, int V, bool Adjacent, Start from, bool Top, int M>
-MVK_INLINE void tile_of(
-    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, T* top) {
-  if (rows == M) return tile<T, M, V, Adjacent, from, Top>(K, a, am, ak, b, ldb, c, ldc, top);
-  if constexpr (M > 1) tile_of<T, V, Adjacent, from, Top, M - 1>(rows, K, a, am, ak, b, ldb, c, ldc, top);
-}
-
 // Called between tiles, for work that hides behind them (prefetching).
 struct Nothing {
   void between_tiles(int) const {}
 };
 constexpr Nothing kNothing;
 
-// c (+)= A B for one panel of columns, with A in rows: row m, element k at a[m * lda + k].
-template <class T, int V, Start from, bool Top, class Between = const Nothing>
+// One panel of columns, with A in rows: row m, element k at a[m * lda + k].
+template <class T, class Between = const Nothing>
 static void product_rows(
-    int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
-    Between& between = kNothing) {
-  constexpr int M = kRowsOf<V>;
-  const Tiles tiles(rows, M);
+    int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end, Between& between = kNothing) {
+  const Tiles tiles(rows, rows_of_tile(vectors));
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile_of<T, V, false, from, Top, M>(r, K, a, lda, 1, b, ldb, c, ldc, top);
+    tile<T, false>(vectors, r, K, a, lda, 1, b, ldb, c, ldc, end);
     a += r * lda, c += r * ldc;
     between.between_tiles(tiles.count);
   }
 }
 
-// The same with K in parts of at most kChain products, since sums of sums err less than one long chain. Starts from what is
-// there if `from`.
+// The same with K in parts of at most kChain products, since sums of sums err less than one long chain.
 constexpr int64_t kChain = 64;
-template <class T, int V, bool Top, class Between = const Nothing>
+template <class T, class Between = const Nothing>
 static void product_in_parts(
-    bool from, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, T* top,
-    Between& between = kNothing) {
+    int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end, Between& between = kNothing) {
   const int64_t parts = (K + kChain - 1) / kChain, step = (K + parts - 1) / parts;
-  for (int64_t k = 0; k < K; k += step, from = true) {
-    const int64_t some = K - k < step ? K - k : step;
-    const T* ak = a + k;
-    const T* bk = b + k * ldb;
-    if (k + step < K) {
-      if (from)
-        product_rows<T, V, Start::from, false>(rows, some, ak, lda, bk, ldb, c, ldc, nullptr, between);
-      else
-        product_rows<T, V, Start::zero, false>(rows, some, ak, lda, bk, ldb, c, ldc, nullptr, between);
-    } else if (from) {
-      product_rows<T, V, Start::from, Top>(rows, some, ak, lda, bk, ldb, c, ldc, top, between);
-    } else {
-      product_rows<T, V, Start::zero, Top>(rows, some, ak, lda, bk, ldb, c, ldc, top, between);
-    }
+  End<T> sums{end.start}, last = end;
+  int64_t k = 0;
+  for (; k + step < K; k += step) {
+    product_rows(vectors, rows, step, a + k, lda, b + k * ldb, ldb, c, ldc, sums, between);
+    sums.start = last.start = Start::from;
   }
+  product_rows(vectors, rows, K - k, a + k, lda, b + k * ldb, ldb, c, ldc, last, between);
 }
 
-// product_rows for A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
-// K * (rows before it) + i * W, and has row m, element k at [k * r + m].
-template <class T, int V, Start from>
+// One panel, with A transposed and cut into tall panels, one for each tile (see pack_tall): panel i of r rows starts at
+// K * (rows before it) + i * W, and has row m, element k at [k * r + m]. Sums over k0 .. k1.
+template <class T>
 static void product_tall(
-    const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+    int vectors, const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c,
+    int64_t ldc, const End<T>& end) {
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile_of<T, V, true, from, false, kTileRows>(r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, static_cast<T*>(nullptr));
+    tile<T, true>(vectors, r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, end);
     a += r * K + W<T>, c += r * ldc;
   }
 }
 
-// c (+)= A B with A given by its columns: row m, element k at a[k * lda + m]. `cols` is rounded up to whole vectors, which b
-// and c must have.
-template <class T, Start from>
+// panel(vectors, col) for the panels that `cols` columns, rounded up to whole vectors, are cut into.
+template <class T, class Panel>
+MVK_INLINE void by_panels(int64_t cols, const Panel& panel) {
+  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
+  auto take = [&](int vectors) {
+    panel(vectors, col);
+    col += vectors * W<T>, left -= vectors;
+  };
+  if (left % 2 && left > 1) take(3);
+  while (left >= 2) take(2);
+  if (left) take(1);
+}
+
+// All columns, with A in rows; b and c have whole vectors.
+template <class T, class Between = const Nothing>
+static void product(
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end, Between& between = kNothing) {
+  by_panels<T>(cols, [&](int vectors, int64_t col) {
+    product_rows(vectors, rows, K, a, lda, b + col, ldb, c + col, ldc, end.at(col), between);
+  });
+}
+
+// The same with A given by its columns: row m, element k at a[k * lda + m].
+template <class T>
 static void product_columns(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  auto panel = [&](auto width, int64_t col) {
-    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
-    const Tiles tiles(rows, M);
+    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end) {
+  by_panels<T>(cols, [&](int vectors, int64_t col) {
+    const Tiles tiles(rows, rows_of_tile(vectors));
     int64_t m = 0;
     for (int i = 0; i < tiles.count; ++i) {
       const int r = tiles.height + (i < tiles.taller);
-      tile_of<T, V, true, from, false, M>(
-          r, K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, static_cast<T*>(nullptr));
+      tile<T, true>(vectors, r, K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, end.at(col));
       m += r;
     }
-  };
-  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
-  if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
-  for (; left >= 2; left -= 2) panel(std::integral_constant<int, 2>{}, col), col += 2 * W<T>;
-  if (left) panel(std::integral_constant<int, 1>{}, col);
+  });
 }
 
 }  // namespace

@@ -10,30 +10,19 @@
 
 namespace mvk {
 namespace MVK_ISA {
-namespace {
-
-template <class T>
-MVK_INLINE vec<T> relu(vec<T> x) {
-  return maximum<T>(vec<T>{}, x);  // NaN stays
-}
-// A gradient through relu, given its result: as PyTorch, NaN lets it pass.
-template <class T>
-MVK_INLINE vec<T> where_positive(vec<T> result, vec<T> gradient) {
-  return result <= vec<T>{} ? vec<T>{} : gradient;
-}
 
 // One (batch, head) of a map, by blocks of pixels.
-template <class T, class S>
+template <class T>
 struct Head {
-  S* base;
+  Elements base;
   Map map;
   int64_t dims, width, first = 0;  // first: the pixel that base is
   bool uniform, rows, last;        // whether all pixels are equally far apart; pixels, or dims, side by side
   int64_t* table;
   int64_t known = 0;
 
-  Head(const Map& m, int64_t b, int64_t h, int64_t dims, int64_t height, int64_t width, int64_t* table)
-      : base(static_cast<S*>(m.data) + b * m.b + h * m.h),
+  Head(DType dtype, const Map& m, int64_t b, int64_t h, int64_t dims, int64_t height, int64_t width, int64_t* table)
+      : base(Elements(m.data, dtype) + (b * m.b + h * m.h)),
         map(m),
         dims(dims),
         width(width),
@@ -42,8 +31,8 @@ struct Head {
         last(m.d == 1),
         table(table) {}
   // Of rows in scratch that hold pixels from `first` on.
-  Head(S* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
-      : base(rows),
+  Head(const T* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
+      : base(rows, kOwn<T>),
         map{nullptr, 0, 0, ld, 1, 1},
         dims(dims),
         width(1),
@@ -56,7 +45,7 @@ struct Head {
     n -= first;
     return uniform ? n * map.x : n / width * map.y + n % width * map.x;
   }
-  Lattice<S> lattice(int64_t n, int64_t count) {
+  Lattice lattice(int64_t n, int64_t count) {
     if (!uniform) {
       for (int64_t i = 0; i < count; ++i) table[i] = at(n + i) - at(n);
     } else {
@@ -64,91 +53,22 @@ struct Head {
     }
     return {base + at(n), table, map.d, map.x};
   }
-  // dst[d * ld + i] = pixel n + i, dim d; lanes up to a whole vector are 0.
-  template <bool Relu>
-  void panel(int64_t n, int64_t count, T* dst, int64_t ld) {
-    auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
-    if (rows) {
-      for (int64_t d = 0; d < dims; ++d) {
-        const S* p = base + d * map.d + at(n);
-        T* to = dst + d * ld;
-        int64_t i = 0;
-        for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act(load<T>(p + i)));
-        if (i < count) store<T>(to + i, act(load_partial<T>(p + i, int(count - i))));
-      }
-      return;
-    }
-    pack_panel<T>(lattice(n, count), 0, count, dims, T(1), dst, ld);
-    if constexpr (Relu)
-      for (int64_t d = 0; d < dims; ++d)
-        for (int64_t i = 0; i < count; i += W<T>) store<T>(dst + d * ld + i, relu<T>(load<T>(dst + d * ld + i)));
-  }
-  // dst[i * ld + d] = pixel n + i, dim d; columns up to a whole vector are 0.
-  template <bool Relu>
-  void tokens(int64_t n, int64_t count, T* dst, int64_t ld) {
-    auto act = [](vec<T> x) __attribute__((always_inline)) { return Relu ? relu<T>(x) : x; };
-    if (last) {
-      for (int64_t i = 0; i < count; ++i) {
-        const S* p = base + at(n + i);
-        T* to = dst + i * ld;
-        int64_t d = 0;
-        for (; d + W<T> <= dims; d += W<T>) store<T>(to + d, act(load<T>(p + d)));
-        if (d < dims) store<T>(to + d, act(load_partial<T>(p + d, int(dims - d))));
-      }
-      return;
-    }
-    const Lattice<S> all = lattice(n, count);
-    vec<T> block[W<T>];
-    for (int64_t i = 0; i < count; i += W<T>) {
-      const int some = at_most<T>(count - i);
-      for (int64_t d = 0; d < dims; d += W<T>) {
-        T* to = dst + i * ld + d;
-        if (rows && some == W<T> && d + W<T> <= dims) {
-          const S* p = base + d * map.d + at(n) + i;
-#pragma GCC unroll 16
-          for (int j = 0; j < W<T>; ++j) block[j] = act(load<T>(p + j * map.d));
-          transpose<T>(block);
-#pragma GCC unroll 16
-          for (int j = 0; j < W<T>; ++j) store<T>(to + j * ld, block[j]);
-        } else {
-          load_by_dim<T>(all, i, some, d, at_most<T>(dims - d), block);
-          for (int j = 0; j < W<T>; ++j) block[j] = act(block[j]);
-          transpose<T>(block);
-          for (int j = 0; j < some; ++j) store<T>(to + j * ld, block[j]);
-        }
-      }
-    }
-  }
+  // dst[d * ld + i] = pixel n + i, dim d, or its relu; lanes up to a whole vector are 0.
+  void panel(bool rectified, int64_t n, int64_t count, T* dst, int64_t ld);
+  // dst[i * ld + d] = pixel n + i, dim d, or its relu; columns up to a whole vector are 0.
+  void tokens(bool rectified, int64_t n, int64_t count, T* dst, int64_t ld);
+  // The same back into the map.
+  void put_panel(int64_t n, int64_t count, const T* src, int64_t ld);
+  void put_tokens(int64_t n, int64_t count, const T* src, int64_t ld);
+
   // A pixel's dims where they lie, or null.
-  const T* tokens_in_place(int64_t n) const {
-    if constexpr (!std::is_same_v<T, std::remove_const_t<S>>) return nullptr;
-    return last && uniform ? reinterpret_cast<const T*>(base + at(n)) : nullptr;
-  }
+  const T* tokens_in_place(int64_t n) const { return last && uniform ? (base + at(n)).template own<T>() : nullptr; }
   // Where whole vectors can be written in place, or null.
   T* in_place_panel(int64_t n, int64_t count) const {
-    if constexpr (!std::is_same_v<T, S>) return nullptr;
-    return rows && count % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
+    return rows && count % W<T> == 0 ? (base + at(n)).template own<T>() : nullptr;
   }
   T* in_place_tokens(int64_t n) const {
-    if constexpr (!std::is_same_v<T, S>) return nullptr;
-    return last && uniform && dims % W<T> == 0 ? const_cast<T*>(reinterpret_cast<const T*>(base + at(n))) : nullptr;
-  }
-  void put_panel(int64_t n, int64_t count, const T* src, int64_t ld) {
-    if (rows) {
-      for (int64_t d = 0; d < dims; ++d) {
-        S* p = base + d * map.d + at(n);
-        const T* from = src + d * ld;
-        int64_t i = 0;
-        for (; i + W<T> <= count; i += W<T>) store_as<T>(p + i, load<T>(from + i));
-        if (i < count) store_partial<T>(p + i, load<T>(from + i), int(count - i));
-      }
-      return;
-    }
-    unpack_panel<T>(lattice(n, count), 0, count, dims, src, ld, static_cast<const T*>(nullptr));
-  }
-  void put_tokens(int64_t n, int64_t count, const T* src, int64_t ld) {
-    const T one = 1;
-    unpack_rows<T>(lattice(n, count), 0, count, dims, src, ld, &one, 0);
+    return last && uniform && dims % W<T> == 0 ? (base + at(n)).template own<T>() : nullptr;
   }
 };
 
@@ -161,11 +81,11 @@ struct Next {
   } some[4];
   int maps = 0;
   int64_t at = 0;
-  template <class T, class S>
-  void add(const Head<T, S>& head, int64_t n, int64_t count) {
+  template <class T>
+  void add(const Head<T>& head, int64_t n, int64_t count) {
     if (count <= 0) return;
-    const char* base = reinterpret_cast<const char*>(head.base + head.at(n));
-    constexpr int64_t size = sizeof(S);
+    const char* base = (head.base + head.at(n)).data;
+    const int64_t size = head.base.size();
     if (head.rows)
       some[maps++] = {base, head.map.d * size, count * size, head.dims};
     else if (head.last && head.uniform)
@@ -183,85 +103,20 @@ struct Next {
   }
 };
 
-// c (+)= A B over all columns, with A in rows: row m, element k at a[m * lda + k]. b and c have whole vectors.
-template <class T, Start from, class Between = const Nothing>
-static void product(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
-    Between& between = kNothing) {
-  auto panel = [&](auto width, int64_t col) {
-    product_rows<T, decltype(width)::value, from, false>(
-        rows, K, a, lda, b + col, ldb, c + col, ldc, static_cast<T*>(nullptr), between);
-  };
-  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
-  if (left % 2 && left > 1) panel(std::integral_constant<int, 3>{}, col), col += 3 * W<T>, left -= 3;
-  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
-  if (left) panel(std::integral_constant<int, 1>{}, col);
-}
-
-// What is done to a product as it is stored: n is the column.
+// dst[n * ldd + i] = src[i * lds + n] for `count` pixels, whole vectors of them in src, and whole vectors of dims in dst.
 template <class T>
-struct Scaled {
-  const T* f;
-  vec<T> operator()(vec<T> x, int64_t n) const { return x * load<T>(f + n); }
-};
-template <class T>
-struct Rectified {
-  vec<T> operator()(vec<T> x, int64_t) const { return relu<T>(x); }
-};
+void turn(int64_t dims, int64_t count, const T* src, int64_t lds, T* dst, int64_t ldd);
 
-// c[m][n] = end(sum_k a[m * am + k * ak] b[k * ldb + n], n) for M rows and V vectors; am is 1 if Adjacent, else ak is.
-template <class T, int M, int V, bool Adjacent, class End>
-static void ended_tile(
-    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
-    int64_t ldc) {
-  vec<T> acc[M][V];
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
-  for (int64_t k = 0; k < K; ++k) {
-    vec<T> bv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
-    }
-    a += Adjacent ? ak : 1;
-    b += ldb;
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store<T>(c + m * ldc + v * W<T>, end(acc[m][v], col + v * W<T>));
+namespace {
+
+template <class T>
+MVK_INLINE vec<T> relu(vec<T> x) {
+  return maximum<T>(vec<T>{}, x);  // NaN stays
 }
-template <class T, int M, int V, bool Adjacent, class End>
-MVK_INLINE void ended_tile_of(
-    int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end, int64_t col, T* c,
-    int64_t ldc) {
-  if (rows == M) return ended_tile<T, M, V, Adjacent>(K, a, am, ak, b, ldb, end, col, c, ldc);
-  if constexpr (M > 1) ended_tile_of<T, M - 1, V, Adjacent>(rows, K, a, am, ak, b, ldb, end, col, c, ldc);
-}
-template <class T, bool Adjacent, class End, class Between = const Nothing>
-static void ended_product(
-    int64_t rows, int64_t cols, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, const End& end,
-    T* c, int64_t ldc, Between& between = kNothing) {
-  auto panel = [&](auto width, int64_t col) {
-    constexpr int V = decltype(width)::value, M = kRowsOf<V>;
-    const Tiles tiles(rows, M);
-    int64_t m = 0;
-    for (int i = 0; i < tiles.count; ++i) {
-      const int r = tiles.height + (i < tiles.taller);
-      ended_tile_of<T, M, V, Adjacent>(r, K, a + m * am, am, ak, b + col, ldb, end, col, c + m * ldc + col, ldc);
-      m += r;
-      between.between_tiles(tiles.count);
-    }
-  };
-  int64_t col = 0, left = (cols + W<T> - 1) / W<T>;
-  for (; left >= 2; left -= 2, col += 2 * W<T>) panel(std::integral_constant<int, 2>{}, col);
-  if (left) panel(std::integral_constant<int, 1>{}, col);
+// A gradient through relu, given its result: as PyTorch, NaN lets it pass.
+template <class T>
+MVK_INLINE vec<T> where_positive(vec<T> result, vec<T> gradient) {
+  return result <= vec<T>{} ? vec<T>{} : gradient;
 }
 
 // to[n] = 1 / (sum_i keys[i] q[i * ld + n] + eps) for V vectors of pixels.
@@ -294,28 +149,6 @@ MVK_INLINE vec<T> dots(int count, int64_t cols, const T* a, int64_t lda, const T
   }
   add_across<T>(sum);
   return sum[0];
-}
-
-// dst[n * ldd + i] = src[i * lds + n] for `count` pixels, whole vectors of them in src, and whole vectors of dims in dst.
-template <class T>
-static void turn(int64_t dims, int64_t count, const T* src, int64_t lds, T* dst, int64_t ldd) {
-  vec<T> block[W<T>];
-  for (int64_t n = 0; n < count; n += W<T>) {
-    for (int64_t d = 0; d < dims; d += W<T>) {
-      const int some = at_most<T>(dims - d);
-      const T* from = src + d * lds + n;
-      if (some == W<T>) {
-#pragma GCC unroll 16
-        for (int j = 0; j < W<T>; ++j) block[j] = load<T>(from + j * lds);
-      } else {
-        for (int j = 0; j < W<T>; ++j) block[j] = j < some ? load<T>(from + j * lds) : vec<T>{};
-      }
-      transpose<T>(block);
-      T* to = dst + n * ldd + d;
-#pragma GCC unroll 16
-      for (int j = 0; j < W<T>; ++j) store<T>(to + j * ldd, block[j]);
-    }
-  }
 }
 
 // [D + 1][ld] in scratch from kv (D, D) and keys (D), and back.

@@ -12,6 +12,28 @@
 
 namespace mvk {
 namespace MVK_ISA {
+
+// acc[m * D + d] (a vector) = acc * alpha[m] (a vector, or 1) + sum over vectors of r[m][.] x[d][.], for any number of tokens.
+template <class T>
+void sums(
+    int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* acc, const T* alpha,
+    bool first);
+
+// The sum at once, across lanes: out[m * ldo + d] = sum_n r[m][n] x[d][n].
+template <class T>
+void sums_at_once(
+    int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* out, int64_t ldo);
+
+// out[d] = sum of the lanes of acc[d] * factor, for D vectors; out has whole vectors.
+template <class T>
+void across_lanes(const T* acc, int64_t D, vec<T> factor, T* out);
+
+// out[d * ldo + n] = (start[d * lds + n] or 0) + sum_m a[m * lda + d] r[m * ldr + n].
+template <class T>
+void spread(
+    int64_t M, int64_t D, int64_t count, const T* a, int64_t lda, const T* r, int64_t ldr, const T* start, int64_t lds,
+    T* out, int64_t ldo);
+
 namespace {
 
 constexpr int64_t kTokens = 8;  // tokens taken together, at most
@@ -45,9 +67,9 @@ struct Span {
 };
 
 // One (batch, head) of a map, by blocks of pixels.
-template <class T, class S>
+template <class T>
 struct Pixels {
-  S* base;
+  Elements base;
   Map map;
   int64_t dims, width, pixels;
   bool in_place, uniform, last;  // last: the dims are contiguous
@@ -55,7 +77,7 @@ struct Pixels {
   int64_t known = 0;
 
   Pixels(const Bridge& a, const Map& m, int64_t b, int64_t h, int64_t* table)
-      : base(static_cast<S*>(m.data) + b * m.b + h * m.h),
+      : base(Elements(m.data, a.dtype) + (b * m.b + h * m.h)),
         map(m),
         dims(a.D),
         width(a.W),
@@ -63,10 +85,10 @@ struct Pixels {
         uniform(m.y == a.W * m.x || a.H == 1),
         last(m.d == 1),
         offset(table) {
-    in_place = std::is_same_v<T, std::remove_const_t<S>> && m.x == 1 && uniform;
+    in_place = base.own<T>() && m.x == 1 && uniform;
   }
   int64_t at(int64_t n) const { return uniform ? n * map.x : n / width * map.y + n % width * map.x; }
-  Lattice<S> lattice(int64_t n, int64_t count) {
+  Lattice lattice(int64_t n, int64_t count) {
     if (!uniform) {
       for (int64_t i = 0; i < count; ++i) offset[i] = at(n + i) - at(n);
     } else {
@@ -78,11 +100,11 @@ struct Pixels {
   const T* rows(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
       ld = map.d;
-      return reinterpret_cast<const T*>(base + n);
+      return (base + n).own<T>();
     }
     ld = scratch_ld;
     if (in_place) {
-      const auto* from = reinterpret_cast<const T*>(base + n);
+      const T* from = (base + n).own<T>();
       for (int64_t d = 0; d < dims; ++d, from += map.d) {
         T* to = scratch + d * ld;
         int64_t i = 0;
@@ -98,7 +120,7 @@ struct Pixels {
   T* target(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
       ld = map.d;
-      return reinterpret_cast<T*>(const_cast<std::remove_const_t<S>*>(base + n));
+      return (base + n).own<T>();
     }
     ld = scratch_ld;
     return scratch;
@@ -109,15 +131,17 @@ struct Pixels {
 };
 
 // dst[m * ld + d] = factor * tokens; ld whole vectors apart, zero beyond D.
-template <class T, class S>
+template <class T>
 MVK_INLINE void pack_tokens(const Bridge& a, const Tokens& t, int64_t b, int64_t h, T factor, T* dst, int64_t ld) {
-  const S* p = static_cast<const S*>(t.data) + b * t.b + h * t.h;
-  for (int64_t m = 0; m < a.M; ++m, p += t.m, dst += ld) {
-    int64_t d = 0;
-    if (t.d == 1)
-      for (; d + W<T> <= a.D; d += W<T>) store<T>(dst + d, splat(factor) * load<T>(p + d));
-    for (; d < ld; ++d) dst[d] = d < a.D ? factor * T(to_float(p[d * t.d])) : T(0);
-  }
+  with_type<T>(a.dtype, [&](auto type) {
+    const auto* p = static_cast<const decltype(type)*>(t.data) + b * t.b + h * t.h;
+    for (int64_t m = 0; m < a.M; ++m, p += t.m, dst += ld) {
+      int64_t d = 0;
+      if (t.d == 1)
+        for (; d + W<T> <= a.D; d += W<T>) store<T>(dst + d, splat(factor) * load<T>(p + d));
+      for (; d < ld; ++d) dst[d] = d < a.D ? factor * T(to_float(p[d * t.d])) : T(0);
+    }
+  });
 }
 
 // s[j * lds + n] = sum_d a[j * lda + d] x[d * ldx + n], for J rows and `count` pixels, rounded up to whole vectors.
@@ -126,88 +150,13 @@ static void scores(
     int64_t J, int64_t D, const T* a, int64_t lda, const T* x, int64_t ldx, int64_t count, T* s, int64_t lds) {
   int64_t n = 0;
   count = round_up(count, W<T>);
-  auto panel = [&](auto width) __attribute__((always_inline)) {
-    product_in_parts<T, width.value, false>(false, J, D, a, lda, x + n, ldx, s + n, lds, nullptr);
-    n += width.value * W<T>;
+  auto panels = [&](int vectors) {
+    for (; n + vectors * W<T> <= count; n += vectors * W<T>)
+      product_in_parts<T>(vectors, J, D, a, lda, x + n, ldx, s + n, lds, {});
   };
-  if (J <= kTileRows / 2)
-    while (n + 4 * W<T> <= count) panel(std::integral_constant<int, 4>{});
-  while (n + 2 * W<T> <= count) panel(std::integral_constant<int, 2>{});
-  while (n < count) panel(std::integral_constant<int, 1>{});
-}
-
-// acc[(j * D + d)] (a vector) = acc * alpha[j] + sum over vectors of r[j][.] x[d][.], for J tokens and R dims.
-template <class T, int J, int R>
-MVK_INLINE void sums_tile(
-    int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* acc, int64_t D, const T* alpha, bool first) {
-  vec<T> sum[J][R];
-  for (int j = 0; j < J; ++j)
-    for (int i = 0; i < R; ++i) sum[j][i] = vec<T>{};
-  for (int64_t n = 0; n < count; n += W<T>) {
-    vec<T> rows[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) rows[i] = load<T>(x + i * ldx + n);
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      const vec<T> p = load<T>(r + j * ldr + n);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[j][i] += p * rows[i];
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < J; ++j) {
-    const vec<T> f = alpha ? load<T>(alpha + j * W<T>) : splat(T(1));
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      T* to = acc + (j * D + i) * W<T>;
-      store<T>(to, first ? sum[j][i] : sum[j][i] + f * load<T>(to));
-    }
-  }
-}
-
-template <class T, int J>
-MVK_INLINE void sums_of(
-    int64_t count, int64_t D, const T* r, int64_t ldr, const T* x, int64_t ldx, T* acc, const T* alpha, bool first) {
-  constexpr int most = (kVectorBytes == 64 ? 20 : 10) / J, R = most > 6 ? 6 : most < 1 ? 1 : most;
-  int64_t d = 0;
-  for (; d + R <= D; d += R) sums_tile<T, J, R>(count, r, ldr, x + d * ldx, ldx, acc + d * W<T>, D, alpha, first);
-  for (; d < D; ++d) sums_tile<T, J, 1>(count, r, ldr, x + d * ldx, ldx, acc + d * W<T>, D, alpha, first);
-}
-
-// out[d * ldo + n] = (start[d * lds + n] or 0) + sum_j a[j * lda + d] r[j * ldr + n], for J tokens and V vectors.
-template <class T, int J, int V>
-MVK_INLINE void spread_tile(
-    int64_t D, const T* a, int64_t lda, const T* r, int64_t ldr, const T* start, int64_t lds, T* out, int64_t ldo) {
-  vec<T> p[J][V];
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) p[j][v] = load<T>(r + j * ldr + v * W<T>);
-  for (int64_t d = 0; d < D; ++d) {
-    vec<T> sum[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[v] = splat(a[d]) * p[0][v];
-#pragma GCC unroll 8
-    for (int j = 1; j < J; ++j) {
-      const vec<T> f = splat(a[j * lda + d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[v] += f * p[j][v];
-    }
-    // The largest term last.
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      store<T>(out + d * ldo + v * W<T>, start ? sum[v] + load<T>(start + d * lds + v * W<T>) : sum[v]);
-  }
-}
-
-template <class T, int J>
-MVK_INLINE void spread_of(
-    int64_t count, int64_t D, const T* a, int64_t lda, const T* r, int64_t ldr, const T* start, int64_t lds, T* out,
-    int64_t ldo) {
-  constexpr int most = (kVectorBytes == 64 ? 24 : 12) / J, V = most > 4 ? 4 : most < 1 ? 1 : most;
-  int64_t n = 0;
-  for (; n + V * W<T> <= count; n += V * W<T>)
-    spread_tile<T, J, V>(D, a, lda, r + n, ldr, start ? start + n : nullptr, lds, out + n, ldo);
-  for (; n < count; n += W<T>)
-    spread_tile<T, J, 1>(D, a, lda, r + n, ldr, start ? start + n : nullptr, lds, out + n, ldo);
+  if (J <= kTileRows / 2) panels(4);
+  panels(2);
+  panels(1);
 }
 
 // f(std::integral_constant<int, J>) for J of 1 .. kTokens.
@@ -215,73 +164,6 @@ template <int J = kTokens, class F>
 MVK_INLINE void for_tokens(int64_t count, const F& f) {
   if (count == J) return f(std::integral_constant<int, J>{});
   if constexpr (J > 1) for_tokens<J - 1>(count, f);
-}
-
-// Both for any number of tokens: kTokens at a time.
-template <class T>
-static void sums(
-    int64_t M, int64_t D, int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, T* acc, const T* alpha,
-    bool first) {
-  for (int64_t m = 0; m < M; m += kTokens)
-    for_tokens(M - m < kTokens ? M - m : kTokens, [&](auto J) {
-      sums_of<T, J.value>(
-          count, D, r + m * ldr, ldr, x, ldx, acc + m * D * W<T>, alpha ? alpha + m * W<T> : nullptr, first);
-    });
-}
-template <class T>
-static void spread(
-    int64_t M, int64_t D, int64_t count, const T* a, int64_t lda, const T* r, int64_t ldr, const T* start, int64_t lds,
-    T* out, int64_t ldo) {
-  // Another start is added when all is summed: it may be large, and each addition to it would round as much.
-  const bool apart = start && start != out && M > kTokens;
-  for (int64_t m = 0; m < M; m += kTokens)
-    for_tokens(M - m < kTokens ? M - m : kTokens, [&](auto J) {
-      const T* from = m ? out : apart ? nullptr : start;
-      spread_of<T, J.value>(count, D, a + m * lda, lda, r + m * ldr, ldr, from, m ? ldo : lds, out, ldo);
-    });
-  for (int64_t d = 0; apart && d < D; ++d)
-    for (int64_t n = 0; n < count; n += W<T>)
-      store<T>(out + d * ldo + n, load<T>(out + d * ldo + n) + load<T>(start + d * lds + n));
-}
-
-// out[d] = sum of the lanes of acc[d] * factor, for D vectors; out has whole vectors.
-template <class T>
-static void across_lanes(const T* acc, int64_t D, vec<T> factor, T* out) {
-  for (int64_t d = 0; d < D; d += W<T>) {
-    vec<T> rows[W<T>];
-    for (int i = 0; i < W<T>; ++i) rows[i] = d + i < D ? factor * load<T>(acc + (d + i) * W<T>) : vec<T>{};
-    add_across<T>(rows);
-    store<T>(out + d, rows[0]);
-  }
-}
-
-// out[j * ldo + d] = sum_n r[j][n] x[d][n] for J tokens and all dims, W / J dims at a time, added up across lanes in registers.
-template <class T, int J>
-static void sums_at_once(
-    int64_t count, int64_t D, const T* r, int64_t ldr, const T* x, int64_t ldx, T* out, int64_t ldo) {
-  constexpr int R = W<T> / J;
-  for (int64_t d = 0; d < D; d += R) {
-    const T* dims[R];
-    for (int i = 0; i < R; ++i) dims[i] = x + (d + i < D ? d + i : D - 1) * ldx;
-    vec<T> sum[W<T>];
-#pragma GCC unroll 16
-    for (int i = 0; i < W<T>; ++i) sum[i] = vec<T>{};
-    for (int64_t n = 0; n < count; n += W<T>) {
-      vec<T> p[J];
-#pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) p[j] = load<T>(r + j * ldr + n);
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        const vec<T> v = load<T>(dims[i] + n);
-#pragma GCC unroll 4
-        for (int j = 0; j < J; ++j) sum[j * R + i] += p[j] * v;
-      }
-    }
-    add_across<T>(sum);
-    T lanes[W<T>];
-    store<T>(lanes, sum[0]);
-    for (int j = 0; j < J; ++j) memcpy(out + j * ldo + d, lanes + j * R, R * sizeof(T));
-  }
 }
 
 // Sums over the pixels of a unit for all tokens. If they are one block they are added up across lanes at once, else each
@@ -298,9 +180,7 @@ struct Sums {
 
   void add(int64_t count, const T* r, int64_t ldr, const T* x, int64_t ldx, const T* alpha, bool first) {
     if (!once) return sums<T>(M, D, count, r, ldr, x, ldx, lanes, alpha, first);
-    int64_t m = 0;
-    for (; m + 2 <= M; m += 2) sums_at_once<T, 2>(count, D, r + m * ldr, ldr, x, ldx, rows + m * ld, ld);
-    for (; m < M; ++m) sums_at_once<T, 1>(count, D, r + m * ldr, ldr, x, ldx, rows + m * ld, ld);
+    sums_at_once<T>(M, D, count, r, ldr, x, ldx, rows, ld);
   }
   // Token m's sums, each lane's share times factor, whose lanes are equal if all was added at once.
   T* token(int64_t m, vec<T> factor) {
@@ -321,22 +201,24 @@ MVK_INLINE void fill_tail(int64_t J, T* s, int64_t lds, int64_t count, T value) 
 }
 
 // Writes D sums as tokens (batch b, head h, token m).
-template <class T, class S>
+template <class T>
 MVK_INLINE void store_token(const Bridge& a, const Tokens& t, int64_t b, int64_t h, int64_t m, const T* from) {
-  S* p = static_cast<S*>(t.data) + b * t.b + h * t.h + m * t.m;
-  if (std::is_same_v<T, S> && t.d == 1) {
-    memcpy(p, from, a.D * sizeof(S));
+  const Elements to = Elements(t.data, a.dtype) + (b * t.b + h * t.h + m * t.m);
+  if (to.own<T>() && t.d == 1) {
+    memcpy(to.data, from, a.D * sizeof(T));
     return;
   }
-  for (int64_t d = 0; d < a.D; ++d) from_float(from[d], p + d * t.d);
+  with_type<T>(a.dtype, [&](auto type) {
+    for (int64_t d = 0; d < a.D; ++d) from_float(from[d], to.as<decltype(type)>() + d * t.d);
+  });
 }
 
 // Adds up the chunks' token sums, `stride` apart, into the first, in order, and writes them.
-template <class T, class S>
+template <class T>
 MVK_INLINE void sum_chunks(const Bridge& a, const Tokens& t, T* first, int64_t stride, int64_t item) {
   for (int64_t chunk = 1; chunk < a.chunks; ++chunk)
     for (int64_t i = 0; i < a.M * a.D; ++i) first[i] += first[chunk * stride + i];
-  for (int64_t m = 0; m < a.M; ++m) store_token<T, S>(a, t, item / a.heads, item % a.heads, m, first + m * a.D);
+  for (int64_t m = 0; m < a.M; ++m) store_token<T>(a, t, item / a.heads, item % a.heads, m, first + m * a.D);
 }
 
 // The pixels of a chunk: whole vectors but for the last.

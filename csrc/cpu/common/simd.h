@@ -2,8 +2,8 @@
 //
 // GCC and Clang vector extensions, so that one source serves SSE2, AVX2, AVX-512 and NEON; intrinsics only
 // where the extensions have no word (partial loads and stores, half conversion). Everything lives in a
-// namespace named after the instruction set and nothing here has external linkage: an inline function that
-// two units shared would be merged by the linker, and the AVX-512 copy might be the one kept.
+// namespace named after the instruction set: an inline function outside of one would be merged by the linker, and the
+// AVX-512 copy might be the one kept.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +24,13 @@
 
 namespace mvk {
 namespace MVK_ISA {
-namespace {
+
+struct half {
+  uint16_t bits;
+};
+struct bfloat {
+  uint16_t bits;
+};
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -33,13 +39,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-
-struct half {
-  uint16_t bits;
-};
-struct bfloat {
-  uint16_t bits;
-};
 
 template <class T>
 struct Simd {
@@ -51,6 +50,8 @@ template <class T>
 using vec = typename Simd<T>::type;
 template <class T>
 constexpr int W = Simd<T>::width;
+
+namespace {
 
 template <class T, size_t... I>
 MVK_INLINE vec<T> splat_lanes(T x, std::index_sequence<I...>) {

@@ -115,7 +115,7 @@ static void softmax_rows(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T fa
   for (; n < count; n += W<T>) some(std::integral_constant<int, 1>{}, n);
 }
 
-template <class T, class S>
+template <class T>
 static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
@@ -131,10 +131,10 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Pixels<T, const S> x(a, a.x, b, h, table);
-    Pixels<T, S> y(a, a.out_map, b, h, out_table);
-    pack_tokens<T, S>(a, a.key, b, h, T(factor.queries), k, ldk);
-    pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
+    Pixels<T> x(a, a.x, b, h, table);
+    Pixels<T> y(a, a.out_map, b, h, out_table);
+    pack_tokens<T>(a, a.key, b, h, T(factor.queries), k, ldk);
+    pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     int64_t from, to;
     chunk_of<T>(a, unit % a.chunks, from, to);
     Span<T> span(from, to, K);
@@ -150,7 +150,7 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class S, int G>
+template <class T, int G>
 static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>), groups = (M + G - 1) / G;
   arena.reset(
@@ -167,10 +167,10 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Rows<T, const S> x(a, a.x, b, h, table);
-    Rows<T, S> y(a, a.out_map, b, h, out_table);
-    pack_columns<T, S, G>(a, a.key, b, h, T(factor.queries), k);
-    pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
+    Rows<T> x(a, a.x, b, h, table);
+    Rows<T> y(a, a.out_map, b, h, out_table);
+    pack_columns<T, G>(a, a.key, b, h, T(factor.queries), k);
+    pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
       int64_t ld, ldo;
@@ -191,19 +191,19 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
 }
 
 // Writes the gradients of token m: as a chunk's part, or as the result.
-template <class T, class S>
+template <class T>
 MVK_INLINE void put_dtokens(const Bridge& a, int64_t unit, int64_t m, const T* dk, const T* dv) {
   if (a.partial) {
     T* to = static_cast<T*>(a.partial) + unit * a.backward_partial() + m * a.D;
     memcpy(to, dk, a.D * sizeof(T));
     memcpy(to + a.M * a.D, dv, a.D * sizeof(T));
   } else {
-    store_token<T, S>(a, a.dkey, unit / a.heads, unit % a.heads, m, dk);
-    store_token<T, S>(a, a.dvalue, unit / a.heads, unit % a.heads, m, dv);
+    store_token<T>(a, a.dkey, unit / a.heads, unit % a.heads, m, dk);
+    store_token<T>(a, a.dvalue, unit / a.heads, unit % a.heads, m, dv);
   }
 }
 
-template <class T, class S>
+template <class T>
 static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
@@ -229,11 +229,11 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Pixels<T, const S> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
-    Pixels<T, S> dx(a, a.dx, b, h, dtable);
-    pack_tokens<T, S>(a, a.key, b, h, T(factor.queries), k, ldk);
-    pack_tokens<T, S>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
-    pack_tokens<T, S>(a, a.value, b, h, T(1), v, ldk);
+    Pixels<T> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
+    Pixels<T> dx(a, a.dx, b, h, dtable);
+    pack_tokens<T>(a, a.key, b, h, T(factor.queries), k, ldk);
+    pack_tokens<T>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
+    pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     int64_t from, to;
     chunk_of<T>(a, unit % a.chunks, from, to);
     Span<T> span(from, to, K);
@@ -254,11 +254,11 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
       dv.add(count, s, K, grads, ldg, nullptr, first);
     }
     for (int64_t m = 0; m < M; ++m)
-      put_dtokens<T, S>(a, unit, m, dk.token(m, splat(T(a.scale))), dv.token(m, splat(T(1))));
+      put_dtokens<T>(a, unit, m, dk.token(m, splat(T(a.scale))), dv.token(m, splat(T(1))));
   }
 }
 
-template <class T, class S, int G>
+template <class T, int G>
 static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>), groups = (M + G - 1) / G;
   arena.reset(
@@ -281,11 +281,11 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Rows<T, const S> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
-    Rows<T, S> dx(a, a.dx, b, h, dtable);
-    pack_columns<T, S, G>(a, a.key, b, h, T(factor.queries), k);
-    pack_columns<T, S, G>(a, a.value, b, h, T(1), v);
-    pack_tokens<T, S>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
+    Rows<T> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
+    Rows<T> dx(a, a.dx, b, h, dtable);
+    pack_columns<T, G>(a, a.key, b, h, T(factor.queries), k);
+    pack_columns<T, G>(a, a.value, b, h, T(1), v);
+    pack_tokens<T>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
       int64_t ld, ldg, ldd;
@@ -312,39 +312,39 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < M; ++m) {
       T* row = dk + m * ldk;
       for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(a.scale)) * load<T>(row + d));
-      put_dtokens<T, S>(a, unit, m, row, dv + m * ldk);
+      put_dtokens<T>(a, unit, m, row, dv + m * ldk);
     }
   }
 }
 
 // Maps whose dims are contiguous go by rows.
-template <class T, class S>
+template <class T>
 static void forward(const Bridge& a, int64_t begin, int64_t end) {
-  if (a.x.d != 1) return forward_lanes<T, S>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { forward_rows<T, S, G.value>(a, begin, end); });
+  if (a.x.d != 1) return forward_lanes<T>(a, begin, end);
+  with_group<T>(a.M, [&](auto G) { forward_rows<T, G.value>(a, begin, end); });
 }
-template <class T, class S>
+template <class T>
 static void backward(const Bridge& a, int64_t begin, int64_t end) {
-  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end); });
+  if (a.x.d != 1) return backward_lanes<T>(a, begin, end);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, G.value>(a, begin, end); });
 }
 
 // Over (batch, head).
-template <class T, class S>
+template <class T>
 static void sum_dtokens(const Bridge& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     T* first = static_cast<T*>(a.partial) + item * a.chunks * a.backward_partial();
-    sum_chunks<T, S>(a, a.dkey, first, a.backward_partial(), item);
-    sum_chunks<T, S>(a, a.dvalue, first + a.M * a.D, a.backward_partial(), item);
+    sum_chunks<T>(a, a.dkey, first, a.backward_partial(), item);
+    sum_chunks<T>(a, a.dvalue, first + a.M * a.D, a.backward_partial(), item);
   }
 }
 
 }  // namespace
 
-static MVK_BY_DTYPE(Bridge, forward) static MVK_BY_DTYPE(Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dtokens)
-
-    extern const FormerToMobileKernels former_to_mobile_kernels;
-const FormerToMobileKernels former_to_mobile_kernels = {forward_by_dtype, backward_by_dtype, sum_dtokens_by_dtype};
+extern const FormerToMobileKernels former_to_mobile_kernels;
+const FormerToMobileKernels former_to_mobile_kernels = {
+    by_dtype<forward<float>, forward<double>>, by_dtype<backward<float>, backward<double>>,
+    by_dtype<sum_dtokens<float>, sum_dtokens<double>>};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -13,18 +13,18 @@ namespace MVK_ISA {
 namespace {
 
 // What is known of a token after all pixels of a unit, as a chunk's part or as the result.
-template <class T, class S>
+template <class T>
 MVK_INLINE void put_output(const Bridge& a, int64_t unit, int64_t m, const T* row, T most, T total) {
   if (a.partial) {
     T* to = static_cast<T*>(a.partial) + unit * a.forward_partial() + m * (a.D + 2);
     memcpy(to, row, a.D * sizeof(T));
     to[a.D] = most, to[a.D + 1] = total;
   } else {
-    store_token<T, S>(a, a.out, unit / a.heads, unit % a.heads, m, row);
+    store_token<T>(a, a.out, unit / a.heads, unit % a.heads, m, row);
   }
 }
 
-template <class T, class S>
+template <class T>
 static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
   arena.reset(
@@ -45,8 +45,8 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Pixels<T, const S> x(a, a.x, b, h, table);
-    pack_tokens<T, S>(a, a.query, b, h, T(factor.queries), q, ldq);
+    Pixels<T> x(a, a.x, b, h, table);
+    pack_tokens<T>(a, a.query, b, h, T(factor.queries), q, ldq);
     for (int64_t i = 0; i < M * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
     int64_t from, to;
     chunk_of<T>(a, unit % a.chunks, from, to);
@@ -70,12 +70,12 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
       exp2_nonpositive<1>(part);
       const T total = lane_sum<T>(part[0] * load<T>(sum + m * W<T>));
       const T* row = out.token(m, a.partial ? part[0] : part[0] * splat(T(1) / total));
-      put_output<T, S>(a, unit, m, row, most, total);
+      put_output<T>(a, unit, m, row, most, total);
     }
   }
 }
 
-template <class T, class S, int G>
+template <class T, int G>
 static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldq = round_up(D, W<T>), groups = (M + G - 1) / G;
   arena.reset(
@@ -94,8 +94,8 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Rows<T, const S> x(a, a.x, b, h, table);
-    pack_columns<T, S, G>(a, a.query, b, h, T(factor.queries), q);
+    Rows<T> x(a, a.x, b, h, table);
+    pack_columns<T, G>(a, a.query, b, h, T(factor.queries), q);
     for (int64_t i = 0; i < groups * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
@@ -114,13 +114,13 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
       T* row = out + m * ldq;
       if (!a.partial)
         for (int64_t d = 0; d < D; d += W<T>) store<T>(row + d, splat(T(1) / sum[at]) * load<T>(row + d));
-      put_output<T, S>(a, unit, m, row, top[at], sum[at]);
+      put_output<T>(a, unit, m, row, top[at], sum[at]);
     }
   }
 }
 
 // Over (batch, head): the chunks' sums, each less than its own maximum, put together in order.
-template <class T, class S>
+template <class T>
 static void merge(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D;
   arena.reset(Arena::bytes<T>(D), a.poison);
@@ -143,7 +143,7 @@ static void merge(const Bridge& a, int64_t begin, int64_t end) {
         for (int64_t d = 0; d < D; ++d) row[d] += f * part[d];
       }
       for (int64_t d = 0; d < D; ++d) row[d] /= total;
-      store_token<T, S>(a, a.out, item / a.heads, item % a.heads, m, row);
+      store_token<T>(a, a.out, item / a.heads, item % a.heads, m, row);
     }
 }
 
@@ -155,18 +155,18 @@ MVK_INLINE void scale_row(T* row, int64_t ld, T factor) {
   for (int64_t d = 0; d < ld; d += W<T>) store<T>(row + d, splat(factor) * load<T>(row + d));
 }
 
-template <class T, class S>
+template <class T>
 MVK_INLINE void put_dquery(const Bridge& a, int64_t unit, int64_t m, const T* row) {
   if (a.partial)
     memcpy(static_cast<T*>(a.partial) + (unit * a.M + m) * a.D, row, a.D * sizeof(T));
   else
-    store_token<T, S>(a, a.dquery, unit / a.heads, unit % a.heads, m, row);
+    store_token<T>(a, a.dquery, unit / a.heads, unit % a.heads, m, row);
 }
 
 // The weights of a chunk. q has the queries and then the output's gradient, for S and dP.
-template <class T, class S>
+template <class T>
 static void weights_lanes(
-    const Bridge& a, Pixels<T, const S>& x, int64_t from, int64_t to, const T* q, int64_t ldq, T* packed, int64_t K,
+    const Bridge& a, Pixels<T>& x, int64_t from, int64_t to, const T* q, int64_t ldq, T* packed, int64_t K,
     const Weights<T>& w) {
   const T factor(Factor(a.scale, false).scores);
   Span<T> span(from, to, K);
@@ -183,7 +183,7 @@ static void weights_lanes(
   }
 }
 
-template <class T, class S>
+template <class T>
 static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldq = round_up(D, W<T>);
   arena.reset(
@@ -205,19 +205,19 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage st
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Pixels<T, const S> x(a, a.x, b, h, table);
-    Pixels<T, S> dx(a, a.dx, b, h, dtable);
+    Pixels<T> x(a, a.x, b, h, table);
+    Pixels<T> dx(a, a.dx, b, h, dtable);
     const Weights<T> w(a, M, 1, scratch, unit);
     int64_t from, to;
     chunk_of<T>(a, unit % a.chunks, from, to);
     if (stage != Stage::products) {
-      pack_tokens<T, S>(a, a.query, b, h, T(Factor(a.scale, false).queries), q, ldq);
-      pack_tokens<T, S>(a, a.grad, b, h, T(1), q + M * ldq, ldq);
-      weights_lanes<T, S>(a, x, from, to, q, ldq, packed, K, w);
+      pack_tokens<T>(a, a.query, b, h, T(Factor(a.scale, false).queries), q, ldq);
+      pack_tokens<T>(a, a.grad, b, h, T(1), q + M * ldq, ldq);
+      weights_lanes<T>(a, x, from, to, q, ldq, packed, K, w);
     }
     if (stage == Stage::weights) continue;
-    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
-    pack_tokens<T, S>(a, a.grad, b, h, T(1), go, ldq);
+    pack_tokens<T>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
+    pack_tokens<T>(a, a.grad, b, h, T(1), go, ldq);
     for (int64_t m = 0; m < M; ++m) {
       shift[m] = shift_of(a, w, unit, m);
       scale_row(q_scaled + m * ldq, ldq, shift[m].factor);
@@ -240,15 +240,14 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage st
       dq.once = count == to - from;
       dq.add(count, ds, w.ld, rows, ld, nullptr, first);
     }
-    for (int64_t m = 0; m < M; ++m) put_dquery<T, S>(a, unit, m, dq.token(m, splat(T(a.scale) * shift[m].factor)));
+    for (int64_t m = 0; m < M; ++m) put_dquery<T>(a, unit, m, dq.token(m, splat(T(a.scale) * shift[m].factor)));
   }
 }
 
 // The same by rows, where q and go have the tokens by columns.
-template <class T, class S, int G>
+template <class T, int G>
 static void weights_rows(
-    const Bridge& a, Rows<T, const S>& x, Blocks blocks, const T* q, const T* go, T* packed, int64_t ldq,
-    const Weights<T>& w) {
+    const Bridge& a, Rows<T>& x, Blocks blocks, const T* q, const T* go, T* packed, int64_t ldq, const Weights<T>& w) {
   const int64_t groups = (a.M + G - 1) / G, lanes = (blocks.end - blocks.begin) * G;
   const T factor(Factor(a.scale, false).scores);
   while (blocks.next()) {
@@ -267,7 +266,7 @@ static void weights_rows(
   }
 }
 
-template <class T, class S, int G>
+template <class T, int G>
 static void backward_rows(const Bridge& a, int64_t begin, int64_t end, Stage stage) {
   const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldq = round_up(D, W<T>), groups = (M + G - 1) / G;
   arena.reset(
@@ -293,18 +292,18 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end, Stage sta
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
-    Rows<T, const S> x(a, a.x, b, h, table);
-    Rows<T, S> dx(a, a.dx, b, h, dtable);
+    Rows<T> x(a, a.x, b, h, table);
+    Rows<T> dx(a, a.dx, b, h, dtable);
     const Weights<T> w(a, groups, G, scratch, unit);
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     if (stage != Stage::products) {
-      pack_columns<T, S, G>(a, a.query, b, h, T(Factor(a.scale, false).queries), q);
-      pack_columns<T, S, G>(a, a.grad, b, h, T(1), go);
-      weights_rows<T, S, G>(a, x, blocks, q, go, packed, ldq, w);
+      pack_columns<T, G>(a, a.query, b, h, T(Factor(a.scale, false).queries), q);
+      pack_columns<T, G>(a, a.grad, b, h, T(1), go);
+      weights_rows<T, G>(a, x, blocks, q, go, packed, ldq, w);
     }
     if (stage == Stage::weights) continue;
-    pack_tokens<T, S>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
-    pack_tokens<T, S>(a, a.grad, b, h, T(1), go_rows, ldq);
+    pack_tokens<T>(a, a.query, b, h, T(a.scale), q_scaled, ldq);
+    pack_tokens<T>(a, a.grad, b, h, T(1), go_rows, ldq);
     for (int64_t i = 0; i < groups * W<T>; ++i) base[i] = below[i] = 0;
     for (int64_t m = 0; m < M; ++m) {
       shift[m] = shift_of(a, w, unit, m);
@@ -329,45 +328,44 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end, Stage sta
     }
     for (int64_t m = 0; m < M; ++m) {
       scale_row(dq + m * ldq, ldq, T(a.scale) * shift[m].factor);
-      put_dquery<T, S>(a, unit, m, dq + m * ldq);
+      put_dquery<T>(a, unit, m, dq + m * ldq);
     }
   }
 }
 
 // Maps whose dims are contiguous go by rows.
-template <class T, class S>
+template <class T>
 static void forward(const Bridge& a, int64_t begin, int64_t end) {
-  if (a.x.d != 1) return forward_lanes<T, S>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { forward_rows<T, S, G.value>(a, begin, end); });
+  if (a.x.d != 1) return forward_lanes<T>(a, begin, end);
+  with_group<T>(a.M, [&](auto G) { forward_rows<T, G.value>(a, begin, end); });
 }
-template <class T, class S>
+template <class T>
 static void backward(const Bridge& a, int64_t begin, int64_t end) {
   const Stage stage = a.partial ? Stage::products : Stage::all;
-  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, stage);
-  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, stage); });
+  if (a.x.d != 1) return backward_lanes<T>(a, begin, end, stage);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, G.value>(a, begin, end, stage); });
 }
 // The first stage of a backward in chunks.
-template <class T, class S>
+template <class T>
 static void weights(const Bridge& a, int64_t begin, int64_t end) {
-  if (a.x.d != 1) return backward_lanes<T, S>(a, begin, end, Stage::weights);
-  with_group<T>(a.M, [&](auto G) { backward_rows<T, S, G.value>(a, begin, end, Stage::weights); });
+  if (a.x.d != 1) return backward_lanes<T>(a, begin, end, Stage::weights);
+  with_group<T>(a.M, [&](auto G) { backward_rows<T, G.value>(a, begin, end, Stage::weights); });
 }
 
 // Over (batch, head).
-template <class T, class S>
+template <class T>
 static void sum_dquery(const Bridge& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item)
-    sum_chunks<T, S>(a, a.dquery, static_cast<T*>(a.partial) + item * a.chunks * a.M * a.D, a.M * a.D, item);
+    sum_chunks<T>(a, a.dquery, static_cast<T*>(a.partial) + item * a.chunks * a.M * a.D, a.M * a.D, item);
 }
 
 }  // namespace
 
-static MVK_BY_DTYPE(Bridge, forward) static MVK_BY_DTYPE(Bridge, merge) static MVK_BY_DTYPE(
-    Bridge, weights) static MVK_BY_DTYPE(Bridge, backward) static MVK_BY_DTYPE(Bridge, sum_dquery)
-
-    extern const MobileToFormerKernels mobile_to_former_kernels;
+extern const MobileToFormerKernels mobile_to_former_kernels;
 const MobileToFormerKernels mobile_to_former_kernels = {
-    forward_by_dtype, merge_by_dtype, weights_by_dtype, backward_by_dtype, sum_dquery_by_dtype};
+    by_dtype<forward<float>, forward<double>>, by_dtype<merge<float>, merge<double>>,
+    by_dtype<weights<float>, weights<double>>, by_dtype<backward<float>, backward<double>>,
+    by_dtype<sum_dquery<float>, sum_dquery<double>>};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

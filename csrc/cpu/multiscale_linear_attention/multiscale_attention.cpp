@@ -8,14 +8,14 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-template <class T, class S>
+template <class T>
 static void forward(const Multiscale& a, int64_t begin, int64_t end) {
   const int64_t D = a.D;
   Scratch<T> s(D, a.pixels(), a.eps);
   Convolutions<T> convolutions(a);
   const int64_t ld = convolutions.ld, band = a.S ? D * ld : 0, turned = a.S ? ld * s.ldk : 0;
   arena.reset(s.bytes() + convolutions.bytes() + 2 * Arena::bytes<T>(band) + Arena::bytes<T>(turned), a.poison);
-  s.take(), convolutions.take();
+  s.take(arena), convolutions.take();
   T *wide = arena.take<T>(band), *rows = arena.take<T>(band), *tokens = arena.take<T>(turned);
 
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -24,18 +24,18 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       const Scale* scale = g ? a.scales + g - 1 : nullptr;
       T* parts = static_cast<T*>(a.partial) + (u.item * a.chunks * (1 + a.S) + g) * a.sums_size();
       const int64_t stride = (1 + a.S) * a.sums_size(), n0 = u.y0 * a.W, n1 = u.y1 * a.W;
-      if (scale) convolutions.weights.template load_head<S>(a, *scale, u.h);
-      auto part = [&](int64_t p) { return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]); };
+      if (scale) convolutions.weights.load_head(a, *scale, u.h);
+      auto part = [&](int64_t p) { return Head<T>(a.dtype, a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]); };
       int64_t y0, y1;
       if (a.stage != Stage::rest) {
         fill(s.sums, s.sums_size(), T(0));
-        if (!scale) add_sums<T, S>(part(1), part(2), part(0), n0, n1, s);
+        if (!scale) add_sums<T>(part(1), part(2), part(0), n0, n1, s);
         for (Bands bands(a, u); scale && bands.next(y0, y1);) {
           const int64_t count = (y1 - y0) * a.W;
-          convolutions.template depthwise<S>(*scale, u.b, u.h, 1, y0, y1, wide);
+          convolutions.depthwise(*scale, u.b, u.h, 1, y0, y1, wide);
           convolutions.mix_tokens(*scale, 1, count, wide, tokens);
-          convolutions.template depthwise<S>(*scale, u.b, u.h, 2, y0, y1, wide);
-          convolutions.template mix_rows<false>(*scale, 2, count, wide, rows);
+          convolutions.depthwise(*scale, u.b, u.h, 2, y0, y1, wide);
+          convolutions.mix_rows(*scale, 2, count, wide, false, rows);
           add_ready_sums<T>(tokens, rows, ld, count, s);
         }
       } else {
@@ -49,22 +49,23 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       const int64_t group = g * a.heads + u.h, item = u.b * a.groups() + group;
       if (u.chunk == 0 && a.kv)
         give_sums(D, s.sums, s.ldk, static_cast<T*>(a.kv) + item * D * D, static_cast<T*>(a.keys) + item * D);
-      Head<T, S> out(a.out, u.b, group, D, a.H, a.W, s.tables[1]);
-      if (!scale) outputs<T, S>(part(0), out, n0, n1, s);
+      Head<T> out(a.dtype, a.out, u.b, group, D, a.H, a.W, s.tables[1]);
+      if (!scale) outputs<T>(part(0), out, n0, n1, s);
       if (scale && out.last) turn<T>(D, D, s.sums, s.ldk, s.turned, s.ldk);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
         const int64_t n = y0 * a.W, count = (y1 - y0) * a.W, step = out.last ? s.step(count) : 2 * W<T>;
-        convolutions.template depthwise<S>(*scale, u.b, u.h, 0, y0, y1, wide);
+        convolutions.depthwise(*scale, u.b, u.h, 0, y0, y1, wide);
         if (out.last)
           convolutions.mix_tokens(*scale, 0, count, wide, tokens);
         else
-          convolutions.template mix_rows<true>(*scale, 0, count, wide, rows);
+          convolutions.mix_rows(*scale, 0, count, wide, true, rows);
         for (int64_t i = 0; i < count; i += step) {
           const int64_t some = count - i < step ? count - i : step;
+          Next none;
           if (out.last)
-            output_tokens<T, S>(tokens + i * s.ldk, n + i, some, out, s);
+            output_tokens<T>(tokens + i * s.ldk, n + i, some, out, s, none);
           else
-            output_rows<T, S>(rows + i, ld, n + i, some, out, s);
+            output_rows<T>(rows + i, ld, n + i, some, out, s, none);
         }
       }
     }
@@ -73,10 +74,8 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-static MVK_BY_DTYPE(Multiscale, forward)
-
-    extern const MultiscaleKernels multiscale_kernels;
-const MultiscaleKernels multiscale_kernels = {forward_by_dtype};
+extern const MultiscaleKernels multiscale_kernels;
+const MultiscaleKernels multiscale_kernels = {by_dtype<forward<float>, forward<double>>};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

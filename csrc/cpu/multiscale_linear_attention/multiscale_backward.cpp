@@ -43,7 +43,7 @@ static void across_lanes(const T* vectors, int64_t count, T* to) {
   }
 }
 
-template <class T, class S>
+template <class T>
 struct Backward {
   static constexpr int64_t kGroup = 16;  // channels that go through the depthwise convolutions together
   const Multiscale& a;
@@ -61,7 +61,7 @@ struct Backward {
             3 * Arena::bytes<T>(D * s.ldk) + Arena::bytes<T>(kGroup * map) + Arena::bytes<T>(map) +
             Arena::bytes<T>(k * k * W<T>) + Arena::bytes<T>(k * k) + Arena::bytes<T>(bytes_of_planes),
         a.poison);
-    s.take(), convolutions.take();
+    s.take(arena), convolutions.take();
     for (T*& one : wide) one = arena.take<T>(band);
     for (T*& one : scale_rows) one = arena.take<T>(band);
     for (T*& one : grads) one = arena.take<T>(band);
@@ -78,16 +78,14 @@ struct Backward {
     for (int64_t i = 0; i < scale; ++i) at += 3 * D * a.plane_size(a.scales[i].k);
     return at + c * a.plane_size(a.scales[scale].k);
   }
-  Head<T, const S> part(const Part& u, int64_t p) const {
-    return Head<T, const S>(a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]);
+  Head<T> part(const Part& u, int64_t p) const {
+    return Head<T>(a.dtype, a.qkv, u.b, 3 * u.h + p, D, a.H, a.W, s.tables[p]);
   }
-  Head<T, T> rows_of_part(const Part& u, int64_t p) const {
-    return Head<T, T>(planes(u) + p * D * a.row_size(), a.row_size(), D, 0, s.tables[p]);
+  Head<T> rows_of_part(const Part& u, int64_t p) const {
+    return Head<T>(planes(u) + p * D * a.row_size(), a.row_size(), D, 0, s.tables[p]);
   }
-  Head<T, const T> in_band(T* rows, int64_t y, int table) const {
-    return Head<T, const T>(rows, ld, D, y * a.W, s.tables[table]);
-  }
-  Head<T, T> to_band(T* rows, int64_t y) const { return Head<T, T>(rows, ld, D, y * a.W, s.tables[3]); }
+  Head<T> in_band(T* rows, int64_t y, int table) const { return Head<T>(rows, ld, D, y * a.W, s.tables[table]); }
+  Head<T> to_band(T* rows, int64_t y) const { return Head<T>(rows, ld, D, y * a.W, s.tables[3]); }
 
   // Part p's gradient `grad`, of rows y0 .. y1 of a scale, goes back through the pointwise convolution of `from` into planes.
   void through_pointwise(
@@ -97,10 +95,10 @@ struct Backward {
     for (int64_t n = 0; n < count; n += s.N) {
       const int64_t some = count - n < s.N ? count - n : s.N;
       turn<T>(D, some, from + n, ld, turned, ldk);
-      product<T, Start::from>(D, D, some, grad + n, ld, turned, ldk, mixing[p], ldk);
+      product<T>(D, D, some, grad + n, ld, turned, ldk, mixing[p], ldk, {Start::from});
     }
     for (int64_t o = 0; o < D; ++o) to.pointwise_bias[p * D + o] += sum_of(grad + o * ld, count);
-    product_columns<T, Start::zero>(D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld);
+    product_columns<T>(D, count, D, convolutions.weights.pointwise + p * D * D, D, grad, ld, narrow, ld, {Start::zero});
     for (int64_t d = 0; d < D; ++d) {
       T* rows = plane(u, scale, p * D + d);
       for (int64_t y = y0; y < y1; ++y)
@@ -118,19 +116,18 @@ struct Backward {
       const int64_t group = g * a.heads + u.h, item = u.b * a.groups() + group, stride = (1 + a.S) * a.sums_size();
       const int64_t n0 = u.y0 * a.W, n1 = u.y1 * a.W;
       T* parts = static_cast<T*>(a.partial) + (u.item * a.chunks * (1 + a.S) + g) * a.sums_size();
-      if (scale) convolutions.weights.template load_head<S>(a, *scale, u.h);
+      if (scale) convolutions.weights.load_head(a, *scale, u.h);
       WeightSums<T> sums(a, u.item * a.chunks + u.chunk, g - 1);
       if (a.stage != Stage::rest) {
         take_sums(
             D, static_cast<const T*>(a.kv) + item * D * D, static_cast<const T*>(a.keys) + item * D, s.sums, s.ldk);
         fill(s.dsums, s.sums_size(), T(0));
-        const Head<T, const S> grad(a.grad, u.b, group, D, a.H, a.W, s.tables[1]);
-        if (!scale) query_gradients<T, S, S, T>(part(u, 0), grad, rows_of_part(u, 0), n0, n1, s);
+        const Head<T> grad(a.dtype, a.grad, u.b, group, D, a.H, a.W, s.tables[1]);
+        if (!scale) query_gradients<T>(part(u, 0), grad, rows_of_part(u, 0), n0, n1, s);
         if (scale) start_sums(sums, 0, 1);
         for (Bands bands(a, u); scale && bands.next(y0, y1);) {
-          convolutions.template run<S>(*scale, u.b, u.h, 0, y0, y1, wide[0], scale_rows[0]);
-          query_gradients<T, T, S, T>(
-              in_band(scale_rows[0], y0, 0), grad, to_band(grads[0], y0), y0 * a.W, y1 * a.W, s);
+          convolutions.run(*scale, u.b, u.h, 0, y0, y1, wide[0], scale_rows[0]);
+          query_gradients<T>(in_band(scale_rows[0], y0, 0), grad, to_band(grads[0], y0), y0 * a.W, y1 * a.W, s);
           through_pointwise(u, g - 1, 0, y0, y1, wide[0], grads[0], sums);
         }
         if (scale) end_sums(sums, 0, 1);
@@ -142,12 +139,11 @@ struct Backward {
         give_sums(D, s.dsums, s.ldk, to, to + D * D);
         continue;
       }
-      if (!scale) key_gradients<T, S, T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
+      if (!scale) key_gradients<T>(part(u, 1), part(u, 2), rows_of_part(u, 1), rows_of_part(u, 2), n0, n1, s);
       if (scale) start_sums(sums, 1, 3);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
-        for (int p = 1; p < 3; ++p)
-          convolutions.template run<S>(*scale, u.b, u.h, p, y0, y1, wide[p - 1], scale_rows[p - 1]);
-        key_gradients<T, T, T>(
+        for (int p = 1; p < 3; ++p) convolutions.run(*scale, u.b, u.h, p, y0, y1, wide[p - 1], scale_rows[p - 1]);
+        key_gradients<T>(
             in_band(scale_rows[0], y0, 0), in_band(scale_rows[1], y0, 1), to_band(grads[0], y0), to_band(grads[1], y0),
             y0 * a.W, y1 * a.W, s);
         for (int p = 1; p < 3; ++p) through_pointwise(u, g - 1, p, y0, y1, wide[p - 1], grads[p - 1], sums);
@@ -175,15 +171,16 @@ struct Backward {
       some = end - c < D - d ? end - c : D - d;
       if (some > kGroup) some = kGroup;
       Map in = a.qkv, out = a.dqkv;
-      in.data = static_cast<S*>(in.data) + d * in.d, out.data = static_cast<S*>(out.data) + d * out.d;
-      Head<T, const S> from(in, u.b, 3 * u.h + p, some, a.H, a.W, long_table());
-      Head<T, S> to(out, u.b, 3 * u.h + p, some, a.H, a.W, long_table());
+      in.data = (Elements(in.data, a.dtype) + d * in.d).data;
+      out.data = (Elements(out.data, a.dtype) + d * out.d).data;
+      Head<T> from(a.dtype, in, u.b, 3 * u.h + p, some, a.H, a.W, long_table());
+      Head<T> to(a.dtype, out, u.b, 3 * u.h + p, some, a.H, a.W, long_table());
       T* sums = planes(u) + c * a.row_size();
-      if (a.S) by_blocks([&](int64_t n, int64_t count) { from.template panel<false>(n, count, x + n, map); });
+      if (a.S) by_blocks([&](int64_t n, int64_t count) { from.panel(false, n, count, x + n, map); });
       for (int64_t scale = 0; scale < a.S; ++scale) {
         const int64_t k = a.scales[scale].k, taps = k * k, pitch = pitch_of(a.W, k);
         WeightSums<T> weights(a, u.item * a.chunks, scale);
-        convolutions.weights.template load_head<S>(a, a.scales[scale], u.h);
+        convolutions.weights.load_head(a, a.scales[scale], u.h);
         for (int64_t i = 0; i < some; ++i) {
           const T* grad = plane(u, scale, c + i);
           for (int64_t t = 0; t < taps; ++t) flipped[t] = convolutions.weights.depthwise[(c + i + 1) * taps - 1 - t];
@@ -209,9 +206,9 @@ struct Backward {
   }
 };
 
-template <class T, class S>
+template <class T>
 static void backward(const Multiscale& a, int64_t begin, int64_t end) {
-  Backward<T, S> work(a);
+  Backward<T> work(a);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Part u(a, unit);
     if (a.stage != Stage::planes) work.attention(u);
@@ -220,7 +217,7 @@ static void backward(const Multiscale& a, int64_t begin, int64_t end) {
 }
 
 // to[i] = the sum over batches (and chunks) of from(unit)[i], in order.
-template <class T, class S, class F>
+template <class T, class F>
 static void add_up(const Multiscale& a, int64_t h, bool chunks, int64_t count, void* to, int64_t at, const F& from) {
   if (!to) return;
   constexpr int64_t most = 64;
@@ -232,12 +229,14 @@ static void add_up(const Multiscale& a, int64_t h, bool chunks, int64_t count, v
         const T* p = from((b * a.heads + h) * a.chunks + c) + i;
         for (int64_t n = 0; n < some; ++n) sum[n] += p[n];
       }
-    for (int64_t n = 0; n < some; ++n) from_float(sum[n], static_cast<S*>(to) + at + i + n);
+    with_type<T>(a.dtype, [&](auto type) {
+      for (int64_t n = 0; n < some; ++n) from_float(sum[n], static_cast<decltype(type)*>(to) + at + i + n);
+    });
   }
 }
 
 // Over heads.
-template <class T, class S>
+template <class T>
 static void sum_weights(const Multiscale& a, int64_t begin, int64_t end) {
   for (int64_t h = begin; h < end; ++h)
     for (int64_t s = 0; s < a.S; ++s) {
@@ -245,19 +244,18 @@ static void sum_weights(const Multiscale& a, int64_t begin, int64_t end) {
       const int64_t rows = 3 * a.D, taps = scale.k * scale.k;
       auto part = [&](auto member) { return [&, member](int64_t unit) { return WeightSums<T>(a, unit, s).*member; }; };
       using Sums = WeightSums<T>;
-      add_up<T, S>(a, h, false, rows * taps, scale.ddepthwise, h * rows * taps, part(&Sums::depthwise));
-      add_up<T, S>(a, h, false, rows, scale.ddepthwise_bias, h * rows, part(&Sums::depthwise_bias));
-      add_up<T, S>(a, h, true, rows * a.D, scale.dpointwise, h * rows * a.D, part(&Sums::pointwise));
-      add_up<T, S>(a, h, true, rows, scale.dpointwise_bias, h * rows, part(&Sums::pointwise_bias));
+      add_up<T>(a, h, false, rows * taps, scale.ddepthwise, h * rows * taps, part(&Sums::depthwise));
+      add_up<T>(a, h, false, rows, scale.ddepthwise_bias, h * rows, part(&Sums::depthwise_bias));
+      add_up<T>(a, h, true, rows * a.D, scale.dpointwise, h * rows * a.D, part(&Sums::pointwise));
+      add_up<T>(a, h, true, rows, scale.dpointwise_bias, h * rows, part(&Sums::pointwise_bias));
     }
 }
 
 }  // namespace
 
-static MVK_BY_DTYPE(Multiscale, backward) static MVK_BY_DTYPE(Multiscale, sum_weights)
-
-    extern const MultiscaleBackwardKernels multiscale_backward_kernels;
-const MultiscaleBackwardKernels multiscale_backward_kernels = {backward_by_dtype, sum_weights_by_dtype};
+extern const MultiscaleBackwardKernels multiscale_backward_kernels;
+const MultiscaleBackwardKernels multiscale_backward_kernels = {
+    by_dtype<backward<float>, backward<double>>, by_dtype<sum_weights<float>, sum_weights<double>>};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

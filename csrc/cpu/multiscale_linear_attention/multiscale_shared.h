@@ -42,17 +42,20 @@ MVK_INLINE int64_t band_ld(const Multiscale& a) {
   return leading<T>(Bands::height(a) * a.W + 2 * W<T>);
 }
 
-template <class T, class S>
+template <class T>
 static void take_weights(
-    const void* from, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t row, T* to) {
-  if (!from) return;
-  const S* p = static_cast<const S*>(from) + row * row_stride;
-  if (std::is_same_v<T, S> && col_stride == 1 && row_stride == cols) {
-    memcpy(to, p, rows * cols * sizeof(T));
+    const Elements& from, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int64_t row, T* to) {
+  if (!from.data) return;
+  const Elements first = from + row * row_stride;
+  if (first.own<T>() && col_stride == 1 && row_stride == cols) {
+    memcpy(to, first.data, rows * cols * sizeof(T));
     return;
   }
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c) *to++ = to_float(p[r * row_stride + c * col_stride]);
+  with_type<T>(from.dtype, [&](auto type) {
+    const auto* p = first.as<decltype(type)>();
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) *to++ = to_float(p[r * row_stride + c * col_stride]);
+  });
 }
 
 // The weights of a head's three parts.
@@ -70,21 +73,21 @@ struct Weights {
     depthwise = arena.take<T>(3 * a.D * k * k), pointwise = arena.take<T>(3 * a.D * a.D);
     depthwise_bias = arena.take<T>(3 * a.D), pointwise_bias = arena.take<T>(3 * a.D);
   }
-  template <class S>
   void load_head(const Multiscale& a, const Scale& scale, int64_t h) {
     const int64_t rows = 3 * a.D, row = h * rows, k = scale.k;
+    auto from = [&](const void* weights) { return Elements(weights, a.dtype); };
     if (scale.depthwise_y == k * scale.depthwise_x) {
-      take_weights<T, S>(scale.depthwise, rows, k * k, scale.depthwise_c, scale.depthwise_x, row, depthwise);
+      take_weights(from(scale.depthwise), rows, k * k, scale.depthwise_c, scale.depthwise_x, row, depthwise);
     } else {
       for (int64_t c = 0; c < rows; ++c)
-        take_weights<T, S>(
-            static_cast<const S*>(scale.depthwise) + (row + c) * scale.depthwise_c, k, k, scale.depthwise_y,
-            scale.depthwise_x, 0, depthwise + c * k * k);
+        take_weights(
+            from(scale.depthwise) + (row + c) * scale.depthwise_c, k, k, scale.depthwise_y, scale.depthwise_x, 0,
+            depthwise + c * k * k);
     }
-    take_weights<T, S>(scale.pointwise, rows, a.D, scale.pointwise_o, scale.pointwise_c, row, pointwise);
+    take_weights(from(scale.pointwise), rows, a.D, scale.pointwise_o, scale.pointwise_c, row, pointwise);
     for (int64_t c = 0; c < rows; ++c) depthwise_bias[c] = 0;
-    take_weights<T, S>(scale.depthwise_bias, rows, 1, scale.depthwise_bias_c, 1, row, depthwise_bias);
-    take_weights<T, S>(scale.pointwise_bias, rows, 1, scale.pointwise_bias_o, 1, row, pointwise_bias);
+    take_weights(from(scale.depthwise_bias), rows, 1, scale.depthwise_bias_c, 1, row, depthwise_bias);
+    take_weights(from(scale.pointwise_bias), rows, 1, scale.pointwise_bias_o, 1, row, pointwise_bias);
   }
 };
 
@@ -118,40 +121,35 @@ struct Convolutions {
     table = arena.take<int64_t>(packed_ld);
   }
   // Part p (0: q, 1: k, 2: v) of a head, rows y0 .. y1, after the depthwise convolution.
-  template <class S>
   void depthwise(const Scale& scale, int64_t b, int64_t h, int64_t p, int64_t y0, int64_t y1, T* wide) {
     const int64_t D = a.D, k = scale.k, pad = k / 2, pitch = pitch_of(a.W, k);
     const int64_t low = y0 - pad > 0 ? y0 - pad : 0, high = y1 + pad < a.H ? y1 + pad : a.H;
-    Head<T, const S> in(a.qkv, b, 3 * h + p, D, a.H, a.W, table);
-    if (packed_ld) in.template panel<false>(low * a.W, (high - low) * a.W, packed, packed_ld);
+    Head<T> in(a.dtype, a.qkv, b, 3 * h + p, D, a.H, a.W, table);
     fill(plane, (high - low) * pitch, T(0));  // the pads; what is between them changes with the channel
-    for (int64_t d = 0; d < D; ++d) {
-      for (int64_t y = low; y < high; ++y) {
-        T* to = plane + (y - low) * pitch + pad;
-        if (packed_ld)
-          put_row<T, T>(packed + d * packed_ld + (y - low) * a.W, a.W, to);
-        else
-          put_row<T, S>(in.base + d * a.qkv.d + y * a.qkv.y, a.W, to);
+    auto channels = [&](const auto* from, int64_t step, int64_t row) {
+      for (int64_t d = 0; d < D; ++d) {
+        for (int64_t y = low; y < high; ++y)
+          put_row<T>(from + d * step + (y - low) * row, a.W, plane + (y - low) * pitch + pad);
+        const int64_t c = p * D + d;
+        convolve<T>(
+            k, plane, a.W, low, high, y0, y1, weights.depthwise + c * k * k, weights.depthwise_bias[c], wide + d * ld);
       }
-      const int64_t c = p * D + d;
-      convolve<T>(
-          k, plane, a.W, low, high, y0, y1, weights.depthwise + c * k * k, weights.depthwise_bias[c], wide + d * ld);
+    };
+    if (packed_ld) {
+      in.panel(false, low * a.W, (high - low) * a.W, packed, packed_ld);
+      return channels(packed, packed_ld, a.W);
     }
+    with_type<T>(a.dtype, [&](auto type) {
+      channels((in.base + low * a.qkv.y).template as<decltype(type)>(), a.qkv.d, a.qkv.y);
+    });
   }
-  // After both convolutions: out[d * ld + n].
-  template <bool Relu>
-  void mix_rows(const Scale& scale, int64_t p, int64_t count, const T* wide, T* out) {
+  // After both convolutions, rectified or not: out[d * ld + n].
+  void mix_rows(const Scale& scale, int64_t p, int64_t count, const T* wide, bool rectified, T* out) {
     const int64_t D = a.D;
-    const T* mixing = weights.pointwise + p * D * D;
-    if (scale.pointwise_bias) {
+    if (scale.pointwise_bias)
       for (int64_t o = 0; o < D; ++o) fill(out + o * ld, round_up(count, W<T>), weights.pointwise_bias[p * D + o]);
-      product<T, Start::from>(D, count, D, mixing, D, wide, ld, out, ld);
-      for (int64_t o = 0; Relu && o < D; ++o) rectify(out + o * ld, count);
-    } else if (Relu) {
-      ended_product<T, false>(D, count, D, mixing, D, 1, wide, ld, Rectified<T>{}, out, ld);
-    } else {
-      product<T, Start::zero>(D, count, D, mixing, D, wide, ld, out, ld);
-    }
+    const Start start = scale.pointwise_bias ? Start::from : Start::zero;
+    product<T>(D, count, D, weights.pointwise + p * D * D, D, wide, ld, out, ld, {start, nullptr, rectified});
   }
   // After both and rectified: out[n * ldk + d].
   void mix_tokens(const Scale& scale, int64_t p, int64_t count, const T* wide, T* out) {
@@ -161,19 +159,13 @@ struct Convolutions {
       const T* bias = weights.pointwise_bias + p * D;
       for (int64_t n = 0; n < count; ++n)
         for (int64_t d = 0; d < ldk(); ++d) out[n * ldk() + d] = d < D ? bias[d] : T(0);
-      product_columns<T, Start::from>(count, D, D, wide, ld, turned, ldk(), out, ldk());
-      rectify(out, count * ldk());
-    } else {
-      ended_product<T, true>(count, D, D, wide, 1, ld, turned, ldk(), Rectified<T>{}, out, ldk());
     }
+    const Start start = scale.pointwise_bias ? Start::from : Start::zero;
+    product_columns<T>(count, D, D, wide, ld, turned, ldk(), out, ldk(), {start, nullptr, true});
   }
-  static void rectify(T* to, int64_t count) {
-    for (int64_t n = 0; n < count; n += W<T>) store<T>(to + n, relu<T>(load<T>(to + n)));
-  }
-  template <class S>
   void run(const Scale& scale, int64_t b, int64_t h, int64_t p, int64_t y0, int64_t y1, T* wide, T* out) {
-    depthwise<S>(scale, b, h, p, y0, y1, wide);
-    mix_rows<false>(scale, p, (y1 - y0) * a.W, wide, out);
+    depthwise(scale, b, h, p, y0, y1, wide);
+    mix_rows(scale, p, (y1 - y0) * a.W, wide, false, out);
   }
 };
 

@@ -53,14 +53,12 @@ struct Offsets {
   }
 };
 
-template <class S>
-MVK_INLINE S* first_token(const Map& map, const Group& g) {
-  return static_cast<S*>(map.data) + g.b * map.b + g.h * map.h + g.y * map.y + g.x * map.x;
+MVK_INLINE Elements first_token(const PatchAttention& a, const Map& map, const Group& g) {
+  return Elements(map.data, a.dtype) + (g.b * map.b + g.h * map.h + g.y * map.y + g.x * map.x);
 }
 
-template <class S>
-MVK_INLINE Lattice<S> lattice(const PatchAttention& a, const Map& map, Offsets& offsets, const Group& g) {
-  return {first_token<S>(map, g), offsets.of(g, map.y * a.ph, map.x * a.pw), map.d, map.x * a.pw};
+MVK_INLINE Lattice lattice(const PatchAttention& a, const Map& map, Offsets& offsets, const Group& g) {
+  return {first_token(a, map, g), offsets.of(g, map.y * a.ph, map.x * a.pw), map.d, map.x * a.pw};
 }
 
 // Prefetches the next unit's tokens into L2 between the tiles of this one: rows of a map are far apart, and the hardware
@@ -73,11 +71,10 @@ struct Ahead {
   } maps[6];
   int some = 0;
   int64_t next = 0, count = 0, panel = 0;  // tokens: reached, all, and for one panel of queries
-  template <class S>
-  void add(const Map& map, const Group& g, const int64_t* offset, int64_t dims) {
-    if (map.d == 1)
-      maps[some++] = {
-          reinterpret_cast<const char*>(first_token<S>(map, g)), offset, sizeof(S), dims * int64_t(sizeof(S))};
+  void add(const PatchAttention& a, const Map& map, const Group& g, const int64_t* offset, int64_t dims) {
+    if (map.d != 1) return;
+    const Elements first = first_token(a, map, g);
+    maps[some++] = {first.data, offset, first.size(), dims * first.size()};
   }
   void between_tiles(int tiles) {
     for (int64_t n = (panel + tiles - 1) / tiles; n > 0 && next < count; --n, ++next)

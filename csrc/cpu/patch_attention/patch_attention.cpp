@@ -48,10 +48,10 @@ MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums
 
 // Attention of one panel of V vectors of queries over all keys: O^T (O if v_rows), not yet divided, and the lanes' sums.
 // v is in tall panels; v_rows has rows of ldv, as O then.
-template <class T, int V, class S>
+template <class T, int V>
 static void attend(
     const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
-    const T* v_rows, int64_t ldv, const Bias<S>& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* sums,
+    const T* v_rows, int64_t ldv, const Bias& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* sums,
     Ahead& ahead) {
   constexpr int64_t L = V * W<T>;
   T top[L], shift[L];  // the highest score, and what the scores were taken less
@@ -59,9 +59,9 @@ static void attend(
   const int64_t step = part(N, kKeys<T>);
   for (int64_t key = 0; key < N; key += step) {
     const int64_t keys = key + step < N ? step : N - key;
-    const bool biased = bias.scores.data;
-    if (biased) bias.template transposed<T>(row, stop, key, keys, s, L);
-    product_in_parts<T, V, true>(biased, keys, a.D, k + key * ldk, ldk, q, L, s, L, top, ahead);
+    const bool biased = bias.scores.data.data;
+    if (biased) bias.transposed<T>(row, stop, key, keys, s, L);
+    product_in_parts<T>(V, keys, a.D, k + key * ldk, ldk, q, L, s, L, {start_if(biased), nullptr, false, top}, ahead);
     // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
     T before[L];
     memcpy(before, shift, sizeof before);
@@ -78,15 +78,13 @@ static void attend(
     exponentials<T, V>(s, keys, factor, shift, sums);
     for (int i = 0; i < L; ++i) shift[i] = top[i] == -kInfinity<T> ? top[i] : shift[i];
     if (v_rows)
-      product_columns<T, Start::zero>(stop - row, a.Dv, keys, s, L, v_rows, ldv, o, ldv);
-    else if (key)
-      product_tall<T, V, Start::from>(v_tiles, N, key, key + keys, v, s, L, o, L);
+      product_columns<T>(stop - row, a.Dv, keys, s, L, v_rows, ldv, o, ldv, {});
     else
-      product_tall<T, V, Start::zero>(v_tiles, N, 0, keys, v, s, L, o, L);
+      product_tall<T>(V, v_tiles, N, key, key + keys, v, s, L, o, L, {start_if(key > 0)});
   }
 }
 
-template <class T, class S>
+template <class T>
 static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
   const int64_t most = a.tokens(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv),
@@ -118,16 +116,16 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
     int64_t row_begin, row_end;
     rows_of_chunk(a, N, chunk, row_begin, row_end);
     if (row_begin == row_end) continue;
-    const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g), mv = lattice<S>(a, a.value, ov, g);
-    const auto mo = lattice<S>(a, a.out, oo, g);
-    const Bias<S> bias(a, h, bias_rows);
+    const auto mq = lattice(a, a.query, oq, g), mk = lattice(a, a.key, ok, g), mv = lattice(a, a.value, ov, g);
+    const auto mo = lattice(a, a.out, oo, g);
+    const Bias bias(a, h, bias_rows);
     Ahead ahead;
     if (unit + 1 < end && a.chunks == 1) {
       ahead.count = N < after.group.tokens ? N : after.group.tokens, ahead.panel = P;
-      ahead.add<S>(a.query, after.group, mq.offset, a.D);
-      ahead.add<S>(a.key, after.group, mk.offset, a.D);
-      ahead.add<S>(a.value, after.group, mv.offset, a.Dv);
-      ahead.add<S>(a.out, after.group, mo.offset, a.Dv);
+      ahead.add(a, a.query, after.group, mq.offset, a.D);
+      ahead.add(a, a.key, after.group, mk.offset, a.D);
+      ahead.add(a, a.value, after.group, mv.offset, a.Dv);
+      ahead.add(a, a.out, after.group, mo.offset, a.Dv);
     }
     pack_rows<T>(mk, 0, N, a.D, k, ldk);
     pack_rows<T>(mv, 0, N, a.Dv, v_rows, ldv);
@@ -138,7 +136,7 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
       const int64_t stop = row + P < row_end ? row + P : row_end;
       const int64_t L = stop - row > W<T> ? P : W<T>;
       pack_panel<T>(mq, row, stop, a.D, T(factor.queries), q, L);
-      auto panel = L == P ? attend<T, 2, S> : attend<T, 1, S>;
+      auto panel = L == P ? attend<T, 2> : attend<T, 1>;
       panel(
           a, N, q, k, ldk, v, v_tiles, by_rows ? v_rows : nullptr, ldv, bias, row, stop, T(factor.scores), s, o, sums,
           ahead);
@@ -156,11 +154,9 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
 void backward_by_dtype(const PatchAttention&, int64_t, int64_t);
 void sum_dkeys_by_dtype(const PatchAttention&, int64_t, int64_t);
 void sum_dbias_by_dtype(const PatchAttention&, int64_t, int64_t);
-static MVK_BY_DTYPE(PatchAttention, forward)
-
-    extern const PatchAttentionKernels patch_attention_kernels;
+extern const PatchAttentionKernels patch_attention_kernels;
 const PatchAttentionKernels patch_attention_kernels = {
-    forward_by_dtype, backward_by_dtype, sum_dkeys_by_dtype, sum_dbias_by_dtype};
+    by_dtype<forward<float>, forward<double>>, backward_by_dtype, sum_dkeys_by_dtype, sum_dbias_by_dtype};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

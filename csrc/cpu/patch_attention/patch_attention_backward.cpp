@@ -68,21 +68,20 @@ static void block_of_scores(
   constexpr int64_t P = kPanel<T>;
   T top[P];
   for (T& x : top) x = -kInfinity<T>;
-  product_in_parts<T, V, true>(a.bias, keys, a.D, k, ldk, q, P, p, kBlock, top, ahead);
-  product_in_parts<T, V, false>(false, keys, a.Dv, v, ldv, go, P, ds, kBlock, nullptr);
+  product_in_parts<T>(V, keys, a.D, k, ldk, q, P, p, kBlock, {start_if(a.bias), nullptr, false, top}, ahead);
+  product_in_parts<T>(V, keys, a.Dv, v, ldv, go, P, ds, kBlock, {});
   probabilities<T, V>(p, ds, keys, kBlock, factor, top);
 }
 
 // c[key][d] (+)= sum over queries of a[key][query] * b[query][d].
-template <class T, Start from>
-static void sum_over_queries(int64_t keys, int64_t dims, int64_t queries, const T* a, const T* b, T* c, int64_t ld) {
-  int64_t d = 0;
-  for (; d + W<T> < dims; d += kPanel<T>)
-    product_rows<T, 2, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, nullptr);
-  if (d < dims) product_rows<T, 1, from, false>(keys, queries, a, kBlock, b + d, ld, c + d, ld, nullptr);
+template <class T>
+static void sum_over_queries(
+    int64_t keys, int64_t dims, int64_t queries, const T* a, const T* b, T* c, int64_t ld, Start start) {
+  for (int64_t d = 0; d < dims; d += kPanel<T>)
+    product_rows<T>(dims - d > W<T> ? 2 : 1, keys, queries, a, kBlock, b + d, ld, c + d, ld, {start});
 }
 
-template <class T, class S>
+template <class T>
 static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
   const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
@@ -128,20 +127,19 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
       rows_of_chunk(a, N, chunk, row_begin, row_end);
       T *dk = dk_here, *dv = dv_here;
       if (a.partial) dk = static_cast<T*>(a.partial) + unit * a.partial_size(), dv = dk + tall * ldk;
-      const auto mq = lattice<S>(a, a.query, oq, g), mk = lattice<S>(a, a.key, ok, g),
-                 mv = lattice<S>(a, a.value, ov, g);
-      const auto mg = lattice<S>(a, a.grad, og, g), mdq = lattice<S>(a, a.dquery, odq, g);
-      const Bias<S> bias(a, h, bias_rows);
+      const auto mq = lattice(a, a.query, oq, g), mk = lattice(a, a.key, ok, g), mv = lattice(a, a.value, ov, g);
+      const auto mg = lattice(a, a.grad, og, g), mdq = lattice(a, a.dquery, odq, g);
+      const Bias bias(a, h, bias_rows);
       Ahead ahead;
       const bool within = item + 1 < last;
       if (a.chunks == 1 && (within || unit + 1 < end)) {
         const Group after(
             a, within ? item + 1 : all * ((unit + 1) / a.heads) / a.slices, within ? h : (unit + 1) % a.heads);
         ahead.count = N < after.tokens ? N : after.tokens, ahead.panel = P;
-        ahead.add<S>(a.query, after, mq.offset, a.D);
-        ahead.add<S>(a.key, after, mk.offset, a.D);
-        ahead.add<S>(a.value, after, mv.offset, a.Dv);
-        ahead.add<S>(a.grad, after, mg.offset, a.Dv);
+        ahead.add(a, a.query, after, mq.offset, a.D);
+        ahead.add(a, a.key, after, mk.offset, a.D);
+        ahead.add(a, a.value, after, mv.offset, a.Dv);
+        ahead.add(a, a.grad, after, mg.offset, a.Dv);
       }
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
@@ -156,42 +154,26 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           const int64_t stop = i + P < rows ? i + P : rows;
           pack_panel<T>(mq, row + i, row + stop, a.D, T(factor.queries), q_panel + i * a.D, P);
           pack_panel<T>(mg, row + i, row + stop, a.Dv, T(1), go_panel + i * a.Dv, P);
-          if (a.bias) bias.template transposed<T>(row + i, row + stop, 0, N, p + i, kBlock);
+          if (a.bias) bias.transposed<T>(row + i, row + stop, 0, N, p + i, kBlock);
           auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
           scores(a, N, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv, T(factor.scores), p + i, ds + i, ahead);
           if (a.dbias && !a.dbias_partial) {
-            const Lattice<S> to = {static_cast<S*>(a.dbias) + h * N * N, dbias_rows, 1, N};
+            const Lattice to = {Elements(a.dbias, a.dtype) + h * N * N, dbias_rows, 1, N};
             unpack_panel<T>(to, row + i, row + stop, N, ds + i, kBlock, ones);
           }
         }
         for (int64_t key = 0; key < N; key += key_step) {
           const int64_t keys = key + key_step < N ? key_step : N - key;
           const T *pk = p + key * kBlock, *dsk = ds + key * kBlock;
+          const Start of_keys = start_if(key > 0), of_queries = start_if(row > row_begin);
           for (int64_t i = 0; !by_rows && i < rows; i += P) {
-            T* dqp = dq + i * a.D;
-            if (rows - i > W<T>) {
-              if (key == 0)
-                product_tall<T, 2, Start::zero>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
-              else
-                product_tall<T, 2, Start::from>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
-            } else {
-              if (key == 0)
-                product_tall<T, 1, Start::zero>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
-              else
-                product_tall<T, 1, Start::from>(k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dqp, P);
-            }
+            product_tall<T>(
+                rows - i > W<T> ? 2 : 1, k_tiles, N, key, key + keys, k_tall, dsk + i, kBlock, dq + i * a.D, P,
+                {of_keys});
           }
-          if (by_rows && key == 0)
-            product_columns<T, Start::zero>(rows, a.D, keys, dsk, kBlock, k, ldk, dq, ldk);
-          else if (by_rows)
-            product_columns<T, Start::from>(rows, a.D, keys, dsk, kBlock, k + key * ldk, ldk, dq, ldk);
-          if (row == row_begin) {
-            sum_over_queries<T, Start::zero>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv);
-            sum_over_queries<T, Start::zero>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk);
-          } else {
-            sum_over_queries<T, Start::from>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv);
-            sum_over_queries<T, Start::from>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk);
-          }
+          if (by_rows) product_columns<T>(rows, a.D, keys, dsk, kBlock, k + key * ldk, ldk, dq, ldk, {of_keys});
+          sum_over_queries<T>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv, of_queries);
+          sum_over_queries<T>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk, of_queries);
           if (dbias) {
             for (int64_t r = 0; r < keys; ++r) {
               T* to = dbias + (key + r) * ldb + row;
@@ -214,7 +196,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         if (row_begin == row_end) memset(dk, 0, tall * (ldk + ldv) * sizeof(T));
         continue;
       }
-      const auto mdk = lattice<S>(a, a.dkey, odk, g), mdv = lattice<S>(a, a.dvalue, odv, g);
+      const auto mdk = lattice(a, a.dkey, odk, g), mdv = lattice(a, a.dvalue, odv, g);
       unpack_rows<T>(mdk, 0, N, a.D, dk, ldk, scales, 0);
       unpack_rows<T>(mdv, 0, N, a.Dv, dv, ldv, ones, 0);
     }
@@ -222,7 +204,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
 }
 
 // Over slice x head, where a slice is one (batch, group): with chunks there is no bias gradient.
-template <class T, class S>
+template <class T>
 static void sum_dkeys(const PatchAttention& a, int64_t begin, int64_t end) {
   const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
   arena.reset(2 * Arena::bytes<int64_t>(most), a.poison);
@@ -236,13 +218,13 @@ static void sum_dkeys(const PatchAttention& a, int64_t begin, int64_t end) {
       for (int64_t j = 0; j < g.tokens * ldk; j += W<T>) store<T>(dk + j, load<T>(dk + j) + load<T>(other_k + j));
       for (int64_t j = 0; j < g.tokens * ldv; j += W<T>) store<T>(dv + j, load<T>(dv + j) + load<T>(other_v + j));
     }
-    unpack_rows<T>(lattice<S>(a, a.dkey, odk, g), 0, g.tokens, a.D, dk, ldk, &scale, 0);
-    unpack_rows<T>(lattice<S>(a, a.dvalue, odv, g), 0, g.tokens, a.Dv, dv, ldv, &one, 0);
+    unpack_rows<T>(lattice(a, a.dkey, odk, g), 0, g.tokens, a.D, dk, ldk, &scale, 0);
+    unpack_rows<T>(lattice(a, a.dvalue, odv, g), 0, g.tokens, a.Dv, dv, ldv, &one, 0);
   }
 }
 
 // Over heads: the slices' parts, [key][query], summed in order into slice 0, which is then transposed into the gradient.
-template <class T, class S>
+template <class T>
 static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
   const int64_t N = a.tokens(), ld = a.padded(), size = N * ld;
@@ -257,16 +239,22 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < size; i += W<T>) store<T>(sum + i, load<T>(sum + i) + load<T>(other + i));
     }
     // Queries as the tokens of a lattice, keys as its dims.
-    const Lattice<S> m = {static_cast<S*>(a.dbias) + h * N * N, offset, 1, N};
+    const Lattice m = {Elements(a.dbias, a.dtype) + h * N * N, offset, 1, N};
     for (int64_t n = 0; n < N; n += P) unpack_panel<T>(m, n, n + P < N ? n + P : N, N, sum + n, ld, ones);
   }
 }
 
 }  // namespace
 
-MVK_BY_DTYPE(PatchAttention, backward)
-MVK_BY_DTYPE(PatchAttention, sum_dkeys)
-MVK_BY_DTYPE(PatchAttention, sum_dbias)
+void backward_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+  by_dtype<backward<float>, backward<double>>(a, begin, end);
+}
+void sum_dkeys_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+  by_dtype<sum_dkeys<float>, sum_dkeys<double>>(a, begin, end);
+}
+void sum_dbias_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+  by_dtype<sum_dbias<float>, sum_dbias<double>>(a, begin, end);
+}
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -44,17 +44,15 @@ static int64_t* row_offsets(int64_t count, int64_t stride) {
 }
 
 // The (N, N) bias of a head, read as a map whose tokens are the queries and whose dims are the keys.
-template <class S>
 struct Bias {
-  Lattice<const S> scores = {};
+  Lattice scores = {};
   Bias(const PatchAttention& a, int64_t h, const int64_t* rows) {
-    if (a.bias)
-      scores = {static_cast<const S*>(a.bias) + h * a.bias_stride[0], rows, a.bias_stride[2], a.bias_stride[1]};
+    if (a.bias) scores = {Elements(a.bias, a.dtype) + h * a.bias_stride[0], rows, a.bias_stride[2], a.bias_stride[1]};
   }
   // dst[(key - first) * ld + i] = bias[row + i][key], which the product with the keys is added to.
   template <class T>
   void transposed(int64_t row, int64_t stop, int64_t first, int64_t keys, T* dst, int64_t ld) const {
-    const Lattice<const S> some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
+    const Lattice some = {scores.data + first * scores.d, scores.offset, scores.d, scores.step};
     pack_panel<T>(some, row, stop, keys, T(1), dst, ld);
   }
 };

@@ -1,0 +1,65 @@
+// Scratch memory of a thread, and how rows lie in it.
+#pragma once
+
+#include <cstdlib>
+
+#include "common/simd.h"
+
+namespace mvk {
+namespace MVK_ISA {
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Scratch of a thread, kept between calls: fresh pages cost more than the work on a small map.
+class Arena {
+ public:
+  ~Arena() { free(base_); }
+  void reset(size_t bytes, bool poison) {
+    if (bytes > size_) {
+      free(base_);
+      size_ = round_up(bytes, 4096);
+      base_ = static_cast<char*>(aligned_alloc(64, size_));
+      if (!base_) {
+        size_ = 0;
+        __builtin_trap();
+      }
+    }
+    if (poison) memset(base_, 0xff, size_);  // all ones is a NaN in every type
+    used_ = 0;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* out = reinterpret_cast<T*>(base_ + used_);
+    used_ += bytes<T>(count);
+    return out;
+  }
+  template <class T>
+  static size_t bytes(int64_t count) {
+    return round_up(count * sizeof(T) + 64, 64);
+  }
+
+ private:
+  char* base_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+namespace {
+
+// Leading dimension of packed rows: whole vectors, and not a multiple of 128 bytes, since rows a power of two
+// apart fall into the same few cache sets.
+template <class T>
+constexpr int64_t leading(int64_t cols) {
+  int64_t ld = round_up(cols, W<T>);
+  return ld * int64_t(sizeof(T)) % 128 == 0 ? ld + W<T> : ld;
+}
+
+static thread_local Arena arena;
+
+template <class T>
+MVK_INLINE int at_most(int64_t n) {
+  return n < W<T> ? int(n) : W<T>;
+}
+
+}  // namespace
+}  // namespace MVK_ISA
+}  // namespace mvk

@@ -1,0 +1,95 @@
+// The register tiles of matrix products: for each width and height one loop over k whose sums stay in registers.
+#include "common/gemm.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+template <class T>
+using Tile = void(
+    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end);
+
+// M rows and V vectors. The signature is that of tile(), so that its call is a jump.
+template <class T, bool Adjacent, int V, int M>
+static void tile_of(
+    int, int, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end) {
+  vec<T> acc[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
+  auto step = [&]() __attribute__((always_inline)) {
+    vec<T> bv[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) bv[v] = load<T>(b + v * W<T>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vec<T> av = splat<T>(Adjacent ? a[m] : a[m * am]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] += av * bv[v];
+    }
+    a += Adjacent ? ak : 1;
+    b += ldb;
+  };
+  int64_t k = K;
+  for (; k >= 2; k -= 2) {
+    step();
+    step();
+  }
+  if (k) step();
+
+  auto each = [&](const auto& f) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) f(acc[m][v], m, v);
+  };
+  // What is there is added last: sums of sums err less than one long chain.
+  if (end.start == Start::from)
+    each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { x += load<T>(c + m * ldc + v * W<T>); });
+  if (end.factor)
+    each([&](vec<T>& x, int, int v) __attribute__((always_inline)) { x *= load<T>(end.factor + v * W<T>); });
+  if (end.rectified) each([&](vec<T>& x, int, int) __attribute__((always_inline)) { x = maximum<T>(vec<T>{}, x); });
+  each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { store<T>(c + m * ldc + v * W<T>, x); });
+  if (end.top) {
+    vec<T> most[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) most[v] = load<T>(end.top + v * W<T>);
+    each([&](vec<T>& x, int, int v) __attribute__((always_inline)) { most[v] = maximum<T>(most[v], x); });
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store<T>(end.top + v * W<T>, most[v]);
+  }
+}
+
+template <class T, bool Adjacent, int V, class Rows = std::make_index_sequence<rows_of_tile(V)>>
+struct OfWidth;
+template <class T, bool Adjacent, int V, size_t... I>
+struct OfWidth<T, Adjacent, V, std::index_sequence<I...>> {
+  static constexpr Tile<T>* by_rows[] = {tile_of<T, Adjacent, V, int(I) + 1>...};
+};
+template <class T, bool Adjacent>
+constexpr Tile<T>* const* kTiles[kMostVectors] = {
+    OfWidth<T, Adjacent, 1>::by_rows, OfWidth<T, Adjacent, 2>::by_rows, OfWidth<T, Adjacent, 3>::by_rows,
+    OfWidth<T, Adjacent, 4>::by_rows};
+
+}  // namespace
+
+template <class T, bool Adjacent>
+void tile(
+    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
+    const End<T>& end) {
+  kTiles<T, Adjacent>[vectors - 1][rows - 1](vectors, rows, K, a, am, ak, b, ldb, c, ldc, end);
+}
+
+#define MVK_TILE(T, Adjacent)      \
+  template void tile<T, Adjacent>( \
+      int, int, int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, const End<T>&);
+MVK_TILE(float, false)
+MVK_TILE(float, true)
+MVK_TILE(double, false)
+MVK_TILE(double, true)
+
+}  // namespace MVK_ISA
+}  // namespace mvk

@@ -1,0 +1,211 @@
+// The products of few tokens with many pixels that are rows.
+#include "common/pixel_rows.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+template <class T, int G>
+struct Narrow {
+  typedef T type __attribute__((vector_size(G * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(G * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
+// s[r][.] (from what is there if `from`) = sum_d x[r][d] q[d][.] for R pixels and one group. Even and odd dims have sums of
+// their own: half as long, and half as inexact.
+template <class T, int G, int R>
+static void dots_tile(bool from, int64_t D, const T* x, int64_t ldx, const T* q, T* s) {
+  using Tokens = typename Narrow<T, G>::type;
+  using Memory = typename Narrow<T, G>::unaligned;
+  Tokens even[R], odd[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = Tokens{};
+  int64_t d = 0;
+  for (; d + 2 <= D; d += 2) {
+    const Tokens column = *reinterpret_cast<const Memory*>(q + d * G);
+    const Tokens next = *reinterpret_cast<const Memory*>(q + (d + 1) * G);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) even[r] += column * x[r * ldx + d];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) odd[r] += next * x[r * ldx + d + 1];
+  }
+  if (d < D) {
+    const Tokens column = *reinterpret_cast<const Memory*>(q + d * G);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) even[r] += column * x[r * ldx + d];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    Memory* to = reinterpret_cast<Memory*>(s + r * G);
+    even[r] += odd[r];
+    *to = from ? even[r] + *to : even[r];
+  }
+}
+
+constexpr int64_t kDimChain = 32;  // dims summed before what is there is added
+
+// c[m][d] = c or 0, times alpha[m], + sum_n s[n * G + m] x[n * ldx + d] for M tokens and V vectors, the last of `rest` lanes.
+template <class T, int G, int M, int V>
+static void weigh_tile(
+    int64_t count, const T* s, const T* x, int64_t ldx, int rest, T* c, int64_t ldc, const T* alpha, bool first) {
+  vec<T> sum[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[m][v] = vec<T>{};
+  for (int64_t n = 0; n < count; ++n, s += G, x += ldx) {
+    vec<T> row[V];
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < V; ++v) row[v] = load<T>(x + v * W<T>);
+    row[V - 1] = load_partial<T>(x + (V - 1) * W<T>, rest);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vec<T> weight = splat(s[m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[m][v] += weight * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      T* to = c + m * ldc + v * W<T>;
+      if (!first) sum[m][v] += (alpha ? splat(alpha[m]) : splat(T(1))) * load<T>(to);
+      store<T>(to, sum[m][v]);
+    }
+}
+
+// Pixels summed in one chain: as long as the sums of lanes are on maps that have pixels as lanes.
+constexpr int64_t kPixelChain = 16;
+
+// out[n] = start's pixel n (or what is there, or 0) + sum over sets and m of s[n][m] v[m], for R pixels, V vectors.
+template <class T, int G, int R, int V>
+static void spread_tile(
+    int64_t M, const Spread<T>* sets, int count, int64_t ldv, const T* start, int64_t lds, int rest, T* out,
+    int64_t ldo) {
+  vec<T> sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[r][v] = vec<T>{};
+  for (int i = 0; i < count; ++i) {
+    const T *s = sets[i].s, *token = sets[i].v;
+    for (int64_t m = 0; m < M; ++m, ++s, token += ldv) {
+      vec<T> row[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) row[v] = load<T>(token + v * W<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const vec<T> weight = splat(s[r * G]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sum[r][v] += weight * row[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int lanes = v + 1 < V ? W<T> : rest;
+      // The largest term last.
+      if (start) sum[r][v] += load_partial<T>(start + r * lds + v * W<T>, lanes);
+      store_partial<T>(out + r * ldo + v * W<T>, sum[r][v], lanes);
+    }
+}
+
+}  // namespace
+
+template <class T, int G>
+void dots(int64_t D, int64_t count, const T* x, int64_t ldx, const T* q, T* s, T tail) {
+  constexpr int R = kVectorBytes == 64 ? 12 : 6;
+  auto tile = [&](auto height, int64_t n) __attribute__((always_inline)) {
+    for (int64_t d = 0; d < D; d += kDimChain)
+      dots_tile<T, G, height.value>(d > 0, smaller(D - d, kDimChain), x + n * ldx + d, ldx, q + d * G, s + n * G);
+  };
+  int64_t n = 0;
+  for (; n + R <= count; n += R) tile(std::integral_constant<int, R>{}, n);
+  // What is left, with some of the tile before once more: few pixels alone wait for each product.
+  if (n < count && count >= R) n = count, tile(std::integral_constant<int, R>{}, n - R);
+  for (; n + 4 <= count; n += 4) tile(std::integral_constant<int, 4>{}, n);
+  for (; n < count; ++n) tile(std::integral_constant<int, 1>{}, n);
+  for (int64_t i = count * G; i % W<T>; ++i) s[i] = tail;
+}
+
+template <class T, int G>
+void weigh(
+    int64_t M, int64_t D, int64_t count, const T* s, const T* x, int64_t ldx, T* c, int64_t ldc, const T* alpha,
+    bool first) {
+  for_tokens<G>(M, [&](auto J) {
+    constexpr int tokens = J.value, registers = (kVectorBytes == 64 ? 24 : 12) / tokens;
+    constexpr int most = registers > 4 ? 4 : registers < 1 ? 1 : registers;
+    const Tiles tiles((D + W<T> - 1) / W<T>, most);
+    int64_t d = 0;
+    auto panel = [&](auto width) __attribute__((always_inline)) {
+      const int rest = at_most<T>(D - d - (width.value - 1) * W<T>);
+      for (int64_t n = 0; n < count; n += kPixelChain)
+        weigh_tile<T, G, tokens, width.value>(
+            smaller(count - n, kPixelChain), s + n * G, x + n * ldx + d, ldx, rest, c + d, ldc, n ? nullptr : alpha,
+            first && n == 0);
+      d += width.value * W<T>;
+    };
+    for (int i = 0; i < tiles.count; ++i) for_tokens<most>(tiles.height + (i < tiles.taller), panel);
+  });
+}
+
+template <class T, int G>
+void spread_rows(
+    int64_t M, int64_t D, int64_t count, const Spread<T>* sets, int some, int64_t ldv, const T* start, int64_t lds,
+    T* out, int64_t ldo) {
+  auto panel = [&](auto width, int64_t d) __attribute__((always_inline)) {
+    constexpr int V = decltype(width)::value, most = (kVectorBytes == 64 ? 24 : 12) / V, R = most > 8 ? 8 : most;
+    const int rest = at_most<T>(D - d - (V - 1) * W<T>);
+    auto rows = [&](auto height, int64_t n) __attribute__((always_inline)) {
+      Spread<T> at[2];
+      for (int i = 0; i < some; ++i) at[i] = {sets[i].s + n * G, sets[i].v + d};
+      spread_tile<T, G, height.value, V>(
+          M, at, some, ldv, start ? start + n * lds + d : nullptr, lds, rest, out + n * ldo + d, ldo);
+    };
+    int64_t n = 0;
+    for (; n + R <= count; n += R) rows(std::integral_constant<int, R>{}, n);
+    if (n < count && count >= R && start != out) n = count, rows(std::integral_constant<int, R>{}, n - R);
+    for (; n < count; ++n) rows(std::integral_constant<int, 1>{}, n);
+  };
+  const Tiles tiles((D + W<T> - 1) / W<T>, 3);
+  int64_t d = 0;
+  for (int i = 0; i < tiles.count; ++i) {
+    const int wide = tiles.height + (i < tiles.taller);
+    for_tokens<3>(wide, [&](auto width) { panel(width, d); });
+    d += wide * W<T>;
+  }
+}
+
+template <class T>
+void add_rows(int64_t D, int64_t count, const T* rows, int64_t ld, T* out, int64_t ldo) {
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t d = 0; d < D; d += W<T>) {
+      const int lanes = at_most<T>(D - d);
+      T* to = out + n * ldo + d;
+      store_partial<T>(to, load_partial<T>(to, lanes) + load_partial<T>(rows + n * ld + d, lanes), lanes);
+    }
+}
+
+#define MVK_ROWS(T, G)                                                                                            \
+  template void dots<T, G>(int64_t, int64_t, const T*, int64_t, const T*, T*, T);                                 \
+  template void weigh<T, G>(int64_t, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t, const T*, bool); \
+  template void spread_rows<T, G>(                                                                                \
+      int64_t, int64_t, int64_t, const Spread<T>*, int, int64_t, const T*, int64_t, T*, int64_t);
+MVK_ROWS(float, 4)
+#if defined(__AVX2__)
+MVK_ROWS(float, 8)
+MVK_ROWS(double, 4)
+#else
+MVK_ROWS(double, 2)
+#endif
+#if defined(__AVX512F__)
+MVK_ROWS(double, 8)
+#endif
+template void add_rows(int64_t, int64_t, const float*, int64_t, float*, int64_t);
+template void add_rows(int64_t, int64_t, const double*, int64_t, double*, int64_t);
+
+}  // namespace MVK_ISA
+}  // namespace mvk
