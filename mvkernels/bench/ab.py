@@ -193,7 +193,7 @@ def text(rows: Sequence[Side], commit: str) -> str:
     header = ("op", "shape", "batch", "dtype", "layout", "mode", "provider", f"{commit[:12]} us", "here us",
               "here/there", "95 %", "rounds", "verdict")  # fmt: skip
     ratios = [r.ratio for r in rows if r.ratio is not None]
-    total = f"{len(rows)} rows, {sum(r.regressed for r in rows)} regressed"
+    total = f"{len(rows)} rows, {len(rows) - len(ratios)} without a time, {sum(r.regressed for r in rows)} regressed"
     if ratios:
         total += f", geometric mean of here/there {geomean(ratios):.3f}"
     return f"{report.table(lines, header)}\n\n{total}"

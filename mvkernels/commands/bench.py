@@ -125,7 +125,7 @@ def _rows(path: str) -> list[Row]:
 
 
 def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[Any], None] | None) -> int:
-    """This checkout against another commit. 1 if it is slower somewhere, or wrong."""
+    """This checkout against another commit. 1 if it is slower somewhere, or wrong, or if nothing could be compared."""
     check(options)
     rows = bench_ab.run(options, commit, tolerance)
     if not rows:
@@ -133,6 +133,9 @@ def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[
     json({"against": commit, "rows": bench_ab.as_json(rows)}) if json is not None else print(
         bench_ab.text(rows, commit)
     )
+    if all(row.ratio is None for row in rows):
+        print(f"mvkernels bench: no row has a time on both sides: {rows[0].verdict}", file=sys.stderr)
+        return 1
     return 1 if any(row.regressed for row in rows) else 0
 
 

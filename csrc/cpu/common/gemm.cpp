@@ -5,16 +5,10 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-template <class T>
-using Tile = void(
-    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-    const End<T>& end);
-
-// M rows and V vectors. The signature is that of tile(), so that its call is a jump.
+// M rows and V vectors.
 template <class T, bool Adjacent, int V, int M>
-static void tile_of(
-    int, int, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-    const End<T>& end) {
+static void tile(
+    int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, const End<T>& end) {
   vec<T> acc[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -67,7 +61,7 @@ template <class T, bool Adjacent, int V, class Rows = std::make_index_sequence<r
 struct OfWidth;
 template <class T, bool Adjacent, int V, size_t... I>
 struct OfWidth<T, Adjacent, V, std::index_sequence<I...>> {
-  static constexpr Tile<T>* by_rows[] = {tile_of<T, Adjacent, V, int(I) + 1>...};
+  static constexpr Tile<T>* by_rows[] = {tile<T, Adjacent, V, int(I) + 1>...};
 };
 template <class T, bool Adjacent>
 constexpr Tile<T>* const* kTiles[kMostVectors] = {
@@ -77,19 +71,13 @@ constexpr Tile<T>* const* kTiles[kMostVectors] = {
 }  // namespace
 
 template <class T, bool Adjacent>
-void tile(
-    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-    const End<T>& end) {
-  kTiles<T, Adjacent>[vectors - 1][rows - 1](vectors, rows, K, a, am, ak, b, ldb, c, ldc, end);
+Tile<T>* const* tiles_of(int vectors) {
+  return kTiles<T, Adjacent>[vectors - 1];
 }
-
-#define MVK_TILE(T, Adjacent)      \
-  template void tile<T, Adjacent>( \
-      int, int, int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, const End<T>&);
-MVK_TILE(float, false)
-MVK_TILE(float, true)
-MVK_TILE(double, false)
-MVK_TILE(double, true)
+template Tile<float>* const* tiles_of<float, false>(int);
+template Tile<float>* const* tiles_of<float, true>(int);
+template Tile<double>* const* tiles_of<double, false>(int);
+template Tile<double>* const* tiles_of<double, true>(int);
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -21,12 +21,14 @@ struct End {
   End at(int64_t col) const { return {start, factor ? factor + col : nullptr, rectified, top ? top + col : nullptr}; }
 };
 
-// c[m][n] = end(sum_k a[m * am + k * ak] * b[k * ldb + n]) for `rows` rows, at most those of a tile, and `vectors` vectors; am is 1
-// if Adjacent, else ak is.
+// c[m][n] = end(sum_k a[m * am + k * ak] * b[k * ldb + n]) for the rows and vectors of a tile; am is 1 if Adjacent, else ak is.
+template <class T>
+using Tile =
+    void(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, const End<T>& end);
+
+// The tiles so many vectors wide, by their rows: that of 1 row comes first.
 template <class T, bool Adjacent>
-void tile(
-    int vectors, int rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc,
-    const End<T>& end);
+Tile<T>* const* tiles_of(int vectors);
 
 namespace {
 
@@ -62,9 +64,10 @@ static void product_rows(
     int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
   const Tiles tiles(rows, rows_of_tile(vectors));
+  Tile<T>* const* tile = tiles_of<T, false>(vectors) - 1;
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile<T, false>(vectors, r, K, a, lda, 1, b, ldb, c, ldc, end);
+    tile[r](K, a, lda, 1, b, ldb, c, ldc, end);
     a += r * lda, c += r * ldc;
     between.between_tiles(tiles.count);
   }
@@ -92,9 +95,10 @@ template <class T>
 static void product_tall(
     int vectors, const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c,
     int64_t ldc, const End<T>& end) {
+  Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
   for (int i = 0; i < tiles.count; ++i) {
     const int r = tiles.height + (i < tiles.taller);
-    tile<T, true>(vectors, r, k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, end);
+    tile[r](k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, end);
     a += r * K + W<T>, c += r * ldc;
   }
 }
@@ -129,10 +133,12 @@ static void product_columns(
     const End<T>& end) {
   by_panels<T>(cols, [&](int vectors, int64_t col) {
     const Tiles tiles(rows, rows_of_tile(vectors));
+    Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
+    const End<T> here = end.at(col);
     int64_t m = 0;
     for (int i = 0; i < tiles.count; ++i) {
       const int r = tiles.height + (i < tiles.taller);
-      tile<T, true>(vectors, r, K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, end.at(col));
+      tile[r](K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, here);
       m += r;
     }
   });

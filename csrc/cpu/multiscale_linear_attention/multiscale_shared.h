@@ -126,13 +126,14 @@ struct Convolutions {
     const int64_t low = y0 - pad > 0 ? y0 - pad : 0, high = y1 + pad < a.H ? y1 + pad : a.H;
     Head<T> in(a.dtype, a.qkv, b, 3 * h + p, D, a.H, a.W, table);
     fill(plane, (high - low) * pitch, T(0));  // the pads; what is between them changes with the channel
-    auto channels = [&](const auto* from, int64_t step, int64_t row) {
-      for (int64_t d = 0; d < D; ++d) {
-        for (int64_t y = low; y < high; ++y)
-          put_row<T>(from + d * step + (y - low) * row, a.W, plane + (y - low) * pitch + pad);
-        const int64_t c = p * D + d;
+    auto channels = [&](const auto* from, int64_t step, int64_t row) __attribute__((always_inline)) {
+      const int64_t width = a.W, first = p * D;
+      T* const to = plane + pad;
+      for (int64_t d = 0; d < D; ++d, from += step) {
+        for (int64_t y = 0; y < high - low; ++y) put_row<T>(from + y * row, width, to + y * pitch);
         convolve<T>(
-            k, plane, a.W, low, high, y0, y1, weights.depthwise + c * k * k, weights.depthwise_bias[c], wide + d * ld);
+            k, plane, width, low, high, y0, y1, weights.depthwise + (first + d) * k * k,
+            weights.depthwise_bias[first + d], wide + d * ld);
       }
     };
     if (packed_ld) {
