@@ -1,4 +1,4 @@
-"""Former to Mobile: every pixel of a map attends to a few tokens, and the map is added (Mobile-Former)."""
+"""Former to Mobile: every pixel of a feature map attends to a few tokens; the result is added to the map."""
 
 from __future__ import annotations
 
@@ -28,27 +28,32 @@ def former_to_mobile(
     residual: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention of every pixel of a map over a few tokens, added to the map.
+    """Softmax attention of every pixel of a feature map over a few tokens, added to the map.
 
-    This is the bridge from Former to Mobile (Mobile-Former, arXiv 2108.05895, section 3.1, equation 2) and the sum
+    For pixel p and all tokens m::
+
+        out_p = x_p + sum_m softmax_m(scale * x_p . key_m) value_m
+
+    This is the Former-to-Mobile bridge (Mobile-Former, arXiv 2108.05895, section 3.1, equation 2) and the residual sum
     that follows it. The map is read once and written once; the scores are not stored.
 
     Args:
-        x: map (B, heads, head_dim, H, W), any strides.
-        key, value: tokens (B, heads, M, head_dim), any strides, M at least 1.
+        x: feature map (B, heads, head_dim, H, W), any strides.
+        key, value: projected tokens (B, heads, M, head_dim), any strides, of the same dtype and device.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        residual: whether the result is ``x + attention``, or the attention alone.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
+        residual: True for ``x + attention``, False for the attention alone.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
 
     Returns:
-        Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
-        channels-last if x's stride over head_dim is 1, else channels-first. Softmax and sums are float32 at
-        least.
+        Feature map (B, heads, head_dim, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64). The
+        result is dense: channels-last if the stride of x over head_dim is 1, else channels-first. Softmax and sums are
+        computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a floating tensor, scale is not a number, or residual is not a bool.
-        ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor, scale is not a number, or residual is not a bool.
+        ValueError: shapes do not match, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     recording = direct(backend, x, key, value)
     if recording is not None and (scale is None or type(scale) is float) and type(residual) is bool:

@@ -50,12 +50,12 @@ KERNELS = {
 
 
 class FormerToMobileFunction(torch.autograd.Function):
-    """:func:`mvkernels.former_to_mobile` with its own backward.
+    """Autograd function of :func:`mvkernels.former_to_mobile`, with a backward of its own.
 
-    ``apply(x, key, value, scale, residual, backend)``, the op's arguments in order; those after ``value``
-    may be left out; ``kernel`` is the public function's, which has checked them and chosen the backend: its
-    forward. Saves its inputs and nothing else: the backward recomputes the probabilities. A second derivative
-    raises RuntimeError.
+    Call ``apply(x, key, value, scale, residual, backend)``. Shapes, dtypes, result and errors are those of the op; the
+    arguments after ``value`` may be left out. ``kernel`` is for internal use: the op passes the forward kernel that it
+    has chosen. Only the inputs are saved; the backward recomputes the probabilities. A second derivative raises
+    RuntimeError unless the backend is "reference".
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Mobile to Former: a few tokens attend to a map that is key and value at once, and is read once (Mobile-Former)."""
+"""Mobile to Former: a few tokens attend to a feature map, which is both key and value (Mobile-Former)."""
 
 from __future__ import annotations
 
@@ -20,25 +20,30 @@ _NAME = "mobile_to_former"
 
 
 def mobile_to_former(query: Tensor, x: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
-    """Softmax attention of a few tokens over all pixels of a map, which is key and value at once.
+    """Softmax attention of a few tokens over all pixels of a feature map, which is both key and value.
 
-    This is the bridge from Mobile to Former (Mobile-Former, arXiv 2108.05895, section 3.1, equation 1), between
-    the projection of the tokens and that of the result. The map is read once and the scores are not stored.
+    For token m and all pixels p::
+
+        out_m = sum_p softmax_p(scale * query_m . x_p) x_p
+
+    This is the Mobile-to-Former bridge (Mobile-Former, arXiv 2108.05895, section 3.1, equation 1), between the
+    projection of the tokens and the projection of the result. The map is read once, and the scores are not stored.
 
     Args:
-        query: tokens (B, heads, M, head_dim), any strides, M at least 1.
-        x: map (B, heads, head_dim, H, W), any strides.
+        query: projected tokens (B, heads, M, head_dim), any strides.
+        x: feature map (B, heads, head_dim, H, W), any strides, of the same dtype and device.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
 
     Returns:
-        Tokens (B, heads, M, head_dim), contiguous, in the input's dtype (float32, float16, bfloat16, float64).
-        Softmax and sums are float32 at least.
+        Tokens (B, heads, M, head_dim), contiguous, in the dtype of the inputs (float32, float16, bfloat16 or float64).
+        Softmax and sums are computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or scale is not a number.
-        ValueError: shapes do not fit, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor, or scale is not a number.
+        ValueError: shapes do not match, dtypes or devices differ, or heads, M, head_dim, H or W is 0.
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     recording = direct(backend, query, x)
     if recording is not None and (scale is None or type(scale) is float):

@@ -49,11 +49,12 @@ KERNELS = {
 
 
 class MobileToFormerFunction(torch.autograd.Function):
-    """:func:`mvkernels.mobile_to_former` with its own backward.
+    """Autograd function of :func:`mvkernels.mobile_to_former`, with a backward of its own.
 
-    ``apply(query, x, scale, backend)``, the op's arguments in order; those after ``x`` may be left out;
-    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves its inputs
-    and nothing else: the backward recomputes the probabilities. A second derivative raises RuntimeError.
+    Call ``apply(query, x, scale, backend)``. Shapes, dtypes, result and errors are those of the op; the arguments after
+    ``x`` may be left out. ``kernel`` is for internal use: the op passes the forward kernel that it has chosen. Only the
+    inputs are saved; the backward recomputes the probabilities. A second derivative raises RuntimeError unless the
+    backend is "reference".
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Multi-scale linear attention: LiteMLA between its two projections (EfficientViT, DC-AE)."""
+"""Multi-scale linear attention: the part of LiteMLA between its two projections (EfficientViT, DC-AE)."""
 
 from __future__ import annotations
 
@@ -41,31 +41,34 @@ def multiscale_linear_attention(
     eps: float = 1e-15,
     backend: str | None = None,
 ) -> Tensor:
-    """ReLU linear attention on the heads of qkv and of its aggregated scales.
+    """ReLU linear attention at several scales: on the heads of qkv and on those of convolved copies of qkv.
 
-    This is LiteMLA of EfficientViT (MIT's, arXiv 2205.14756, section 3.1) between its two 1 x 1 projections. A scale is
-    qkv after a depthwise k x k convolution (zeros around, no activation) and a pointwise one in 3 * heads groups;
-    the heads of all scales, qkv's own first, go through :func:`mvkernels.relu_linear_attention`. With no scale it is
-    that alone.
+    This is the part of LiteMLA (EfficientViT from MIT, arXiv 2205.14756, section 3.1) between its two 1 x 1
+    projections. Each further scale is qkv after a depthwise k x k convolution (zero padding, no activation) and a
+    pointwise convolution with 3 * heads groups, where heads = C / head_dim. The heads of all scales, those of qkv
+    first, go through :func:`mvkernels.relu_linear_attention`. With empty lists only the heads of qkv do.
 
     Args:
-        qkv: map (B, 3C, H, W), any strides; per head [q | k | v] of head_dim channels each.
-        depthwise: a weight (3C, 1, k, k) for each scale, k odd; k may differ between scales.
-        pointwise: a weight (3C, head_dim, 1, 1) for each scale.
-        head_dim: channels of a head's query.
-        depthwise_bias, pointwise_bias: for each scale a (3C,) tensor or None; or None.
-        eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
+        qkv: feature map (B, 3C, H, W), any strides. Each head has 3 * head_dim channels in the order [q | k | v].
+        depthwise: for each scale, a convolution weight (3C, 1, k, k) with odd k. k may differ between scales.
+        pointwise: for each scale, a convolution weight (3C, head_dim, 1, 1).
+        head_dim: number of channels of q, of k and of v in each head.
+        depthwise_bias, pointwise_bias: for each scale, a (3C,) tensor or None. None means no biases at all.
+        eps: added to the divisor. Models differ: timm uses 1e-5, the other implementations use 1e-15.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
 
     Returns:
-        Map (B, (1 + scales) * C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
-        channels-last if qkv's stride over channels is 1, else channels-first. Sums and division are float32 at least.
+        Feature map (B, (1 + scales) * C, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64). The
+        result is dense: channels-last if the stride of qkv over its channels is 1, else channels-first. Sums and
+        division are computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a floating tensor (or a list of them), or a setting has the wrong type.
-        ValueError: shapes do not fit, dtypes or devices differ, lists differ in length, head_dim does not divide the
-            channels, k is even, or H or W is 0.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor or a list of such tensors, or a setting has the
+            wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, lists differ in length, the channels of qkv are not
+            a multiple of 3 * head_dim, k is even, or H or W is 0.
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     if (
         type(eps) is float

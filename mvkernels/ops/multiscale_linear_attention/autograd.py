@@ -228,11 +228,12 @@ class Flat(torch.autograd.Function):
 
 
 class MultiscaleLinearAttentionFunction(Flat):
-    """:func:`mvkernels.multiscale_linear_attention` with its own backward.
+    """Autograd function of :func:`mvkernels.multiscale_linear_attention`, with a backward of its own.
 
-    ``apply(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps, backend)``, the op's arguments in
-    order; those after ``head_dim`` may be left out. All tensors of the lists get their gradients. Inside
-    ``torch.compile`` call the op instead: there, ``apply`` cannot take lists. A second derivative raises RuntimeError.
+    Call ``apply(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps, backend)``. Shapes, dtypes,
+    result and errors are those of the op; the arguments after ``head_dim`` may be left out. All tensors in the lists
+    get gradients. Inside ``torch.compile`` call the op instead, because ``apply`` cannot take lists there. A second
+    derivative raises RuntimeError unless the backend is "reference".
     """
 
     @classmethod

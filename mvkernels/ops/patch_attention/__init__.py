@@ -1,4 +1,4 @@
-"""Patch-grouped self-attention: unfold + attention + fold in one kernel (MobileViT, EfficientFormer, CoAtNet)."""
+"""Patch attention: unfold, self-attention and fold in one kernel (MobileViT, EfficientFormer, CoAtNet)."""
 
 from __future__ import annotations
 
@@ -30,32 +30,37 @@ def patch_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention among the pixels with the same place in their patch, read and written in the map.
+    """Softmax self-attention between the pixels that have the same position in their patch.
 
-    Pixel (y, x) belongs to group (y % ph, x % pw); attention runs inside each group. This is
-    MobileViT's unfold, attention, fold (arXiv 2110.02178, section 3.1) without the copies; a patch of 1 is
-    global attention over the map.
+    The map is divided into patches of ph x pw pixels. Pixel (y, x) belongs to group (y % ph, x % pw), and attention
+    runs inside each group::
+
+        out_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j
+
+    This is the unfold, attention, fold of MobileViT (arXiv 2110.02178, section 3.1), without the two copies: the
+    kernel reads and writes the map in place. With patch_size 1 it is global attention over the map.
 
     Args:
-        query, key: maps (B, heads, head_dim, H, W), any strides.
-        value: map (B, heads, value_dim, H, W), any strides.
-        patch_size: an int or a pair (ph, pw), at least 1. H and W need not be multiples: groups then
-            differ in size, nothing is padded.
-        bias: (heads, N, N), added to the scaled scores, shared by batch and groups; N is the number of
-            pixels of a group, and all groups must be equal. Has a gradient.
+        query, key: feature maps (B, heads, head_dim, H, W), any strides.
+        value: feature map (B, heads, value_dim, H, W), any strides, of the same dtype and device.
+        patch_size: an int or a pair (ph, pw), each at least 1. H and W need not be multiples of it: the groups then
+            differ in size, and nothing is padded.
+        bias: (heads, N, N), added to the scaled scores; the same for the whole batch and for all groups. N is the
+            number of pixels in a group, so patch_size must divide H and W. The bias gets a gradient.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
 
     Returns:
-        Map (B, heads, value_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
-        channels-last if the query's stride over head_dim is 1, else channels-first. Softmax and sums
-        are float32 at least.
+        Feature map (B, heads, value_dim, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64). The
+        result is dense: channels-last if the stride of the query over head_dim is 1, else channels-first. Softmax and
+        sums are computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or a setting has the wrong type.
-        ValueError: shapes do not fit, dtypes or devices differ, patch_size < 1, H or W of 0, or a bias
-            with groups of different sizes.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, heads, head_dim, value_dim, H or W is 0, patch_size
+            is less than 1, or there is a bias and patch_size does not divide H and W.
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     recording = direct(backend, query, key, value, bias)
     if recording is not None and (scale is None or type(scale) is float):

@@ -51,12 +51,12 @@ KERNELS = {
 
 
 class PatchAttentionFunction(torch.autograd.Function):
-    """:func:`mvkernels.patch_attention` with its own backward.
+    """Autograd function of :func:`mvkernels.patch_attention`, with a backward of its own.
 
-    ``apply(query, key, value, patch_size, bias, scale, backend)``, the op's arguments in order; those
-    after ``value`` may be left out; ``kernel`` is the public function's, which has checked them and chosen the
-    backend: its forward. Saves query, key, value and bias: nothing unfolded, no scores. A second derivative raises
-    RuntimeError.
+    Call ``apply(query, key, value, patch_size, bias, scale, backend)``. Shapes, dtypes, result and errors are those of
+    the op; the arguments after ``value`` may be left out. ``kernel`` is for internal use: the op passes the forward
+    kernel that it has chosen. For the backward, query, key, value and bias are saved, but no scores. A second
+    derivative raises RuntimeError unless the backend is "reference".
     """
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""MobileViT's transformer layer on a map: norm + qkv, attention + projection, norm + feed-forward, each one kernel."""
+"""MobileViT's transformer layer on a feature map, in three kernels.
+
+The kernels are norm + qkv, attention + projection, and norm + feed-forward.
+"""
 
 from __future__ import annotations
 
@@ -44,40 +47,44 @@ def patch_transformer_layer(
     activation: str = "silu",
     backend: str | None = None,
 ) -> Tensor:
-    """One pre-norm transformer layer of MobileViT on a map, from its tensors: no unfold, no fold, no hidden in memory.
+    """One pre-norm transformer layer of MobileViT on a feature map, given the layer's weights as tensors.
 
-    This is what stands between the unfold and the fold of a MobileViT block (arXiv 2110.02178, section 3.1), once::
+    A MobileViT block (arXiv 2110.02178, section 3.1) has one or more of these layers between its unfold and its
+    fold. With the pixels as rows of C channels, a layer is::
 
         x = x + attention(norm1(x) @ qkv_weight.T + qkv_bias) @ proj_weight.T + proj_bias
         x = x + silu(norm2(x) @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias
 
-    with the attention of :func:`mvkernels.patch_attention`. The same layer of modules is
-    :func:`mvkernels.nn.patch_transformer_layer`.
+    where ``attention`` is :func:`mvkernels.patch_attention`. No map is unfolded, and the hidden activations of the
+    feed-forward network are not stored. :func:`mvkernels.nn.patch_transformer_layer` does the same with modules in
+    place of tensors.
 
     Args:
-        x: map (B, C, H, W), any strides; channels-last is read in place, others are copied once.
-        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,), of the LayerNorms.
-        qkv_weight: (3C, C), rows [q | k | v] with the heads contiguous inside each.
+        x: feature map (B, C, H, W), any strides. A channels-last map is read in place; others are copied once.
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (C,), parameters of the two LayerNorms.
+        qkv_weight: (3C, C). Its rows are [q | k | v], and in each of the three the rows of a head are contiguous.
         qkv_bias: (3C,), or None.
         proj_weight, proj_bias: (C, C), (C,).
         fc1_weight, fc1_bias: (F, C), (F,).
         fc2_weight, fc2_bias: (C, F), (C,).
-        heads: divides C.
-        patch_size: an int or a pair (ph, pw), at least 1. H and W need not be multiples.
-        eps: of both LayerNorms.
-        scale: factor of the scores, ``(C / heads) ** -0.5`` by default.
-        activation: "silu".
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`).
+        heads: number of attention heads, a divisor of C.
+        patch_size: an int or a pair (ph, pw), each at least 1. H and W need not be multiples of it.
+        eps: epsilon of both LayerNorms.
+        scale: factor of the attention scores, ``(C / heads) ** -0.5`` by default.
+        activation: activation of the feed-forward network. Only "silu" is supported.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
 
     Returns:
-        Map (B, C, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense, channels-last if the stride
-        of x over channels is 1, else channels-first. Norms, softmax and sums are float32 at least.
+        Feature map (B, C, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64). The result is
+        dense: channels-last if the stride of x over its channels is 1, else channels-first. Norms, softmax and sums
+        are computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a floating tensor, or a setting has the wrong type.
-        ValueError: shapes do not fit, dtypes or devices differ, heads does not divide C, patch_size < 1, H or W of 0,
-            or an activation that is not known.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, heads does not divide C, patch_size is less than 1,
+            C, F, H or W is 0, or the activation is not "silu".
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     arguments = _check(
         x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,

@@ -67,12 +67,14 @@ KERNELS = {
 
 
 class PatchTransformerLayerFunction(torch.autograd.Function):
-    """:func:`mvkernels.patch_transformer_layer` with its own backward.
+    """Autograd function of :func:`mvkernels.patch_transformer_layer`, with a backward of its own.
 
-    ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, backend)``, the op's arguments in order; those
-    after ``heads`` may be left out; ``checked`` is the public function's, which has checked them and chosen the
-    backend. Saves x, the parameters, the packed qkv, the output of attention, and the map between the two halves: no
-    norm, nothing of the hidden layer. A second derivative raises RuntimeError.
+    Call ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, backend)``. Shapes, dtypes, result and
+    errors are those of the op; the arguments after ``heads`` may be left out. A further argument, ``checked``, is for
+    internal use: the op sets it when it has checked the arguments and chosen the backend. For the backward, x, the
+    parameters, the packed qkv, the output of attention and the map between the two halves of the layer are saved, but
+    neither the outputs of the norms nor the hidden activations. A second derivative raises RuntimeError unless the
+    backend is "reference".
     """
 
     @staticmethod

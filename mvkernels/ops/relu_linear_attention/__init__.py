@@ -1,4 +1,4 @@
-"""ReLU linear attention (EfficientViT, DC-AE, Sana): its cost grows with the pixels, not with their square."""
+"""ReLU linear attention (EfficientViT, DC-AE, Sana). Its cost grows linearly with the number of pixels."""
 
 from __future__ import annotations
 
@@ -36,30 +36,38 @@ def relu_linear_attention(
     process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear attention over all pixels of a map, with weights relu(q_i) . relu(k_j), normalised by their sum.
+    """ReLU linear attention over all pixels of a feature map.
 
-    ``out_i = sum_j (relu(q_i) . relu(k_j)) v_j / (sum_j relu(q_i) . relu(k_j) + eps)``. This is the attention of
-    EfficientViT (MIT's, arXiv 2205.14756, section 3.1), of the DC-AE autoencoders and of Sana: no scale, no softmax.
+    Pixel j has the weight relu(q_i) . relu(k_j) for pixel i, and the weights are divided by their sum::
+
+        out_i = sum_j (relu(q_i) . relu(k_j)) v_j / (sum_j relu(q_i) . relu(k_j) + eps)
+
+    There is no softmax and no scale. The sums over j are the same for all i and are computed once, so the cost grows
+    linearly with the number of pixels. EfficientViT (the one from MIT, arXiv 2205.14756, section 3.1), the DC-AE
+    autoencoders and Sana use this attention.
 
     Args:
-        query, key, value: maps (B, heads, head_dim, H, W), any strides.
-        eps: added to the divisor. Models differ: 1e-5 in timm, 1e-15 in the others.
-        process_group: a ``torch.distributed.ProcessGroup`` among whose ranks the pixels of one map are divided: each
-            calls with its part, of any H and W and of one B, heads and head_dim, and gets its part of the result. One
-            all-reduce of (B, heads, head_dim + 1, head_dim) numbers, forward and backward; the backward's is waited
-            for by every rank that wants the gradient of its key or value, so either all of them do or none.
-        backend: "reference", "cpp", "triton", "cuda", or None to choose (see :mod:`mvkernels.dispatch.backend`). With a
-            process_group there is "reference" alone.
+        query, key, value: feature maps (B, heads, head_dim, H, W) of one dtype, on one device, with any strides.
+        eps: added to the divisor. Models differ: timm uses 1e-5, the other implementations use 1e-15.
+        process_group: a ``torch.distributed.ProcessGroup`` whose ranks share the pixels of one map. Each rank passes
+            its own part of the map and gets the same part of the result. H and W may differ between ranks; B, heads
+            and head_dim may not. The forward and the backward each run one all-reduce of
+            (B, heads, head_dim + 1, head_dim) numbers. The all-reduce of the backward waits for all ranks, so either
+            every rank or no rank must ask for the gradient of its key or value.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`). Only "reference" supports a process_group.
 
     Returns:
-        Map (B, heads, head_dim, H, W) in the input's dtype (float32, float16, bfloat16, float64), dense,
-        channels-last if the query's stride over head_dim is 1, else channels-first. Sums and division are float32
-        at least: half types overflow nowhere, and a pixel whose query has nothing above 0 gets 0.
+        Feature map (B, heads, head_dim, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64). The
+        result is dense: channels-last if the stride of the query over head_dim is 1, else channels-first. Sums and
+        division are computed in float32 or higher, so float16 does not overflow. A pixel whose query has no positive
+        entry gets 0.
 
     Raises:
-        TypeError: an argument is not a floating tensor, eps is not a number, or process_group is no group.
-        ValueError: shapes do not fit, dtypes or devices differ, or heads, head_dim, H or W is 0.
-        BackendUnavailable: a backend was named that cannot run this.
+        TypeError: an argument is not a dense floating-point tensor, eps is not a number, or process_group is not a
+            process group.
+        ValueError: shapes do not match, dtypes or devices differ, or heads, head_dim, H or W is 0.
+        BackendUnavailable: the backend that was asked for cannot run this call.
     """
     recording = direct(backend, query, key, value) if process_group is None else None
     if recording is not None and type(eps) is float:

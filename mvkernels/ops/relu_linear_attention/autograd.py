@@ -84,11 +84,12 @@ INFERENCE = {
 
 
 class ReLULinearAttentionFunction(torch.autograd.Function):
-    """:func:`mvkernels.relu_linear_attention` with its own backward.
+    """Autograd function of :func:`mvkernels.relu_linear_attention`, with a backward of its own.
 
-    ``apply(query, key, value, eps, backend)``, the op's arguments in order; those after ``value`` may be left out;
-    ``kernel`` is the public function's, which has checked them and chosen the backend: its forward. Saves query, key
-    and value and the sums over pixels, (B, heads, D + 1, D), not the output. A second derivative raises RuntimeError.
+    Call ``apply(query, key, value, eps, backend)``. Shapes, dtypes, result and errors are those of the op; the
+    arguments after ``value`` may be left out. ``kernel`` is for internal use: the op passes the forward kernel that it
+    has chosen. For the backward, query, key, value and the sums over pixels (B, heads, head_dim + 1, head_dim) are
+    saved. A second derivative raises RuntimeError unless the backend is "reference".
     """
 
     @staticmethod
