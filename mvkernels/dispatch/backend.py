@@ -1,8 +1,8 @@
-"""Choosing a backend for a call, and saying why.
+"""Which backend runs a call, and why a backend cannot.
 
-Precedence: the call's ``backend=``, else :func:`use_backend`, else the environment variable
-``MVKERNELS_BACKEND``, else ``"auto"``. A backend that was named and cannot run raises
-:class:`BackendUnavailable` with its reasons; ``auto`` takes the fastest that can run.
+The first of these that is set decides: the call's ``backend=``, :func:`use_backend`, the environment variable
+``MVKERNELS_BACKEND``. If none is set, the choice is ``"auto"``: the fastest backend that can run the call. If a backend
+was asked for and cannot run the call, :class:`BackendUnavailable` is raised with the reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _logged: set[tuple[str, str, str]] = set()
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run this call. The message gives every reason."""
+    """The backend that was asked for cannot run this call. The message names the op, the backend and the reason."""
 
 
 class _Chosen(threading.local):
@@ -60,9 +60,16 @@ def _known(name: object, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops of this thread on ``name`` ("auto", "reference", "cpp", "triton", "cuda").
+    """Context manager that sets the backend of all ops that this thread calls inside it.
 
-    Nests; a call's own ``backend=`` still wins. Raises ValueError for an unknown name.
+    Args:
+        name: "auto", "reference", "cpp", "triton" or "cuda".
+
+    A call's own ``backend=`` argument takes precedence, and an inner ``use_backend`` over an outer one. The ops raise
+    :class:`BackendUnavailable` where the backend cannot run a call.
+
+    Raises:
+        ValueError: the name is unknown.
     """
     _known(name, "use_backend: name")
     before = _chosen.name
@@ -79,7 +86,7 @@ _raw_environment: dict[bytes, bytes] | None = getattr(os.environ, "_data", None)
 
 
 def requested(backend: str | None, op: str = "") -> str:
-    """The backend asked for, by precedence, possibly "auto". The op's name is for the message about an unknown one."""
+    """The backend that was asked for, or "auto". ``op`` is the op's name, for the error about an unknown backend."""
     if backend is not None:
         return backend if backend in BACKENDS else _known(backend, f"{op}: backend" if op else "backend")
     if _chosen.name is not None:
@@ -92,8 +99,8 @@ def requested(backend: str | None, op: str = "") -> str:
     return "auto"
 
 
-# What arguments in disorder end in. Not any exception: one of a kind of its own comes from a hook that a tensor is
-# saved through, and is meant for the hook's owner.
+# What the C++ operators raise for invalid arguments. Exceptions of other types are not caught: they may come from a
+# saved-tensor hook, and are meant for the owner of that hook.
 REFUSED = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _tracing, _transforms = torch._C._get_tracing_state, torch._C._are_functorch_transforms_active
@@ -101,11 +108,12 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 def direct(backend: str | None, *tensors: Any) -> bool | None:
-    """Whether a call on these is to record a gradient, if it can go to its C++ operator at once; else None.
+    """The short way to the C++ operator: whether the call records a gradient, or None if the short way is not open.
 
-    The usual case, asked in a microsecond: plain CPU tensors (or None), no mode, trace, transform or autocast, no
-    other backend asked for. The operator refuses by itself what an op's check and its ``why_not`` would: so the caller
-    tries, and on an exception of REFUSED takes the long way of checks and :func:`choose`, which say what is wrong.
+    It is open in the usual case: plain CPU tensors (or None), no mode, trace, transform or autocast, and no other
+    backend asked for. This takes a microsecond to find out. The operator itself rejects the arguments that an op's
+    check and its ``why_not`` reject. So the caller tries the operator, and after an exception in REFUSED goes through
+    the checks and :func:`choose`, which say what is wrong.
     """
     if torch.compiler.is_dynamo_compiling() or extension.module is None:
         return None
@@ -137,15 +145,15 @@ def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
     if not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     ):
-        return "torch.func transforms and forward-mode derivatives need the reference"
+        return "torch.func transforms and forward-mode derivatives need backend 'reference'"
     return why_not(*arguments) or ""
 
 
 def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
     """The backend that runs this call: a name of BACKENDS, never "auto".
 
-    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend
-    was named and cannot run. During export and tracing it is the reference, whatever was named.
+    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend was asked for and cannot
+    run the call. During export and tracing the reference runs, whatever was asked for.
     """
     name = requested(backend, op.name)
     # An exported or traced graph is to run where this library is not installed.
@@ -169,7 +177,7 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
 
 
 def prepare(name: str, backend: str | None, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
-    """(the backend that runs this call of the op of that name, its arguments, checked)."""
+    """Check the arguments of the op called ``name``; returns (the backend that runs the call, the checked arguments)."""
     op = OPS[name]
     checked = op.check(*arguments)
     return choose(op, backend, checked), checked
@@ -183,10 +191,18 @@ def _log_once(op: str, backend: str, reason: str) -> None:
 
 
 def can_run(op: str = "", *args: Any, **kwargs: Any) -> tuple[bool, str]:
-    """Whether ``backend`` can run the op of that name on these arguments, and if not, why.
+    """Whether a backend can run an op on these arguments, and if not, why. Nothing is computed.
 
-    ``can_run(op, backend, *args, **kwargs)``: the op's name, a backend's, and the op's own arguments. Never raises.
-    The reason is empty when it can.
+    Call ``can_run(op, backend, *args, **kwargs)``.
+
+    Args:
+        op: name of the op, such as "patch_attention".
+        backend: "reference", "cpp", "triton" or "cuda".
+        args, kwargs: the arguments of the op.
+
+    Returns:
+        (True, "") if the backend can run the call, else (False, the reason in one line). Invalid arguments and unknown
+        names are reasons too: this function never raises.
 
     >>> can_run("patch_attention", "cpp", q, k, v, 2)       # doctest: +SKIP
     (False, 'the C++ extension is not built: ...')
@@ -203,9 +219,9 @@ def can_run(op: str = "", *args: Any, **kwargs: Any) -> tuple[bool, str]:
         bound.apply_defaults()
         bound.arguments.pop("backend", None)
         if bound.arguments.pop("process_group", None) is not None and backend != "reference":
-            return False, "pixels divided among processes need the reference"
+            return False, "with a process_group only backend 'reference' can"
         arguments = known.check(*bound.arguments.values())
         reason = reason_against(known, backend, arguments)
-    except Exception as error:  # the contract: an answer for any input whatever
+    except Exception as error:  # the contract: an answer for every input
         return False, " ".join(str(error).split()) or type(error).__name__
     return not reason, reason

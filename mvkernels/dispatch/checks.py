@@ -1,7 +1,7 @@
 """Argument checks shared by the ops.
 
-They run before any kernel and cost about a microsecond each. A message is one line: op, argument,
-what was found, what is wanted.
+They run before any kernel and cost about a microsecond each. A message is one line: the op, the argument, what was
+found, what is expected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any device."""
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-# Subclasses that are strided by their layout and hold something else: nothing yet, or values and a mask.
+# Subclasses whose layout is strided although they are not dense: without storage yet, or with a mask.
 _NOT_DENSE = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)  # type: ignore[attr-defined]
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -56,7 +56,7 @@ def tensors(op: str, **named: Any) -> None:
 
 
 def alike(first: Any, *others: Any) -> bool:
-    """Whether all are what :func:`tensors` wants: the usual case, asked cheaply."""
+    """Whether all arguments pass :func:`tensors`: a fast test for the usual case."""
     if type(first) not in _PLAIN and not _dense(first):
         return False
     dtype, device = first.dtype, first.device
@@ -80,7 +80,7 @@ def _dense(value: Any) -> bool:
 
 
 def rank(op: str, name: str, value: torch.Tensor, axes: str) -> None:
-    """``axes`` names the axes, as in "(B, heads, head_dim, H, W)"."""
+    """The tensor has as many axes as ``axes`` names, as in "(B, heads, head_dim, H, W)"."""
     wanted = axes.count(",") + 1
     if value.dim() != wanted:
         raise ValueError(f"{op}: {name} has {value.dim()} axes {shape(value)}, want {wanted}: {axes}")
@@ -103,7 +103,7 @@ def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
 
 
 def pair(op: str, name: str, value: Any) -> tuple[int, int]:
-    """An int, or a pair of ints, each at least 1, as a pair."""
+    """The pair that ``value`` stands for: an int or a pair of ints, each at least 1."""
     both = (value, value) if isinstance(value, int) else value
     if not isinstance(both, (tuple, list)) and isinstance(value, Integral):  # NumPy's
         both = (int(value), int(value))
@@ -120,7 +120,7 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
 
 
 def sequence(op: str, name: str, value: Any) -> None:
-    """A list or tuple, or another sequence of tensors such as a ParameterList, and not a tensor."""
+    """A list, a tuple or another sequence of tensors, such as a ParameterList; not a single tensor."""
     if isinstance(value, (torch.Tensor, str, bytes, dict)) or not (
         hasattr(value, "__len__") and hasattr(value, "__getitem__")
     ):
@@ -136,12 +136,12 @@ def number(op: str, name: str, value: Any, default: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{op}: {name} is beyond what a float holds") from None
+        raise ValueError(f"{op}: {name} is too large for a float") from None
 
 
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
-    # One question for all devices: the usual answer is no. Dynamo traces the longer way.
+    # One test for all devices, usually false. Dynamo traces the longer way.
     if not torch.compiler.is_compiling() and not any_autocast():
         return values
     first = values[0]
@@ -158,15 +158,15 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
-    """A context in which autocast is off for a device type; none where it is off already: no export holds one."""
+    """A context in which autocast is off for a device type. Where it is off already nothing is added to an export."""
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def known(condition: Any) -> bool:
-    """Whether a condition on sizes or strides holds; in an export only if it does for every size that may come.
+    """Whether a condition on sizes or strides holds. In an export: whether it holds for all sizes.
 
-    Asking more of a symbolic size would tie the exported graph to those sizes that answer alike.
+    Otherwise the exported graph would be limited to the sizes for which the condition has the same value.
     """
     if not torch.compiler.is_exporting():
         return bool(condition)
@@ -181,11 +181,11 @@ def channels_last(value: torch.Tensor) -> bool:
 
 
 def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """An uninitialised map of ``like``'s sizes, with another head_dim, that lies as ``like`` does.
+    """An uninitialised map of ``like``'s sizes and memory layout, with another head_dim.
 
     Dense in the order (B, H, W, heads, head_dim) if ``like``'s stride over head_dim is 1, else in
     (B, heads, head_dim, H, W). A map of four axes (B, C, H, W) counts as one head of C channels.
-    This one function says it for the kernels and for their fakes.
+    Both the kernels and their fake implementations use this function.
     """
     if like.dim() == 4:
         b, _, height, width = like.shape
@@ -199,7 +199,7 @@ def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``value`` laid out as :func:`empty_map` would; no copy where it lies so already."""
+    """``value`` in the memory layout of ``empty_map(like)``; without a copy if it has that layout already."""
     if like.dim() == 4:
         return lay_as(value.unsqueeze(1), like.unsqueeze(1)).squeeze(1)
     if torch.compiler.is_exporting():  # strides of axes of size 1 are not worth a node, nor a guard on the sizes

@@ -1,4 +1,4 @@
-"""The optional C++ extension ``mvkernels._C``: loaded if it can be, explained if it cannot."""
+"""The optional C++ extension ``mvkernels._C``: the loaded module, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def _load() -> tuple[ModuleType | None, str]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         wanted = ".".join(map(str, MINIMUM_TORCH))
-        return None, f"the C++ extension needs torch {wanted} or newer, this is torch {torch.__version__}"
+        return None, f"the C++ extension needs torch {wanted} or newer, but torch is {torch.__version__}"
     try:
         module = importlib.import_module("mvkernels._C")
     except ModuleNotFoundError:
         return None, "the C++ extension is not built (no compiler at install, or MVKERNELS_SKIP_EXT=1)"
     except (ImportError, OSError) as error:
-        return None, f"the C++ extension does not load: {' '.join(str(error).split())}"
+        return None, f"the C++ extension cannot be loaded: {' '.join(str(error).split())}"
     if module.interface() != INTERFACE:
         return None, (
-            f"the C++ extension was built for interface {module.interface()}, this package has {INTERFACE}: reinstall"
+            f"the C++ extension was built for interface {module.interface()}, but this package has interface {INTERFACE}: "
+            "reinstall mvkernels"
         )
     return module, ""
 
@@ -38,25 +39,25 @@ module, reason = _load()
 """The module, or None and the reason in one line."""
 
 
-# Beyond it sums over head_dim in one chain lose what the error criterion allows.
+# Above this, the rounding error of a sum over head_dim can exceed the error criterion.
 _MOST_HEAD_DIM = 256
 
 
 def why_not(tensor: torch.Tensor, **dims: int) -> str | None:
-    """Why the C++ kernels cannot run on such a tensor, with heads of these ``dims`` (``head_dim=36``), or None."""
+    """Why the C++ kernels cannot run on ``tensor`` with these ``dims`` (as in ``head_dim=36``), or None if they can."""
     if module is None:
         return reason
     if not tensor.is_cpu:
-        return f"the C++ kernels run on CPU tensors, these are on {tensor.device.type}"
+        return f"the C++ kernels run on CPU tensors, but these tensors are on {tensor.device.type}"
     for size in dims.values():
         if size > _MOST_HEAD_DIM:
             found = ", ".join(f"{name} {size}" for name, size in dims.items()).replace(" ", " is ", 1)
-            return f"{found}: more than {_MOST_HEAD_DIM}"
+            return f"{found}, want at most {_MOST_HEAD_DIM}"
     return None
 
 
 def build_info() -> dict[str, Any]:
-    """Compiler, flags, torch and instruction sets that the extension was built with; empty without it."""
+    """Compiler, flags, torch version and instruction sets of the extension's build; empty without the extension."""
     return json.loads(module.build_info()) if module is not None else {}
 
 

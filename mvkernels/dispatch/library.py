@@ -1,4 +1,4 @@
-"""What the ops share towards torch: registration of kernels as operators, and the limit of one derivative.
+"""Registration of the kernels as torch operators, and the error for a second derivative.
 
 Each backend has a namespace: ``torch.ops.mvkernels_cpp`` and so on.
 
@@ -89,7 +89,7 @@ def why_not_triton(launcher: Callable[[], Any]) -> Callable[..., str | None]:
         try:
             found = launcher()
         except ImportError as error:
-            return f"Triton does not import: {error}"
+            return f"Triton cannot be imported: {error}"
         reason: str | None = found.why_not(*arguments)
         return reason
 
@@ -107,8 +107,10 @@ def at_once(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recorder(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
-    """``function.apply`` for calls known to be outside of torch.func's transforms: its questions about them take as
-    long as the rest of it."""
+    """``function.apply`` for calls that are known to be outside of torch.func's transforms.
+
+    It leaves out the checks for these transforms, which take as long as the rest of ``apply``.
+    """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
@@ -154,7 +156,7 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
         raise RuntimeError(
-            f"{ctx.name}: the fused kernels have no second derivative, the reference has: "
+            f"{ctx.name}: the fused kernels have no second derivative, only the reference backend has one: "
             f"call mvkernels.{ctx.name} with backend='reference', "
             "or for a swapped model mvkernels.swap(model, backend='reference')"
         )

@@ -40,7 +40,7 @@ BAD = {
     "patch float": (TypeError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": 2.0})),
     "patch text": (TypeError, "pair of ints", lambda: ((_map(*M),) * 3, {"patch_size": "2"})),
     "scale": (TypeError, "scale is", lambda: ((_map(*M),) * 3, {"scale": "1"})),
-    "huge scale": (ValueError, "beyond what a float holds", lambda: ((_map(*M),) * 3, {"scale": 10**400})),
+    "huge scale": (ValueError, "too large for a float", lambda: ((_map(*M),) * 3, {"scale": 10**400})),
     "bias ragged": (ValueError, "does not divide", lambda: ((_map(*M),) * 3, {"patch_size": 4, "bias": _map(2, 4, 4)})),
     "bias shape": (
         ValueError,

@@ -61,16 +61,17 @@ def _sum_over_ranks(value: Tensor, group: Any) -> Tensor:
 def attention(query: Tensor, key: Tensor, value: Tensor, eps: float, group: Any, backend: str | None) -> Tensor:
     """:func:`mvkernels.relu_linear_attention` of checked arguments, over the pixels of all ranks of ``group``.
 
-    Raises TypeError for a group that is none, ValueError if this process is not in it, BackendUnavailable for a named
-    backend other than the reference.
+    Raises TypeError if ``group`` is not a process group or this process is not in it, and BackendUnavailable if a
+    backend other than "reference" was asked for.
     """
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        found = "a process that is not in it" if group == dist.GroupMember.NON_GROUP_MEMBER else type(group).__name__
-        raise TypeError(f"{_NAME}: process_group is {found}, want a torch.distributed.ProcessGroup of this process")
+        outside = group == dist.GroupMember.NON_GROUP_MEMBER
+        found = "a group without this process" if outside else f"a {type(group).__name__}"
+        raise TypeError(f"{_NAME}: process_group is {found}, want a torch.distributed.ProcessGroup with this process")
     name = requested(backend)
     if name not in ("auto", "reference"):
         raise BackendUnavailable(
-            f"{_NAME}: backend {name} cannot run this: pixels divided among processes need the reference"
+            f"{_NAME}: backend {name} cannot run this: with a process_group only backend 'reference' can"
         )
     sums = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device.type):
