@@ -1,4 +1,4 @@
-"""Modules that hold parameters, built on the fused ops."""
+"""PyTorch modules (layers with parameters) that call the fused ops."""
 
 from mvkernels.nn.efficientvit import ConvNormAct, EfficientViTBlock, LiteMLA, MBConv, Residual
 from mvkernels.nn.fused_layer import fused_layers

@@ -1,10 +1,10 @@
-"""EfficientViT's modules: multi-scale linear attention, and the depthwise convolutions in and beside it.
+"""Modules of EfficientViT: multi-scale linear attention, inverted residuals, and the block made of both.
 
-Cai et al., EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction (arXiv 2205.14756), section
-3. Not Microsoft's EfficientViT (arXiv 2305.07027), which has nothing of this.
+Source: Cai et al., EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction (arXiv 2205.14756),
+section 3. Microsoft's EfficientViT (arXiv 2305.07027) is a different network.
 
-Names of parameters are those that the authors' code and timm give them, so that the weights of a module of theirs
-load into one of these as they are.
+The parameters have the names that they have in the authors' code and in timm, so a state_dict from there can be loaded
+without renaming.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _HARDSWISH = functools.partial(nn.Hardswish, inplace=True)
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, BatchNorm, activation; the latter two where they are asked for.
+    """2-D convolution, then optionally BatchNorm and an activation.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, groups, bias: of the convolution, padded so that only the
-            stride makes the map smaller; an odd ``kernel_size``.
-        norm: whether a BatchNorm follows.
-        norm_eps: its epsilon.
-        act: makes the activation, or None.
+        in_channels, out_channels, kernel_size, stride, groups, bias: as in ``nn.Conv2d``. The padding is
+            ``kernel_size // 2``, so with an odd ``kernel_size`` only the stride makes the map smaller.
+        norm: whether a BatchNorm follows the convolution.
+        norm_eps: epsilon of the BatchNorm.
+        act: function without arguments that makes the activation module, such as ``nn.ReLU``; None for no activation.
     """
 
     def __init__(
@@ -54,39 +54,41 @@ class ConvNormAct(nn.Module):
         self.act = act() if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
+        """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         return self.act(self.norm(self.conv(x)))
 
 
 class LiteMLA(nn.Module):
-    """Lightweight multi-scale linear attention: a projection, more scales of it, ReLU linear attention, a projection.
+    """Lightweight multi-scale linear attention (EfficientViT, arXiv 2205.14756, section 3.1).
 
     With h = ``heads`` heads of D = ``head_dim`` channels::
 
         qkv = conv1x1(x)                                    # (B, 3hD, H, W), per head [q | k | v]
-        scale_s = grouped 1x1(depthwise s x s(qkv))         # for each of scales: h heads more; D x D per group
+        scale_s = grouped 1x1(depthwise s x s(qkv))         # for each s in scales: h more heads; groups of D channels
         out = multiscale_linear_attention(qkv, …)           # (B, (1 + len(scales)) hD, H, W)
         out = BN(conv1x1(out))
 
-    Neither scale nor softmax, position or norm of q and k; the residual is the block's. This is the first of the two
-    places in which EfficientViT has its depthwise convolution; ``scales=()`` leaves it out, as DC-AE does.
+    There is no scaling of the scores, no softmax, no position encoding and no norm of q and k. The residual connection
+    is not part of this module: see :class:`EfficientViTBlock`. The depthwise convolutions of ``scales`` are one of the
+    two places where EfficientViT has depthwise convolutions. DC-AE leaves them out (``scales=()``).
 
     Args:
-        in_channels: of the map.
-        out_channels: of the map that comes out; None for ``in_channels``.
-        head_dim: channels of a head, 8 to 64.
-        heads: of each scale; None for ``in_channels // head_dim * heads_ratio``.
-        heads_ratio: see ``heads``.
-        scales: sizes of the depthwise convolutions, odd; each adds as many heads as there are without it.
+        in_channels: channels of the input map.
+        out_channels: channels of the output map; None for ``in_channels``.
+        head_dim: channels of a head, typically 8 to 64.
+        heads: number of heads at each scale; None for ``in_channels // head_dim * heads_ratio``.
+        heads_ratio: factor of the number of heads, if ``heads`` is None.
+        scales: kernel sizes of the depthwise convolutions, odd. Each one adds ``heads`` heads.
         bias: whether the projection to q, k and v and the two convolutions of each scale have biases.
         norm: whether a BatchNorm follows the last projection.
-        norm_eps: its epsilon.
-        eps: added to the normalizer of the attention: 1e-15 in the authors' code, 1e-5 in timm's. It is added in
-            float32 at least, where 1e-15 is not 0.
-        backend: handed to :func:`mvkernels.multiscale_linear_attention`.
-        device, dtype: of the parameters.
+        norm_eps: epsilon of the BatchNorm.
+        eps: added to the divisor of the attention: 1e-15 in the authors' code, 1e-5 in timm's. It is added in float32
+            or higher, where 1e-15 is not rounded to 0.
+        backend: passed to :func:`mvkernels.multiscale_linear_attention`.
+        device, dtype: device and dtype of the parameters.
 
-    Raises ValueError for settings that do not fit, and for an input that is not (B, in_channels, H, W).
+    Raises:
+        ValueError: a setting is out of range, or the input of a call is not (B, in_channels, H, W).
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class LiteMLA(nn.Module):
             if heads < 1:
                 raise ValueError(
                     f"LiteMLA: in_channels // head_dim * heads_ratio is {in_channels} // {head_dim} * {heads_ratio}, "
-                    "which leaves no head"
+                    "which gives no heads; want at least 1"
                 )
         if heads < 1:
             raise ValueError(f"LiteMLA: heads is {heads}, want at least 1")
@@ -147,9 +149,10 @@ class LiteMLA(nn.Module):
         return self.proj(aggregate_and_attend(self.qkv(x), self.aggreg, self.head_dim, self.eps, self.backend))
 
     def products(self, x: Tensor) -> int:
-        """Multiply-adds of one call beside the projections': the scales' convolutions and the attention's products.
+        """Number of multiply-adds of one call, without the two projections.
 
-        The normalizers are counted, as a further channel of the values; so the authors' code forms them.
+        It is the convolutions of the scales and the matrix products of the attention. The divisors count as one more
+        channel of the values, as the authors' code computes them.
         """
         channels = self.heads * self.head_dim
         scales = sum(3 * channels * (scale * scale + self.head_dim) for scale in self.scales)
@@ -163,7 +166,7 @@ class LiteMLA(nn.Module):
 def aggregate_and_attend(
     qkv: Tensor, aggregations: Iterable[Any], head_dim: int, eps: float, backend: str | None
 ) -> Tensor:
-    """:func:`mvkernels.multiscale_linear_attention` with the weights of (depthwise, pointwise) convolutions.
+    """:func:`mvkernels.multiscale_linear_attention` with the weights of pairs (depthwise, pointwise) of convolutions.
 
     qkv (B, 3C, H, W) -> (B, (1 + len(aggregations)) C, H, W).
     """
@@ -181,16 +184,23 @@ def aggregate_and_attend(
 
 
 class MBConv(nn.Module):
-    """Inverted residual without the residual: 1×1 that widens, depthwise, 1×1 that narrows, BatchNorm at the end.
+    """The branch of an inverted residual (MBConv), without the residual sum.
+
+    A 1×1 convolution widens the map, a depthwise convolution follows, and a 1×1 convolution narrows the map again. Each
+    has a BatchNorm (see ``fewer_norm``); the first two have activations.
 
     Args:
-        in_channels, out_channels: of the map.
-        stride: of the depthwise convolution.
-        expand_ratio: hidden width over ``in_channels``.
-        kernel_size: of the depthwise convolution; None leaves it out, and its activation.
-        fewer_norm: biases in place of all norms but the last: the form beside the attention.
-        act: makes the activations after the first two convolutions.
-        norm_eps: of the BatchNorms.
+        in_channels, out_channels: channels of the input and output maps.
+        stride: stride of the depthwise convolution.
+        expand_ratio: hidden channels divided by ``in_channels``.
+        kernel_size: kernel size of the depthwise convolution; None leaves out this convolution and its activation.
+        fewer_norm: whether the first two convolutions have biases in place of BatchNorms. EfficientViT's blocks use
+            this form after the attention.
+        act: function without arguments that makes the activation after each of the first two convolutions.
+        norm_eps: epsilon of the BatchNorms.
+
+    Raises:
+        ValueError: ``kernel_size`` is None and the stride is not 1.
     """
 
     def __init__(
@@ -219,7 +229,7 @@ class MBConv(nn.Module):
         self.point_conv = ConvNormAct(hidden, out_channels, norm_eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up."""
+        """x (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         x = self.inverted_conv(x)
         if self.depth_conv is not None:
             x = self.depth_conv(x)
@@ -227,7 +237,7 @@ class MBConv(nn.Module):
 
 
 class Residual(nn.Module):
-    """``main(x) + x``."""
+    """Residual connection: returns ``main(x) + x``, for a module ``main`` that keeps the shape of x."""
 
     def __init__(self, main: nn.Module) -> None:
         super().__init__()
@@ -238,23 +248,28 @@ class Residual(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """``x + LiteMLA(x)``, then ``x + MBConv(x)``: what mixes pixels everywhere, and what mixes neighbours and channels.
+    """EfficientViT block (arXiv 2205.14756, section 3): ``x = x + LiteMLA(x)``, then ``x = x + MBConv(x)``.
 
-    The depthwise convolution has two places, each by its argument: ``scales`` are those of q, k and v inside the
-    attention (the paper's later versions and the published networks), ``dw_in_ffn`` is the 3×3 between the two
-    1×1 convolutions of the feed-forward network. There is no norm before either part: each ends in a BatchNorm.
+    The attention mixes all pixels; the MBConv is the feed-forward network and mixes channels and neighbouring pixels.
+    Depthwise convolutions can be in two places. ``scales`` are those on q, k and v in the attention (as in the later
+    versions of the paper and the published networks). ``dw_in_ffn`` is the 3×3 convolution between the two 1×1
+    convolutions of the feed-forward network. No norm precedes the two parts: each ends in a BatchNorm.
 
     Args:
-        in_channels: of the map, in and out.
-        head_dim, heads_ratio, scales, eps, backend: of :class:`LiteMLA`.
-        expand_ratio: hidden width of the feed-forward network over ``in_channels``: 4 in the B models, 6 in L.
-        dw_in_ffn: whether the feed-forward network has its depthwise convolution.
-        act: makes its activations.
-        norm_eps: of the BatchNorms.
-        device, dtype: of the parameters.
+        in_channels: channels of the input map and of the output map.
+        head_dim, heads_ratio, scales, eps, backend: as in :class:`LiteMLA`.
+        expand_ratio: hidden channels of the feed-forward network divided by ``in_channels``: 4 in the B models, 6 in
+            the L models.
+        dw_in_ffn: whether the feed-forward network has the depthwise convolution.
+        act: function without arguments that makes the activations of the feed-forward network.
+        norm_eps: epsilon of the BatchNorms.
+        device, dtype: device and dtype of the parameters.
 
-    The state_dict has "context_module.main" for the attention and "local_module.main" for the feed-forward network, as
-    the authors' code and timm have it.
+    In the state_dict the attention is "context_module.main" and the feed-forward network is "local_module.main", as in
+    the authors' code and in timm.
+
+    Raises:
+        ValueError: a setting is out of range, or the input of a call is not (B, in_channels, H, W).
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """When the modules of a transformer layer run as one op, :func:`mvkernels.patch_transformer_layer`.
 
-That op computes what its modules would, and calls none of them: so they have to be what they seem, without hooks. It is
-taken on a device where ``python -m mvkernels tune`` found it faster than the attention alone with PyTorch's norms and
-products around it, and inside :func:`fused_layers` wherever it can run.
+The op computes what the modules would compute, but does not call them. So the modules must be plain ones without hooks.
+The op is used on a device where ``python -m mvkernels tune`` found it faster than the fused attention with PyTorch's
+norms and matrix products around it, and inside :func:`fused_layers` wherever it can run.
 """
 
 from __future__ import annotations
@@ -35,10 +35,17 @@ wanted = _Wanted()
 
 @contextmanager
 def fused_layers(fuse: bool = True) -> Iterator[None]:
-    """Run this thread's transformer layers as one fused op wherever that gives the same; with False, nowhere.
+    """Context manager: run the transformer layers of this thread as one fused op each, where the result is the same.
 
-    Without it the device's measured configuration decides, and where nothing was measured they are not fused. Inside
-    ``torch.compile`` nothing was: there only this context fuses them. Nests.
+    It applies to MobileViT layers (:class:`PatchTransformer` and swapped models) on backend "triton". The fused op is
+    :func:`mvkernels.patch_transformer_layer`. A layer whose modules are not plain ones, or have hooks, is not fused.
+
+    Args:
+        fuse: True fuses the layers, False fuses none.
+
+    Outside of this context the measured configuration of the device decides (see ``python -m mvkernels tune``). Where
+    nothing was measured, and inside ``torch.compile``, layers are fused only inside this context. Contexts can be
+    nested: the innermost one counts.
     """
     before = wanted.value
     wanted.value = bool(fuse)
@@ -63,7 +70,7 @@ def fused_layer(
     dropouts: tuple[nn.Module | None, ...],
     backend: str | None,
 ) -> Tensor | None:
-    """The layer on x (B, H, W, C) as one op, or None if this call is the modules' own."""
+    """The result of the layer on x (B, H, W, C) by one op, or None if the modules have to be called."""
     if wanted.value is False or torch.compiler.is_exporting() or (wanted.value is None and x.is_cpu):
         return None
     compiling = torch.compiler.is_compiling()
@@ -97,7 +104,7 @@ def _parameters(
     norm1: Any, qkv: Any, proj: Any, norm2: Any, fc1: Any, activation: Any, fc2: Any,
     dropouts: tuple[nn.Module | None, ...], channels: int, heads: int,
 ) -> tuple[Any, ...] | None:  # fmt: skip
-    """The op's tensors after x, or None where the modules are not what the op computes."""
+    """The op's tensor arguments after x, or None if the modules compute something that the op does not."""
     linears = (*(qkv if isinstance(qkv, tuple) else (qkv,)), proj, fc1, fc2)
     if nn.modules.module._has_any_global_hook() or not all(_plain(m, nn.Linear) for m in linears):
         return None
@@ -140,7 +147,7 @@ def _is_silu(activation: Any) -> bool:
 
 
 def _plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Exactly this class, with the forward that it was written with, and nobody listening."""
+    """Whether the module has exactly this class, with the original forward and no hooks."""
     return type(module) is kind and kind.forward is _WRITTEN[kind] and _alone(module)
 
 
@@ -150,7 +157,7 @@ def _alone(module: nn.Module) -> bool:
 
 
 def _idle(module: Any) -> bool:
-    """A dropout that drops nothing now."""
+    """Whether the module is a dropout that is inactive now."""
     if type(module) is nn.Identity:
         return _plain(module, nn.Identity)
     return _plain(module, nn.Dropout) and (module.p == 0 or not module.training)

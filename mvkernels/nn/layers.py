@@ -1,4 +1,4 @@
-"""Small layers that Mobile-Former and other models are made of."""
+"""Small layers of Mobile-Former and other models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from torch.nn import functional as F
 
 
 class DropPath(nn.Module):
-    """In training, zeroes a residual branch of whole samples with probability ``p`` and scales up the others."""
+    """Drop path (stochastic depth): in training, sets whole samples of a residual branch to zero at random.
+
+    Args:
+        p: probability of dropping a sample, 0 <= p < 1. The samples that are kept are divided by ``1 - p``.
+
+    Raises:
+        ValueError: ``p`` is out of range.
+    """
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
@@ -32,10 +39,19 @@ class DropPath(nn.Module):
 
 
 class HeadwiseLinear(nn.Module):
-    """One Linear for each head, from its slice of the input to its slice of the output.
+    """A separate Linear for each head, from the head's slice of the input to the head's slice of the output.
 
-    The paper's equations write the projections of the tokens so; the authors' code has a full Linear in their
-    place. weight (out, in / heads), bias (out,).
+    The equations of Mobile-Former (arXiv 2108.05895, section 3.1) project the tokens this way; the authors' code has a
+    full Linear instead.
+
+    Args:
+        in_features, out_features: widths of the input and the output, multiples of ``heads``.
+        heads: number of heads.
+
+    The parameters are weight (out_features, in_features / heads) and bias (out_features,).
+
+    Raises:
+        ValueError: ``heads`` does not divide a width.
     """
 
     def __init__(self, in_features: int, out_features: int, heads: int) -> None:
@@ -59,14 +75,19 @@ class HeadwiseLinear(nn.Module):
 
 
 class DynamicReLU(nn.Module):
-    """DY-ReLU (arXiv 2003.10027) of two pieces without offsets, whose slopes a token says.
+    """Dynamic ReLU (DY-ReLU, arXiv 2003.10027) whose slopes are computed from a token.
 
-    With theta = hsig(fc2(relu(fc1(token)))), 2C numbers in [0, 1], of which the first half makes a1 and the
-    second a2::
+    It has two linear pieces without offsets. theta = hsig(fc2(relu(fc1(token)))) has 2C entries in [0, 1], where
+    hsig(u) = clamp(u + 3, 0, 6) / 6. Its first half theta₁ gives the slopes a1, its second half theta₂ the slopes a2::
 
         y = max(a1 x, a2 x),    a1 = 2 theta₁ in [0, 2],    a2 = 2 theta₂ - 1 in [-1, 1]
 
-    At theta = 1/2 this is ReLU. ``reduction`` divides ``token_dim`` for the hidden width.
+    With all entries of theta 1/2 this is ReLU.
+
+    Args:
+        channels: channels C of the map.
+        token_dim: width of the token.
+        reduction: ``token_dim`` divided by the hidden width of the two Linears.
     """
 
     def __init__(self, channels: int, token_dim: int, reduction: int = 4) -> None:

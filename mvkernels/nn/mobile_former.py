@@ -1,11 +1,11 @@
-"""Mobile-Former's sub-blocks: a feature map and a few tokens that tell each other what they know.
+"""The sub-blocks of Mobile-Former, which exchange information between a feature map and a few tokens.
 
-Chen et al., Mobile-Former (arXiv 2108.05895), section 3. A block runs :class:`MobileToFormer`, :class:`Former`,
-:class:`Mobile` or :class:`DownsampleMobile`, and :class:`FormerToMobile`, in this order.
+Source: Chen et al., Mobile-Former (arXiv 2108.05895), section 3. A Mobile-Former block runs :class:`MobileToFormer`,
+:class:`Former`, :class:`Mobile` or :class:`DownsampleMobile`, and :class:`FormerToMobile`, in this order.
 
-Maps are (B, C, H, W), channels-first or channels-last, and are handed to the kernels as views. Tokens are
-batch first, (B, M, token_dim): that is the kernels' (B, heads, M, head_dim) but for a view, and a sample's tokens lie
-together, as its map does. (The authors' code has them as (M, B, token_dim).)
+Maps are (B, C, H, W), channels-first or channels-last, and are passed to the kernels as views. Tokens are
+(B, M, token_dim), batch first; the authors' code has (M, B, token_dim). So the (B, heads, M, head_dim) of the kernels
+is a view of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mvkernels.ops.mobile_to_former import mobile_to_former
 
 
 class _Bridge(nn.Module):
-    """What the two directions share: sizes, their checks, and the tokens' projections."""
+    """What the two directions share: sizes, checks and projections of the tokens."""
 
     def __init__(self, channels: int, token_dim: int, heads: int, headwise: bool, backend: str | None) -> None:
         super().__init__()
@@ -60,29 +60,31 @@ class _Bridge(nn.Module):
 
 
 class MobileToFormer(_Bridge):
-    """Mobile→Former: the tokens look at the map, which is key and value as it is.
+    """Mobile→Former bridge: cross-attention from the tokens to the map (arXiv 2108.05895, section 3.1, equation 1).
 
-    With h heads over the channels of x, and hsig(u) = clamp(u + 3, 0, 6) / 6::
+    The map is both key and value, without projections. Its channels are split into ``heads`` heads. With
+    hsig(u) = clamp(u + 3, 0, 6) / 6::
 
         out = mobile_to_former(query(tokens), x)
         out = out * 2 * hsig(gate(tokens))                if gate
         tokens = norm(tokens + drop_path(proj(out)))
 
     Args:
-        channels: of the map, a multiple of ``heads``.
+        channels: channels of the map, a multiple of ``heads``.
         token_dim: width of a token.
-        heads: attention heads.
-        gate: whether what the tokens have seen is gated before ``proj``, by the tokens as they came in. The
-            authors' networks have it, the paper does not.
-        headwise: project each head's slice of a token by itself, as the paper's equations do, instead of the
-            whole token; needs a ``token_dim`` that is a multiple of ``heads``.
+        heads: number of attention heads.
+        gate: whether the result of the attention is multiplied, before ``proj``, by a gate that is computed from the
+            input tokens. The authors' networks have this gate; the paper does not.
+        headwise: whether each head has its own projection of its slice of a token, as in the equations of the paper,
+            instead of one projection of the whole token. Needs a ``token_dim`` that is a multiple of ``heads``.
         drop_path: probability of dropping the residual branch of a sample in training.
         norm_eps: epsilon of the LayerNorm.
-        backend: handed to :func:`mvkernels.mobile_to_former`.
-        device, dtype: of the parameters.
+        backend: passed to :func:`mvkernels.mobile_to_former`.
+        device, dtype: device and dtype of the parameters.
 
-    Raises ValueError for settings that do not fit, and for inputs that are not (B, channels, H, W) and
-    (B, M, token_dim).
+    Raises:
+        ValueError: a setting is out of range, or the inputs of a call are not (B, channels, H, W) and
+            (B, M, token_dim).
     """
 
     def __init__(
@@ -118,20 +120,26 @@ class MobileToFormer(_Bridge):
 
 
 class FormerToMobile(_Bridge):
-    """Former→Mobile: every pixel looks at the tokens, and what it sees is added to it.
+    """Former→Mobile bridge: cross-attention from the pixels to the tokens (arXiv 2108.05895, section 3.1, equation 2).
 
-    With h heads over the channels of x, and hsig(u) = clamp(u + 3, 0, 6) / 6::
+    The result is added to the map. The pixels are the queries, without a projection, and the result is not projected
+    either. The channels of the map are split into ``heads`` heads. With hsig(u) = clamp(u + 3, 0, 6) / 6::
 
         v = value(tokens) * 2 * hsig(gate(tokens))        if gate, else value(tokens)
         x = x + drop_path(former_to_mobile(x, key(tokens), v))
 
-    The pixels are not projected, neither as queries nor as what comes out. The arguments are those of
-    :class:`MobileToFormer`; ``gate`` is a branch of the authors' code that their networks leave out. Where there
-    is nothing between the attention and the sum (no active drop path, no autocast, under which the sum has the
-    map's precision) one kernel does both.
+    One kernel computes the attention and the sum, unless the drop path is active or autocast is on: under autocast the
+    sum has the precision of the map, and the attention a lower one.
 
-    Raises ValueError for settings that do not fit, and for inputs that are not (B, channels, H, W) and
-    (B, M, token_dim).
+    Args:
+        channels, token_dim, heads, headwise, drop_path, device, dtype: as in :class:`MobileToFormer`.
+        gate: whether the values are multiplied by a gate that is computed from the tokens. The authors' code has this
+            option; their networks do not use it.
+        backend: passed to :func:`mvkernels.former_to_mobile`.
+
+    Raises:
+        ValueError: a setting is out of range, or the inputs of a call are not (B, channels, H, W) and
+            (B, M, token_dim).
     """
 
     def __init__(
@@ -154,7 +162,7 @@ class FormerToMobile(_Bridge):
         self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x (B, channels, H, W), tokens (B, M, token_dim) -> (B, channels, H, W), laid out as x."""
+        """x (B, channels, H, W), tokens (B, M, token_dim) -> (B, channels, H, W), in the memory layout of x."""
         self._check(x, tokens)
         key, value = self.key(tokens), self.value(tokens)
         if self.gate is not None:
@@ -177,9 +185,9 @@ def add_attention(
     drop_path: nn.Module | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x + drop_path(what each pixel of x sees of the tokens), in one kernel where that is the same.
+    """x + drop_path(attention of the pixels of x over the tokens), in one kernel where that gives the same result.
 
-    x (B, C, H, W), key and value (B, heads, M, C / heads) -> (B, C, H, W), laid out as x.
+    x (B, C, H, W), key and value (B, heads, M, C / heads) -> (B, C, H, W), in the memory layout of x.
     """
     heads = key.shape[1]
     device = x.device.type
@@ -195,9 +203,10 @@ def add_attention(
 
 
 class Former(nn.Module):
-    """Former: the tokens look at each other; a feed-forward network; a LayerNorm after either.
+    """Former: self-attention of the tokens and a feed-forward network (arXiv 2108.05895, section 3.1).
 
-    The tokens are key and value as they are, with h heads of token_dim / h::
+    A LayerNorm follows each of the two. The tokens are key and value without projections. With h heads of
+    token_dim / h channels, and hsig(u) = clamp(u + 3, 0, 6) / 6::
 
         out = softmax(query(tokens) tokensᵀ / sqrt(token_dim / h)) tokens
         out = out * 2 * hsig(gate(tokens))                if gate
@@ -206,12 +215,16 @@ class Former(nn.Module):
 
     Args:
         token_dim: width of a token, a multiple of ``heads``.
-        heads: attention heads; the authors' networks have 4 here and 2 in the bridges.
-        ffn_ratio: hidden width of the feed-forward network over ``token_dim``; 0 for none.
-        gate: a branch of the authors' code that their networks leave out.
-        drop_path: probability of dropping the attention's branch of a sample in training.
+        heads: number of attention heads. The authors' networks have 4 here and 2 in the bridges.
+        ffn_ratio: hidden width of the feed-forward network divided by ``token_dim``; 0 for no feed-forward network.
+        gate: whether the result of the attention is multiplied by a gate that is computed from the tokens. The authors'
+            code has this option; their networks do not use it.
+        drop_path: probability of dropping the attention branch of a sample in training.
         norm_eps: epsilon of the LayerNorms.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     def __init__(
@@ -258,16 +271,18 @@ class Former(nn.Module):
 
 
 class Mobile(nn.Module):
-    """Mobile at one resolution: an inverted residual whose activations follow a token.
+    """Mobile: an inverted residual with dynamic ReLU, at stride 1 (arXiv 2108.05895, section 3.1).
 
-    1×1, BN, DY-ReLU; depthwise 3×3, BN, DY-ReLU; 1×1, BN; and the input is added where the widths are equal.
+    The layers are: 1×1 convolution, BatchNorm, DY-ReLU; depthwise 3×3 convolution, BatchNorm, DY-ReLU; 1×1 convolution,
+    BatchNorm. The input is added if ``in_channels`` equals ``out_channels``. The slopes of each
+    :class:`DynamicReLU` are computed from a token.
 
     Args:
-        in_channels, out_channels: of the map.
-        expansion: hidden width over ``in_channels``.
-        token_dim: width of the token that says the slopes.
-        groups: of the 1×1 convolutions, whose outputs are then shuffled across groups.
-        drop_path: probability of dropping the branch of a sample in training.
+        in_channels, out_channels: channels of the input and output maps.
+        expansion: hidden channels divided by ``in_channels``.
+        token_dim: width of the token.
+        groups: groups of the 1×1 convolutions. With more than one, the channels are shuffled after each of them.
+        drop_path: probability of dropping the residual branch of a sample in training.
     """
 
     def __init__(
@@ -302,15 +317,18 @@ class Mobile(nn.Module):
 
 
 class DownsampleMobile(nn.Module):
-    """Mobile that halves the resolution: two depthwise and two 1×1 convolutions, the second pair a residual.
+    """The downsampling variant of Mobile, which halves the resolution (arXiv 2108.05895, section 3).
 
-    Depthwise 3×3 of stride 2 that widens, BN, DY-ReLU; 1×1, BN, without activation; then added to it:
-    depthwise 3×3 that widens, BN, DY-ReLU; 1×1, BN. H and W become ceil(H / 2) and ceil(W / 2).
+    The first half is a depthwise 3×3 convolution of stride 2 that widens the map, BatchNorm, DY-ReLU, 1×1 convolution,
+    BatchNorm. The second half is a residual branch on the result: a depthwise 3×3 convolution that widens the map,
+    BatchNorm, DY-ReLU, 1×1 convolution, BatchNorm. H and W become ceil(H / 2) and ceil(W / 2).
 
     Args:
-        in_channels, out_channels: of the map.
-        expansion: hidden widths over ``in_channels`` and over ``out_channels``.
-        token_dim, groups, drop_path: as in :class:`Mobile`; with groups the widened maps are shuffled.
+        in_channels, out_channels: channels of the input and output maps.
+        expansion: two numbers: hidden channels of the first half divided by ``in_channels``, and hidden channels of
+            the second half divided by ``out_channels``.
+        token_dim, drop_path: as in :class:`Mobile`.
+        groups: groups of the 1×1 convolutions. With more than one, the channels of the widened maps are shuffled.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""MobileViT's transformer stack on a map that stays channels-last: no unfold, no fold, no permute copy.
+"""The transformer of MobileViT on a channels-last map, without unfold, fold or permute copies.
 
-LayerNorm, the projections and the feed-forward network treat every pixel alike; only attention knows
-of patches, and it reads and writes the map in place.
+LayerNorm, the projections and the feed-forward network work on each pixel separately. Only the attention depends on
+the patches, and its kernel reads and writes the map in place.
 """
 
 from __future__ import annotations
@@ -38,19 +38,36 @@ def patch_transformer_layer(
     out_dropout: nn.Module | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One pre-norm layer with the parameters of the modules given; it keeps no state of its own.
+    """One pre-norm transformer layer of MobileViT (arXiv 2110.02178, section 3.1), given the modules of the layer.
 
-    x is a dense (B, H, W, C) and so is the result; or tokens (B, N, C), which all attend to each other in plain
-    PyTorch, as :func:`gather_groups` lays them for an export::
+    It computes::
 
         x = x + proj_dropout(proj(attention(qkv(norm1(x)))))
         x = x + out_dropout(fc2(hidden_dropout(activation(fc1(norm2(x))))))
 
-    ``qkv`` is one Linear whose rows are [q | k | v] with the heads contiguous inside each, or three
-    Linears; three run as one matrix product, and only their weights and biases are read, they are not
-    called. All else is called on (B, H, W, channels), unless the device was measured to be faster with the whole layer
-    as one op (or :func:`fused_layers` asks for it), and the modules are plain ones with nobody listening. Errors are
-    those of :func:`mvkernels.patch_attention` and of the modules.
+    where ``attention`` is :func:`mvkernels.patch_attention`. The modules are called on (B, H, W, channels). The whole
+    layer runs as one op, :func:`mvkernels.patch_transformer_layer`, without calls of the modules, if they are plain
+    ones without hooks and either this was measured to be faster on the device or :func:`fused_layers` asks for it.
+
+    Args:
+        x: channels-last map (B, H, W, C), contiguous. Or tokens (B, N, C), which all attend to each other in plain
+            PyTorch; exported models use this form.
+        norm1, norm2: norms over C, before the attention and before the feed-forward network.
+        qkv: one Linear from C to 3C whose rows are [q | k | v], with the rows of a head contiguous in each of the
+            three. Or three Linears from C to C: they run as one matrix product of their joined weights, and their
+            forwards and hooks are not called.
+        proj: Linear from C to C after the attention.
+        fc1, activation, fc2: the feed-forward network.
+        heads: number of attention heads, a divisor of C.
+        patch_size: pair (ph, pw), each at least 1.
+        scale: factor of the attention scores, ``(C / heads) ** -0.5`` by default.
+        proj_dropout, hidden_dropout, out_dropout: dropout modules, or None.
+        backend: passed to :func:`mvkernels.patch_attention`.
+
+    Returns:
+        The same shape and memory layout as x.
+
+    The errors are those of :func:`mvkernels.patch_attention` and of the modules.
     """
     if (wanted.value or not x.is_cpu) and x.dim() == 4:
         dropouts = (proj_dropout, hidden_dropout, out_dropout)
@@ -85,7 +102,7 @@ def patch_transformer_layer(
 def _among_tokens(
     x: Tensor, qkv: nn.Linear | tuple[nn.Linear, nn.Linear, nn.Linear], heads: int, scale: float | None
 ) -> Tensor:
-    """(B, N, C) -> (B, N, C): attention among all tokens, of ops that every converter knows."""
+    """(B, N, C) -> (B, N, C): attention between all tokens, with ops that every converter supports."""
     if isinstance(qkv, tuple):  # three products: joined weights would be no constants to a converter
         query, key, value = (m(x).unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for m in qkv)
     else:
@@ -100,8 +117,7 @@ def _among_tokens(
 def gather_groups(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Map (B, C, H, W) -> (B * ph * pw, N, C), the pixels of each group; the patch divides H and W.
 
-    What an exported graph does once before the layers, in one transposition, instead of once in each: its runtime
-    has no kernel that reads the groups in place.
+    An exported graph does this once before the layers, because its runtime has no kernel that reads the groups in place.
     """
     ph, pw = patch_size
     b, c, height, width = x.shape
@@ -159,28 +175,30 @@ class _Layer(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """MobileViT's transformer: ``depth`` pre-norm layers of patch attention and feed-forward, and a LayerNorm.
+    """The transformer of a MobileViT block (arXiv 2110.02178, section 3.1), on a feature map.
 
-    Takes and returns a map (B, dim, H, W), of any strides; the result lies in channels-last memory if
-    the input does, else it is contiguous (one conversion on entry and one on exit; none inside, and
-    none at all for a channels-last map). H and W need not be multiples of the patch.
+    It has ``depth`` pre-norm layers, each with patch attention and a feed-forward network, and a LayerNorm at the end.
+    Input and output are maps (B, dim, H, W). The input may have any strides. The output is in channels-last memory if
+    the input is, else it is contiguous. A channels-last map is not copied; any other map is converted once before the
+    layers and once after them. H and W need not be multiples of the patch.
 
     Args:
-        dim: channels, a multiple of ``heads``.
+        dim: channels of the map, a multiple of ``heads``.
         depth: number of layers.
-        heads: attention heads.
-        ffn_dim: width of the feed-forward network, ``2 * dim`` by default.
-        patch_size: an int or a pair; pixels with the same place in their patch attend to each other.
-        dropout: probability after the projection and after both layers of the feed-forward network. There
-            is none on the attention probabilities: the fused kernels do not form them.
-        norm_eps: epsilon of every LayerNorm.
-        activation: an element-wise module class, called without arguments for each layer.
+        heads: number of attention heads.
+        ffn_dim: hidden width of the feed-forward network, ``2 * dim`` by default.
+        patch_size: an int or a pair (ph, pw). Pixels with the same position in their patch attend to each other.
+        dropout: dropout probability after the projection and after both layers of the feed-forward network. There is
+            no dropout on the attention probabilities, because the fused kernels do not store them.
+        norm_eps: epsilon of all LayerNorms.
+        activation: class of an element-wise activation module. It is called without arguments, once for each layer.
         final_norm: whether a LayerNorm follows the last layer.
-        backend: handed to :func:`mvkernels.patch_attention`.
-        device, dtype: of the parameters.
+        backend: passed to :func:`mvkernels.patch_attention`.
+        device, dtype: device and dtype of the parameters.
 
-    Raises TypeError or ValueError for settings that do not fit, and ValueError for an input that is not
-    (B, dim, H, W).
+    Raises:
+        TypeError: ``patch_size`` has the wrong type.
+        ValueError: a setting is out of range, or the input of a call is not (B, dim, H, W).
     """
 
     def __init__(

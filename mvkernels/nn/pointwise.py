@@ -1,7 +1,7 @@
-"""1×1 convolutions as matrix products that change the memory layout on their way.
+"""1×1 convolutions as matrix products that also change the memory layout.
 
-A transposed operand costs a matrix product nothing, so going from NCHW to channels-last memory (or
-back) through a 1×1 convolution needs no permute copy.
+A matrix product can read a transposed operand at no extra cost. So a 1×1 convolution can go from NCHW to channels-last
+memory, or back, without a permute copy.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ from torch.nn import functional as F
 
 
 def pointwise_to_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1×1 convolution of x (B, C, H, W), any strides, into a dense (B, H, W, D).
+    """1×1 convolution from a map (B, C, H, W) to channels-last.
 
-    weight (D, C, 1, 1) and bias (D,) are those of an ``nn.Conv2d``; one floating dtype.
+    Args:
+        x: (B, C, H, W), any strides.
+        weight: (D, C, 1, 1), the weight of an ``nn.Conv2d``.
+        bias: (D,), or None.
+
+    Returns:
+        (B, H, W, D), contiguous. All tensors have one floating dtype.
     """
     batch, channels, height, width = x.shape
     matrix = weight.flatten(1)
@@ -33,11 +39,16 @@ def pointwise_to_channels_last(x: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def pointwise_to_channels_first(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """1×1 convolution of x, a dense (B, H, W, D), into (B, C, H, W).
+    """1×1 convolution from a channels-last map (B, H, W, D) to (B, C, H, W).
 
-    weight (C, D, 1, 1) and bias (C,) are those of an ``nn.Conv2d``; one floating dtype. The result is
-    contiguous, or in channels-last memory if the weight is: the layout that the convolution itself
-    gives for a contiguous input.
+    Args:
+        x: (B, H, W, D), contiguous.
+        weight: (C, D, 1, 1), the weight of an ``nn.Conv2d``.
+        bias: (C,), or None.
+
+    Returns:
+        (B, C, H, W). It is contiguous, or in channels-last memory if the weight is channels-last: the layout that
+        ``nn.Conv2d`` gives for a contiguous input. All tensors have one floating dtype.
     """
     batch, height, width, channels = x.shape
     matrix = weight.flatten(1)
@@ -77,7 +88,7 @@ class _LaidAsInput(torch.autograd.Function):
 
 
 def gradient_laid_as_input(x: Tensor) -> Tensor:
-    """x, a map (B, C, H, W), such that its gradient lies in memory as a contiguous x does.
+    """A contiguous map x (B, C, H, W) unchanged, but with a gradient that is made contiguous too.
 
     PyTorch's batch norm returns wrong gradients on the CPU where its input is contiguous and the gradient of its output
     is dense in another order with an axis of 1 whose stride does not go with it (seen in 2.13): a batch of one under

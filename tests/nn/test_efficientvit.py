@@ -148,7 +148,7 @@ def test_backend_copy_and_pickle():
     "settings, match",
     [
         ({"head_dim": 0}, "head_dim is 0"),
-        ({"head_dim": 32}, "leaves no head"),
+        ({"head_dim": 32}, "gives no heads"),
         ({"heads": 0}, "heads is 0"),
         ({"out_channels": 0}, "out_channels is 0"),
         ({"scales": (5, 2)}, r"scales is \(5, 2\), want odd"),
