@@ -117,7 +117,7 @@ def _among_tokens(
 def gather_groups(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Map (B, C, H, W) -> (B * ph * pw, N, C), the pixels of each group; the patch divides H and W.
 
-    An exported graph does this once before the layers, because its runtime has no kernel that reads the groups in place.
+    An exported graph does this once before the layers: its runtime has no kernel that reads the groups in place.
     """
     ph, pw = patch_size
     b, c, height, width = x.shape
