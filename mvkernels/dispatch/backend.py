@@ -187,7 +187,7 @@ def _log_once(op: str, backend: str, reason: str) -> None:
     key = (op, backend, reason)
     if key not in _logged:
         _logged.add(key)
-        _log.warning("%s: not on %s: %s", op, backend, reason)
+        _log.warning("%s: backend %s cannot run this: %s", op, backend, reason)
 
 
 def can_run(op: str = "", *args: Any, **kwargs: Any) -> tuple[bool, str]:

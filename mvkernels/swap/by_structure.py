@@ -1,7 +1,7 @@
-"""Modules of published code that is no package: asking what a module computes.
+"""Modules of published code that is not a package: testing what a module computes.
 
-People copy such code, so that its classes have no name that could be relied on. A module is recognised by what it
-holds, and then asked: a copy with random weights has to compute the known formula.
+Such code is copied between projects, so the names of its classes are not reliable. A module is recognised by its
+attributes and children. Then it is tested: a copy with random weights has to compute the known formula.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mvkernels.swap.eligibility import class_name
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import swapped_class
 
-# Answers are compared in float64: on numbers of about one, and on large ones, where all but nothing hangs on rounding.
+# Results are compared in float64: on numbers of about one, and with a larger tolerance on large ones.
 _TOLERANCE = 1e-9
 _LARGE, _ALIKE = 4.0, 1e-4
 
 
 def holds_something_else(module: nn.Module, known: Sequence[str], what: str = "it") -> str:
-    """Children that the known formula has no place for: a dropout may be inactive when the module is asked."""
+    """The module must have no other children than ``known``: a dropout, say, may be inactive while it is tested."""
     for name, child in module._modules.items():
         if name not in known and child is not None:
-            return f"{what} holds {name}, a {class_name(type(child))}, which the known formula has no place for"
+            return f"{what} has a child {name}, a {class_name(type(child))}, that the known formula does not contain"
     return ""
 
 
@@ -40,22 +40,22 @@ def computes_something_else(
     beside: Sequence[str] = (),
     quiet: Callable[[Any], Any] | None = None,
 ) -> str:
-    """Ask the module's own forward, at rest and in training mode, on small examples, with weights that hide nothing.
+    """Compare the module's own forward with the fused form on small random examples, in eval and in training mode.
 
-    Then again with large weights and inputs, so that a clamp somewhere inside is reached. They make sharp decisions
-    of small differences: the answers need only be alike.
+    Then again with large weights and inputs, to reach a clamp that may be inside. There a softmax amplifies small
+    differences, so the tolerance is larger.
 
     Args:
-        module: asked by a copy of it, in float64, on the CPU and without its hooks.
-        form: its fused form.
-        inputs: what its forward takes, in float64, a tensor or a tuple of tensors; a list of several.
+        module: the module to test. A copy of it is run in float64, on the CPU and without hooks.
+        form: the fused form.
+        inputs: list of example inputs in float64; each is a tensor or a tuple of tensors.
         fused: the fused computation, called with the copy as a swapped module and one of the inputs.
-        shape: what its forward returns, if that is a tuple: a name for each entry.
-        beside: parts that both call as they are and that the copy does without.
-        quiet: called with the copy in training mode, to still the random parts that a swapped module leaves to the
-            original or calls itself.
+        shape: if the forward returns a tuple: a name for each of its entries.
+        beside: parts that both forms call unchanged; they are left out of the copy.
+        quiet: called with the copy in training mode, to switch off the random parts (dropout, drop path) that a swapped
+            module calls itself or leaves to the original.
 
-    Returns the reason against swapping it, empty if there is none.
+    Returns the reason against a swap; empty if there is none.
     """
     try:
         twin: Any = copy.deepcopy(module).to_empty(device="cpu").double()
@@ -83,7 +83,7 @@ def computes_something_else(
 
 
 def _drawn(twin: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, tensor and random numbers for it, of all parameters and buffers; the same every time."""
+    """(name, tensor, random numbers of its shape) of all parameters and buffers. The seed is fixed."""
     generator = torch.Generator().manual_seed(0)
     return [
         (name, value, 0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu"))
@@ -115,12 +115,12 @@ def _differs(twin: Any, form: type, example: Any, fused: Any, shape: Sequence[st
     if not shape:
         actual, expected = [actual], [expected]
     elif not isinstance(expected, tuple) or len(expected) != len(shape):
-        return f"its forward does not return ({', '.join(shape)})"
+        return f"its forward does not return a tuple ({', '.join(shape)})"
     for result, theirs in zip(actual, expected):
         ours = result.tensor if isinstance(result, LaterTensor) else result
         if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-            return "its forward does not return what the known formula does"
-        # NaN and infinite ones are not alike.
+            return "its forward does not return a tensor of the shape that the known formula gives"
+        # NaN and infinite values count as different.
         if not float((ours - theirs).abs().max()) <= tolerance * max(1.0, float(theirs.abs().max())) < math.inf:
-            return "its forward computes something else than the known formula"
+            return "its forward computes something other than the known formula"
     return ""

@@ -1,8 +1,8 @@
-"""What makes a module one that a fused block may compute in place of the original.
+"""Checks of whether a fused block computes the same as the module in question.
 
-A check answers with a reason, or with an empty string, so that checks chain with ``or``. They run
-before every call of a swapped block (hooks, adapters and training mode come and go), so they are
-attribute reads and comparisons, and nothing that torch.compile could not trace.
+A check returns the reason against it as a string, or an empty string, so checks can be chained with ``or``. Hooks,
+adapters and training mode can change at any time, so the checks run before every call of a swapped block. They are
+attribute reads and comparisons only, which torch.compile can trace.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DENSE = (Tensor, nn.Parameter)
 
 
 def class_name(kind: type) -> str:
-    """The name that tells a class from others called alike: ``torch.nn.Linear``, ``peft.tuners.lora.layer.Linear``."""
+    """The name of a class with its module: ``torch.nn.Linear``, ``peft.tuners.lora.layer.Linear``."""
     if kind.__module__ == "builtins":
         return kind.__qualname__
     for package, said in ((nn, "torch.nn"), (torch, "torch")):  # where users know it from
@@ -66,18 +66,18 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
 
 
 def not_exactly(module: nn.Module, original: type[nn.Module]) -> str:
-    """``module`` must be an ``original`` and nothing made from it."""
+    """``module`` must be exactly an ``original``: not of a subclass, and not parametrized."""
     kind = type(module)
     if kind is original:
         return ""
     if parametrize.is_parametrized(module) and kind.__mro__[1] is original:
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         return f"its {names} is parametrized (torch.nn.utils.parametrize): swap the model first, then parametrize it"
-    return f"{class_name(kind)} is a subclass of {class_name(original)}, which may compute something else"
+    return f"its class {class_name(kind)} is a subclass of {class_name(original)} and may compute something different"
 
 
 def sharded(module: nn.Module) -> str:
-    """fully_shard gives a module another class, and the parameters of all in it another one; a swap goes before it."""
+    """A swap must come before fully_shard, which changes the classes of the module and of its parameters."""
     bases = type(module).__mro__
     if any(base.__name__ == "FSDPModule" and base.__module__.startswith("torch.distributed") for base in bases):
         return "fully_shard has sharded it: swap the model first, then shard it"
@@ -87,15 +87,18 @@ def sharded(module: nn.Module) -> str:
 
 
 class _Written:
-    """The methods that classes were written with, as attributes: a compiled model guards those that it asked for, where
-    it would guard the length of a dictionary, and be compiled anew when another class came in."""
+    """The original methods of classes, as attributes and not in a dictionary.
+
+    A compiled model guards the attributes that it reads, but it would guard the length of a dictionary, and would be
+    compiled again for each class that is added.
+    """
 
 
 _written = _Written()
 
 
 def replaced(kind: type, *methods: str) -> str:
-    """Nobody may have put another method in the place of one that the class was written with."""
+    """The methods of the class must be the original ones."""
     for name in methods:
         method = getattr(kind, name)
         key = f"{name}_{id(kind)}"
@@ -103,16 +106,16 @@ def replaced(kind: type, *methods: str) -> str:
             if torch.compiler.is_compiling():  # a model unpickled and compiled at once
                 continue
             if method is not _as_written(kind, name):
-                return f"{class_name(kind)} has had its {name} replaced"
+                return f"{class_name(kind)} has a replaced {name}"
             setattr(_written, key, method)
             setattr(_written, f"class_{id(kind)}", kind)  # kept, so that no other has its number
         if method is not getattr(_written, key):
-            return f"{class_name(kind)} has had its {name} replaced"
+            return f"{class_name(kind)} has a replaced {name}"
     return ""
 
 
 def _as_written(kind: type, name: str) -> Any:
-    """The method of the class, or None if what stands there was written elsewhere: its name or its file says so."""
+    """The method of the class, or None if its name or its file shows that it is not the original one."""
     owner = next(base for base in kind.__mro__ if name in base.__dict__)
     method = owner.__dict__[name]
     package = owner.__module__.partition(".")[0]
@@ -129,24 +132,24 @@ def _as_written(kind: type, name: str) -> Any:
 
 
 def not_hooked(module: nn.Module, what: str) -> str:
-    """Nobody may listen to, or have replaced, a forward that the fused block does not call."""
+    """The module must have no hooks and no replaced forward, because the fused block does not call its forward."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{what} has a hook"
     if "forward" in module.__dict__:
-        return f"{what} has had its forward replaced"
+        return f"{what} has a replaced forward"
     return ""
 
 
 def not_its_own(module: Any, *methods: str) -> str:
-    """Nobody may have put a method on the module itself."""
+    """The module must not have methods of its own, in place of those of its class."""
     for name in methods:
         if name in module.__dict__:
-            return f"it has had its {name} replaced"
+            return f"it has a replaced {name}"
     return ""
 
 
 def not_number(value: Any, what: str) -> str:
-    """A plain number: a tensor in its place may have a gradient, or a value for each head."""
+    """The value must be a plain number: a tensor may have a gradient, or a different value for each head."""
     return "" if type(value) in (float, int) else f"{what} is a {class_name(type(value))}, want a number"
 
 
@@ -157,16 +160,16 @@ def not_linear(module: Any, like: Tensor | None, what: str) -> str:
         return reason
     weight, bias = module.weight, module.bias
     if weight.dtype != like.dtype or weight.device != like.device:
-        return f"{what} has another dtype or device than the rest"
+        return f"the weight of {what} has another dtype or device than the rest of the module"
     if bias is not None and (bias.dtype != like.dtype or bias.device != like.device):
-        return f"{what} has a bias of another dtype or device than the rest"
+        return f"the bias of {what} has another dtype or device than the rest of the module"
     return not_dense(weight, what)
 
 
 def not_dense(weight: Tensor, what: str) -> str:
-    """A weight of no kind of its own: quantized ones are."""
+    """The weight must be a plain tensor. Quantized weights, for example, have another class."""
     if type(weight) not in _DENSE and not torch.compiler.is_compiling():
-        return f"{what} has a {class_name(type(weight))} as weight"
+        return f"the weight of {what} is a {class_name(type(weight))}, want a plain tensor"
     return ""
 
 
@@ -181,7 +184,7 @@ def not_pointwise_conv(module: Any, what: str) -> str:
         or module.padding not in ((0, 0), 0, "valid", "same")
         or module.groups != 1
     ):
-        return f"{what} is not a plain 1x1 convolution"
+        return f"{what} is not a 1x1 convolution with stride 1, no padding and one group"
     return ""
 
 
@@ -194,7 +197,7 @@ def not_layer_norm(module: Any, dim: int, what: str) -> str:
 
 
 def not_elementwise(module: Any, what: str) -> str:
-    """An activation known to treat every element alike, whatever the shape."""
+    """The activation must be one that is known to be element-wise."""
     kind = type(module)
     if kind not in ELEMENTWISE and (kind.__module__ not in _ELEMENTWISE_FILES or kind.__name__ == "PReLU"):
         return f"{what} is a {class_name(kind)}, not known to be element-wise"
@@ -202,10 +205,11 @@ def not_elementwise(module: Any, what: str) -> str:
 
 
 def drops_attention(attention: Any, dropout: Any) -> str:
-    """Dropout on the attention probabilities, which the fused kernel does not form, is allowed at rest only.
+    """Dropout on the attention probabilities must be inactive: the fused kernel does not form these probabilities.
 
-    Where the original calls scaled_dot_product_attention it is the attention's mode that counts, else the dropout's.
-    Asked in calls and not in a swap, whose answer does not depend on the mode. So is :func:`drops_path`.
+    If the original calls scaled_dot_product_attention, the training mode of the attention counts, else that of the
+    dropout. Like :func:`drops_path`, this is checked in each call and not by ``swap``, whose result does not depend on
+    the mode.
     """
     if dropout.p > 0 and (dropout.training or attention.training):
         return f"dropout on the attention probabilities (p={dropout.p}) is active in training mode"
@@ -213,7 +217,7 @@ def drops_attention(attention: Any, dropout: Any) -> str:
 
 
 def drops_path(module: Any, rate: str = "drop_prob") -> str:
-    """A drop path drops whole samples of what the original makes, which the fused form has no place for."""
+    """Drop path must be inactive: it drops whole samples inside the block, which the fused form does not do."""
     probability = getattr(module, rate, None)
     if module.training and probability:
         return f"drop path (p={probability}) is active in training mode"
@@ -221,7 +225,7 @@ def drops_path(module: Any, rate: str = "drop_prob") -> str:
 
 
 def unusual_call(x: Any, axes: int = 4) -> str:
-    """Calls that are left to the original: odd inputs, and transforms that the fused kernels have no rule for."""
+    """Why a call needs the original forward: an unusual input, or a transform that the fused kernels do not support."""
     if not isinstance(x, Tensor) or x.dim() != axes:
         return symbolic(x) or f"the input is not a {axes}-D tensor"
     if torch.compiler.is_compiling():
@@ -229,7 +233,7 @@ def unusual_call(x: Any, axes: int = 4) -> str:
     if nn.modules.module._has_any_global_hook():
         return "global module hooks are registered"
     if type(x) not in _DENSE and type(x).__name__ != "FakeTensor":
-        return f"the input is a {class_name(type(x))}"
+        return f"the input is a {class_name(type(x))}, want a plain torch.Tensor"
     if torch.jit.is_tracing():
         return "torch.jit.trace is running"
     if torch._C._are_functorch_transforms_active():
@@ -240,23 +244,23 @@ def unusual_call(x: Any, axes: int = 4) -> str:
 
 
 def symbolic(*given: Any) -> str:
-    """What torch.fx.symbolic_trace puts in the place of tensors has no sizes to ask for."""
+    """Under torch.fx.symbolic_trace, proxies without known sizes stand for the tensors."""
     return "torch.fx is tracing it" if any(isinstance(x, torch.fx.Proxy) for x in given) else ""
 
 
 def asked(why_not: Callable[[Any], str], module: Any) -> str:
-    """``why_not(module)``; where it misses a part that it looks for, that is the reason."""
+    """``why_not(module)``. If it raises AttributeError because a part is missing, this is the reason."""
     try:
         return why_not(module)
     except AttributeError as error:
-        return f"a part that the fused form looks for is not there: {error}"
+        return f"a part that the fused form needs is missing: {error}"
 
 
 def log_once(module: object, reason: str) -> None:
-    """Say once for each class and reason that a swapped module (or its processor) takes its original forward."""
+    """Log once for each class and reason that a swapped module (or its processor) runs its original forward."""
     if torch.compiler.is_compiling():
         return
     key = (type(module).__name__, reason)
     if key not in _logged:
         _logged.add(key)
-        _log.warning("%s takes its original forward: %s", *key)
+        _log.warning("%s runs its original forward: %s", *key)

@@ -1,4 +1,4 @@
-"""Finding attention modules, and giving them a fused class."""
+"""``swap``: finds the attention modules of a model and gives them a fused class."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 @dataclass(frozen=True)
 class Family:
-    """A third party's class, known by name, so that its package is imported only once a model has brought it."""
+    """A class of another package, known by its name. So the package is imported only if a model uses it."""
 
     source: str
     """The module that defines the class."""
@@ -33,34 +33,34 @@ class Family:
     adapter: str
     """The file of families/ that has ``SWAPPED``, the fused form, and ``why_not(module) -> str``."""
     parameters: tuple[str, ...] | None = None
-    """The names that its forward takes beside self, where that is more than one."""
+    """The names of the forward's parameters after self, if it has more than one."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Modules of published code that is no package, known by what they hold, whatever their class is called."""
+    """Modules of published code that is not a package, recognised by their attributes, whatever the class name."""
 
     holds: frozenset[str]
-    """Names of attributes and children that a module has if it is one of these."""
+    """Names of attributes and children that such a module has."""
     adapter: str
     """The file of families/ that has ``form(module)``, the fused one, and ``why_not(module, model) -> str``."""
     parameters: tuple[str, ...] | None = None
-    """As of :class:`Family`."""
+    """As in :class:`Family`."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A third party's class that leaves its work to a processor object, which is exchanged; the class stays."""
+    """A class of another package that calls a processor object. The processor is exchanged; the class stays."""
 
     source: str
     class_name: str
     adapter: str
-    """The file of families/ that has ``FUSED``, made of the processor that it replaces, and ``why_not(module)``."""
+    """The file of families/ that has ``FUSED``, constructed from the original processor, and ``why_not(module)``."""
 
 
 AnyFamily = Family | Processor | Structure
 
-# A further family is one file and one line.
+# Another family needs one file and one line here.
 FAMILIES: tuple[Family | Processor, ...] = (
     Family("transformers.models.mobilevit.modeling_mobilevit", "MobileViTLayer", "transformers_mobilevit"),
     Family("timm.models.mobilevit", "MobileVitBlock", "timm_mobilevit"),
@@ -88,31 +88,33 @@ STRUCTURES = (
 def swap(
     model: nn.Module, only: Only | None = None, backend: str | None = None, fold_norms: bool = False
 ) -> SwapReport:
-    """Swap the attention blocks of ``model`` for fused ones, in place.
+    """Make the attention blocks of ``model`` run on the fused ops, in place.
 
-    A block keeps its parameters, buffers, hooks, names and training mode and changes its class alone (or, where it
-    has one, its processor), so the state_dict is the same; the new class has the name of the old one. What the fused
-    block would not compute exactly as the original is declined with a reason, whatever mode the model is in; what
-    changes later (a hook or an adapter inside, training mode with a drop path or with dropout on the attention
-    probabilities, torch.jit tracing) sends the call to the original forward, which is logged once.
+    A swapped block gets another class, with the name of the old one, or another processor if it has one. Parameters,
+    buffers, hooks, module names and training mode stay, so the state_dict is the same. Inputs and outputs keep
+    their shapes and dtypes. A block is not swapped if its fused form would not compute the same function; the
+    report gives the reason. A swapped block runs its original forward, and logs this once, in calls that the fused form
+    does not support: if a hook or an adapter was added inside, in training mode with drop path or with dropout on the
+    attention probabilities, and under torch.jit tracing.
 
     Args:
-        model: any module, or a block itself.
-        only: a name, names, or a predicate on (name, module), to choose among the blocks found.
-        backend: handed to the fused ops of these blocks (None: chosen at each call). On blocks that were swapped
-            before, another one takes effect ("auto": chosen at each call again); None leaves theirs.
-        fold_norms: also have the work of batch norms done by the convolutions before or with the activations after
-            them, at inference: in the whole model, whatever ``only`` says (see :mod:`mvkernels.swap.folding`).
+        model: any module; it may be a block itself.
+        only: which of the blocks to swap: a name, several names, or a function of (name, module) that returns a bool.
+            None swaps all.
+        backend: backend of the fused ops in these blocks; None chooses at each call. For blocks that were swapped
+            before, a new backend replaces theirs ("auto" chooses at each call again), and None keeps theirs.
+        fold_norms: whether batch norms are also folded at inference, into the convolution before or the activation
+            after them. This applies to the whole model, whatever ``only`` is (see :mod:`mvkernels.swap.folding`).
 
     Returns:
-        A :class:`SwapReport`; ``restore()`` undoes this call. Blocks that were swapped before stay swapped, with
-        ``swapped`` true and the reason "already swapped", and are not in ``count``.
+        A :class:`SwapReport` with one entry for each attention module. Its ``restore()`` undoes this call. Blocks that
+        were swapped before stay swapped, with the reason "already swapped" in their entries; ``count`` leaves them out.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``, or ``only`` none of its forms.
-        ValueError: a name in ``only`` is no attention module of the model, or the backend is unknown.
+        TypeError: ``model`` is not an ``nn.Module``, or ``only`` is not one of the forms above.
+        ValueError: ``only`` has a name that is not an attention module of the model, or the backend is unknown.
 
-    A named backend that cannot run raises BackendUnavailable when the block is called.
+    If the backend cannot run a block, the call of this block raises BackendUnavailable.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model is a {class_name(type(model))}, want a torch.nn.Module")
@@ -120,7 +122,7 @@ def swap(
         requested(backend)
     found = find(model)
     chosen = _predicate(only, [name for name, _, _ in found])
-    # Asked before anything is changed: a predicate may raise.
+    # Before anything is changed, because a predicate may raise.
     picked = {name for name, module, _ in found if chosen(name, module)}
     report = SwapReport()
     for name, module, family in found:
@@ -148,7 +150,7 @@ def swap(
 
 
 def unswap(model: nn.Module) -> None:
-    """Restore every swapped module of ``model``, whoever swapped it."""
+    """Restore all swapped modules of ``model``, whichever call of swap they come from."""
     for module in [*model.modules()]:
         restore_module(module)
 
@@ -180,22 +182,22 @@ def _adapter(family: AnyFamily) -> Any:
 
 
 def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
-    """Attention modules in the order of the model: the blocks of the families, and others that mix tokens by attention.
+    """The attention modules in the order of the model: blocks of the families, and others that mix tokens by attention.
 
-    Of the others, those outside the blocks, and the innermost where they nest.
+    Others inside a block are left out. Where they are nested, the innermost is taken.
     """
     found: list[tuple[str, nn.Module, AnyFamily | None]] = []
     seen: dict[int, bool] = {}
 
     def mark(module: nn.Module) -> None:
-        """What a block holds is not listed, wherever else it may be."""
+        """Leave out the parts of a block, also where they are used elsewhere in the model."""
         for part in children(module).values():
             if id(part) not in seen:
                 seen[id(part)] = True
                 mark(part)
 
     def visit(name: str, module: nn.Module) -> bool:
-        """Whether it is attention, or something in it is."""
+        """Whether the module is attention or contains attention."""
         if id(module) in seen:
             return seen[id(module)]
         family = _family(module)
@@ -216,7 +218,7 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
 
 
 def _family(module: nn.Module) -> AnyFamily | None:
-    """The family whose class is the module's, or is among its bases; else that whose structure it has."""
+    """The family of the module's class or of one of its bases, else the one with the module's structure, else None."""
     for base in type(module).__mro__:
         family = _BY_CLASS.get((base.__module__, base.__qualname__))
         if family is not None:
@@ -228,10 +230,10 @@ def _family(module: nn.Module) -> AnyFamily | None:
 
 def _why_not(module: nn.Module, why_not: Callable[[nn.Module], str], parameters: tuple[str, ...] | None = None) -> str:
     if "forward" in module.__dict__:
-        return not_hooked(module, "it") or "it has had its forward replaced"
+        return not_hooked(module, "it") or "it has a replaced forward"
     taken = [*inspect.signature(type(module).forward).parameters][1:]
     if len(taken) != 1 if parameters is None else tuple(taken) != parameters:
-        return "this version of its code has another forward"
+        return "its forward takes other arguments than in the supported versions of its code"
     return asked(why_not, module)
 
 
@@ -244,13 +246,13 @@ def _predicate(only: Only | None, names: list[str]) -> Callable[[str, nn.Module]
         return only
     if not isinstance(only, Iterable):
         kind = class_name(type(only))
-        raise TypeError(f"swap: only is a {kind}, want a name, names, or a predicate on (name, module)")
+        raise TypeError(f"swap: only is a {kind}, want a name, a list of names, or a function of (name, module)")
     wanted = list(only)
     for name in wanted:
         if not isinstance(name, str):
-            raise TypeError(f"swap: only has a {class_name(type(name))}, want names")
+            raise TypeError(f"swap: only contains a {class_name(type(name))}, want names of modules (str)")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "there is none in it"
-            raise ValueError(f"swap: only: {name!r} is no attention module of the model: {hint}")
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else "no attention module was found in it"
+            raise ValueError(f"swap: only: the model has no attention module named {name!r}: {hint}")
     return lambda name, module: name in wanted

@@ -1,4 +1,4 @@
-"""A tensor that a swapped module returns beside its result and that is formed when somebody uses it."""
+"""A second result of a swapped module that is computed only when it is used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 class LaterTensor:
-    """``form(*of)``, computed at its first use: an attribute, an index, an operator, a torch function.
+    """The tensor ``form(*of)``, computed at its first use: an attribute, an index, an operator or a torch function.
 
-    What is used is a tensor with its place in the graph: gradients reach ``of`` as if it had been formed at once,
-    in the grad mode and under the autocast of then. If one of ``of`` has been changed in place since, using it raises
-    RuntimeError. It is no ``torch.Tensor`` itself (``isinstance`` says so), so that what walks over outputs passes it
-    by; ``.tensor`` is one.
+    The result is the same as if it had been computed at once, with the grad mode and autocast of that time, and
+    gradients reach ``of``. If a tensor in ``of`` has been changed in place in the meantime, the first use raises
+    RuntimeError. An instance is not a ``torch.Tensor`` for ``isinstance``, so code that collects the tensors of an
+    output skips it; the tensor is ``.tensor``.
     """
 
     __slots__ = ("__weakref__", "_formed", "_then")
@@ -37,15 +37,15 @@ class LaterTensor:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor, formed if it was not yet."""
+        """The tensor; computed now if it was not before."""
         formed: Tensor | None = self._formed
         if formed is not None:
             return formed
         form, of, versions, grad, autocast = self._then
         if any(version is not None and version != t._version for t, version in zip(of, versions)):
             raise RuntimeError(
-                "a swapped module forms this result when it is used, and its inputs have been changed in place since; "
-                "use it before, or restore the module"
+                "a swapped module computes this result at its first use, but the module's inputs have been changed in "
+                "place since the call: use the result before they change, or restore the module"
             )
         device = of[0].device.type
         dtype, enabled = autocast or (None, False)
@@ -80,7 +80,7 @@ class LaterTensor:
 
 
 def _forward_operators() -> None:
-    """Python looks for operators in the class, past ``__getattr__``."""
+    """Add the operators of a tensor to the class: Python does not look for them with ``__getattr__``."""
     of_every_object = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__repr__", "__str__", "__format__"}
     for name in dir(Tensor):
         special = name.startswith("__") and name.endswith("__") and callable(getattr(Tensor, name))

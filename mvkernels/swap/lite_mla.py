@@ -20,7 +20,7 @@ from mvkernels.swap.eligibility import (
 
 
 def why_not(module: Any) -> str:
-    """Why the fused op cannot stand between the two projections of this LiteMLA as it is now; empty if it can."""
+    """Why the fused op cannot replace what is between the two projections of this LiteMLA; empty if it can."""
     qkv, proj = module.qkv, module.proj
     reason = (
         not_number(module.eps, "eps")
@@ -42,7 +42,9 @@ def why_not(module: Any) -> str:
     if channels % (3 * module.dim):
         return f"qkv has {channels} channels, want a multiple of 3 * dim = {3 * module.dim}"
     for scale in module.aggreg:
-        reason = not_plain(scale, nn.Sequential, "aggreg") or ("" if len(scale) == 2 else "aggreg is not of pairs")
+        reason = not_plain(scale, nn.Sequential, "aggreg")
+        if not reason and len(scale) != 2:
+            reason = f"a scale of aggreg has {len(scale)} modules, want 2 (a depthwise and a 1x1 convolution)"
         reason = reason or not_scale(scale[0], scale[1], channels, module.dim, "aggreg")
         if reason:
             return reason
@@ -50,7 +52,7 @@ def why_not(module: Any) -> str:
 
 
 def not_scale(depthwise: Any, pointwise: Any, channels: int, head_dim: int, what: str) -> str:
-    """A plain depthwise convolution that keeps the size, and a plain grouped 1×1 one, both without biases."""
+    """The two must be a depthwise convolution that keeps the size and a grouped 1×1 convolution, without biases."""
     for conv in (depthwise, pointwise):
         reason = not_plain(conv, nn.Conv2d, what) or not_dense(conv.weight, what)
         if reason:
@@ -58,7 +60,7 @@ def not_scale(depthwise: Any, pointwise: Any, channels: int, head_dim: int, what
         if conv.bias is not None:
             return f"{what} has a bias"
         if conv.in_channels != channels or conv.out_channels != channels or conv.stride != (1, 1):
-            return f"{what} is not of as many channels and pixels as qkv"
+            return f"{what} changes the number of channels or pixels, want as many as in qkv"
     kernel, groups = depthwise.kernel_size, (depthwise.groups, pointwise.groups)
     if (
         groups != (channels, channels // head_dim)
@@ -70,16 +72,17 @@ def not_scale(depthwise: Any, pointwise: Any, channels: int, head_dim: int, what
         or pointwise.kernel_size != (1, 1)
         or pointwise.padding != (0, 0)
     ):
-        return f"{what} is not a depthwise convolution and a 1x1 one in groups of {head_dim}"
+        return f"{what} is not a depthwise convolution and a 1x1 convolution in groups of {head_dim} channels"
     return ""
 
 
 def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
-    """The fused forward, or None if this call is the original's, for ``reason`` or another; logs why, once.
+    """The result of the fused forward. None if the original forward has to run; the reason is then logged once.
 
-    ``more``: the call has arguments beside the map.
+    ``more``: whether the call has other arguments than the map. ``reason``: a reason that the caller has found.
     """
-    reason = reason or ("it was called with more than a map" if more else unusual_call(x)) or asked(why_not, module)
+    reason = reason or ("the call has other arguments than the map" if more else unusual_call(x))
+    reason = reason or asked(why_not, module)
     if reason:
         log_once(module, reason)
         return None
@@ -87,7 +90,7 @@ def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
 
 
 def fused(module: Any, x: Tensor) -> Tensor:
-    """x (B, C, H, W) -> (B, C_out, H, W). The projections are called, and with them their norm and dropout."""
+    """x (B, C, H, W) -> (B, C_out, H, W). The projections are called as modules, with their norms and dropouts."""
     qkv = module.qkv(x)
     out = aggregate_and_attend(qkv, module.aggreg, module.dim, module.eps, module.mvk_backend)
     return module.proj(out)

@@ -1,4 +1,4 @@
-"""The middle of a MobileViT block: from the 1×1 convolution in to the 1×1 convolution out."""
+"""The middle part of a MobileViT block: 1×1 convolution, transformer layers, LayerNorm, 1×1 convolution."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Layers = list[dict[str, Any]]
 def layers_for_call(
     block: nn.Module, x: Tensor, more: bool, watched: Sequence[str], examine_block: Callable[[Any], tuple[str, Layers]]
 ) -> Layers | None:
-    """The arguments of the block's layers as it stands, or None if this call is the original's; logs why, once.
+    """The arguments of the block's layers. None if the original forward has to run; the reason is then logged once.
 
-    ``more``: the call has arguments beside the map.
+    ``more``: whether the call has other arguments than the map.
     """
-    reason = "it was called with more than a map" if more else unusual_call(x)
+    reason = "the call has other arguments than the map" if more else unusual_call(x)
     if not reason:
         reason, layers = examine(block, watched, examine_block)
         if not reason:
@@ -65,7 +65,7 @@ def transform(
 
 
 def _up(size: int, patch: int) -> int:
-    """The next multiple. Of positive numbers only: ONNX divides towards zero where Python goes down."""
+    """The next multiple of ``patch``. All numbers are positive: for negative ones ONNX rounds a quotient otherwise."""
     return (size + patch - 1) // patch * patch
 
 
@@ -77,10 +77,10 @@ def _exported(
     conv_out: nn.Conv2d,
     patch_size: tuple[int, int],
 ) -> Tensor:
-    """:func:`transform` for a graph that runs elsewhere: the pixels are gathered by group once, and scattered once.
+    """:func:`transform` for an export: the pixels are gathered by group once, and scattered once.
 
-    A map of unknown size is always resized: where the patch divides it that changes nothing, and any other answer
-    would hold for some sizes only.
+    A map of unknown size is always resized. If the patch divides it, resizing changes nothing; without it the graph
+    would be valid for some sizes only.
     """
     x = F.conv2d(features, conv_in.weight, conv_in.bias)
     height, width = x.shape[-2:]

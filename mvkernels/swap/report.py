@@ -1,4 +1,4 @@
-"""What a swap did, row by row, and the way back."""
+"""The report of a swap, and how a swap is undone."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from mvkernels.swap.swapped import without_form
 
 @dataclass(frozen=True)
 class SwapEntry:
-    """One attention module that was found."""
+    """One row of the report: an attention module that was found in the model."""
 
     name: str
-    """Its name in the model; empty if it is the model itself."""
+    """The module's name in the model; empty if it is the model itself."""
     module_class: str
-    """The name of its class before the swap."""
+    """The name of the module's class before the swap."""
     swapped: bool
-    """Whether it runs on the fused kernels now."""
+    """Whether the module is swapped now."""
     reason: str = ""
-    """Why it was not swapped, or "already swapped", or "restored"."""
+    """Why the module was not swapped, or "already swapped", or "restored". Empty if this call swapped it."""
 
 
 @dataclass
 class SwapReport:
-    """The answer of :func:`mvkernels.swap`. Prints as a table."""
+    """What :func:`mvkernels.swap` returns: one entry for each attention module that was found. Prints as a table.
+
+    ``count`` is the number of modules that the call swapped, and ``restore()`` undoes the call.
+    """
 
     entries: list[SwapEntry] = field(default_factory=list)
     _call: object = field(default_factory=object, repr=False, compare=False)
-    """Stands for the call of swap that the report is of."""
+    """Identifies the call of swap."""
     _changed: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     _before: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """Modules that were swapped before this call, by name."""
@@ -40,19 +43,19 @@ class SwapReport:
 
     @property
     def count(self) -> int:
-        """How many modules this call swapped; those that were swapped before do not count, nor do restored ones."""
+        """Number of modules that this call swapped, without those swapped before; 0 after ``restore()``."""
         return len(self._changed)
 
     @property
     def folded(self) -> int:
-        """How many modules fold the norms of their convolutions since this call."""
+        """Number of modules in which this call folded batch norms (``fold_norms=True``)."""
         return len(self._folded)
 
     def restore(self) -> None:
-        """Undo what this call did: the model is what it was. A second call does nothing.
+        """Undo the swap: the modules get their original class or processor back. A second ``restore()`` does nothing.
 
-        What others did to a module since stays: a class that they made of its class (``fully_shard``, a
-        parametrization) is made anew on the original one. The entries of restored modules say so.
+        Later changes to a module stay. If other code derived a class from the swapped class (``fully_shard``, a
+        parametrization), this class is rebuilt on the original one. The modules' entries get the reason "restored".
         """
         for module in self._before.values():
             _forget_choice(module, self._call)
@@ -76,24 +79,24 @@ class SwapReport:
         return replace(entry, reason="already swapped")
 
     def __str__(self) -> str:
-        folded = f"; {self.folded} modules fold their norms" if self._folded else ""
+        folded = f"; norms folded in {self.folded} modules" if self._folded else ""
         if not self.entries:
-            return "nothing to swap: the model has no attention module that is known here" + folded
+            return "nothing to swap: no attention module was found in the model" + folded
         rows = [(e.name or "(the model)", e.module_class, "yes" if e.swapped else "no", e.reason) for e in self.entries]
         total = f"{sum(e.swapped for e in self.entries)} of {len(rows)} swapped"
         if not any(e.swapped for e in self.entries):
-            total += ": attention is as it was" if folded else ": the model is as it was"
+            total += ": the attention modules are unchanged" if folded else ": the model is unchanged"
         return table(("name", "class", "swapped", "reason"), rows) + "\n" + total + folded
 
 
 def original_of(module: nn.Module) -> Any:
-    """What a swapped module had in the place of what it has now: its class, or its processor. None if not swapped."""
+    """The original class or processor of a swapped module; None if the module is not swapped."""
     kind = getattr(type(module), "mvk_original", None)
     return kind if kind is not None else getattr(module.__dict__.get("processor"), "mvk_original", None)
 
 
 def set_backend(module: nn.Module, backend: str | None) -> str | None:
-    """Choose the backend of a swapped module's fused ops; None: chosen at each call. Returns what it was."""
+    """Set the backend of a swapped module's fused ops (None: chosen at each call). Returns the backend before."""
     holder: Any = module if hasattr(type(module), "mvk_original") else module.processor
     before: str | None = holder.__dict__.pop("mvk_backend", None)
     if backend is not None:
@@ -106,20 +109,20 @@ _calls: WeakKeyDictionary[nn.Module, list[tuple[object, str | None]]] = WeakKeyD
 
 
 def note_swap(module: nn.Module, call: object, backend: str | None) -> None:
-    """A call of swap has swapped the module, with this backend."""
+    """Record that a call of swap has swapped the module, with this backend."""
     _calls[module] = [(call, backend)]
     set_backend(module, backend)
 
 
 def note_choice(module: nn.Module, call: object, backend: str) -> bool:
-    """A call of swap chooses another backend for a module that is swapped; whether that is another one."""
+    """Record that a call of swap sets the backend of a module that is swapped. Returns whether the backend changes."""
     before = set_backend(module, backend)
     _calls.setdefault(module, [(None, before)]).append((call, backend))  # a copy's calls are not known
     return before != backend
 
 
 def _forget_choice(module: nn.Module, call: object) -> None:
-    """The backend is what it was without that call, whichever calls came after it."""
+    """Set the backend to what it would be without that call."""
     calls = _calls.get(module, [])
     kept = [each for each in calls if each[0] is not call]
     if kept and len(kept) < len(calls) and original_of(module) is not None:
@@ -128,7 +131,7 @@ def _forget_choice(module: nn.Module, call: object) -> None:
 
 
 def restore_module(module: nn.Module) -> None:
-    """Give a swapped module its own class or processor back; one that is not swapped is left alone."""
+    """Give a swapped module its original class or processor back. A module that is not swapped is not changed."""
     original = original_of(module)
     if original is None:
         return
@@ -141,7 +144,7 @@ def restore_module(module: nn.Module) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, columns aligned to the left."""
+    """A table in plain text, with columns aligned to the left."""
     lines = [list(head), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])

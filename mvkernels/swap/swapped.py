@@ -1,6 +1,6 @@
-"""The classes that a swap gives to modules: made of a fused form and the module's own class, and taken off again.
+"""The classes of swapped modules, which are made of a fused form and the original class, and their removal.
 
-Tools find layers by the name of their class: FSDP policies, device maps, lists of modules not to be split. So such a
+Some tools find layers by the class name: FSDP policies, device maps, lists of modules that must not be split. So the
 class has the name, the qualified name and the module of the original, and its forward has the original's signature.
 """
 
@@ -17,16 +17,18 @@ _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
 class Swapped:
-    """Base of the fused forms. Never built: :func:`mvkernels.swap` gives an existing module a class made from one of
-    them and the module's own class, and restoring gives it its own again. Parameters, hooks and state stay where they
-    are."""
+    """Base class of the fused forms, which are never instantiated.
+
+    :func:`mvkernels.swap` gives an existing module a class that derives from a fused form and from the module's own
+    class. Restoring gives the module its own class back. Parameters, hooks and state are not moved.
+    """
 
     mvk_original: type[nn.Module]
     mvk_form: type
     mvk_backend: str | None = None
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The module with its original class, sharing all it holds: what torch.jit.script compiles."""
+        """For torch.jit.script: a shallow copy of the module with its original class."""
         original = copy.copy(self)
         original.__class__ = without_form(type(self))  # type: ignore[assignment]
         return original  # type: ignore[return-value]
@@ -40,7 +42,7 @@ class Swapped:
 
 
 def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:
-    """The class made of a fused form and the class of a module, always the same one."""
+    """The class made of a fused form and the class of a module. The same arguments give the same class."""
     made = _made.get((original, form))
     if made is not None:
         return made
@@ -66,15 +68,16 @@ def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:
 
 
 def _blank(original: type[nn.Module], form: type) -> nn.Module:
-    """What unpickling and copying begin with."""
+    """An instance without state, with which unpickling and copying begin."""
     kind = swapped_class(original, form)
     return kind.__new__(kind)
 
 
 def without_form(kind: type) -> type:
-    """A class as it would be if the module had never been swapped.
+    """The class that a module of class ``kind`` would have if it had never been swapped.
 
-    Others make a class of that which a module has: fully_shard, parametrizations. Theirs is made anew on the original.
+    If other code (fully_shard, a parametrization) derived ``kind`` from the swapped class, ``kind`` is rebuilt on the
+    original.
     """
     if "mvk_form" in kind.__dict__:
         return kind.mvk_original  # type: ignore[attr-defined, no-any-return]

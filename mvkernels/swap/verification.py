@@ -1,4 +1,4 @@
-"""Holding a swapped model against its original: outputs and gradients, the whole model and block by block."""
+"""Comparing a swapped model with its original: outputs and gradients of the whole model and of each block."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.report import SwapReport, original_of, table
 from mvkernels.testing import BACKWARD_FACTOR, FLOOR, FORWARD_FACTOR, Comparison, compare, max_error
 
-# Through a whole model rounding errors are amplified by the same weights but not in step: of two equally
-# good computations one can be a few times luckier on a handful of logits. The blocks' own rows are the strict ones.
+# A whole model amplifies rounding errors. Of two equally accurate computations one can by chance have an error on a few
+# logits that is several times smaller. The rows of the single blocks are the strict ones.
 _WHOLE_MODEL = 4.0
 
 
 @dataclass
 class SwapVerification:
-    """The answer of :func:`mvkernels.verify_swap`. Prints as a table."""
+    """What :func:`mvkernels.verify_swap` returns: errors and their limits. Prints as a table.
+
+    ``ok`` says whether all errors are within their limits.
+    """
 
     report: SwapReport
     rows: list[Comparison] = field(default_factory=list)
-    """One for each output, the gradients of the inputs, and the worst of the parameters' gradients, of the
-    model and then of each swapped block on its own."""
+    """A row for each output, for the gradient of each input, and for the worst gradient of a parameter: first of the
+    whole model, then of each swapped block."""
 
     @property
     def ok(self) -> bool:
-        """Whether there was anything to compare, and every row is within what is allowed."""
+        """Whether there is at least one row and the error of every row is within its limit."""
         return bool(self.rows) and all(row.ok for row in self.rows)
 
     @property
     def swapped(self) -> int:
-        """How many blocks the verified model had swapped."""
+        """Number of swapped blocks in the model that was compared."""
         return sum(entry.swapped for entry in self.report.entries)
 
     def __str__(self) -> str:
@@ -59,25 +62,33 @@ def verify_swap(
     backend: str | None = None,
     rtol: float = 0.0,
 ) -> SwapVerification:
-    """Compare a model with its swapped form: outputs, and gradients of the inputs and of every parameter.
+    """Compare a model with its swapped form: outputs, gradients of the inputs and gradients of all parameters.
 
-    Works on copies, in eval mode; ``model`` is not touched. If it is swapped already, what is swapped in it is
-    compared with its restored copy; else a copy is swapped.
+    The comparison runs on copies in eval mode; ``model`` is not changed. If ``model`` is swapped already, it is
+    compared with a restored copy; else a copy of it is swapped.
 
-    The yardstick is the original in float64. The swapped model's error may be at most twice (gradients:
-    three times) that of the original in the model's own dtype, and for whole-model rows four times that again,
-    because rounding errors amplified by a deep model do not come out alike; plus 1e-6 of the tensor's largest
-    magnitude (half types: 4 units in its last place). The gradient of a parameter gets the same allowance
-    once more for the median error and the median size among the parameters. Below these limits an error is
-    not told from rounding; in half types that is a few percent, so verify in float32 where you can.
+    Errors are measured against the original in float64. The error of the swapped model may be at most twice (for
+    gradients: three times) the error of the original in the model's own dtype, plus 1e-6 of the largest magnitude in
+    the tensor (float16, bfloat16: 4 units in the last place of this magnitude). For the whole model the factor is four
+    times as large, because a deep model amplifies rounding errors by different amounts. For the gradient of a
+    parameter, the limit also includes the same factor times the median error of all parameters, and uses their median
+    magnitude if that is larger. Below these limits an error cannot be told from rounding. In half types the limits are
+    a few percent, so verify in float32 if you can.
 
     Args:
-        model: swapped or not, on any device; floating point.
-        example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        backend: for the swapped blocks.
-        rtol: allowed on top, relative to the largest magnitude of each tensor.
+        model: swapped or not, with floating-point parameters, on any device.
+        example_input: input of the model: a tensor, a tuple or list of positional arguments, or a dict of keyword
+            arguments.
+        backend: backend of the swapped blocks; None chooses at each call.
+        rtol: additional tolerance, relative to the largest magnitude in each tensor.
 
-    Raises TypeError for a model that is not an ``nn.Module``, and whatever the model raises.
+    Returns:
+        A :class:`SwapVerification`; its ``ok`` is the result.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+
+    Exceptions that the model raises are passed on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"verify_swap: model is a {class_name(type(model))}, want a torch.nn.Module")
@@ -114,9 +125,10 @@ def verify_swap(
 
 
 def _forget(model: nn.Module) -> None:
-    """Empty what timm's EfficientFormer keeps from one call in eval mode to the next: biases with their graph.
+    """Empty the cache of biases that timm's EfficientFormer keeps between calls in eval mode.
 
-    It can be walked back only once, and not be copied; the next call gathers them again.
+    The cached biases hold a graph, which allows only one backward and cannot be copied. The next call fills the cache
+    again.
     """
     for module in model.modules():
         if module.__dict__.get("attention_bias_cache"):
@@ -128,15 +140,15 @@ def _is_swapped(model: nn.Module) -> bool:
 
 
 def _formed_later(module: nn.Module) -> tuple[str, ...]:
-    """The outputs, by name, that a swapped block forms only if they are used.
+    """The names of the outputs that a swapped block computes only if they are used.
 
-    They are not the kernel's, and beside their gradients those of what is would hardly be seen.
+    They are left out: they do not come from the kernel, and their gradients would hide those of the kernel's output.
     """
     return getattr(type(module), "mvk_formed_later", ())
 
 
 def _report(model: nn.Module, backend: str | None) -> SwapReport:
-    """The report of a model that was swapped before, which stays as it is but for a backend that is asked for."""
+    """The report of a model that was swapped before. Nothing more is swapped; ``backend`` is set if it is given."""
     return swap(model, only=lambda name, module: original_of(module) is not None, backend=backend)
 
 
@@ -167,7 +179,7 @@ def _run(
     capture: Sequence[str] = (),
     captured: dict[str, tuple[Any, ...]] | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """{"output": …, "d input": …, "d parameter": …}, each of tensors by name, on the CPU; outputs but for ``skip``."""
+    """{"output": …, "d input": …, "d parameter": …}: CPU tensors by name, without the outputs in ``skip``."""
     inputs: dict[str, Tensor] = {}
 
     def leaf(name: str, value: Any) -> Any:
@@ -236,8 +248,8 @@ def _compare(
         if missing:
             yield Comparison(f"{where}{group} {min(missing)}", float("inf"), 0.0, "(missing)")
             continue
-        # Exact gradients of some parameters are zero or nearly (the key's bias): what is computed is the rounding
-        # error of larger terms, on which the original may be lucky. The median says what is not luck.
+        # The exact gradients of some parameters are zero or nearly so (the bias of the keys). What is computed is then
+        # the rounding error of larger terms, which may be small in the original by chance. So the median counts too.
         typical, size = 0.0, 0.0
         if group == "d parameter":
             typical = statistics.median(max_error(baseline[group][n], t) for n, t in tensors.items())

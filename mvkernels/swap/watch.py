@@ -1,8 +1,8 @@
-"""Whether a swapped block is still what it was when it was last examined, in microseconds.
+"""Whether a swapped block has changed since it was last examined, in microseconds.
 
-Examining a block attribute by attribute costs a quarter of a millisecond; comparing a snapshot of all
-that could have changed costs a tenth of that. Snapshots live beside the blocks and not in them, so
-that copying and pickling a block know nothing of them.
+Examining a block attribute by attribute takes a quarter of a millisecond; comparing a snapshot of all that could have
+changed takes a tenth of that. The snapshots are not stored in the blocks, so copying and pickling a block do not
+include them.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ _examined: WeakKeyDictionary[nn.Module, _Examined] = WeakKeyDictionary()
 
 
 def examine(block: nn.Module, roots: Sequence[str], examiner: Examine) -> tuple[str, list[dict[str, Any]]]:
-    """``examiner(block)``, from memory where nothing in the children named ``roots`` has changed since.
+    """``examiner(block)``, or its last result if nothing in the children named ``roots`` has changed since.
 
-    The examiner answers with the reason against fusing (empty if there is none) and the arguments of each layer.
+    The examiner returns the reason against fusing (empty if there is none) and the arguments of each layer.
     """
     if torch.compiler.is_compiling():
         return examiner(block)  # traced and guarded, attribute by attribute

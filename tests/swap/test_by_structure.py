@@ -73,12 +73,12 @@ class NoScores(layout.Local2Global):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (DropsAttention, "it holds attn_drop, a torch.nn.Dropout, which the known formula has no place for"),
-        (DropsByFunction, "computes something else than the known formula in training mode"),
-        (DoubledInTraining, "computes something else than the known formula in training mode"),
-        (ClampsScores, "computes something else than the known formula$"),
-        (OtherScores, "computes something else than the known formula$"),
-        (NoScores, "does not return what the known formula does"),
+        (DropsAttention, "it has a child attn_drop, a torch.nn.Dropout, that the known formula does not contain"),
+        (DropsByFunction, "computes something other than the known formula in training mode"),
+        (DoubledInTraining, "computes something other than the known formula in training mode"),
+        (ClampsScores, "computes something other than the known formula$"),
+        (OtherScores, "computes something other than the known formula$"),
+        (NoScores, "does not return a tensor of the shape"),
     ],
 )
 def test_bridges(kind, reason, training):
@@ -129,9 +129,9 @@ class LiteMLAClamps(efficientvit_layout.LiteMLA):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (LiteMLADropsQkv, "it holds drop, a torch.nn.Dropout"),
-        (LiteMLADoubles, "something else than the known formula in training mode"),
-        (LiteMLAClamps, "something else than the known formula$"),
+        (LiteMLADropsQkv, "it has a child drop, a torch.nn.Dropout"),
+        (LiteMLADoubles, "something other than the known formula in training mode"),
+        (LiteMLAClamps, "something other than the known formula$"),
         (efficientvit_layout.LiteMLA, ""),
     ],
 )
@@ -175,8 +175,8 @@ class HoldingAttention(Attention):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (ClampingAttention, "something else than the known formula$"),
-        (NoisyAttention, "something else than the known formula in training mode"),
+        (ClampingAttention, "something other than the known formula$"),
+        (NoisyAttention, "something other than the known formula in training mode"),
         (HoldingAttention, "its attention holds logits_drop, a torch.nn.Dropout"),
         (Attention, ""),
     ],

@@ -102,16 +102,16 @@ def test_as_many_patches_as_features(size, calls, caplog):
 
 
 DECLINED = {
-    "coreml": (lambda: changed("global_rep.0.pre_norm_mha.1", coreml_compatible=True), "laid out for CoreML"),
-    "channels first": (lambda: changed("global_rep.0.pre_norm_ffn.1", channel_first=True), "has its channels first"),
+    "coreml": (lambda: changed("global_rep.0.pre_norm_mha.1", coreml_compatible=True), "layout for CoreML"),
+    "channels first": (lambda: changed("global_rep.0.pre_norm_ffn.1", channel_first=True), "takes channels first"),
     "group norm": (lambda: replaced("global_rep.2", nn.GroupNorm(1, 24)), "want a LayerNorm"),
     "adapter": (
         lambda: replaced("global_rep.0.pre_norm_ffn.1", nn.Sequential(nn.Linear(24, 48))),
         "plain torch.nn.Linear",
     ),
     "softmax": (lambda: replaced("global_rep.0.pre_norm_ffn.2", nn.Softmax(-1)), "not known to be element-wise"),
-    "scale": (lambda: changed("", patch_h=3, unfolding=None), "it has had a method replaced"),
-    "formula": (lambda: block(kind=OtherFormula), "computes something else"),
+    "scale": (lambda: changed("", patch_h=3, unfolding=None), "it has a replaced method"),
+    "formula": (lambda: block(kind=OtherFormula), "computes something other"),
 }
 
 

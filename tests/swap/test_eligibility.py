@@ -59,7 +59,7 @@ CHANGES = {
         "hook",
     ),
     "backward hook": (lambda b, f: b.get_submodule(f.attention).register_full_backward_hook(lambda *a: None), "hook"),
-    "forward of the instance": (replace_forward, "forward replaced"),
+    "forward of the instance": (replace_forward, "replaced forward"),
     "softmax": (lambda b, f: replace(b, f.activation, nn.Softmax(-1)), "not known to be element-wise"),
     "activation with parameters": (lambda b, f: replace(b, f.activation, nn.PReLU()), "not known to be element-wise"),
 }
@@ -103,7 +103,7 @@ def test_a_method_replaced_in_a_class(family, part, method, when, monkeypatch):
     monkeypatch.setattr(kind, method, twice)
     if when == "before":
         report = swap(block)
-        assert report.count == 0 and f"had its {method} replaced" in report.entries[0].reason
+        assert report.count == 0 and f"has a replaced {method}" in report.entries[0].reason
     twin = copy.deepcopy(block)
     twin.__class__ = getattr(type(twin), "mvk_original", type(twin))
     torch.testing.assert_close(block(x), twin(x), rtol=0, atol=0)
@@ -290,7 +290,7 @@ def test_replaced_forward_of_the_block(family):
     block = family.block()
     block.forward = lambda x: x
     report = swap(block)
-    assert not report.entries[0].swapped and "forward replaced" in report.entries[0].reason
+    assert not report.entries[0].swapped and "replaced forward" in report.entries[0].reason
 
 
 def test_more_arguments_go_to_the_original(family):
@@ -362,4 +362,4 @@ def test_head_counts_that_do_not_fit_or_change():
     torch.testing.assert_close(block(x), twin(x), atol=1e-5, rtol=1e-4)
     bad = family.block()
     bad.get_submodule(family.attention).num_attention_heads = 1
-    assert "do not make" in swap(bad).entries[0].reason
+    assert "do not add up" in swap(bad).entries[0].reason

@@ -79,7 +79,7 @@ def test_whole_models(name):
             module._forward_hooks.clear()
         report = mvkernels.swap(model, fold_norms=True)
         assert report.count and report.folded > before / 3
-        assert f"; {report.folded} modules fold their norms" in str(report)
+        assert f"; norms folded in {report.folded} modules" in str(report)
         close(run(model, x), wanted)
         assert list(state) == list(model.state_dict())
         assert mvkernels.swap(model, fold_norms=True).folded == 0

@@ -68,7 +68,7 @@ CHANGES = {
         lambda m, f: m.get_submodule(f.linear).register_full_backward_hook(lambda *a: None),
         "hook",
     ),
-    "forward of the instance": (replace_forward, "forward replaced"),
+    "forward of the instance": (replace_forward, "replaced forward"),
 }
 
 
@@ -151,21 +151,21 @@ DECLINED = {
         "norm": (_replace("qkv.norm", nn.BatchNorm2d(48)), "qkv.norm is a torch.nn.BatchNorm2d"),
         "activation of qkv": (_replace("qkv.act", nn.Hardswish()), "qkv.act is a torch.nn.Hardswish"),
         "another projection": (_replace("qkv", nn.Conv2d(16, 48, 1)), "qkv is a torch.nn.Conv2d"),
-        "three convolutions": (lambda m: m.aggreg[0].append(nn.Identity()), "aggreg is not of pairs"),
+        "three convolutions": (lambda m: m.aggreg[0].append(nn.Identity()), "a scale of aggreg has 3 modules, want 2"),
         "unequal scales": (lambda m: m.aggreg.append(nn.Conv2d(48, 48, 1)), "aggreg is a torch.nn.Conv2d"),
         "bias of a scale": (_replace("aggreg.0.0", _conv(bias=True)), "aggreg has a bias"),
-        "stride": (_replace("aggreg.0.0", _conv(stride=2)), "not of as many channels and pixels"),
+        "stride": (_replace("aggreg.0.0", _conv(stride=2)), "changes the number of channels or pixels"),
         "dilation": (_replace("aggreg.0.0", _conv(dilation=2, padding=4)), "not a depthwise convolution"),
         "padding": (_replace("aggreg.0.0", _conv(padding_mode="reflect")), "not a depthwise convolution"),
         "full": (_replace("aggreg.0.0", _conv(groups=1)), "not a depthwise convolution"),
         "groups": (_replace("aggreg.0.1", _conv(kernel_size=1, padding=0, groups=2)), "in groups of 8"),
         "weights of their own kind": (
             lambda m: setattr(m.aggreg[0][0], "weight", nn.Parameter(m.aggreg[0][0].weight.as_subclass(Odd))),
-            f"aggreg has a {__name__}.Odd",
+            f"the weight of aggreg is a {__name__}.Odd",
         ),
-        "_attn": (_set("_attn", lambda q, k, v: v), "its _attn replaced"),
+        "_attn": (_set("_attn", lambda q, k, v: v), "a replaced _attn"),
         "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
-        "forward": (_set("forward", lambda x: x), "forward replaced"),
+        "forward": (_set("forward", lambda x: x), "replaced forward"),
     },
     "mit": {
         "another activation": (_replace("kernel_func", nn.GELU()), "kernel_func is a torch.nn.GELU"),
@@ -174,7 +174,7 @@ DECLINED = {
         "bias of a scale": (_replace("aggreg.0.1", nn.Conv2d(48, 48, 1, groups=6)), "aggreg has a bias"),
         "dim": (_set("dim", 5), "want a multiple of 3 * dim"),
         "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
-        "method": (_set("relu_linear_att", lambda qkv: qkv), "cannot be compared|something else|replaced"),
+        "method": (_set("relu_linear_att", lambda qkv: qkv), "cannot be compared|something other|replaced"),
     },
     "dc-ae": {
         "another activation": (_replace("nonlinearity", nn.SiLU()), "nonlinearity is a torch.nn.SiLU"),
@@ -185,14 +185,14 @@ DECLINED = {
         "dtype": (lambda m: m.to_v.bfloat16(), "another dtype or device"),
         "head_dim": (_set("attention_head_dim", 5), "heads of 5 channels"),
         "learned eps": (_set("eps", torch.tensor(1e-5)), "eps is a torch.Tensor, want a number"),
-        "method": (_set("apply_quadratic_attention", lambda q, k, v: v), "its apply_quadratic_attention replaced"),
-        "forward": (_set("forward", lambda x: x), "forward replaced"),
+        "method": (_set("apply_quadratic_attention", lambda q, k, v: v), "a replaced apply_quadratic_attention"),
+        "forward": (_set("forward", lambda x: x), "replaced forward"),
     },
     "sana": {
         "processor": (lambda m: m.set_processor(Other()), f"its processor is a {__name__}.Other"),
         "dropout": (lambda m: m.to_out.__setitem__(1, nn.Identity()), "to_out.1 is a torch.nn.Identity"),
-        "heads": (_set("heads", 3), "do not make 3 heads"),
-        "keys of another width": (_replace("to_k", nn.Linear(16, 8)), "heads of one width"),
+        "heads": (_set("heads", 3), "split into 3 heads"),
+        "keys of another width": (_replace("to_k", nn.Linear(16, 8)), "do not have equal outputs"),
     },
 }
 
@@ -249,7 +249,7 @@ def test_a_subclass(name):
     module.__class__ = Mine
     report = swap(module)
     assert report.count == 0 and type(module) is Mine
-    assert ("something else" if name == "mit" else "subclass") in report.entries[0].reason
+    assert ("something other" if name == "mit" else "subclass") in report.entries[0].reason
 
 
 class Extra(layout.LiteMLA):
@@ -292,12 +292,12 @@ class MoreArguments(layout.LiteMLA):
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        (Extra, "computes something else"),
-        (ExtraOnSmallMaps, "computes something else"),
-        (AnotherEps, "computes something else"),
-        (Contiguous, "computes something else"),
+        (Extra, "computes something other"),
+        (ExtraOnSmallMaps, "computes something other"),
+        (AnotherEps, "computes something other"),
+        (Contiguous, "computes something other"),
         (Fails, "cannot be compared with the known formula: not today"),
-        (MoreArguments, "another forward"),
+        (MoreArguments, "takes other arguments"),
     ],
 )
 def test_the_same_structure_that_computes_something_else(kind, reason):
@@ -351,7 +351,7 @@ def test_a_method_of_timms_class_replaced(method, when, monkeypatch):
     monkeypatch.setattr(kind, method, twice)
     if when != "after":
         report = swap(module)
-        assert report.count == 0 and f"had its {method} replaced" in report.entries[0].reason
+        assert report.count == 0 and f"has a replaced {method}" in report.entries[0].reason
     assert torch.equal(module(x), twice_of(module, kind)(x))
 
 

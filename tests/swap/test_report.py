@@ -173,7 +173,7 @@ def test_attention_without_a_fused_form_is_listed():
         (f"blocks.{i}.attn", "Attention", False) for i in range(2)
     ]
     assert "no fused form" in report.entries[0].reason
-    assert "the model is as it was" in str(report)
+    assert "the model is unchanged" in str(report)
 
 
 def test_a_subclass_is_declined(family):

@@ -147,10 +147,10 @@ def test_biases_are_gathered_anew():
 
 DECLINED = {
     "mlp": (lambda: coatnet_attention("mlp"), "rel_pos is a timm.layers.pos_embed_rel.RelPosMlp"),
-    "forward": (lambda: with_attribute(coatnet_attention(), "forward"), "it has had its forward replaced"),
+    "forward": (lambda: with_attribute(coatnet_attention(), "forward"), "it has a replaced forward"),
     "biases": (
         lambda: with_attribute(efficientformer_attention(), "get_attention_biases"),
-        "it has had its get_attention_biases replaced",
+        "it has a replaced get_attention_biases",
     ),
     "subclass": (
         lambda: subclassed(efficientformer_attention()),

@@ -1,7 +1,8 @@
-"""EfficientViT and DC-AE as their authors at MIT publish them: ``LiteMLA``, recognised by structure.
+"""``LiteMLA`` of EfficientViT and DC-AE, in the code that the authors at MIT published. Recognised by structure.
 
-See :mod:`mvkernels.swap.by_structure`. The original has a quadratic form for maps of no more pixels than a head has
-channels; the fused op's result is the same but for rounding, so a copy is asked with a map on either side.
+See :mod:`mvkernels.swap.by_structure`. The original uses a quadratic form for maps with no more pixels than a head has
+channels, and a linear form for larger maps. The fused op gives the same result up to rounding, so a copy is tested
+with a map of each kind.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
 
 
 def why_not(module: Any, model: nn.Module) -> str:
-    """Why the fused form cannot stand for this ``LiteMLA``; empty if it can."""
+    """Why the fused form cannot replace this ``LiteMLA``; empty if it can."""
     reason = by_structure.holds_something_else(module, _CHILDREN) or lite_mla.why_not(module)
     if reason:
         return reason
@@ -30,7 +31,7 @@ def why_not(module: Any, model: nn.Module) -> str:
         torch.randn(2, module.qkv.conv.in_channels, *size, generator=generator, dtype=torch.float64, device="cpu")
         for size in sizes
     ]
-    # DC-AE's norm at the end runs on CUDA alone.
+    # The norm at the end of DC-AE's module runs on CUDA only.
     return by_structure.computes_something_else(module, SwappedAuthorsLiteMLA, maps, lite_mla.fused, beside=["proj"])
 
 
@@ -40,7 +41,7 @@ def form(module: nn.Module) -> type:
 
 
 class SwappedAuthorsLiteMLA(Swapped):
-    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps."""
+    """A ``LiteMLA`` that calls :func:`mvkernels.multiscale_linear_attention` between its projections."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

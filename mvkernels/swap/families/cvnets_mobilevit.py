@@ -1,9 +1,9 @@
-"""Apple's MobileViT (the package ml-cvnets): the whole ``MobileViTBlock``, recognised by structure.
+"""The whole ``MobileViTBlock`` of Apple's MobileViT (ml-cvnets), recognised by structure.
 
-See :mod:`mvkernels.swap.by_structure`. Two things of it are not as in the other packages. Its LayerNorm looks for the
-features on axis 1 before it looks at the last one, so that with as many patches as features it normalizes
-over the patches, and differently: such calls are left to the original. And it is called here on rows,
-(pixels, features), where it has no choice.
+See :mod:`mvkernels.swap.by_structure`. The LayerNorm of ml-cvnets differs from that of other packages: it looks for an
+axis of the size of the features on axis 1 first, and then on the last axis. With as many patches as features it
+normalizes over the patches, so such calls run the original forward. In the fused form the norm is called on rows
+(pixels, features), where the axis is unambiguous.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _METHODS = ("unfolding", "folding", "forward_spatial")
 
 
 def why_not(block: Any, model: nn.Module) -> str:
-    """Why the fused block cannot stand for this ``MobileViTBlock``; empty if it can."""
+    """Why the fused block cannot replace this ``MobileViTBlock``; empty if it can."""
     reason = by_structure.holds_something_else(block, _CHILDREN) or _why_not_now(block)
     for layer in list(block.global_rep)[:-1] if not reason else ():
         reason = reason or by_structure.holds_something_else(layer, _LAYER, "a layer of the transformer")
@@ -44,7 +44,7 @@ def why_not(block: Any, model: nn.Module) -> str:
         return reason
     generator = torch.Generator().manual_seed(0)
     channels, dim = block.local_rep.conv_1x1.block.conv.in_channels, _dim(block)
-    # Once with whole patches, once with resizing; with patches that are no fewer and no more than features.
+    # Once with whole patches and once with resizing, with another number of patches than features.
     sizes = [(3 * block.patch_h, 2 * block.patch_w), (3 * block.patch_h, 2 * block.patch_w - 1)]
     if dim == 6:
         sizes = [(h + 2 * block.patch_h, w) for h, w in sizes]
@@ -53,7 +53,7 @@ def why_not(block: Any, model: nn.Module) -> str:
 
 
 def _quiet(block: Any) -> None:
-    """The dropouts that the fused form calls too, and what it leaves to the original when it drops anything."""
+    """Switch off the dropouts and drop paths, which the fused form calls or leaves to the original."""
     for layer in list(block.global_rep)[:-1]:
         attention, (_, _, _, drop1, _, drop2) = layer.pre_norm_mha[1], layer.pre_norm_ffn
         for part in (layer.pre_norm_mha[2], attention.attn_dropout, drop1, drop2, layer.drop_path):
@@ -66,14 +66,14 @@ def form(block: nn.Module) -> type:
 
 
 def _dim(block: Any) -> int:
-    """The features of the transformer."""
+    """The number of features of the transformer."""
     return block.local_rep.conv_1x1.block.conv.out_channels
 
 
 def _why_not_now(block: Any) -> str:
-    """What can change after a swap."""
+    """Why the fused form cannot run now. This can change after a swap."""
     if any(name in block.__dict__ for name in _METHODS):
-        return "it has had a method replaced"
+        return f"it has a replaced method, one of {', '.join(_METHODS)}"
     into, out = block.local_rep.conv_1x1, block.conv_proj
     reason = not_hooked(block.local_rep, "local_rep") or not_hooked(block.global_rep, "global_rep")
     for module, what in ((into, "local_rep.conv_1x1"), (out, "conv_proj")):
@@ -81,7 +81,7 @@ def _why_not_now(block: Any) -> str:
     if reason:
         return reason
     if [*into.block._modules] != ["conv"]:
-        return "local_rep.conv_1x1 has more than a convolution"
+        return "local_rep.conv_1x1 has a norm or an activation, want a convolution only"
     *layers, norm = block.global_rep
     dim = _dim(block)
     like = into.block.conv.weight
@@ -92,7 +92,7 @@ def _why_not_now(block: Any) -> str:
 
 
 def _not_conv_layer(module: Any, what: str) -> str:
-    """A convolution of 1×1 at the head of a Sequential of it, a norm and an activation."""
+    """The module must begin with a 1×1 convolution; a norm and an activation may follow."""
     conv = module.block.conv
     reason = not_hooked(module, what) or not_hooked(module.block, what) or not_hooked(conv, f"{what}'s convolution")
     if reason:
@@ -101,7 +101,7 @@ def _not_conv_layer(module: Any, what: str) -> str:
         return f"{what} has a {class_name(type(conv))}, want a plain convolution"
     plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
     if not plain or next(iter(module.block._modules)) != "conv":
-        return f"{what} does not begin with a plain 1x1 convolution"
+        return f"{what} does not begin with a 1x1 convolution with stride 1, no padding and one group"
     return not_dense(conv.weight, what)
 
 
@@ -124,18 +124,18 @@ def _why_not_layer(layer: Any, like: Tensor, dim: int) -> str:
     for module in (drop, drop1, drop2, attention.attn_dropout):
         reason = reason or not_hooked(module, "a dropout")
         if not reason and not isinstance(module, nn.Dropout):
-            reason = f"a {class_name(type(module))} is where a dropout is expected"
+            reason = f"a dropout is a {class_name(type(module))}, want a torch.nn.Dropout"
     if reason:
         return reason
     if getattr(attention, "coreml_compatible", False):
-        return "it is laid out for CoreML (coreml_compatible)"
+        return "its attention uses the layout for CoreML (coreml_compatible is True)"
     if not any(kind in ELEMENTWISE for kind in type(activation).__mro__):
         return f"pre_norm_ffn.2 is a {class_name(type(activation))}, not known to be element-wise"
     return ""
 
 
 def _drops(block: Any) -> str:
-    """What depends on the mode."""
+    """Why the fused form cannot run in the current mode."""
     reason = ""
     for layer in list(block.global_rep)[:-1]:
         attention = layer.pre_norm_mha[1]
@@ -150,24 +150,25 @@ def _not_layer_norm(module: Any, dim: int, what: str) -> str:
 
 
 def _not_linear(module: Any, like: Tensor, shape: tuple[int | None, int | None], what: str) -> str:
-    """A Linear, torch's or the package's own, of this shape and with the dtype and device of the rest."""
+    """The module must be a Linear of torch or ml-cvnets with this shape, and the dtype and device of the rest."""
     if type(module) is not nn.Linear and type(module).__name__ != "LinearLayer":
         return f"{what} is a {class_name(type(module))}, want a plain torch.nn.Linear"
     if getattr(module, "channel_first", False):
-        return f"{what} has its channels first"
+        return f"{what} takes channels first (channel_first is True)"
     weight = module.weight
     if weight.dim() != 2 or any(want not in (None, found) for want, found in zip(shape, weight.shape)):
-        return f"{what} has a weight of {tuple(weight.shape)}"
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        return f"{what} has a weight of shape {tuple(weight.shape)}, want ({wanted})"
     if weight.dtype != like.dtype or weight.device != like.device:
-        return f"{what} has another dtype or device than the rest"
+        return f"the weight of {what} has another dtype or device than the rest of the module"
     return not_hooked(module, what) or not_dense(weight, what)
 
 
 class SwappedMobileViTBlock(Swapped):
-    """A ``MobileViTBlock`` that computes its transformer on the map, with the fused attention."""
+    """A ``MobileViTBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """x (B, C, H, W) -> the same shape; a tuple (video) is the original's."""
+        """x (B, C, H, W) -> the same shape. For a tuple (video) the original forward runs."""
         layers = layers_for_call(self, x, bool(args or kwargs), _WATCHED, _examine)
         if layers is not None:
             reason = _axis_is_ambiguous(self, x)
@@ -182,7 +183,7 @@ class SwappedMobileViTBlock(Swapped):
 def _axis_is_ambiguous(block: Any, x: Tensor) -> str:
     patches = -(-x.shape[2] // block.patch_h) * -(-x.shape[3] // block.patch_w)
     if patches == _dim(block) and any(type(m) is not nn.LayerNorm for m in _norms(block)):
-        return f"with {patches} patches of {patches} features its LayerNorm normalizes over the patches"
+        return f"with as many patches as features ({patches}) its LayerNorm normalizes over the patches"
     return ""
 
 
@@ -209,7 +210,7 @@ def _fused(block: Any, x: Tensor, layers: list[dict[str, Any]]) -> Tensor:
 
 
 class _Rows:
-    """A norm that is called on rows of features, whatever the shape."""
+    """Calls a norm on rows (pixels, features), whatever the shape of the input."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm

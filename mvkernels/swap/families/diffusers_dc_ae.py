@@ -1,8 +1,7 @@
-"""diffusers' DC-AE (``AutoencoderDC``): ``SanaMultiscaleLinearAttention``.
+"""``SanaMultiscaleLinearAttention`` of DC-AE (``AutoencoderDC``) in diffusers.
 
-Its ``to_q``, ``to_k`` and ``to_v`` are names for thirds of one projection, whose outputs are put together and split
-anew into [q | k | v] of each head: the first head's query, key and value are all in ``to_q`` if that has three
-heads' channels.
+Its ``to_q``, ``to_k`` and ``to_v`` are the three thirds of one projection. Their outputs are concatenated, and then
+split into [q | k | v] of each head. So with three heads the output of ``to_q`` is query, key and value of the first.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _METHODS = ("forward", "apply_linear_attention", "apply_quadratic_attention")
 
 
 def why_not(module: Any) -> str:
-    """Why the fused form cannot stand for this attention as it is now; empty if it can."""
+    """Why the fused form cannot replace this attention in its current state; empty if it can."""
     processor, like = module.processor, module.to_q.weight
     if type(processor) is not SanaMultiscaleAttnProcessor2_0:
         return f"its processor is a {class_name(type(processor))}, want a SanaMultiscaleAttnProcessor2_0"
@@ -57,7 +56,8 @@ def why_not(module: Any) -> str:
         return reason
     inner = module.to_q.out_features
     if not inner == module.to_k.out_features == module.to_v.out_features or inner % module.attention_head_dim:
-        return f"to_q, to_k and to_v do not make heads of {module.attention_head_dim} channels"
+        head_dim = module.attention_head_dim
+        return f"to_q, to_k and to_v do not have equal outputs that split into heads of {head_dim} channels"
     for scale in module.to_qkv_multiscale:
         reason = not_plain(scale, SanaMultiscaleAttentionProjection, "to_qkv_multiscale") or not_scale(
             scale.proj_in, scale.proj_out, 3 * inner, module.attention_head_dim, "to_qkv_multiscale"
@@ -68,11 +68,11 @@ def why_not(module: Any) -> str:
 
 
 class SwappedSanaMultiscaleLinearAttention(Swapped):
-    """A ``SanaMultiscaleLinearAttention`` on a channels-last map, with the fused multi-scale linear attention."""
+    """A ``SanaMultiscaleLinearAttention`` that calls :func:`mvkernels.multiscale_linear_attention`."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C, H, W) -> (B, C_out, H, W)."""
-        reason = "it was called with more than a map" if args or kwargs else unusual_call(hidden_states)
+        reason = "the call has other arguments than the map" if args or kwargs else unusual_call(hidden_states)
         reason = reason or asked(why_not, self)
         if reason:
             log_once(self, reason)
@@ -92,7 +92,7 @@ class SwappedSanaMultiscaleLinearAttention(Swapped):
     def _qkv(self: Any, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 3 C_inner, H, W), in channels-last memory."""
         weights = [linear.weight[:, :, None, None] for linear in (self.to_q, self.to_k, self.to_v)]
-        # What is put together is the smaller: the weights, or what they make of a small map.
+        # The smaller is concatenated: the weights, or for a small map the results.
         if x.shape[0] * x.shape[2] * x.shape[3] >= x.shape[1]:
             packed = pointwise_to_channels_last(x, torch.cat(weights))
         else:

@@ -1,7 +1,7 @@
-"""diffusers' Sana: the linear self-attention of its transformer, exchanged through ``Attention.set_processor``.
+"""The linear self-attention of Sana's transformer in diffusers, exchanged through ``Attention.set_processor``.
 
-Everything around the attention (projections, norms of queries and keys, dropout) is called where it was. Sana's video
-model rotates queries and keys after the ReLU, which is another formula and another processor.
+Everything around the attention (projections, norms of queries and keys, dropout) is called as before. Sana's video
+model is not covered: it rotates queries and keys after the ReLU, which is another formula and another processor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mvkernels.swap.eligibility import (
 
 
 def why_not(module: Any) -> str:
-    """Why the fused processor cannot stand for the one that this ``Attention`` has; empty if it can."""
+    """Why the fused processor cannot replace the processor of this ``Attention``; empty if it can."""
     reason = not_exactly(module, Attention)
     if reason:
         return reason
@@ -39,7 +39,7 @@ def why_not(module: Any) -> str:
 
 
 def _why_not_now(attn: Any) -> str:
-    """What can change after a swap, looked at in every call."""
+    """Why the fused processor cannot run now. It can change after a swap, so it is checked in every call."""
     q, k, v, like = attn.to_q, attn.to_k, attn.to_v, attn.to_q.weight
     reason = (
         not_linear(q, like, "to_q")
@@ -51,17 +51,19 @@ def _why_not_now(attn: Any) -> str:
     if reason:
         return reason
     if not q.out_features == k.out_features == v.out_features or q.out_features % attn.heads:
-        return f"to_q, to_k and to_v do not make {attn.heads} heads of one width"
+        return f"to_q, to_k and to_v do not have equal outputs that split into {attn.heads} heads"
     return ""
 
 
 class FusedSanaLinearAttnProcessor(SanaLinearAttnProcessor2_0):  # type: ignore[misc]
-    """A ``SanaLinearAttnProcessor2_0`` with :func:`mvkernels.relu_linear_attention`, by whose name tools find it.
+    """A ``SanaLinearAttnProcessor2_0`` that calls :func:`mvkernels.relu_linear_attention`.
+
+    The class has the name of the original, because tools look for it.
 
     Args:
-        original: the processor whose place it takes, and to which it leaves what it does not do: masks, keys from
-            elsewhere, changed projections.
-        eps: added to the normalizer; None for what the original adds.
+        original: the processor that is replaced. It still runs in calls that the fused one does not support: with a
+            mask, with encoder_hidden_states, or with changed projections.
+        eps: added to the divisor; None for the value of the original.
     """
 
     mvk_backend: str | None = None
@@ -83,9 +85,9 @@ class FusedSanaLinearAttnProcessor(SanaLinearAttnProcessor2_0):  # type: ignore[
         """(B, pixels, C) -> (B, pixels, C_out)."""
         reason = unusual_call(hidden_states, axes=3)
         if encoder_hidden_states is not None:
-            reason = "its keys come from elsewhere (encoder_hidden_states)"
+            reason = "the call has encoder_hidden_states (cross-attention)"
         elif attention_mask is not None:
-            reason = "it was called with a mask"
+            reason = "the call has an attention_mask"
         reason = reason or replaced(SanaLinearAttnProcessor2_0, "__call__") or asked(_why_not_now, attn)
         if reason:
             log_once(self, reason)
@@ -100,7 +102,7 @@ class FusedSanaLinearAttnProcessor(SanaLinearAttnProcessor2_0):  # type: ignore[
             query = attn.norm_q(query)
         if attn.norm_k is not None:
             key = attn.norm_k(key)
-        if not query.dtype == key.dtype == value.dtype:  # a norm may answer in float32
+        if not query.dtype == key.dtype == value.dtype:  # a norm may return float32
             query, key, value = query.float(), key.float(), value.float()
         maps = [_map(t, attn.heads) for t in (query, key, value)]
         out = relu_linear_attention(*maps, eps=self.eps, backend=self.mvk_backend)
@@ -110,7 +112,7 @@ class FusedSanaLinearAttnProcessor(SanaLinearAttnProcessor2_0):  # type: ignore[
 
 
 def _blank() -> FusedSanaLinearAttnProcessor:
-    """What unpickling and copying begin with."""
+    """An instance without state, with which unpickling and copying begin."""
     return FusedSanaLinearAttnProcessor.__new__(FusedSanaLinearAttnProcessor)
 
 
@@ -125,10 +127,10 @@ def _map(tokens: Tensor, heads: int) -> Tensor:
 
 @functools.cache
 def _asked() -> tuple[float, str]:
-    """What this version's processor adds to the normalizer, which it keeps to itself, and the reason against swapping.
+    """(eps of this diffusers version's processor, the reason against swapping it or an empty string).
 
-    Asked by calling it: of one pixel with q = k = v = c it makes c³ / (c² + eps), which says eps. With that
-    the fused form has to give what it gives.
+    eps is not an attribute, so it is measured: for one pixel with q = k = v = c the result is c³ / (c² + eps). With
+    this eps the fused form has to give the same result as the processor.
     """
     original = SanaLinearAttnProcessor2_0()
 
@@ -140,7 +142,7 @@ def _asked() -> tuple[float, str]:
         with torch.no_grad():
             c = 3e-8
             seen = float(original(attention(1), torch.full((1, 1, 1), c, dtype=torch.float32, device="cpu")))
-            eps = float(f"{max(0.0, c * c * (c / seen - 1.0)):.3g}")  # what is written there, without rounding errors
+            eps = float(f"{max(0.0, c * c * (c / seen - 1.0)):.3g}")  # the constant, without rounding errors
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(2, 7, 6, generator=generator, dtype=torch.float32, device="cpu")
             processor = FusedSanaLinearAttnProcessor(original, eps)
@@ -148,9 +150,9 @@ def _asked() -> tuple[float, str]:
             difference = float((processor.fused(attention(2), x) - original(attention(2), x)).abs().max())
     except Exception as error:  # whatever another version may raise
         lines = str(error).splitlines() or [type(error).__name__]
-        return 0.0, f"this version's processor cannot be compared with the known formula: {lines[0]}"
+        return 0.0, f"the processor of this diffusers version cannot be compared with the known formula: {lines[0]}"
     if not difference <= 1e-5:
-        return 0.0, "this version's processor computes something else than the known formula"
+        return 0.0, "the processor of this diffusers version computes something other than the known formula"
     return eps, ""
 
 

@@ -1,6 +1,6 @@
-"""timm's EfficientViT (MIT's, of ``timm.models.efficientvit_mit``): ``LiteMLA``, between its two projections.
+"""``LiteMLA`` of EfficientViT (MIT) in timm (``timm.models.efficientvit_mit``), between its two projections.
 
-Microsoft's EfficientViT (``efficientvit_m0`` to ``m5``) is another network, of softmax attention.
+Microsoft's EfficientViT (``efficientvit_m0`` to ``m5``) is another network, with softmax attention.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mvkernels.swap.swapped import Swapped
 
 
 def why_not(module: Any) -> str:
-    """Why the fused form cannot stand for this ``LiteMLA`` as it is now; empty if it can."""
+    """Why the fused form cannot replace this ``LiteMLA`` in its current state; empty if it can."""
     return _of_timm(module) or lite_mla.why_not(module)
 
 
@@ -30,7 +30,7 @@ def _of_timm(module: Any) -> str:
 
 
 class SwappedLiteMLA(Swapped):
-    """A ``LiteMLA`` that aggregates and attends in :func:`mvkernels.multiscale_linear_attention`, with its own eps."""
+    """A ``LiteMLA`` that calls :func:`mvkernels.multiscale_linear_attention` between its projections."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

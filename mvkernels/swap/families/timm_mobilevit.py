@@ -1,4 +1,4 @@
-"""timm's MobileViT (v1): the whole ``MobileVitBlock``."""
+"""The whole ``MobileVitBlock`` of MobileViT (v1) in timm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
 
 
 def why_not(block: Any) -> str:
-    """Why the fused block cannot stand for this ``MobileVitBlock`` as it is now; empty if it can."""
+    """Why the fused block cannot replace this ``MobileVitBlock`` in its current state; empty if it can."""
     into, out = block.conv_1x1, block.conv_proj
     reason = (
         replaced(MobileVitBlock, "forward")
@@ -83,7 +83,7 @@ def _not_drop_path(module: Any, what: str) -> str:
 
 
 def _why_not_now(block: Any) -> str:
-    """What depends on the mode. A drop path drops each of the patch's groups of pixels on its own."""
+    """Why the fused form cannot run in the current mode. Drop path drops each group of pixels separately here."""
     for layer in block.transformer:
         reason = drops_attention(layer.attn, layer.attn.attn_drop)
         reason = reason or drops_path(layer.drop_path1) or drops_path(layer.drop_path2)
@@ -93,7 +93,7 @@ def _why_not_now(block: Any) -> str:
 
 
 class SwappedMobileVitBlock(Swapped):
-    """A ``MobileVitBlock`` that computes its transformer on the map, with the fused attention."""
+    """A ``MobileVitBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
@@ -129,7 +129,7 @@ def _layer(layer: Any) -> dict[str, Any]:
         "activation": mlp.act,
         "fc2": mlp.fc2,
         "heads": attention.num_heads,
-        # Where timm runs scaled_dot_product_attention it does not look at its own scale.
+        # Where timm calls scaled_dot_product_attention it does not use its own scale.
         "scale": None if attention.fused_attn else attention.scale,
         "proj_dropout": attention.proj_drop,
         "hidden_dropout": mlp.drop1,

@@ -1,4 +1,4 @@
-"""transformers' MobileViT: the whole ``MobileViTLayer``, with the stride-2 block that it begins with."""
+"""The whole ``MobileViTLayer`` of MobileViT in transformers, including the stride-2 block at its beginning."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
 
 
 def why_not(block: Any) -> str:
-    """Why the fused block cannot stand for this ``MobileViTLayer`` as it is now; empty if it can."""
+    """Why the fused block cannot replace this ``MobileViTLayer`` in its current state; empty if it can."""
     into, out, transformer = block.conv_1x1, block.conv_projection, block.transformer
     if not {"unfolding", "folding"}.isdisjoint(block.__dict__):
-        return "its unfolding or folding has been replaced"
+        return "it has a replaced unfolding or folding"
     reason = (
         replaced(MobileViTLayer, "forward", "unfolding", "folding")
         or not_plain(into, MobileViTConvLayer, "conv_1x1")
@@ -52,7 +52,7 @@ def why_not(block: Any) -> str:
     if reason:
         return reason
     if into.normalization is not None or into.activation is not None:
-        return "conv_1x1 has a normalization or an activation"
+        return "conv_1x1 has a normalization or an activation, want a convolution only"
     like = block.layernorm.weight
     for layer in transformer.layer:
         reason = _why_not_layer(layer, like)
@@ -92,17 +92,17 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
         query.weight.shape == key.weight.shape == value.weight.shape
         and (query.bias is None) == (key.bias is None) == (value.bias is None)
     ):
-        return "query, key and value are not alike"
+        return "query, key and value differ in the shape of the weight or in having a bias"
     if not reason:
         self_attention = layer.attention.attention
         heads, size = self_attention.num_attention_heads, self_attention.attention_head_size
         if heads * size != query.out_features:
-            return f"{heads} heads of {size} do not make the {query.out_features} channels of the projections"
+            return f"{heads} heads of {size} channels do not add up to the {query.out_features} outputs of query"
     return reason
 
 
 class SwappedMobileViTLayer(Swapped):
-    """A ``MobileViTLayer`` that computes its transformer on the map, with the fused attention."""
+    """A ``MobileViTLayer`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
     def forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""

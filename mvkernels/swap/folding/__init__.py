@@ -1,9 +1,10 @@
-"""Batch norms at inference, done by the convolution before or the activation after: ``swap(model, fold_norms=True)``.
+"""Folding of batch norms at inference: ``swap(model, fold_norms=True)``.
 
-A batch norm at rest multiplies each channel by a number and adds one. Where an activation follows, the C++ kernels do
-both in one pass over what the convolution wrote; elsewhere the convolution does it at no cost. It is the module that
-calls them which is given another class, so that none of them ever computes anything but its own. The numbers are
-computed in every call, which costs microseconds, and so are never stale.
+At inference a batch norm multiplies each channel by a factor and adds an offset. If an activation follows, a C++ kernel
+computes norm and activation in one pass over the output of the convolution. Otherwise factor and offset go into the
+weight and bias of the convolution, where they cost nothing. The class is changed of the module that calls convolution,
+norm and activation, not the class of these three. Factor and offset are computed in every call, which takes
+microseconds, so they are always up to date.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mvkernels.swap.eligibility import not_its_own, replaced
 from mvkernels.swap.folding.forms import Folding
 from mvkernels.swap.swapped import Swapped, swapped_class
 
-# Who calls a convolution, then its norm, and nothing between. A further one is a class in the file, and a line.
+# Classes that call a convolution and directly after it the norm. Another one needs a class in the file and a line here.
 _CALLERS = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTConvLayer"): "transformers",
     ("timm.layers.conv_bn_act", "ConvNormAct"): "timm",
@@ -31,7 +32,7 @@ _CALLERS = {
 
 
 def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, type[nn.Module]]]:
-    """Give every caller in ``model`` its folding class; what was changed, with the classes it had.
+    """Give each of these callers in ``model`` its folding class. Returns the changed modules with their old classes.
 
     ``blocks``: modules that are swapped or can be, and their adapters.
     """
@@ -57,7 +58,7 @@ def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tupl
 
 
 def _claimed(blocks: Iterable[tuple[nn.Module, Any]]) -> set[nn.Module]:
-    """The modules whose work a fused block does itself, and which have to be what they were written as."""
+    """The modules that a fused block does not call but computes itself. Their classes must not be changed."""
     claimed: set[nn.Module] = set()
     for block, adapter in blocks:
         for name in getattr(adapter, "_WATCHED", block._modules):

@@ -64,7 +64,7 @@ def not_now() -> str:
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return "the compiler fuses by itself"
     if torch.is_grad_enabled():
-        return "a gradient may be wanted"
+        return "a gradient may be needed"
     if extension.module is None or requested(None) not in ("auto", "cpp"):
         return "it is for the C++ backend"
     return ""
