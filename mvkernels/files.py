@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and in one line why not."""
+"""Files that commands write: completely or not at all. An error is one line."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def write_csv(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterab
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise UsageError unless a file can be written there; makes its folder, and leaves a file that is there alone."""
+    """Raise UsageError unless a file can be written there. Makes its folder; an existing file is not changed."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -110,7 +110,7 @@ def check(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and those above it. Raises UsageError, one line, where files cannot be written there."""
+    """Make the folder and its parents. Raises UsageError if this fails or files cannot be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

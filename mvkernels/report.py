@@ -17,11 +17,11 @@ from mvkernels.version import __version__
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the command prints the one line and exits with status 2."""
+    """A request that is invalid or cannot be done. A command prints the message, one line, and exits with status 2."""
 
 
 class Progress:
-    """A bar on stderr, and only where somebody looks at it: a log file gets nothing."""
+    """A progress bar on stderr. It is shown in a terminal only, not in a log file."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
         self.total, self.done = max(total, 1), 0
@@ -121,7 +121,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 
 def check_device(device: str) -> None:
-    """Raise UsageError unless tensors live there, with values."""
+    """Raise UsageError unless tensors with values can be made on the device."""
     import torch
 
     try:
@@ -131,7 +131,7 @@ def check_device(device: str) -> None:
 
 
 def check_backends(op: str, backends: Sequence[str], device: str) -> None:
-    """Raise UsageError, with the reason, if a backend that was named runs no shape of an op's suite."""
+    """Raise UsageError with the reason if one of the backends cannot run the op on this device."""
     from mvkernels.dispatch.backend import can_run
     from mvkernels.dispatch.registry import OPS
 
@@ -143,7 +143,7 @@ def check_backends(op: str, backends: Sequence[str], device: str) -> None:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; empty where there is none."""
+    """The version of an installed package; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

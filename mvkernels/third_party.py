@@ -38,7 +38,7 @@ _DC_AE = {
 def build(spec: str, pretrained: bool = False) -> nn.Module:
     """The model "family:name" in eval mode, with random weights unless ``pretrained``.
 
-    Raises UsageError for an unknown family or model, and for a package that is missing or does not import.
+    Raises UsageError if the family or the model is unknown, or its package is missing or cannot be imported.
     """
     family, _, name = spec.partition(":")
     if family not in FAMILIES or not name:
@@ -51,7 +51,7 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
 
 
 def load(package: str) -> Any:
-    """The package, in spite of a torchvision that does not fit this torch. UsageError says why it cannot be had."""
+    """Import the package, even if the installed torchvision does not fit this torch. Raises UsageError if it fails."""
     _mend_broken_torchvision()
     if package == "transformers":
         _hide_broken_torchvision()
@@ -62,7 +62,7 @@ def _transformers(name: str, pretrained: bool) -> nn.Module:
     package = load("transformers")
     size = _SHORT.get(name) or name.removeprefix("apple/").removeprefix("mobilevit-")
     if size not in _MOBILEVIT and "/" not in name:
-        raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or a hub's owner/name")
+        raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or owner/name on the hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is said below
     try:
         if size in _MOBILEVIT and not pretrained:
@@ -81,13 +81,13 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     try:
         return package.create_model(name, pretrained=pretrained)
     except Exception as error:
-        raise UsageError(f"timm has no {name!r} here: {_first_line(error)}") from None
+        raise UsageError(f"timm cannot make the model {name!r}: {_first_line(error)}") from None
 
 
 def _mvmodels(name: str, pretrained: bool) -> nn.Module:
     package = _import("mvmodels")
     if pretrained:
-        raise UsageError("mvmodels has no weights to download: see mvmodels.load_weights")
+        raise UsageError("mvmodels has no weights to download: leave --pretrained out, or see mvmodels.load_weights")
     try:
         return package.create_model(name)
     except ValueError as error:
@@ -99,7 +99,7 @@ def _diffusers(name: str, pretrained: bool) -> nn.Module:
     known = ("dc-ae-f32c32-sana-1.0", *_DC_AE)
     short = name.removeprefix("mit-han-lab/").removesuffix("-diffusers")
     if short not in known and "/" not in name:
-        raise UsageError(f"unknown model diffusers:{name}, want one of {', '.join(known)}, or a hub's owner/name")
+        raise UsageError(f"unknown model diffusers:{name}, want one of {', '.join(known)}, or owner/name on the hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if short in known and not pretrained:
@@ -149,7 +149,7 @@ FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {
 
 
 def input_size(spec: str) -> int:
-    """The side of the pictures that a model of :func:`build` was made for; 256 where nobody says."""
+    """The side in pixels of the images that a model of :func:`build` was made for; 256 if it is not known."""
     family, _, name = spec.partition(":")
     return _import("mvmodels").model_info(name).input_size if family == "mvmodels" else 256
 
@@ -162,9 +162,9 @@ def _import(package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name == package:
             raise UsageError(f"{package} is not installed: pip install 'mvkernels[models]'") from None
-        raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+        raise UsageError(f"{package} cannot be imported: {_first_line(error)}") from None
     except Exception as error:
-        raise UsageError(f"{package} does not import: {_first_line(error)}") from None
+        raise UsageError(f"{package} cannot be imported: {_first_line(error)}") from None
     finally:
         logging.disable(before)
 

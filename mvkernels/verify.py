@@ -1,7 +1,7 @@
-"""``mvkernels verify``: every op, dtype and backend on this machine against the float64 reference.
+"""``mvkernels verify``: compare every op, dtype and backend on this machine with the float64 reference.
 
-Values and gradients, at the shapes of the suite and at small odd ones: every kind of strides, and maps
-that the patch does not divide. The criterion is :func:`mvkernels.testing.compare`, as everywhere.
+It compares outputs and gradients, at the shapes of the suite and at small unusual ones: all kinds of strides, and maps
+that the patch does not divide. The error criterion is :func:`mvkernels.testing.compare`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTERPRETER_PIXELS = 100
 
 @dataclass(frozen=True)
 class Row:
-    """One op on one backend in one dtype at one shape: its worst tensor."""
+    """The result for one op, backend, dtype and shape: its worst tensor."""
 
     op: str
     backend: str
@@ -36,7 +36,7 @@ class Row:
     strides: str
     ok: bool
     worst: str = ""
-    """The tensor whose error comes closest to what is allowed, or passes it furthest: out, dquery, ..."""
+    """The tensor with the largest ratio of its error to the limit: out, dquery, ..."""
     error: float | None = None
     allowed: float | None = None
     note: str = ""
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass
 class Result:
-    """All rows, and what was left out."""
+    """All rows, and the reasons for what did not run."""
 
     rows: list[Row] = field(default_factory=list)
     not_run: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Result:
         wrong = sum(not row.ok for row in self.rows)
         out = [report.table(lines, header), ""]
         out += [f"not run: {op} on {backend}: {reason}" for (op, backend), reason in self.not_run.items()]
-        out.append(f"{len(self.rows)} checked, {wrong} wrong" if wrong else f"{len(self.rows)} checked, all right")
+        out.append(f"{len(self.rows)} checked, {wrong} wrong" if wrong else f"{len(self.rows)} checked, all correct")
         return "\n".join(out)
 
 
@@ -86,10 +86,20 @@ def verify(
     suite: str = "small",
     device: str = "cpu",
 ) -> Result:
-    """Check ops (default: all) on backends (default: all that can run) and return every comparison.
+    """Check the outputs and gradients of ops against the float64 reference.
 
-    Raises UsageError for an op that does not exist, a device that is not there, or a backend that was
-    named and cannot run.
+    Args:
+        ops: names of ops; none for all.
+        backends: names of backends; none for all that can run.
+        dtypes: names of dtypes: "float32", "float16", "bfloat16", "float64".
+        suite: shapes to run: "small" or "full".
+        device: device to run on, such as "cpu" or "cuda".
+
+    Returns:
+        A :class:`Result` with one row for each comparison. It prints as a table, and its ``ok`` is the result.
+
+    Raises:
+        UsageError: an op is unknown, the device cannot be used, or a backend that was asked for cannot run.
     """
     for name in ops:
         if name not in OPS:
@@ -134,13 +144,13 @@ def _check(op: Op, backend: str, arguments: dict[str, Any], shape: str, strides:
 
 
 def _too_slow(maps: list[Tensor], named: bool) -> str:
-    """Why Triton's interpreter is spared these maps, if it is what would run them."""
+    """Why these maps are left out, if Triton's interpreter would run them; empty if they are not left out."""
     if any(m.device.type != "cpu" for m in maps):
         return ""
     if not named:
-        return "the interpreter takes minutes: name it with --backend triton"
+        return "Triton's interpreter takes minutes: use --backend triton to run it"
     if any(m.shape[-2] * m.shape[-1] > INTERPRETER_PIXELS for m in maps):
-        return f"on maps of more than {INTERPRETER_PIXELS} pixels: the interpreter is too slow for them"
+        return f"Triton's interpreter is too slow for maps of more than {INTERPRETER_PIXELS} pixels"
     return ""
 
 
@@ -148,7 +158,7 @@ Maker = Callable[[torch.dtype, str], dict[str, Any]]
 
 
 def inputs(op: Op, suite: str = "small") -> Iterator[tuple[str, str, Maker]]:
-    """What an op is checked on: (shape, strides, function of dtype and device that makes the arguments)."""
+    """The inputs of the checks: (shape, strides, function of dtype and device that makes the arguments)."""
     seen = set()
     for case in op.suite(suite):
         for layout in case.layouts:

@@ -26,7 +26,7 @@ def change(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> None:
 def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "all right" in out and "not run: patch_attention on cuda: patch_attention has no cuda kernel" in out
+    assert "all correct" in out and "not run: patch_attention on cuda: patch_attention has no cuda kernel" in out
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Measuring: times, peers, files of rows, plots, comparisons. ``mvkernels bench`` is this from the command line."""
+"""Benchmarks of the ops: times, peers, CSV files, plots, comparisons. Used by the command ``mvkernels bench``."""
 
 from mvkernels.bench.measuring import MODES, PEERS, Options, Result, candidates, measure, work
 from mvkernels.bench.rows import Row, geomeans, read_csv, size_class, write_csv

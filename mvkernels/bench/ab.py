@@ -33,7 +33,7 @@ ROOT = HERE.parents[1]
 
 @dataclass
 class Side:
-    """Medians of one shape on either side, in microseconds, and their ratio: here over there, above 1 is slower."""
+    """The medians of one shape on both sides, in microseconds, and the ratio here / there: above 1 is slower here."""
 
     op: str
     shape: str
@@ -59,7 +59,7 @@ class Side:
 
 
 def run(options: Options, commit: str, tolerance: float = TOLERANCE) -> list[Side]:
-    """Measure every shape asked for on both sides. Raises UsageError where a side cannot be made."""
+    """Measure all shapes of the options on both sides. Raises UsageError if the other commit cannot be set up."""
     with ExitStack() as stack:
         there = stack.enter_context(checkout(commit))
         sides = {"here": stack.enter_context(worker(ROOT)), "there": stack.enter_context(worker(there))}
@@ -108,11 +108,11 @@ def _enough(count: int, options: Options) -> bool:
 def checkout(commit: str) -> Iterator[Path]:
     """The files of a commit in a temporary folder, with the extension that belongs to it."""
     if not (ROOT / ".git").exists():
-        raise report.UsageError("--ab needs a git checkout, this is an installed package")
+        raise report.UsageError("--ab needs a git checkout, but mvkernels is an installed package here")
     try:
         found = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}").strip()
     except (OSError, subprocess.CalledProcessError):
-        raise report.UsageError(f"--ab {commit}: git knows no such commit") from None
+        raise report.UsageError(f"--ab {commit}: there is no such commit in this repository") from None
     with tempfile.TemporaryDirectory(prefix="mvkernels-ab-") as folder:
         path = Path(folder) / "checkout"
         try:
@@ -127,7 +127,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def _extension(path: Path, commit: str) -> None:
-    """Copy this checkout's extension where its sources are the same, else build; neither where this one has none."""
+    """Copy this checkout's extension if its sources are the same, else build it. Without one here, do neither."""
     built = list((ROOT / "mvkernels").glob("_C*.so"))
     if not built:
         return
@@ -140,7 +140,7 @@ def _extension(path: Path, commit: str) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=path, check=True, capture_output=True, text=True)
     if not list((path / "mvkernels").glob("_C*.so")):
-        raise report.UsageError(f"--ab {commit[:10]}: its extension was not built")
+        raise report.UsageError(f"--ab {commit[:10]}: the C++ extension of that commit could not be built")
 
 
 def _git(*arguments: str) -> str:
@@ -162,7 +162,7 @@ class _Worker:
             print(json.dumps(request), file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise report.UsageError(f"--ab: the process of {self.path} has ended, see above") from None
+            raise report.UsageError(f"--ab: the process of {self.path} has ended; its error is printed above") from None
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def worker(path: Path) -> Iterator[_Worker]:
 
 
 def text(rows: Sequence[Side], commit: str) -> str:
-    """A table, and what it amounts to."""
+    """A table of the rows, and a summary."""
     lines = [
         (
             r.op, r.shape, r.batch, r.dtype, r.layout, r.mode, r.provider, _us(r.there_us), _us(r.here_us),

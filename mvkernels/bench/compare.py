@@ -10,17 +10,17 @@ from mvkernels.bench.rows import Row, geomean
 from mvkernels.dispatch.backend import BACKENDS
 
 TOLERANCE = 0.05
-"""What a median may be off before anything is said: two runs of the same code differ by about this."""
+"""Relative change of a median that is ignored: two runs of the same code differ by about this."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row, then and now."""
+    """One row in the old and in the new results."""
 
     old: Row
     new: Row
     ratio: float | None
-    """New median over old: above 1 is slower. None where either has no time."""
+    """New median divided by old: above 1 is slower. None if one of them has no time."""
     verdict: str
     """"slower", "faster", "same", or "wrong": it had a time, and now fails."""
 
@@ -30,17 +30,17 @@ class Change:
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], tolerance: float = TOLERANCE) -> list[Change]:
-    """Rows of this library's backends that both have, on the same device, threads and allocator.
+    """Compare the rows of mvkernels' backends that are in both, with the same device, threads and allocator.
 
-    A row is slower if the intervals of the two medians do not meet and the medians differ by more than ``tolerance``.
-    Raises UsageError where nothing can be compared.
+    A row is slower if the confidence intervals of the two medians do not overlap and the medians differ by more than
+    ``tolerance``. Raises UsageError if no row is in both.
     """
     before = {_key(row): row for row in old if row.provider in BACKENDS}
     pairs = [(before[_key(row)], row) for row in new if row.provider in BACKENDS and _key(row) in before]
     if not pairs:
         ours, theirs = (sorted({f"{r.device} ({r.capability})" for r in rows}) for rows in (new, old))
-        why = "" if ours == theirs else f": one is of {', '.join(theirs)}, the other of {', '.join(ours)}"
-        raise report.UsageError(f"--compare: the two have no row in common{why}")
+        why = "" if ours == theirs else f": the old rows are of {', '.join(theirs)}, the new rows of {', '.join(ours)}"
+        raise report.UsageError(f"--compare: the old and the new results have no row in common{why}")
     return [_change(then, now, tolerance) for then, now in pairs]
 
 
@@ -62,7 +62,7 @@ def _change(old: Row, new: Row, tolerance: float) -> Change:
 
 
 def _interval(row: Row) -> tuple[float, float]:
-    """Of the median; in files from before there was one, the middle three fifths of the samples, which are wider."""
+    """The confidence interval of the median. In older files: the 20 % and 80 % quantiles, a wider interval."""
     low = row.median_low_us if row.median_low_us is not None else row.p20_us
     high = row.median_high_us if row.median_high_us is not None else row.p80_us
     assert row.median_us is not None
@@ -70,7 +70,7 @@ def _interval(row: Row) -> tuple[float, float]:
 
 
 def drift(old: Sequence[Row], new: Sequence[Row]) -> float | None:
-    """How much slower the peers are than then, geometric mean: they have not changed, so the machine has."""
+    """Geometric mean of new/old of the peers: their code has not changed, so it shows changes of the machine."""
     before = {_key(row): row.median_us for row in old if row.provider not in BACKENDS and row.median_us}
     ratios = [
         row.median_us / before[_key(row)]  # type: ignore[operator]
@@ -81,7 +81,7 @@ def drift(old: Sequence[Row], new: Sequence[Row]) -> float | None:
 
 
 def text(changes: Sequence[Change], machine: float | None) -> str:
-    """A table, and what it amounts to."""
+    """A table of the changes, and a summary."""
     lines = [
         (
             c.new.op, f"{c.new.model} {c.new.label}", c.new.batch, c.new.dtype, c.new.layout, c.new.mode,
@@ -99,7 +99,7 @@ def text(changes: Sequence[Change], machine: float | None) -> str:
     if ratios:
         total += f", geometric mean of new/old {geomean(ratios):.3f}"
     if machine is not None:
-        total += f"; the peers, which have not changed: {machine:.3f}"
+        total += f"; of the peers, whose code has not changed: {machine:.3f}"
     return f"{report.table(lines, header)}\n\n{total}"
 
 

@@ -1,4 +1,4 @@
-"""Who is timed by ``mvkernels bench``, and the gate that keeps wrong results from having a time."""
+"""The providers that ``mvkernels bench`` times, and the check that wrong results get no time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mvkernels.dispatch.registry import NotOffered, Op
 
 @dataclass
 class Provider:
-    """Somebody who does the work: a backend of this library, or a peer."""
+    """An implementation that is timed: a backend of mvkernels, or a peer."""
 
     name: str
     call: Callable[..., Tensor]
@@ -30,7 +30,7 @@ class Provider:
 
 
 class Gate:
-    """Lets only those be timed who compute the right thing on the arguments that are timed."""
+    """Checks the result of each provider on the arguments that are timed. Only correct providers are timed."""
 
     def __init__(self, op: Op, arguments: Mapping[str, Any], mode: str) -> None:
         self.op, self.arguments, self.mode = op, arguments, mode
@@ -38,7 +38,7 @@ class Gate:
         self.yardstick, self.cotangent = testing.yardstick(op, arguments, self.wanted)
 
     def apply(self, providers: Sequence[Provider]) -> None:
-        """Give each provider that is right its work, and every other one the reason why it has none."""
+        """Give each correct provider its ``work``, and every other one the reason in its ``note``."""
         for provider in providers:
             try:
                 with _quiet():

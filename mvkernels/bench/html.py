@@ -1,4 +1,4 @@
-"""``mvkernels bench --html FOLDER``: one page that shows a folder of results, and needs nothing but itself."""
+"""``mvkernels bench --html FOLDER``: one self-contained page that shows a folder of results."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _COLOURS = ("#3b7dd8", "#d8793b", "#4a9d5b", "#9a57b5", "#b5574a", "#666666", "#
 
 
 def command(folder: str, json: Callable[[Any], None] | None) -> int:
-    """Write the page, and say where. UsageError where there is nothing to show."""
+    """Write the page and print its path. Raises UsageError if there is nothing to show."""
     path = Path(folder)
     if not path.is_dir():
-        raise report.UsageError(f"--html {folder}: no such folder")
+        raise report.UsageError(f"--html {folder}: there is no such folder")
     files = sorted(path.rglob("*.csv"))
     if not files:
-        raise report.UsageError(f"--html {folder}: no CSV file in it")
+        raise report.UsageError(f"--html {folder}: there is no CSV file in it")
     target = path / "index.html"
     write(target, page(path, files))
     json({"page": str(target), "files": [str(f) for f in files]}) if json is not None else print(f"written: {target}")
@@ -74,7 +74,7 @@ def page(folder: Path, files: Sequence[Path]) -> str:
     try:
         opening = _opening(tables)
     except ValueError as error:
-        raise report.UsageError(f"--html {folder}: a speed-up is no number: {error}") from None
+        raise report.UsageError(f"--html {folder}: a speed-up is not a number: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>mvkernels: results</title>'

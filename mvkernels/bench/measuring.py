@@ -1,8 +1,7 @@
-"""``mvkernels bench``: how fast an op is, against the same work done without this library.
+"""``mvkernels bench``: how fast an op is, compared with the same work done without mvkernels.
 
-A figure here can be believed: everything in a row runs in one process, interleaved; one thread unless
-told otherwise; with freed memory kept by the process unless told otherwise; and whatever gives a wrong
-result on the very input that is timed has no time.
+All times of a row are measured in one process, interleaved. By default with one thread, and with freed memory kept by
+the process. A provider whose result is wrong on the input that is timed gets no time.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MODES = ("fwd", "bwd", "full")
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. ``None`` means all, or what the machine has."""
+    """What to measure. An empty list means all, or all that can run."""
 
     ops: Sequence[str] = ()
     suite: str = "small"
@@ -62,12 +61,13 @@ class Result:
 
 
 def measure(options: Options, after_each: Callable[[Result], None] | None = None) -> Result:
-    """Run the benchmark. ``after_each`` sees what there is after each shape, so that a long run that is cut off
-    leaves its part. Raises UsageError for what cannot be measured at all.
+    """Run the benchmark. Raises UsageError if there is nothing to measure.
+
+    ``after_each`` is called with the results so far after each shape, so an interrupted run does not lose them.
     """
     cases = list(work(options))
     if not cases:
-        raise report.UsageError("no shape fits what was asked for")
+        raise report.UsageError("no shape of the suite matches the options")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     result, progress = Result(), report.Progress(len(cases))

@@ -11,7 +11,7 @@ from mvkernels.bench.rows import Row
 
 
 def pyplot() -> Any:
-    """matplotlib without a display; UsageError where it is missing."""
+    """matplotlib without a display. Raises UsageError if it is not installed."""
     try:
         import matplotlib
     except ImportError:

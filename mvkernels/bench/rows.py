@@ -128,9 +128,9 @@ def size_class(case: Case) -> str:
 
 
 def read_csv(path: str | Path) -> list[Row]:
-    """The rows of a file that this or an earlier version wrote: columns that it lacks are left at their defaults.
+    """The rows of a file that this or an earlier version wrote. Missing columns get their defaults.
 
-    Raises UsageError for a file that cannot be read, or that has other columns.
+    Raises UsageError if the file cannot be read or is not a file of ``mvkernels bench``.
     """
     try:
         with open(path, newline="") as file:
@@ -138,7 +138,7 @@ def read_csv(path: str | Path) -> list[Row]:
             names = reader.fieldnames or ()
             missing = [f.name for f in fields(Row) if f.default is MISSING and f.name not in names]
             if missing:
-                raise report.UsageError(f"{path} is no file of this benchmark: it has no column {missing[0]!r}")
+                raise report.UsageError(f"{path} is not a file of mvkernels bench: it has no column {missing[0]!r}")
             return [
                 Row(**{name: _value(name, text) for name, text in line.items() if name in COLUMNS}) for line in reader
             ]

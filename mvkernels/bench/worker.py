@@ -63,7 +63,7 @@ def prepare(request: Mapping[str, Any], staged: Any) -> Callable[[], Any]:
     op, backend, mode = OPS[request["op"]], request["backend"], request["mode"]
     cases = [case for case in op.suite("full") if (case.model, case.label) == (request["model"], request["label"])]
     if not cases:
-        raise LookupError("it has no such shape")
+        raise LookupError("this checkout has no such shape")
     dtype = getattr(torch, request["dtype"])
     made = {"batch": request["batch"], "dtype": dtype, "device": request["device"], "layout": request["layout"]}
     wrong = [str(c) for c in testing.check(op, cases[0].make(**made), backend, mode != "fwd") if not c.ok]

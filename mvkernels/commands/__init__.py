@@ -1,1 +1,1 @@
-"""The ``mvkernels`` command, a file for each of its commands."""
+"""The ``mvkernels`` command line, with one file for each command."""

@@ -1,4 +1,4 @@
-"""``mvkernels bench``: what it measures, prints and draws."""
+"""The command ``mvkernels bench``: it measures, prints tables, and writes files and plots."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mvkernels.files import check as check_file
 
 @dataclass(frozen=True)
 class Files:
-    """What is read and written beside what is measured."""
+    """The files to read and write."""
 
     csv: str | None = None
     plot: str | None = None
@@ -31,7 +31,7 @@ class Files:
     tolerance: float = bench_compare.TOLERANCE
 
 
-# Options that leave no place for those others.
+# Options that cannot be combined with the options listed for them.
 _ALONE = {
     "html": ("ab", "read", "compare", "csv", "plot", "roofline"),
     "ab": ("read", "compare", "csv", "plot", "roofline"),
@@ -44,7 +44,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
     for one, others in _ALONE.items():
         for other in others:
             if getattr(options, one) is not None and getattr(options, other) is not None:
-                raise report.UsageError(f"--{other} does not go with --{one}")
+                raise report.UsageError(f"--{other} cannot be combined with --{one}")
     if options.html is not None:
         return html.command(options.html, json)
     asked = Options(
@@ -70,7 +70,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
 
 
 def report_on(options: Options, files: Files, json: Callable[[Any], None] | None) -> int:
-    """Measure, print, write files. 1 if a kernel of this library was wrong or has become slower, else 0."""
+    """Measure, print, write files. Returns 1 if a kernel of this library was wrong or has become slower, else 0."""
     if files.read is None:
         check(options)
     for path in (files.csv, files.plot, files.roofline):
@@ -125,11 +125,11 @@ def _rows(path: str) -> list[Row]:
 
 
 def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[Any], None] | None) -> int:
-    """This checkout against another commit. 1 if it is slower somewhere, or wrong, or if nothing could be compared."""
+    """Compare this checkout with another commit. Returns 1 if a row is slower or wrong here, else 0."""
     check(options)
     rows = bench_ab.run(options, commit, tolerance)
     if not rows:
-        raise report.UsageError("no shape fits what was asked for")
+        raise report.UsageError("no shape of the suite matches the options")
     json({"against": commit, "rows": bench_ab.as_json(rows)}) if json is not None else print(
         bench_ab.text(rows, commit)
     )
@@ -140,7 +140,7 @@ def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[
 
 
 def check(options: Options) -> None:
-    """Refuse before anything runs: raises UsageError."""
+    """Check the options before anything runs. Raises UsageError."""
     for name in options.ops:
         if name not in OPS:
             raise report.UsageError(f"unknown op {name!r}, want one of {', '.join(OPS)}")
@@ -156,7 +156,7 @@ def check(options: Options) -> None:
 
 
 def text(result: Result) -> str:
-    """The tables for a reader."""
+    """The results as tables of text."""
     rows = result.rows
     first = rows[0]
     lines = [

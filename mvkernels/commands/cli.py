@@ -1,7 +1,7 @@
 """The ``mvkernels`` command: info, verify, bench, swap, export, tune.
 
-Exit status: 0, all is well; 1, something was computed wrongly; 2, what was asked for cannot be done; 130 after Ctrl-C;
-141 where the reader of a pipe has gone.
+Exit status: 0, success; 1, a result is wrong or slower than before; 2, the request is invalid or cannot be done;
+130, Ctrl-C; 141, the reader of a pipe has closed it.
 Errors are one line on stderr. With ``--json`` stdout is one JSON document and nothing else.
 """
 
@@ -20,7 +20,7 @@ from mvkernels.report import UsageError, launched, restart_keeping_pages
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 COMMANDS = ("info", "verify", "bench", "swap", "export", "tune")
-"""Each a file beside this one: ``command(options, json)`` runs it, where ``json`` prints a document if it is wanted."""
+"""Each has a file in this folder, whose ``command(options, json)`` runs it. With --json, ``json`` prints a document."""
 
 
 def _list(value: str) -> list[str]:
@@ -33,7 +33,7 @@ def _positive(value: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{value} is not allowed, want at least 1")
     return number
 
 
@@ -43,93 +43,99 @@ def _not_negative(value: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
     if not 0 <= number < math.inf:  # nor is it nan
-        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 on")
+        raise argparse.ArgumentTypeError(f"{value} is not allowed, want a finite number of at least 0")
     return number
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line, without running any of it."""
+    """The parser of the whole command line."""
     main = Parser(prog="mvkernels", description="Fused attention kernels for mobile vision models.")
     commands = main.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(COMMANDS)}}}")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
-        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
         return sub
 
-    command("info", "Version, devices, which backend can run and why the others cannot.")
+    command("info", "Show versions, devices, which backends can run, and why the others cannot.")
 
-    verify = command("verify", "Check values and gradients of every op against the float64 reference.")
-    verify.add_argument("--op", nargs="+", default=[], metavar="OP", help="ops (default: all)")
-    verify.add_argument("--backend", nargs="+", default=[], choices=BACKENDS, help="default: all that can run")
-    verify.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    verify.add_argument("--suite", default="small", choices=("small", "full"))
-    verify.add_argument("--device", default="cpu")
+    verify = command("verify", "Check outputs and gradients of every op against the float64 reference.")
+    verify.add_argument("--op", nargs="+", default=[], metavar="OP", help="ops to check (default: all)")
+    verify.add_argument("--backend", nargs="+", default=[], choices=BACKENDS,
+                        help="backends to check (default: all that can run)")  # fmt: skip
+    verify.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES, help="dtypes (default: all)")
+    verify.add_argument("--suite", default="small", choices=("small", "full"), help="which shapes (default small)")
+    verify.add_argument("--device", default="cpu", help="device to run on (default cpu)")
 
-    bench = command("bench", "Time the ops against the same work done without this library.")
-    bench.add_argument("op", nargs="*", help="ops (default: all)")
-    bench.add_argument("--suite", default="small", choices=("small", "full"))
-    bench.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
-    bench.add_argument("--batch", nargs="+", type=_positive, default=[1])
+    bench = command("bench", "Time the ops, and the same work without mvkernels.")
+    bench.add_argument("op", nargs="*", help="ops to time (default: all)")
+    bench.add_argument("--suite", default="small", choices=("small", "full"), help="which shapes (default small)")
+    bench.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name contains PART")
+    bench.add_argument("--batch", nargs="+", type=_positive, default=[1], help="batch sizes (default 1)")
     bench.add_argument("--mode", nargs="+", default=["fwd"], choices=("fwd", "bwd", "full"),
-                       help="bwd: the backward alone; full: forward and backward")  # fmt: skip
-    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    bench.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"))
-    bench.add_argument("--backend", nargs="+", default=[], choices=BACKENDS)
+                       help="fwd: the forward; bwd: the backward; full: both (default fwd)")  # fmt: skip
+    bench.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES, help="dtypes (default float32)")
+    bench.add_argument("--layout", nargs="+", default=[], choices=("channels_last", "channels_first"),
+                       help="memory layouts of the maps (default: those of each model)")  # fmt: skip
+    bench.add_argument("--backend", nargs="+", default=[], choices=BACKENDS,
+                       help="backends to time (default: all kernels that can run, else the reference)")  # fmt: skip
     bench.add_argument("--against", type=_list, default=["eager", "sdpa", "compile"], metavar="PEER,...",
-                       help="of eager, sdpa, compile (default: these) and thirdparty: modules of timm, transformers, "
-                       "diffusers, and FlexAttention")  # fmt: skip
-    bench.add_argument("--device", default="cpu")
-    bench.add_argument("--threads", type=_positive, default=1)
-    bench.add_argument("--rounds", type=_positive, help="samples of each (default: as --min-time allows)")
-    bench.add_argument("--min-time", type=_not_negative, default=0.3, help="seconds for each on average (default 0.3)")
-    bench.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    bench.add_argument("--csv", metavar="FILE")
-    bench.add_argument("--plot", metavar="FILE.png", help="bars of speed-up")
-    bench.add_argument("--roofline", metavar="FILE.png", help="work per second under the measured rates")
-    bench.add_argument("--read", metavar="FILE.csv", help="measure nothing: take the rows from this file")
-    bench.add_argument("--compare", metavar="OLD.csv", help="a ratio for each row; status 1 if one has become slower")
-    bench.add_argument(
-        "--ab", metavar="COMMIT", help="this checkout against another commit, in turns; status 1 if slower"
-    )
-    bench.add_argument("--tolerance", type=_not_negative, default=0.05, help="of --compare and --ab (default 0.05)")
-    bench.add_argument("--html", metavar="FOLDER", help="measure nothing: write FOLDER/index.html of its CSV files")
-    bench.add_argument(
-        "--allocator",
-        default="kept",
-        choices=("kept", "default"),
-        help="kept: freed memory stays with the process, so that page faults are not timed",
-    )
+                       help="what to compare with: eager, sdpa, compile (the default is these three), thirdparty "
+                       "(modules of timm, transformers and diffusers, and FlexAttention)")  # fmt: skip
+    bench.add_argument("--device", default="cpu", help="device to run on (default cpu)")
+    bench.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
+    bench.add_argument("--rounds", type=_positive, help="samples of each measurement (default: see --min-time)")
+    bench.add_argument("--min-time", type=_not_negative, default=0.3,
+                       help="average seconds to spend on each measurement (default 0.3)")  # fmt: skip
+    bench.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    bench.add_argument("--csv", metavar="FILE", help="write the rows to this file")
+    bench.add_argument("--plot", metavar="FILE.png", help="draw the speed-ups as bars")
+    bench.add_argument("--roofline", metavar="FILE.png", help="draw a roofline: FLOP/s against FLOPs per byte")
+    bench.add_argument("--read", metavar="FILE.csv", help="do not measure: read the rows from this file")
+    bench.add_argument("--compare", metavar="OLD.csv",
+                       help="compare with the times in an earlier file; exit status 1 if a row is slower")  # fmt: skip
+    bench.add_argument("--ab", metavar="COMMIT",
+                       help="time this checkout and COMMIT in turns; exit status 1 if this one is slower")  # fmt: skip
+    bench.add_argument("--tolerance", type=_not_negative, default=0.05,
+                       help="relative change that --compare and --ab ignore (default 0.05)")  # fmt: skip
+    bench.add_argument("--html", metavar="FOLDER",
+                       help="do not measure: write FOLDER/index.html from the CSV files in FOLDER")  # fmt: skip
+    bench.add_argument("--allocator", default="kept", choices=("kept", "default"),
+                       help="kept (default): freed memory stays with the process, to time no page faults")  # fmt: skip
 
-    swap = command("swap", "Swap a model's attention, verify it, and time it.")
-    swap.add_argument("model", metavar="FAMILY:MODEL", help="timm:mobilevit_xs, diffusers:dc-ae-f32c32-in-1.0, ...")
-    swap.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
-    swap.add_argument("--image", metavar="FILE", help="a picture (default: a photograph of scikit-learn, else noise)")
-    swap.add_argument("--batch", type=_positive, default=1)
-    swap.add_argument("--size", type=_positive, default=256)
-    swap.add_argument("--backend", choices=("auto", *BACKENDS))
-    swap.add_argument("--device", default="cpu")
-    swap.add_argument("--threads", type=_positive, default=1)
-    swap.add_argument("--rounds", type=_positive)
-    swap.add_argument("--compile", action="store_true", help="time the original under torch.compile too")
-    swap.add_argument("--allocator", default="kept", choices=("kept", "default"))
+    swap = command("swap", "Swap the attention of a model, verify the result, and time it.")
+    swap.add_argument(
+        "model", metavar="FAMILY:MODEL", help="for example timm:mobilevit_xs or diffusers:dc-ae-f32c32-in-1.0"
+    )
+    swap.add_argument("--pretrained", action="store_true", help="download weights (default: random weights)")
+    swap.add_argument("--image", metavar="FILE",
+                      help="image to run (default: a photograph of scikit-learn if installed, else noise)")  # fmt: skip
+    swap.add_argument("--batch", type=_positive, default=1, help="batch size (default 1)")
+    swap.add_argument("--size", type=_positive, default=256, help="side of the image in pixels (default 256)")
+    swap.add_argument("--backend", choices=("auto", *BACKENDS), help="backend of the swapped blocks (default auto)")
+    swap.add_argument("--device", default="cpu", help="device to run on (default cpu)")
+    swap.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
+    swap.add_argument("--rounds", type=_positive, help="samples of each time (default: as many as fit in a second)")
+    swap.add_argument("--compile", action="store_true", help="also time the original under torch.compile")
+    swap.add_argument("--allocator", default="kept", choices=("kept", "default"), help="see mvkernels bench --help")
 
-    export = command("export", "Write a model for another runtime, swapped, and check the file there.")
+    export = command("export", "Swap a model, write it for another runtime, and check the file.")
     export.add_argument(
-        "model", metavar="FAMILY:MODEL", help="transformers:mobilevit_s, mvmodels:mobile_former_26m, ..."
+        "model", metavar="FAMILY:MODEL", help="for example transformers:mobilevit_s or mvmodels:mobile_former_26m"
     )
-    export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino", "executorch", "coreml"))
-    export.add_argument("--output", metavar="FILE", help="default: the model's name in this folder")
-    export.add_argument("--size", type=_positive, help="side of the input (default: the model's own)")
-    export.add_argument("--batch", type=_positive, help="default 1, and 2 with --dynamic")
-    export.add_argument("--dynamic", action="store_true", help="batch, height and width may change")
+    export.add_argument("--to", required=True, choices=("torch", "onnx", "openvino", "executorch", "coreml"),
+                        help="format to write")  # fmt: skip
+    export.add_argument("--output", metavar="FILE", help="file to write (default: the model's name, in this folder)")
+    export.add_argument("--size", type=_positive, help="side of the input in pixels (default: that of the model)")
+    export.add_argument("--batch", type=_positive, help="batch size (default 1, or 2 with --dynamic)")
+    export.add_argument("--dynamic", action="store_true", help="let batch, height and width of the input change")
     which = export.add_mutually_exclusive_group()
     which.add_argument("--swap", action="store_true", help="export the swapped model (the default)")
-    which.add_argument("--original", action="store_true", help="export the model as it is")
-    export.add_argument("--pretrained", action="store_true", help="download weights (default: random ones)")
-    export.add_argument("--threads", type=_positive, default=1, help="of the runtime that checks the file")
+    which.add_argument("--original", action="store_true", help="export the original model")
+    export.add_argument("--pretrained", action="store_true", help="download weights (default: random weights)")
+    export.add_argument("--threads", type=_positive, default=1, help="CPU threads of the runtime (default 1)")
 
-    tune = commands.add_parser("tune", help="Find launch configurations for this GPU.", add_help=False)
+    tune = commands.add_parser("tune", help="Measure launch configurations on this GPU.", add_help=False)
     tune.add_argument("rest", nargs=argparse.REMAINDER)
     return main
 

@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors with exit status 2, and a standard output that may fail like any file."""
+"""What all commands share: errors as one line with exit status 2, and errors in writing to standard output."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mvkernels.files import os_reason
 from mvkernels.report import UsageError
 
 PIPE_CLOSED = 141
-"""Exit status where the reader of a pipe has gone: what a shell reports of a program that SIGPIPE ended."""
+"""Exit status if the reader of a pipe has closed it: what a shell reports for a program that SIGPIPE ended."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Wrong usage is one line."""
+    """An argument parser that prints a usage error as one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def share(text: str) -> tuple[int, int]:
-    """An option's K/N: every N-th piece of work, from the K-th on."""
+    """The value K/N of an option: every N-th piece of work, starting at K."""
     k, _, n = text.partition("/")
     if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
         raise argparse.ArgumentTypeError(f"{text!r}, want K/N with K from 0 to N - 1")
@@ -34,7 +34,7 @@ def share(text: str) -> tuple[int, int]:
 
 
 class OutputError(Exception):
-    """Standard output cannot be written. No OSError, which argparse would pass over in silence."""
+    """Standard output cannot be written. Not an OSError, which argparse would ignore."""
 
     def __init__(self, error: OSError | UnicodeEncodeError) -> None:
         super().__init__(f"standard output cannot be written: {getattr(error, 'strerror', None) or error}")
@@ -42,7 +42,7 @@ class OutputError(Exception):
 
 
 class _Output:
-    """Standard output, whose errors are told from those of files."""
+    """Standard output. Its errors are raised as OutputError, so they are not taken for those of files."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -64,13 +64,13 @@ class _Output:
 
 
 def run(prog: str, command: Callable[[], int]) -> int:
-    """``command()``, where an error that its user can mend is one line on stderr and exit status 2.
+    """Run ``command()``. An error that the user can fix is printed as one line on stderr, with exit status 2.
 
-    Such are UsageError, BackendUnavailable, and the system's: a full disk, a file that is not there. Ctrl-C is status
-    130, and a pipe whose reader has gone 141, without a word.
+    These are UsageError, BackendUnavailable, and errors of the system such as a full disk or a missing file. Ctrl-C
+    gives status 130. A pipe that its reader has closed gives status 141, without a message.
     """
     stream = sys.stdout
-    if stream is None:  # closed by whoever started this: print() then says nothing
+    if stream is None:  # closed by the caller: print() then prints nothing
         return _run(prog, command)
     try:
         with contextlib.redirect_stdout(_Output(stream)):  # type: ignore[type-var]
@@ -78,7 +78,7 @@ def run(prog: str, command: Callable[[], int]) -> int:
     finally:
         try:
             stream.flush()
-        except OSError:  # told already; Python would complain again at exit
+        except OSError:  # reported already; Python would report it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -89,7 +89,7 @@ def _run(prog: str, command: Callable[[], int]) -> int:
         except SystemExit:  # argparse's: --help has printed
             print(end="", flush=True)
             raise
-        print(end="", flush=True)  # now, where its failure can be told
+        print(end="", flush=True)  # now, because an error can still be reported
         return status
     except OutputError as error:
         return PIPE_CLOSED if error.closed_pipe else _tell(f"{prog}: {error}", 2)
@@ -98,13 +98,13 @@ def _run(prog: str, command: Callable[[], int]) -> int:
     except OSError as error:
         return _tell(f"{prog}: {os_reason(error)}", 2)
     except MemoryError:
-        return _tell(f"{prog}: there is not enough memory", 2)
+        return _tell(f"{prog}: not enough memory", 2)
     except KeyboardInterrupt:
         return _tell(f"\n{prog}: interrupted", 130)
 
 
 def _tell(line: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # stderr may be full as well; the status says it still
+    with contextlib.suppress(OSError):  # stderr may fail too; the exit status remains
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")  # the progress bar
         print(line, file=sys.stderr, flush=True)
@@ -112,7 +112,7 @@ def _tell(line: str, status: int) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; of one from a worker of a DataLoader, the original's."""
+    """An error's message without line breaks. For an error from a DataLoader worker, the original message."""
     text = str(error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].partition(": ")[2]
@@ -120,5 +120,5 @@ def one_line(error: BaseException) -> str:
 
 
 def print_json(document: Any) -> None:
-    """The document on standard output, and nothing else."""
+    """Print the document as JSON on standard output."""
     print(json.dumps(document, indent=2, default=str))

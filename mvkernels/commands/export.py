@@ -1,4 +1,4 @@
-"""``mvkernels export``: write a model for another runtime, run it there, and say what was written."""
+"""``mvkernels export``: write a model for another runtime, run it there, and print what was written."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from mvkernels import export, report, third_party
 
 
 def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
-    """Returns 1 if the export computes something else than the model."""
+    """Returns 1 if the outputs of the export and of the model differ, else 0."""
     target = export.require(options.to)  # before a model is built
     model = third_party.build(options.model, options.pretrained)
     name = options.model.partition(":")[2].replace("/", "-")
     path = Path(options.output or f"{name}{target.suffix}")
     batch = options.batch or (2 if options.dynamic else 1)
     if options.dynamic and batch < 2:
-        raise report.UsageError("--dynamic traces a batch of at least 2, whatever sizes then run: leave --batch out")
+        raise report.UsageError(
+            f"--batch is {batch}, want at least 2 with --dynamic: the export is traced with it, and then runs any batch"
+        )
     image, _ = third_party.picture(None, options.size or third_party.input_size(options.model), batch)
     found = export.export_model(
         model, image, options.to, path, dynamic=options.dynamic, swapped=not options.original, threads=options.threads
@@ -30,12 +32,12 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
     else:
         print(text(options.model, found))
     if not found.ok:
-        print(f"mvkernels export: {found.path} computes something else than the model", file=sys.stderr)
+        print(f"mvkernels export: the outputs of {found.path} differ from those of the model", file=sys.stderr)
     return 0 if found.ok else 1
 
 
 def text(model: str, found: export.Exported) -> str:
-    """What was written, a line for each thing to know."""
+    """What was written, as lines of text."""
     rows = [
         ("model", f"{model}, {found.swapped} blocks swapped"),
         ("written", f"{found.path}, {found.bytes:,} bytes, {found.nodes} ops in the exported graph"),
@@ -52,13 +54,13 @@ def text(model: str, found: export.Exported) -> str:
         )
         rows += [("  left", f"{count} x {op}") for op, count in d["not_delegated"].items()]
     if found.error is None:
-        rows.append(("checked", f"not run: there is no {found.target} runtime here"))
+        rows.append(("checked", f"not run: mvkernels writes {found.target} files, but cannot run them"))
     else:
         sizes = " and ".join("x".join(map(str, size)) for size in found.checked)
         rows.append(
             (
                 "checked",
-                f"at {sizes}: {found.error:.1e} of the largest output from the model in float64, "
+                f"at {sizes}: difference from the model in float64 {found.error:.1e} of the largest output, "
                 f"{found.allowed:.1e} allowed",
             )
         )

@@ -1,4 +1,4 @@
-"""``mvkernels info``: what is installed here, what can run, and why the rest cannot."""
+"""``mvkernels info``: what is installed, which backends can run, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``info`` says, as a document."""
+    """Everything that ``info`` prints, as a dictionary."""
     return {
         "mvkernels": __version__,
         "commit": report.commit(),
@@ -65,7 +65,7 @@ def collect() -> dict[str, Any]:
 
 
 def devices() -> dict[str, str]:
-    """Devices that tensors can live on here, by torch's name, with their own."""
+    """The devices of this machine: torch's name of each, and a description."""
     capability = torch.backends.cpu.get_cpu_capability()
     found = {"cpu": f"{report.cpu_name()} ({capability}, {os.cpu_count()} logical processors)"}
     if torch.cuda.is_available():
@@ -87,7 +87,7 @@ def _triton() -> str:
     try:
         import triton
     except Exception as error:  # a broken Triton is worth a line here, not a traceback
-        return f"does not import: {' '.join(str(error).split())}"
+        return f"cannot be imported: {' '.join(str(error).split())}"
     return str(triton.__version__)
 
 
@@ -98,7 +98,7 @@ def _backends(op: str, device: str) -> dict[str, dict[str, Any]]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The same for a reader."""
+    """The result of :func:`collect` as text."""
     lines = [
         f"mvkernels {found['mvkernels']} {found['commit']}".rstrip() + f" at {found['location']}",
         f"torch {found['torch']}, triton {found['triton']}, Python {found['python']}",
@@ -111,7 +111,7 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"C++ extension: running {built['instruction_set']} kernels")
         lines += [f"  {k}: {v}" for k, v in built.items() if k not in {"available", "instruction_set"}]
     else:
-        lines.append(f"C++ extension: absent: {built['reason']}")
+        lines.append(f"C++ extension: not available: {built['reason']}")
     rows = [
         (op, device, backend, "yes" if answer["available"] else "no", answer["reason"])
         for op, by_device in found["ops"].items()
@@ -119,7 +119,7 @@ def text(found: dict[str, Any]) -> str:
         for backend, answer in answers.items()
     ]
     lines += ["", report.table(rows, ("op", "device", "backend", "runs", "why not")), ""]
-    lines.append("environment:" if found["environment"] else "environment: none of this library's variables is set")
+    lines.append("environment:" if found["environment"] else "environment: no variable of mvkernels is set")
     lines += [f"  {name}={value}" for name, value in found["environment"].items()]
-    lines.append(f"launch configurations: {', '.join(found['configs']) or 'none shipped, heuristics only'}")
+    lines.append(f"launch configurations: {', '.join(found['configs']) or 'none, heuristics are used'}")
     return "\n".join(lines)

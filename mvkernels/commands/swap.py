@@ -1,4 +1,4 @@
-"""``mvkernels swap``: swap a model, say who was swapped, verify it, and time it against the original."""
+"""``mvkernels swap``: swap a model, print the report, verify the result, and time it against the original."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mvkernels.swap import swap, verify_swap
 
 
 def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
-    """Returns 1 if the swapped model computes something else than the original."""
+    """Returns 1 if the swapped model and the original differ by more than rounding, else 0."""
     report.check_device(options.device)
     torch.set_num_threads(options.threads)
     model = third_party.build(options.model, options.pretrained).to(options.device)
@@ -63,7 +63,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
 
 
 def time_models(models: dict[str, nn.Module], image: Tensor, rounds: int | None = None) -> dict[str, timing.Times]:
-    """Forward times of models on one input, interleaved, without gradients."""
+    """Forward times of several models on one input, measured in turns, without gradients."""
 
     def forward(model: nn.Module) -> Callable[[], Any]:
         def call() -> Any:
@@ -77,7 +77,7 @@ def time_models(models: dict[str, nn.Module], image: Tensor, rounds: int | None 
 
 
 def times_table(times: dict[str, timing.Times], first: str = "original") -> str:
-    """Milliseconds of each, and the speed-up over ``first``."""
+    """A table of the times in milliseconds, with the speed-up over ``first``."""
     base = times[first]
     rows = [
         (

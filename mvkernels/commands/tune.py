@@ -21,25 +21,27 @@ from mvkernels.tune import DTYPES, MOST, Finding, compile_case, save, tune_case,
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="mvkernels tune", description="Find launch configurations for this GPU.")
+    parser = Parser(prog="mvkernels tune", description="Measure launch configurations on this GPU and save the best.")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="batch of the suite's shapes (default 32)")
     parser.add_argument("--filter", nargs="+", default=[""], metavar="TEXT",
-                        help="only shapes whose model or label has one of these")  # fmt: skip
-    parser.add_argument("--layout", choices=("channels_last", "channels_first"), help="only this (default: all)")
-    parser.add_argument("--suite", choices=("small", "full"), default="full")
-    parser.add_argument("--min-time", type=float, default=0.1, metavar="S", help="seconds a candidate is timed")
-    parser.add_argument("--most", type=int, default=MOST, help=f"configurations tried for a kernel (default {MOST})")
-    parser.add_argument("--processes", type=int, help="that compile beforehand (default: one a core)")
-    parser.add_argument("--compile", type=share, metavar="K/N", help="only compile, for every N-th shape from K on")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: mvkernels/configs/<device>.json")
+                        help="only shapes whose model or label contains one of these texts")  # fmt: skip
+    parser.add_argument("--layout", choices=("channels_last", "channels_first"), help="only this layout (default: all)")
+    parser.add_argument("--suite", choices=("small", "full"), default="full", help="which shapes (default full)")
+    parser.add_argument("--min-time", type=float, default=0.1, metavar="S",
+                        help="seconds to time each candidate (default 0.1)")  # fmt: skip
+    parser.add_argument("--most", type=int, default=MOST, help=f"configurations to try per kernel (default {MOST})")
+    parser.add_argument("--processes", type=int, help="processes that compile beforehand (default: one per core)")
+    parser.add_argument("--compile", type=share, metavar="K/N", help="only compile: every N-th shape, starting at K")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="file to write (default: mvkernels/configs/<device>.json)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 
 def _compile_in(processes: int, argv: Sequence[str]) -> None:
-    """Let processes fill Triton's cache with what is to be tried. What one that fails leaves is compiled later."""
+    """Fill Triton's cache from several processes. What a failed process leaves out is compiled later."""
     line = [sys.executable, "-m", "mvkernels", "tune", *argv]
     started = [
         subprocess.Popen([*line, "--compile", f"{k}/{processes}"], stdout=subprocess.DEVNULL) for k in range(processes)
@@ -49,10 +51,10 @@ def _compile_in(processes: int, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status. Raises UsageError without a GPU, or with nothing to tune."""
+    """Run the command; returns the exit status. Raises UsageError if there is no GPU or nothing to tune."""
     options = _parser().parse_args(argv)
     if not torch.cuda.is_available():
-        raise UsageError("needs a CUDA or ROCm device, and there is none")
+        raise UsageError("tuning needs a CUDA or ROCm device, but torch finds none")
     if options.batch < 1:
         raise UsageError(f"--batch is {options.batch}, want 1 or more")
     device = configs.device_of("cuda", torch.cuda.current_device())
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in options.dtype or list(DTYPES)
     ]
     if not work:
-        raise UsageError("no shape matches")
+        raise UsageError("no shape of the suite matches the options")
     processes = (os.cpu_count() or 1) if options.processes is None else options.processes
     if options.compile is None and processes > 1:
         _compile_in(processes, sys.argv[1:] if argv is None else argv)
@@ -87,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for search in (partial(tune_case, most=options.most), tune_choice):
             findings = search(op, arguments, "cuda", done, options.min_time)
             save(path, op.name, findings, device)
-            configs.forget()  # what is chosen between is what was found
+            configs.forget()  # so that tune_choice uses what tune_case has found
             everything += findings
             if not options.json:
                 for f in findings:

@@ -10,7 +10,7 @@ from mvkernels.verify import verify
 
 
 def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
-    """Returns 1 if anything was wrong."""
+    """Returns 1 if a result was wrong or nothing ran, else 0."""
     result = verify(options.op, options.backend, options.dtype, options.suite, options.device)
     json(result.as_dict()) if json is not None else print(result)
     return 0 if result.ok else 1

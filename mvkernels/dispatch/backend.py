@@ -152,8 +152,8 @@ def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
 def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
     """The backend that runs this call: a name of BACKENDS, never "auto".
 
-    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend was asked for and cannot
-    run the call. During export and tracing the reference runs, whatever was asked for.
+    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend was asked for and
+    cannot run the call. During export and tracing the reference runs, whatever was asked for.
     """
     name = requested(backend, op.name)
     # An exported or traced graph is to run where this library is not installed.
@@ -177,7 +177,7 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
 
 
 def prepare(name: str, backend: str | None, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
-    """Check the arguments of the op called ``name``; returns (the backend that runs the call, the checked arguments)."""
+    """Check the arguments of the op called ``name``. Returns (the backend that runs it, the checked arguments)."""
     op = OPS[name]
     checked = op.check(*arguments)
     return choose(op, backend, checked), checked

@@ -29,8 +29,8 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the C++ extension cannot be loaded: {' '.join(str(error).split())}"
     if module.interface() != INTERFACE:
         return None, (
-            f"the C++ extension was built for interface {module.interface()}, but this package has interface {INTERFACE}: "
-            "reinstall mvkernels"
+            f"the C++ extension was built for interface {module.interface()}, but this package has interface "
+            f"{INTERFACE}: reinstall mvkernels"
         )
     return module, ""
 

@@ -1,8 +1,8 @@
 """Export of models to other runtimes: torch.export, ONNX, ExecuTorch, OpenVINO, Core ML.
 
-While a model is exported the ops trace their references, so what is written holds ops of PyTorch alone and runs where
-this library is not installed. :func:`export_model` writes the file, runs it in the target's own runtime, and holds the
-result against the unswapped model in float64.
+During an export the ops run their reference implementations. So the exported graph has PyTorch ops only and runs where
+mvkernels is not installed. :func:`export_model` writes the file, runs it in the runtime of the target, and compares the
+result with the unswapped model in float64.
 """
 
 from __future__ import annotations
@@ -26,40 +26,44 @@ from mvkernels.testing import max_error
 __all__ = ["PARITY", "TARGETS", "Exported", "Logits", "Target", "export_model", "program", "quiet", "require"]
 
 PARITY = 1e-4
-"""Of the largest output: what an export may differ from the model in float64."""
+"""Largest difference allowed between an export and the model in float64, relative to the largest output."""
 
 _LARGEST = 4
-"""Dynamic sizes of a target that plans its memory ahead go up to this many times the example's."""
+"""Upper bound of dynamic sizes, in multiples of the example's, for targets that plan their memory ahead."""
 
 
 @dataclass
 class Exported:
-    """What was written, and how far from the model it is."""
+    """What :func:`export_model` returns: the file that was written, and its difference from the model."""
 
     target: str
     path: str
     bytes: int
+    """Size of the file, with its weights if they are beside it."""
     swapped: int
-    """Attention blocks that were swapped before the export."""
+    """Number of attention blocks that were swapped before the export."""
     nodes: int
-    """Calls of ops in the exported graph."""
+    """Number of op calls in the exported graph."""
     input_shape: list[str]
-    """Sizes of the input, by name or range where they are dynamic."""
+    """Sizes of the input; for a dynamic size its range or "any"."""
     error: float | None
-    """Largest difference from the unswapped model in float64, over the largest output; None if nothing ran it."""
+    """Largest difference from the unswapped model in float64, divided by the largest output. None if the file was not
+    run."""
     allowed: float
+    """Upper limit of ``error``."""
     checked: list[list[int]] = field(default_factory=list)
     """The input sizes that were run."""
     details: dict[str, Any] = field(default_factory=dict)
+    """Further facts that depend on the target."""
 
     @property
     def ok(self) -> bool:
-        """Whether what ran is right; true if nothing can run it here."""
+        """Whether the error is within its limit; true if the file was not run."""
         return self.error is None or self.error <= self.allowed
 
 
 class Logits(nn.Module):
-    """A model whose answer is one tensor: the logits of a model that answers with a structure of its package."""
+    """A model with a tensor as output: the ``logits`` of a model whose output is a structure of its package."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -71,11 +75,16 @@ class Logits(nn.Module):
 
 
 def program(model: nn.Module, example: Tensor, dynamic: bool = False, largest: int | None = None) -> ExportedProgram:
-    """The model as ``torch.export`` sees it, with the ops' references in it, under no_grad.
+    """Export a model with ``torch.export``, under no_grad. The graph has the reference implementations of the ops.
 
-    example: (B, C, H, W). With ``dynamic``, B, H and W may change, up to ``largest`` times the example's if that is
-    given; B, H and W of the example must differ from 1. Raises UsageError with the first line of what torch.export
-    says against it.
+    Args:
+        model: takes a map (B, C, H, W); its output is a tensor or a structure with ``logits``.
+        example: example input (B, C, H, W).
+        dynamic: whether B, H and W of the input may change. In the example none of them may be 1.
+        largest: upper bound of the dynamic sizes, in multiples of the example's; None for no bound.
+
+    Raises:
+        UsageError: torch.export cannot export the model; the message has the first line of its error.
     """
     shapes: Any = None
     if dynamic:
@@ -101,36 +110,44 @@ def export_model(
     swapped: bool = True,
     threads: int = 1,
 ) -> Exported:
-    """Export a model, run the file where its runtime is here, and compare with the unswapped model in float64.
+    """Export a model to a file, run the file, and compare its output with the unswapped model in float64.
+
+    For "coreml" the file is written, but not run.
 
     Args:
-        model: takes a picture (B, C, H, W), answers with a tensor or with a structure that has ``logits``. It is not
+        model: takes images (B, C, H, W); its output is a tensor or a structure with ``logits``. The model is not
             changed: a copy in eval mode is swapped and exported.
-        example: float32 input (B, C, H, W). For a dynamic export it has a batch of at least 2.
-        target: a name of :data:`TARGETS`: "torch", "onnx", "openvino", "executorch" or "coreml".
-        path: the file to write (for OpenVINO a second one beside it, for Core ML a folder).
-        dynamic: B, H and W of the input may change; "executorch" and "coreml" bound them by four times the example's.
-        swapped: export the swapped model, which is the default, or the original.
-        threads: of the runtime that checks the file.
+        example: example input (B, C, H, W) in float32. A dynamic export needs a batch of at least 2.
+        target: a name in :data:`TARGETS`: "torch", "onnx", "openvino", "executorch" or "coreml".
+        path: file to write. OpenVINO writes a second file beside it, and Core ML writes a folder.
+        dynamic: whether B, H and W of the input may change. For "executorch" and "coreml" they can be up to four times
+            those of the example.
+        swapped: True exports the swapped model, False the original.
+        threads: number of threads of the runtime that runs the file.
 
     Returns:
-        :class:`Exported`; ``ok`` says whether the difference is at most 1e-4 of the largest output, or twice that of
-        the model itself in float32 where that is more. A dynamic export is also run at another batch and size.
+        :class:`Exported`. Its ``ok`` says whether the difference is within the limit: 1e-4 of the largest output, or
+        twice the error of the model itself in float32 if that is larger. A dynamic export is also run with another
+        batch, height and width.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: ``example`` is no such tensor.
-        UsageError: unknown target, a package that is missing, a model that the target does not take, a path that
-            cannot be written.
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``example`` is not a float32 tensor (B, C, H, W), or its batch is too small for a dynamic export.
+        UsageError: the target is unknown, a package is missing, the model cannot be exported to the target, or the
+            path cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_model: model is a {type(model).__name__}, want a torch.nn.Module")
-    if not isinstance(example, Tensor) or example.dim() != 4 or example.dtype != torch.float32:
-        raise ValueError("export_model: example is no float32 tensor (B, C, H, W)")
+    if not isinstance(example, Tensor):
+        raise ValueError(f"export_model: example is a {type(example).__name__}, want a float32 tensor (B, C, H, W)")
+    if example.dim() != 4 or example.dtype != torch.float32:
+        found_example = f"{tuple(example.shape)} in {example.dtype}"
+        raise ValueError(f"export_model: example is {found_example}, want (B, C, H, W) in torch.float32")
     if dynamic and example.shape[0] < 2:
-        raise ValueError(f"export_model: a dynamic export needs an example with B of 2 or more, not {example.shape[0]}")
+        raise ValueError(f"export_model: example has batch {example.shape[0]}, want at least 2 for a dynamic export")
     kind, path = require(target), Path(path)
     if kind.exact_suffix and path.suffix != kind.suffix:
-        raise UsageError(f"{path} cannot be written: {target} wants a name that ends in {kind.suffix}")
+        raise UsageError(f"{path} cannot be written: {target} needs a file name that ends in {kind.suffix}")
     original = Logits(copy.deepcopy(model)).eval()
     exporting = copy.deepcopy(model).eval()
     count = swap(exporting).count if swapped else 0
@@ -144,7 +161,7 @@ def export_model(
         except UsageError:
             raise
         except Exception as error:  # the converters have no common error
-            raise UsageError(f"{target} does not take this model: {line_of(error)}") from None
+            raise UsageError(f"{target} cannot convert this model: {line_of(error)}") from None
     inputs = [example]
     if dynamic:
         batch, channels, height, width = example.shape
@@ -175,13 +192,13 @@ def _compare(
     inputs: list[Tensor],
     threads: int,
 ) -> tuple[float, float]:
-    """The export's error and what is allowed, at the input where they are furthest apart."""
+    """(error, limit) of the export, at the input with the largest ratio of the two."""
     with torch.no_grad(), quiet():
         try:
             run = load(path, threads)
             outputs = [run(image) for image in inputs]
         except Exception as error:
-            raise UsageError(f"{path} was written, but its runtime does not run it: {line_of(error)}") from None
+            raise UsageError(f"{path} was written, but its runtime cannot run it: {line_of(error)}") from None
         exact_model = copy.deepcopy(original).double()
         worst = (0.0, PARITY)
         for image, out in zip(inputs, outputs):
@@ -194,9 +211,9 @@ def _compare(
 
 
 def _described(program: ExportedProgram) -> list[str]:
-    """The input's sizes: a number, or the range of a dynamic one.
+    """The sizes of the input: a number, or the range of a dynamic size.
 
-    torch.export traces sizes of 2 and more, and says so of every one of them; smaller ones run as well.
+    torch.export gives 2 as the lower bound of every size that it traces, but 1 runs too. So a bound of 2 is left out.
     """
 
     def size(value: Any) -> str:

@@ -26,15 +26,15 @@ class Target:
 
     suffix: str
     needs: tuple[str, ...]
-    """Modules that must import."""
+    """Modules that must be importable."""
     write: Callable[[ExportedProgram, Path], dict[str, Any]]
-    """Writes the file; what it answers is shown."""
+    """Writes the file, and returns details that are shown to the user."""
     load: Callable[[Path, int], Callable[[Tensor], Tensor]] | None
-    """``load(path, threads)`` -> a function of the input, run by the target's own runtime."""
+    """``load(path, threads)`` returns a function of the input that runs the file in the runtime of the target."""
     bounded: bool = False
     """Whether dynamic sizes need an upper bound."""
     exact_suffix: bool = False
-    """Whether the target writes no file of another suffix."""
+    """Whether the file must have this suffix."""
 
 
 def _write_torch(program: ExportedProgram, path: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _write_openvino(program: ExportedProgram, path: Path) -> dict[str, Any]:
 def _load_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     import openvino
 
-    # Left to itself it computes in bfloat16 where the processor can.
+    # Without the hint it computes in bfloat16 if the processor can.
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda image: torch.from_numpy(next(iter(request.infer([image.numpy()]).values())).copy())
@@ -96,11 +96,11 @@ def _write_executorch(program: ExportedProgram, path: Path) -> dict[str, Any]:
 
 
 def _delegation(program: ExportedProgram) -> dict[str, Any]:
-    """How many nodes XNNPACK has, and which were left to ExecuTorch's portable kernels."""
+    """How many nodes run on XNNPACK, and which run on ExecuTorch's portable kernels."""
     from executorch.exir.lowered_backend_module import get_lowered_submodules
 
     def ops(graph: torch.fx.Graph) -> list[str]:
-        # What only takes a tuple apart is no work of anybody.
+        # getitem only unpacks a tuple, and is not counted.
         called = [getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"]
         return [name for name in called if "getitem" not in name and "executorch_call_delegate" not in name]
 
@@ -150,9 +150,9 @@ TARGETS = {
 
 
 def require(target: str) -> Target:
-    """The target of that name, whose packages import.
+    """The target of that name, after a check that its packages can be imported.
 
-    Raises UsageError for an unknown target, and with the extra to install where a package is missing.
+    Raises UsageError if the target is unknown or a package is missing; the message then says what to install.
     """
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}, want one of {', '.join(TARGETS)}")
@@ -164,10 +164,12 @@ def require(target: str) -> Target:
             except ModuleNotFoundError as error:
                 package = name.partition(".")[0]
                 missing = (error.name or package).partition(".")[0]
-                what = f"{package} is not installed" if missing == package else f"{package} needs {missing}"
+                what = f"{package} is not installed"
+                if missing != package:
+                    what = f"{package} needs {missing}, which is not installed"
                 raise UsageError(f"{target}: {what}: pip install 'mvkernels[export]'") from None
             except Exception as error:  # a package built for another torch fails in many ways
-                raise UsageError(f"{target}: {name} does not import: {line_of(error)}") from None
+                raise UsageError(f"{target}: {name} cannot be imported: {line_of(error)}") from None
     return found
 
 
@@ -183,7 +185,7 @@ def line_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings, progress bars and notices that converters print while they work."""
+    """Suppress the warnings, progress bars and notices that converters print."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     held = io.StringIO()
