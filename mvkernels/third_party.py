@@ -62,7 +62,7 @@ def _transformers(name: str, pretrained: bool) -> nn.Module:
     package = load("transformers")
     size = _SHORT.get(name) or name.removeprefix("apple/").removeprefix("mobilevit-")
     if size not in _MOBILEVIT and "/" not in name:
-        raise UsageError(f"unknown model transformers:{name}, want one of {', '.join(_SHORT)}, or owner/name on the hub")
+        raise UsageError(f"unknown model transformers:{name}, want {', '.join(_SHORT)} or owner/name on the hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the outcome is said below
     try:
         if size in _MOBILEVIT and not pretrained:
@@ -99,7 +99,7 @@ def _diffusers(name: str, pretrained: bool) -> nn.Module:
     known = ("dc-ae-f32c32-sana-1.0", *_DC_AE)
     short = name.removeprefix("mit-han-lab/").removesuffix("-diffusers")
     if short not in known and "/" not in name:
-        raise UsageError(f"unknown model diffusers:{name}, want one of {', '.join(known)}, or owner/name on the hub")
+        raise UsageError(f"unknown model diffusers:{name}, want {', '.join(known)} or owner/name on the hub")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         if short in known and not pretrained:

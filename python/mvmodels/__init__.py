@@ -1,4 +1,4 @@
-"""The papers' models in plain PyTorch, on the modules of :mod:`mvkernels.nn`."""
+"""The models of the papers, in PyTorch with the modules of :mod:`mvkernels.nn`."""
 
 from mvmodels import (
     coatnet,

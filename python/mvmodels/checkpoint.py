@@ -1,4 +1,4 @@
-"""Files of a training: written whole or not at all, read without running anything in them."""
+"""Checkpoints of a training: written completely or not at all, and read without running code in them."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError):
-        raise UsageError(f"{path} is no checkpoint that torch.load reads with weights_only=True") from None
+        raise UsageError(f"{path} is not a checkpoint that torch.load can read with weights_only=True") from None
     if not isinstance(state, Mapping):
-        raise UsageError(f"{path} holds a {type(state).__name__}, want a checkpoint or a state_dict")
+        raise UsageError(f"{path} contains a {type(state).__name__}, want a checkpoint or a state_dict")
     return dict(state)
 
 
@@ -150,7 +150,7 @@ def trained(state: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, An
     demand(state, _TRAINED, path)
     channels = state["settings"].get("in_chans", 3)
     if state["channels"] != channels:
-        raise UsageError(f"{path}: its channels are {state['channels']}, and its model's in_chans {channels}")
+        raise UsageError(f"{path}: channels is {state['channels']}, but in_chans of its model is {channels}")
     return state
 
 
@@ -165,7 +165,7 @@ def demand(state: Mapping[str, Any], kinds: Mapping[str, Kind], path: str | os.P
             told = f"its {name} is {reprlib.repr(value)}, want {words}"
         else:
             continue
-        raise UsageError(f"{path} is no checkpoint of mvmodels.train: {told}")
+        raise UsageError(f"{path} is not a valid checkpoint of mvmodels.train: {told}")
 
 
 def build(state: Mapping[str, Any], path: str | os.PathLike[str], average: bool = True) -> nn.Module:

@@ -1,9 +1,9 @@
-"""CoAtNet (Dai et al., arXiv 2106.04803): coatnet_0 to coatnet_4, as timm's models of these names.
+"""CoAtNet (Dai et al., arXiv 2106.04803): coatnet_0 to coatnet_4, like timm's models of these names.
 
-Two stages of convolutions (MBConv), then two of attention over the whole map with a bias learned for each offset
-(dy, dx) of two pixels, which is ``patch_attention(patch_size=1, bias=…)``. There is no code of the authors, and public
-ones differ; this one follows timm's: average pooling where a stage begins, the stride of an MBConv in its depthwise
-convolution. ``pool="max"`` and ``stride_in="expand"`` are the paper's.
+Two stages of convolutions (MBConv), then two stages of attention over the whole map with a learned bias for each offset
+(dy, dx) between two pixels: ``patch_attention(patch_size=1, bias=…)``. The authors have published no code, and other
+implementations differ. This one follows timm: average pooling at the beginning of a stage, and the stride of an MBConv
+in its depthwise convolution. ``pool="max"`` and ``stride_in="expand"`` follow the paper.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers (table 3 of the paper)."""
+    """Widths, depths and other numbers of a network (table 3 of the paper)."""
 
     stem: int
     depths: tuple[int, int, int, int]
@@ -45,14 +45,14 @@ SIZES = {
 
 
 def _halve(x: Tensor, pool: str) -> Tensor:
-    """2×2 pooling of (B, C, H, W) that rounds odd sides up, as a convolution of stride 2 does."""
+    """2×2 pooling of (B, C, H, W). Odd sides are rounded up, as in a convolution of stride 2."""
     if pool == "max":
         return F.max_pool2d(x, 2, ceil_mode=True)
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
 class Shortcut(nn.Module):
-    """The residual of a block that halves the map: pooled, and widened where the widths differ."""
+    """The shortcut of a block that halves the map: pooling, and a 1×1 convolution if the numbers of channels differ."""
 
     def __init__(self, in_channels: int, out_channels: int, pool: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Shortcut(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Each channel times a factor made of all channels' means."""
+    """Squeeze and excitation: scales each channel by a factor that is computed from the means of all channels."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class SqueezeExcite(nn.Module):
 
 
 class MBConv(nn.Module):
-    """x + convolutions(BN(x)): 1×1 that widens, depthwise 3×3, squeeze and excitation, 1×1."""
+    """x + convolutions(BatchNorm(x)): 1×1 that widens, depthwise 3×3, squeeze and excitation, 1×1."""
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, drop_path: float, pool: str, stride_in: str
@@ -104,10 +104,10 @@ class MBConv(nn.Module):
 
 
 class RelativeAttention(nn.Module):
-    """Attention over the whole map, with a bias for each head and offset (dy, dx), on a dense (B, H, W, C).
+    """Attention over the whole map (B, H, W, C), contiguous, with a bias for each head and offset (dy, dx).
 
-    The table ((2h - 1) * (2w - 1), heads) is made for a map of ``window`` = (h, w). For another map it is resized,
-    bicubic, in every call.
+    The table of biases ((2h - 1) * (2w - 1), heads) is made for a map of ``window`` = (h, w). For another map it is
+    resized (bicubic) in every call.
     """
 
     def __init__(self, in_channels: int, channels: int, window: tuple[int, int], backend: str | None) -> None:
@@ -119,7 +119,7 @@ class RelativeAttention(nn.Module):
         nn.init.trunc_normal_(self.bias_table, std=0.02)
 
     def bias(self, height: int, width: int) -> Tensor:
-        """(heads, height * width, height * width), gathered from the parameter as it is now: nothing is cached."""
+        """(heads, height * width, height * width), gathered from the table in every call."""
         table = self.bias_table.t()
         if (height, width) != self.window:
             rows, columns = 2 * self.window[0] - 1, 2 * self.window[1] - 1
@@ -134,7 +134,7 @@ class RelativeAttention(nn.Module):
         return self.proj(attention_over_map(self.qkv(x), sizes, self.heads, bias, _HEAD_DIM**-0.5, self.backend))
 
     def products(self, x: Tensor) -> int:
-        """Multiply-adds of the two products, for :func:`mvmodels.count_macs`."""
+        """Multiply-adds of the two matrix products, for :func:`mvmodels.count_macs`."""
         pixels = x.shape[1] * x.shape[2]
         return 2 * x.shape[0] * pixels * pixels * self.heads * _HEAD_DIM
 
@@ -147,7 +147,7 @@ def offsets(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), on a dense (B, H, W, C); the first of a stage halves the map."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), on (B, H, W, C); the first of a stage halves the map."""
 
     def __init__(
         self,
@@ -180,23 +180,23 @@ class TransformerBlock(nn.Module):
 
 
 class CoAtNet(nn.Module):
-    """CoAtNet for classification, or its maps.
+    """CoAtNet for image classification or as a backbone.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        features_only: return the stem's map and the last of each stage, finest first, and build no head.
-        image_size: the side (or height and width) of the pictures that the bias tables are made for. Pictures of
-            another size are taken too; the tables are then resized.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
-        dropout: in the transformers, after the projection and in the MLP.
-        pool: "avg", as timm, or "max", as the paper.
-        stride_in: which convolution of an MBConv halves the map: "depthwise", as timm, or "expand", as the paper.
-        backend: handed to the fused op.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        features_only: return the list of the stem's map and each stage's last map, finest first, without a head.
+        image_size: side of the images (or height and width) that the bias tables are made for. Images may have another
+            size: the tables are then resized.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks.
+        dropout: dropout probability in the transformers, after the projection and in the MLP.
+        pool: "avg" as in timm, or "max" as in the paper.
+        stride_in: convolution of an MBConv that halves the map: "depthwise" as in timm, or "expand" as in the paper.
+        backend: passed to the fused op.
 
-    Raises ValueError for a setting out of range or an input that is no picture.
+    Raises ValueError if a setting is out of range or an input is not (B, in_chans, H, W).
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class CoAtNet(nn.Module):
                 channels = out
             self.blocks.append(nn.Sequential(*blocks))
         self.stages = ((size.stem, 2), *((out, 4 * 2**i) for i, out in enumerate(size.widths)))
-        """For each map: its channels, and the picture's side over the map's."""
+        """For each map: its channels, and the image side divided by the map side."""
         self.dropout = nn.Dropout(drop_rate)
         self.norm: nn.LayerNorm | None = None
         if not features_only:
@@ -250,7 +250,7 @@ class CoAtNet(nn.Module):
         self.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """A picture (B, in_chans, H, W) -> the stem's map and the last of each stage, finest first."""
+        """Images (B, in_chans, H, W) -> the stem's map and the last of each stage, finest first."""
         check_picture(self, x, self.in_chans)
         x = self.stem_conv2(F.gelu(self.stem_norm(self.stem_conv1(x))))
         maps = [x]
@@ -262,7 +262,7 @@ class CoAtNet(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
         maps = self.forward_features(x)
         if self.norm is None:
             return maps

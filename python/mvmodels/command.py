@@ -22,7 +22,7 @@ def number(
     def convert(text: str) -> Any:
         value = kind(text)
         if kind is float and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is no finite number")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not least <= value < below or value > most:
             limit = (
                 f" and less than {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
@@ -52,7 +52,7 @@ def device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if torch.device(name).type == "meta":
-        raise UsageError(f"--device {name} cannot be used: it computes nothing")
+        raise UsageError(f"--device {name} cannot be used: its tensors have no values")
     return name
 
 

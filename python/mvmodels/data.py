@@ -192,7 +192,7 @@ def _scan(root: Path) -> tuple[list[str], list[list[Path]]]:
     except OSError as error:
         raise DataError(f"{root} cannot be read: {error.strerror}") from None
     if not folders:
-        raise DataError(f"{root} is empty of classes: want a folder of pictures for each class in it")
+        raise DataError(f"{root} has no classes: want a folder of images for each class in it")
     pictures = []
     for folder in folders:
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
@@ -221,7 +221,7 @@ def folder_data(
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root} is no folder")
+        raise DataError(f"{root} is not a folder")
     settings: dict[str, Any] = {"size": size, "channels": channels, "flip": flip, "crop": crop, "seed": seed}
     other = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     parts: tuple[list[tuple[Path, int]], list[tuple[Path, int]]] = ([], [])

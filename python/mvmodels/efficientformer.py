@@ -1,8 +1,9 @@
 """EfficientFormer (Li et al., arXiv 2206.01191): l1, l3 and l7.
 
-Pooling on the map (MB4D) in three stages and a half, then attention over the whole 7×7 map with a learned bias for
-each distance (MB3D), which is ``patch_attention(patch_size=1, bias=…)``. Where the paper's equation differs from the
-authors' code, this is the code: scores are scaled by the key's width and not the map's, and carry the bias.
+The first blocks mix pixels by pooling (MB4D). The last blocks of the fourth stage have attention over the whole 7×7
+map, with a learned bias for each distance of two pixels (MB3D): ``patch_attention(patch_size=1, bias=…)``. Where the
+equation of the paper differs from the authors' code, this follows the code: scores are scaled by the width of the key,
+not by that of the map, and the bias is added to them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _LAYER_SCALE = 1e-5
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers."""
+    """Widths, depths and other numbers of a network."""
 
     widths: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
@@ -54,7 +55,7 @@ SIZES = {
 
 
 class ConvMlp(nn.Module):
-    """1×1, BN, GELU, 1×1, BN, on (B, C, H, W)."""
+    """1×1 convolution, BatchNorm, GELU, 1×1 convolution, BatchNorm, on (B, C, H, W)."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -86,10 +87,10 @@ class MB4D(nn.Module):
 
 
 class BiasedAttention(nn.Module):
-    """Attention over the whole map, with a bias for each head and distance (|dy|, |dx|), on a dense (B, H, W, C).
+    """Attention over the whole map (B, H, W, C), contiguous, with a bias for each head and distance (|dy|, |dx|).
 
-    The biases (heads, side * side) are made for a map of side × side. On another map they are interpolated, bilinear
-    with the ends kept; the authors' code refuses it.
+    The biases (heads, side * side) are made for a map of side × side. For another map they are interpolated (bilinear,
+    corners aligned); the authors' code does not support other maps.
     """
 
     def __init__(self, channels: int, side: int, backend: str | None) -> None:
@@ -100,7 +101,7 @@ class BiasedAttention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(_HEADS, side * side))
 
     def bias(self, height: int, width: int) -> Tensor:
-        """(heads, height * width, height * width), gathered from the parameter as it is now: nothing is cached."""
+        """(heads, height * width, height * width), gathered from the parameter in every call."""
         table: Tensor = self.attention_biases
         if (height, width) != (self.side, self.side):
             table = table.view(1, _HEADS, self.side, self.side)
@@ -114,7 +115,7 @@ class BiasedAttention(nn.Module):
         return self.proj(attention_over_map(self.qkv(x), sizes, _HEADS, bias, _KEY_DIM**-0.5, self.backend))
 
     def products(self, x: Tensor) -> int:
-        """Multiply-adds of the two products, for :func:`mvmodels.count_macs`."""
+        """Multiply-adds of the two matrix products, for :func:`mvmodels.count_macs`."""
         pixels = x.shape[1] * x.shape[2]
         return x.shape[0] * pixels * pixels * _HEADS * (_KEY_DIM + _VALUE_DIM)
 
@@ -127,7 +128,7 @@ def distances(height: int, width: int, device: torch.device) -> Tensor:
 
 
 class MB3D(nn.Module):
-    """x + scale * attention(norm(x)), then x + scale * mlp(norm(x)), on a dense (B, H, W, C)."""
+    """x + scale * attention(norm(x)), then x + scale * mlp(norm(x)), on (B, H, W, C)."""
 
     def __init__(self, channels: int, side: int, dropout: float, drop_path: float, backend: str | None) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class MB3D(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """MB4D blocks, then MB3D blocks, which get a map that lies channels-last."""
+    """MB4D blocks, then MB3D blocks, which get a map in channels-last memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -157,25 +158,26 @@ class Stage(nn.Sequential):
 
 
 class EfficientFormer(nn.Module):
-    """EfficientFormer for classification, or its maps.
+    """EfficientFormer for image classification or as a backbone.
 
-    There are two classifiers, for the labels and for a teacher's. In eval mode the logits are their mean; in
-    training mode, unless ``distilled`` is False, the pair (logits, logits for the teacher).
+    It has two classifiers: one learns the labels, the other the output of a teacher (distillation). In eval mode the
+    result is the mean of their logits. In training mode it is the pair (logits, logits for the teacher), unless
+    ``distilled`` is False.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layers.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layers.
-        features_only: return the last map of each stage, finest first, and build no head.
-        image_size: the side of the pictures that the biases are made for, 32 times their map's. Pictures of another
-            size are taken too; the biases are then interpolated.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
-        dropout: in the blocks' MLPs.
-        distilled: whether training mode returns the pair.
-        backend: handed to the fused op.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layers.
+        features_only: return the list of each stage's last map, finest first, without a head.
+        image_size: side of the images that the biases are made for, 32 times the side of the last map. Images may have
+            another size: the biases are then interpolated.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks.
+        dropout: dropout probability in the MLPs of the blocks.
+        distilled: whether the model returns the pair in training mode.
+        backend: passed to the fused op.
 
-    Raises ValueError for a setting out of range or an input that is no picture.
+    Raises ValueError if a setting is out of range or an input is not (B, in_chans, H, W).
     """
 
     def __init__(
@@ -211,7 +213,7 @@ class EfficientFormer(nn.Module):
             self.blocks.append(Stage(*blocks))
         self.first_attention = size.depths[3] - size.attention_blocks
         self.stages = tuple((width, 4 * 2**i) for i, width in enumerate(widths))
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         self.dropout = nn.Dropout(drop_rate)
         self.norm: nn.LayerNorm | None = None
         if not features_only:
@@ -221,7 +223,7 @@ class EfficientFormer(nn.Module):
         self.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
+        """Images (B, in_chans, H, W) -> the last map of each stage, finest first."""
         check_picture(self, x, self.in_chans)
         x = self.stem(x)
         maps = []
@@ -233,7 +235,7 @@ class EfficientFormer(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor] | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), a pair of them, or a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), a pair of them, or a list of maps."""
         maps = self.forward_features(x)
         if self.norm is None:
             return maps
@@ -260,7 +262,7 @@ class EfficientFormer(nn.Module):
         }
 
     def _shifted(self, name: str) -> str:
-        """In both other codes a module that flattens the map takes the place before the first MB3D."""
+        """In the authors' code and in timm a module that flattens the map has the number before the first MB3D."""
         parts = name.split(".")
         if parts[:2] == ["blocks", "3"] and int(parts[2]) >= self.first_attention:
             parts[2] = str(int(parts[2]) + 1)

@@ -1,9 +1,11 @@
-"""EfficientViT (Cai et al., arXiv 2205.14756): the B models for devices, the L models for everything larger.
+"""EfficientViT (Cai et al., arXiv 2205.14756): the B models for mobile devices, and the larger L models.
 
-MIT's EfficientViT and not Microsoft's (arXiv 2305.07027, timm's ``efficientvit_m*``), which only shares the name.
+This is the EfficientViT from MIT. Microsoft's EfficientViT (arXiv 2305.07027, ``efficientvit_m*`` in timm) is another
+network.
 
-Follows the authors' published code; their checkpoints and timm's load by :func:`mvmodels.load_weights`. The two
-differ in constants that no checkpoint holds, so loading sets those too: see :func:`follow`.
+The models follow the authors' published code. :func:`mvmodels.load_weights` loads their checkpoints and those of timm.
+The authors and timm use different constants, which are not in the checkpoints, so loading sets them too: see
+:func:`follow`.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ Act = Callable[[], nn.Module]
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers."""
+    """Widths, depths and other numbers of a network."""
 
     widths: tuple[int, int, int, int, int]
-    """Of the stem and of the four stages."""
+    """Channels of the stem and of the four stages."""
     depths: tuple[int, int, int, int, int]
-    """Blocks of the stem beside its first convolution, and of the stages: in a B model without attention the one that
-    halves the resolution is among them, else it is not."""
+    """Number of blocks after the first convolution of the stem, and in each of the four stages. The block that halves
+    the resolution is included in the stages without attention of the B models, and else not."""
     head: tuple[int, int]
-    """Widths of the classifier's two hidden layers."""
+    """Widths of the two hidden layers of the classifier."""
     head_dim: int = 32
     large: bool = False
-    """An L model: full convolutions in the early stages, attention in the last stage alone, GELU."""
+    """Whether it is an L model: full convolutions in the early stages, attention in the last stage only, GELU."""
 
 
 SIZES = {
@@ -58,7 +60,7 @@ SIZES = {
 
 
 class Head(nn.Module):
-    """1×1 convolution, BN, activation; mean; Linear, LayerNorm, activation; dropout, Linear."""
+    """Classifier: 1×1 convolution, BatchNorm, activation; mean; Linear, LayerNorm, activation; dropout, Linear."""
 
     def __init__(
         self, channels: int, widths: tuple[int, int], num_classes: int, drop_rate: float, act: Act, norm_eps: float
@@ -78,20 +80,25 @@ class Head(nn.Module):
 
 
 class EfficientViT(nn.Module):
-    """EfficientViT: a stem of stride 2, and four stages that each halve the map once more; the last have attention.
+    """EfficientViT for image classification or as a backbone.
+
+    A stem of stride 2 and four stages, which each halve the map once more. The last stages have attention: the third
+    and the fourth in a B model, the fourth in an L model.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        features_only: return the last map of each stage, finest first, and build no head.
-        scales: of the attention, see :class:`mvkernels.nn.LiteMLA`. Checkpoints have (5,).
-        dw_in_ffn: whether the feed-forward network beside the attention has its depthwise 3×3. In checkpoints it has.
-        conventions: whose constants the network has, "mit" or "timm": see :func:`follow`.
-        backend: handed to the fused ops.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        features_only: return the list of each stage's last map, finest first, without a head.
+        scales: kernel sizes of the scales of the attention, see :class:`mvkernels.nn.LiteMLA`; (5,) in checkpoints.
+        dw_in_ffn: whether the feed-forward network after the attention has a depthwise 3×3 convolution. The models of
+            the published checkpoints have it.
+        conventions: constants of the authors' code ("mit") or of timm ("timm"): see :func:`follow`.
+        backend: passed to the fused ops.
 
-    H and W of a picture are free.
+    H and W of the images can be any size. Raises ValueError if a setting is out of range or an input is not
+    (B, in_chans, H, W).
     """
 
     def __init__(
@@ -131,12 +138,12 @@ class EfficientViT(nn.Module):
             self.body.append(build(stage, width, out, depth, block, act, norm_eps))
             width = out
         self.stages = tuple(zip(size.widths[1:], (4, 8, 16, 32)))
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         self.head = None if features_only else Head(width, size.head, num_classes, drop_rate, act, norm_eps)
         follow(self, conventions)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
+        """Images (B, in_chans, H, W) -> the last map of each stage, finest first."""
         check_picture(self, x, self.in_chans)
         x = self.stem(x)
         maps = []
@@ -146,13 +153,13 @@ class EfficientViT(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
         maps = self.forward_features(x)
         return maps if self.head is None else self.head(maps[-1])
 
     @property
     def weight_sources(self) -> dict[str, WeightSource]:
-        """Whose tensors load into this model: see :class:`mvmodels.WeightSource`."""
+        """The sources of weights that can be loaded: see :class:`mvmodels.WeightSource`."""
         unused = "" if self.head is not None else r"head\."
         names = renaming([*(_MIT_LARGE if self.size.large else _MIT_B), *_MIT])
         mit = WeightSource(names, unused, functools.partial(follow, conventions="mit"))
@@ -165,12 +172,12 @@ class EfficientViT(nn.Module):
 
 
 def follow(model: EfficientViT, conventions: str) -> None:
-    """Give a model the constants of the authors' code ("mit") or of timm's ("timm"), which no checkpoint holds.
+    """Set the constants that are not in checkpoints to those of the authors' code ("mit") or of timm ("timm").
 
-    The epsilon of the attention's normalizer is 1e-15 there and 1e-5 in timm. The L models' norms have 1e-7, except
-    for that of the head's first layer in timm, which has BatchNorm's own 1e-5.
+    The epsilon in the divisor of the attention is 1e-15 in the authors' code and 1e-5 in timm. The norms of the L
+    models have epsilon 1e-7. In timm the norm in the first layer of the head has 1e-5 instead.
 
-    Raises ValueError for other conventions.
+    Raises ValueError for other ``conventions``.
     """
     if conventions not in _ATTENTION_EPS:
         raise ValueError(f"EfficientViT: conventions is {conventions!r}, want {' or '.join(_ATTENTION_EPS)}")
@@ -238,7 +245,7 @@ def _large_stage(
 
 
 def _main(module: nn.Module) -> nn.Module:
-    """The module under the name that it has inside a residual."""
+    """The module, with the name that it has inside a residual."""
     parts: OrderedDict[str, nn.Module] = OrderedDict(main=module)
     return nn.Sequential(parts)
 

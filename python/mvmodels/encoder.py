@@ -1,4 +1,4 @@
-"""The transformer encoder of models that work on a list of tokens: ViT, and ViT with irregular patches."""
+"""The transformer encoder of the models that work on tokens: ViT, and ViT with irregular patches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Grids = tuple[tuple[int, int], ...]
 class TokenAttention(nn.Module):
     """Self-attention over tokens by :func:`mvkernels.patch_attention`.
 
-    With a patch of 1 that op is attention over all pixels of a map, whatever its shape. Tokens that fill no map, for
-    one of them is the class or they come from several grids, are a map of one row; the packed qkv is read as it is.
+    With a patch of 1 this op is attention over all pixels of a map, whatever the shape of the map. The tokens are
+    passed as a map of one row, because a class token or tokens of several grids do not fill a rectangular map. The
+    packed qkv is read in place.
     """
 
     def __init__(self, dim: int, heads: int, backend: str | None = None) -> None:
@@ -40,7 +41,7 @@ class TokenAttention(nn.Module):
         return self.proj(out.permute(0, 3, 4, 1, 2).reshape(batch, count, dim))
 
     def products(self, tokens: Tensor) -> int:
-        """Multiply-adds of scores and sums, for :func:`mvmodels.count_macs`."""
+        """Multiply-adds of the two matrix products, for :func:`mvmodels.count_macs`."""
         batch, count, dim = tokens.shape
         return 2 * batch * count * count * dim
 
@@ -67,19 +68,19 @@ class EncoderBlock(nn.Module):
 def encoder(
     dim: int, depth: int, heads: int, mlp_ratio: int, drop_path_rate: float, backend: str | None
 ) -> nn.Sequential:
-    """``depth`` blocks; the last has ``drop_path_rate``, earlier ones less, in proportion, the first none."""
+    """``depth`` encoder blocks, whose drop path probability grows linearly from 0 to ``drop_path_rate``."""
     rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
     return nn.Sequential(*(EncoderBlock(dim, heads, mlp_ratio, rate, backend) for rate in rates))
 
 
 def resize_tokens(values: Tensor, trained: Grids, wanted: Grids, mode: str, keep_sum: bool = False) -> Tensor:
-    """Values that belong to the tokens of some grids, for grids of other sizes.
+    """Resize values that belong to the tokens of some grids to grids of other sizes.
 
     Args:
-        values: (1, N, C), N the pixels of all ``trained`` grids.
-        trained, wanted: as many grids; each is resized by itself.
+        values: (1, N, C), where N is the number of pixels of all ``trained`` grids.
+        trained, wanted: sizes (H, W) of the same number of grids. Each grid is resized separately.
         mode: "bilinear" or "bicubic".
-        keep_sum: scale, so that the values of a grid weigh as much together as before.
+        keep_sum: whether the values of a grid are scaled so that their sum stays the same.
     """
     if trained == wanted:
         return values
@@ -97,7 +98,7 @@ def resize_tokens(values: Tensor, trained: Grids, wanted: Grids, mode: str, keep
 
 
 def initialise(modules: Sequence[nn.Module]) -> None:
-    """Linears from a truncated normal of 0.02, their biases zero."""
+    """Initialise Linears from a truncated normal distribution with deviation 0.02, and their biases with zero."""
     for module in modules:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

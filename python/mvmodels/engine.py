@@ -156,14 +156,14 @@ class Trainer:
         """Go on from :meth:`state`. Raises UsageError, one line, if the run it is of was another; nothing changes."""
         missing = [name for name in _RESUMED if name not in state]
         if missing:
-            raise UsageError(f"{path} holds a model and no training to go on with: it has no {', '.join(missing)}")
+            raise UsageError(f"{path} has a model, but no training to resume: it has no {', '.join(missing)}")
         checkpoint.demand(state, _RESUMED, path)
         run = {**self._described(), "ranks": self.ranks, "pictures": [len(self.train), len(self.test)]}
         for theirs, mine in ((state["options"], self.options.identity()), (state, run)):
             for name, value in mine.items():
                 if not _same(theirs.get(name), value):
                     found = textwrap.shorten(str(theirs.get(name)), 200)  # one line, whatever it is
-                    raise UsageError(f"{path} is of a run whose {name} is {found}, here it is {value}")
+                    raise UsageError(f"{path} is of a run with {name} {found}, but here {name} is {value}")
         done = sum(len(self.sampler.draws(epoch)) for epoch in range(min(state["epoch"], self.options.epochs)))
         ended = state["epoch"] == self.options.epochs
         inside = 0 if ended else len(self.sampler.draws(state["epoch"]))
@@ -174,7 +174,7 @@ class Trainer:
             or len(state["history"]) != state["epoch"]
         ):
             found = f"step {state['step']}, step {state['in_epoch']} of epoch {state['epoch'] + 1}"
-            raise UsageError(f"{path} is at {found} with {len(state['history'])} rows, which do not belong together")
+            raise UsageError(f"{path} is at {found} with {len(state['history'])} rows, which does not match")
         # Rows are rounded.
         accuracies = [v for row in state["history"] for name, v in row.items() if name.endswith("accuracy")]
         if not abs(state["best"] - max(accuracies, default=-1.0)) <= 1e-6:
@@ -312,7 +312,7 @@ class Trainer:
         # EfficientFormer has a second classifier, for a teacher; without one both learn the labels.
         heads = logits if isinstance(logits, tuple) else (logits,)
         if not all(isinstance(head, Tensor) and head.dim() == 2 for head in heads):
-            raise UsageError(f"{self.options.model} is no classifier of pictures")
+            raise UsageError(f"{self.options.model} is not an image classifier")
         losses = [F.cross_entropy(h.float(), labels, label_smoothing=self.options.smoothing) for h in heads]
         loss = torch.stack(losses).mean()
         self.optimizer.zero_grad()

@@ -1,11 +1,11 @@
 """ViT with irregular patches and adaptive patch fusion, after arXiv 2108.13015.
 
-("Exploring and Improving Mobile Level Vision Transformers".) The text that this rests on says: three parallel branches
-of inverted residuals with squeeze and excitation, of different strides, give 7 × 7, 4 × 4 and 1 × 1 patches, which are
-concatenated (66 tokens); and in place of a class token the tokens are summed with weights, weights shared by all
-pictures times weights that an MLP makes of the picture. All else (widths, depths, expansion, activation, order, which
-MLP) it leaves open. What is chosen here is a setting each, and no parity with the authors' networks is claimed. The
-encoders are those of DeiT-Tiny and DeiT-Small.
+The paper ("Exploring and Improving Mobile Level Vision Transformers") describes two parts. Three parallel branches of
+inverted residuals with squeeze and excitation, with different strides, give 7 × 7, 4 × 4 and 1 × 1 patches, which are
+concatenated (66 tokens). In place of a class token the output is a weighted sum of the tokens; a weight is the product
+of one that all images share and one that an MLP computes from the image. The paper leaves the rest open (widths,
+depths, expansion, activation, order, kind of MLP). Here each of these is a setting, so the networks may differ from
+those of the authors. The encoders are those of DeiT-Tiny and DeiT-Small.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mvmodels.layers import ConvNorm, check_picture, check_sizes, picture_sides
 from mvmodels.registry import ModelInfo, WeightSource, register
 
 _PAPER = "Exploring and Improving Mobile Level Vision Transformers, arXiv 2108.13015"
-# What the trunk makes of a picture's side, and the branches of that.
+# Reduction of the image side by the trunk, and of the trunk's map by the branches.
 _TRUNK, _FINE, _COARSE = 16, 2, 4
 
 
@@ -50,7 +50,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class SqueezeExcite(nn.Module):
-    """Channels scaled by what their means say: 1 × 1, ReLU, 1 × 1, sigmoid."""
+    """Squeeze and excitation: scales the channels by factors made of their means (1 × 1, ReLU, 1 × 1, sigmoid)."""
 
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1 × 1 that widens, 3 × 3 depthwise, squeeze and excitation, 1 × 1; plus the input where shapes allow."""
+    """1 × 1 that widens, depthwise 3 × 3, squeeze and excitation, 1 × 1. The input is added if the shapes match."""
 
     def __init__(
         self,
@@ -91,14 +91,19 @@ class InvertedResidual(nn.Module):
 
 
 class IrregularPatchEmbedding(nn.Module):
-    """A convolutional trunk, then three branches side by side: 7 × 7, 4 × 4 and 1 × 1 tokens of a 224 × 224 picture.
+    """A convolutional trunk, then three parallel branches: 7 × 7, 4 × 4 and 1 × 1 tokens of a 224 × 224 image.
 
     Args:
-        in_channels: of the picture.
-        dim: of a token.
-        trunk: widths of the trunk, each halving the map: a 3 × 3 convolution, then inverted residuals.
-        coarse: how the 4 × 4 branch comes by its stride: "two" inverted residuals of stride 2, or "one" of stride 4.
-        expansion, se_ratio, activation: of the inverted residuals; a ``se_ratio`` of 0 leaves excitation out.
+        in_channels: channels of the images.
+        dim: width of a token.
+        trunk: channels of the four layers of the trunk, which each halve the map: a 3 × 3 convolution, then inverted
+            residuals.
+        coarse: layers of the 4 × 4 branch: "two" inverted residuals of stride 2, or "one" of stride 4.
+        expansion: hidden channels of the inverted residuals divided by their input channels.
+        se_ratio: reduced channels of squeeze and excitation divided by its channels; 0 leaves it out.
+        activation: name of the activation in the inverted residuals.
+
+    Raises ValueError if a setting is out of range, TypeError if it has the wrong type.
     """
 
     def __init__(
@@ -139,15 +144,18 @@ class IrregularPatchEmbedding(nn.Module):
 class AdaptivePatchFusion(nn.Module):
     """A weighted sum of the tokens, in place of a class token.
 
-    With tokens X (B, N, d): ``w = s * m``, ``y = sum over n of w[n] X[n]``. ``s`` is learned, the same for all
-    pictures, and starts at 1 / N; ``m`` is what an MLP with a sigmoid at its end makes of the tokens.
+    With tokens X (B, N, d): ``w = s * m``, ``y = sum over n of w[n] X[n]``. ``s`` is a parameter that all images share,
+    and starts at 1 / N. ``m`` is the output of an MLP with a sigmoid at its end.
 
     Args:
-        dim: d.
-        tokens: N, or the sizes of the grids of which the tokens are, so that others can be given to ``forward``.
-        source: m of each "token" by itself, d -> d / reduction -> 1; or of the "mean" token, d -> d / reduction -> N.
-        per_channel: s has d numbers for a token, else one.
-        softmax: over the tokens' products, so that they sum to 1.
+        dim: width d of a token.
+        tokens: number N of tokens, or the sizes (H, W) of their grids. With grids, ``forward`` also takes tokens of
+            other grids.
+        source: input of the MLP: "token" computes m of each token from this token (d -> d / reduction -> 1), "mean"
+            computes all m from the mean token (d -> d / reduction -> N).
+        per_channel: whether s has d numbers for a token instead of one.
+        softmax: whether a softmax over the tokens is applied to ``s * m``, so that the weights sum to 1.
+        reduction: see ``source``.
     """
 
     def __init__(
@@ -173,7 +181,7 @@ class AdaptivePatchFusion(nn.Module):
         )
 
     def weights(self, tokens: Tensor, grids: Grids | None = None) -> Tensor:
-        """w (B, N, 1 or d). For other grids s and m are resized, s so that a grid weighs what it did."""
+        """w (B, N, 1 or d). For other grids s and m are resized, s such that the sum over a grid stays the same."""
         grids = self.grids if grids is None else grids
         shared = resize_tokens(self.weight[None], self.grids, grids, "bilinear", keep_sum=True)
         if self.source == "token":
@@ -184,29 +192,29 @@ class AdaptivePatchFusion(nn.Module):
         return product.softmax(1) if self.softmax else product
 
     def forward(self, tokens: Tensor, grids: Grids | None = None) -> Tensor:
-        """tokens (B, N, d), and their grids where they are not the trained ones -> (B, d)."""
+        """tokens (B, N, d) -> (B, d). ``grids``: grids of the tokens, if they differ from those of the module."""
         return (self.weights(tokens, grids) * tokens).sum(1)
 
 
 class IrregularViT(nn.Module):
-    """Irregular patches, a transformer encoder, adaptive fusion, a classifier.
+    """ViT with irregular patches: patch embedding, transformer encoder, adaptive fusion of the tokens, classifier.
 
     Args:
-        size: the encoder's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
-        features_only: return the tokens of the two finer grids as maps, and build no fusion and no head.
-        image_size: side of the pictures whose positions are learned.
-        position: learned positions, added once.
-        trunk, coarse, expansion, se_ratio, activation: of :class:`IrregularPatchEmbedding`.
-        fusion, per_channel, softmax, reduction: of :class:`AdaptivePatchFusion` (``fusion`` is its source).
-        backend: handed to the fused op.
+        size: width, depth and heads of the encoder, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks.
+        features_only: return the tokens of the two finer grids as a list of maps, without fusion and head.
+        image_size: side of the images (or height and width) that the learned positions are made for.
+        position: whether learned positions are added to the tokens.
+        trunk, coarse, expansion, se_ratio, activation: see :class:`IrregularPatchEmbedding`.
+        fusion, per_channel, softmax, reduction: see :class:`AdaptivePatchFusion` (``fusion`` is its ``source``).
+        backend: passed to the fused op.
 
-    Tokens are in the order of their grids, 49, 16, 1, and row by row in each. H and W of a picture are free: what
-    belongs to a token's place is resized with its grid. Attention is :func:`mvkernels.patch_attention` with a patch
-    of 1.
+    The tokens are in the order of their grids (49, 16 and 1 tokens), row by row in each grid. H and W of an image may
+    differ from ``image_size``: positions and fusion weights are then resized with the grids. Attention is
+    :func:`mvkernels.patch_attention` with a patch of 1.
     """
 
     def __init__(
@@ -236,7 +244,7 @@ class IrregularViT(nn.Module):
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, _TRUNK * _FINE), (dim, _TRUNK * _COARSE))
-        """For each map of ``features_only``: its channels, and the picture's side over the map's."""
+        """For each map of ``features_only``: its channels, and the image side divided by the map side."""
         self.grids: Grids = (
             *((math.ceil(height / reduction), math.ceil(width / reduction)) for _, reduction in self.stages),
             (1, 1),
@@ -255,7 +263,7 @@ class IrregularViT(nn.Module):
         initialise([*self.blocks.modules(), *([] if self.head is None else [self.head])])
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Grids]:
-        """A picture (B, in_chans, H, W) -> normalized tokens (B, N, dim) and the grids they are of."""
+        """Images (B, in_chans, H, W) -> normalized tokens (B, N, dim) and the grids they are of."""
         check_picture(self, x, self.in_chans)
         maps = self.embedding(x)
         grids = tuple((m.shape[2], m.shape[3]) for m in maps)
@@ -265,7 +273,7 @@ class IrregularViT(nn.Module):
         return self.norm(self.blocks(tokens)), grids
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of two maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of two maps."""
         tokens, grids = self.forward_features(x)
         if self.fusion is not None and self.head is not None:
             return self.head(self.dropout(self.fusion(tokens, grids)))

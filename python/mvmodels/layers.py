@@ -1,4 +1,4 @@
-"""What several families are made of."""
+"""Layers and checks that several models share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mvkernels.nn import pointwise_to_channels_first, pointwise_to_channels_last
 
 
 def check_sizes(model: str, **sizes: int) -> None:
-    """Raise TypeError for a size that is no integer, ValueError for one below 1."""
+    """Raise TypeError if a size is not an integer, ValueError if it is less than 1."""
     for name, value in sizes.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{model}: {name} is {value!r}, want an integer")
@@ -23,10 +23,10 @@ def check_sizes(model: str, **sizes: int) -> None:
 
 
 def picture_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a setting that is a side or the two. Raises TypeError for another, ValueError below 1."""
+    """(height, width) of a setting that is an int or a pair. Raises TypeError for others, ValueError below 1."""
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     if len(sides) != 2:
-        raise TypeError(f"{model}: image_size is {image_size!r}, want an integer or two")
+        raise TypeError(f"{model}: image_size is {image_size!r}, want an integer or a pair of integers")
     check_sizes(
         model, **{f"image_size{'' if sides[0] == sides[1] else f'[{i}]'}": side for i, side in enumerate(sides)}
     )
@@ -34,13 +34,13 @@ def picture_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, i
 
 
 def check_backend(backend: str | None) -> None:
-    """Raise ValueError for a name that is no backend."""
+    """Raise ValueError if the name of a backend is unknown."""
     if backend is not None:
         requested(backend)
 
 
 def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) -> None:
-    """Raise TypeError for an x that is no tensor, ValueError for one that is no (B, in_chans, H, W) of such sides."""
+    """Raise TypeError unless x is a tensor, ValueError unless it is (B, in_chans, H, W) with H and W >= ``least``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{type(model).__name__}: x is a {type(x).__name__}, want a torch.Tensor")
     if x.dim() != 4 or x.shape[1] != in_chans:
@@ -50,7 +50,7 @@ def check_picture(model: nn.Module, x: Tensor, in_chans: int, least: int = 1) ->
 
 
 class ConvNorm(nn.Module):
-    """Convolution, BN, and perhaps an activation. The padding keeps H and W where the stride is 1."""
+    """Convolution, BatchNorm, and optionally an activation. The padding keeps H and W if the stride is 1."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ConvNorm(nn.Module):
 
 
 class ToChannelsLast(nn.Conv2d):
-    """1×1 convolution whose result lies in channels-last memory, with no copy on the way."""
+    """1×1 convolution with a result in channels-last memory, without an extra copy."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
@@ -89,7 +89,7 @@ class ToChannelsLast(nn.Conv2d):
 
 
 class ToChannelsFirst(nn.Conv2d):
-    """1×1 convolution of a channels-last map into a contiguous one (channels-last if the weight is)."""
+    """1×1 convolution from a channels-last map to a contiguous one (channels-last if the weight is)."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
@@ -100,7 +100,7 @@ class ToChannelsFirst(nn.Conv2d):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel. ``axis`` is where the channels are."""
+    """A learned factor for each channel. ``axis`` is the axis of the channels."""
 
     def __init__(self, channels: int, init: float, axis: int = 1) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class LayerScale(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape with the channels on the axis -> the same."""
+        """Any shape with the channels on ``axis`` -> the same shape."""
         if self.axis in (-1, x.dim() - 1):
             return x * self.gamma
         return x * self.gamma.view(-1, *(1,) * (x.dim() - self.axis - 1))
@@ -130,9 +130,9 @@ class Mlp(nn.Module):
 
 
 class PoolMixer(nn.Module):
-    """PoolFormer's token mixer: the mean over 3×3 pixels, those of the picture only, minus the pixel.
+    """PoolFormer's token mixer: the mean over 3×3 pixels, without padding pixels, minus the pixel itself.
 
-    The pixel is subtracted because the block adds it again (Yu et al., arXiv 2111.11418, algorithm 1).
+    The pixel is subtracted because the residual of the block adds it (Yu et al., arXiv 2111.11418, algorithm 1).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,10 +143,18 @@ class PoolMixer(nn.Module):
 def attention_over_map(
     packed: Tensor, sizes: tuple[int, int, int], heads: int, bias: Tensor | None, scale: float, backend: str | None
 ) -> Tensor:
-    """Global attention on a dense (B, H, W, heads * sum(sizes)), packed head by head as [q | k | v] of these sizes.
+    """Global attention over a map, by :func:`mvkernels.patch_attention` with a patch of 1.
 
-    ``bias`` (heads, H * W, H * W) is added to the scores. Returns (B, H, W, heads * size of v). The parts are read
-    where they lie: one kernel, no copy.
+    Args:
+        packed: (B, H, W, heads * sum(sizes)), contiguous. Each head is [q | k | v], with the three widths in ``sizes``.
+        sizes: channels of q, of k and of v in a head.
+        heads: number of heads.
+        bias: (heads, H * W, H * W), added to the scores, or None.
+        scale: factor of the scores.
+        backend: passed to the fused op.
+
+    Returns:
+        (B, H, W, heads * sizes[2]). The parts of ``packed`` are read in place, without a copy.
     """
     maps = packed.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2).split(sizes, dim=2)
     out = patch_attention(maps[0], maps[1], maps[2], 1, bias=bias, scale=scale, backend=backend)

@@ -1,4 +1,4 @@
-"""Multiply-adds of a model, as papers on mobile networks count them."""
+"""Counting the multiply-adds of a model as papers on mobile networks do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mvkernels.nn.mobile_former import HeadwiseLinear
 
 
 def count_macs(model: nn.Module, *inputs: Any) -> int:
-    """Multiply-adds of ``model(*inputs)``: convolutions, Linears and the two products of each attention.
+    """Count the multiply-adds of ``model(*inputs)``: convolutions, Linears and the two products of each attention.
 
-    Biases, norms, activations, softmax and sums are not counted. A module of another kind whose forward has products
-    beside those of its parts says how many in ``products(*inputs) -> int``. The model runs once, in eval mode and
-    without gradients, and is left as it was; models and inputs on the meta device will do.
+    Biases, norms, activations, softmax and sums are not counted. A module whose forward has matrix products of its own
+    reports them in a method ``products(*inputs) -> int``. The model runs once, in eval mode and without gradients, and
+    is not changed. Model and inputs may be on the meta device.
     """
     total = 0
 
@@ -47,7 +47,7 @@ def count_macs(model: nn.Module, *inputs: Any) -> int:
 
 
 def _pairs(height: int, width: int, patch_height: int, patch_width: int) -> int:
-    """Pairs of pixels that see each other: those of one place in their patches."""
+    """Number of pairs of pixels that attend to each other: those with the same position in their patch."""
     rows = sum(len(range(y, height, patch_height)) ** 2 for y in range(patch_height))
     columns = sum(len(range(x, width, patch_width)) ** 2 for x in range(patch_width))
     return rows * columns

@@ -1,8 +1,8 @@
-"""Mobile-Former (Chen et al., arXiv 2108.05895), the seven sizes from 26M to 508M multiply-adds.
+"""Mobile-Former (Chen et al., arXiv 2108.05895): the seven sizes from 26M to 508M multiply-adds.
 
-Follows the authors' published code where it says more than the paper: the gate of Mobile→Former, four heads in Former
-and two in the bridges, the order of the sub-blocks, the 26M's grouped convolutions with shuffles.
-``plain=True`` builds the bridges as the paper's equations have them instead.
+The models follow the authors' published code where it has details that are not in the paper: the gate of Mobile→Former,
+four heads in Former and two in the bridges, the order of the sub-blocks, and in the 26M model grouped convolutions with
+channel shuffles. ``plain=True`` builds the bridges as in the equations of the paper instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PAPER = "Mobile-Former: Bridging MobileNet and Transformer, arXiv 2108.05895"
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers."""
+    """Widths, depths and other numbers of a network."""
 
     stem: int
     """Width of the stem."""
@@ -62,10 +62,10 @@ _HEAD_EXPANSION = 6
 
 
 class MobileFormerBlock(nn.Module):
-    """Mobile→Former, Former, Mobile, Former→Mobile, one after the other.
+    """A Mobile-Former block: Mobile→Former, Former, Mobile, Former→Mobile, in this order.
 
-    Mobile's activations follow the first token as Former left it, so that the tokens come first although the
-    paper calls the two paths parallel; the tokens read the map as it came in.
+    The tokens read the input map. The slopes of Mobile's activations are computed from the first token after Former. So
+    Mobile runs after Former, although the paper calls the two paths parallel.
     """
 
     def __init__(
@@ -97,7 +97,10 @@ class MobileFormerBlock(nn.Module):
 
 
 class FirstBlock(nn.Module):
-    """Depthwise 3×3 that widens, BN, ReLU6, 1×1, BN; plus the input where the shapes allow. Tokens pass by."""
+    """Depthwise 3×3 that widens, BatchNorm, ReLU6, 1×1, BatchNorm. The input is added if the shapes match.
+
+    The tokens are not changed.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -110,13 +113,13 @@ class FirstBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up; tokens as they are."""
+        """x (B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride), rounded up; the tokens unchanged."""
         y = self.norm2(self.conv2(self.shuffle(F.relu6(self.norm1(self.conv1(x))))))
         return (x + y if self.residual else y), tokens
 
 
 class Stem(nn.Module):
-    """3×3 convolution, BN, ReLU6."""
+    """3×3 convolution, BatchNorm, ReLU6."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -129,7 +132,7 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """The map's mean, widened, beside the first token; a hidden layer; the classifier."""
+    """Classifier on the mean of the widened map and the first token, with one hidden layer."""
 
     def __init__(
         self, channels: int, token_dim: int, features: int, num_classes: int, groups: int, drop_rate: float
@@ -152,22 +155,25 @@ class Head(nn.Module):
 
 
 class MobileFormer(nn.Module):
-    """Mobile-Former: a MobileNet and a few tokens, side by side, with a bridge in each direction in every block.
+    """Mobile-Former for image classification or as a backbone.
+
+    A MobileNet and a transformer on a few tokens run in parallel. Each block has a bridge in each direction.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place. A whole sample
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks. A whole sample
             loses a residual branch (in the authors' code, which has tokens in front, a token does).
-        features_only: return the last map of each stage, finest first, and build no head.
-        plain: bridges as the paper's equations 1 and 2: no gate in Mobile→Former, and the tokens are
-            projected head by head. Authors' checkpoints do not fit.
-        stem_stride: 2, or 1 for small pictures.
-        backend: handed to the fused ops.
+        features_only: return the list of each stage's last map, finest first, without a head.
+        plain: whether the bridges follow equations 1 and 2 of the paper: no gate in Mobile→Former, and a separate
+            projection of the tokens for each head. The authors' checkpoints do not fit this form.
+        stem_stride: stride of the first convolution: 2, or 1 for small images.
+        backend: passed to the fused ops.
 
-    H and W of a picture are free.
+    H and W of the images can be any size. Raises ValueError if a setting is out of range or an input is not
+    (B, in_chans, H, W).
     """
 
     def __init__(
@@ -208,7 +214,7 @@ class MobileFormer(nn.Module):
             width = out
         self.stage_ends = (*ends, len(blocks))
         self.stages = (*stages, (width, reduction))
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
 
         self.mobile_to_former: MobileToFormer | None = None
         self.head: Head | None = None
@@ -226,7 +232,7 @@ class MobileFormer(nn.Module):
         self.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first, and tokens (B, M, token_dim)."""
+        """Images (B, in_chans, H, W) -> the last map of each stage, finest first, and tokens (B, M, token_dim)."""
         check_picture(self, x, self.in_chans)
         tokens = self.tokens.expand(x.shape[0], -1, -1)
         x = self.stem(x)
@@ -238,7 +244,7 @@ class MobileFormer(nn.Module):
         return maps, tokens
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
         maps, tokens = self.forward_features(x)
         if self.head is None or self.mobile_to_former is None:
             return maps

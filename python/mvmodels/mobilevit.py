@@ -1,8 +1,8 @@
 """MobileViT (Mehta and Rastegari, arXiv 2110.02178): xxs, xs and s.
 
-Inverted residuals of MobileNetV2, and in the three coarse stages a block in which pixels with the same place in their
-2×2 patch attend to each other. The dense heads of the paper, DeepLabv3 and SSDLite, are in
-:mod:`mvmodels.mobilevit_dense`.
+The network has the inverted residuals of MobileNetV2. Each of the last three stages also has a block in which the
+pixels with the same position in their 2×2 patch attend to each other. The models with the dense heads of the paper,
+DeepLabv3 and SSDLite, are in :mod:`mvmodels.mobilevit_dense`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DEPTHS = (2, 4, 3)
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers (table 4 of the paper)."""
+    """Widths, depths and other numbers of a network (table 4 of the paper)."""
 
     widths: tuple[int, int, int, int, int]
     """Of the five stages."""
@@ -49,7 +49,7 @@ STEM = 16
 
 
 class InvertedResidual(nn.Module):
-    """1×1, depthwise 3×3, 1×1 without activation; plus the input where the shapes allow."""
+    """1×1, depthwise 3×3 and 1×1 convolution, the last without activation. The input is added if the shapes match."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, dilation: int = 1) -> None:
         super().__init__()
@@ -66,10 +66,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileViTBlock(nn.Module):
-    """Local 3×3 convolution, transformer over the map, and a 3×3 convolution that fuses its result with the input.
+    """MobileViT block (arXiv 2110.02178, section 3.1): 3×3 convolution, transformer, 3×3 convolution.
 
-    A map that the patch does not divide is resized before the transformer, and back after it, as the authors do; the
-    transformer itself would not mind.
+    The last convolution fuses the result of the transformer with the input. A map that the patch does not divide is
+    resized before the transformer and back after it, as in the authors' code.
     """
 
     def __init__(self, channels: int, dim: int, depth: int, dropout: float, backend: str | None) -> None:
@@ -98,10 +98,10 @@ class MobileViTBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The stem and the five stages.
+    """The stem and the five stages of MobileViT.
 
-    ``output_stride`` 8 or 16 keeps the resolution from there on, and dilates the depthwise convolution of a
-    later stage instead, as DeepLabv3 does.
+    With ``output_stride`` 8 or 16 the stages after this reduction keep the resolution. Their depthwise convolutions are
+    dilated instead, as in DeepLabv3.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Backbone(nn.Module):
         self.stages = tuple(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
+        """Images (B, in_chans, H, W) -> the last map of each stage, finest first."""
         check_picture(self, x, self.in_chans)
         x = self.stem(x)
         maps = []
@@ -147,20 +147,21 @@ class Backbone(nn.Module):
 
 
 class MobileViT(nn.Module):
-    """MobileViT for classification, or its maps.
+    """MobileViT for image classification or as a backbone.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer (0.1 in the authors' recipe).
-        features_only: return the last map of each stage, finest first, and build no head.
-        dropout: inside the transformers, after each projection (0.1 in the authors' recipe).
-        output_stride: 32, or 16 or 8 for dense tasks: later stages then keep the resolution.
-        stem_stride: 2, or 1 for small pictures.
-        backend: handed to the fused ops.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer (0.1 in the authors' recipe).
+        features_only: return the list of each stage's last map, finest first, without a head.
+        dropout: dropout probability in the transformers, after each projection (0.1 in the authors' recipe).
+        output_stride: image side divided by the side of the last map: 32, or 16 or 8 for dense prediction.
+        stem_stride: stride of the first convolution: 2, or 1 for small images.
+        backend: passed to the fused ops.
 
-    H and W of a picture are free. Raises ValueError for a setting out of range or an input that is no picture.
+    H and W of the images can be any size. Raises ValueError if a setting is out of range or an input is not
+    (B, in_chans, H, W).
     """
 
     def __init__(
@@ -189,11 +190,11 @@ class MobileViT(nn.Module):
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         return self.backbone.stages
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
         maps = self.backbone(x)
         if self.last is None or self.classifier is None:
             return maps
@@ -274,7 +275,7 @@ _transformers_name = renaming(
 
 
 def transformers_name(name: str) -> str | tuple[str, ...]:
-    """Transformers keeps query, key and value apart."""
+    """The names in transformers, which has separate query, key and value."""
     name = _transformers_name(name)
     if ".qkv." in name:
         return tuple(name.replace(".qkv.", f".{part}.") for part in ("query", "key", "value"))

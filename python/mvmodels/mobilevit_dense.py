@@ -1,4 +1,4 @@
-"""The dense heads of the MobileViT paper (arXiv 2110.02178, sections 4.2 and 4.3): DeepLabv3 and SSDLite.
+"""MobileViT for segmentation (DeepLabv3) and detection (SSDLite), arXiv 2110.02178, sections 4.2 and 4.3.
 
 DeepLabv3 (Chen et al., arXiv 1706.05587) on maps of output stride 16, SSDLite (Sandler et al., arXiv
 1801.04381: an SSD whose convolutions are separable) on six maps. Settings that the papers leave open are those of
@@ -31,7 +31,7 @@ _VARIANCES = (0.1, 0.2)
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: a 1×1, three dilated 3×3 convolutions and the map's mean, side by side."""
+    """Atrous spatial pyramid pooling: in parallel a 1×1 and three dilated 3×3 convolutions and the mean of the map."""
 
     def __init__(self, in_channels: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -51,18 +51,18 @@ class ASPP(nn.Module):
 
 
 class DeepLabV3(nn.Module):
-    """MobileViT with the DeepLabv3 head: a class for every pixel.
+    """MobileViT with the DeepLabv3 head for semantic segmentation (arXiv 2110.02178).
 
     Args:
-        size: the backbone's numbers.
-        num_classes: 21 for Pascal VOC.
-        in_chans: channels of a picture.
-        drop_rate: dropout of whole channels before the last layer, and after the pyramid.
-        features_only: return the backbone's maps, and build no head.
-        output_stride: 16, as in the paper, or 8 or 32.
-        upsample: return logits of the picture's size, bilinear, and not of the map's.
-        dropout: inside the transformers.
-        backend: handed to the fused ops.
+        size: widths and depths of the backbone, an entry of :data:`mvmodels.mobilevit.SIZES`.
+        num_classes: number of classes, 21 for Pascal VOC.
+        in_chans: channels of the images.
+        drop_rate: dropout probability of whole channels after the pyramid and before the last layer.
+        features_only: return the maps of the backbone, without a head.
+        output_stride: image side divided by the side of the last map: 16 as in the paper, or 8 or 32.
+        upsample: whether the logits are resized (bilinear) from the size of the map to the size of the image.
+        dropout: dropout probability in the transformers.
+        backend: passed to the fused ops.
     """
 
     def __init__(
@@ -88,11 +88,15 @@ class DeepLabV3(nn.Module):
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         return self.backbone.stages
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes, H, W over the output stride, rounded up)."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes, H', W').
+
+        H' is ceil(H / output_stride), or H with ``upsample``; W' likewise. With features_only the result is a list of
+        maps.
+        """
         maps = self.backbone(x)
         if self.features_only:
             return maps
@@ -125,7 +129,7 @@ def _transformers_name(name: str) -> str | tuple[str, ...]:
 
 
 class Separable(nn.Module):
-    """Depthwise 3×3 and BN, then 1×1; with ``norm`` a BN and a ReLU follow."""
+    """Depthwise 3×3 convolution, BatchNorm, 1×1 convolution; with ``norm`` also BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1, norm: bool = True) -> None:
         super().__init__()
@@ -140,7 +144,7 @@ class Separable(nn.Module):
 
 
 class Pooled(nn.Module):
-    """The map's mean, through a 1×1 convolution and a ReLU: the last and coarsest of SSDLite's maps."""
+    """The mean of a map, a 1×1 convolution and ReLU: the last and coarsest map of SSDLite."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -152,7 +156,7 @@ class Pooled(nn.Module):
 
 
 class SSDHead(nn.Module):
-    """Scores and offsets of the boxes around every pixel of one map."""
+    """Class scores and box offsets for the default boxes of every pixel of one map."""
 
     def __init__(self, in_channels: int, width: int, boxes: int, num_classes: int, separable: bool) -> None:
         super().__init__()
@@ -173,16 +177,16 @@ class SSDHead(nn.Module):
 
 
 class SSDLite(nn.Module):
-    """MobileViT with the SSDLite head: boxes.
+    """MobileViT with the SSDLite head for object detection (arXiv 2110.02178).
 
     Args:
-        size: the backbone's numbers.
-        num_classes: with the background, which is class 0: 81 for COCO.
-        in_chans: channels of a picture.
-        drop_rate: dropout of whole channels of each map before its head.
-        features_only: return the backbone's maps, and build no head.
-        dropout: inside the transformers.
-        backend: handed to the fused ops.
+        size: widths and depths of the backbone, an entry of :data:`mvmodels.mobilevit.SIZES`.
+        num_classes: number of classes, including the background (class 0): 81 for COCO.
+        in_chans: channels of the images.
+        drop_rate: dropout probability of whole channels of each map before its head.
+        features_only: return the maps of the backbone, without a head.
+        dropout: dropout probability in the transformers.
+        backend: passed to the fused ops.
     """
 
     def __init__(
@@ -215,14 +219,14 @@ class SSDLite(nn.Module):
 
     @property
     def stages(self) -> tuple[tuple[int, int], ...]:
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         return self.backbone.stages
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> scores (B, N, num_classes), offsets (B, N, 4), anchors (N, 4).
+        """Images (B, in_chans, H, W) -> scores (B, N, num_classes), offsets (B, N, 4), anchors (N, 4).
 
-        Scores are before the softmax. Anchors are (x, y, width, height) over the picture's sides, of its centre;
-        :func:`decode` makes boxes of them and the offsets.
+        Scores are before the softmax. Anchors are (x, y, width, height) with x and y of the centre, relative to the
+        sides of the image. :func:`decode` computes boxes from offsets and anchors.
         """
         maps = self.backbone(x)
         if self.features_only:
@@ -245,10 +249,10 @@ class SSDLite(nn.Module):
 
 
 def anchors(sides: list[tuple[int, int]]) -> Tensor:
-    """SSD's default boxes (N, 4) for maps of these (H, W), finest first: (x, y, width, height), clipped to the picture.
+    """SSD's default boxes (N, 4) as (x, y, width, height) for maps of sizes ``sides`` (H, W), clipped to the image.
 
-    Around every pixel a square of the map's scale, one between it and the next map's scale, and for each ratio an
-    upright and a lying box of the area of the first.
+    The finest map comes first. Every pixel has a square of the scale of its map, a larger square between this scale and
+    that of the next map, and for each aspect ratio an upright and a wide box with the area of the first square.
     """
     scales = [_SCALES[0] + (_SCALES[1] - _SCALES[0]) * i / len(_STRIDES) for i in range(len(_STRIDES) + 1)]
     found = []
@@ -265,7 +269,7 @@ def anchors(sides: list[tuple[int, int]]) -> Tensor:
 
 
 def decode(offsets: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes (B, N, 4) as corners (x0, y0, x1, y1) over the picture's sides, of offsets (B, N, 4) and anchors (N, 4).
+    """Boxes (B, N, 4) as corners (x0, y0, x1, y1), relative to the image, from offsets (B, N, 4) and anchors (N, 4).
 
     The inverse of SSD's encoding, with variances of 0.1 for centres and 0.2 for sides.
     """

@@ -1,7 +1,6 @@
 """PoolFormer (Yu et al., MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418): s12 to m48.
 
-No attention at all: the token mixer is a mean over 3×3 pixels. It is here as the yardstick that the other families'
-attention has to beat.
+The token mixer is a mean over 3×3 pixels; there is no attention. The model is a baseline for the models with attention.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ HEAD_ORDERS = ("norm_pool", "pool_norm")
 
 @dataclass(frozen=True)
 class Size:
-    """A network by its numbers (table 1 of the paper)."""
+    """Widths, depths and other numbers of a network (table 1 of the paper)."""
 
     depths: tuple[int, int, int, int]
     widths: tuple[int, int, int, int]
@@ -43,12 +42,12 @@ SIZES = {
 
 
 def _norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
-    """One group: over a sample's channels and pixels together, which is no LayerNorm over the channels."""
+    """GroupNorm with one group: over all channels and pixels of a sample. It is not a LayerNorm over the channels."""
     return nn.GroupNorm(1, channels, eps=eps)
 
 
 class PoolFormerBlock(nn.Module):
-    """x + scale * pool(norm(x)), then x + scale * mlp(norm(x)), all on the map."""
+    """x + scale * pool(norm(x)), then x + scale * mlp(norm(x)), on a map (B, C, H, W)."""
 
     def __init__(self, channels: int, layer_scale: float, dropout: float, drop_path: float) -> None:
         super().__init__()
@@ -67,24 +66,24 @@ class PoolFormerBlock(nn.Module):
 
 
 class PoolFormer(nn.Module):
-    """PoolFormer for classification, or its maps.
+    """PoolFormer for image classification or as a backbone.
 
     Args:
-        size: the network's numbers.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        features_only: return the last map of each stage, finest first, and build no head.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
-        dropout: in the blocks' MLPs.
-        head_order: "norm_pool", as the authors' code and transformers have it: the map is normalized over all it
-            holds, then its mean is taken. "pool_norm", as timm has it: the mean is normalized over its channels.
-            The two share parameters and give other logits. None is "norm_pool" until :func:`mvmodels.load_weights`
-            loads timm's weights, which makes it "pool_norm", so that the logits are timm's.
-        backend: taken for the sake of the other models' arguments: there is no fused op in this one.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        features_only: return the list of each stage's last map, finest first, without a head.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks.
+        dropout: dropout probability in the MLPs of the blocks.
+        head_order: "norm_pool" normalizes the map over its channels and pixels and then takes the mean, as in the
+            authors' code and transformers. "pool_norm" takes the mean and normalizes it over the channels, as in timm.
+            Both have the same parameters, but give different logits. None means "norm_pool", or "pool_norm" after
+            :func:`mvmodels.load_weights` has loaded timm's weights.
+        backend: not used; accepted so that all models take the same arguments. This model has no fused op.
 
-    H and W of a picture are free, from 3 up. Raises ValueError for a setting out of range or an input that is no
-    picture.
+    H and W of the images can be any size of at least 3. Raises ValueError if a setting is out of range or an input is
+    not (B, in_chans, H, W).
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class PoolFormer(nn.Module):
             for depth, width in zip(size.depths, size.widths)
         )
         self.stages = tuple((width, 4 * 2**i) for i, width in enumerate(size.widths))
-        """For each stage: the channels of its map, and the picture's side over the map's."""
+        """For each stage: the channels of its map, and the reduction of H and W (image side / map side)."""
         self.dropout = nn.Dropout(drop_rate)
         self.norm: nn.GroupNorm | None = None
         self.classifier: nn.Linear | None = None
@@ -126,7 +125,7 @@ class PoolFormer(nn.Module):
         self.apply(_initialise)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """A picture (B, in_chans, H, W) -> the last map of each stage, finest first."""
+        """Images (B, in_chans, H, W) -> the last map of each stage, finest first."""
         check_picture(self, x, self.in_chans, least=3)
         x = self.stem(x)
         maps = []
@@ -136,7 +135,7 @@ class PoolFormer(nn.Module):
         return maps
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of maps."""
         maps = self.forward_features(x)
         if self.norm is None or self.classifier is None:
             return maps

@@ -1,4 +1,4 @@
-"""Say what is in pictures: ``python -m mvmodels.predict IMAGE... --checkpoint runs/mobilevit_xxs/best.pt``.
+"""Classify images: ``python -m mvmodels.predict IMAGE... --checkpoint runs/mobilevit_xxs/best.pt``.
 
 A checkpoint of mvmodels.train says itself which model it is of, and the classes. A bare state_dict needs --model, and
 --classes for their names. Exit status: 0, or 2 with one line on stderr; then no picture has an answer.
@@ -30,10 +30,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = Parser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = main.add_argument
-    add("image", nargs="+", type=Path)
-    add("--checkpoint", required=True, type=Path, help="of mvmodels.train, or a state_dict")
-    add("--model", help="for a state_dict; of a checkpoint it has to be the model")
-    add("--source", help="whose names a state_dict has: mvmodels (default), authors, timm, …")
+    add("image", nargs="+", type=Path, help="image files")
+    add("--checkpoint", required=True, type=Path, help="checkpoint of mvmodels.train, or a state_dict")
+    add("--model", help="model of a state_dict (a checkpoint names its model itself)")
+    add("--source", help="code that the names in a state_dict come from: mvmodels (default), authors, timm, …")
     add(
         "--set",
         type=setting,
@@ -41,22 +41,22 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="settings of a state_dict's model",
+        help="settings of the model of a state_dict",
     )
-    add("--classes", type=Path, metavar="FILE", help="names of the classes, one on a line")
+    add("--classes", type=Path, metavar="FILE", help="file with the names of the classes, one per line")
     add(
         "--size",
         type=number(int, 8, most=checkpoint.LARGEST),
-        help="side of the picture (default: that of the training, else the model's)",
+        help="side of the image in pixels (default: that of the training, else that of the model)",
     )
-    add("--crop", type=number(float, 0.01, most=1), default=0.875, help="share of the picture's side that is seen")
-    add("--mean", type=number(float), nargs=3, help="of a state_dict's pictures, from 0 to 1 (default 0.5)")
-    add("--std", type=number(float, 1e-6), nargs=3, help="of a state_dict's pictures (default 0.5)")
-    add("--top-k", type=number(int, 1), default=5)
-    add("--no-ema", action="store_true", help="the weights of last.pt themselves, not their average")
-    add("--device", default="cpu")
-    add("--backend", default="auto", help="of the fused ops: auto, reference, cpp, triton, cuda")
-    add("--json", action="store_true")
+    add("--crop", type=number(float, 0.01, most=1), default=0.875, help="share of the side to use (default 0.875)")
+    add("--mean", type=number(float), nargs=3, help="mean of each channel for a state_dict, 0 to 1 (default 0.5)")
+    add("--std", type=number(float, 1e-6), nargs=3, help="deviation of each channel for a state_dict (default 0.5)")
+    add("--top-k", type=number(int, 1), default=5, help="number of classes to print (default 5)")
+    add("--no-ema", action="store_true", help="use the weights themselves, not their moving average")
+    add("--device", default="cpu", help="device to run on (default cpu)")
+    add("--backend", default="auto", help="backend of the fused ops: auto, reference, cpp, triton, cuda (default auto)")
+    add("--json", action="store_true", help="print one JSON document on stdout")
     return main
 
 
@@ -75,12 +75,12 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
             checkpoint.trained(state, options.checkpoint)
             for name in ("source", "set", "mean", "std"):
                 if getattr(options, name):
-                    raise UsageError(f"{options.checkpoint} says itself what it is of: --{name} is for a state_dict")
+                    raise UsageError(f"{options.checkpoint} already has these settings: --{name} is for a state_dict")
             if options.model not in (None, state["model"]):
-                raise UsageError(f"{options.checkpoint} is of {state['model']}, not of {options.model}")
+                raise UsageError(f"{options.checkpoint} is a {state['model']}, but --model is {options.model}")
             return checkpoint.build(state, options.checkpoint, not options.no_ema), state
         if options.model is None:
-            raise UsageError(f"{options.checkpoint} does not say of which model it is: want --model")
+            raise UsageError(f"{options.checkpoint} has no name of its model: give it with --model")
         model = create_model(options.model, **_shape(options, state))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -137,11 +137,11 @@ def _probabilities(model: nn.Module, picture: Tensor, name: str) -> Tensor:
     except mvkernels.BackendUnavailable:
         raise
     except (ValueError, RuntimeError) as error:  # of a size that the model does not take, or too large for the memory
-        raise UsageError(f"{name} takes no picture of {picture.shape[-2]} x {picture.shape[-1]}: {error}") from None
+        raise UsageError(f"{name} cannot run an image of {picture.shape[-2]} x {picture.shape[-1]}: {error}") from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UsageError(f"{name} is no classifier of pictures")
+        raise UsageError(f"{name} is not an image classifier")
     if not logits.isfinite().all():
-        raise UsageError(f"{name} answers with numbers that are not finite: its weights are no good")
+        raise UsageError(f"{name} returns numbers that are not finite: its weights may be damaged")
     return logits.float().softmax(1)[0].cpu()
 
 

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""The registry of models: create models by name and load their weights."""
 
 from __future__ import annotations
 
@@ -16,46 +16,48 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before it is built. The accuracy is the authors' figure, not one measured here."""
+    """Facts about a model. The accuracy is the one that the authors published; it was not measured here."""
 
     name: str
     build: Callable[..., nn.Module]
-    """``build(num_classes=, in_chans=, drop_rate=, features_only=, …)`` -> the model with random weights."""
+    """``build(num_classes=, in_chans=, drop_rate=, features_only=, …)`` returns the model with random weights."""
     paper: str
     params: int
-    """Parameters with ``num_classes`` classes and 3 input channels."""
+    """Number of parameters with ``num_classes`` classes and 3 input channels."""
     macs: float
-    """Multiply-adds of one picture of ``input_size`` as :func:`mvmodels.count_macs` counts them, in millions."""
+    """Multiply-adds for one image of ``input_size``, in millions, counted by :func:`mvmodels.count_macs`."""
     published_params: str
-    """As the authors print it; empty where they do not."""
+    """Number of parameters as the authors print it; empty if they do not."""
     published_flops: str
-    """As the authors print it; they count multiply-adds. Empty where they do not."""
+    """Multiply-adds as the authors print them, often as "FLOPs"; empty if they do not."""
     published_top1: float | None
-    """ImageNet-1k top-1 accuracy in percent of the authors' checkpoint, or None: no classifier, or none published."""
+    """ImageNet-1k top-1 accuracy of the authors' checkpoint in percent; None if there is none."""
     input_size: int = 224
+    """Side of the images in pixels."""
     num_classes: int = 1000
-    """What was counted has so many; the default of :func:`create_model` is 1000 for every model."""
+    """Number of classes for ``params`` and ``macs``. The default of :func:`create_model` is 1000 for every model."""
     note: str = ""
-    """What else a reader of the figures has to know."""
+    """A remark on the figures."""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """How another code names the tensors of one of our models.
+    """How the tensors of a model are named in the code of a source, such as the authors' or timm's.
 
-    A model that takes the weights of others has a ``weight_sources``: a dict of these by the source's name.
+    A model that can load weights of other code has ``weight_sources``: a dict of these by the name of the source.
     """
 
     name_of: Callable[[str], str | tuple[str, ...]]
-    """Our name -> theirs. Several tensors of theirs are joined along the first axis: q, k and v of a packed qkv."""
+    """Function from a name in the model to the name in the source. Several names mean that these tensors are joined
+    along the first axis, such as q, k and v to a packed qkv."""
     passed_over: str = ""
-    """A regular expression for names that a checkpoint holds and the model has no use for; matched from the start."""
+    """Regular expression for the start of names in a checkpoint that the model does not use."""
     loaded: Callable[[Any], None] | None = None
-    """Called with the model once the weights are in it."""
+    """Called with the model after its weights are loaded."""
 
 
 def renaming(pairs: Sequence[tuple[str, str]]) -> Callable[[str], str]:
-    """A ``name_of`` that applies regular expressions and their replacements, one after the other."""
+    """A ``name_of`` that applies pairs (regular expression, replacement) one after the other."""
 
     def name_of(name: str) -> str:
         for pattern, replacement in pairs:
@@ -75,15 +77,15 @@ def register(info: ModelInfo) -> None:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that fit a shell pattern ("mobile_former_*"), in the order of their registration."""
+    """The names of the models that match a shell pattern such as "mobile_former_*", in the order of registration."""
     return [name for name in MODELS if fnmatch.fnmatchcase(name, pattern)]
 
 
 def model_info(name: str) -> ModelInfo:
-    """What is known of a model. Raises ValueError for an unknown name."""
+    """Facts about the model called ``name``: see :class:`ModelInfo`. Raises ValueError if the name is unknown."""
     if not isinstance(name, str) or name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3) or list(MODELS)[:3]
-        raise ValueError(f"unknown model {name!r}, did you mean {', '.join(near)}? list_models() has all")
+        raise ValueError(f"unknown model {name!r}, did you mean {', '.join(near)}? list_models() lists all names")
     return MODELS[name]
 
 
@@ -95,24 +97,27 @@ def create_model(
     features_only: bool = False,
     **settings: Any,
 ) -> nn.Module:
-    """A model with random weights, in training mode.
+    """Create a model with random weights, in training mode.
+
+    The model takes images (B, in_chans, H, W) and returns logits (B, num_classes).
 
     Args:
-        name: one of :func:`list_models`.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        features_only: instead of logits return the list of each stage's last map, finest first.
-        settings: further arguments of the model's class.
+        name: name of the model, see :func:`list_models`.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        features_only: whether the model returns the list of each stage's last map, finest first, instead of logits.
+        settings: further arguments of the class of the model.
 
-    Raises ValueError for an unknown name or a setting out of range, and TypeError for an unknown setting or one of
-    another type.
+    Raises:
+        ValueError: the name is unknown, or a setting is out of range.
+        TypeError: a setting is unknown or has the wrong type.
     """
     build = model_info(name).build
     for what, count in (("num_classes", num_classes), ("in_chans", in_chans)):
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"create_model: {what} is {count!r}, want an integer")
-    # Dropping all is something to a dropout, and nothing to a drop path, which divides by what is kept.
+    # A dropout may have probability 1. A drop path may not, because it divides by the share that is kept.
     rates = {"drop_rate": (drop_rate, "<=")}
     limits = {"dropout": "<=", "drop_path_rate": "<"}
     rates |= {what: (settings[what], limits[what]) for what in limits if what in settings}
@@ -127,19 +132,21 @@ def create_model(
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = "authors") -> None:
-    """Load a checkpoint into ``model``, whole or not at all.
+    """Load the weights of a checkpoint into ``model``. If anything does not fit, the model is not changed.
 
     Args:
-        model: one of :func:`create_model`.
-        state_dict: tensors by name, or a checkpoint that holds them under "state_dict" or "model"; a prefix
-            "module." is dropped.
-        source: whose names they are: "authors" for those of the authors' code, "timm", "transformers", or "mvmodels"
-            for the model's own; which of them a model knows is in its ``weight_sources``. The weights of a head
-            that a ``features_only`` model lacks are passed over.
+        model: a model made by :func:`create_model`.
+        state_dict: tensors by name, or a checkpoint that has them under "state_dict" or "model". A prefix "module." in
+            the names is removed.
+        source: the code that the names come from: "authors", "timm", "transformers", or "mvmodels" for the names of
+            this package. A model's ``weight_sources`` lists the sources that it supports. The weights of the head are
+            ignored if the model has no head (``features_only``).
 
-    Raises TypeError for a model or state_dict that is none, and ValueError for a source that the model does not know
-    or with a line for everything that does not fit: missing, left over, given twice (with "module." and without), of
-    another shape, without values (on the meta device), not dense, or complex or integer where the model has floats.
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or ``state_dict`` is not a dict.
+        ValueError: the source is unknown, or weights do not fit. The message has a line for each problem: a tensor is
+            missing, is not in the model, is given twice (with and without "module."), has another shape, has no values
+            (meta device), is not dense, or is complex or integer where the model has floats.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights: model is a {type(model).__name__}, want a torch.nn.Module")
@@ -173,7 +180,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
     optional = {name for name in own if name.endswith("num_batches_tracked")}
     wanted = [theirs for name, group in names.items() if name not in optional for theirs in group]
     problems += [f"{theirs} is missing" for theirs in wanted if theirs not in given]
-    problems += [f"{name} is left over" for name in left_over]
+    problems += [f"{name} has no counterpart in the model" for name in left_over]
     loaded: dict[str, Tensor] = {}
     for name, group in names.items():
         values = [given[theirs] for theirs in group if theirs in given]
@@ -204,14 +211,15 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Any], source: str = 
 
 
 def _source(model: Any, source: str) -> WeightSource:
-    """The model's answer to whose names those are."""
+    """The :class:`WeightSource` of the model for a source. Raises ValueError if the model does not support it."""
     known: dict[str, WeightSource] = {"mvmodels": WeightSource(lambda name: name)}
     known |= getattr(model, "weight_sources", {})
     if source in known:
         return known[source]
     if source == "authors":
         raise ValueError(
-            f"load_weights: a {type(model).__name__} has no authors' names, want source={_either(sorted(known))}"
+            f"load_weights: source is 'authors', but {type(model).__name__} does not know the authors' names, "
+            f"want source={_either(sorted(known))}"
         )
     raise ValueError(f"load_weights: source is {source!r}, want {_either(sorted(known), str)}")
 
@@ -221,9 +229,9 @@ def _either(names: Sequence[str], form: Callable[[str], str] = repr) -> str:
 
 
 def _unfit(value: Any, own: Tensor) -> str:
-    """What of ``value``, beside its shape, is such that it cannot be copied into ``own``, or not without a loss.
+    """Why ``value`` cannot be copied into ``own``, or not without loss, apart from its shape; empty if it can.
 
-    torch finds the one only after other tensors have been overwritten, and the other not at all.
+    torch reports the former only after it has overwritten other tensors, and the latter not at all.
     """
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}, want a tensor"
@@ -238,14 +246,14 @@ def _unfit(value: Any, own: Tensor) -> str:
 
 
 def _number(t: Tensor) -> str:
-    """The kind of number that a tensor is of; within a kind, copying rounds at most."""
+    """The kind of a tensor's numbers. A copy to another dtype of the same kind rounds at most."""
     if t.is_floating_point():
         return "float"
     return "complex" if t.is_complex() else "bool" if t.dtype == torch.bool else "integer"
 
 
 def _joined(values: Sequence[Tensor]) -> Tensor | None:
-    """The tensors one under the other, or None if they do not fit together."""
+    """The tensors concatenated along the first axis, or None if their shapes do not fit."""
     if len(values) == 1:
         return values[0]
     if any(v.dim() == 0 or v.shape[1:] != values[0].shape[1:] for v in values):

@@ -1,4 +1,4 @@
-"""Batches whose size follows the picture's: MobileViT's multi-scale training (arXiv 2110.02178, section 3.2)."""
+"""Multi-scale training of MobileViT (arXiv 2110.02178, section 3.2): image size and batch size change per batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 Item = tuple[int, int, int]
-"""What the sampler yields for a picture: its index, and the height and width that the batch wants."""
+"""What the sampler yields for an image: its index, and the height and width of the batch."""
 
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
@@ -39,15 +39,24 @@ def multi_scale_sizes(
     divisor: int = 32,
     variable: bool = True,
 ) -> list[tuple[int, int, int]]:
-    """The (height, width, batch) that multi-scale training draws from, smallest first.
+    """The list of (height, width, batch) that multi-scale training draws from, smallest first.
 
-    ``scales`` sides evenly from ``minimum`` to ``maximum`` and the ``base`` side, each rounded to a multiple of
-    ``divisor``; the i-th height goes with the i-th width. With ``variable`` a batch holds as many pixels as
-    ``batch_size`` pictures of the base size, hence more of the small ones; else it is always ``batch_size``.
+    The sides are the ``base`` side and ``scales`` sides evenly spaced from ``minimum`` to ``maximum``, each rounded to
+    a multiple of ``divisor``. The i-th height is paired with the i-th width.
 
-    As in the published code, the base size is among them only where it is a multiple of ``divisor``, and where one
-    side's base is one of its evenly spaced sides and the other's is not, the largest of the longer list has no
-    partner. Raises ValueError for a number below 1 and a minimum above its maximum.
+    Args:
+        batch_size: number of images of the base size in a batch.
+        base, minimum, maximum: side in pixels, or (height, width).
+        scales: number of evenly spaced sides.
+        divisor: the sides are multiples of this number.
+        variable: whether a batch has about as many pixels as ``batch_size`` images of the base size, so more images if
+            they are small. Otherwise a batch always has ``batch_size`` images.
+
+    As in the published code, the base size is in the list only if it is a multiple of ``divisor``. If the base is one
+    of the evenly spaced sides for only one of height and width, the largest side of the longer list is left out.
+
+    Raises:
+        ValueError: a number is less than 1, or a minimum is larger than its maximum.
     """
     for name, value in (("batch_size", batch_size), ("scales", scales), ("divisor", divisor)):
         if value < 1:
@@ -68,26 +77,29 @@ def multi_scale_sizes(
 
 
 class MultiScaleBatchSampler(Sampler[list[Item]]):
-    """A batch sampler that draws a picture size for every batch, and with it the number of pictures.
+    """A batch sampler that draws an image size, and with it the number of images, for every batch.
 
-    Yields lists of ``(index, height, width)``, all of one size in a batch, for a dataset whose items are taken by such
-    triples: :class:`Resized` makes one of any other. Used as ``DataLoader(dataset, batch_sampler=sampler)``.
+    It yields lists of ``(index, height, width)`` with one size per batch. The dataset must take such triples as
+    indices; :class:`Resized` wraps any other dataset. Use it as ``DataLoader(dataset, batch_sampler=sampler)``.
 
-    Every rank of a process group draws the same size at each step, since the draws depend on ``seed`` and epoch
-    alone; the pictures are dealt out to ranks in turn, with as many for each, and as many steps. The last batch is
-    filled from the front of the rank's share, so that no batch is smaller than it should be.
+    All ranks of a process group draw the same size at each step, because the draws depend on ``seed`` and epoch only.
+    The images are distributed to the ranks in turn: every rank gets the same number of images and of steps. The last
+    batch is filled up from the beginning of the rank's images.
 
     Args:
-        data: the data set, or how many pictures there are.
-        batch_size: pictures of ``base`` size in a batch of one rank.
-        sizes: the (height, width, batch) to draw from; by default ``multi_scale_sizes(batch_size, **scales)``.
-        shuffle: a new order in every epoch, else the data set's.
-        ranks, rank: default to those of the process group, and to 1 and 0 without one.
-        seed: of order and sizes.
+        data: the dataset, or the number of images.
+        batch_size: number of images of the ``base`` size in a batch of one rank.
+        sizes: list of (height, width, batch) to draw from; by default ``multi_scale_sizes(batch_size, **scales)``.
+        shuffle: whether each epoch has a new random order of the images; else the order of the dataset.
+        ranks, rank: by default those of the process group; without one, 1 and 0.
+        seed: seed of the order and the sizes.
         scales: base, minimum, maximum, scales, divisor and variable of :func:`multi_scale_sizes`.
 
-    :meth:`set_epoch` before each epoch, as with torch's DistributedSampler; ``len()`` is the number of batches in
-    that epoch, which differs from one to the next.
+    Call :meth:`set_epoch` before each epoch, as with torch's DistributedSampler. ``len()`` is the number of batches in
+    that epoch; it differs between epochs.
+
+    Raises:
+        ValueError: the dataset is empty, a size is less than 1, or the rank is out of range.
     """
 
     def __init__(
@@ -111,23 +123,24 @@ class MultiScaleBatchSampler(Sampler[list[Item]]):
         self.ranks = (dist.get_world_size() if group else 1) if ranks is None else ranks
         self.rank = (dist.get_rank() if group else 0) if rank is None else rank
         if not 0 <= self.rank < self.ranks:
-            raise ValueError(f"MultiScaleBatchSampler: rank is {self.rank} of {self.ranks}")
+            raise ValueError(f"MultiScaleBatchSampler: rank is {self.rank}, want 0 <= rank < ranks = {self.ranks}")
         self.shuffle, self.seed = shuffle, seed
         self.epoch = self.start = self._handed_out = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Say which epoch comes next, and how many of its batches were used before an interruption."""
+        """Set the next epoch, and how many of its batches were already used before an interruption."""
         self.epoch, self.start, self._handed_out = epoch, start, start
 
     def state_dict(self, done: int | None = None) -> dict[str, int]:
-        """What :meth:`load_state_dict` needs to go on after ``done`` batches of this epoch.
+        """The state for :meth:`load_state_dict`, to continue after ``done`` batches of this epoch.
 
-        By default after those handed out; a DataLoader with workers draws ahead, so say then how many were used.
+        By default it continues after the batches that the sampler has yielded. A DataLoader with workers draws ahead:
+        then pass the number of batches that were used.
         """
         return {"epoch": self.epoch, "start": self._handed_out if done is None else done, "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken. Raises ValueError for a state of another seed."""
+        """Continue from a state of :meth:`state_dict`. Raises ValueError if it has another seed."""
         if state["seed"] != self.seed:
             raise ValueError(f"MultiScaleBatchSampler: the state has seed {state['seed']}, the sampler {self.seed}")
         self.set_epoch(state["epoch"], state["start"])
@@ -162,10 +175,10 @@ class MultiScaleBatchSampler(Sampler[list[Item]]):
 
 
 class Resized(Dataset[tuple[Tensor, Any]]):
-    """A data set of (picture (C, H, W), label) made to take :class:`MultiScaleBatchSampler`'s triples.
+    """Wraps a dataset of (image (C, H, W), label) so that it takes the triples of :class:`MultiScaleBatchSampler`.
 
-    ``resized[index, height, width]`` is the picture at that size, bilinear and antialiased, with its label;
-    ``resized[index]`` is the item as it was.
+    ``resized[index, height, width]`` is the image, resized to this size (bilinear, antialiased), and its label.
+    ``resized[index]`` is the unchanged item.
     """
 
     def __init__(self, data: Any) -> None:

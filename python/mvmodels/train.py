@@ -35,29 +35,29 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = Parser(prog=_PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = main.add_argument
-    add("--model", required=True, help="a name of mvmodels.list_models()")
-    add("--data", default="digits", metavar="FOLDER|digits", help="default: digits")
+    add("--model", required=True, help="name of a model, see mvmodels.list_models()")
+    add("--data", default="digits", metavar="FOLDER|digits", help="folder of images, or digits (default)")
     add("--output", type=Path, metavar="DIR", help="checkpoints and logs (default: runs/MODEL)")
-    add("--resume", action="store_true", help="go on from DIR/last.pt, if it is there")
-    add("--save-every", type=number(int, 0), default=0, metavar="STEPS", help="beside the end of each epoch")
-    add("--epochs", type=number(int, 1), default=12)
-    add("--batch-size", type=number(int, 1), default=64, help="of each process (default 64)")
+    add("--resume", action="store_true", help="continue from DIR/last.pt, if it exists")
+    add("--save-every", type=number(int, 0), default=0, metavar="STEPS", help="save every STEPS steps too")
+    add("--epochs", type=number(int, 1), default=12, help="epochs (default 12)")
+    add("--batch-size", type=number(int, 1), default=64, help="batch size of each process (default 64)")
     add("--lr", type=number(float, 0), default=2e-3, help="highest learning rate (default 2e-3)")
-    add("--lr-min", type=number(float, 0), help="where it starts and ends (default: a tenth of --lr)")
-    add("--warmup", type=number(int, 0), metavar="STEPS", help="to the highest rate (default: a twentieth of all)")
-    add("--weight-decay", type=number(float, 0), default=0.01)
-    add("--smoothing", type=number(float, 0, 1), default=0.1, help="of labels (default 0.1)")
-    add("--ema", type=number(float, 0, 1), default=5e-4, help="share of each step in the average; 0: none")
-    add("--clip", type=number(float, 0), default=0.0, metavar="NORM", help="largest norm of the gradient")
+    add("--lr-min", type=number(float, 0), help="learning rate at the start and the end (default: a tenth of --lr)")
+    add("--warmup", type=number(int, 0), metavar="STEPS", help="steps of warm-up (default: a twentieth of all)")
+    add("--weight-decay", type=number(float, 0), default=0.01, help="weight decay (default 0.01)")
+    add("--smoothing", type=number(float, 0, 1), default=0.1, help="label smoothing (default 0.1)")
+    add("--ema", type=number(float, 0, 1), default=5e-4, help="share of each step in the moving average; 0: no average")
+    add("--clip", type=number(float, 0), default=0.0, metavar="NORM", help="limit of the gradient norm (default: none)")
     add(
         "--size",
         type=number(int, 8, most=checkpoint.LARGEST),
-        help="side of a picture (default: 32 for digits, else the model's)",
+        help="side of the images in pixels (default: 32 for digits, else that of the model)",
     )
     add("--multi-scale", choices=("variable", "fixed"), help="sizes from --scales, with a variable or fixed batch")
     add("--scales", type=number(int, 8, most=checkpoint.LARGEST), nargs=2, default=(160, 320), metavar=("MIN", "MAX"))
     add("--held-out", type=number(float, 0, 1), default=0.1, help="share of a folder without train and val")
-    add("--no-flip", action="store_true", help="never mirror a picture of a folder")
+    add("--no-flip", action="store_true", help="do not mirror images of a folder")
     add(
         "--set",
         type=setting,
@@ -68,13 +68,13 @@ def parser() -> argparse.ArgumentParser:
         help="settings of the model",
     )
     add("--seed", type=number(int, 0), default=0)
-    add("--device", help="default: cuda if there is one, else cpu; under torchrun, cuda means each process's own")
-    add("--backend", default="auto", help="of the fused ops: auto, reference, cpp, triton, cuda")
+    add("--device", help="default: cuda if there is one, else cpu; under torchrun each process has its own GPU")
+    add("--backend", default="auto", help="backend of the fused ops: auto, reference, cpp, triton, cuda (default auto)")
     add("--amp", action="store_true", help="autocast to bfloat16")
-    add("--workers", type=number(int, 0), help="processes that read pictures (default: 0 for digits, else up to 4)")
-    add("--threads", type=number(int, 1), help="of torch on the CPU")
+    add("--workers", type=number(int, 0), help="processes that read images (default: 0 for digits, else up to 4)")
+    add("--threads", type=number(int, 1), help="CPU threads of torch")
     add("--no-tensorboard", action="store_true")
-    add("--json", action="store_true", help="the final figures as one JSON document on stdout")
+    add("--json", action="store_true", help="print the final figures as one JSON document on stdout")
     return main
 
 
@@ -88,7 +88,7 @@ def data_sets(where: str, options: Options) -> tuple[Pictures, Pictures]:
         return Digits(False, options.size), Digits(True, options.size)
     data = folder_data(where, options.size, channels, options.flip, options.held_out, seed=options.seed)
     if len(data[0].classes) < 2:
-        raise UsageError(f"{where} has one class only, {data[0].classes[0]}: want a folder for each of several")
+        raise UsageError(f"{where} has only one class, {data[0].classes[0]}: want a folder for each of several classes")
     return data
 
 
@@ -178,7 +178,7 @@ def _go(arguments: argparse.Namespace, trainer: Trainer, output: Path, first: bo
     options, last = trainer.options, output / "last.pt"
     if last.exists():
         if not arguments.resume:
-            raise UsageError(f"{last} is there: --resume goes on from it, another --output begins anew")
+            raise UsageError(f"{last} exists: continue it with --resume, or start a new run with another --output")
         trainer.restore(checkpoint.read_training(last), last)
         if first:
             say(f"resumed at step {trainer.step} of {trainer.steps}")

@@ -1,8 +1,8 @@
-"""ViT with an early convolution stem, and its twin with patches (Xiao et al., arXiv 2106.14881).
+"""ViT with a convolutional stem, and ViT with a patch stem (Xiao et al., arXiv 2106.14881).
 
-A plain ViT begins with one 16 × 16 convolution of stride 16. The paper puts a few 3 × 3 convolutions of stride 2 in
-its place and takes one encoder block away, which leaves the multiply-adds as they were and trains more easily.
-``vit_c_*`` has the convolutions, ``vit_p_*`` the patches.
+A plain ViT begins with one 16 × 16 convolution of stride 16. The paper replaces it by a few 3 × 3 convolutions of
+stride 2 and removes one encoder block, so the number of multiply-adds stays about the same. It trains more easily.
+``vit_c_*`` have the convolutional stem, ``vit_p_*`` the patch stem.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SIZES = {
 
 
 class ConvStem(nn.Module):
-    """3 × 3 convolutions with BN and ReLU down to a sixteenth, then a 1 × 1 convolution to the encoder's width."""
+    """3 × 3 convolutions with BatchNorm and ReLU of total stride 16, then a 1 × 1 convolution to ``dim`` channels."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...], dim: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """One convolution that sees each patch once. What a picture lacks to whole patches is zero."""
+    """A 16 × 16 convolution of stride 16. An image is padded with zeros to whole patches."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -80,21 +80,21 @@ class PatchStem(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT with a class token and learned positions, behind a stem of convolutions or of patches.
+    """ViT with a class token and learned positions, after a convolutional stem or a patch stem.
 
     Args:
-        size: the network's numbers.
-        conv_stem: convolutions in front, or patches and one block more.
-        num_classes: width of the last layer.
-        in_chans: channels of a picture.
-        drop_rate: dropout before the last layer.
-        drop_path_rate: of the last block; earlier blocks drop less, in proportion to their place.
-        features_only: return a list of one map, the encoder's tokens at a sixteenth, and build no head.
-        image_size: side of the pictures whose positions are learned.
-        backend: handed to the fused op.
+        size: widths and depths of the network, an entry of :data:`SIZES`.
+        conv_stem: True for the convolutional stem, False for the patch stem and one more block.
+        num_classes: number of classes.
+        in_chans: channels of the images.
+        drop_rate: dropout probability before the last layer.
+        drop_path_rate: drop path probability of the last block; it grows linearly over the blocks.
+        features_only: return a list of one map, the tokens of the encoder (B, dim, H / 16, W / 16), without a head.
+        image_size: side of the images (or height and width) that the learned positions are made for.
+        backend: passed to the fused op.
 
-    H and W of a picture are free: positions are resized (bicubic) to its grid, rounded up. Attention is
-    :func:`mvkernels.patch_attention` with a patch of 1, the class token and the map's pixels in one row.
+    H and W of an image may differ from ``image_size``: the positions are then resized (bicubic) to the image's grid,
+    rounded up. Attention is :func:`mvkernels.patch_attention` with a patch of 1, on the class token and the map.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class VisionTransformer(nn.Module):
         dim = size.dim
         self.in_chans, self.features_only = in_chans, features_only
         self.stages = ((dim, PATCH),)
-        """Channels of the map, and the picture's side over the map's."""
+        """Channels of the map, and the image side divided by the map side."""
         self.grid = (math.ceil(height / PATCH), math.ceil(width / PATCH))
         self.stem: nn.Module = ConvStem(in_chans, size.stem, dim) if conv_stem else PatchStem(in_chans, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
         initialise([*self.blocks.modules(), *([] if self.head is None else [self.head])])
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A picture (B, in_chans, H, W) -> class token (B, dim), map (B, dim, H / 16, W / 16), both normalized."""
+        """Images (B, in_chans, H, W) -> class token (B, dim), map (B, dim, H / 16, W / 16), both normalized."""
         check_picture(self, x, self.in_chans)
         x = self.stem(x)
         grid = (x.shape[2], x.shape[3])
@@ -138,13 +138,13 @@ class VisionTransformer(nn.Module):
         return tokens[:, 0], tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """A picture (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of one map."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or with features_only a list of one map."""
         token, features = self.forward_features(x)
         return [features] if self.head is None else self.head(self.dropout(token))
 
     @property
     def weight_sources(self) -> dict[str, WeightSource]:
-        """Whose weights load: timm's and transformers' ViT have the patches' stem."""
+        """The sources of weights that can be loaded. The ViTs of timm and transformers have the patch stem."""
         unused = "" if self.head is not None else r"head\."
         own = WeightSource(lambda name: name, unused)
         if isinstance(self.stem, ConvStem):

@@ -175,8 +175,8 @@ class TestTrain:
         "arguments, match",
         [
             ("--model vit_tinny", "unknown model 'vit_tinny', did you mean vit_tiny"),
-            ("--model vit_tiny --data nowhere", "nowhere is no folder"),
-            ("--model vit_tiny --data empty", "empty is empty of classes"),
+            ("--model vit_tiny --data nowhere", "nowhere is not a folder"),
+            ("--model vit_tiny --data empty", "empty has no classes"),
             ("--model vit_tiny --data digits --backend fastest", "backend is 'fastest', want one of"),
             ("--model vit_tiny --data digits --device abacus", "--device abacus cannot be used"),
             ("--model vit_tiny --data digits --set depth=3", "depth"),
@@ -185,7 +185,7 @@ class TestTrain:
             ("--model vit_tiny --multi-scale variable --scales 64 32", "minimum is 64, above the maximum of 32"),
             ("--model vit_tiny --data digits --set in_chans=3", "in_chans is 3, the pictures of digits are grey"),
             ("--model vit_tiny --data one --set in_chans=4", "in_chans is 4, the pictures of one are grey (1) or"),
-            ("--model vit_tiny --data one", "one has one class only, train"),
+            ("--model vit_tiny --data one", "one has only one class, train"),
             ("--model vit_tiny --data digits --device meta", "--device meta cannot be used"),
             ("--model vit_tiny --data digits --output one/file", "one/file cannot be made: File exists"),
             ("--model vit_tiny --data digits --output one/file/below", "below cannot be made: Not a directory"),
@@ -216,10 +216,10 @@ class TestTrain:
         assert "the weights do not fit" in one_line_on_stderr(capsys, "train")
         (trained / "best.pt").replace(trained / "last.pt")
         assert run(folder, trained, "--resume") == 2
-        assert "holds a model and no training to go on with: it has no options" in one_line_on_stderr(capsys, "train")
+        assert "has a model, but no training to resume: it has no options" in one_line_on_stderr(capsys, "train")
         (trained / "last.pt").write_bytes(b"no checkpoint")
         assert run(folder, trained, "--resume") == 2
-        assert "is no checkpoint" in one_line_on_stderr(capsys, "train")
+        assert "is not a checkpoint" in one_line_on_stderr(capsys, "train")
 
     @pytest.mark.parametrize(
         "arguments", ["", "--model vit_tiny --epochs 0", "--model vit_tiny --smoothing 1", "--model vit_tiny --set x"]
@@ -263,7 +263,7 @@ class TestPredict:
         assert predict.main([*common, *named, "--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.2", "0.2"]) == 0
         assert json.loads(capsys.readouterr().out)["images"] != found
         assert predict.main(common) == 2
-        assert "does not say of which model it is" in one_line_on_stderr(capsys, "predict")
+        assert "has no name of its model" in one_line_on_stderr(capsys, "predict")
         assert predict.main([*common, "--model", "vit_tiny"]) == 2
         assert "the weights do not fit: head.weight is (3, 16), want (1000, 16)" in one_line_on_stderr(
             capsys, "predict"
@@ -282,11 +282,11 @@ class TestPredict:
         "arguments, match",
         [
             ("--model vit_tinny", "did you mean vit_tiny"),
-            ("--model irregular_vit_tiny", "is of vit_tiny, not of irregular_vit_tiny"),
+            ("--model irregular_vit_tiny", "is a vit_tiny, but --model is irregular_vit_tiny"),
             ("--backend fastest", "backend is 'fastest'"),
             ("--checkpoint nowhere.pt", "nowhere.pt cannot be read: No such file"),
             ("--classes nowhere.txt", "nowhere.txt cannot be read"),
-            ("--source timm", "says itself what it is of: --source is for a state_dict"),
+            ("--source timm", "already has these settings: --source is for a state_dict"),
             ("--set drop_rate=0.1", "--set is for a state_dict"),
             ("--mean 0 0 0", "--mean is for a state_dict"),
             ("--device meta", "--device meta cannot be used"),
@@ -304,7 +304,7 @@ class TestPredict:
         for changed, match in (({}, f"it has no {name}"), ({name: None}, f"its {name} is a NoneType")):
             checkpoint.save({**{k: v for k, v in state.items() if k != name}, **changed}, trained / "best.pt")
             assert predict.main(common) == 2
-            assert f"is no checkpoint of mvmodels.train: {match}" in one_line_on_stderr(capsys, "predict")
+            assert f"is not a valid checkpoint of mvmodels.train: {match}" in one_line_on_stderr(capsys, "predict")
 
     def test_weights_that_are_no_numbers(self, folder, trained, capsys):
         state = checkpoint.read_training(trained / "best.pt")
@@ -371,4 +371,4 @@ def test_two_processes_train_as_one(folder, tmp_path, capsys):
     again = on_two(folder, tmp_path / "both", tmp_path / "said", "--batch-size", "3", "--resume")
     assert json.loads(again[0])["history"] == both["history"]
     assert run(folder, tmp_path / "both", "--batch-size", "3", "--resume") == 2
-    assert "is of a run whose ranks is 2, here it is 1" in one_line_on_stderr(capsys, "train")
+    assert "is of a run with ranks 2, but here ranks is 1" in one_line_on_stderr(capsys, "train")

@@ -160,8 +160,8 @@ class TestReadPicture:
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda root: None, "is empty of classes"),
-        (lambda root: root.rmdir(), "is no folder"),
+        (lambda root: None, "has no classes"),
+        (lambda root: root.rmdir(), "is not a folder"),
         (lambda root: (root / "cats").mkdir(), "cats has no pictures in it"),
         (lambda root: pictures.folder(root, 1), "blue has a single picture"),
         (lambda root: (pictures.folder(root / "train"), (root / "val" / "red").mkdir(parents=True)), "has no pictures"),

@@ -277,7 +277,7 @@ class TestLoadWeights:
             mvmodels.load_weights(model, changed, source="timm")
         assert str(caught.value).split("\n  ")[1:] == [
             "stages.2.blocks.1.context_module.main.aggreg.0.0.weight is missing",
-            "stages.2.blocks.1.context_module.main.beta is left over",
+            "stages.2.blocks.1.context_module.main.beta has no counterpart in the model",
             "head.classifier.4.weight is (10, 1280), want (1000, 1280)",
         ]
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

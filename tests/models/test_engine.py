@@ -162,7 +162,7 @@ def test_it_learns_colours(data, tmp_path):
 @pytest.mark.parametrize(
     "changed, match",
     [
-        ({"lr": 0.1}, "whose lr is 0.002, here it is 0.1"),
+        ({"lr": 0.1}, "with lr 0.002, but here lr is 0.1"),
         ({"seed": 1}, "whose seed is 0"),
         ({"epochs": 4}, "whose epochs is 2"),
     ],
@@ -197,7 +197,7 @@ def test_no_classifier(data, monkeypatch):
     build = functools.partial(IrregularViT, Size(12, 1, 2), trunk=(8, 8, 8, 8))
     features = lambda features_only, **others: build(features_only=True, **others)  # noqa: E731
     monkeypatch.setitem(registry.MODELS, "tiny", registry.ModelInfo("tiny", features, "", 0, 0.0, "", "", None))
-    with pytest.raises(UsageError, match="tiny is no classifier"):
+    with pytest.raises(UsageError, match="tiny is not an image classifier"):
         Trainer(options(settings={}), *data()).run()
 
 
@@ -222,7 +222,7 @@ class TestCheckpoint:
     def test_unreadable(self, tmp_path, content):
         path = tmp_path / "file.pt"
         path.write_bytes(content)
-        with pytest.raises(UsageError, match="is no checkpoint") as caught:
+        with pytest.raises(UsageError, match="is not a checkpoint") as caught:
             checkpoint.read(path)
         assert "\n" not in str(caught.value)
 
@@ -230,7 +230,7 @@ class TestCheckpoint:
         with pytest.raises(UsageError, match="cannot be read: No such file"):
             checkpoint.read(tmp_path / "missing.pt")
         torch.save(torch.zeros(2), tmp_path / "tensor.pt")
-        with pytest.raises(UsageError, match="holds a Tensor"):
+        with pytest.raises(UsageError, match="contains a Tensor"):
             checkpoint.read(tmp_path / "tensor.pt")
         torch.save({"state_dict": {}}, tmp_path / "other.pt")
         with pytest.raises(UsageError, match=r"was not written by mvmodels\.train"):

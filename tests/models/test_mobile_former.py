@@ -282,7 +282,7 @@ class TestLoadWeights:
             mvmodels.load_weights(model, changed)
         assert str(caught.value).split("\n  ")[1:] == [
             "features.3.local_global.alpha.0.bias is missing",
-            "features.3.local_global.beta is left over",
+            "features.3.local_global.beta has no counterpart in the model",
             "stem.1.bias is a str, want a tensor",
             "classifier.classifier.1.weight is (10, 1024), want (1000, 1024)",
         ]
@@ -299,5 +299,5 @@ class TestLoadWeights:
             mvmodels.load_weights(self.model(), "26m.pth")
         with pytest.raises(ValueError, match="source is 'timm'"):
             mvmodels.load_weights(self.model(), checkpoint, source="timm")
-        with pytest.raises(ValueError, match="Linear has no authors' names"):
+        with pytest.raises(ValueError, match="Linear does not know the authors' names"):
             mvmodels.load_weights(nn.Linear(2, 2), checkpoint)

@@ -18,11 +18,11 @@ from tests.models.test_commands import folder, one_line_on_stderr, run, tiny, tr
 def test_a_model_that_is_no_classifier(folder, trained, tmp_path, capsys):
     name = "mobilevit_xxs_deeplabv3"
     assert run(folder, tmp_path / "dense", "--model", name, "--size", "64", "--epochs", "1") == 2
-    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "train")
+    assert f"{name} is not an image classifier" in one_line_on_stderr(capsys, "train")
     torch.save(registry.create_model(name, num_classes=3).state_dict(), tmp_path / "dense.pt")
     named = ["--model", name, "--checkpoint", str(tmp_path / "dense.pt"), "--size", "64", "--set", "num_classes=3"]
     assert predict.main([str(folder / "red" / "0.png"), *named]) == 2
-    assert f"{name} is no classifier of pictures" in one_line_on_stderr(capsys, "predict")
+    assert f"{name} is not an image classifier" in one_line_on_stderr(capsys, "predict")
 
 
 NONSENSE = [

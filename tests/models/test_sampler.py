@@ -149,7 +149,7 @@ def test_in_a_loader():
         ({"data": 4, "batch_size": 0}, "batch_size is 0"),
         ({"data": 4, "minimum": 320, "maximum": 160}, "minimum is 320, above the maximum of 160"),
         ({"data": 4, "base": (0, 32)}, "base is"),
-        ({"data": 4, "rank": 2, "ranks": 2}, "rank is 2 of 2"),
+        ({"data": 4, "rank": 2, "ranks": 2}, "rank is 2, want 0 <= rank < ranks = 2"),
         ({"data": 4, "sizes": []}, "sizes is"),
         ({"data": 4, "sizes": [(32, 32, 0)]}, "sizes is"),
     ],
