@@ -125,7 +125,7 @@ def _rows(path: str) -> list[Row]:
 
 
 def ab_command(options: Options, commit: str, tolerance: float, json: Callable[[Any], None] | None) -> int:
-    """Compare this checkout with another commit. Returns 1 if a row is slower or wrong here, else 0."""
+    """Compare this checkout with another commit. 1 if it is slower or wrong somewhere, or if no row has both times."""
     check(options)
     rows = bench_ab.run(options, commit, tolerance)
     if not rows:

@@ -158,7 +158,7 @@ def test_a_row_has_regressed_beyond_the_intervals_only(old: Row, new: Row, verdi
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    with pytest.raises(report.UsageError, match="one is of gpu"):
+    with pytest.raises(report.UsageError, match="the old rows are of gpu"):
         bench_compare.compare([row(device="gpu")], [row()])
     peers = [row(provider="eager", median_us=100.0)], [row(provider="eager", median_us=121.0)]
     assert bench_compare.drift(*peers) == pytest.approx(1.21)
