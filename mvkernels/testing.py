@@ -1,6 +1,6 @@
-"""The one error criterion, poisoned buffers, and inputs of every stride kind.
+"""Tools for checking kernels: the error criterion, buffers filled with NaN, and inputs with all kinds of strides.
 
-``mvkernels verify``, the tests, the benchmarks and ``verify_swap`` all decide with :func:`compare`.
+``mvkernels verify``, the tests, the benchmarks and ``verify_swap`` all use the criterion of :func:`compare`.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ FORWARD_FACTOR = 2.0
 BACKWARD_FACTOR = 3.0
 FLOOR = 1e-6
 DRAWS = 4, 16
-"""How often expected errors are drawn: where one or two roundings make all of an error, a draw may be lucky too. So
-what a few of them do not settle is held to more. The worst but one counts: a draw in which relu falls on the other
-side of its kink says nothing of the others."""
+"""How many samples of the expected error are drawn, first and at most. If one or two roundings make all of an error, a
+sample may be small by chance, so more are drawn if the first do not decide. The second largest counts: in one sample a
+relu may switch sides, which would tell nothing about the others."""
 
 STRIDES = ("contiguous", "channels_last", "packed", "sliced", "transposed", "expanded", "offset")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor held against the float64 reference."""
+    """The comparison of one tensor with the float64 reference."""
 
     name: str
     error: float
-    """Largest absolute error of the tensor; infinite where NaNs or infinities stand in other places."""
+    """Largest absolute error of the tensor; infinite if NaNs or infinities are not in the same places."""
     allowed: float
-    """factor x PyTorch's own error with the same formula in the same dtype, or that of rounding the exact value once,
-    plus the floor; where the error is more than that, factor x the expected error of PyTorch if that is larger."""
+    """Upper limit of the error, see :func:`compare`."""
     detail: str = ""
     pytorch: float = 0.0
-    """The error of PyTorch with the same formula in the same dtype, on this machine."""
+    """The error of PyTorch with the same formula in the same dtype on this machine."""
 
     @property
     def ok(self) -> bool:
@@ -56,9 +55,10 @@ class Comparison:
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference, in float64. NaN must meet NaN and infinity the same infinity, else ``inf``.
+    """Largest absolute difference, computed in float64.
 
-    An exact value beyond what the dtype holds is taken for the largest that it does, and infinity there for that too.
+    It is ``inf`` if the shapes differ, or if a NaN or an infinity is in one tensor and not in the other. If an exact
+    value is beyond the range of the dtype of ``actual``, both are clamped to this range.
     """
     if actual.shape != exact.shape:
         return float("inf")
@@ -81,7 +81,7 @@ def rms_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def _in_range(actual: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64; where the exact value is finite and near the end of the dtype's range, neither is beyond it."""
+    """Both in float64. Where the exact value is finite and near the end of the dtype's range, both are clamped to it."""
     a, e = actual.detach().double(), exact.detach().double().to(actual.device)
     if not actual.is_floating_point():
         return a, e
@@ -99,15 +99,22 @@ def compare(
     floor: float = FLOOR,
     expected: Callable[[int], Sequence[Tensor]] | None = None,
 ) -> Comparison:
-    """The error criterion.
+    """The error criterion: compare ``actual`` with ``exact``.
 
-    ``exact`` is the float64 reference, ``baseline`` the same formula done by PyTorch in the kernel's dtype.
-    The error of ``actual`` may be at most ``factor`` times the largest of three, plus ``floor``: that of ``baseline``,
-    the worst but one of ``expected(count)``, and that of the exact value rounded once. The largest error is held to it
-    and, so that one bad row cannot hide nor a general blur, the root mean square too.
+    The error may be at most ``factor`` times the largest of three errors, plus ``floor``: the error of ``baseline``, the
+    second largest error in ``expected(count)``, and the error of rounding the exact value once. This has to hold for
+    the largest error and for the root mean square of the errors.
 
-    ``expected`` gives what PyTorch computes on no machine in particular (:class:`ExpectedRounding`), so many times. It
-    is called only where the baseline does not settle it, for it takes longer than all else.
+    Args:
+        name: name of the tensor in the result.
+        actual: the tensor to check.
+        exact: the float64 reference.
+        baseline: the same formula, computed by PyTorch in the dtype of ``actual``.
+        factor: 2 for an output and 3 for a gradient, see :func:`factor`.
+        floor: absolute error that is always allowed.
+        expected: function of a count that returns as many samples of what PyTorch computes with random rounding
+            errors, the same on every machine (:class:`ExpectedRounding`). It is slow, so it is called only if the
+            baseline does not decide.
     """
     found = _hold(name, actual, exact, baseline, factor, floor)
     for count in DRAWS if expected is not None else ():
@@ -141,7 +148,7 @@ def _hold(
 
 
 def _expected_of(drawn: Sequence[Tensor], exact: Tensor, measure: Callable[[Tensor, Tensor], float]) -> float:
-    """The error that is to be expected: the worst but one of those drawn, 0 of none."""
+    """The expected error: the second largest of the samples; 0 without samples."""
     return sorted([0.0, 0.0, *(_finite(measure(each, exact)) for each in drawn)])[-2]
 
 
@@ -151,7 +158,7 @@ def _finite(error: float) -> float:
 
 
 def tensors_in(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among an op's arguments by name; those of a list ``weights`` are ``weights[0]`` and so on."""
+    """The tensors in an op's arguments, by name. Those in a list ``weights`` are ``weights[0]`` and so on."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         each = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
@@ -160,7 +167,7 @@ def tensors_in(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def with_tensors(arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments with these tensors in the places that :func:`tensors_in` names."""
+    """The arguments with these tensors in place of theirs; the names are those of :func:`tensors_in`."""
     return {
         name: type(value)(tensors.get(f"{name}[{i}]", v) for i, v in enumerate(value))
         if isinstance(value, (list, tuple))
@@ -176,9 +183,9 @@ def run(
     cotangent: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Call ``function`` on copies of the arguments; return {"out": …} and {"d<name>": …} for the names wanted.
+    """Call ``function`` on detached arguments. Returns {"out": …}, and {"d<name>": …} for the names in ``wanted``.
 
-    Strides are kept. With ``dtype`` the tensors are cast first. ``cotangent`` is the gradient of out.
+    Strides are kept. With ``dtype`` the tensors are cast to it first. ``cotangent`` is the gradient of the output.
     """
     inputs = {}
     for name, value in tensors_in(arguments).items():
@@ -196,11 +203,11 @@ def run(
 
 
 class Yardstick:
-    """What the results of a formula are held against, by the names that :func:`run` gives them.
+    """The exact results of a formula and those of PyTorch, for comparison with the results of a kernel.
 
     Args:
-        formula: ``formula(dtype)`` -> results, all of it computed by PyTorch in that dtype.
-        dtype: the dtype of the results to be held against it.
+        formula: ``formula(dtype)`` returns the results of PyTorch in this dtype, with the names of :func:`run`.
+        dtype: the dtype of the results that are compared with them.
     """
 
     def __init__(self, formula: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> None:
@@ -209,9 +216,9 @@ class Yardstick:
         self._drawn: list[dict[str, Tensor]] = []
 
     def expected(self, name: str, count: int = DRAWS[0]) -> list[Tensor]:
-        """A result with the rounding errors that are to be expected, drawn so many times, alike on every machine.
+        """``count`` samples of a result with random rounding errors, the same on every machine.
 
-        For half types the formula is drawn in float32 as well, and its results are rounded once.
+        For half types there are as many samples in float32, rounded once.
         """
         dtypes = (self._dtype, torch.float32) if self._dtype.itemsize == 2 else (self._dtype,)
         for seed in range(len(self._drawn) // len(dtypes), count):
@@ -221,11 +228,11 @@ class Yardstick:
         return [drawn[name].to(self._dtype) for drawn in self._drawn[: count * len(dtypes)]]
 
     def expected_error(self, name: str) -> float:
-        """The largest error of a result that is to be expected."""
+        """The expected error of a result."""
         return _expected_of(self.expected(name), self.exact[name], max_error)
 
     def compare(self, actual: Mapping[str, Tensor]) -> list[Comparison]:
-        """Hold these results to the criterion: the output, and gradients by the backward's factor."""
+        """Compare these results with the exact ones, see :func:`mvkernels.testing.compare`."""
         return [
             compare(
                 name,
@@ -240,14 +247,14 @@ class Yardstick:
 
 
 def normalised(op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The op's arguments as its reference takes them, a pair for an int, say."""
+    """The op's arguments in the form that its reference takes: for example an int becomes a pair."""
     return dict(zip(inspect.signature(op.check).parameters, op.check(**arguments)))
 
 
 def yardstick(op: Op, arguments: Mapping[str, Any], wanted: Sequence[str]) -> tuple[Yardstick, Tensor]:
-    """What an op's output and the gradients wanted are held against for these arguments, and the output's gradient.
+    """(the :class:`Yardstick` for an op's output and the gradients in ``wanted``, a random gradient of the output).
 
-    ``arguments`` are the op's, by name, as the reference takes them.
+    ``arguments`` are the op's, by name, in the form that the reference takes.
     """
     first = next(iter(tensors_in(arguments).values()))
     with torch.no_grad():
@@ -274,10 +281,17 @@ def check(
     backward: bool = True,
     function: Callable[..., Tensor] | None = None,
 ) -> list[Comparison]:
-    """Compare an op on a backend with the float64 reference: the output and every gradient.
+    """Compare an op on a backend with the float64 reference: the output and all gradients.
 
-    ``arguments`` are the op's, by name, without ``backend``. ``function`` replaces the op's own (a
-    compiled one, say). Kernels run on poisoned buffers.
+    Args:
+        op: the op, an entry of ``mvkernels.dispatch.registry.OPS``.
+        arguments: the op's arguments by name, without ``backend``.
+        backend: name of the backend.
+        backward: whether to compare the gradients too.
+        function: function to call in place of the op's own, such as a compiled one.
+
+    Returns:
+        A list of :class:`Comparison`, the output first. Kernels run on buffers filled with NaN (:func:`poisoned`).
     """
     arguments = normalised(op, arguments)
     wanted = list(tensors_in(arguments)) if backward else []
@@ -290,7 +304,7 @@ def check(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill every uninitialised buffer with NaN: those made in Python by torch.empty and those of the C++ kernels."""
+    """Context manager that fills uninitialised buffers with NaN: those of torch.empty and of the C++ kernels."""
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -324,11 +338,11 @@ def make_map(
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A random map (B, heads, head_dim, H, W) or (B, C, H, W) of a stride kind; all around it in memory is NaN.
+    """A random map (B, heads, head_dim, H, W) or (B, C, H, W) with strides of a kind. The memory around it is NaN.
 
-    Kinds: "contiguous" (channels first), "channels_last", "packed" (a third of a channels-last qkv),
-    "sliced" (every second row and column of a larger map), "transposed" (H and W swapped in memory),
-    "expanded" (stride 0 over the heads, or over C), "offset" (starts inside its storage).
+    The kinds: "contiguous" (channels first), "channels_last", "packed" (a third of a channels-last qkv), "sliced"
+    (every second row and column of a larger map), "transposed" (H and W swapped in memory), "expanded" (stride 0 over
+    the heads, or over C), "offset" (begins inside its storage). Raises ValueError for another kind.
     """
     if len(shape) == 4:
         b, c, *size = shape

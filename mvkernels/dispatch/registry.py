@@ -1,4 +1,4 @@
-"""What an op is made of. Tests, verify, bench and the CLI walk ``OPS`` and need nothing else."""
+"""The registry of ops. Tests, ``verify``, ``bench`` and the command line find the ops in ``OPS``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 class NotOffered(Exception):
-    """Raised by a peer that does not do this: the benchmark skips it, and shows the message."""
+    """Raised by a peer that does not support the arguments. The benchmark skips it and shows the message."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that the machine must do for one call: see the table of floors in docs/."""
+    """The least work that one call needs: bytes to read and write, FLOPs and exponentials."""
 
     bytes: int
     flops: int
@@ -28,33 +28,33 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of an op: what it is taken from, and how its arguments are made."""
+    """One shape of an op: the model that it comes from, and a function that makes the arguments."""
 
     label: str
     model: str
     make: Callable[..., dict[str, Any]]
     """``make(batch=1, dtype=torch.float32, device="cpu", layout=None, seed=0)`` -> the op's arguments by name."""
     layouts: tuple[str, ...] = ("channels_last",)
-    """The layouts that the model has; the first is the default."""
+    """The memory layouts that the model uses; the first is the default."""
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Composed:
-    """The same as an op does, of this library's other ops and PyTorch's. ``tune`` measures which of the two is faster,
-    and notes it as FUSED of a configuration, by which modules choose."""
+    """The computation of an op, composed of other ops of this library and of PyTorch. ``tune`` measures which of the two
+    is faster, and stores it as FUSED in a configuration, which modules read."""
 
     function: Callable[..., torch.Tensor]
     """Takes the op's arguments, ``backend`` too."""
     kernel: str
-    """The name under which the configuration is."""
+    """The name of the configuration."""
     key: Callable[[Mapping[str, Any], bool], Mapping[str, Any]]
     """``key(arguments, grad)``: of these arguments, for the forward alone, or for forward and backward."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """A fused op and all that is said of it. Registered once, by its folder's ``__init__``."""
+    """A fused op and what belongs to it. It is registered once, by the ``__init__`` of its folder."""
 
     name: str
     function: Callable[..., torch.Tensor]
@@ -70,14 +70,14 @@ class Op:
     suite: Callable[[str], list[Case]]
     """``suite("small" | "full")``: the shapes that verify and bench run."""
     peers: Mapping[str, Callable[..., torch.Tensor]]
-    """The same work done without this library, by name: takes the op's arguments without ``backend``."""
+    """The same work done without this library, by name. A peer takes the op's arguments without ``backend``."""
     cost: Callable[[Mapping[str, Any], bool], Cost]
     """``cost(arguments, backward)``: floor of the forward, or of the backward alone."""
     third_party: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
-    """Peers that need another package, or a device, as ``peers``. They import it when they are called, and raise
-    ImportError where it is missing, NotOffered for arguments that it has no code for."""
+    """Like ``peers``, but these need another package or a device. They import the package when they are called. They
+    raise ImportError if it is missing, and NotOffered if it does not support the arguments."""
     composed: Composed | None = None
-    """Where a module has the choice between this op and others of the library."""
+    """The same computation from other ops, if modules choose between the two."""
 
 
 OPS: dict[str, Op] = {}
