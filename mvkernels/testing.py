@@ -81,7 +81,7 @@ def rms_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def _in_range(actual: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64. Where the exact value is finite and near the end of the dtype's range, both are clamped to it."""
+    """Both in float64. Where the exact value is finite and near the end of the dtype's range, both are clamped."""
     a, e = actual.detach().double(), exact.detach().double().to(actual.device)
     if not actual.is_floating_point():
         return a, e
@@ -101,9 +101,9 @@ def compare(
 ) -> Comparison:
     """The error criterion: compare ``actual`` with ``exact``.
 
-    The error may be at most ``factor`` times the largest of three errors, plus ``floor``: the error of ``baseline``, the
-    second largest error in ``expected(count)``, and the error of rounding the exact value once. This has to hold for
-    the largest error and for the root mean square of the errors.
+    The error may be at most ``factor`` times the largest of three errors, plus ``floor``: the error of ``baseline``,
+    the second largest error in ``expected(count)``, and the error of rounding the exact value once. This has to hold
+    for the largest error and for the root mean square of the errors.
 
     Args:
         name: name of the tensor in the result.

@@ -41,8 +41,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Composed:
-    """The computation of an op, composed of other ops of this library and of PyTorch. ``tune`` measures which of the two
-    is faster, and stores it as FUSED in a configuration, which modules read."""
+    """The computation of an op, composed of other ops of this library and of PyTorch.
+
+    ``tune`` measures which of the two is faster, and stores it as FUSED in a configuration, which modules read.
+    """
 
     function: Callable[..., torch.Tensor]
     """Takes the op's arguments, ``backend`` too."""
