@@ -53,7 +53,7 @@ BAD = [
     (["swap", "no_such_family:m", "--allocator", "default"], "unknown model 'no_such_family:m'"),
     (["swap", "transformers:", "--allocator", "default"], "unknown model 'transformers:'"),
     (["swap", "transformers:no_such_model", "--allocator", "default"], "no_such_model"),
-    (["swap", "diffusers:dc-ae", "--allocator", "default"], "want one of dc-ae-f32c32-sana-1.0"),
+    (["swap", "diffusers:dc-ae", "--allocator", "default"], "want dc-ae-f32c32-sana-1.0"),
     (["swap", "timm:no_such_model", "--allocator", "default"], "timm"),
 ]
 

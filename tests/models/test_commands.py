@@ -77,7 +77,7 @@ class TestTrain:
 
     def test_a_finished_run(self, folder, trained, capsys):
         assert run(folder, trained) == 2
-        assert "--resume goes on from it" in one_line_on_stderr(capsys, "train")
+        assert "continue it with --resume" in one_line_on_stderr(capsys, "train")
         assert run(folder, trained, "--resume", "--json") == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["steps"] == 12 and "resumed at step 12 of 12" in err

@@ -163,8 +163,8 @@ def test_it_learns_colours(data, tmp_path):
     "changed, match",
     [
         ({"lr": 0.1}, "with lr 0.002, but here lr is 0.1"),
-        ({"seed": 1}, "whose seed is 0"),
-        ({"epochs": 4}, "whose epochs is 2"),
+        ({"seed": 1}, "of a run with seed 0"),
+        ({"epochs": 4}, "of a run with epochs 2"),
     ],
     ids=str,
 )
