@@ -94,7 +94,12 @@ def test_settings(name, settings, error, message):
 @pytest.mark.parametrize(
     "name, settings, error, message",
     [
-        ("vit_p_1gf", {"image_size": (1, 2, 3)}, TypeError, r"image_size is \(1, 2, 3\), want an integer or a pair of integers"),
+        (
+            "vit_p_1gf",
+            {"image_size": (1, 2, 3)},
+            TypeError,
+            r"image_size is \(1, 2, 3\), want an integer or a pair of integers",
+        ),
         ("vit_p_1gf", {"image_size": "a"}, TypeError, "image_size is 'a', want an integer"),
         ("coatnet_0", {"image_size": 3.7}, TypeError, "image_size is 3.7, want an integer"),
         ("coatnet_0", {"image_size": (32, 0)}, ValueError, r"image_size\[1\] is 0, want at least 1"),
