@@ -45,7 +45,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto -m "not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter
 
-# The inner loop: lint, types, and of each file of tests the one that covers most.
+# For while you work: lint, types, and one test of each file, that marked `core` or else the first quick one.
 check: lint
 	$(BIN)/python -m pytest -n auto -m "not interpreter" --one-a-file
 

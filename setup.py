@@ -6,7 +6,8 @@ chosen at run time, never with -march=native, so a wheel built here runs on olde
 
 Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python; ``MAX_JOBS`` bounds parallel compilers
 (by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags;
-``MVKERNELS_BUILD_ISAS=baseline,avx2`` builds for these alone.
+``MVKERNELS_BUILD_ISAS=avx2`` builds for these and for the first, which every processor has;
+``MVKERNELS_BUILD_ISAS=native`` for the best of this processor alone.
 """
 
 from __future__ import annotations

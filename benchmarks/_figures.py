@@ -182,12 +182,12 @@ def summary(folder: Path) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
         sources += mine
     swapped = [r for r in read(folder / "swapped.csv") if r["batch"] == "1" and r["layout"] == "contiguous"]
-    for who, of in (
-        ("swapped", "original"),
-        ("swapped, compiled", "original, compiled"),
-        ("swapped", "original, onnx"),
+    for who, of, shown in (
+        ("swapped", "original", "the original"),
+        ("swapped, compiled", "original, compiled", "the original, compiled"),
+        ("swapped", "original, onnx", "the original in ONNX Runtime"),
     ):
-        cells = [f"whole models, {who}", f"the {of}", ""]
+        cells = [f"whole models, {who}", shown, ""]
         count = 0
         for mode in ("fwd", "full"):
             found = list(ratios(swapped, mode, who, of).values())
@@ -198,7 +198,7 @@ def summary(folder: Path) -> list[str]:
             lines.append(f"| {' | '.join(cells)} | – |")
     if not lines:
         return []
-    head = ["what", "against", "of", "forward", "forward + backward", "peak memory"]
+    head = ["what", "compared with", "measured on", "forward", "forward + backward", "peak memory"]
     return [f"{where(sources + swapped)}.", "", f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *lines, ""]
 
 

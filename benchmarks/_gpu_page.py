@@ -10,9 +10,11 @@ from _op import SAME
 
 HEAD = """# On a GPU
 
-Written by `benchmarks/pages.py` from what `benchmarks/gpu.py` left under `benchmarks/results`; no number is typed by
-hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Every table
-names the commits that it is of; kernels may have changed since.
+See what was checked and timed on real GPUs, and what was not.
+
+`benchmarks/pages.py` writes this page from the files that `benchmarks/gpu.py` wrote to `benchmarks/results`; no number is typed
+by hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Each table names
+the commits that were measured; the kernels may have changed since.
 """
 
 

@@ -78,7 +78,10 @@ def models_page(results: Path) -> str:
 
 def calls_page(results: Path) -> str:
     """What a call costs before any arithmetic, and what a second thread gains."""
-    parts = ["# Call overhead and threads\n", "What a call costs before any arithmetic, and what threads gain."]
+    parts = [
+        "# Call overhead and threads\n",
+        "See how long a call takes before any arithmetic starts, and how much several threads gain.",
+    ]
     parts.append(WRITTEN.format("../"))
     for folder in machines(results):
         parts += threads(read(folder / "threads.csv")) + overhead(read(folder / "overhead.csv"))

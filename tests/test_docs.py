@@ -180,7 +180,7 @@ def test_the_picture_has_a_bar_for_each_op_and_way_to_run_a_model(tmp_path: Path
     (tmp_path / "somewhere" / "swapped.csv").write_text("\n".join(lines) + "\n")
     text = readme.render(tmp_path)
     assert "| whole models, swapped | the original | 1 model | 1.50× (worst 1.50×) | 0.90× (worst 0.90×) |" in text
-    assert "| whole models, swapped | the original, onnx | 1 model | 0.75× (worst 0.75×) | – |" in text
+    assert "| whole models, swapped | the original in ONNX Runtime | 1 model | 0.75× (worst 0.75×) | – |" in text
     for colours in readme.COLOURS.values():
         drawn = ElementTree.fromstring(readme.picture(tmp_path / "somewhere", colours))
         shown = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]

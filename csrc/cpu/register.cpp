@@ -98,5 +98,9 @@ PyMODINIT_FUNC PyInit__C() {
     }
     mvk::current = set;
   }
+  if (!mvk::current) {
+    PyErr_SetString(PyExc_ImportError, "built for no instruction set of this processor, build it again here");
+    return nullptr;
+  }
   return PyModule_Create(&mvk::kModule);
 }

@@ -1,6 +1,6 @@
 """``mvkernels bench --ab COMMIT``: this checkout against another commit, in two processes that take turns.
 
-Two runs one after the other compare two moods of a machine. Here each round has one sample of either side, in a random
+The speed of a machine changes between two runs. Here each round has one sample of either side, in a random
 order, and what is judged is the ratio within a round.
 """
 

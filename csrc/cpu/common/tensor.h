@@ -110,7 +110,7 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
   return empty(sizes, strides, dtype);
 }
 
-// As mvkernels.checks.empty_map: dense, channels last if `like`'s stride over the dims is 1.
+// As mvkernels.dispatch.checks.empty_map: dense, channels last if `like`'s stride over the dims is 1.
 Tensor empty_map(const Tensor& like, int64_t dim) {
   const int64_t* n = like.sizes();
   const std::vector<int64_t> sizes{n[0], n[1], dim, n[3], n[4]};

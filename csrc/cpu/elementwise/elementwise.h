@@ -7,7 +7,7 @@
 
 namespace mvk {
 
-// As ACTIVATIONS in mvkernels/swap/elementwise.py.
+// As _ACTIVATIONS in mvkernels/swap/folding/elementwise.py.
 enum class Activation : int64_t { identity, relu, silu, hardswish, gelu };
 
 // A dense float32 map (B, C, H, W) and its like.

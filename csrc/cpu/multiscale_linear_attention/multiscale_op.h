@@ -35,7 +35,7 @@ Map heads_map(const Tensor& t, int64_t D) {
   return {t.data(), s[0], s[1] * D, s[1], s[2], s[3]};
 }
 
-// As mvkernels.checks.empty_map for a map of 4 axes: dense, channels last if `like`'s stride over channels is 1.
+// As mvkernels.dispatch.checks.empty_map for a map of 4 axes: dense, channels last if `like`'s stride over channels is 1.
 Tensor empty_channels(const Tensor& like, int64_t channels) {
   const int64_t* n = like.sizes();
   const std::vector<int64_t> sizes{n[0], channels, n[2], n[3]};
