@@ -12,9 +12,9 @@ HEAD = """# On a GPU
 
 See what was checked and timed on real GPUs, and what was not.
 
-`benchmarks/pages.py` writes this page from the files that `benchmarks/gpu.py` wrote to `benchmarks/results`; no number is typed
-by hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md). Each table names
-the commits that were measured; the kernels may have changed since.
+`benchmarks/pages.py` writes this page from the files that `benchmarks/gpu.py` wrote to `benchmarks/results`; no number
+is typed by hand. How it was measured: [benchmarks](benchmarks.md). What the kernels do: [kernel design](kernels.md).
+Each table names the commits that were measured; the kernels may have changed since.
 """
 
 

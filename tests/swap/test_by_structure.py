@@ -177,7 +177,7 @@ class HoldingAttention(Attention):
     [
         (ClampingAttention, "something other than the known formula$"),
         (NoisyAttention, "something other than the known formula in training mode"),
-        (HoldingAttention, "its attention holds logits_drop, a torch.nn.Dropout"),
+        (HoldingAttention, "its attention has a child logits_drop, a torch.nn.Dropout"),
         (Attention, ""),
     ],
 )

@@ -1,4 +1,4 @@
-// Scratch memory of a thread, and how rows lie in it.
+// Scratch memory of a thread, how rows lie in it, and which pixels a chunk of work has.
 #pragma once
 
 #include <cstdlib>
@@ -58,6 +58,16 @@ static thread_local Arena arena;
 template <class T>
 MVK_INLINE int at_most(int64_t n) {
   return n < W<T> ? int(n) : W<T>;
+}
+
+// The pixels of a chunk: whole vectors but for the last.
+template <class T>
+MVK_INLINE void part_of(int64_t pixels, int64_t chunk, int64_t chunks, int64_t& begin, int64_t& end) {
+  begin = 0, end = pixels;
+  if (chunks == 1) return;
+  const int64_t vectors = (pixels + W<T> - 1) / W<T>, cut = vectors * (chunk + 1) / chunks * W<T>;
+  begin = vectors * chunk / chunks * W<T>;
+  if (cut < end) end = cut;
 }
 
 }  // namespace

@@ -172,16 +172,6 @@ static void merge_sums(int64_t D, int64_t chunks, const T* parts, int64_t stride
       for (int64_t i = 0; i < D; ++i) to[j * ld + i] += parts[c * stride + j * D + i];
 }
 
-// The pixels of a chunk: whole vectors but for the last.
-template <class T>
-MVK_INLINE void part_of(int64_t pixels, int64_t chunk, int64_t chunks, int64_t& begin, int64_t& end) {
-  begin = 0, end = pixels;
-  if (chunks == 1) return;
-  const int64_t vectors = (pixels + W<T> - 1) / W<T>, cut = vectors * (chunk + 1) / chunks * W<T>;
-  begin = vectors * chunk / chunks * W<T>;
-  if (cut < end) end = cut;
-}
-
 // Pixels of a block: two maps of it in 24 KB, a half of L1 at the least.
 template <class T>
 MVK_INLINE int64_t pixels_of_block(int64_t D, int64_t pixels) {

@@ -117,7 +117,7 @@ struct Blocks {
 template <class T>
 MVK_INLINE Blocks blocks_of_unit(const Bridge& a, int64_t unit, int64_t most) {
   int64_t from, to;
-  chunk_of<T>(a, unit % a.chunks, from, to);
+  part_of<T>(a.pixels(), unit % a.chunks, a.chunks, from, to);
   return Blocks(from, to, most);
 }
 

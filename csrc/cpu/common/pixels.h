@@ -221,17 +221,6 @@ MVK_INLINE void sum_chunks(const Bridge& a, const Tokens& t, T* first, int64_t s
   for (int64_t m = 0; m < a.M; ++m) store_token<T>(a, t, item / a.heads, item % a.heads, m, first + m * a.D);
 }
 
-// The pixels of a chunk: whole vectors but for the last.
-template <class T>
-MVK_INLINE void chunk_of(const Bridge& a, int64_t chunk, int64_t& begin, int64_t& end) {
-  begin = 0, end = a.pixels();
-  if (a.chunks == 1) return;
-  const int64_t vectors = (a.pixels() + W<T> - 1) / W<T>;
-  const int64_t cut = vectors * (chunk + 1) / a.chunks * W<T>;
-  begin = vectors * chunk / a.chunks * W<T>;
-  if (cut < end) end = cut;
-}
-
 // Pixels of a chunk at most, rounded up to whole vectors.
 template <class T>
 MVK_INLINE int64_t chunk_most(const Bridge& a) {

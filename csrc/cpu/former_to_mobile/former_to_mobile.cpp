@@ -136,7 +136,7 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
     pack_tokens<T>(a, a.key, b, h, T(factor.queries), k, ldk);
     pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     int64_t from, to;
-    chunk_of<T>(a, unit % a.chunks, from, to);
+    part_of<T>(a.pixels(), unit % a.chunks, a.chunks, from, to);
     Span<T> span(from, to, K);
     for (int64_t n = span.next, count; (count = span.take()); n = span.next) {
       int64_t ld, ldo;
@@ -235,7 +235,7 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
     pack_tokens<T>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
     pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     int64_t from, to;
-    chunk_of<T>(a, unit % a.chunks, from, to);
+    part_of<T>(a.pixels(), unit % a.chunks, a.chunks, from, to);
     Span<T> span(from, to, K);
     bool first = true;
     for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {

@@ -49,7 +49,7 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
     pack_tokens<T>(a, a.query, b, h, T(factor.queries), q, ldq);
     for (int64_t i = 0; i < M * W<T>; ++i) top[i] = -kInfinity<T>, sum[i] = 0;
     int64_t from, to;
-    chunk_of<T>(a, unit % a.chunks, from, to);
+    part_of<T>(a.pixels(), unit % a.chunks, a.chunks, from, to);
     Span<T> span(from, to, K);
     bool first = true;
     for (int64_t n = span.next, count; (count = span.take()); n = span.next, first = false) {
@@ -209,7 +209,7 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end, Stage st
     Pixels<T> dx(a, a.dx, b, h, dtable);
     const Weights<T> w(a, M, 1, scratch, unit);
     int64_t from, to;
-    chunk_of<T>(a, unit % a.chunks, from, to);
+    part_of<T>(a.pixels(), unit % a.chunks, a.chunks, from, to);
     if (stage != Stage::products) {
       pack_tokens<T>(a, a.query, b, h, T(Factor(a.scale, false).queries), q, ldq);
       pack_tokens<T>(a, a.grad, b, h, T(1), q + M * ldq, ldq);
