@@ -60,6 +60,18 @@ MVK_INLINE int at_most(int64_t n) {
   return n < W<T> ? int(n) : W<T>;
 }
 
+template <class T, bool Rectified>
+MVK_INLINE vec<T> act(vec<T> x) {
+  return Rectified ? relu<T>(x) : x;
+}
+// `count` elements that lie side by side, or their relu; lanes up to a whole vector become 0.
+template <class T, bool Rectified = false, class S>
+MVK_INLINE void take_row(const S* from, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act<T, Rectified>(load<T>(from + i)));
+  if (i < count) store<T>(to + i, act<T, Rectified>(load_partial<T>(from + i, int(count - i))));
+}
+
 // The pixels of a chunk: whole vectors but for the last.
 template <class T>
 MVK_INLINE void part_of(int64_t pixels, int64_t chunk, int64_t chunks, int64_t& begin, int64_t& end) {

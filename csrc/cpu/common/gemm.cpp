@@ -45,7 +45,7 @@ static void tile(
     each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { x += load<T>(c + m * ldc + v * W<T>); });
   if (end.factor)
     each([&](vec<T>& x, int, int v) __attribute__((always_inline)) { x *= load<T>(end.factor + v * W<T>); });
-  if (end.rectified) each([&](vec<T>& x, int, int) __attribute__((always_inline)) { x = maximum<T>(vec<T>{}, x); });
+  if (end.rectified) each([&](vec<T>& x, int, int) __attribute__((always_inline)) { x = relu<T>(x); });
   each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { store<T>(c + m * ldc + v * W<T>, x); });
   if (end.top) {
     vec<T> most[V];
@@ -64,7 +64,7 @@ struct OfWidth<T, Adjacent, V, std::index_sequence<I...>> {
   static constexpr Tile<T>* by_rows[] = {tile<T, Adjacent, V, int(I) + 1>...};
 };
 template <class T, bool Adjacent>
-constexpr Tile<T>* const* kTiles[kMostVectors] = {
+constexpr Tile<T>* const* kTiles[] = {
     OfWidth<T, Adjacent, 1>::by_rows, OfWidth<T, Adjacent, 2>::by_rows, OfWidth<T, Adjacent, 3>::by_rows,
     OfWidth<T, Adjacent, 4>::by_rows};
 

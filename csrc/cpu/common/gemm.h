@@ -38,7 +38,6 @@ constexpr int kPanel = 2 * W<T>;
 
 // Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many.
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
-constexpr int kMostVectors = 4;
 // Rows of a tile so many vectors wide; one vector needs as many rows to keep the multipliers busy.
 constexpr int rows_of_tile(int vectors) { return vectors == 1 ? 12 : 2 * kTileRows / vectors; }
 
@@ -49,6 +48,16 @@ struct Tiles {
     count = (int(n) + most - 1) / most;
     height = count ? int(n) / count : 0;
     taller = int(n) - height * count;
+  }
+  // f(rows, the first of them) for each tile.
+  template <class F>
+  __attribute__((always_inline)) void each(const F& f) const {
+    int64_t first = 0;
+    for (int i = 0; i < count; ++i) {
+      const int rows = height + (i < taller);
+      f(rows, first);
+      first += rows;
+    }
   }
 };
 
@@ -65,12 +74,10 @@ static void product_rows(
     const End<T>& end, Between& between = kNothing) {
   const Tiles tiles(rows, rows_of_tile(vectors));
   Tile<T>* const* tile = tiles_of<T, false>(vectors) - 1;
-  for (int i = 0; i < tiles.count; ++i) {
-    const int r = tiles.height + (i < tiles.taller);
-    tile[r](K, a, lda, 1, b, ldb, c, ldc, end);
-    a += r * lda, c += r * ldc;
+  tiles.each([&](int r, int64_t m) {
+    tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, end);
     between.between_tiles(tiles.count);
-  }
+  });
 }
 
 // The same with K in parts of at most kChain products, since sums of sums err less than one long chain.
@@ -96,11 +103,10 @@ static void product_tall(
     int vectors, const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c,
     int64_t ldc, const End<T>& end) {
   Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
-  for (int i = 0; i < tiles.count; ++i) {
-    const int r = tiles.height + (i < tiles.taller);
-    tile[r](k1 - k0, a + k0 * r, 1, r, b, ldb, c, ldc, end);
-    a += r * K + W<T>, c += r * ldc;
-  }
+  tiles.each([&](int r, int64_t m) {
+    tile[r](k1 - k0, a + k0 * r, 1, r, b, ldb, c + m * ldc, ldc, end);
+    a += r * K + W<T>;
+  });
 }
 
 // panel(vectors, col) for the panels that `cols` columns, rounded up to whole vectors, are cut into.
@@ -135,12 +141,7 @@ static void product_columns(
     const Tiles tiles(rows, rows_of_tile(vectors));
     Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
     const End<T> here = end.at(col);
-    int64_t m = 0;
-    for (int i = 0; i < tiles.count; ++i) {
-      const int r = tiles.height + (i < tiles.taller);
-      tile[r](K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, here);
-      m += r;
-    }
+    tiles.each([&](int r, int64_t m) { tile[r](K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, here); });
   });
 }
 

@@ -10,12 +10,7 @@ namespace {
 template <class T, class S>
 static void pack_rows_of(const LatticeOf<S>& m, int64_t begin, int64_t end, int64_t dims, T* dst, int64_t ld) {
   if (m.d == 1) {
-    for (int64_t n = begin; n < end; ++n, dst += ld) {
-      const S* p = m.data + m.offset[n];
-      int64_t d = 0;
-      for (; d + W<T> <= dims; d += W<T>) store<T>(dst + d, load<T>(p + d));
-      if (d < dims) store<T>(dst + d, load_partial<T>(p + d, int(dims - d)));
-    }
+    for (int64_t n = begin; n < end; ++n, dst += ld) take_row<T>(m.data + m.offset[n], dims, dst);
     return;
   }
   vec<T> block[W<T>];

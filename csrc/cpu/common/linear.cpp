@@ -8,19 +8,6 @@ namespace MVK_ISA {
 namespace {
 
 template <class T, bool Rectified>
-MVK_INLINE vec<T> act(vec<T> x) {
-  return Rectified ? relu<T>(x) : x;
-}
-
-// `count` elements that lie side by side; up to a whole vector are written.
-template <class T, bool Rectified, class S>
-MVK_INLINE void take_row(const S* from, int64_t count, T* to) {
-  int64_t i = 0;
-  for (; i + W<T> <= count; i += W<T>) store<T>(to + i, act<T, Rectified>(load<T>(from + i)));
-  if (i < count) store<T>(to + i, act<T, Rectified>(load_partial<T>(from + i, int(count - i))));
-}
-
-template <class T, bool Rectified>
 static void panel_of(Head<T>& head, int64_t n, int64_t count, T* dst, int64_t ld) {
   const int64_t dims = head.dims, step = head.map.d;
   if (head.rows) {
@@ -86,7 +73,7 @@ void Head<T>::tokens(bool rectified, int64_t n, int64_t count, T* dst, int64_t l
 }
 template <class T>
 void Head<T>::put_panel(int64_t n, int64_t count, const T* src, int64_t ld) {
-  if (!rows) return unpack_panel<T>(lattice(n, count), 0, count, dims, src, ld, static_cast<const T*>(nullptr));
+  if (!rows) return unpack_panel<T>(lattice(n, count), 0, count, dims, src, ld);
   with_type<T>(base.dtype, [&](auto type) {
     auto* to = (base + at(n)).template as<decltype(type)>();
     for (int64_t d = 0, step = map.d, some = dims; d < some; ++d, to += step, src += ld) {

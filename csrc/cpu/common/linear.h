@@ -13,45 +13,16 @@ namespace MVK_ISA {
 
 // One (batch, head) of a map, by blocks of pixels.
 template <class T>
-struct Head {
-  Elements base;
-  Map map;
-  int64_t dims, width, first = 0;  // first: the pixel that base is
-  bool uniform, rows, last;        // whether all pixels are equally far apart; pixels, or dims, side by side
-  int64_t* table;
-  int64_t known = 0;
+struct Head : HeadPixels {
+  int64_t dims;
+  bool rows;  // whether pixels are side by side
 
   Head(DType dtype, const Map& m, int64_t b, int64_t h, int64_t dims, int64_t height, int64_t width, int64_t* table)
-      : base(Elements(m.data, dtype) + (b * m.b + h * m.h)),
-        map(m),
-        dims(dims),
-        width(width),
-        uniform(m.y == width * m.x || height == 1),
-        rows(m.x == 1 && uniform),
-        last(m.d == 1),
-        table(table) {}
+      : HeadPixels(dtype, m, b, h, height, width, table), dims(dims), rows(m.x == 1 && uniform) {}
   // Of rows in scratch that hold pixels from `first` on.
   Head(const T* rows, int64_t ld, int64_t dims, int64_t first, int64_t* table)
-      : base(rows, kOwn<T>),
-        map{nullptr, 0, 0, ld, 1, 1},
-        dims(dims),
-        width(1),
-        first(first),
-        uniform(true),
-        rows(true),
-        last(false),
-        table(table) {}
-  int64_t at(int64_t n) const {
-    n -= first;
-    return uniform ? n * map.x : n / width * map.y + n % width * map.x;
-  }
-  Lattice lattice(int64_t n, int64_t count) {
-    if (!uniform) {
-      for (int64_t i = 0; i < count; ++i) table[i] = at(n + i) - at(n);
-    } else {
-      for (; known < count; ++known) table[known] = known * map.x;
-    }
-    return {base + at(n), table, map.d, map.x};
+      : HeadPixels(kOwn<T>, {const_cast<T*>(rows), 0, 0, ld, 1, 1}, 0, 0, 1, 1, table), dims(dims), rows(true) {
+    this->first = first;
   }
   // dst[d * ld + i] = pixel n + i, dim d, or its relu; lanes up to a whole vector are 0.
   void panel(bool rectified, int64_t n, int64_t count, T* dst, int64_t ld);
@@ -109,10 +80,6 @@ void turn(int64_t dims, int64_t count, const T* src, int64_t lds, T* dst, int64_
 
 namespace {
 
-template <class T>
-MVK_INLINE vec<T> relu(vec<T> x) {
-  return maximum<T>(vec<T>{}, x);  // NaN stays
-}
 // A gradient through relu, given its result: as PyTorch, NaN lets it pass.
 template <class T>
 MVK_INLINE vec<T> where_positive(vec<T> result, vec<T> gradient) {

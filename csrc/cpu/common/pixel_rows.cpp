@@ -139,16 +139,16 @@ void weigh(
     constexpr int tokens = J.value, registers = (kVectorBytes == 64 ? 24 : 12) / tokens;
     constexpr int most = registers > 4 ? 4 : registers < 1 ? 1 : registers;
     const Tiles tiles((D + W<T> - 1) / W<T>, most);
-    int64_t d = 0;
-    auto panel = [&](auto width) __attribute__((always_inline)) {
+    auto panel = [&](auto width, int64_t d) __attribute__((always_inline)) {
       const int rest = at_most<T>(D - d - (width.value - 1) * W<T>);
       for (int64_t n = 0; n < count; n += kPixelChain)
         weigh_tile<T, G, tokens, width.value>(
             smaller(count - n, kPixelChain), s + n * G, x + n * ldx + d, ldx, rest, c + d, ldc, n ? nullptr : alpha,
             first && n == 0);
-      d += width.value * W<T>;
     };
-    for (int i = 0; i < tiles.count; ++i) for_tokens<most>(tiles.height + (i < tiles.taller), panel);
+    tiles.each([&](int vectors, int64_t before) {
+      for_tokens<most>(vectors, [&](auto width) { panel(width, before * W<T>); });
+    });
   });
 }
 
@@ -171,12 +171,8 @@ void spread_rows(
     for (; n < count; ++n) rows(std::integral_constant<int, 1>{}, n);
   };
   const Tiles tiles((D + W<T> - 1) / W<T>, 3);
-  int64_t d = 0;
-  for (int i = 0; i < tiles.count; ++i) {
-    const int wide = tiles.height + (i < tiles.taller);
-    for_tokens<3>(wide, [&](auto width) { panel(width, d); });
-    d += wide * W<T>;
-  }
+  tiles.each(
+      [&](int vectors, int64_t before) { for_tokens<3>(vectors, [&](auto width) { panel(width, before * W<T>); }); });
 }
 
 template <class T>

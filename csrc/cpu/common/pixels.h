@@ -68,34 +68,12 @@ struct Span {
 
 // One (batch, head) of a map, by blocks of pixels.
 template <class T>
-struct Pixels {
-  Elements base;
-  Map map;
-  int64_t dims, width, pixels;
-  bool in_place, uniform, last;  // last: the dims are contiguous
-  int64_t* offset;               // of a block's pixels from its first
-  int64_t known = 0;
+struct Pixels : HeadPixels {
+  int64_t dims;
+  bool in_place;
 
   Pixels(const Bridge& a, const Map& m, int64_t b, int64_t h, int64_t* table)
-      : base(Elements(m.data, a.dtype) + (b * m.b + h * m.h)),
-        map(m),
-        dims(a.D),
-        width(a.W),
-        pixels(a.pixels()),
-        uniform(m.y == a.W * m.x || a.H == 1),
-        last(m.d == 1),
-        offset(table) {
-    in_place = base.own<T>() && m.x == 1 && uniform;
-  }
-  int64_t at(int64_t n) const { return uniform ? n * map.x : n / width * map.y + n % width * map.x; }
-  Lattice lattice(int64_t n, int64_t count) {
-    if (!uniform) {
-      for (int64_t i = 0; i < count; ++i) offset[i] = at(n + i) - at(n);
-    } else {
-      for (; known < count; ++known) offset[known] = known * map.x;
-    }
-    return {base + at(n), offset, map.d, map.x};
-  }
+      : HeadPixels(a.dtype, m, b, h, a.H, a.W, table), dims(a.D), in_place(base.own<T>() && m.x == 1 && uniform) {}
   // Rows of dims: pixel n + i of dim d at [d * ld + i]; lanes up to a whole vector are zero.
   const T* rows(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
@@ -105,12 +83,7 @@ struct Pixels {
     ld = scratch_ld;
     if (in_place) {
       const T* from = (base + n).own<T>();
-      for (int64_t d = 0; d < dims; ++d, from += map.d) {
-        T* to = scratch + d * ld;
-        int64_t i = 0;
-        for (; i + W<T> <= count; i += W<T>) store<T>(to + i, load<T>(from + i));
-        if (i < count) store<T>(to + i, load_partial<T>(from + i, int(count - i)));
-      }
+      for (int64_t d = 0; d < dims; ++d) take_row<T>(from + d * map.d, count, scratch + d * ld);
     } else {
       pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
     }
@@ -126,7 +99,7 @@ struct Pixels {
     return scratch;
   }
   void put(int64_t n, int64_t count, const T* from, int64_t ld, const T* scratch) {
-    if (from == scratch) unpack_panel<T>(lattice(n, count), 0, count, dims, from, ld, static_cast<const T*>(nullptr));
+    if (from == scratch) unpack_panel<T>(lattice(n, count), 0, count, dims, from, ld);
   }
 };
 

@@ -76,6 +76,11 @@ MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {
 }
 
 template <class T>
+MVK_INLINE vec<T> relu(vec<T> x) {
+  return maximum<T>(vec<T>{}, x);  // NaN stays
+}
+
+template <class T>
 MVK_INLINE vec<T> finite_or_zero(vec<T> x) {
   return x - x == vec<T>{} ? x : vec<T>{};
 }
