@@ -34,24 +34,26 @@ static void tile(
   }
   if (k) step();
 
+  // Row after row, so that one pointer walks over them.
   auto each = [&](const auto& f) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
+    T* row = c;
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) f(acc[m][v], m, v);
+    for (int m = 0; m < M; ++m, row += ldc)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) f(acc[m][v], row, v);
   };
   // What is there is added last: sums of sums err less than one long chain.
   if (end.start == Start::from)
-    each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { x += load<T>(c + m * ldc + v * W<T>); });
+    each([](vec<T>& x, const T* row, int v) __attribute__((always_inline)) { x += load<T>(row + v * W<T>); });
   if (end.factor)
-    each([&](vec<T>& x, int, int v) __attribute__((always_inline)) { x *= load<T>(end.factor + v * W<T>); });
-  if (end.rectified) each([&](vec<T>& x, int, int) __attribute__((always_inline)) { x = relu<T>(x); });
-  each([&](vec<T>& x, int m, int v) __attribute__((always_inline)) { store<T>(c + m * ldc + v * W<T>, x); });
+    each([&](vec<T>& x, const T*, int v) __attribute__((always_inline)) { x *= load<T>(end.factor + v * W<T>); });
+  if (end.rectified) each([](vec<T>& x, const T*, int) __attribute__((always_inline)) { x = relu<T>(x); });
+  each([](vec<T>& x, T* row, int v) __attribute__((always_inline)) { store<T>(row + v * W<T>, x); });
   if (end.top) {
     vec<T> most[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) most[v] = load<T>(end.top + v * W<T>);
-    each([&](vec<T>& x, int, int v) __attribute__((always_inline)) { most[v] = maximum<T>(most[v], x); });
+    each([&](vec<T>& x, const T*, int v) __attribute__((always_inline)) { most[v] = maximum<T>(most[v], x); });
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store<T>(end.top + v * W<T>, most[v]);
   }
