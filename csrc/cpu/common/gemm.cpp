@@ -65,21 +65,17 @@ template <class T, bool Adjacent, int V, size_t... I>
 struct OfWidth<T, Adjacent, V, std::index_sequence<I...>> {
   static constexpr Tile<T>* by_rows[] = {tile<T, Adjacent, V, int(I) + 1>...};
 };
-template <class T, bool Adjacent>
-constexpr Tile<T>* const* kTiles[] = {
-    OfWidth<T, Adjacent, 1>::by_rows, OfWidth<T, Adjacent, 2>::by_rows, OfWidth<T, Adjacent, 3>::by_rows,
-    OfWidth<T, Adjacent, 4>::by_rows};
 
 }  // namespace
 
 template <class T, bool Adjacent>
-Tile<T>* const* tiles_of(int vectors) {
-  return kTiles<T, Adjacent>[vectors - 1];
-}
-template Tile<float>* const* tiles_of<float, false>(int);
-template Tile<float>* const* tiles_of<float, true>(int);
-template Tile<double>* const* tiles_of<double, false>(int);
-template Tile<double>* const* tiles_of<double, true>(int);
+Tile<T>* const* const TilesByWidth<T, Adjacent>::of[4] = {
+    OfWidth<T, Adjacent, 1>::by_rows, OfWidth<T, Adjacent, 2>::by_rows, OfWidth<T, Adjacent, 3>::by_rows,
+    OfWidth<T, Adjacent, 4>::by_rows};
+template struct TilesByWidth<float, false>;
+template struct TilesByWidth<float, true>;
+template struct TilesByWidth<double, false>;
+template struct TilesByWidth<double, true>;
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -26,9 +26,11 @@ template <class T>
 using Tile =
     void(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, T* c, int64_t ldc, const End<T>& end);
 
-// The tiles so many vectors wide, by their rows: that of 1 row comes first.
+// For 1, 2, 3 and 4 vectors the tiles so wide, by their rows: that of 1 row comes first.
 template <class T, bool Adjacent>
-Tile<T>* const* tiles_of(int vectors);
+struct TilesByWidth {
+  static Tile<T>* const* const of[4];
+};
 
 namespace {
 
@@ -44,9 +46,10 @@ constexpr int rows_of_tile(int vectors) { return vectors == 1 ? 12 : 2 * kTileRo
 // How n rows are cut into the fewest tiles of at most `most`, nearly equal: 16 as 8 + 8, not as 12 + 4.
 struct Tiles {
   int count, height, taller;  // the first `taller` tiles have height + 1 rows
-  Tiles(int64_t n, int most) {
+  Tiles(int64_t n, int most) : count(n > 0), height(int(n)), taller(0) {
+    if (n <= most) return;  // most often: divisions take as long as a small tile
     count = (int(n) + most - 1) / most;
-    height = count ? int(n) / count : 0;
+    height = int(n) / count;
     taller = int(n) - height * count;
   }
   // f(rows, the first of them) for each tile.
@@ -73,7 +76,7 @@ static void product_rows(
     int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
   const Tiles tiles(rows, rows_of_tile(vectors));
-  Tile<T>* const* tile = tiles_of<T, false>(vectors) - 1;
+  Tile<T>* const* tile = TilesByWidth<T, false>::of[vectors - 1] - 1;
   tiles.each([&](int r, int64_t m) {
     tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, end);
     between.between_tiles(tiles.count);
@@ -86,6 +89,7 @@ template <class T, class Between = const Nothing>
 static void product_in_parts(
     int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
+  if (K <= kChain) return product_rows(vectors, rows, K, a, lda, b, ldb, c, ldc, end, between);
   const int64_t parts = (K + kChain - 1) / kChain, step = (K + parts - 1) / parts;
   End<T> sums{end.start}, last = end;
   int64_t k = 0;
@@ -102,7 +106,7 @@ template <class T>
 static void product_tall(
     int vectors, const Tiles& tiles, int64_t K, int64_t k0, int64_t k1, const T* a, const T* b, int64_t ldb, T* c,
     int64_t ldc, const End<T>& end) {
-  Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
+  Tile<T>* const* tile = TilesByWidth<T, true>::of[vectors - 1] - 1;
   tiles.each([&](int r, int64_t m) {
     tile[r](k1 - k0, a + k0 * r, 1, r, b, ldb, c + m * ldc, ldc, end);
     a += r * K + W<T>;
@@ -139,7 +143,7 @@ static void product_columns(
     const End<T>& end) {
   by_panels<T>(cols, [&](int vectors, int64_t col) {
     const Tiles tiles(rows, rows_of_tile(vectors));
-    Tile<T>* const* tile = tiles_of<T, true>(vectors) - 1;
+    Tile<T>* const* tile = TilesByWidth<T, true>::of[vectors - 1] - 1;
     const End<T> here = end.at(col);
     tiles.each([&](int r, int64_t m) { tile[r](K, a + m, 1, lda, b + col, ldb, c + m * ldc + col, ldc, here); });
   });
