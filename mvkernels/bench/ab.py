@@ -1,7 +1,9 @@
-"""``mvkernels bench --ab COMMIT``: this checkout against another commit, in two processes that take turns.
+"""``mvkernels bench --ab COMMIT``: this checkout against another commit, in pairs of processes that take turns.
 
-The speed of a machine changes between two runs. Here each round has one sample of either side, in a random
-order, and what is judged is the ratio within a round.
+The speed of a machine changes between two runs, so the two processes of a pair are sampled in turns, in a random order.
+And it depends on where a process finds its memory: the same code can be a third faster in one process than in the next.
+So there are several pairs, one after the other. The ratio is that of each side's best pair, and a side is called
+slower only if it was in every pair.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ ROOT = HERE.parents[1]
 
 @dataclass
 class Side:
-    """The medians of one shape on both sides, in microseconds, and the ratio here / there: above 1 is slower here."""
+    """One shape: the medians of each side's best pair in microseconds, and the ratio here / there, above 1 if slower."""
 
     op: str
     shape: str
@@ -46,9 +48,9 @@ class Side:
     here_us: float | None = None
     ratio: float | None = None
     ratio_low: float | None = None
-    """The 95 % confidence interval of the median of the rounds' ratios."""
+    """The lowest and the highest ratio of a pair."""
     ratio_high: float | None = None
-    rounds: int = 0
+    pairs: int = 0
     verdict: str = ""
     """"slower", "faster", "same", or why there is no time."""
     failed: bool = False
@@ -58,46 +60,63 @@ class Side:
         return self.verdict == "slower" or self.failed
 
 
-def run(options: Options, commit: str, tolerance: float = TOLERANCE) -> list[Side]:
+def run(options: Options, commit: str, tolerance: float = TOLERANCE, pairs: int = 6) -> list[Side]:
     """Measure all shapes of the options on both sides. Raises UsageError if the other commit cannot be set up."""
-    with ExitStack() as stack:
-        there = stack.enter_context(checkout(commit))
-        sides = {"here": stack.enter_context(worker(ROOT)), "there": stack.enter_context(worker(there))}
-        found = []
-        items = [(item, backend) for item in work(options) for backend in candidates(item, options)]
-        progress = report.Progress(len(items))
-        for (op, case, layout, batch, dtype, mode), backend in items:
-            progress.step(f"{op.name} {case.label} batch {batch} {dtype} {mode}")
+    rows: list[tuple[Side, dict[str, Any], list[tuple[float, float]]]] = []
+    for item in work(options):
+        op, case, layout, batch, dtype, mode = item
+        for backend in candidates(item, options):
             request = {
                 "op": op.name, "model": case.model, "label": case.label, "layout": layout, "batch": batch,
                 "dtype": dtype, "mode": mode, "backend": backend, "device": options.device, "threads": options.threads,
             }  # fmt: skip
-            row = Side(op.name, f"{case.model} {case.label}", batch, dtype, layout, mode, backend)
-            _measure(row, sides, request, options, tolerance)
-            found.append(row)
+            rows.append((Side(op.name, f"{case.model} {case.label}", batch, dtype, layout, mode, backend), request, []))
+    with checkout(commit) as other:
+        progress = report.Progress(pairs * len(rows))
+        for pair in range(pairs):
+            with worker(ROOT) as here, worker(other) as there:
+                for row, request, medians in rows:
+                    progress.step(f"{row.op} {row.shape} batch {row.batch} {row.dtype} {row.mode}")
+                    if pair and not medians:
+                        continue  # the first pair had no time
+                    request["checked"] = pair > 0
+                    both = _measure(row, {"here": here, "there": there}, request, options, 2 * options.min_time / pairs)
+                    if both is not None:
+                        medians.append(both)
         progress.close()
-    return found
+    for row, _, medians in rows:
+        if medians:
+            _judge(row, medians, tolerance)
+    return [row for row, _, _ in rows]
 
 
-def _measure(row: Side, sides: dict[str, _Worker], request: dict[str, Any], options: Options, tolerance: float) -> None:
+def _measure(
+    row: Side, sides: dict[str, _Worker], request: dict[str, Any], options: Options, seconds: float
+) -> tuple[float, float] | None:
+    """The medians here and there of one pair of processes, or None, with the reason in the row."""
     answers = {name: side.ask(request) for name, side in sides.items()}
     for name, answer in answers.items():
         if "why" in answer:
             row.verdict, row.failed = f"no time {name}: {answer['why']}", name == "here"
-            return
+            return None
     samples: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffle = list(sides), random.Random(0).shuffle
-    end = time.perf_counter() + 2 * options.min_time
+    end = time.perf_counter() + seconds
     while not (_enough(len(samples["here"]), options) and (options.rounds or time.perf_counter() >= end)):
         shuffle(order)
         for name in order:
             samples[name].append(sides[name].ask("sample"))
-    ratios = [here / there for here, there in zip(samples["here"], samples["there"])]
-    times = timing.Times(tuple(ratios))
-    low, high = times.interval()
-    row.ratio, row.ratio_low, row.ratio_high, row.rounds = times.median, low, high, len(ratios)
-    row.here_us, row.there_us = (timing.Times(tuple(samples[name])).median * 1e6 for name in ("here", "there"))
-    row.verdict = "slower" if low > 1 + tolerance else "faster" if high < 1 / (1 + tolerance) else "same"
+    here, there = (timing.Times(tuple(samples[name])).median for name in ("here", "there"))
+    return here, there
+
+
+def _judge(row: Side, medians: Sequence[tuple[float, float]], tolerance: float) -> None:
+    here, there = min(h for h, _ in medians), min(t for _, t in medians)
+    ratios = [h / t for h, t in medians]
+    row.here_us, row.there_us, row.ratio, row.pairs = here * 1e6, there * 1e6, here / there, len(medians)
+    row.ratio_low, row.ratio_high = min(ratios), max(ratios)
+    slower, faster = row.ratio_low > 1 + tolerance, row.ratio_high < 1 / (1 + tolerance)
+    row.verdict = "slower" if slower else "faster" if faster else "same"
 
 
 def _enough(count: int, options: Options) -> bool:
@@ -186,12 +205,12 @@ def text(rows: Sequence[Side], commit: str) -> str:
         (
             r.op, r.shape, r.batch, r.dtype, r.layout, r.mode, r.provider, _us(r.there_us), _us(r.here_us),
             None if r.ratio is None else f"{r.ratio:.3f}x",
-            None if r.ratio is None else f"{r.ratio_low:.3f}..{r.ratio_high:.3f}", r.rounds, r.verdict,
+            None if r.ratio is None else f"{r.ratio_low:.3f}..{r.ratio_high:.3f}", r.pairs, r.verdict,
         )
         for r in rows
     ]  # fmt: skip
     header = ("op", "shape", "batch", "dtype", "layout", "mode", "provider", f"{commit[:12]} us", "here us",
-              "here/there", "95 %", "rounds", "verdict")  # fmt: skip
+              "here/there", "of a pair", "pairs", "verdict")  # fmt: skip
     ratios = [r.ratio for r in rows if r.ratio is not None]
     total = f"{len(rows)} rows, {len(rows) - len(ratios)} without a time, {sum(r.regressed for r in rows)} regressed"
     if ratios:

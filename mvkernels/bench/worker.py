@@ -47,7 +47,7 @@ def main(checkout: str, clock: str) -> None:
 
 
 def prepare(request: Mapping[str, Any], staged: Any) -> Callable[[], Any]:
-    """The call that is asked for, after it was found right. Raises where it is not, or is not there."""
+    """The call asked for, if it is right: checked now, unless it was before. Raises if it is wrong or missing."""
     import torch
 
     import mvkernels
@@ -66,9 +66,10 @@ def prepare(request: Mapping[str, Any], staged: Any) -> Callable[[], Any]:
         raise LookupError("this checkout has no such shape")
     dtype = getattr(torch, request["dtype"])
     made = {"batch": request["batch"], "dtype": dtype, "device": request["device"], "layout": request["layout"]}
-    wrong = [str(c) for c in testing.check(op, cases[0].make(**made), backend, mode != "fwd") if not c.ok]
-    if wrong:
-        raise ArithmeticError("; ".join(wrong))
+    if not request["checked"]:
+        wrong = [str(c) for c in testing.check(op, cases[0].make(**made), backend, mode != "fwd") if not c.ok]
+        if wrong:
+            raise ArithmeticError("; ".join(wrong))
     arguments = cases[0].make(**made)
     if mode == "fwd":
 

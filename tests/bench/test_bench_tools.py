@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_two_checkouts_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *shape, "--ab", "HEAD", "--tolerance", "1000", "--json")
     assert status == 0, err
     (found,) = json.loads(out)["rows"]
-    assert found["rounds"] == 3 and found["verdict"] == "same"
+    assert found["pairs"] == 6 and found["verdict"] == "same"
     assert found["here_us"] > 0 and found["there_us"] > 0
     assert 0 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"] < math.inf
 
@@ -268,22 +269,32 @@ def test_a_commit_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[st
     assert status == 2 and "there is no such commit" in err and err.count("\n") == 1
 
 
-def test_a_side_is_slower_beyond_the_interval_of_its_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_side_is_slower_if_it_is_in_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fake:
-        def __init__(self, seconds: float, why: str = "") -> None:
+        def __init__(self, *seconds: float, why: str = "") -> None:
+            self.seconds, self.why = seconds, why
+
+    class Worker:
+        def __init__(self, seconds: float, why: str) -> None:
             self.seconds, self.why = seconds, why
 
         def ask(self, request: Any) -> Any:
             return self.seconds if request == "sample" else {"why": self.why} if self.why else {"repeats": 1}
 
     def judged(here: Fake, there: Fake) -> bench_ab.Side:
-        side = bench_ab.Side("op", "shape", 1, "float32", "channels_last", "fwd", "cpp")
-        bench_ab._measure(side, {"here": here, "there": there}, {}, bench.Options(rounds=7), 0.05)  # type: ignore[dict-item]
-        return side
+        pairs = {bench_ab.ROOT: iter(here.seconds * 2), Path("there"): iter(there.seconds * 2)}
+        whys = {bench_ab.ROOT: here.why, Path("there"): there.why}
+        monkeypatch.setattr(bench_ab, "checkout", lambda commit: nullcontext(Path("there")))
+        monkeypatch.setattr(bench_ab, "worker", lambda path: nullcontext(Worker(next(pairs[path]), whys[path])))
+        options = bench.Options(ops=["patch_attention"], labels=["8x8"], backends=["reference"], rounds=7)
+        return bench_ab.run(options, "commit", 0.05, pairs=2 * len(here.seconds))[0]
 
     assert judged(Fake(2.0), Fake(1.0)).verdict == "slower" and judged(Fake(2.0), Fake(1.0)).regressed
     assert judged(Fake(1.0), Fake(2.0)).verdict == "faster"
     assert judged(Fake(1.04), Fake(1.0)).verdict == "same"
-    assert judged(Fake(1.0, "ArithmeticError: WRONG"), Fake(1.0)).regressed
-    new = judged(Fake(1.0), Fake(1.0, "LookupError: this checkout has no such shape"))
+    lucky = judged(Fake(2.0, 1.0, 2.0), Fake(1.5, 1.5, 1.1))  # memory that lies well once is no regression
+    assert lucky.verdict == "same" and lucky.ratio == pytest.approx(1.0 / 1.1) and lucky.pairs == 6
+    assert lucky.ratio_low == pytest.approx(1.0 / 1.5) and lucky.ratio_high == pytest.approx(2.0 / 1.1)
+    assert judged(Fake(1.0, why="ArithmeticError: WRONG"), Fake(1.0)).regressed
+    new = judged(Fake(1.0), Fake(1.0, why="LookupError: this checkout has no such shape"))
     assert not new.regressed and "no time there" in new.verdict
