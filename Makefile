@@ -101,7 +101,7 @@ sanitize: setup
 		-k "not compile and not export" $(SANITIZED)
 
 wheel: setup
-	$(BIN)/python -m build --no-isolation
+	MVKERNELS_BUILD_ISAS=all $(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP) $(DEMO)

@@ -2,12 +2,13 @@
 
 The extension uses only torch's stable C interface (torch >= 2.10) and Python's limited API, so one
 binary serves several versions of both. Each kernel source is compiled once per instruction set and
-chosen at run time, never with -march=native, so a wheel built here runs on older processors.
+chosen at run time, never with -march=native, so what was built for all sets runs on older processors.
 
 Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python; ``MAX_JOBS`` bounds parallel compilers
-(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags;
-``MVKERNELS_BUILD_ISAS=avx2`` builds for these and for the first, which every processor has;
-``MVKERNELS_BUILD_ISAS=native`` for the best of this processor alone.
+(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+``MVKERNELS_BUILD_ISAS`` says for which instruction sets to build: by default for those that this processor has,
+``all`` for every one, as a wheel needs it, ``native`` for the best of this processor alone, ``avx2,avx512`` for these
+and for the first, which every processor has.
 """
 
 from __future__ import annotations
@@ -59,17 +60,28 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, free // MEMORY_OF_A_COMPILER))
 
 
-def native(isas: dict[str, list[str]]) -> dict[str, list[str]]:
-    """The last of the sets, and so the best, that this processor has."""
+def of_this_processor(isas: dict[str, list[str]]) -> list[str]:
+    """The sets that this processor has, the best one last; all of them where that is not known."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return isas
+        return list(isas)
     has = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
-    able = [
+    return [
         name for name, flags in isas.items() if {f[2:] for f in flags if f.startswith("-m") and "=" not in f} <= has
     ]
-    return {able[-1]: isas[able[-1]]}
+
+
+def chosen(isas: dict[str, list[str]], wanted: str) -> list[str]:
+    """The sets to build for, from the value of MVKERNELS_BUILD_ISAS."""
+    if wanted in ("", "native"):
+        return of_this_processor(isas)[-1 if wanted else 0 :]
+    if wanted == "all":
+        return list(isas)
+    names = wanted.split(",")
+    for unknown in (name for name in names if name not in isas):
+        print(f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want some of {', '.join(isas)}", file=sys.stderr)
+    return [name for number, name in enumerate(isas) if name in names or number == 0]
 
 
 class BuildExtension(build_ext):
@@ -94,15 +106,7 @@ class BuildExtension(build_ext):
         if version < (2, 10):
             raise RuntimeError(f"the extension needs torch 2.10 or newer, this is {torch.__version__}")
         isas = ISA_FLAGS.get(MACHINE, {"baseline": []})
-        wanted = os.environ.get("MVKERNELS_BUILD_ISAS", "").split(",")
-        if wanted == ["native"]:
-            isas = native(isas)
-        elif wanted != [""]:  # the first, which every processor of this kind has, is always in
-            for unknown in (isa for isa in wanted if isa not in isas):
-                print(
-                    f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want some of {', '.join(isas)}", file=sys.stderr
-                )
-            isas = {isa: isas[isa] for number, isa in enumerate(isas) if isa in wanted or number == 0}
+        isas = {name: isas[name] for name in chosen(isas, os.environ.get("MVKERNELS_BUILD_ISAS", ""))}
         flags = [
             "-O2",
             "-std=c++20",

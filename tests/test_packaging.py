@@ -90,11 +90,29 @@ def test_a_source_distribution_is_called_the_same(checkout: Path) -> None:
     assert build(checkout, "sdist", CC="false", CXX="false") == f"mvkernels-{__version__}.tar.gz"
 
 
-def test_native_is_the_best_set_that_this_processor_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_instruction_sets_that_are_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     names = runpy.run_path(str(ROOT / "setup.py"))
     sets = names["ISA_FLAGS"].get(names["MACHINE"], {"baseline": []})
-    (found,) = names["native"](sets)
+    chosen = names["chosen"]
+    assert chosen(sets, "all") == list(sets)
+    assert chosen(sets, list(sets)[-1]) == list(dict.fromkeys((list(sets)[0], list(sets)[-1])))
+    assert chosen(sets, "avx9") == [list(sets)[0]] and "no 'avx9'" in capsys.readouterr().err
+    here = chosen(sets, "")
+    assert here and chosen(sets, "native") == here[-1:]
     if extension.module is None:
-        pytest.skip("which it is, only the extension can say")
-    assert found == list(sets)[max([*sets].index(able) for able in extension.module.instruction_sets())]
+        pytest.skip("which this processor has, only the extension can say")
+    assert set(extension.module.instruction_sets()) <= set(here)
+
+
+def test_without_a_list_of_what_the_processor_has_all_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+
+    def missing(self: Path, *_: object) -> str:
+        raise OSError(self)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert names["chosen"](names["ISA_FLAGS"]["x86_64"], "") == ["baseline", "avx2", "avx512"]

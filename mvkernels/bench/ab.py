@@ -35,7 +35,7 @@ ROOT = HERE.parents[1]
 
 @dataclass
 class Side:
-    """One shape: the medians of each side's best pair in microseconds, and the ratio here / there, above 1 if slower."""
+    """One shape: medians of each side's best pair, in microseconds, and the ratio here / there, above 1 if slower."""
 
     op: str
     shape: str
