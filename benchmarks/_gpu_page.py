@@ -56,7 +56,7 @@ def verified(rows: list[Row]) -> list[str]:
         groups[row["op"], row["dtype"]].append(row)
     lines = [
         f"### Values and gradients against float64\n\n{where(rows)}. The criterion: [numerics](numerics.md).\n",
-        *header("op", "dtype", "compared", "wrong", "the nearest to what is allowed"),
+        *header("op", "dtype", "compared", "wrong", "largest error ÷ allowed"),
     ]
     for (op, dtype), each in groups.items():
         wrong = sum(row["ok"] != "True" for row in each)

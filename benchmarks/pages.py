@@ -56,7 +56,7 @@ def op_page(results: Path, op: str) -> str:
             found = True
             parts += op_table(rows, op, *classes) + shapes(file.stem, rows)
     if not found:
-        parts.append("Nothing is measured yet on a machine whose figures are committed.\n")
+        parts.append("No times of it are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md).\n")
     return "\n".join(parts)
 
 
@@ -165,7 +165,10 @@ def threads(rows: list[Row]) -> list[str]:
     """Scaling, by op and batch."""
     if not rows:
         return []
-    lines = [f"## Threads, {rows[0]['device']}\n", "| op | batch | threads | shapes | times as fast as one | worst |"]
+    lines = [
+        f"## Threads, {rows[0]['device']}\n",
+        "| op | batch | threads | shapes | speed-up over one thread | worst |",
+    ]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     for op, batch in dict.fromkeys((r["op"], r["batch"]) for r in rows):
         found = [float(r["scaling_median"]) for r in rows if (r["op"], r["batch"]) == (op, batch)]

@@ -51,11 +51,23 @@ def test_commands_parse(text: str) -> None:
             assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+FOLDERS = "mvkernels|csrc|tests|benchmarks|docs|examples|python"
+
+
+@pytest.mark.parametrize("folder", [".", *FOLDERS.split("|")])
+def test_files_that_are_named_in_text_are_there(folder: str) -> None:
+    below = ROOT.glob("*.md") if folder == "." else (ROOT / folder).rglob("*.*")
+    for file in (path for path in below if path.suffix in (".md", ".py", ".h", ".cpp")):
+        for name in re.findall(rf"`((?:{FOLDERS})/[^`\s<]*)`", file.read_text()):
+            assert list(ROOT.glob(name.rstrip("/"))), f"{file.relative_to(ROOT)} names {name}"
 
 
 def test_the_readme_shows_the_figures_of_the_csv_files() -> None:

@@ -75,6 +75,7 @@ def test_what_cannot_be_written_whole_leaves_the_old_file_and_nothing_else(tmp_p
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file.pt": "old", "file.png": "old"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_is_written_replaces_the_old_file(tmp_path, writer):
     if writer == "a figure":

@@ -122,6 +122,7 @@ def test_the_deadline_holds_and_what_was_cut_off_keeps_its_rows(gpu: ModuleType,
     assert run.status == {"long": "cut off", "late": "no time"} and rows.read_text() == "kept"
 
 
+@pytest.mark.core
 def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
 

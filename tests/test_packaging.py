@@ -74,6 +74,7 @@ def test_a_wheel_without_kernels_says_so(checkout: Path, environment: dict[str, 
     assert compiled == [] and "Root-Is-Purelib: true" in about and "Tag: py3-none-any" in about
 
 
+@pytest.mark.core
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
 def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> None:
     name = build(checkout, MVKERNELS_REQUIRE_EXT="1")

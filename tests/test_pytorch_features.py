@@ -49,6 +49,7 @@ COTANGENTS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "backend"), NATIVE)
 def test_cotangents_of_any_strides(name, backend):
     arguments = example(name, torch.float64)

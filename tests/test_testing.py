@@ -20,6 +20,7 @@ def arguments(dtype=torch.float32):
     return dict(zip(("query", "key", "value"), maps), patch_size=(2, 2))
 
 
+@pytest.mark.core
 def test_the_reference_passes_and_a_wrong_kernel_does_not():
     assert all(c.ok for c in testing.check(OP, arguments(), "reference"))
 

@@ -43,6 +43,7 @@ def test_search_refuses_wrong_candidates_and_is_told_once(monkeypatch):
     assert tune.tune_case(OP, arguments, "cpu", done, min_time=0.0) == []
 
 
+@pytest.mark.core
 def test_the_file_is_merged_and_read(tmp_path, monkeypatch):
     monkeypatch.setattr(configs, "CONFIGS", tmp_path)
     device = configs.Device("Some GPU 80GB", "sm_90", 132)

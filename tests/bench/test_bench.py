@@ -56,6 +56,7 @@ def test_the_columns_are_stable(tmp_path: Path) -> None:
     assert rows[1]["speedup_median"] == ""
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
 def test_every_mode_is_measured(mode: str) -> None:
     rows = bench.measure(dataclasses.replace(QUICK, modes=(mode,), batches=(2,), memory=True)).rows

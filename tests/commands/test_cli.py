@@ -158,6 +158,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert found["extension"]["available"] or found["extension"]["reason"]
 
 
+@pytest.mark.core
 def test_swap_json(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     arguments = ["swap", "transformers:mobilevit_xxs", "--json", "--size", "64", "--rounds", "1"]

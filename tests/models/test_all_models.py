@@ -126,6 +126,7 @@ def comparisons(model: nn.Module, x: Tensor, dtype: torch.dtype, backend: str) -
     return rows
 
 
+@pytest.mark.core
 @pytest.mark.skipif(extension.module is None, reason=extension.reason)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])

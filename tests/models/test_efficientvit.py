@@ -87,6 +87,7 @@ def test_parameters_of_timm(size):
         assert sum(p.numel() for p in timm.create_model(f"efficientvit_{size}").parameters()) == TABLE[size][0]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("size", ["b0", "b1"])
 def test_logits_of_timm(size):
     """An odd size, and a batch. timm's attention is float32 in every dtype, so that float64 would show no more."""

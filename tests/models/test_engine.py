@@ -111,6 +111,7 @@ def without_times(result: dict) -> dict:
     return {k: history if k == "history" else v for k, v in result.items() if "seconds" not in k}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "settings, at",
     [

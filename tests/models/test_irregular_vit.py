@@ -156,6 +156,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "default")
 @pytest.mark.parametrize("size", [(64, 64), (45, 70)], ids=str)
 def test_backends_agree_and_every_parameter_learns(options, size):

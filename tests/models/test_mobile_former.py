@@ -69,6 +69,7 @@ def test_parameters_and_multiply_adds(size):
     assert info.published_flops == size.upper() and "2108.05895" in info.paper
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("size", TABLE)
 def test_logits_of_the_authors_layout_in_float64(size):
     """Odd sizes and a batch: tokens in front mix samples up only where there are several."""

@@ -32,6 +32,7 @@ NONSENSE = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["format", "model", "settings", "classes", "size", "channels", "state_dict", "ema"])
 def test_a_checkpoint_whose_values_are_nonsense(folder, trained, capsys, name):
     """Whatever a field holds: one line and status 2."""

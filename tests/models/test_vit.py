@@ -64,6 +64,7 @@ def shallow(conv_stem: bool, **settings) -> VisionTransformer:
     return model.eval()
 
 
+@pytest.mark.core
 def test_attention_is_that_of_torch():
     attention = TokenAttention(24, 3).double()
     x = torch.randn(2, 11, 24, dtype=torch.float64)

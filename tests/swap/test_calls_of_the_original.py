@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -19,6 +20,7 @@ def test_jit_trace_takes_the_original(family, monkeypatch):
     torch.testing.assert_close(traced(x), block(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.core
 def test_function_transforms_take_the_original(family):
     block = family.block().double()
     x = torch.randn(1, 12, 4, 4, dtype=torch.float64)

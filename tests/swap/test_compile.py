@@ -39,6 +39,7 @@ def test_compiled_block_follows_training_mode(family):
         assert not torch.equal(compiled(x), compiled(x))
 
 
+@pytest.mark.core
 def test_compiled_model():
     from .conftest import transformers_model
 

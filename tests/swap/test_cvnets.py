@@ -70,6 +70,7 @@ def test_verify_swap(dtype):
     assert result.ok and result.swapped == 2, str(result)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("settings", [{}, {"no_fusion": True}, {"patch": (3, 2)}, {"heads": 1}, {"layers": 0}], ids=str)
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 1)], ids=str)
 def test_values(settings, size):

@@ -178,6 +178,7 @@ def test_declined_when_swapped(family, change):
     assert torch.equal(block(x), expected)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_after_the_swap(family, change, monkeypatch, caplog):
     """The original forward is taken, with whatever was changed in it, and said once."""

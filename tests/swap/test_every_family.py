@@ -68,6 +68,7 @@ def test_a_symbolic_trace_says_so(example, caplog):
     assert said == ["torch.fx is tracing it"]
 
 
+@pytest.mark.core
 def test_copies_and_pickles_stay_swapped(example):
     module, x = example.make(), example.inputs()
     swap(module, backend="reference")

@@ -92,6 +92,7 @@ def test_a_wrong_kernel_is_found(family, monkeypatch):
     assert not verify_swap(model, family.inputs()).ok
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("scales", [(), (5,), (3, 7)], ids=str)
 @pytest.mark.parametrize("size", [(5, 7), (1, 8), (1, 9), (2, 3), (1, 1)], ids=str)
 def test_values_and_gradients(multiscale, scales, size):

@@ -122,6 +122,7 @@ def test_a_wrong_kernel_is_found(name, monkeypatch):
     assert not verify_swap(network, torch.randn(1, 3, 64, 64)).ok
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("heads", [1, 2, 3])

@@ -112,6 +112,7 @@ def same_values_and_gradients(module: nn.Module, x: torch.Tensor) -> None:
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.core
 def test_values_and_gradients(family):
     same_values_and_gradients(MAKE[family]().double(), example(family, dtype=torch.float64))
 
