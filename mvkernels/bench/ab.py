@@ -124,8 +124,8 @@ def _enough(count: int, options: Options) -> bool:
 
 
 @contextmanager
-def checkout(commit: str) -> Iterator[Path]:
-    """The files of a commit in a temporary folder, with the extension that belongs to it."""
+def files_of(commit: str) -> Iterator[Path]:
+    """The files of a commit in a temporary folder."""
     if not (ROOT / ".git").exists():
         raise report.UsageError("--ab needs a git checkout, but mvkernels is an installed package here")
     try:
@@ -134,32 +134,38 @@ def checkout(commit: str) -> Iterator[Path]:
         raise report.UsageError(f"--ab {commit}: there is no such commit in this repository") from None
     with tempfile.TemporaryDirectory(prefix="mvkernels-ab-") as folder:
         path = Path(folder) / "checkout"
-        try:
-            # Not a worktree: that would be written into the repository, and stay there if this process is killed.
-            _git("archive", "--format=tar", f"--output={folder}/checkout.tar", found)
-            with tarfile.open(f"{folder}/checkout.tar") as files:
-                files.extractall(path, filter="data")
-            _extension(path, found)
-        except subprocess.CalledProcessError as error:
-            raise report.UsageError(f"--ab {commit}: {_last_line(error)}") from None
+        # Not a worktree: that would be written into the repository, and stay there if this process is killed.
+        _git("archive", "--format=tar", f"--output={folder}/checkout.tar", found)
+        with tarfile.open(f"{folder}/checkout.tar") as files:
+            files.extractall(path, filter="data")
         yield path
 
 
-def _extension(path: Path, commit: str) -> None:
-    """Copy this checkout's extension if its sources are the same, else build it. Without one here, do neither."""
-    built = list((ROOT / "mvkernels").glob("_C*.so"))
-    if not built:
-        return
-    same = subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "csrc", "setup.py"], check=False)
-    if same.returncode == 0:
-        for file in built:
-            shutil.copy2(file, path / "mvkernels")
-        return
-    print(f"building the extension of {commit[:10]}", file=sys.stderr)
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """The same with the extension that belongs to it: copied if its sources are those here. Without one here, none."""
+    with files_of(commit) as path:
+        if built := list((ROOT / "mvkernels").glob("_C*.so")):
+            arguments = ["diff", "--quiet", commit, "--", "csrc", "setup.py"]
+            if subprocess.run(["git", "-C", str(ROOT), *arguments], check=False).returncode == 0:
+                for file in built:
+                    shutil.copy2(file, path / "mvkernels")
+            else:
+                build(path)
+        yield path
+
+
+def build(path: Path, **environment: str) -> Path:
+    """Build the extension of a checkout in place. Raises UsageError if that cannot be done."""
+    print("building the extension of the other commit", file=sys.stderr)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=path, check=True, capture_output=True, text=True)
-    if not list((path / "mvkernels").glob("_C*.so")):
-        raise report.UsageError(f"--ab {commit[:10]}: the C++ extension of that commit could not be built")
+    try:
+        subprocess.run(command, cwd=path, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+        return next((path / "mvkernels").glob("_C*.so"))
+    except subprocess.CalledProcessError as error:
+        raise report.UsageError(f"the extension of the other commit: {_last_line(error)}") from None
+    except StopIteration:
+        raise report.UsageError("the extension of the other commit could not be built") from None
 
 
 def _git(*arguments: str) -> str:
