@@ -143,6 +143,16 @@ def test_kernels_of_an_op_include_only_their_own_folder_and_what_is_common() -> 
             assert folder in known, f"{path.relative_to(ROOT)} includes {included}"
 
 
+def test_what_all_instruction_sets_share_has_no_function_of_its_own() -> None:
+    """The linker keeps one of several copies of an inline function, perhaps one that the processor cannot run."""
+    for path in (ROOT / "csrc" / "cpu").glob("*/*.h"):
+        text = path.read_text()
+        if path.name == "tensor.h" or path.name.endswith("_op.h") or "namespace MVK_ISA {" in text:
+            continue  # of register.cpp alone, or of one instruction set
+        for line in re.findall(r"^.*\).*\{.*$", text, re.MULTILINE):
+            assert line.lstrip().startswith("MVK_SHARED "), f"{path.relative_to(ROOT)}: {line.strip()}"
+
+
 def test_no_file_of_code_is_long() -> None:
     for folder in ("mvkernels", "python", "csrc", "benchmarks", "tests", "examples", "docs"):
         for path in (ROOT / folder).rglob("*"):

@@ -26,9 +26,9 @@ struct LinearAttention {
 
   bool poison;
 
-  int64_t pixels() const { return H * W; }
-  int64_t units() const { return B * heads * chunks; }
-  int64_t partial_size() const { return (D + 1) * D; }
+  MVK_SHARED int64_t pixels() const { return H * W; }
+  MVK_SHARED int64_t units() const { return B * heads * chunks; }
+  MVK_SHARED int64_t partial_size() const { return (D + 1) * D; }
 };
 
 // One set for each instruction set; ranges are over units.

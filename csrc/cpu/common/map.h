@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+// A member function of what all instruction sets are handed: in line, since the linker would merge copies of it, and keep
+// perhaps that of a set which the processor does not have.
+#define MVK_SHARED inline __attribute__((always_inline))
+
 namespace mvk {
 
 enum class DType { f32, f64, f16, bf16 };

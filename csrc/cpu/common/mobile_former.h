@@ -27,13 +27,13 @@ struct Bridge {
 
   bool poison;
 
-  int64_t pixels() const { return H * W; }
-  int64_t units() const { return B * heads * chunks; }
-  int64_t forward_partial() const { return M * (D + 2); }
-  int64_t backward_partial() const { return 2 * M * D; }
+  MVK_SHARED int64_t pixels() const { return H * W; }
+  MVK_SHARED int64_t units() const { return B * heads * chunks; }
+  MVK_SHARED int64_t forward_partial() const { return M * (D + 2); }
+  MVK_SHARED int64_t backward_partial() const { return 2 * M * D; }
   // Mobile to Former: what a unit's first stage of the backward leaves for its second, with room for what an instruction set
   // rounds up; behind the M * D of every unit in `partial`.
-  int64_t weights() const { return 2 * (M + 7) * (pixels() / chunks + 64) / 4 * 4 + 4 * M; }
+  MVK_SHARED int64_t weights() const { return 2 * (M + 7) * (pixels() / chunks + 64) / 4 * 4 + 4 * M; }
 };
 
 // One set for each instruction set. Ranges are over units; those of the second stages, which add chunks up in order, over

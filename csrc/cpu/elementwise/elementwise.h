@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/each_isa.h"
+#include "common/map.h"
 
 namespace mvk {
 
@@ -18,8 +19,8 @@ struct Maps {
   bool channels_last;
 
   // Of work: planes, or rows of the picture.
-  int64_t units() const { return channels_last ? B * H : B * C; }
-  int64_t unit_size() const { return channels_last ? W * C : H * W; }
+  MVK_SHARED int64_t units() const { return channels_last ? B * H : B * C; }
+  MVK_SHARED int64_t unit_size() const { return channels_last ? W * C : H * W; }
 };
 
 struct NormActivation {

@@ -35,21 +35,21 @@ struct Multiscale {
 
   bool poison;
 
-  int64_t groups() const { return (1 + S) * heads; }
-  int64_t pixels() const { return H * W; }
-  int64_t units() const { return B * heads * chunks; }
-  int64_t sums_size() const { return (D + 1) * D; }
-  int64_t row_size() const { return (pixels() + 63) / 64 * 64 + 64; }
-  int64_t plane_size(int64_t k) const { return (H * (W + k - 1) + 63) / 64 * 64 + 64; }
+  MVK_SHARED int64_t groups() const { return (1 + S) * heads; }
+  MVK_SHARED int64_t pixels() const { return H * W; }
+  MVK_SHARED int64_t units() const { return B * heads * chunks; }
+  MVK_SHARED int64_t sums_size() const { return (D + 1) * D; }
+  MVK_SHARED int64_t row_size() const { return (pixels() + 63) / 64 * 64 + 64; }
+  MVK_SHARED int64_t plane_size(int64_t k) const { return (H * (W + k - 1) + 63) / 64 * 64 + 64; }
   // Gradients on their way to qkv: of the scale without convolutions, then of what each depthwise convolution gave.
-  int64_t planes_size() const {
+  MVK_SHARED int64_t planes_size() const {
     int64_t size = 3 * D * row_size();
     for (int64_t s = 0; s < S; ++s) size += 3 * D * plane_size(scales[s].k);
     return size;
   }
   // For each scale: [3 D][k k], [3 D], [3 D][D], [3 D].
-  int64_t weights_of(int64_t s) const { return 3 * D * (scales[s].k * scales[s].k + 1 + D + 1); }
-  int64_t weights_size() const {
+  MVK_SHARED int64_t weights_of(int64_t s) const { return 3 * D * (scales[s].k * scales[s].k + 1 + D + 1); }
+  MVK_SHARED int64_t weights_size() const {
     int64_t size = 0;
     for (int64_t s = 0; s < S; ++s) size += weights_of(s);
     return size;

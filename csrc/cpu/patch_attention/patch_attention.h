@@ -27,17 +27,17 @@ struct PatchAttention {
 
   bool poison;  // fill scratch memory with NaN (tests)
 
-  int64_t groups_y() const { return ph < H ? ph : H; }
-  int64_t groups_x() const { return pw < W ? pw : W; }
-  int64_t groups() const { return groups_y() * groups_x(); }
+  MVK_SHARED int64_t groups_y() const { return ph < H ? ph : H; }
+  MVK_SHARED int64_t groups_x() const { return pw < W ? pw : W; }
+  MVK_SHARED int64_t groups() const { return groups_y() * groups_x(); }
   // Pixels of group 0, the largest.
-  int64_t tokens() const { return ((H + ph - 1) / ph) * ((W + pw - 1) / pw); }
+  MVK_SHARED int64_t tokens() const { return ((H + ph - 1) / ph) * ((W + pw - 1) / pw); }
   // Queries rounded up to what any instruction set takes at a time.
   static constexpr int64_t kBlock = 32;
-  int64_t padded() const { return (tokens() + kBlock - 1) / kBlock * kBlock; }
-  int64_t units() const { return slices * heads * chunks; }
+  MVK_SHARED int64_t padded() const { return (tokens() + kBlock - 1) / kBlock * kBlock; }
+  MVK_SHARED int64_t units() const { return slices * heads * chunks; }
   // Keys by dims, with room for what an instruction set rounds up.
-  int64_t partial_size() const { return padded() * (D + Dv + 64); }
+  MVK_SHARED int64_t partial_size() const { return padded() * (D + Dv + 64); }
 };
 
 // One set for each instruction set; ranges are over units, or over what the comment says.
