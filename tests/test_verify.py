@@ -76,7 +76,7 @@ def test_a_wrong_kernel_is_status_1(
 
     change(monkeypatch, function=wrong)
     monkeypatch.setattr(verify, "ODD_MAPS", ())
-    assert cli.main(["verify", "--backend", "reference", "--dtype", "float32", "--json"]) == 1
+    assert cli.main(["verify", "--op", NAME, "--backend", "reference", "--dtype", "float32", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert not found["ok"]
     assert any(not row["ok"] and row["worst"] == tensor for row in found["rows"])

@@ -31,6 +31,7 @@ from mvkernels.bench.rows import geomean
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+PAIRS = 6
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Side:
         return self.verdict == "slower" or self.failed
 
 
-def run(options: Options, commit: str, tolerance: float = TOLERANCE, pairs: int = 6) -> list[Side]:
+def run(options: Options, commit: str, tolerance: float = TOLERANCE) -> list[Side]:
     """Measure all shapes of the options on both sides. Raises UsageError if the other commit cannot be set up."""
     rows: list[tuple[Side, dict[str, Any], list[tuple[float, float]]]] = []
     for item in work(options):
@@ -72,15 +73,15 @@ def run(options: Options, commit: str, tolerance: float = TOLERANCE, pairs: int 
             }  # fmt: skip
             rows.append((Side(op.name, f"{case.model} {case.label}", batch, dtype, layout, mode, backend), request, []))
     with checkout(commit) as other:
-        progress = report.Progress(pairs * len(rows))
-        for pair in range(pairs):
+        progress = report.Progress(PAIRS * len(rows))
+        for pair in range(PAIRS):
             with worker(ROOT) as here, worker(other) as there:
                 for row, request, medians in rows:
                     progress.step(f"{row.op} {row.shape} batch {row.batch} {row.dtype} {row.mode}")
                     if pair and not medians:
                         continue  # the first pair had no time
                     request["checked"] = pair > 0
-                    both = _measure(row, {"here": here, "there": there}, request, options, 2 * options.min_time / pairs)
+                    both = _measure(row, {"here": here, "there": there}, request, options, 2 * options.min_time / PAIRS)
                     if both is not None:
                         medians.append(both)
         progress.close()

@@ -254,12 +254,13 @@ needs_git = pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git
 
 
 @needs_git
-def test_two_checkouts_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_checkouts_take_turns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ab, "PAIRS", 2)
     shape = ("patch_attention", "--shape", "8x8", "--backend", "reference", "--rounds", "3", "--mode", "bwd")
     status, out, err = run(capsys, *shape, "--ab", "HEAD", "--tolerance", "1000", "--json")
     assert status == 0, err
     (found,) = json.loads(out)["rows"]
-    assert found["pairs"] == 6 and found["verdict"] == "same"
+    assert found["pairs"] == 2 and found["verdict"] == "same"
     assert found["here_us"] > 0 and found["there_us"] > 0
     assert 0 < found["ratio_low"] <= found["ratio"] <= found["ratio_high"] < math.inf
 
@@ -288,7 +289,8 @@ def test_a_side_is_slower_if_it_is_in_every_pair(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(bench_ab, "checkout", lambda commit: nullcontext(Path("there")))
         monkeypatch.setattr(bench_ab, "worker", lambda path: nullcontext(Worker(next(pairs[path]), whys[path])))
         options = bench.Options(ops=["patch_attention"], labels=["8x8"], backends=["reference"], rounds=7)
-        return bench_ab.run(options, "commit", 0.05, pairs=2 * len(here.seconds))[0]
+        monkeypatch.setattr(bench_ab, "PAIRS", 2 * len(here.seconds))
+        return bench_ab.run(options, "commit", 0.05)[0]
 
     assert judged(Fake(2.0), Fake(1.0)).verdict == "slower" and judged(Fake(2.0), Fake(1.0)).regressed
     assert judged(Fake(1.0), Fake(2.0)).verdict == "faster"
