@@ -80,6 +80,7 @@ docs: setup
 	$(BIN)/python -c "import mkdocs, mkdocstrings, material" 2>/dev/null || \
 		$(PIP) 'mkdocs<2' mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m pytest tests/test_site.py
 
 audit: setup
 	$(BIN)/python benchmarks/roofline.py

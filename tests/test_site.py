@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mvkernels.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -148,8 +151,8 @@ def test_the_site_has_the_api(site: Path) -> None:
 
 @pytest.mark.slow
 def test_pages_fit_their_window(site: Path, address: str, browser: Browser) -> None:
-    pages = sorted(page.name for page in site.glob("*.html"))
-    assert len(pages) > 20
+    pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html"))
+    assert len(pages) > 30 and "performance/models.html" in pages
     wrong = []
     for page in pages:
         browser.open(address + page)
@@ -157,6 +160,22 @@ def test_pages_fit_their_window(site: Path, address: str, browser: Browser) -> N
             wrong += [f"{page} at {width}: {what}" for what in browser.too_wide(width)]
     assert not wrong, "\n".join(wrong)
     assert not [url for url in browser.asked_for if not url.startswith((address, "data:", "blob:"))]
+
+
+def test_links_between_pages_stay_links(site: Path) -> None:
+    """Only what the site does not have, as a script, is shown by its path."""
+    for page in site.rglob("*.html"):
+        shown = re.findall(r"\(<code>([\w./-]+\.md)</code>\)", page.read_text())
+        lost = [name for name in shown if (ROOT / "docs" / name).exists()]
+        assert not lost, f"{page.relative_to(site)}: {lost}"
+    assert 'href="../benchmarks.html"' in (site / "performance" / "models.html").read_text()
+
+
+def test_the_page_of_results_fits_its_window(tmp_path: Path, browser: Browser) -> None:
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    assert cli.main(["bench", "--html", str(tmp_path / "results")]) == 0
+    browser.open((tmp_path / "results" / "index.html").as_uri())
+    assert {width: browser.too_wide(width) for width in (400, 1200)} == {400: [], 1200: []}
 
 
 def test_the_search_finds_pages(address: str, browser: Browser) -> None:

@@ -23,6 +23,8 @@ th{cursor:pointer;background:#f2f2f2;position:sticky;top:0}tr:nth-child(even) td
 td.t,th.t{text-align:left}.scroll{overflow:auto;max-height:32em;border:1px solid #ddd}
 .bad{color:#b00020}.bar{display:inline-block;height:9px;background:#3b7dd8;vertical-align:middle}.slow{background:#c77}
 .one{border-left:1px solid #000}nav a{margin-right:1em}input{margin:.4em 0;padding:3px 6px;width:24em}
+input{max-width:100%;box-sizing:border-box}nav a,figcaption{overflow-wrap:anywhere}figure{margin:0}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26em),1fr));gap:1em}
 svg{max-width:100%;height:auto}svg.roof text{font:10px system-ui,sans-serif}summary{cursor:pointer;margin:.6em 0}
 """
 _SCRIPT = """
@@ -64,15 +66,21 @@ def command(folder: str, json: Callable[[Any], None] | None) -> int:
 def page(folder: Path, files: Sequence[Path]) -> str:
     """The page, a section for each file."""
     names = [str(file.relative_to(folder)) for file in files]
-    sections, tables = [], []
+    sections, tables, roofs = [], [], []
     for name, file in zip(names, files):
         try:
             tables.append(_read(file))
-            sections.append(_section(name, file, *tables[-1]))
+            rows = read_csv(file) if set(COLUMNS[:18]) <= set(tables[-1][1]) else []
+            sections.append(_section(name, rows, *tables[-1]))
+            roofs.append(_roofline(name, rows))
         except (OSError, ValueError, csv.Error) as error:
             raise report.UsageError(f"{file} cannot be read: {error}") from None
     try:
-        opening = _opening(tables)
+        found = "".join(roofs)
+        caption = "Floors in bytes and FLOPs; the line is the copy and the matrix product measured in the run."
+        opening = _opening(
+            tables, f'<h2>Rooflines</h2><p>{caption}</p><div class="grid">{found}</div>' if found else ""
+        )
     except ValueError as error:
         raise report.UsageError(f"--html {folder}: a speed-up is not a number: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
@@ -86,8 +94,8 @@ def page(folder: Path, files: Sequence[Path]) -> str:
     )
 
 
-def _opening(tables: Sequence[Table]) -> str:
-    """What all files come to: pictures of the ops' and the models' speed-up, and the means that they show."""
+def _opening(tables: Sequence[Table], rooflines: str) -> str:
+    """What all files come to: pictures of the models' and the ops' speed-up, rooflines, and means."""
     ops: dict[str, list[svg.Bar]] = {}
     models: dict[str, list[svg.Bar]] = {}
     means: list[list[str]] = []
@@ -102,22 +110,23 @@ def _opening(tables: Sequence[Table]) -> str:
                 )
         elif {"model", "device", "mode", "provider", "speedup_median"} <= set(columns) and "op" not in columns:
             groups = _grouped(lines, ("device", "mode", "provider"), "speedup_median")
+            base = next((provider for (*_, provider), found in groups.items() if set(found) == {1.0}), "the first row")
             for (device, mode, provider), found in groups.items():
-                if all(value == 1 for value in found):  # what the others are held against
+                if provider == base:
                     continue
                 bar = svg.Bar(provider, geomean(found), provider.startswith(("swapped", "fused")))
-                models.setdefault(f"{MODE.get(mode, mode)}, {device}", []).append(bar)
-                means.append([provider, device, MODE.get(mode, mode), "the original", *_said(found)])
+                models.setdefault(f"{MODE.get(mode, mode)}, {device}, over {base}", []).append(bar)
+                means.append([provider, device, MODE.get(mode, mode), base, *_said(found)])
     panels: list[tuple[str, svg.Groups]] = []
     if models:
-        panels.append(("Whole models: times as fast as the original, geometric mean", list(models.items())))
+        panels.append(("Whole models: how many times as fast, geometric mean", list(models.items())))
     if ops:
         panels.append(("Ops: times as fast as the best peer at each shape, geometric mean", list(ops.items())))
     if not panels:
-        return ""
+        return rooflines
     header = ("what", "device", "how", "against", "rows", "geometric mean", "worst")
     picture = svg.bars(panels).replace(' xmlns="http://www.w3.org/2000/svg"', "")  # HTML knows it
-    return picture + f"<h2>Geometric means</h2>{_table(header, means)}"
+    return f"{picture}{rooflines}<h2>Geometric means</h2>{_table(header, means)}"
 
 
 def _read(file: Path) -> Table:
@@ -139,15 +148,14 @@ def _said(values: Sequence[float]) -> list[str]:
     return [str(len(values)), f"{geomean(values):.2f}", f"{min(values):.2f}"]
 
 
-def _section(name: str, file: Path, lines: list[dict[str, str]], columns: list[str]) -> str:
+def _section(name: str, rows: Sequence[Row], lines: list[dict[str, str]], columns: list[str]) -> str:
     head = f'<section id="{html.escape(name)}"><h2>{html.escape(name)}</h2>'
     if not lines:
         return f"{head}<p>No rows.</p></section>"
     body = ""
     constant = {c: lines[0][c] for c in columns if len(lines) > 1 and all(line[c] == lines[0][c] for line in lines)}
-    if set(COLUMNS[:18]) <= set(columns):
-        rows = read_csv(file)
-        body = _summary(rows) + _bars(rows) + _roofline(rows)
+    if rows:
+        body = _summary(rows) + _bars(rows)
     said = ", ".join(f"{html.escape(c)} {html.escape(v or '')}" for c, v in constant.items() if v)
     shown = [c for c in columns if c not in constant]
     table = _table(shown, [[line[c] or "" for c in shown] for line in lines])
@@ -202,7 +210,8 @@ def _plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["<tr>" + "".join(f'<td class="t">{html.escape(c)}</td>' for c in row) + "</tr>" for row in rows]
     return (
         "<details open><summary>geometric means over the best peer</summary>"
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></details>"
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        "</details>"
     )
 
 
@@ -226,8 +235,8 @@ def _bars(rows: Sequence[Row]) -> str:
     )
 
 
-def _roofline(rows: Sequence[Row]) -> str:
-    """A log-log scatter as SVG, as :func:`mvkernels.bench.plots.roofline` draws it."""
+def _roofline(name: str, rows: Sequence[Row]) -> str:
+    """A log-log scatter of one file as SVG, as :func:`mvkernels.bench.plots.roofline` draws it."""
     rows = [r for r in rows if r.gb_s and r.tflop_s]
     if not rows:
         return ""
@@ -247,16 +256,16 @@ def _roofline(rows: Sequence[Row]) -> str:
     line = " ".join(f"{x_of(x):.1f},{y_of(max(bench_plots.roof(rows[0], x), low_y / 2)):.1f}" for x in at)
     parts = [f'<polyline points="{line}" fill="none" stroke="#000"/>']
     providers = list(dict.fromkeys(r.provider for r in rows))
-    colour = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(providers)}
+    colour = {provider: _COLOURS[i % len(_COLOURS)] for i, provider in enumerate(providers)}
     for r, x, y in points:
         said = html.escape(f"{r.provider}: {r.model} {r.label} B{r.batch} {r.mode}, {y:.3g} GFLOP/s at {x:.3g} FLOP/B")
         parts.append(
             f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour[r.provider]}" fill-opacity=".7">'
             f"<title>{said}</title></circle>"
         )
-    for i, name in enumerate(providers):
-        parts.append(f'<rect x="{edge + 8}" y="{14 + 14 * i}" width="8" height="8" fill="{colour[name]}"/>')
-        parts.append(f'<text x="{edge + 20}" y="{22 + 14 * i}">{html.escape(name)}</text>')
+    for i, provider in enumerate(providers):
+        parts.append(f'<rect x="{edge + 8}" y="{14 + 14 * i}" width="8" height="8" fill="{colour[provider]}"/>')
+        parts.append(f'<text x="{edge + 20}" y="{22 + 14 * i}">{html.escape(provider)}</text>')
     for power in range(math.ceil(math.log10(low_x / 2)), math.floor(math.log10(high_x * 2)) + 1):
         parts.append(f'<text x="{x_of(10**power):.0f}" y="{height - edge + 14}">{10.0**power:g}</text>')
     for power in range(math.ceil(math.log10(low_y / 2)), math.floor(math.log10(high_y * 2)) + 1):
@@ -264,6 +273,6 @@ def _roofline(rows: Sequence[Row]) -> str:
     parts.append(f'<text x="{width / 2 - 60}" y="{height - 8}">FLOPs per byte of the floor</text>')
     parts.append('<text x="6" y="12">GFLOP/s</text>')
     return (
-        f"<details open><summary>roofline (line: copy and matrix product measured in the run)</summary>"
-        f'<svg class="roof" viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg></details>'
+        f'<figure><figcaption><a href="#{html.escape(name)}">{html.escape(name)}</a></figcaption>'
+        f'<svg class="roof" viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(parts)}</svg></figure>'
     )

@@ -243,6 +243,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path, capsys: pytest.Captur
     assert status == 0 and "index.html" in out
     assert not re.search(r"https?://|src=|<link", page)
     assert "<script>bad" not in page and "&lt;script&gt;bad" in page
+    assert page.rindex("<circle") < page.index("<h2>Files</h2>")
     assert page.count("<circle") == 2 and "2.00× of eager" in page and "mobilevit" in page
     status, _, err = run(capsys, "--html", str(tmp_path / "nowhere"))
     assert status == 2 and "no such folder" in err
