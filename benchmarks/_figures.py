@@ -57,7 +57,7 @@ def op_table(rows: list[Row], op: str, heading: str, column: str, classes: dict[
     if not mine:
         return []
     *first, last = peers(rows)
-    title = HEADING.format(f"{', '.join(first)} and {last}")
+    title = HEADING.format(" and ".join(filter(None, (", ".join(first), last))))
     lines = [f"`{op}`, {title}, allocator {mine[0].get('allocator', 'default')}. {where(mine)}.", ""]
     lines += [f"| backend | dtype | {heading} | shapes | forward | worst | forward + backward | worst | peak memory |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -204,8 +204,10 @@ def summary(folder: Path) -> list[str]:
 
 def peers(rows: list[Row]) -> list[str]:
     """Who was timed beside this library."""
-    compiled = ["torch.compile"] if any(r["provider"].startswith("compile") for r in rows) else []
-    return ["eager", "SDPA", *compiled, *others(rows)]
+    timed = {r["provider"] for r in rows}
+    usual = [shown for name, shown in (("eager", "eager"), ("sdpa", "SDPA")) if name in timed]
+    compiled = ["torch.compile"] if any(name.startswith("compile") for name in timed) else []
+    return [*usual, *compiled, *others(rows)]
 
 
 def shape_of(row: Row) -> tuple[str, ...]:

@@ -61,7 +61,9 @@ def picture(folder: Path, colours: svg.Colours) -> str:
     ops, models = op_bars(folder), model_bars(folder)
     panels: list[tuple[str, svg.Groups]] = []
     if ops:
-        panels.append(("Ops: times as fast as the best of eager, SDPA and torch.compile (forward)", [("", ops)]))
+        panels.append(
+            ("Ops: times as fast as the best peer: eager, torch.compile, and SDPA for softmax (forward)", [("", ops)])
+        )
     if models:
         panels.append(("Whole models: times as fast as the original in eager mode (inference)", models))
     return svg.bars(panels, colours, "Speed-up of ops and models")
