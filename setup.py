@@ -60,27 +60,24 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, free // MEMORY_OF_A_COMPILER))
 
 
-def of_this_processor(isas: dict[str, list[str]]) -> list[str]:
-    """The sets that this processor has, the best one last; all of them where that is not known."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return list(isas)
-    has = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
-    return [
-        name for name, flags in isas.items() if {f[2:] for f in flags if f.startswith("-m") and "=" not in f} <= has
-    ]
-
-
 def chosen(isas: dict[str, list[str]], wanted: str) -> list[str]:
-    """The sets to build for, from the value of MVKERNELS_BUILD_ISAS."""
-    if wanted in ("", "native"):
-        return of_this_processor(isas)[-1 if wanted else 0 :]
+    """The sets to build for, from the value of MVKERNELS_BUILD_ISAS; exits if it has another name in it."""
     if wanted == "all":
         return list(isas)
-    names = wanted.split(",")
+    if wanted in ("", "native"):
+        try:
+            text = Path("/proc/cpuinfo").read_text()
+        except OSError:  # not known which this processor has: all, of which it takes its own at run time
+            return list(isas)
+        has = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set())
+        needed = {name: {f[2:] for f in flags if f.startswith("-m") and "=" not in f} for name, flags in isas.items()}
+        able = [name for name in isas if needed[name] <= has]
+        return able[-1:] if wanted else able
+    names = [name.strip() for name in wanted.split(",")]
     for unknown in (name for name in names if name not in isas):
-        print(f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want some of {', '.join(isas)}", file=sys.stderr)
+        raise SystemExit(
+            f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want 'all', 'native' or some of {', '.join(isas)}"
+        )
     return [name for number, name in enumerate(isas) if name in names or number == 0]
 
 

@@ -30,7 +30,7 @@ def performance(results: Path) -> dict[str, str]:
     pages["performance/calls.md"] = calls_page(results)
     parts = [
         "# Performance\n",
-        "How fast the ops and swapped models are on the machines that were measured.",
+        "See how fast the ops and swapped models are on the machines that were measured.",
         WRITTEN.format(""),
     ]
     for folder in machines(results):
@@ -46,7 +46,8 @@ def performance(results: Path) -> dict[str, str]:
 def op_page(results: Path, op: str) -> str:
     """An op's tables of every machine: by class of shapes, then shape by shape."""
     classes = next(rest for name, *rest in OPS if name == op)
-    parts = [f"# Performance of {op}\n", f"How fast `{op}` is at each shape of its suite.", WRITTEN.format("../")]
+    title, opening = f"# Performance of {op}\n", f"See how fast `{op}` is at each shape of its suite, and against whom."
+    parts = [title, opening, WRITTEN.format("../")]
     found = False
     for folder in machines(results):
         for file in sorted(folder.glob(f"{op}*.csv")):
@@ -56,13 +57,14 @@ def op_page(results: Path, op: str) -> str:
             found = True
             parts += op_table(rows, op, *classes) + shapes(file.stem, rows)
     if not found:
-        parts.append("No times of it are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md).\n")
+        opening = f"No times of `{op}` are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md)."
+        parts = [title, opening, WRITTEN.format("../")]
     return "\n".join(parts)
 
 
 def models_page(results: Path) -> str:
     """Whole models: those of other packages swapped, mvmodels' own, their exports, and where the time goes."""
-    parts = ["# Performance of whole models\n", "How fast whole models are, swapped and in other runtimes."]
+    parts = ["# Performance of whole models\n", "See how fast whole models are, swapped and in other runtimes."]
     parts.append(WRITTEN.format("../"))
     for folder in machines(results):
         swapped = _figures.models(

@@ -100,7 +100,10 @@ def test_the_instruction_sets_that_are_built(
     chosen, first, best = names["chosen"], next(iter(sets)), list(sets)[-1]
     assert chosen(sets, "all") == list(sets)
     assert chosen(sets, best) == list(dict.fromkeys((first, best)))
-    assert chosen(sets, "avx9") == [first] and "no 'avx9'" in capsys.readouterr().err
+    assert chosen(sets, f"{first}, {best}") == chosen(sets, best)
+    for wrong in ("avx9", "AVX2", f"native,{first}", ",", " "):
+        with pytest.raises(SystemExit, match=r"no '.*', want 'all', 'native' or some of"):
+            chosen(sets, wrong)
     here = chosen(sets, "")
     assert here and chosen(sets, "native") == here[-1:]
     if extension.module is None:
@@ -116,4 +119,5 @@ def test_without_a_list_of_what_the_processor_has_all_are_built(monkeypatch: pyt
         raise OSError(self)
 
     monkeypatch.setattr(Path, "read_text", missing)
-    assert names["chosen"](names["ISA_FLAGS"]["x86_64"], "") == ["baseline", "avx2", "avx512"]
+    for wanted in ("", "native"):
+        assert names["chosen"](names["ISA_FLAGS"]["x86_64"], wanted) == ["baseline", "avx2", "avx512"]

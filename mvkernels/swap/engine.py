@@ -119,7 +119,7 @@ def swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model is a {class_name(type(model))}, want a torch.nn.Module")
     if backend is not None:
-        requested(backend)
+        requested(backend, "swap")
     found = find(model)
     chosen = _predicate(only, [name for name, _, _ in found])
     # Before anything is changed, because a predicate may raise.

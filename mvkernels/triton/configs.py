@@ -45,11 +45,6 @@ class Device:
     """``sm_80``, ``sm_90``, ``gfx942``, ``xpu``, or ``interpreter`` for CPU tensors."""
     processors: int
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes of shared memory that one block can have."""
-        return shared_memory_of(self.arch)
-
 
 def shared_memory_of(arch: str) -> int:
     """Bytes of shared memory that one block can have on an architecture (the small ones when unknown)."""

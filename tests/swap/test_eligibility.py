@@ -1,4 +1,4 @@
-"""What is declined, and what sends a swapped block back to its original forward."""
+"""Blocks that swap() leaves alone, and changes after which a swapped block calls its original forward again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EfficientViT, DC-AE and Sana: what is declined, and what sends a swapped module back to its original forward."""
+"""EfficientViT, DC-AE, Sana: modules that swap() leaves alone, and changes that send a swapped one to its original."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ _NAME = "patch_transformer_layer"
 TENSORS = 13
 """x and the parameters, which come first among the arguments."""
 
-_QKV_BIAS = 4
 _INPUTS = "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight,"
 _INPUTS += " Tensor proj_bias, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc1_bias,"
 _INPUTS += " Tensor fc2_weight, Tensor fc2_bias"
