@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mvkernels.commands import cli
+from mvkernels.bench import html
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -173,7 +173,7 @@ def test_links_between_pages_stay_links(site: Path) -> None:
 
 def test_the_page_of_results_fits_its_window(tmp_path: Path, browser: Browser) -> None:
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    assert cli.main(["bench", "--html", str(tmp_path / "results")]) == 0
+    assert html.command(str(tmp_path / "results"), None) == 0
     browser.open((tmp_path / "results" / "index.html").as_uri())
     assert {width: browser.too_wide(width) for width in (400, 1200)} == {400: [], 1200: []}
 
