@@ -89,7 +89,6 @@ template <class T, class Between = const Nothing>
 static void product_in_parts(
     int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
-  if (K <= kChain) return product_rows(vectors, rows, K, a, lda, b, ldb, c, ldc, end, between);
   const int64_t parts = (K + kChain - 1) / kChain, step = (K + parts - 1) / parts;
   End<T> sums{end.start}, last = end;
   int64_t k = 0;
