@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from _operators import Recorded
 
-from mvkernels import report
+from mvkernels import report, testing
 from mvkernels.bench import ab, timing
 from mvkernels.bench.rows import geomean
 from mvkernels.commands import command
@@ -31,28 +31,14 @@ HERE, THERE = "mvkernels_cpp", "mvkernels_cpp_there"
 _libraries: list[torch.library.Library] = []  # what they define goes with them
 
 
-class _Recorded(TorchDispatchMode):
-    """Keeps the calls of C++ operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == HERE:
-            self.calls.append((func, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
-        return func(*args, **(kwargs or {}))
-
-
 def operators(op: Op, case: Case, layout: str, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
     """(mode, operator, arguments) of a call without gradients and of the backward of one."""
     arguments = case.make(batch=batch, dtype=dtype, device="cpu", layout=layout)
-    with _Recorded() as recorded, torch.no_grad():
+    with Recorded() as recorded, torch.no_grad():
         op.function(**arguments, backend="cpp")
     yield ("fwd", *recorded.calls[0])
-    flat = [v for value in arguments.values() for v in (value if isinstance(value, (list, tuple)) else [value])]
-    leaves = [v.requires_grad_() for v in flat if isinstance(v, torch.Tensor)]
-    with _Recorded() as recorded:
+    leaves = [v.requires_grad_() for v in testing.tensors_in(arguments).values()]
+    with Recorded() as recorded:
         out = op.function(**arguments, backend="cpp")
         torch.autograd.grad(out, leaves, torch.randn_like(out))
     yield ("bwd", *recorded.calls[1])
@@ -92,7 +78,9 @@ def main() -> int:
     with ab.files_of(options.commit) as path:
         register = next((path / "csrc" / "cpu").rglob("register.cpp"))
         register.write_text(register.read_text().replace(f"({HERE}, CPU", f"({THERE}, CPU"))
-        load(ab.build(path, MVKERNELS_BUILD_ISAS=extension.instruction_set(), MVKERNELS_REQUIRE_EXT="1"))
+        load(
+            ab.build(path, options.commit, MVKERNELS_BUILD_ISAS=extension.instruction_set(), MVKERNELS_REQUIRE_EXT="1")
+        )
         means = compare(options, lambda name: getattr(getattr(torch.ops, THERE), name).default)
     return int(max(means) > 1 + options.tolerance)
 
@@ -109,11 +97,11 @@ def compare(options: argparse.Namespace, other: Callable[[str], Any]) -> list[fl
             there = other(here.__name__.split(".")[0])
             calls = {"here": partial(here, *arguments), "there": partial(there, *arguments)}
             with torch.no_grad():
-                best = {k: min(t.samples) for k, t in timing.interleave(calls, min_time=options.min_time).items()}
-            ratio = best["here"] / best["there"]
+                times = timing.interleave(calls, min_time=options.min_time)
+            ratio = times["here"].min / times["there"].min
             ratios.setdefault((op.name, mode), []).append(ratio)
-            times = (report.microseconds(best[name]) for name in ("there", "here"))
-            rows.append((op.name, case.label, layout, mode, *times, f"{ratio:.3f}"))
+            shown = (report.microseconds(times[name].min) for name in ("there", "here"))
+            rows.append((op.name, case.label, layout, mode, *shown, f"{ratio:.3f}"))
     progress.close()
     print(report.table(rows, ("op", "shape", "layout", "mode", "there us", "here us", "here/there")))
     means = {key: geomean(found) for key, found in ratios.items()}

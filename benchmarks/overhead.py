@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from _operators import Recorded
 from _results import folder, replace, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvkernels import can_run, report
 from mvkernels.bench import timing
@@ -82,22 +82,14 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
     return [of(shape, groups) for shape in sizes]
 
 
-class _Kept(TorchDispatchMode):
-    """Keeps the last call of an operator of this library."""
-
-    call: Call | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace.startswith("mvkernels_"):
-            self.call = lambda: func(*args)
-        return func(*args, **(kwargs or {}))
-
-
 def operator(op: Op, arguments: Arguments) -> Call | None:
     """The call of the torch operator that the op's call ends in; None on the reference."""
-    with _Kept() as kept:
+    with Recorded() as recorded:
         op.function(**arguments)
-    return kept.call
+    if not recorded.calls:
+        return None
+    kernel, given = recorded.calls[-1]
+    return lambda: kernel(*given)
 
 
 def in_state(function: Callable[..., Tensor], arguments: Arguments, state: str) -> Call:

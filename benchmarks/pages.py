@@ -46,20 +46,16 @@ def performance(results: Path) -> dict[str, str]:
 def op_page(results: Path, op: str) -> str:
     """An op's tables of every machine: by class of shapes, then shape by shape."""
     classes = next(rest for name, *rest in OPS if name == op)
-    title, opening = f"# Performance of {op}\n", f"See how fast `{op}` is at each shape of its suite, and against whom."
-    parts = [title, opening, WRITTEN.format("../")]
-    found = False
+    opening = f"No times of `{op}` are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md)."
+    tables: list[str] = []
     for folder in machines(results):
         for file in sorted(folder.glob(f"{op}*.csv")):
             rows = read(file)
             if not rows or file.stem.removeprefix(op)[:1] not in ("", "_"):
                 continue
-            found = True
-            parts += op_table(rows, op, *classes) + shapes(file.stem, rows)
-    if not found:
-        opening = f"No times of `{op}` are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md)."
-        parts = [title, opening, WRITTEN.format("../")]
-    return "\n".join(parts)
+            opening = f"See how fast `{op}` is at each shape of its suite, and against whom."
+            tables += op_table(rows, op, *classes) + shapes(file.stem, rows)
+    return "\n".join([f"# Performance of {op}\n", opening, WRITTEN.format("../"), *tables])
 
 
 def models_page(results: Path) -> str:

@@ -81,18 +81,18 @@ def run(options: Options, commit: str, tolerance: float = TOLERANCE) -> list[Sid
                     if pair and not medians:
                         continue  # the first pair had no time
                     request["checked"] = pair > 0
-                    both = _measure(row, {"here": here, "there": there}, request, options, 2 * options.min_time / PAIRS)
+                    both = _measure(row, {"here": here, "there": there}, request, options)
                     if both is not None:
                         medians.append(both)
         progress.close()
     for row, _, medians in rows:
-        if medians:
+        if not row.verdict:  # else it says why a pair had no time
             _judge(row, medians, tolerance)
     return [row for row, _, _ in rows]
 
 
 def _measure(
-    row: Side, sides: dict[str, _Worker], request: dict[str, Any], options: Options, seconds: float
+    row: Side, sides: dict[str, _Worker], request: dict[str, Any], options: Options
 ) -> tuple[float, float] | None:
     """The medians here and there of one pair of processes, or None, with the reason in the row."""
     answers = {name: side.ask(request) for name, side in sides.items()}
@@ -102,7 +102,7 @@ def _measure(
             return None
     samples: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffle = list(sides), random.Random(0).shuffle
-    end = time.perf_counter() + seconds
+    end = time.perf_counter() + 2 * options.min_time / PAIRS
     while not (_enough(len(samples["here"]), options) and (options.rounds or time.perf_counter() >= end)):
         shuffle(order)
         for name in order:
@@ -136,7 +136,10 @@ def files_of(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mvkernels-ab-") as folder:
         path = Path(folder) / "checkout"
         # Not a worktree: that would be written into the repository, and stay there if this process is killed.
-        _git("archive", "--format=tar", f"--output={folder}/checkout.tar", found)
+        try:
+            _git("archive", "--format=tar", f"--output={folder}/checkout.tar", found)
+        except subprocess.CalledProcessError as error:
+            raise report.UsageError(f"--ab {commit}: {_last_line(error)}") from None
         with tarfile.open(f"{folder}/checkout.tar") as files:
             files.extractall(path, filter="data")
         yield path
@@ -152,21 +155,22 @@ def checkout(commit: str) -> Iterator[Path]:
                 for file in built:
                     shutil.copy2(file, path / "mvkernels")
             else:
-                build(path)
+                build(path, commit)
         yield path
 
 
-def build(path: Path, **environment: str) -> Path:
-    """Build the extension of a checkout in place. Raises UsageError if that cannot be done."""
-    print("building the extension of the other commit", file=sys.stderr)
+def build(path: Path, commit: str, **environment: str) -> Path:
+    """Build the extension of a commit's checkout in place. Raises UsageError if that cannot be done."""
+    print(f"building the extension of {commit[:10]}", file=sys.stderr)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     try:
         subprocess.run(command, cwd=path, check=True, capture_output=True, text=True, env={**os.environ, **environment})
-        return next((path / "mvkernels").glob("_C*.so"))
     except subprocess.CalledProcessError as error:
-        raise report.UsageError(f"the extension of the other commit: {_last_line(error)}") from None
-    except StopIteration:
-        raise report.UsageError("the extension of the other commit could not be built") from None
+        raise report.UsageError(f"--ab {commit}: {_last_line(error)}") from None
+    built = next((path / "mvkernels").glob("_C*.so"), None)
+    if built is None:
+        raise report.UsageError(f"--ab {commit[:10]}: the C++ extension of that commit could not be built")
+    return built
 
 
 def _git(*arguments: str) -> str:

@@ -70,17 +70,13 @@ def page(folder: Path, files: Sequence[Path]) -> str:
     for name, file in zip(names, files):
         try:
             tables.append(_read(file))
-            rows = read_csv(file) if set(COLUMNS[:18]) <= set(tables[-1][1]) else []
+            rows = read_csv(file) if _of_ops(tables[-1][1]) else []
             sections.append(_section(name, rows, *tables[-1]))
             roofs.append(_roofline(name, rows))
         except (OSError, ValueError, csv.Error) as error:
             raise report.UsageError(f"{file} cannot be read: {error}") from None
     try:
-        found = "".join(roofs)
-        caption = "Floors in bytes and FLOPs; the line is the copy and the matrix product measured in the run."
-        opening = _opening(
-            tables, f'<h2>Rooflines</h2><p>{caption}</p><div class="grid">{found}</div>' if found else ""
-        )
+        opening = _opening(tables, "".join(roofs))
     except ValueError as error:
         raise report.UsageError(f"--html {folder}: a speed-up is not a number: {error}") from None
     links = "".join(f'<a href="#{html.escape(name)}">{html.escape(name)}</a> ' for name in names)
@@ -100,7 +96,7 @@ def _opening(tables: Sequence[Table], rooflines: str) -> str:
     models: dict[str, list[svg.Bar]] = {}
     means: list[list[str]] = []
     for lines, columns in tables:
-        if set(COLUMNS[:18]) <= set(columns):
+        if _of_ops(columns):
             groups = _grouped(lines, ("op", "device", "dtype", "provider", "mode"), "best_peer")
             for (op, device, dtype, provider, mode), found in groups.items():
                 bar = svg.Bar(f"{dtype}, {MODE.get(mode, mode)}, {provider}", geomean(found), True)
@@ -122,6 +118,9 @@ def _opening(tables: Sequence[Table], rooflines: str) -> str:
         panels.append(("Whole models: how many times as fast, geometric mean", list(models.items())))
     if ops:
         panels.append(("Ops: times as fast as the best peer at each shape, geometric mean", list(ops.items())))
+    if rooflines:
+        caption = "Floors in bytes and FLOPs; the line is the copy and the matrix product measured in the run."
+        rooflines = f'<h2>Rooflines</h2><p>{caption}</p><div class="grid">{rooflines}</div>'
     if not panels:
         return rooflines
     header = ("what", "device", "how", "against", "rows", "geometric mean", "worst")
@@ -133,6 +132,10 @@ def _read(file: Path) -> Table:
     with file.open(newline="") as text:
         reader = csv.DictReader(text)
         return list(reader), list(reader.fieldnames or ())
+
+
+def _of_ops(columns: Sequence[str]) -> bool:
+    return set(COLUMNS[:18]) <= set(columns)
 
 
 def _grouped(lines: Sequence[dict[str, str]], by: Sequence[str], needed: str) -> dict[tuple[str, ...], list[float]]:

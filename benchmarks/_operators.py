@@ -1,0 +1,20 @@
+"""The torch operators that calls of this library's ops end in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the calls of this library's operators, as (operator, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.startswith("mvkernels_"):
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
