@@ -1,0 +1,106 @@
+// Moves, and conversions from one type to another.
+#include <cmath>
+#include <limits>
+
+#include "lanewise.h"
+
+namespace ptx {
+namespace {
+
+// Rounds to nearest, ties away from zero, to the ten bits that tensor cores take.
+uint32_t to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000 : bits;
+}
+
+template <class H>
+uint32_t pair_of(float high, float low) {
+  return static_cast<uint32_t>(std::bit_cast<uint16_t>(H(high))) << 16 | std::bit_cast<uint16_t>(H(low));
+}
+
+// What does not fit becomes the nearest that does, NaN zero.
+template <class To, class From>
+To integer_of(From x) {
+  if (std::isnan(x)) return 0;
+  if (x <= static_cast<From>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
+  if (x >= static_cast<From>(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
+  return static_cast<To>(x);
+}
+
+template <class From, class To>
+void between_integers(const std::string& from, const std::string& to) {
+  lanewise<[](From a) { return static_cast<To>(a); }>("cvt." + to + "." + from, CONVERT);
+}
+
+template <class From>
+void from_integers(const std::string& from) {
+  between_integers<From, int16_t>(from, "s16"), between_integers<From, uint16_t>(from, "u16");
+  between_integers<From, int32_t>(from, "s32"), between_integers<From, uint32_t>(from, "u32");
+  between_integers<From, int64_t>(from, "s64"), between_integers<From, uint64_t>(from, "u64");
+  lanewise<[](From a) { return static_cast<float>(a); }>("cvt.rn.f32." + from, CONVERT);
+  lanewise<[](From a) { return static_cast<double>(a); }>("cvt.rn.f64." + from, CONVERT);
+  lanewise<[](float a) { return integer_of<From>(std::trunc(a)); }>("cvt.rzi." + from + ".f32", CONVERT);
+  lanewise<[](double a) { return integer_of<From>(std::trunc(a)); }>("cvt.rzi." + from + ".f64", CONVERT);
+  lanewise<[](float a) { return integer_of<From>(std::nearbyint(a)); }>("cvt.rni." + from + ".f32", CONVERT);
+}
+
+template <class T>
+void add_move(const std::string& type) {
+  lanewise<[](T a) { return a; }>("mov." + type, MOVE);
+}
+
+// mov of a register to a list of its parts, the lowest first, and back. Opcode's a: the bytes of the whole.
+void unpack(Warp& warp, const Instruction& in, Mask active) {
+  const int parts = in.count - 1, bytes = in.a / parts;
+  const int64_t whole = in.operand[parts];
+  for (int part = 0; part < parts; part++) {
+    uint8_t lanes[LANES * 4];
+    for (int lane = 0; lane < LANES; lane++) {
+      std::memcpy(lanes + lane * bytes, warp.lanes<uint8_t>(whole) + lane * in.a + part * bytes, bytes);
+    }
+    if (bytes == 4) warp.put(in.operand[part], reinterpret_cast<uint32_t*>(lanes), active, warp.defined(whole));
+    if (bytes == 2) warp.put(in.operand[part], reinterpret_cast<uint16_t*>(lanes), active, warp.defined(whole));
+  }
+}
+
+void pack(Warp& warp, const Instruction& in, Mask active) {
+  const int parts = in.count - 1, bytes = in.a / parts;
+  uint8_t lanes[LANES * 8];
+  Mask defined = ALL;
+  for (int part = 0; part < parts; part++) {
+    const int64_t from = in.operand[1 + part];
+    defined &= warp.defined(from);
+    for (int lane = 0; lane < LANES; lane++) {
+      std::memcpy(lanes + lane * in.a + part * bytes, warp.lanes<uint8_t>(from) + lane * bytes, bytes);
+    }
+  }
+  if (in.a == 8) warp.put(in.operand[0], reinterpret_cast<uint64_t*>(lanes), active, defined);
+  if (in.a == 4) warp.put(in.operand[0], reinterpret_cast<uint32_t*>(lanes), active, defined);
+}
+
+}  // namespace
+
+void add_conversions() {
+  from_integers<int16_t>("s16"), from_integers<uint16_t>("u16");
+  from_integers<int32_t>("s32"), from_integers<uint32_t>("u32");
+  from_integers<int64_t>("s64"), from_integers<uint64_t>("u64");
+  lanewise<[](Bfloat a) { return static_cast<float>(a); }>("cvt.f32.bf16", CONVERT);
+  lanewise<[](Half a) { return static_cast<float>(a); }>("cvt.f32.f16", CONVERT);
+  lanewise<[](float a) { return Bfloat(a); }>("cvt.rn.bf16.f32", CONVERT);
+  lanewise<[](float a) { return Half(a); }>("cvt.rn.f16.f32", CONVERT);
+  lanewise<pair_of<Bfloat>>("cvt.rn.bf16x2.f32", CONVERT);
+  lanewise<pair_of<Half>>("cvt.rn.f16x2.f32", CONVERT);
+  lanewise<[](float a) { return static_cast<double>(a); }>("cvt.f64.f32", CONVERT);
+  lanewise<[](double a) { return static_cast<float>(a); }>("cvt.rn.f32.f64", CONVERT);
+  lanewise<to_tf32>("cvt.rna.tf32.f32", CONVERT);
+
+  for (const char* sign : {"b", "u", "s"}) {
+    add_move<uint16_t>(std::string(sign) + "16"), add_move<uint32_t>(std::string(sign) + "32");
+    add_move<uint64_t>(std::string(sign) + "64");
+  }
+  add_move<uint32_t>("f32"), add_move<uint64_t>("f64");
+  opcodes()["mov.b64.unpack"] = {unpack, MOVE, 8}, opcodes()["mov.b32.unpack"] = {unpack, MOVE, 4};
+  opcodes()["mov.b64.pack"] = {pack, MOVE, 8}, opcodes()["mov.b32.pack"] = {pack, MOVE, 4};
+}
+
+}  // namespace ptx

@@ -1,0 +1,203 @@
+// What executes PTX: blocks of warps of 32 lanes, their registers, and the memories with what was done to each byte.
+//
+// A warp runs alone until it waits at a barrier or ends; then the next one runs. Registers have a bit a lane that says
+// whether the lane holds a defined value; it goes along with the value, through memory too, and only a use that
+// cannot be taken back is a fault: as an address, to decide a branch, or stored to a tensor.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace ptx {
+
+using Mask = uint32_t;  // a bit a lane
+constexpr int LANES = 32;
+constexpr Mask ALL = ~Mask{0};
+
+struct Warp;
+struct Instruction;
+using Handler = void (*)(Warp&, const Instruction&, Mask active);
+
+// Classes of instructions that are counted.
+enum Class {
+  INTEGER, FLOAT, SPECIAL, CONVERT, MOVE, PREDICATE, SHUFFLE, GLOBAL, SHARED, ASYNC, MATRIX, BARRIER, CONTROL, CLASSES
+};
+
+struct Opcode {
+  Handler handler = nullptr;
+  Class kind = INTEGER;
+  int a = 0, b = 0;  // what the handler makes of them: a width and a count, a shape
+};
+
+std::unordered_map<std::string, Opcode>& opcodes();
+void add_arithmetic();
+void add_conversions();
+void add_transfers();
+void add_matrices();
+void add_control();
+
+struct Instruction : Opcode {
+  int guard = -1;  // register of the predicate, or none
+  bool negated = false;
+  const int64_t* operand = nullptr;  // registers, as offsets into a warp's file, and plain numbers
+  int count = 0;
+};
+
+// Heads a register's lanes in the file; a predicate's lanes are one Mask.
+struct Register {
+  Mask defined;
+  uint32_t in_flight;  // asynchronous products that will write it
+  uint32_t written;    // when, in the clock of its warp
+  Mask held;           // what `defined` will be when none is in flight; meanwhile it is 0
+};
+
+// What is known of one byte. Epochs are the stretches between two barriers of a block, numbered on and on.
+struct Trace {
+  uint32_t write_epoch, read_epoch, first_read_epoch;
+  uint32_t readers;       // warps, a bit each, in read_epoch
+  uint32_t write_clock;   // of the writing warp: tells apart the stores of one instruction
+  uint32_t proxy_fences;  // of the writing warp, when it wrote
+  uint32_t warp_syncs;    // the same
+  uint16_t writer;        // thread
+  uint8_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
+  bool defined;
+};
+
+// A tensor: where the kernel sees it, where it lies, and which of its bytes belong to it.
+struct Region {
+  uint64_t address;
+  uint64_t size;
+  uint8_t* data;
+  const uint8_t* allowed;
+  Trace* trace;
+};
+constexpr int REGION_BITS = 40;  // so far apart that no offset leads from one to the next
+
+enum Fault {
+  OUT_OF_BOUNDS, MISALIGNED, UNDEFINED, RACE, RACE_BETWEEN_BLOCKS, RACE_BETWEEN_LANES, IN_FLIGHT, UNFENCED,
+  DIVERGENT, ENDLESS, FAULTS
+};
+
+struct Finding {
+  int64_t count = 0;
+  int block = 0, warp = 0;
+};
+
+struct Counters {
+  uint64_t issued[CLASSES];
+  uint64_t accesses[2][2][5];  // shared or global; load or store; by log2 of the bytes of a lane
+  uint64_t global_requests, global_sectors, global_bytes;
+  uint64_t shared_requests, shared_wavefronts, shared_phases;
+  uint64_t matrix_flops;
+};
+
+struct Machine {
+  std::vector<Instruction> program;
+  std::vector<Region> regions;
+  std::map<std::pair<int, int>, Finding> findings;  // by kind and instruction
+  Counters counters{};
+  bool skewed = false;  // approximations are wrong by as much as they may be
+  uint32_t epoch = 0, launch_epoch = 0, block_epoch = 0;
+
+  Region* region_of(uint64_t address);
+};
+
+struct Copy {  // cp.async of one lane
+  uint32_t to;
+  uint64_t from;
+  int bytes, source_bytes, lane;
+};
+
+struct Product {  // wgmma of one warp
+  const Instruction* instruction;
+  std::array<uint64_t, 2> descriptors;
+  bool accumulate;
+};
+
+template <class T>
+struct Queue {  // groups of asynchronous operations, the oldest first; the last is open
+  std::deque<std::vector<T>> groups{{}};
+  void commit() { groups.emplace_back(); }
+};
+
+constexpr uint32_t SHARED_BASE = 1024;  // as on sm_90, where the first KiB is the system's
+
+struct Block {
+  Machine& machine;
+  int index;
+  std::vector<uint8_t> shared;
+  std::vector<Trace> trace;
+  std::vector<Warp*> warps;
+};
+
+struct Warp {
+  Block& block;
+  int index;
+  std::vector<uint64_t> file;
+  std::array<uint32_t, LANES> pc{};
+  uint32_t at = 0;  // the instruction that runs
+  Mask exited = 0;
+  bool waits = false;
+  uint32_t clock = 1, fenced = 0, proxy_fences = 1, syncs = 1;
+  Queue<Copy> copies{};
+  Queue<Product> products{};
+
+  Machine& machine() { return block.machine; }
+  Register& head(int64_t at) { return *reinterpret_cast<Register*>(reinterpret_cast<char*>(file.data()) + at); }
+  template <class T>
+  T* lanes(int64_t at) {
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(file.data()) + at + sizeof(Register));
+  }
+  Mask& predicate(int64_t at) { return *lanes<Mask>(at); }
+  Mask defined(int64_t at) { return head(at).defined; }
+
+  void note(Register& head, Mask active, Mask defined) {
+    head.defined = (head.defined & ~active) | (defined & active);
+    head.written = clock;
+  }
+  template <class T>
+  void put(int64_t at, const T* values, Mask active, Mask defined) {
+    if (at < 0) return;  // a sink
+    note(head(at), active, defined);
+    T* mine = lanes<T>(at);
+    if (active == ALL) {
+      std::memcpy(mine, values, LANES * sizeof(T));
+    } else {
+      for (int lane = 0; lane < LANES; lane++) mine[lane] = active >> lane & 1 ? values[lane] : mine[lane];
+    }
+  }
+  void put_predicate(int64_t at, Mask value, Mask active, Mask defined) {
+    if (at < 0) return;
+    note(head(at), active, defined);
+    predicate(at) = (predicate(at) & ~active) | (value & active);
+  }
+  void fault(Fault kind);
+};
+
+// Memory: one lane's access. Reads give whether all bytes were defined; both are checked against the other accesses.
+bool read_shared(Warp& warp, int lane, uint32_t address, int bytes, void* to);
+void write_shared(Warp& warp, int lane, uint32_t address, int bytes, const void* from, bool defined);
+bool read_global(Warp& warp, int lane, uint64_t address, int bytes, void* to);
+void write_global(Warp& warp, int lane, uint64_t address, int bytes, const void* from);
+bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared);
+// An asynchronous access begins, or ends.
+void begin_read(Warp& warp, uint32_t address, int bytes);
+void end_read(Warp& warp, uint32_t address, int bytes);
+void begin_write(Warp& warp, uint32_t address, int bytes);
+void end_write(Warp& warp, uint32_t address, int bytes);
+// Counts a request of a warp: what each lane wants, and which lanes want something.
+void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store);
+void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store);
+
+enum Control { BRANCH, EXIT, WAIT };  // what only the scheduler can do: Opcode's a
+
+void run_block(Block& block, uint64_t limit);
+void skew(bool on);
+
+}  // namespace ptx

@@ -1,0 +1,204 @@
+// Accesses to memory, byte by byte: whether they are in bounds, aligned, defined, and apart from other accesses by a
+// barrier. And what they cost: sectors of 32 bytes in global memory, passes over the 32 banks in shared memory.
+#include <algorithm>
+#include <bit>
+#include <set>
+
+#include "machine.h"
+
+namespace ptx {
+
+void Warp::fault(Fault kind) {
+  Finding& found = machine().findings[{kind, static_cast<int>(at)}];
+  if (found.count++ == 0) found.block = block.index, found.warp = index;
+}
+
+Region* Machine::region_of(uint64_t address) {
+  const uint64_t index = (address >> REGION_BITS) - 1;
+  return index < regions.size() ? &regions[index] : nullptr;
+}
+
+namespace {
+
+struct Place {
+  uint8_t* data = nullptr;
+  Trace* trace = nullptr;
+};
+
+Place shared_at(Warp& warp, uint32_t address, int bytes) {
+  if (!in_bounds(warp, address, bytes, true)) return {};
+  return {&warp.block.shared[address - SHARED_BASE], &warp.block.trace[address - SHARED_BASE]};
+}
+
+Place global_at(Warp& warp, uint64_t address, int bytes) {
+  if (!in_bounds(warp, address, bytes, false)) return {};
+  Region& region = *warp.machine().region_of(address);
+  const uint64_t offset = address - region.address;
+  return {region.data + offset, region.trace + offset};
+}
+
+// Written by another lane of this warp, and the warp has not been synchronised since.
+bool between_lanes(Warp& warp, int lane, const Trace& byte, uint32_t epoch) {
+  return lane >= 0 && byte.write_epoch == epoch && byte.writer / LANES == warp.index &&
+         byte.writer % LANES != lane && byte.warp_syncs == warp.syncs;
+}
+
+void check_read(Warp& warp, int lane, Trace& byte) {
+  const Machine& machine = warp.machine();
+  if (byte.pending_writes) warp.fault(IN_FLIGHT);
+  if (byte.write_epoch >= machine.block_epoch) {
+    if (byte.write_epoch == machine.epoch && byte.writer / LANES != warp.index) warp.fault(RACE);
+    if (between_lanes(warp, lane, byte, machine.epoch)) warp.fault(RACE_BETWEEN_LANES);
+  } else if (byte.write_epoch >= machine.launch_epoch) {
+    warp.fault(RACE_BETWEEN_BLOCKS);
+  }
+  if (byte.read_epoch != machine.epoch) {
+    if (byte.read_epoch < machine.launch_epoch) byte.first_read_epoch = machine.epoch;
+    byte.read_epoch = machine.epoch, byte.readers = 0;
+  }
+  byte.readers |= 1u << warp.index;
+}
+
+void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
+  const Machine& machine = warp.machine();
+  if (byte.pending_writes || byte.pending_reads) warp.fault(IN_FLIGHT);
+  if (byte.write_epoch >= machine.block_epoch) {
+    // Two warps may store the same value: copies of a small tensor that several warps hold.
+    const bool other = byte.writer / LANES != warp.index;
+    if (byte.write_epoch == machine.epoch && other && !same_value) warp.fault(RACE);
+    const bool at_once = byte.write_epoch == machine.epoch && !other && byte.write_clock == warp.clock;
+    if (at_once && byte.writer % LANES != lane && lane >= 0 && !same_value) warp.fault(RACE_BETWEEN_LANES);
+  } else if (byte.write_epoch >= machine.launch_epoch) {
+    warp.fault(RACE_BETWEEN_BLOCKS);
+  }
+  if (byte.read_epoch == machine.epoch && (byte.readers & ~(1u << warp.index))) warp.fault(RACE);
+  const bool read = byte.read_epoch >= machine.launch_epoch && byte.first_read_epoch < machine.block_epoch;
+  if (read) warp.fault(RACE_BETWEEN_BLOCKS);
+}
+
+bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
+  if (place.data == nullptr) return false;
+  bool defined = true;
+  for (int i = 0; i < bytes; i++) {
+    check_read(warp, lane, place.trace[i]);
+    defined &= place.trace[i].defined;
+  }
+  std::memcpy(to, place.data, bytes);
+  return defined;
+}
+
+void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool defined) {
+  if (place.data == nullptr) return;
+  for (int i = 0; i < bytes; i++) {
+    Trace& byte = place.trace[i];
+    check_write(warp, lane, byte, place.data[i] == static_cast<const uint8_t*>(from)[i]);
+    byte.write_epoch = warp.machine().epoch;
+    byte.write_clock = warp.clock;
+    byte.proxy_fences = warp.proxy_fences;
+    byte.warp_syncs = warp.syncs;
+    byte.writer = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
+    byte.defined = defined;
+  }
+  std::memcpy(place.data, from, bytes);
+}
+
+}  // namespace
+
+bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared) {
+  if (address % bytes) {
+    warp.fault(MISALIGNED);
+    return false;
+  }
+  bool inside;
+  if (shared) {
+    inside = address >= SHARED_BASE && address - SHARED_BASE + bytes <= warp.block.shared.size();
+  } else {
+    const Region* region = warp.machine().region_of(address);
+    inside = region && address >= region->address && address - region->address + bytes <= region->size;
+    for (int i = 0; inside && region->allowed && i < bytes; i++) inside = region->allowed[address - region->address + i];
+  }
+  if (!inside) warp.fault(OUT_OF_BOUNDS);
+  return inside;
+}
+
+bool read_shared(Warp& warp, int lane, uint32_t address, int bytes, void* to) {
+  return read(warp, lane, shared_at(warp, address, bytes), bytes, to);
+}
+void write_shared(Warp& warp, int lane, uint32_t address, int bytes, const void* from, bool defined) {
+  write(warp, lane, shared_at(warp, address, bytes), bytes, from, defined);
+}
+bool read_global(Warp& warp, int lane, uint64_t address, int bytes, void* to) {
+  return read(warp, lane, global_at(warp, address, bytes), bytes, to);
+}
+void write_global(Warp& warp, int lane, uint64_t address, int bytes, const void* from) {
+  write(warp, lane, global_at(warp, address, bytes), bytes, from, true);
+}
+
+void begin_read(Warp& warp, uint32_t address, int bytes) {
+  const Place place = shared_at(warp, address, bytes);
+  for (int i = 0; place.data && i < bytes; i++) {
+    Trace& byte = place.trace[i];
+    check_read(warp, -1, byte);
+    // The asynchronous proxy sees a store only after its own warp's fence.
+    const bool stored = byte.defined && byte.write_epoch >= warp.machine().block_epoch;
+    if (stored && warp.block.warps[byte.writer / LANES]->proxy_fences == byte.proxy_fences) warp.fault(UNFENCED);
+    byte.pending_reads++;
+  }
+}
+void end_read(Warp& warp, uint32_t address, int bytes) {
+  const Place place = shared_at(warp, address, bytes);
+  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads--;
+}
+void begin_write(Warp& warp, uint32_t address, int bytes) {
+  const Place place = shared_at(warp, address, bytes);
+  for (int i = 0; place.data && i < bytes; i++) {
+    check_write(warp, -1, place.trace[i], false);
+    place.trace[i].pending_writes++;
+  }
+}
+void end_write(Warp& warp, uint32_t address, int bytes) {
+  const Place place = shared_at(warp, address, bytes);
+  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_writes--;
+}
+
+void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store) {
+  if (!active) return;
+  Counters& counters = warp.machine().counters;
+  std::array<uint64_t, LANES> sectors;  // an access is aligned, so it lies in one
+  int lanes = 0;
+  for (int lane = 0; lane < LANES; lane++) {
+    if (active >> lane & 1) sectors[lanes++] = address[lane] / 32;
+  }
+  std::sort(sectors.begin(), sectors.begin() + lanes);
+  counters.accesses[1][store][std::countr_zero(static_cast<unsigned>(bytes))] += lanes;
+  counters.global_requests++;
+  counters.global_sectors += std::unique(sectors.begin(), sectors.begin() + lanes) - sectors.begin();
+  counters.global_bytes += static_cast<uint64_t>(lanes) * bytes;
+}
+
+void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store) {
+  if (!active) return;
+  Counters& counters = warp.machine().counters;
+  counters.shared_requests++;
+  counters.accesses[0][store][std::countr_zero(static_cast<unsigned>(bytes))] += std::popcount(active);
+  // A pass serves 128 bytes: all lanes, or with wide accesses the half or the quarter of them.
+  const int lanes = std::min(LANES, 128 / bytes), words = std::max(bytes / 4, 1);
+  for (int first = 0; first < LANES; first += lanes) {
+    std::array<std::array<uint32_t, LANES>, 32> wanted;  // different words of a bank
+    std::array<int, 32> count{};
+    bool any = false;
+    for (int lane = first; lane < first + lanes; lane++) {
+      for (int i = 0; (active >> lane & 1) && i < words; i++) {
+        const uint32_t word = static_cast<uint32_t>(address[lane] / 4) + i;
+        auto &bank = wanted[word % 32];
+        int &known = count[word % 32];
+        if (std::find(bank.begin(), bank.begin() + known, word) == bank.begin() + known) bank[known++] = word;
+        any = true;
+      }
+    }
+    counters.shared_phases += any;
+    counters.shared_wavefronts += *std::max_element(count.begin(), count.end());
+  }
+}
+
+}  // namespace ptx

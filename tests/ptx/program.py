@@ -1,0 +1,173 @@
+"""A module's instructions as the machine takes them: registers at offsets, immediates in registers of their own."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tests.ptx.module import BYTES, Module, Statement, Unsupported
+
+HEAD = 16
+"""Bytes before a register's lanes. The machine says the same of itself, which machine.py checks."""
+LANES = 32
+SHARED_BASE = 1024
+
+
+@dataclass
+class Program:
+    """What the machine runs."""
+
+    module: Module
+    names: list[str] = field(default_factory=list)
+    guards: list[int] = field(default_factory=list)
+    operands: list[list[int]] = field(default_factory=list)
+    constants: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Offset of each register that holds the same from the start: by bytes (0: predicate) and bits."""
+    parameters: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    """The same of parameters: by name, type as read, and bytes of the register."""
+    registers: dict[str, int] = field(default_factory=dict)
+    file_bytes: int = 0
+
+    def allocate(self, lane_bytes: int) -> int:
+        """Offset of a new register."""
+        at = self.file_bytes
+        self.file_bytes += HEAD + (lane_bytes * LANES or 8)
+        return at
+
+    def constant(self, bits: int, lane_bytes: int) -> int:
+        """Offset of a register that holds these bits."""
+        key = lane_bytes, bits & ((1 << (8 * lane_bytes or 1)) - 1)
+        if key not in self.constants:
+            self.constants[key] = self.allocate(lane_bytes)
+        return self.constants[key]
+
+    def register(self, name: str) -> int:
+        """Offset of a register of the module, or -1 for a sink."""
+        if name == "_":
+            return -1
+        if name not in self.registers:
+            self.registers[name] = self.allocate(4 if "." in name else self.module.bytes_of(name))
+        return self.registers[name]
+
+    def value(self, text: str, lane_bytes: int) -> int:
+        """Offset of what may be a register, a special register, an immediate or an address in shared memory."""
+        if text.startswith("%") or text == "_" or text in self.module.registers:
+            if re.fullmatch(r"%n?(tid|ctaid)\.[yz]", text):
+                return self.constant(int(text.startswith("%n")), 4)
+            if "." in text and text not in ("%tid.x", "%ctaid.x"):
+                raise Unsupported(text)
+            return self.register(text)
+        return self.constant(immediate(text), lane_bytes)
+
+
+def immediate(text: str) -> int:
+    """Bits of an immediate or of an address in shared memory."""
+    if text.startswith("global_smem"):
+        return SHARED_BASE + int(text.partition("+")[2] or 0)
+    if text[:2] in ("0f", "0F"):
+        return int(text[2:], 16)
+    if text[:2] in ("0d", "0D"):
+        return int(text[2:], 16)
+    if text in ("true", "false"):
+        return int(text == "true")
+    if re.fullmatch(r"-?\d+\.\d*", text):
+        return struct.unpack("<I", struct.pack("<f", float(text)))[0]
+    try:
+        return int(text.rstrip("U"), 0)
+    except ValueError:
+        raise Unsupported(f"operand {text}") from None
+
+
+def encode(module: Module, known: Iterable[str] | None = None) -> Program:
+    """Registers, constants and operands of a module's instructions."""
+    program = Program(module)
+    for statement in module.statements:
+        try:
+            name, operands = _encoded(program, statement)
+        except KeyError as error:
+            raise Unsupported(f"{statement}: register {error}") from None
+        program.names.append(name)
+        program.operands.append(operands)
+        program.guards.append(program.register(statement.guard) if statement.guard else -1)
+    return program
+
+
+def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
+    name, operands = statement.name, list(statement.operands)
+    name = re.sub(r"\.(uni|L1::\w+|L2::\w+|weak|relaxed|gpu|cta(?=\.)|volatile)(?=\.|$)", "", name)
+    name = re.sub(r"(ld|st)(\.\w+)\.shared::cta", r"\1\2.shared", name)
+    if name.startswith("ld.param"):
+        return _parameter(program, statement)
+    if name == "bra":
+        return name, [program.module.labels[str(operands[0])]]
+    if name in ("bar.sync", "barrier.sync"):
+        if operands != ["0"]:
+            raise Unsupported(f"{statement}: a barrier of its own, or of some of the warps")
+        return name, []
+    if name in ("cp.async.wait_group", "wgmma.wait_group.sync.aligned"):
+        return name, [immediate(str(operands[0]))]
+    if name.startswith("mov.") and isinstance(operands[0], tuple):
+        name += ".unpack"
+    elif name.startswith("mov.") and isinstance(operands[1], tuple):
+        name += ".pack"
+    if name.startswith("shfl") and "|" not in operands[0]:
+        operands[0] = f"{operands[0]}|_"
+    found: list[int] = []
+    for position, operand in enumerate(operands):
+        if isinstance(operand, str) and "|" in operand:
+            operand = tuple(operand.split("|"))
+        if isinstance(operand, str) and operand.startswith("["):
+            found += _address(program, name, operand)
+        elif _is_number(name, position, statement):
+            found.append(immediate(str(operand)))
+        else:
+            width = _width(name, position)
+            found += [program.value(each, width) for each in ([operand] if isinstance(operand, str) else operand)]
+    return name, found
+
+
+def _parameter(program: Program, statement: Statement) -> tuple[str, list[int]]:
+    to, where = map(str, statement.operands)
+    kind = statement.name.removeprefix("ld.param.")
+    lane_bytes = program.module.bytes_of(to)
+    key = where.strip("[]"), kind, lane_bytes
+    if key not in program.parameters:
+        program.parameters[key] = program.allocate(lane_bytes)
+    return f"mov.b{8 * lane_bytes}", [program.register(to), program.parameters[key]]
+
+
+def _address(program: Program, name: str, text: str) -> list[int]:
+    base, _, offset = text[1:-1].replace(" ", "").replace("+-", "-").partition("+")
+    if "-" in base[1:]:
+        base, _, offset = base.partition("-")
+        offset = f"-{offset}"
+    shared = ".shared" in name and not base.startswith("%rd")
+    return [program.value(base, 4 if shared else 8), int(offset or 0)]
+
+
+def _is_number(name: str, position: int, statement: Statement) -> bool:
+    # Operands that are no registers: the width of a copy, and what follows wgmma's predicate.
+    if name.startswith("cp.async"):
+        return position == 2
+    return name.startswith("wgmma.mma_async") and position > 3
+
+
+def _width(name: str, position: int) -> int:
+    """Bytes of an immediate in this place."""
+    parts = name.split(".")
+    kind = parts[-1] if parts[-1] in BYTES else "b32"
+    if name.startswith("wgmma.mma_async"):
+        return 0 if position == 3 else 4
+    if parts[0] == "selp" and position == 3:
+        return 0
+    if parts[0] in ("shl", "shr", "bfe") and position >= 2:
+        return 4
+    if name.startswith("mad.wide") and position == 3:
+        return 2 * BYTES[kind]
+    if name.startswith("vote") and position == 1:
+        return 0
+    if name.startswith("vote"):
+        return 4
+    return max(BYTES[kind], 2) if kind != "pred" else 0
