@@ -82,10 +82,12 @@ class Memory:
         self._fresh: dict[int, tuple[weakref.ref[Any], np.ndarray[Any, Any]]] = {}
 
     def allocated(self, tensor: torch.Tensor) -> None:
-        """A tensor that torch.empty has just made: what is in it now counts as not defined."""
+        """A tensor that torch.empty has just made: its elements are filled with NaN, and count as not defined."""
         storage = tensor.untyped_storage()
-        if storage.nbytes():
-            self._fresh[storage.data_ptr()] = weakref.ref(storage), _bytes_of(tensor).copy()
+        if storage.nbytes() and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+            element = _bytes_of(tensor)[: tensor.element_size()].copy()
+            self._fresh[storage.data_ptr()] = weakref.ref(storage), element
 
     def trace_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         """Of the storage's bytes, ready for a launch."""
@@ -99,7 +101,8 @@ class Memory:
         defined = None
         if fresh is not None and fresh[0]() is storage:
             # Whatever PyTorch has written since is defined, and what kernels have stored the trace knows.
-            defined = np.ascontiguousarray(_bytes_of(tensor) != fresh[1]).astype(np.uint8)
+            changed = (_bytes_of(tensor).reshape(-1, len(fresh[1])) != fresh[1]).any(1)
+            defined = np.repeat(changed, len(fresh[1]))
         machine.library().ptx_define(known[1].ctypes.data, None if defined is None else defined.ctypes.data, size)
         return known[1]
 

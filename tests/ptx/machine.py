@@ -24,7 +24,7 @@ FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC")
 CLASSES = ("integer", "float", "special", "convert", "move", "predicate", "shuffle", "global", "shared", "async",
            "matrix", "barrier", "control")  # fmt: skip
 FAULTS = ("out of bounds", "misaligned", "undefined value", "race", "race between blocks", "race between lanes",
-          "in flight", "unfenced", "divergent", "endless")  # fmt: skip
+          "in flight", "unfenced bytes", "unfenced register", "divergent", "endless")  # fmt: skip
 LIMIT = 200_000_000
 """Instructions of a block, before it is called endless."""
 

@@ -61,6 +61,14 @@ class Program:
             return self.register(text)
         return self.constant(immediate(text), lane_bytes)
 
+    def width(self, text: str, immediate_bytes: int) -> int | None:
+        """Bytes of a register or an immediate; None of a sink."""
+        if text == "_":
+            return None
+        if text in self.module.registers or (text.startswith("%") and "." not in text):
+            return self.module.bytes_of(text)
+        return 4 if text.startswith("%") else immediate_bytes
+
 
 def immediate(text: str) -> int:
     """Bits of an immediate or of an address in shared memory."""
@@ -115,6 +123,8 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
     if name.startswith("shfl") and "|" not in operands[0]:
         operands[0] = f"{operands[0]}|_"
     found: list[int] = []
+    widths: list[int | None] = []
+    memory = name.startswith(("ld.", "st."))
     for position, operand in enumerate(operands):
         if isinstance(operand, str) and "|" in operand:
             operand = tuple(operand.split("|"))
@@ -124,8 +134,12 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
             found.append(immediate(str(operand)))
         else:
             width = _width(name, position)
-            found += [program.value(each, width) for each in ([operand] if isinstance(operand, str) else operand)]
-    return name, found
+            listed = [operand] if isinstance(operand, str) else operand
+            found += [program.value(each, width) for each in listed]
+            widths += [program.width(each, width) for each in listed]
+            if not (memory or name.startswith(("wgmma", "shfl"))) and set(widths[-len(listed) :]) - {width, None}:
+                raise Unsupported(f"{statement}: registers of {widths[-len(listed) :]} bytes, not {width}")
+    return name, found + [each or 0 for each in widths if memory]
 
 
 def _parameter(program: Program, statement: Statement) -> tuple[str, list[int]]:
@@ -155,19 +169,21 @@ def _is_number(name: str, position: int, statement: Statement) -> bool:
 
 
 def _width(name: str, position: int) -> int:
-    """Bytes of an immediate in this place."""
+    """Bytes of an operand."""
     parts = name.split(".")
-    kind = parts[-1] if parts[-1] in BYTES else "b32"
-    if name.startswith("wgmma.mma_async"):
-        return 0 if position == 3 else 4
-    if parts[0] == "selp" and position == 3:
-        return 0
-    if parts[0] in ("shl", "shr", "bfe") and position >= 2:
-        return 4
-    if name.startswith("mad.wide") and position == 3:
-        return 2 * BYTES[kind]
-    if name.startswith("vote") and position == 1:
-        return 0
-    if name.startswith("vote"):
-        return 4
-    return max(BYTES[kind], 2) if kind != "pred" else 0
+    known = [BYTES[each] for each in parts if each in BYTES]
+    width = known[-1] if known else 4
+    match parts[0], position:
+        case ("setp", 0) | ("selp", 3) | ("vote", 1) | ("wgmma", 3):
+            return 0
+        case ("shl" | "shr" | "bfe", 2 | 3) | ("vote", 2) | ("wgmma" | "ldmatrix" | "stmatrix", _):
+            return 4
+        case ("mul" | "mad", 0) | ("mad", 3) if "wide" in parts:
+            return 2 * width
+        case ("cvt", 0):
+            return known[0]
+        case ("mov", 0) if parts[-1] == "unpack":
+            return width // 2
+        case ("mov", 1) if parts[-1] == "pack":
+            return width // 2
+    return max(width, 2) if parts[-1] != "pred" else 0

@@ -44,9 +44,17 @@ void from_integers(const std::string& from) {
   lanewise<[](float a) { return integer_of<From>(std::nearbyint(a)); }>("cvt.rni." + from + ".f32", CONVERT);
 }
 
+// A copy is as old as what it is a copy of: ptxas gives both one register where it can. LLVM puts such copies anywhere,
+// even between wgmma's fence and wgmma.
+template <class T>
+void move(Warp& warp, const Instruction& in, Mask active) {
+  warp.put(in.operand[0], warp.lanes<T>(in.operand[1]), active, warp.defined(in.operand[1]));
+  if (in.operand[0] >= 0) warp.head(in.operand[0]).written = warp.head(in.operand[1]).written;
+}
+
 template <class T>
 void add_move(const std::string& type) {
-  lanewise<[](T a) { return a; }>("mov." + type, MOVE);
+  opcodes()["mov." + type] = {move<T>, MOVE};
 }
 
 // mov of a register to a list of its parts, the lowest first, and back. Opcode's a: the bytes of the whole.

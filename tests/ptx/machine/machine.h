@@ -62,7 +62,7 @@ struct Trace {
   uint32_t write_epoch, read_epoch, first_read_epoch;
   uint32_t readers;       // warps, a bit each, in read_epoch
   uint32_t write_clock;   // of the writing warp: tells apart the stores of one instruction
-  uint32_t proxy_fences;  // of the writing warp, when it wrote
+  uint32_t proxy_fences;  // of the writing warp, before it wrote
   uint32_t warp_syncs;    // the same
   uint16_t writer;        // thread
   uint8_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
@@ -80,8 +80,8 @@ struct Region {
 constexpr int REGION_BITS = 40;  // so far apart that no offset leads from one to the next
 
 enum Fault {
-  OUT_OF_BOUNDS, MISALIGNED, UNDEFINED, RACE, RACE_BETWEEN_BLOCKS, RACE_BETWEEN_LANES, IN_FLIGHT, UNFENCED,
-  DIVERGENT, ENDLESS, FAULTS
+  OUT_OF_BOUNDS, MISALIGNED, UNDEFINED, RACE, RACE_BETWEEN_BLOCKS, RACE_BETWEEN_LANES, IN_FLIGHT, UNFENCED_BYTES,
+  UNFENCED_REGISTER, DIVERGENT, ENDLESS, FAULTS
 };
 
 struct Finding {
@@ -144,7 +144,8 @@ struct Warp {
   uint32_t at = 0;  // the instruction that runs
   Mask exited = 0;
   bool waits = false;
-  uint32_t clock = 1, fenced = 0, proxy_fences = 1, syncs = 1;
+  uint32_t clock = 1, fenced = 0, syncs = 1;
+  std::vector<uint32_t> proxy_fences{};  // the epoch of each
   Queue<Copy> copies{};
   Queue<Product> products{};
 

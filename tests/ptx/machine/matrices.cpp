@@ -185,12 +185,12 @@ void begin_product(Warp& warp, const Instruction& in, Mask active) {
   // Sums that another product is making may be added to; what else wrote the registers, a fence has to follow.
   for (int i = 0; i < of.columns / 2; i++) {
     Register& sum = warp.head(of.sums[i]);
-    if (sum.in_flight == 0 && sum.written > warp.fenced) warp.fault(UNFENCED);
+    if (sum.in_flight == 0 && sum.written > warp.fenced) warp.fault(UNFENCED_REGISTER);
     if (sum.in_flight++ == 0) sum.held = sum.defined;
     sum.defined = 0;
   }
   for (int i = 0; of.a_in_registers && i < 4; i++) {
-    if (warp.head(of.a[i]).written > warp.fenced) warp.fault(UNFENCED);
+    if (warp.head(of.a[i]).written > warp.fenced) warp.fault(UNFENCED_REGISTER);
   }
   each_byte_range<TYPE>(warp, of, product.descriptors,
                         [&](int, int, int, uint32_t address) { begin_read(warp, address, bytes_of(TYPE)); });

@@ -94,12 +94,22 @@ void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool 
     check_write(warp, lane, byte, place.data[i] == static_cast<const uint8_t*>(from)[i]);
     byte.write_epoch = warp.machine().epoch;
     byte.write_clock = warp.clock;
-    byte.proxy_fences = warp.proxy_fences;
+    byte.proxy_fences = static_cast<uint32_t>(warp.proxy_fences.size());
     byte.warp_syncs = warp.syncs;
     byte.writer = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
     byte.defined = defined;
   }
   std::memcpy(place.data, from, bytes);
+}
+
+// Whether a fence lies between a store and the asynchronous proxy's access that a warp asks for: after the store and
+// before the barrier in the storing warp, or after the barrier in this one.
+bool fenced(const Warp& warp, const Trace& byte) {
+  const Warp& writer = *warp.block.warps[byte.writer / LANES];
+  const bool since = writer.proxy_fences.size() > byte.proxy_fences;
+  if (&writer == &warp) return since;
+  if (since && writer.proxy_fences[byte.proxy_fences] < warp.block.machine.epoch) return true;
+  return !warp.proxy_fences.empty() && warp.proxy_fences.back() > byte.write_epoch;
 }
 
 }  // namespace
@@ -139,9 +149,7 @@ void begin_read(Warp& warp, uint32_t address, int bytes) {
   for (int i = 0; place.data && i < bytes; i++) {
     Trace& byte = place.trace[i];
     check_read(warp, -1, byte);
-    // The asynchronous proxy sees a store only after its own warp's fence.
-    const bool stored = byte.defined && byte.write_epoch >= warp.machine().block_epoch;
-    if (stored && warp.block.warps[byte.writer / LANES]->proxy_fences == byte.proxy_fences) warp.fault(UNFENCED);
+    if (byte.write_epoch >= warp.machine().block_epoch && !fenced(warp, byte)) warp.fault(UNFENCED_BYTES);
     byte.pending_reads++;
   }
 }

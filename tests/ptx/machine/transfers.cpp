@@ -25,55 +25,55 @@ Addresses addresses(Warp& warp, int64_t reg, int64_t offset, Mask active) {
   return found;
 }
 
-void put_bytes(Warp& warp, int64_t reg, const uint8_t (*values)[16], int from, int bytes, Mask active, Mask defined) {
-  // A register has two bytes at least.
-  uint64_t wide[LANES];
+void put_bytes(Warp& warp, int64_t reg, int64_t width, const uint64_t* values, Mask active, Mask defined) {
   uint32_t word[LANES];
   uint16_t half[LANES];
   for (int lane = 0; lane < LANES; lane++) {
-    uint64_t value = 0;
-    std::memcpy(&value, values[lane] + from, bytes);
-    wide[lane] = value, word[lane] = static_cast<uint32_t>(value), half[lane] = static_cast<uint16_t>(value);
+    word[lane] = static_cast<uint32_t>(values[lane]), half[lane] = static_cast<uint16_t>(values[lane]);
   }
-  if (bytes == 8) warp.put(reg, wide, active, defined);
-  if (bytes == 4) warp.put(reg, word, active, defined);
-  if (bytes <= 2) warp.put(reg, half, active, defined);
+  if (width == 8) warp.put(reg, values, active, defined);
+  if (width == 4) warp.put(reg, word, active, defined);
+  if (width == 2) warp.put(reg, half, active, defined);
 }
 
-// ld: registers, address, offset. Opcode's a: bytes of a register; b: registers.
+// ld: registers, address, offset, bytes of each register, which may be more than what is loaded. Opcode's a: bytes of
+// an element; b: how many.
 template <bool SHARED_SPACE>
 void load(Warp& warp, const Instruction& in, Mask active) {
   const int bytes = in.a * in.b;
-  const int64_t reg = in.operand[in.b], offset = in.operand[in.b + 1];
+  const int64_t reg = in.operand[in.b], offset = in.operand[in.b + 1], *width = in.operand + in.b + 2;
   const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, reg, offset, active)
                                     : addresses<uint64_t>(warp, reg, offset, active);
-  uint8_t values[LANES][16] = {};
+  uint64_t values[4][LANES] = {};
   Mask defined = 0;
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, false);
   for (int lane = 0; lane < LANES; lane++) {
     if (!(at.usable >> lane & 1)) continue;
-    const bool known = SHARED_SPACE ? read_shared(warp, lane, static_cast<uint32_t>(at.of[lane]), bytes, values[lane])
-                                    : read_global(warp, lane, at.of[lane], bytes, values[lane]);
+    uint8_t value[16] = {};
+    const bool known = SHARED_SPACE ? read_shared(warp, lane, static_cast<uint32_t>(at.of[lane]), bytes, value)
+                                    : read_global(warp, lane, at.of[lane], bytes, value);
     defined |= Mask{known} << lane;
+    for (int i = 0; i < in.b; i++) std::memcpy(&values[i][lane], value + i * in.a, in.a);
   }
-  for (int i = 0; i < in.b; i++) put_bytes(warp, in.operand[i], values, i * in.a, in.a, active, defined);
+  for (int i = 0; i < in.b; i++) put_bytes(warp, in.operand[i], width[i], values[i], active, defined);
 }
 
-// st: address, offset, registers.
+// st: address, offset, registers, bytes of each register.
 template <bool SHARED_SPACE>
 void store(Warp& warp, const Instruction& in, Mask active) {
-  const int bytes = in.a * in.b, width = std::max(in.a, 2);
+  const int bytes = in.a * in.b;
+  const int64_t *registers = in.operand + 2, *width = registers + in.b;
   const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, in.operand[0], in.operand[1], active)
                                     : addresses<uint64_t>(warp, in.operand[0], in.operand[1], active);
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, true);
   Mask defined = ALL;
-  for (int i = 0; i < in.b; i++) defined &= warp.defined(in.operand[2 + i]);
+  for (int i = 0; i < in.b; i++) defined &= warp.defined(registers[i]);
   if (!SHARED_SPACE && (at.usable & ~defined)) warp.fault(UNDEFINED);
   for (int lane = 0; lane < LANES; lane++) {
     if (!(at.usable >> lane & 1)) continue;
     uint8_t value[16];
     for (int i = 0; i < in.b; i++) {
-      std::memcpy(value + i * in.a, warp.lanes<uint8_t>(in.operand[2 + i]) + lane * width, in.a);
+      std::memcpy(value + i * in.a, warp.lanes<uint8_t>(registers[i]) + lane * width[i], in.a);
     }
     if (SHARED_SPACE) write_shared(warp, lane, static_cast<uint32_t>(at.of[lane]), bytes, value, defined >> lane & 1);
     else write_global(warp, lane, at.of[lane], bytes, value);
@@ -237,7 +237,7 @@ void synchronise_warp(Warp& warp, const Instruction& in, Mask active) {
   warp.syncs++;
 }
 
-void fence_proxy(Warp& warp, const Instruction&, Mask) { warp.proxy_fences++; }
+void fence_proxy(Warp& warp, const Instruction&, Mask) { warp.proxy_fences.push_back(warp.machine().epoch); }
 
 }  // namespace
 
