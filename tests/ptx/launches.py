@@ -89,6 +89,11 @@ class Memory:
             element = _bytes_of(tensor)[: tensor.element_size()].copy()
             self._fresh[storage.data_ptr()] = weakref.ref(storage), element
 
+    def is_fresh(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's storage is one of torch.empty's."""
+        known = self._fresh.get(tensor.untyped_storage().data_ptr())
+        return known is not None and known[0]() is tensor.untyped_storage()
+
     def trace_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         """Of the storage's bytes, ready for a launch."""
         storage = tensor.untyped_storage()
@@ -97,9 +102,9 @@ class Memory:
         if known is None or known[0]() is not storage or len(known[1]) != size * machine.library().ptx_trace_bytes():
             known = weakref.ref(storage), np.zeros(size * machine.library().ptx_trace_bytes(), np.uint8)
             self._traces[begin] = known
-        fresh = self._fresh.get(begin)
         defined = None
-        if fresh is not None and fresh[0]() is storage:
+        if self.is_fresh(tensor):
+            fresh = self._fresh[begin]
             # Whatever PyTorch has written since is defined, and what kernels have stored the trace knows.
             changed = (_bytes_of(tensor).reshape(-1, len(fresh[1])) != fresh[1]).any(1)
             defined = np.repeat(changed, len(fresh[1]))
@@ -140,59 +145,50 @@ def program_of(ptx: str) -> Program:
     return program
 
 
-class Executor:
-    """Takes the place of a launch on a device."""
+@dataclass(frozen=True)
+class Call:
+    """One launch, compiled, with its arguments."""
 
-    def __init__(self, skewed: bool = False, changed: Callable[[str, str], str] | None = None) -> None:
-        self.memory = Memory()
-        self.log: list[Executed] = []
-        self.skewed = skewed
-        self.changed = changed
+    kernel: str
+    ptx: str
+    shared_bytes: int
+    blocks: int
+    arguments: tuple[torch.Tensor | float | int, ...]
+    """Those that are not constants of the compiled kernel."""
 
-    def launch(self, repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> None:
-        """Compile as Triton does for these arguments, and execute."""
+    @classmethod
+    def of(cls, repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> Call:
+        """Compile as Triton does for these arguments."""
         kernel = repeated.kernel
-        compiled = kernel.warmup(
-            *tensors, *floats, *repeated.ints, grid=(repeated.grid,), **repeated.meta, **repeated.options
-        )
-        ptx = compiled.asm["ptx"]
-        if self.changed:
-            ptx = self.changed(kernel.__name__, ptx)
-        self.execute(kernel, compiled, ptx, repeated, tensors, floats)
+        given = [*tensors, *floats, *repeated.ints]
+        compiled = kernel.warmup(*given, grid=(repeated.grid,), **repeated.meta, **repeated.options)
+        named = dict(zip(kernel.arg_names, given, strict=False)) | repeated.meta
+        passed = tuple(named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr")
+        return cls(kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, repeated.grid, passed)
 
-    def execute(
-        self,
-        kernel: Any,
-        compiled: Any,
-        ptx: str,
-        repeated: RepeatedLaunch,
-        tensors: Sequence[torch.Tensor],
-        floats: Sequence[float],
-    ) -> None:
-        program = program_of(ptx)
-        given = dict(zip(kernel.arg_names, [*tensors, *floats, *repeated.ints], strict=False)) | repeated.meta
-        passed = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-        regions: list[machine.Region] = []
-        keep: list[Any] = []
-        # After the kernel's own: pointers to scratch memory, which none of ours asks for.
-        parameters = {name: 0 for name, _ in program.module.parameters}
-        for name, (parameter, _) in zip(passed, program.module.parameters, strict=False):
-            value = given[name]
-            if isinstance(value, torch.Tensor):
-                region, parameters[parameter] = _region(len(regions), value, self.memory, keep)
-                regions.append(region)
-            elif isinstance(value, float):
-                parameters[parameter] = struct.unpack("<I", struct.pack("<f", value))[0]
-            else:
-                parameters[parameter] = int(value)
-        begin = time.perf_counter()
-        counters, findings, self.memory.epoch = machine.run(
-            program, repeated.grid, parameters, regions, compiled.metadata.shared, self.memory.epoch, self.skewed
-        )
-        del keep
-        taken = time.perf_counter() - begin
-        threads = program.module.threads
-        self.log.append(Executed(kernel.__name__, repeated.grid, threads, counters, tuple(findings), taken))
+
+def execute(call: Call, memory: Memory, skewed: bool = False, limit: int = machine.LIMIT, effects: Any = None) -> Executed:
+    """Run a launch on what its tensors hold."""
+    program = program_of(call.ptx)
+    regions: list[machine.Region] = []
+    keep: list[Any] = []
+    # After the kernel's own: pointers to scratch memory, which none of ours asks for.
+    parameters = {name: 0 for name, _ in program.module.parameters}
+    for value, (parameter, _) in zip(call.arguments, program.module.parameters, strict=False):
+        if isinstance(value, torch.Tensor):
+            region, parameters[parameter] = _region(len(regions), value, memory, keep)
+            regions.append(region)
+        elif isinstance(value, float):
+            parameters[parameter] = struct.unpack("<I", struct.pack("<f", value))[0]
+        else:
+            parameters[parameter] = int(value)
+    begin = time.perf_counter()
+    counters, findings, memory.epoch = machine.run(
+        program, call.blocks, parameters, regions, call.shared_bytes, memory.epoch, skewed, limit, effects
+    )
+    del keep
+    taken = time.perf_counter() - begin
+    return Executed(call.kernel, call.blocks, program.module.threads, counters, tuple(findings), taken)
 
 
 @contextmanager
@@ -200,7 +196,7 @@ def executed(
     arch: str = "sm_90",
     processors: int | None = None,
     skewed: bool = False,
-    changed: Callable[[str, str], str] | None = None,
+    watch: Callable[[Call, Memory], None] = lambda *_: None,
 ) -> Iterator[list[Executed]]:
     """Within: Triton launches on CPU tensors run as compiled for a GPU, here. The log grows with each.
 
@@ -208,17 +204,22 @@ def executed(
         arch: "sm_90" (as sm_90a) or "sm_80".
         processors: how many the device is said to have: what the size of a grid follows.
         skewed: whether approximate instructions are as wrong as they may be.
-        changed: function of a kernel's name and PTX that gives the PTX to execute, to plant faults.
+        watch: sees each launch before it runs.
     """
     name, usual = DEVICES[arch]
     device = configs.Device(name, arch, processors or usual)
-    executor = Executor(skewed, changed)
+    memory, log = Memory(), list[Executed]()
+
+    def launch(repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> None:
+        call = Call.of(repeated, tensors, floats)
+        watch(call, memory)
+        log.append(execute(call, memory, skewed))
 
     def watched(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor = make(*args, **kwargs)
             if tensor.device.type == "cpu":
-                executor.memory.allocated(tensor)
+                memory.allocated(tensor)
             return tensor
 
         return made
@@ -231,6 +232,6 @@ def executed(
         enter(mock.patch.object(configs, "device_of", lambda *_: device))
         for op in OPS.values():
             enter(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
-        enter(mock.patch.object(RepeatedLaunch, "__call__", lambda self, *of: executor.launch(self, *of)))
+        enter(mock.patch.object(RepeatedLaunch, "__call__", launch))
         enter(mock.patch.object(driver, "_active", Driver(arch)))
-        yield executor.log
+        yield log

@@ -53,6 +53,7 @@ class Launch(ctypes.Structure):
         ("tid", ctypes.c_int64),
         ("ctaid", ctypes.c_int64),
         ("limit", ctypes.c_uint64),
+        ("effects", ctypes.POINTER(ctypes.c_uint64)),
         ("epoch", ctypes.c_uint32),
     ]  # fmt: skip
 
@@ -153,6 +154,7 @@ def run(
     epoch: int,
     skewed: bool = False,
     limit: int = LIMIT,
+    effects: Any = None,
 ) -> tuple[Counters, list[Finding], int]:
     """Execute a grid of blocks, one after the other.
 
@@ -165,6 +167,7 @@ def run(
         epoch: the first that no launch on these regions has had, from 1 on.
         skewed: whether approximate instructions are wrong by as much as their documentation allows.
         limit: instructions of a block before it is called endless.
+        effects: array of a 64-bit number for each instruction, to which a hash of all its results is added.
 
     Returns:
         What was counted, what was found, and the first epoch of the next launch.
@@ -184,7 +187,7 @@ def run(
         instructions, (ctypes.c_int64 * len(flat))(*flat), (Constant * len(constants))(*constants),
         (Region * len(regions))(*regions), len(statements), len(constants), len(regions), program.module.threads, blocks,
         shared_bytes, program.file_bytes, skewed, program.registers.get("%tid.x", -1),
-        program.registers.get("%ctaid.x", -1), limit, epoch,
+        program.registers.get("%ctaid.x", -1), limit, effects, epoch,
     )  # fmt: skip
     counters, found = Counters(), (_Finding * 200)()
     count = library().ptx_run(ctypes.byref(launch), ctypes.byref(counters), found, len(found))

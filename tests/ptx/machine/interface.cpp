@@ -50,6 +50,7 @@ struct PtxLaunch {
   int32_t threads, blocks, shared_bytes, file_bytes, skewed;
   int64_t tid, ctaid;  // their registers, or -1
   uint64_t limit;      // instructions of a block
+  uint64_t* effects;   // of each instruction, or null
   uint32_t epoch;      // the first that no launch has had; what follows the last is left here
 };
 
@@ -86,6 +87,7 @@ int ptx_run(PtxLaunch* launch, ptx::Counters* counters, PtxFinding* findings, in
     machine.regions.push_back({from.address, from.size, from.data, from.allowed, from.trace});
   }
   skew(launch->skewed);
+  machine.effects = launch->effects;
   machine.epoch = machine.launch_epoch = launch->epoch;
   std::vector<uint64_t> fresh((launch->file_bytes + 7) / 8);
   std::vector<std::unique_ptr<Warp>> warps;

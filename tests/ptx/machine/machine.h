@@ -102,7 +102,7 @@ struct Machine {
   std::vector<Region> regions;
   std::map<std::pair<int, int>, Finding> findings;  // by kind and instruction
   Counters counters{};
-  bool skewed = false;  // approximations are wrong by as much as they may be
+  uint64_t* effects = nullptr;  // if wanted: of each instruction, a number that all its results and addresses went into
   uint32_t epoch = 0, launch_epoch = 0, block_epoch = 0;
 
   Region* region_of(uint64_t address);
@@ -158,25 +158,36 @@ struct Warp {
   Mask& predicate(int64_t at) { return *lanes<Mask>(at); }
   Mask defined(int64_t at) { return head(at).defined; }
 
+  void took_effect(uint64_t value, int lane) {
+    const uint64_t mixed = (value + 64 * index + lane + 1) * 0x9e3779b97f4a7c15u;
+    machine().effects[at] += mixed ^ mixed >> 29;
+  }
+
   void note(Register& head, Mask active, Mask defined) {
     head.defined = (head.defined & ~active) | (defined & active);
     head.written = clock;
   }
   template <class T>
-  void put(int64_t at, const T* values, Mask active, Mask defined) {
-    if (at < 0) return;  // a sink
-    note(head(at), active, defined);
-    T* mine = lanes<T>(at);
+  void put(int64_t to, const T* values, Mask active, Mask defined) {
+    if (to < 0) return;  // a sink
+    note(head(to), active, defined);
+    T* mine = lanes<T>(to);
+    for (int lane = 0; machine().effects && lane < LANES; lane++) {
+      uint64_t value = 0;
+      std::memcpy(&value, values + lane, sizeof(T));
+      if (active >> lane & 1) took_effect(value, lane);
+    }
     if (active == ALL) {
       std::memcpy(mine, values, LANES * sizeof(T));
     } else {
       for (int lane = 0; lane < LANES; lane++) mine[lane] = active >> lane & 1 ? values[lane] : mine[lane];
     }
   }
-  void put_predicate(int64_t at, Mask value, Mask active, Mask defined) {
-    if (at < 0) return;
-    note(head(at), active, defined);
-    predicate(at) = (predicate(at) & ~active) | (value & active);
+  void put_predicate(int64_t to, Mask value, Mask active, Mask defined) {
+    if (to < 0) return;
+    note(head(to), active, defined);
+    if (machine().effects) took_effect(value & active, 0);
+    predicate(to) = (predicate(to) & ~active) | (value & active);
   }
   void fault(Fault kind);
 };

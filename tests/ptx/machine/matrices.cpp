@@ -182,7 +182,8 @@ void begin_product(Warp& warp, const Instruction& in, Mask active) {
   }
   if (warp.defined(*of.add) != ALL) warp.fault(UNDEFINED);
   product.accumulate = warp.predicate(*of.add) & 1;
-  // Sums that another product is making may be added to; what else wrote the registers, a fence has to follow.
+  // A fence comes first, and follows whatever but another product has written the registers.
+  if (warp.fenced == 0) warp.fault(UNFENCED_REGISTER);
   for (int i = 0; i < of.columns / 2; i++) {
     Register& sum = warp.head(of.sums[i]);
     if (sum.in_flight == 0 && sum.written > warp.fenced) warp.fault(UNFENCED_REGISTER);

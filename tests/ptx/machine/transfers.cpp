@@ -22,6 +22,9 @@ Addresses addresses(Warp& warp, int64_t reg, int64_t offset, Mask active) {
   for (int lane = 0; lane < LANES; lane++) found.of[lane] = static_cast<T>(base[lane] + static_cast<T>(offset));
   found.usable = active & warp.defined(reg);
   if (found.usable != active) warp.fault(UNDEFINED);
+  for (int lane = 0; warp.machine().effects && lane < LANES; lane++) {
+    if (found.usable >> lane & 1) warp.took_effect(found.of[lane], lane);
+  }
   return found;
 }
 

@@ -1,0 +1,154 @@
+"""Faults planted in compiled kernels: what a compiler or an author could get wrong, one change of the PTX each."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tests.ptx.launches import Call, Executed, Memory, execute, program_of
+from tests.ptx.module import parse
+
+
+@dataclass
+class Recording:
+    """A launch, with what its tensors held before and after."""
+
+    call: Call
+    before: list[torch.Tensor]
+    """Of each storage of a tensor argument, bytes."""
+    fresh: list[bool]
+    """Whether the storage was new, and nothing in it defined."""
+    after: list[torch.Tensor]
+    effects: list[int]
+    """Of each instruction, a hash of its results."""
+
+    @classmethod
+    def of(cls, call: Call, memory: Memory) -> Recording:
+        """Record a launch, which is run on copies."""
+        storages = [_bytes(each) for each in call.arguments if isinstance(each, torch.Tensor)]
+        fresh = [memory.is_fresh(each) for each in call.arguments if isinstance(each, torch.Tensor)]
+        found = cls(call, [each.clone() for each in storages], fresh, [], [])
+        _, found.after, found.effects = found.run(call.ptx)
+        return found
+
+    def run(self, ptx: str, limit: int = 20_000_000) -> tuple[Executed, list[torch.Tensor], list[int]]:
+        """The launch again with other code: what was found, what the storages hold then, and the effects."""
+        effects = (ctypes.c_uint64 * len(program_of(ptx).names))()
+        memory = Memory()
+        copies: dict[int, torch.Tensor] = {}
+        arguments: list[Any] = []
+        index = 0
+        for each in self.call.arguments:
+            if isinstance(each, torch.Tensor):
+                key = each.untyped_storage().data_ptr()
+                if key not in copies:
+                    copy = torch.empty(0, dtype=each.dtype).set_(self.before[index].clone().untyped_storage())
+                    copies[key] = copy
+                    if self.fresh[index]:
+                        memory.allocated(copy)
+                # The same place in a copy of the storage.
+                same = torch.empty(0, dtype=each.dtype).set_(
+                    copies[key].untyped_storage(), each.storage_offset(), each.shape, each.stride()
+                )
+                arguments.append(same)
+                index += 1
+            else:
+                arguments.append(each)
+        done = execute(replace(self.call, ptx=ptx, arguments=tuple(arguments)), memory, limit=limit, effects=effects)
+        return done, [_bytes(each).clone() for each in arguments if isinstance(each, torch.Tensor)], list(effects)
+
+    def differs(self, after: list[torch.Tensor]) -> bool:
+        """Whether a result is wrong by more than rounding: by a hundredth of the largest value of its tensor."""
+        tensors = [each for each in self.call.arguments if isinstance(each, torch.Tensor)]
+        for tensor, right, found in zip(tensors, self.after, after, strict=True):
+            x, y = (each.view(tensor.dtype).double() for each in (right, found))
+            error = (x - y).abs().nan_to_num(float("inf"))
+            error[x.isnan() & y.isnan()] = 0
+            if error.numel() and error.max() > 0.01 * x.nan_to_num(0, 0, 0).abs().max():
+                return True
+        return False
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted fault."""
+
+    kind: str
+    line: int
+    text: str
+    """The line before."""
+    ptx: str
+    statement: int | None
+    """Index of the changed instruction; None if it was removed."""
+
+
+Change = Callable[[str], str | None]
+
+
+def _substituted(pattern: str, by: str) -> Change:
+    def change(line: str) -> str | None:
+        changed, count = re.subn(pattern, by, line, count=1)
+        return changed if count else None
+
+    return change
+
+
+def _moved(pattern: str, by: int) -> Change:
+    # A number in the line that the pattern's group is, made larger.
+    def change(line: str) -> str | None:
+        found = re.search(pattern, line)
+        if not found:
+            return None
+        return line[: found.start(1)] + str(int(found.group(1)) + by) + line[found.end(1) :]
+
+    return change
+
+
+FAULTS: dict[str, Change] = {
+    "barrier removed": _substituted(r"\bbar\.sync\s+0;", ""),
+    "warp's barrier removed": _substituted(r"\bbar\.warp\.sync\s+-1;", ""),
+    "copy not waited for": _substituted(r"\bcp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;"),
+    "copies not committed": _substituted(r"\bcp\.async\.commit_group;", ""),
+    "product not waited for": _substituted(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "products not committed": _substituted(r"\bwgmma\.commit_group\.sync\.aligned;", ""),
+    "proxy not fenced": _substituted(r"\bfence\.proxy\.async\.shared::cta;", ""),
+    "product not fenced": _substituted(r"\bwgmma\.fence\.sync\.aligned;", ""),
+    "load one element on": _moved(r"ld\.global[^\[]*\[\s*%rd\d+\s*\+\s*(\d+)", 2),
+    "store one element on": _moved(r"st\.global[^\[]*\[\s*%rd\d+\s*\+\s*(\d+)", 2),
+    "load without its mask": _substituted(r"^(\s*)@!?%p\d+(\s+ld\.global)", r"\1\2"),
+    "store without its mask": _substituted(r"^(\s*)@!?%p\d+(\s+st\.global)", r"\1\2"),
+    "store with the mask turned": _substituted(r"^(\s*)@(%p\d+\s+st\.global)", r"\1@!\2"),
+    "load with the mask turned": _substituted(r"^(\s*)@(%p\d+\s+ld\.global)", r"\1@!\2"),
+    "bound one too far": _substituted(r"\bsetp\.lt\.s32\b", "setp.le.s32"),
+    "mask of either, not both": _substituted(r"\band\.pred\b", "or.pred"),
+    "swizzle by another row": _moved(r"\bxor\.b32\s+%r\d+, %r\d+, (\d+);", 16),
+    "swizzle left out": _substituted(r"\bxor\.b32(\s+%r\d+), (%r\d+), %r\d+;", r"mov.b32\1, \2;"),
+    "matrix not transposed": _substituted(r"(ldmatrix\S*)\.trans", r"\1"),
+    "matrix transposed": _substituted(r"(ldmatrix\.sync\.aligned\.m8n8\.x\d)\.shared", r"\1.trans.shared"),
+    "another lane's value": _substituted(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), \d+,", r"\1, 0,"),
+    "another descriptor": _moved(r"\bor\.b64\s+%rd\d+, %rd\d+, (-\d+);", 1 << 32),
+    "another row of shared memory": _moved(r"(?:ld|st)\.shared[^\[]*\[%r\d+\+(\d+)\]", 256),
+}
+"""What can be planted, by name."""
+
+
+def mutants(ptx: str) -> Iterator[Mutant]:
+    """All that can be planted in a kernel, one at a time."""
+    lines = ptx.split("\n")
+    statements = {each.line: index for index, each in enumerate(parse(ptx).statements)}
+    for number, line in enumerate(lines):
+        for kind, change in FAULTS.items():
+            changed = change(line)
+            if changed is not None:
+                text = "\n".join([*lines[:number], changed, *lines[number + 1 :]])
+                changed_in_place = statements.get(number) if changed.strip() else None
+                yield Mutant(kind, number, line.strip(), text, changed_in_place)
