@@ -15,13 +15,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -136,7 +135,7 @@ def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -
     return machine.Region(base, span, tensor.data_ptr(), None if allowed is None else allowed.ctypes.data, at), base
 
 
-@lru_cache(maxsize=None)
+@cache
 def program_of(ptx: str) -> Program:
     """A kernel's program."""
     program = encode(parse(ptx))
@@ -167,7 +166,9 @@ class Call:
         return cls(kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, repeated.grid, passed)
 
 
-def execute(call: Call, memory: Memory, skewed: bool = False, limit: int = machine.LIMIT, effects: Any = None) -> Executed:
+def execute(
+    call: Call, memory: Memory, skewed: bool = False, limit: int = machine.LIMIT, effects: Any = None
+) -> Executed:
     """Run a launch on what its tensors hold."""
     program = program_of(call.ptx)
     regions: list[machine.Region] = []
@@ -195,6 +196,7 @@ def execute(call: Call, memory: Memory, skewed: bool = False, limit: int = machi
 def executed(
     arch: str = "sm_90",
     processors: int | None = None,
+    tf32: bool = False,
     skewed: bool = False,
     watch: Callable[[Call, Memory], None] = lambda *_: None,
 ) -> Iterator[list[Executed]]:
@@ -203,6 +205,7 @@ def executed(
     Args:
         arch: "sm_90" (as sm_90a) or "sm_80".
         processors: how many the device is said to have: what the size of a grid follows.
+        tf32: whether products of float32 may round.
         skewed: whether approximate instructions are as wrong as they may be.
         watch: sees each launch before it runs.
     """
@@ -230,6 +233,7 @@ def executed(
             for each in names:
                 enter(mock.patch.object(owner, each, watched(getattr(owner, each))))
         enter(mock.patch.object(configs, "device_of", lambda *_: device))
+        enter(mock.patch.object(configs, "tf32_allowed", lambda *_: tf32))
         for op in OPS.values():
             enter(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
         enter(mock.patch.object(RepeatedLaunch, "__call__", launch))

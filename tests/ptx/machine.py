@@ -115,7 +115,7 @@ def library() -> Any:
         with tempfile.TemporaryDirectory(dir=BUILT) as place, ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [str(Path(place, f"{each.stem}.o")) for each in files]
             lines = [[compiler, *FLAGS, "-c", str(each), "-o", to] for each, to in zip(files, objects, strict=True)]
-            for done in pool.map(lambda line: subprocess.run(line, capture_output=True, text=True), lines):
+            for done in pool.map(_run, lines):
                 if done.returncode:
                     raise RuntimeError(done.stderr)
             made = Path(place, "machine.so")
@@ -129,6 +129,10 @@ def library() -> Any:
     assert found.ptx_shared_base() == SHARED_BASE
     assert found.ptx_counter_bytes() == ctypes.sizeof(Counters)
     return found
+
+
+def _run(line: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def _flags_of_processor() -> list[str]:
@@ -185,8 +189,8 @@ def run(
         constants.append(Constant(at, _as_read(parameters[name], kind, width), width))
     launch = Launch(
         instructions, (ctypes.c_int64 * len(flat))(*flat), (Constant * len(constants))(*constants),
-        (Region * len(regions))(*regions), len(statements), len(constants), len(regions), program.module.threads, blocks,
-        shared_bytes, program.file_bytes, skewed, program.registers.get("%tid.x", -1),
+        (Region * len(regions))(*regions), len(statements), len(constants), len(regions), program.module.threads,
+        blocks, shared_bytes, program.file_bytes, skewed, program.registers.get("%tid.x", -1),
         program.registers.get("%ctaid.x", -1), limit, effects, epoch,
     )  # fmt: skip
     counters, found = Counters(), (_Finding * 200)()

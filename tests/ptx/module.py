@@ -67,10 +67,10 @@ def parse(text: str) -> Module:
     module.threads = int(threads.group(1))
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
     source, first_line = "", head.count("\n") + 1
-    for number, line in enumerate(body.split("\n")):
-        if line.startswith("}") or ".section" in line:
+    for number, written in enumerate(body.split("\n")):
+        if written.startswith("}") or ".section" in written:
             break
-        line = line.partition("//")[0].strip()
+        line = written.partition("//")[0].strip()
         if line.startswith(".loc"):
             file, at = line.split()[1:3]
             source = f"{files.get(file, '?').rsplit('/', 1)[-1]}:{at}"
@@ -86,11 +86,11 @@ def _split(line: str) -> Iterator[str]:
         yield label.group()
         line = line[label.end() :]
     for part in line.split(";"):
-        part = part.strip()
-        if part.startswith(("{ ", "{.")) or part == "{":
-            part = part[1:].strip()
-        if part.strip("{} "):
-            yield part
+        statement = part.strip()
+        if statement.startswith("{"):  # not a list: that comes after a name
+            statement = statement[1:].strip()
+        if statement.strip("} "):
+            yield statement
 
 
 _STATEMENT = re.compile(r"(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)

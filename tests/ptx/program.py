@@ -125,9 +125,8 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
     found: list[int] = []
     widths: list[int | None] = []
     memory = name.startswith(("ld.", "st."))
-    for position, operand in enumerate(operands):
-        if isinstance(operand, str) and "|" in operand:
-            operand = tuple(operand.split("|"))
+    for position, written in enumerate(operands):
+        operand = tuple(written.split("|")) if isinstance(written, str) and "|" in written else written
         if isinstance(operand, str) and operand.startswith("["):
             found += _address(program, name, operand)
         elif _is_number(name, position, statement):

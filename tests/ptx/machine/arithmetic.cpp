@@ -41,18 +41,28 @@ T minimum(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-T maximum_or_nan(T a, T b) { return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : maximum(a, b); }
+T maximum_or_nan(T a, T b) {
+  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : maximum(a, b);
+}
 template <class T>
-T minimum_or_nan(T a, T b) { return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : minimum(a, b); }
+T minimum_or_nan(T a, T b) {
+  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : minimum(a, b);
+}
 
 // Division by zero gives all ones on NVIDIA's processors; the ISA leaves it open.
 template <class T>
-T quotient(T a, T b) { return b == 0 ? static_cast<T>(-1) : b == static_cast<T>(-1) && std::is_signed_v<T> ? static_cast<T>(0 - a) : a / b; }
+T quotient(T a, T b) {
+  return b == 0 ? static_cast<T>(-1) : b == static_cast<T>(-1) && std::is_signed_v<T> ? static_cast<T>(0 - a) : a / b;
+}
 template <class T>
-T remainder(T a, T b) { return b == 0 ? a : b == static_cast<T>(-1) && std::is_signed_v<T> ? T{0} : a % b; }
+T remainder(T a, T b) {
+  return b == 0 ? a : b == static_cast<T>(-1) && std::is_signed_v<T> ? T{0} : a % b;
+}
 
 template <class T>
-T shift_left(T a, uint32_t by) { return by >= sizeof(T) * 8 ? T{0} : static_cast<T>(a << by); }
+T shift_left(T a, uint32_t by) {
+  return by >= sizeof(T) * 8 ? T{0} : static_cast<T>(a << by);
+}
 template <class T>
 T shift_right(T a, uint32_t by) {
   if (by < sizeof(T) * 8) return static_cast<T>(a >> by);
@@ -89,7 +99,8 @@ void add_integers(const std::string& type) {
   lanewise<[](T a, T b) { return static_cast<T>(static_cast<U>(a) + static_cast<U>(b)); }>("add." + type, INTEGER);
   lanewise<[](T a, T b) { return static_cast<T>(static_cast<U>(a) - static_cast<U>(b)); }>("sub." + type, INTEGER);
   lanewise<[](T a, T b) { return static_cast<T>(uint64_t(a) * uint64_t(b)); }>("mul.lo." + type, INTEGER);
-  lanewise<[](T a, T b, T c) { return static_cast<T>(uint64_t(a) * uint64_t(b) + uint64_t(c)); }>("mad.lo." + type, INTEGER);
+  lanewise<[](T a, T b, T c) { return static_cast<T>(uint64_t(a) * uint64_t(b) + uint64_t(c)); }>(
+      "mad.lo." + type, INTEGER);
   lanewise<quotient<T>>("div." + type, INTEGER);
   lanewise<remainder<T>>("rem." + type, INTEGER);
   lanewise<maximum<T>>("max." + type, INTEGER);
@@ -97,15 +108,20 @@ void add_integers(const std::string& type) {
   lanewise<shift_right<T>>("shr." + type, INTEGER);
   if constexpr (std::is_signed_v<T>) {
     lanewise<[](T a) { return static_cast<T>(U{0} - static_cast<U>(a)); }>("neg." + type, INTEGER);
-    lanewise<[](T a) { return static_cast<T>(a < 0 ? U{0} - static_cast<U>(a) : static_cast<U>(a)); }>("abs." + type, INTEGER);
+    lanewise<[](T a) { return static_cast<T>(a < 0 ? U{0} - static_cast<U>(a) : static_cast<U>(a)); }>(
+        "abs." + type, INTEGER);
   }
 }
 
 template <class T, class Wide>
 void add_wide(const std::string& type) {
-  lanewise<[](T a, T b) { return static_cast<Wide>(static_cast<Wide>(a) * static_cast<Wide>(b)); }>("mul.wide." + type, INTEGER);
-  lanewise<[](T a, T b, Wide c) { return static_cast<Wide>(uint64_t(static_cast<Wide>(a) * static_cast<Wide>(b)) + uint64_t(c)); }>("mad.wide." + type, INTEGER);
-  lanewise<[](T a, T b) { return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b) >> (8 * sizeof(T))); }>("mul.hi." + type, INTEGER);
+  lanewise<[](T a, T b) { return static_cast<Wide>(static_cast<Wide>(a) * static_cast<Wide>(b)); }>(
+      "mul.wide." + type, INTEGER);
+  lanewise<[](T a, T b, Wide c) {
+    return static_cast<Wide>(uint64_t(static_cast<Wide>(a) * static_cast<Wide>(b)) + uint64_t(c));
+  }>("mad.wide." + type, INTEGER);
+  lanewise<[](T a, T b) { return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b) >> (8 * sizeof(T))); }>(
+      "mul.hi." + type, INTEGER);
 }
 
 template <class T>
@@ -139,20 +155,25 @@ void add_floats(const std::string& type) {
 
 void add_approximations() {
   for (const std::string ftz : {"", ".ftz"}) {
-    lanewise<[](float a) { return flush(approximate(std::exp2(double(a)), EX2, a)); }>("ex2.approx" + ftz + ".f32", SPECIAL);
+    lanewise<[](float a) { return flush(approximate(std::exp2(double(a)), EX2, a)); }>(
+        "ex2.approx" + ftz + ".f32", SPECIAL);
     lanewise<[](float a) { return approximate(std::log2(double(a)), LG2, a); }>("lg2.approx" + ftz + ".f32", SPECIAL);
     lanewise<[](float a) { return approximate(1.0 / a, RCP, a); }>("rcp.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a) { return approximate(1.0 / std::sqrt(double(a)), RSQRT, a); }>("rsqrt.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a, float b) { return approximate(double(a) / b, DIV, a + b); }>("div.full" + ftz + ".f32", SPECIAL);
+    lanewise<[](float a) { return approximate(1.0 / std::sqrt(double(a)), RSQRT, a); }>(
+        "rsqrt.approx" + ftz + ".f32", SPECIAL);
+    lanewise<[](float a, float b) { return approximate(double(a) / b, DIV, a + b); }>(
+        "div.full" + ftz + ".f32", SPECIAL);
   }
   lanewise<[](float a) { return std::fabs(flush(a)); }>("abs.ftz.f32", FLOAT);
-  lanewise<[](float a, float b, float c) { return flush(std::fma(flush(a), flush(b), flush(c))); }>("fma.rn.ftz.f32", FLOAT);
+  lanewise<[](float a, float b, float c) { return flush(std::fma(flush(a), flush(b), flush(c))); }>(
+      "fma.rn.ftz.f32", FLOAT);
 }
 
 // Two halves of a word each: H is the type of a half.
 template <class H>
 void add_halves(const std::string& type) {
-  lanewise<[](H a, H b, H c) { return H(static_cast<float>(std::fma(double(a), double(b), double(c)))); }>("fma.rn." + type, FLOAT);
+  lanewise<[](H a, H b, H c) { return H(static_cast<float>(std::fma(double(a), double(b), double(c)))); }>(
+      "fma.rn." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) + float(b)); }>("add." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) - float(b)); }>("sub." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) * float(b)); }>("mul." + type, FLOAT);
@@ -237,8 +258,10 @@ void add_arithmetic() {
   add_comparisons<Half, float>("f16"), add_comparisons<Bfloat, float>("bf16");
 
   for (const char* type : {"b16", "u16", "s16"}) opcodes()[std::string("selp.") + type] = {select<uint16_t>, MOVE};
-  for (const char* type : {"b32", "u32", "s32", "f32"}) opcodes()[std::string("selp.") + type] = {select<uint32_t>, MOVE};
-  for (const char* type : {"b64", "u64", "s64", "f64"}) opcodes()[std::string("selp.") + type] = {select<uint64_t>, MOVE};
+  for (const char* type : {"b32", "u32", "s32", "f32"})
+    opcodes()[std::string("selp.") + type] = {select<uint32_t>, MOVE};
+  for (const char* type : {"b64", "u64", "s64", "f64"})
+    opcodes()[std::string("selp.") + type] = {select<uint64_t>, MOVE};
 
   opcodes()["and.pred"] = {logic<[](Mask a, Mask b) -> Mask { return a & b; }, 2>, PREDICATE};
   opcodes()["or.pred"] = {logic<[](Mask a, Mask b) -> Mask { return a | b; }, 2>, PREDICATE};

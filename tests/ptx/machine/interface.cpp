@@ -92,8 +92,8 @@ int ptx_run(PtxLaunch* launch, ptx::Counters* counters, PtxFinding* findings, in
   std::vector<uint64_t> fresh((launch->file_bytes + 7) / 8);
   std::vector<std::unique_ptr<Warp>> warps;
   for (int index = 0; index < launch->blocks; index++) {
-    Block block{machine, index, std::vector<uint8_t>(launch->shared_bytes, 0xff),
-                std::vector<Trace>(launch->shared_bytes), {}};
+    Block block{
+        machine, index, std::vector<uint8_t>(launch->shared_bytes, 0xff), std::vector<Trace>(launch->shared_bytes), {}};
     warps.clear();
     for (int w = 0; w < launch->threads / LANES; w++) {
       warps.push_back(std::make_unique<Warp>(Warp{block, w, fresh}));

@@ -26,7 +26,20 @@ using Handler = void (*)(Warp&, const Instruction&, Mask active);
 
 // Classes of instructions that are counted.
 enum Class {
-  INTEGER, FLOAT, SPECIAL, CONVERT, MOVE, PREDICATE, SHUFFLE, GLOBAL, SHARED, ASYNC, MATRIX, BARRIER, CONTROL, CLASSES
+  INTEGER,
+  FLOAT,
+  SPECIAL,
+  CONVERT,
+  MOVE,
+  PREDICATE,
+  SHUFFLE,
+  GLOBAL,
+  SHARED,
+  ASYNC,
+  MATRIX,
+  BARRIER,
+  CONTROL,
+  CLASSES
 };
 
 struct Opcode {
@@ -60,11 +73,11 @@ struct Register {
 // What is known of one byte. Epochs are the stretches between two barriers of a block, numbered on and on.
 struct Trace {
   uint32_t write_epoch, read_epoch, first_read_epoch;
-  uint32_t readers;       // warps, a bit each, in read_epoch
-  uint32_t write_clock;   // of the writing warp: tells apart the stores of one instruction
-  uint32_t proxy_fences;  // of the writing warp, before it wrote
-  uint32_t warp_syncs;    // the same
-  uint16_t writer;        // thread
+  uint32_t readers;                       // warps, a bit each, in read_epoch
+  uint32_t write_clock;                   // of the writing warp: tells apart the stores of one instruction
+  uint32_t proxy_fences;                  // of the writing warp, before it wrote
+  uint32_t warp_syncs;                    // the same
+  uint16_t writer;                        // thread
   uint8_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
   bool defined;
 };
@@ -80,8 +93,18 @@ struct Region {
 constexpr int REGION_BITS = 40;  // so far apart that no offset leads from one to the next
 
 enum Fault {
-  OUT_OF_BOUNDS, MISALIGNED, UNDEFINED, RACE, RACE_BETWEEN_BLOCKS, RACE_BETWEEN_LANES, IN_FLIGHT, UNFENCED_BYTES,
-  UNFENCED_REGISTER, DIVERGENT, ENDLESS, FAULTS
+  OUT_OF_BOUNDS,
+  MISALIGNED,
+  UNDEFINED,
+  RACE,
+  RACE_BETWEEN_BLOCKS,
+  RACE_BETWEEN_LANES,
+  IN_FLIGHT,
+  UNFENCED_BYTES,
+  UNFENCED_REGISTER,
+  DIVERGENT,
+  ENDLESS,
+  FAULTS
 };
 
 struct Finding {

@@ -12,10 +12,15 @@ namespace {
 // A product of one warp: 8 or 16 rows of A, N columns of B.
 struct Operands {
   int rows, columns, depth;
-  std::vector<double> a, b;  // (rows, depth) and (columns, depth)
+  std::vector<double> a, b;                   // (rows, depth) and (columns, depth)
   std::vector<uint8_t> a_defined, b_defined;  // of a row, of a column
   Operands(int rows, int columns, int depth)
-      : rows(rows), columns(columns), depth(depth), a(rows * depth), b(columns * depth), a_defined(rows, 1),
+      : rows(rows),
+        columns(columns),
+        depth(depth),
+        a(rows * depth),
+        b(columns * depth),
+        a_defined(rows, 1),
         b_defined(columns, 1) {}
   double product(int row, int column) const {
     double sum = 0;
@@ -27,7 +32,9 @@ struct Operands {
 
 double tf32(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000); }  // the low bits are not looked at
 template <class H>
-double half(uint16_t bits) { return static_cast<float>(std::bit_cast<H>(bits)); }
+double half(uint16_t bits) {
+  return static_cast<float>(std::bit_cast<H>(bits));
+}
 
 enum Type { BF16, F16, TF32, F64 };
 int bytes_of(Type type) { return type == F64 ? 8 : type == TF32 ? 4 : 2; }
@@ -96,7 +103,8 @@ template <Type TYPE, class Sum>
 void multiply(Warp& warp, const Instruction& in, Mask active) {
   if (!whole_warp(warp, active)) return;
   Operands of(in.a, 8, in.b);
-  const int sums = of.rows / 4, b_count = of.depth * (TYPE == BF16 || TYPE == F16 ? 1 : 2) / 8, a_count = b_count * of.rows / 8;
+  const int sums = of.rows / 4, b_count = of.depth * (TYPE == BF16 || TYPE == F16 ? 1 : 2) / 8,
+            a_count = b_count * of.rows / 8;
   const int64_t *a = in.operand + sums, *b = a + a_count, *c = b + b_count;
   read_a(warp, a, a_count, TYPE, of);
   fragment(warp, b, b_count, 1, TYPE, [&](int column, int k, double value, bool defined) {
@@ -116,16 +124,21 @@ struct SharedMatrix {
   int bytes;
 
   SharedMatrix(uint64_t descriptor, bool along, int bytes)
-      : start((descriptor & 0x3fff) << 4), leading((descriptor >> 16 & 0x3fff) << 4),
-        stride((descriptor >> 32 & 0x3fff) << 4), swizzle(std::array{0, 128, 64, 32}[descriptor >> 62]), along(along),
+      : start((descriptor & 0x3fff) << 4),
+        leading((descriptor >> 16 & 0x3fff) << 4),
+        stride((descriptor >> 32 & 0x3fff) << 4),
+        swizzle(std::array{0, 128, 64, 32}[descriptor >> 62]),
+        along(along),
         bytes(bytes) {}
 
   uint32_t address(int row, int k) const {
     // Eight rows of 16 bytes, or of the swizzled width, are the piece that everything is made of.
     const uint32_t inner = (along ? row : k) * bytes, outer = along ? k : row, width = swizzle ? swizzle : 16;
     uint32_t at = start + inner % width + outer % 8 * width;
-    if (along) at += inner / width * (swizzle ? leading : stride) + outer / 8 * (swizzle ? stride : leading);
-    else at += outer / 8 * stride + inner / width * (swizzle ? width : leading);
+    if (along)
+      at += inner / width * (swizzle ? leading : stride) + outer / 8 * (swizzle ? stride : leading);
+    else
+      at += outer / 8 * stride + inner / width * (swizzle ? width : leading);
     return swizzle ? at ^ ((at >> 7 & (swizzle / 16 - 1)) << 4) : at;
   }
 };
@@ -193,8 +206,9 @@ void begin_product(Warp& warp, const Instruction& in, Mask active) {
   for (int i = 0; of.a_in_registers && i < 4; i++) {
     if (warp.head(of.a[i]).written > warp.fenced) warp.fault(UNFENCED_REGISTER);
   }
-  each_byte_range<TYPE>(warp, of, product.descriptors,
-                        [&](int, int, int, uint32_t address) { begin_read(warp, address, bytes_of(TYPE)); });
+  each_byte_range<TYPE>(warp, of, product.descriptors, [&](int, int, int, uint32_t address) {
+    begin_read(warp, address, bytes_of(TYPE));
+  });
   warp.products.groups.back().push_back(product);
 }
 
@@ -250,8 +264,8 @@ template <Type TYPE, class Sum>
 void add_mma(const std::string& type, const std::string& sum, std::initializer_list<std::array<int, 2>> shapes) {
   for (const auto& [rows, depth] : shapes) {
     const std::string shape = "m" + std::to_string(rows) + "n8k" + std::to_string(depth);
-    opcodes()["mma.sync.aligned." + shape + ".row.col." + sum + "." + type + "." + type + "." + sum] =
-        {multiply<TYPE, Sum>, MATRIX, rows, depth};
+    opcodes()["mma.sync.aligned." + shape + ".row.col." + sum + "." + type + "." + type + "." + sum] = {
+        multiply<TYPE, Sum>, MATRIX, rows, depth};
   }
 }
 

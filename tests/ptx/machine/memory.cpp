@@ -39,8 +39,8 @@ Place global_at(Warp& warp, uint64_t address, int bytes) {
 
 // Written by another lane of this warp, and the warp has not been synchronised since.
 bool between_lanes(Warp& warp, int lane, const Trace& byte, uint32_t epoch) {
-  return lane >= 0 && byte.write_epoch == epoch && byte.writer / LANES == warp.index &&
-         byte.writer % LANES != lane && byte.warp_syncs == warp.syncs;
+  return lane >= 0 && byte.write_epoch == epoch && byte.writer / LANES == warp.index && byte.writer % LANES != lane &&
+         byte.warp_syncs == warp.syncs;
 }
 
 void check_read(Warp& warp, int lane, Trace& byte) {
@@ -125,7 +125,8 @@ bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared) {
   } else {
     const Region* region = warp.machine().region_of(address);
     inside = region && address >= region->address && address - region->address + bytes <= region->size;
-    for (int i = 0; inside && region->allowed && i < bytes; i++) inside = region->allowed[address - region->address + i];
+    for (int i = 0; inside && region->allowed && i < bytes; i++)
+      inside = region->allowed[address - region->address + i];
   }
   if (!inside) warp.fault(OUT_OF_BOUNDS);
   return inside;
@@ -198,8 +199,8 @@ void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, b
     for (int lane = first; lane < first + lanes; lane++) {
       for (int i = 0; (active >> lane & 1) && i < words; i++) {
         const uint32_t word = static_cast<uint32_t>(address[lane] / 4) + i;
-        auto &bank = wanted[word % 32];
-        int &known = count[word % 32];
+        auto& bank = wanted[word % 32];
+        int& known = count[word % 32];
         if (std::find(bank.begin(), bank.begin() + known, word) == bank.begin() + known) bank[known++] = word;
         any = true;
       }

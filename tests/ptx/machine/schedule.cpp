@@ -84,8 +84,10 @@ void run_warp(Warp& warp, uint64_t& left) {
       together = false;
       continue;
     }
-    if (together) warp.at = next;
-    else move(warp, active, next);
+    if (together)
+      warp.at = next;
+    else
+      move(warp, active, next);
   }
 }
 

@@ -45,8 +45,8 @@ template <bool SHARED_SPACE>
 void load(Warp& warp, const Instruction& in, Mask active) {
   const int bytes = in.a * in.b;
   const int64_t reg = in.operand[in.b], offset = in.operand[in.b + 1], *width = in.operand + in.b + 2;
-  const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, reg, offset, active)
-                                    : addresses<uint64_t>(warp, reg, offset, active);
+  const Addresses at =
+      SHARED_SPACE ? addresses<uint32_t>(warp, reg, offset, active) : addresses<uint64_t>(warp, reg, offset, active);
   uint64_t values[4][LANES] = {};
   Mask defined = 0;
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, false);
@@ -78,8 +78,10 @@ void store(Warp& warp, const Instruction& in, Mask active) {
     for (int i = 0; i < in.b; i++) {
       std::memcpy(value + i * in.a, warp.lanes<uint8_t>(registers[i]) + lane * width[i], in.a);
     }
-    if (SHARED_SPACE) write_shared(warp, lane, static_cast<uint32_t>(at.of[lane]), bytes, value, defined >> lane & 1);
-    else write_global(warp, lane, at.of[lane], bytes, value);
+    if (SHARED_SPACE)
+      write_shared(warp, lane, static_cast<uint32_t>(at.of[lane]), bytes, value, defined >> lane & 1);
+    else
+      write_global(warp, lane, at.of[lane], bytes, value);
   }
 }
 
@@ -178,8 +180,9 @@ void store_matrices(Warp& warp, const Instruction& in, Mask active) {
         const int lane = in.b ? 4 * column + row / 2 : 4 * row + column / 2;
         const int half = (in.b ? row : column) % 2;
         const auto value = static_cast<uint16_t>(warp.lanes<uint32_t>(reg)[lane] >> 16 * half);
-        write_shared(warp, lane, static_cast<uint32_t>(rows.address[giver]) + 2 * column, 2, &value,
-                     warp.defined(reg) >> lane & 1);
+        write_shared(
+            warp, lane, static_cast<uint32_t>(rows.address[giver]) + 2 * column, 2, &value,
+            warp.defined(reg) >> lane & 1);
       }
     }
   }

@@ -178,8 +178,8 @@ def depthwise_backward(
 # matrix product, and nothing between the convolutions is made again.
 #
 # One program: a slice of the (batch, tile) pairs of one group, and TAPS taps of one row (of CHUNKS in a row), side by
-# side in TAPS * WIDTH lanes. What it adds to S goes to (slice, group, K * K * D, D), and with a bias the sum of g to
-# one row more.
+# side in TAPS * WIDTH lanes. What it adds to S goes to (slice, group, K * K * D, D); with a bias there is one row more,
+# for the sum of g.
 @triton.jit(do_not_specialize=_G + _X + _SIZES + ["items"])
 def weight_sums(
     g_ptr, x_ptr, s_ptr,
@@ -228,7 +228,7 @@ def weight_sums(
         if WB or MB:
             total += tl.sum(g.to(ACC), 0)
     cols = tl.arange(0, WIDTH)
-    s_ptr += (part * groups + group) * ((K * K * D + 1) * D)
+    s_ptr += (part * groups + group) * ((K * K * D + (1 if WB or MB else 0)) * D)
     at = ((row * K + tap) * D + channel)[:, None] * D + cols[None, :]
     tl.store(s_ptr + at, sums, mask=used[:, None] & (cols < D)[None, :])
     if WB or MB:
@@ -248,7 +248,7 @@ def weight_gradients(
     rows = tl.arange(0, WIDTH)
     inside = (rows < D)[:, None] & (rows < D)[None, :]  # (in, out)
     first = group * D
-    s_ptr += group.to(tl.int64) * ((K * K * D + 1) * D)
+    s_ptr += group.to(tl.int64) * ((K * K * D + (1 if WB or MB else 0)) * D)
     tile = rows[:, None] * D + rows[None, :]
     turned = first.to(tl.int64) * D + rows[None, :] * D + rows[:, None]
     if tap < K * K:

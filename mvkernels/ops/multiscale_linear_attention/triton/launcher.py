@@ -156,10 +156,11 @@ def _weight_gradients(
     """The gradients of a scale's four weights, given that of its map; empty for a bias that is not there."""
     named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("g", grad), ("x", x))]
     kernel = wide.shape[-1]
-    launches, slices = weight_launches(_problem(named, kernel, biases))
+    problem = _problem(named, kernel, biases)
+    launches, slices = weight_launches(problem)
     found = [t.new_empty(t.shape) for t in (wide, mixing)]
     found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases]
-    size = (x.shape[1] // head_dim, kernel**2 * head_dim + 1, head_dim)
+    size = (x.shape[1] // head_dim, problem.sum_rows, head_dim)
     made = {
         "parts": parts(slices, x, size),
         "sums": x.new_empty(size, dtype=sums_dtype(x.dtype)),

@@ -25,6 +25,11 @@ class ScaleProblem(Problem):
     biases: tuple[bool, bool]
     """Whether the depthwise and the pointwise convolution have one."""
 
+    @property
+    def sum_rows(self) -> int:
+        """Of the sums that the weights' gradients are made of: a channel of a tap each, and one for the biases."""
+        return self.kernel**2 * self.shape[2] + any(self.biases)
+
 
 class _Plan:
     def __init__(self, problem: ScaleProblem, kernel: str, source: str):
@@ -81,11 +86,11 @@ def aggregate_launches(problem: ScaleProblem) -> list[Launch]:
 def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     """(launches, slices) of the gradients of a scale's weights, given that of its map, ``g``.
 
-    Tensors ``g x taps m wb parts sums dw dm dwb dmb``: ``parts`` (slices, groups, k * k * D + 1, D) holds the parts of
-    ``sums``. Without a bias its gradient is not written.
+    Tensors ``g x taps m wb parts sums dw dm dwb dmb``: ``parts`` (slices, groups, sum_rows, D) holds the parts
+    of ``sums``. Without a bias its gradient is not written.
     """
     plan = _Plan(problem, "weight_sums", "x")
-    size, items = plan.groups * (problem.kernel**2 * plan.d + 1) * plan.d, plan.batch * plan.tiles
+    size, items = plan.groups * problem.sum_rows * plan.d, plan.batch * plan.tiles
     itemsize = max(4, problem.dtype.itemsize)
     taps = min(_TAPS, 1 << (problem.kernel - 1).bit_length())
     chunks = -(-problem.kernel // taps)

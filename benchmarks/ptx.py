@@ -1,0 +1,125 @@
+"""Executes the compiled Triton kernels on a CPU: what `make ptx` runs. Needs no GPU.
+
+Every op, forward and backward, at the inputs of ``mvkernels verify``, in float32 (ieee and tf32), float16 and
+bfloat16, as compiled for sm_90 and sm_80, by tests/ptx: the library's own planning and launches, Triton's own
+compiler, and its PTX one instruction after the other. Results are compared with float64 as ever; every access is
+checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
+
+- ``error``, ``allowed``, ``ok``: of the case's worst tensor, ``worst``
+- ``races``, ``findings``: accesses that no barrier sets apart; those and all other faults (out of bounds, misaligned,
+  undefined values, missing waits and fences, divergence at a barrier)
+- ``instructions`` of warps, and of which class; matrix_flops
+- ``global_requests`` of warps, ``global_sectors`` of 32 bytes that they touch, ``global_bytes`` that lanes ask for
+- ``shared_requests`` of warps, and ``conflicts``: passes over the banks beyond those that the width asks for
+
+Exit status 1 if something is wrong, 2 for bad usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+
+from mvkernels import files
+from mvkernels.commands import command
+from mvkernels.report import Progress, commit, table
+from tests.ptx import cases, launches
+
+RESULTS = Path(__file__).parent / "results" / "ptx"
+
+
+def executed(index: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, faults) of a case, by its place among all. Never raises: an error is a fault."""
+    torch.set_num_threads(1)
+    case = list(cases.cases())[index]
+    try:
+        outcome = cases.run(case)
+    except Exception as error:
+        return [], [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    return list(cases.rows(outcome)), outcome.faults
+
+
+SUMMED = ("findings", "instructions", "global_bytes", "global_sectors", "conflicts", "shared_requests")
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    """A line for each kernel: in how many cases it ran, by dtype; findings; how its accesses lie."""
+    kernels = sorted({(row["op"], row["kernel"]) for row in rows})
+    for op, kernel in kernels:
+        of = [row for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+        total = {name: sum(row[name] for row in of) for name in SUMMED}
+        yield [
+            op, kernel, *(sum(row["dtype"] == dtype for row in of) for dtype in cases.DTYPES), total["findings"],
+            f"{total['instructions'] / 1e6:.1f}",
+            f"{total['global_bytes'] / (32 * total['global_sectors'] or 1):.0%}",
+            f"{total['conflicts'] / (total['shared_requests'] or 1):.2f}",
+        ]  # fmt: skip
+
+
+COLUMNS = ["op", "kernel", *cases.DTYPES, "findings", "million instructions", "of sectors used", "conflicts a request"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="ptx", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--op", action="append", choices=list(cases.FEW), help="only this op (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=list(cases.DTYPES), help="only this dtype (repeatable)")
+    parser.add_argument("--arch", action="append", choices=list(launches.DEVICES), help="only this one (repeatable)")
+    parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        print("ptx: unset TRITON_INTERPRET, it replaces the compiler", file=sys.stderr)
+        return 2
+    chosen = [
+        (index, case)
+        for index, case in enumerate(cases.cases())
+        if case.op in (options.op or cases.FEW)
+        and case.dtype in (options.dtype or cases.DTYPES)
+        and case.arch in (options.arch or launches.DEVICES)
+        and options.filter in str(case)
+    ]
+    if not chosen or options.processes < 1:
+        print("ptx: no case matches" if not chosen else "ptx: --processes: want 1 or more", file=sys.stderr)
+        return 2
+    found: dict[int, list[dict[str, Any]]] = {}
+    wrong = 0
+    progress = Progress(len(chosen))
+    with ProcessPoolExecutor(options.processes) as pool:
+        futures = {pool.submit(executed, index): (index, case) for index, case in chosen}
+        for future in as_completed(futures):
+            index, case = futures[future]
+            found[index], faults = future.result()
+            wrong += bool(faults)
+            progress.step(str(case))
+            for fault in faults:
+                print(f"{case}: {fault}", file=sys.stderr, flush=True)
+    progress.close()
+    same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
+    rows = [row | same for index in sorted(found) for row in found[index]]
+    whole = not (options.dtype or options.arch or options.filter)
+    for op in {row["op"] for row in rows}:
+        of = [row for row in rows if row["op"] == op]
+        if whole or options.out != RESULTS:  # part of an op is no result to keep in the repository
+            files.write_csv(options.out / f"{op}.csv", list(of[0]), of)
+    print(table(list(summary(rows)), COLUMNS))
+    races = sum(row["races"] for row in rows)
+    print(f"{len(chosen)} cases, {wrong} wrong, {races} races")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(command.run("ptx", main))

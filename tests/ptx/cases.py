@@ -1,0 +1,166 @@
+"""What is executed: every op, at the inputs of ``mvkernels verify`` and at heads too wide for one tile."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from mvkernels import testing, verify
+from mvkernels.dispatch.registry import OPS, Op
+from tests.ptx import launches, machine
+
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""tf32: float32 maps whose products may round."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, forward and backward, for one device."""
+
+    op: str
+    shape: str
+    strides: str
+    make: Callable[[torch.dtype, str], dict[str, Any]]
+    dtype: str = "bfloat16"
+    arch: str = "sm_90"
+    processors: int = 132
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.shape} {self.strides} {self.dtype} {self.arch} {self.processors} processors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case gave."""
+
+    case: Case
+    comparisons: list[testing.Comparison]
+    launches: list[launches.Executed]
+    seconds: float
+
+    @property
+    def worst(self) -> testing.Comparison:
+        """The result that is nearest to what is allowed, or furthest beyond."""
+        return max(self.comparisons, key=lambda each: each.error / each.allowed)
+
+    @property
+    def findings(self) -> list[machine.Finding]:
+        return [found for launch in self.launches for found in launch.findings]
+
+    @property
+    def faults(self) -> list[str]:
+        """All that is wrong, in words; empty if nothing is."""
+        wrong = [str(each) for each in self.comparisons if not each.ok]
+        return wrong + [f"{launch.kernel}: {found}" for launch in self.launches for found in launch.findings]
+
+
+def run(case: Case, skewed: bool = False) -> Outcome:
+    """Execute the call's kernels and compare the output and all gradients with float64."""
+    op = OPS[case.op]
+    arguments = case.make(DTYPES[case.dtype], "cpu")
+    begin = time.perf_counter()
+    with launches.executed(case.arch, case.processors, case.dtype == "tf32", skewed) as log:
+        found = testing.check(op, arguments, "triton")
+    return Outcome(case, found, log, time.perf_counter() - begin)
+
+
+def cases() -> Iterator[Case]:
+    """All of them: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and one without; and for
+    the first of each op a small GPU, where one program has a whole map."""
+    for op in OPS.values():
+        for index, (shape, strides, make) in enumerate(of_op(op)):
+            for dtype in DTYPES:
+                for arch in launches.DEVICES:
+                    yield Case(op.name, shape, strides, make, dtype, arch)
+                if index == 0:
+                    yield Case(op.name, shape, strides, make, dtype, processors=2)
+
+
+def of_op(op: Op) -> Iterator[tuple[str, str, verify.Maker]]:
+    """(shape, strides, function that makes the arguments): verify's, and MORE."""
+    yield from verify.inputs(op, "small")
+    if op.name in MORE:
+        shape, sizes = MORE[op.name]
+        yield shape, "contiguous", partial(_sized, op, sizes)
+
+
+_WIDE = "2x256 7x7", {5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)}
+MORE = {
+    "patch_attention": ("2x36 21x19", {5: (1, 2, 36, 21, 19)}),
+    "mobile_to_former": _WIDE,
+    "former_to_mobile": _WIDE,
+}
+"""Groups of unequal sizes with more tokens than one tile; heads too wide for one tile: (name, sizes of maps and of
+tokens, by their number of dimensions)."""
+
+
+def _sized(op: Op, sizes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    example = op.suite("small")[0].make()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(sizes[value.dim()], generator=generator).to(device, dtype)
+        for name, value in testing.tensors_in(example).items()
+    }
+    return testing.with_tensors(example, tensors)
+
+
+FEW = {
+    "patch_attention": ("4x36 9x7", "4x36 3x17", "4x48_16x16", "2x36 21x19", "8x32/128 7x7"),
+    "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
+    "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
+    "relu_linear_attention": ("8x16 9x7", "8x16_14x14"),
+    "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14"),
+    "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8"),
+}
+"""Shapes that are run at every commit: together they launch each kernel."""
+
+
+def selection() -> Iterator[Case]:
+    """What is run at every commit: each of FEW once for a dtype and the newer architecture, one an op for the older."""
+    for op, shapes in FEW.items():
+        every = list(of_op(OPS[op]))
+        for index, wanted in enumerate(shapes):
+            shape, strides, make = next(each for each in every if wanted in each[0])
+            for dtype in DTYPES:
+                yield Case(op, shape, strides, make, dtype)
+            if index == 0:
+                yield Case(op, shape, strides, make, "bfloat16", "sm_80")
+                yield Case(op, shape, strides, make, "tf32", "sm_80", processors=2)
+
+
+def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of a case: what was compared, found and counted."""
+    case, worst = outcome.case, outcome.worst
+    by_kernel: dict[str, list[launches.Executed]] = {}
+    for launch in outcome.launches:
+        by_kernel.setdefault(launch.kernel, []).append(launch)
+    for kernel, several in by_kernel.items():
+        totals: Counter[str] = Counter()
+        for launch in several:
+            counters = launch.counters
+            totals.update(dict(zip(machine.CLASSES, counters.issued)))
+            totals.update({
+                "blocks": launch.blocks, "findings": len(launch.findings), "conflicts": counters.conflicts,
+                **{name: getattr(counters, name) for name in COUNTED},
+            })  # fmt: skip
+        yield {
+            "op": case.op, "kernel": kernel, "shape": case.shape, "strides": case.strides, "dtype": case.dtype,
+            "arch": case.arch, "processors": case.processors, "worst": worst.name, "error": f"{worst.error:.3e}",
+            "allowed": f"{worst.allowed:.3e}", "ok": worst.ok, "races": _races(several), "findings": totals["findings"],
+            "launches": len(several), "threads": several[0].threads, "blocks": totals["blocks"],
+            "instructions": sum(totals[name] for name in machine.CLASSES),
+            **{name: totals[name] for name in (*machine.CLASSES, *COUNTED, "conflicts")},
+        }  # fmt: skip
+
+
+COUNTED = ("global_requests", "global_sectors", "global_bytes", "shared_requests", "matrix_flops")
+
+
+def _races(several: list[launches.Executed]) -> int:
+    return sum(found.kind.startswith("race") for launch in several for found in launch.findings)
