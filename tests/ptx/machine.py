@@ -123,6 +123,7 @@ def library() -> Any:
             made.replace(target)  # at once: another process may do the same
     found = ctypes.CDLL(str(target))
     found.ptx_known.argtypes = [ctypes.c_char_p]
+    found.ptx_name.restype = ctypes.c_char_p
     found.ptx_define.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     found.ptx_run.argtypes = [ctypes.POINTER(Launch), ctypes.POINTER(Counters), ctypes.POINTER(_Finding), ctypes.c_int]
     assert found.ptx_register_bytes() == HEAD
@@ -142,6 +143,14 @@ def _flags_of_processor() -> list[str]:
     except OSError:
         return []
     return next(([line] for line in lines if line.startswith("flags")), [])
+
+
+def names() -> list[str]:
+    """All instructions that the machine has."""
+    found: list[str] = []
+    while (name := library().ptx_name(len(found))) is not None:
+        found.append(name.decode())
+    return sorted(found)
 
 
 def unknown(program: Program) -> list[str]:

@@ -147,8 +147,6 @@ void add_floats(const std::string& type) {
   lanewise<[](T a) { return T{1} / a; }>("rcp.rn." + type, SPECIAL);
   lanewise<maximum<T>>("max." + type, FLOAT);
   lanewise<minimum<T>>("min." + type, FLOAT);
-  lanewise<maximum_or_nan<T>>("max.NaN." + type, FLOAT);
-  lanewise<minimum_or_nan<T>>("min.NaN." + type, FLOAT);
   lanewise<[](T a) { return -a; }>("neg." + type, FLOAT);
   lanewise<[](T a) { return std::fabs(a); }>("abs." + type, FLOAT);
 }
@@ -164,6 +162,8 @@ void add_approximations() {
     lanewise<[](float a, float b) { return approximate(double(a) / b, DIV, a + b); }>(
         "div.full" + ftz + ".f32", SPECIAL);
   }
+  lanewise<maximum_or_nan<float>>("max.NaN.f32", FLOAT);
+  lanewise<minimum_or_nan<float>>("min.NaN.f32", FLOAT);
   lanewise<[](float a) { return std::fabs(flush(a)); }>("abs.ftz.f32", FLOAT);
   lanewise<[](float a, float b, float c) { return flush(std::fma(flush(a), flush(b), flush(c))); }>(
       "fma.rn.ftz.f32", FLOAT);

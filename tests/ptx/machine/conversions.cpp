@@ -29,6 +29,7 @@ To integer_of(From x) {
 
 template <class From, class To>
 void between_integers(const std::string& from, const std::string& to) {
+  if constexpr (std::is_same_v<From, To>) return;
   lanewise<[](From a) { return static_cast<To>(a); }>("cvt." + to + "." + from, CONVERT);
 }
 

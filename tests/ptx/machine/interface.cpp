@@ -60,6 +60,13 @@ struct PtxFinding {
 };
 
 int ptx_known(const char* name) { return ptx::opcode(name) != nullptr; }
+// The name of an instruction by its place in no order, or null after the last.
+const char* ptx_name(int index) {
+  ptx::opcode("");
+  auto at = ptx::opcodes().begin();
+  for (int i = 0; i < index && at != ptx::opcodes().end(); i++) at++;
+  return at == ptx::opcodes().end() ? nullptr : at->first.c_str();
+}
 int ptx_trace_bytes() { return sizeof(ptx::Trace); }
 int ptx_register_bytes() { return sizeof(ptx::Register); }
 int ptx_shared_base() { return ptx::SHARED_BASE; }

@@ -1,0 +1,284 @@
+"""Loads, stores, copies, shuffles, branches and barriers; and that each kind of fault is found, and only there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ptx import assembly, machine
+from tests.ptx.assembly import Array, Result
+
+# %rd9: the thread's four bytes of the array out; %r9: of shared memory, of which it has more than once the block's size.
+PLACES = """
+    mul.wide.u32 %rd8, %r0, 4;
+    add.s64 %rd9, %rd0, %rd8;
+    mov.b32 %r8, global_smem;
+    shl.b32 %r7, %r0, 2;
+    add.s32 %r9, %r8, %r7;
+"""
+
+
+def run(body: str, *inputs: Array, threads: int = 64, blocks: int = 1, **how: object) -> tuple[Array, Result]:
+    """(what the threads stored, what was found); the body ends with the thread's result in %r5."""
+    out = np.zeros(threads * blocks, np.uint32)
+    ptx = assembly.kernel(PLACES + body + "st.global.b32 [%rd9], %r5;", 1 + len(inputs), threads)
+    return out, assembly.execute(ptx, [out, *inputs], blocks, 4 * threads + 256, **how)  # type: ignore[arg-type]
+
+
+def shared_exchange(between: str) -> str:
+    """Each thread stores its number and reads that of the thread 32 further on."""
+    return (
+        f"st.shared.b32 [%r9], %r0; {between} xor.b32 %r6, %r7, 128; add.s32 %r6, %r8, %r6; ld.shared.b32 %r5, [%r6];"
+    )
+
+
+NEIGHBOUR = "st.shared.b32 [%r9], %r0; {} xor.b32 %r6, %r7, 4; add.s32 %r6, %r8, %r6; ld.shared.b32 %r5, [%r6];"
+# Sixteen bytes a thread from the first input to shared memory, and what another thread's first four of them are.
+COPY = """
+    shl.b32 %r11, %r0, 4;
+    cvt.u64.u32 %rd11, %r11;
+    add.s64 %rd12, %rd1, %rd11;
+    rem.u32 %r13, %r0, 16;
+    shl.b32 %r13, %r13, 4;
+    add.s32 %r12, %r8, %r13;
+    setp.lt.u32 %p1, %r0, 16;
+    @%p1 cp.async.cg.shared.global [%r12 + 0], [%rd12 + 0], 16;
+    {}
+    ld.shared.b32 %r5, [%r12];
+"""
+DONE = "cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+DATA = np.arange(256, dtype=np.uint32)
+
+FAULTY = {
+    # name: (kind of fault or None, body)
+    "exchange": (None, shared_exchange("bar.sync 0;")),
+    "exchange without a barrier": ("race, undefined value", shared_exchange("")),
+    "written again before it is read": (
+        "race", shared_exchange("bar.sync 0;") + "st.shared.b32 [%r9], %r5;"
+    ),
+    "written again after it is read": (None, shared_exchange("bar.sync 0;") + "bar.sync 0; st.shared.b32 [%r9], %r5;"),
+    "two warps to one place": ("race", "shr.u32 %r6, %r0, 5; mul.lo.s32 %r6, %r6, 100; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"),
+    "two warps with one value": (None, "st.shared.b32 [%r8], 7; mov.b32 %r5, 0;"),
+    "two lanes to one place": (
+        "race between lanes", "shr.u32 %r6, %r7, 3; shl.b32 %r6, %r6, 2; add.s32 %r6, %r8, %r6; mul.lo.s32 %r4, %r0, 99; st.shared.b32 [%r6], %r4; mov.b32 %r5, 0;"
+    ),
+    "neighbours in a warp": (None, NEIGHBOUR.format("bar.warp.sync -1;")),
+    "neighbours in a warp, not synchronised": ("race between lanes", NEIGHBOUR.format("")),
+    "shared memory not written": ("undefined value", "ld.shared.b32 %r5, [%r9];"),
+    "not written and not used": (None, "ld.shared.b32 %r6, [%r9]; mov.b32 %r5, 1;"),
+    "hidden by a select": (
+        None, "ld.shared.b32 %r6, [%r9]; setp.lt.u32 %p1, %r0, 99; selp.b32 %r5, 3, %r6, %p1;"
+    ),
+    "decides a branch": (
+        "undefined value", "ld.shared.b32 %r6, [%r9]; setp.eq.b32 %p1, %r6, 0; mov.b32 %r5, 1; @%p1 bra L; mov.b32 %r5, 2;\nL:\n"
+    ),
+    "is an address": ("undefined value", "ld.shared.b32 %r6, [%r9]; ld.shared.b32 %r5, [%r6];"),
+    "register not written": ("undefined value", "add.s32 %r5, %r77, 1;"),
+    "beyond the array": ("out of bounds, race", "ld.global.b32 %r5, [%rd9+4]; mov.b32 %r5, 0;"),
+    "before the array": ("out of bounds, race", "ld.global.b32 %r5, [%rd9+-4]; mov.b32 %r5, 0;"),
+    "beyond shared memory": ("out of bounds", "st.shared.b32 [%r9+512], %r0; mov.b32 %r5, 0;"),
+    "eight bytes at four": ("misaligned", "ld.global.b64 %rd20, [%rd9]; mov.b32 %r5, 0;"),
+    "in a loop without end": ("endless", "mov.b32 %r5, 0;\nL:\nadd.s32 %r5, %r5, 1; bra L;\n"),
+    "barrier of some lanes": (
+        "divergent", "mov.b32 %r5, 0; setp.lt.u32 %p1, %r0, 7; @%p1 bra L; bar.sync 0;\nL:\n"
+    ),
+    "barrier of some warps": (
+        "divergent", "mov.b32 %r5, 0; setp.lt.u32 %p1, %r0, 32; @%p1 bra L; bar.sync 0;\nL:\n"
+    ),
+    "shuffle of some lanes": (
+        "divergent", "mov.b32 %r5, 0; and.b32 %r6, %r0, 1; setp.eq.b32 %p1, %r6, 0; @%p1 bra L; shfl.sync.bfly.b32 %r5, %r0, 2, 31, -1;\nL:\n"
+    ),
+    "copy": (None, COPY.format(DONE)),
+    "copy not waited for": ("in flight, undefined value", COPY.format("cp.async.commit_group; bar.sync 0;")),
+    "copy not committed": ("in flight, undefined value", COPY.format("cp.async.wait_group 0; bar.sync 0;")),
+    "waited for all but one": ("in flight, undefined value", COPY.format("cp.async.commit_group; cp.async.wait_group 1; bar.sync 0;")),
+    "copy without a barrier": ("race, race between lanes", COPY.format("cp.async.commit_group; cp.async.wait_group 0;")),
+    "copied onto what is read": (
+        "in flight", "mov.b32 %r5, 0;" + COPY.format("st.shared.b32 [%r9], %r0; " + DONE)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", FAULTY)
+def test_each_fault_is_found(name: str) -> None:
+    kind, body = FAULTY[name]
+    _, result = run(body, *([DATA] if "%rd1," in body else []), limit=100_000)
+    assert result.kinds == set(kind.split(", ") if kind else ()), [str(each) for each in result.findings]
+
+
+def test_these_tests_are_of_ptx(tmp_path: Path) -> None:
+    for name, (_, body) in FAULTY.items():
+        ptx = assembly.kernel(PLACES + body + "st.global.b32 [%rd9], %r5;", 2, 64)
+        assert not assembly.assembles(ptx, tmp_path), name
+
+
+def test_values_go_through_shared_memory() -> None:
+    out, _ = run(shared_exchange("bar.sync 0;"))
+    assert (out == np.arange(64) ^ 32).all()
+    for width, way in ((16, "cg"), (16, "ca"), (8, "ca"), (4, "ca")):
+        body = COPY.replace("16;\n    {}", f"{width};\n    {{}}").replace(".cg.", f".{way}.")
+        assert f"cp.async.{way}.shared.global" in body
+        out, _ = run(body.format(DONE), DATA)
+        assert (out == np.arange(64) % 16 * 4).all()
+
+
+def test_a_copy_happens_when_it_is_waited_for() -> None:
+    """A store to the source in between is what the copy reads: it is as late as it may be."""
+    late = COPY.format("@%p1 st.global.b32 [%rd12], 1000; " + DONE)
+    out, _ = run(late, DATA.copy())
+    assert (out == 1000).all()
+
+
+def test_a_copy_reads_as_many_bytes_as_it_is_told_and_fills_with_zeros() -> None:
+    body = COPY.replace("16;\n    {}", "16, %r14;\n    {}", 1).format(DONE)
+    body = "shl.b32 %r14, %r0, 2; and.b32 %r14, %r14, 4;" + body
+    out, result = run(body.replace("[%rd12 + 0], 16;", "[%rd12 + 0], 16, %r14;"), DATA + 1)
+    assert (out == np.where(np.arange(64) % 2, np.arange(64) % 16 * 4 + 1, 0)).all()
+    assert not result.findings
+
+
+def test_blocks_may_not_touch_what_another_one_writes() -> None:
+    place = "mul.lo.s32 %r20, %r1, 256; cvt.u64.u32 %rd20, %r20; add.s64 %rd9, %rd9, %rd20; mov.b32 %r5, 1;"
+    assert not run(place, blocks=2)[1].findings
+    assert run("mov.b32 %r5, %r1;", blocks=2)[1].kinds == {"race between blocks"}
+    other = place + "setp.eq.b32 %p1, %r1, 1; @%p1 ld.global.b32 %r5, [%rd9-256];"
+    assert run(other, blocks=2)[1].kinds == {"race between blocks"}
+    # One that reads, then another one that writes.
+    early = place + "setp.eq.b32 %p1, %r1, 0; @%p1 ld.global.b32 %r5, [%rd9+256];"
+    assert run(early, blocks=2)[1].kinds == {"race between blocks"}
+
+
+def test_global_memory_of_one_block_needs_a_barrier_too() -> None:
+    exchange = "st.global.b32 [%rd9], %r0; {} xor.b32 %r6, %r7, 128; cvt.u64.u32 %rd20, %r6; add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r5, [%rd21]; bar.sync 0;"
+    assert run(exchange.format("bar.sync 0;"))[1].findings == []
+    assert run(exchange.format(""))[1].kinds == {"race"}
+
+
+def test_what_nobody_has_defined_may_be_read_but_not_stored() -> None:
+    read = "add.s64 %rd20, %rd1, %rd8; ld.global.b32 %r6, [%rd20];"
+    assert run(read + "mov.b32 %r5, 0;", DATA, undefined=[1])[1].findings == []
+    assert run(read + "add.s32 %r5, %r6, 1;", DATA, undefined=[1])[1].kinds == {"undefined value"}
+    assert run(read + "add.s32 %r5, %r6, 1;", DATA)[1].findings == []
+
+
+def test_a_fault_says_where() -> None:
+    _, result = run("ld.global.b32 %r5, [%rd9+4]; mov.b32 %r5, 0;")
+    found = next(each for each in result.findings if each.kind == "out of bounds")
+    assert (found.block, found.warp, found.count) == (0, 1, 1)
+    assert "ld.global.b32 %r5, [%rd9+4]" in str(found) and f"PTX line {found.line + 1}" in str(found)
+
+
+SHUFFLES = {
+    "up": (0, lambda lane, b: np.where(lane - b >= 0, lane - b, lane)),
+    "down": (31, lambda lane, b: np.where(lane + b <= 31, lane + b, lane)),
+    "bfly": (31, lambda lane, b: lane ^ b),
+    "idx": (31, lambda lane, b: np.full_like(lane, b)),
+}
+
+
+@pytest.mark.parametrize("how", SHUFFLES)
+@pytest.mark.parametrize("by", [0, 1, 5, 16, 31])
+def test_shuffles(how: str, by: int) -> None:
+    clamp, source = SHUFFLES[how]
+    out, result = run(f"add.s32 %r6, %r0, 100; shfl.sync.{how}.b32 %r5, %r6, {by}, {clamp}, -1;")
+    lane = np.arange(64) % 32
+    assert (out == np.arange(64) - lane + source(lane, by) + 100).all()
+    assert not result.findings
+
+
+def test_a_shuffle_within_segments() -> None:
+    """Eight lanes each; the predicate says whether the source was in the segment."""
+    clamp = (24 << 8) | 7  # 32 - 8 in the upper byte
+    out, _ = run(f"shfl.sync.down.b32 %r6|%p1, %r0, 3, {clamp}, -1; selp.b32 %r7, 100, 0, %p1; add.s32 %r5, %r6, %r7;")
+    lane = np.arange(64)
+    assert (out == np.where(lane % 8 + 3 < 8, lane + 103, lane)).all()
+
+
+def test_votes() -> None:
+    for name, wanted in (("any", 1), ("all", 0)):
+        out, _ = run(f"setp.eq.b32 %p1, %r0, 40; vote.sync.{name}.pred %p2, %p1, -1; selp.b32 %r5, 1, 0, %p2;")
+        assert (out[:32] == 0).all() and (out[32:] == wanted).all()
+    out, _ = run("setp.lt.u32 %p1, %r0, 40; vote.sync.ballot.b32 %r5, %p1, -1;")
+    assert (out[:32] == 2**32 - 1).all() and (out[32:] == 255).all()
+
+
+def test_lanes_go_different_ways_and_meet_again() -> None:
+    """A loop of as many rounds as the lane's number, then a shuffle of all."""
+    body = """mov.b32 %r5, 0; mov.b32 %r6, 0;
+L1:
+    setp.ge.u32 %p1, %r6, %r0; @%p1 bra L2; add.s32 %r5, %r5, %r6; add.s32 %r6, %r6, 1; bra L1;
+L2:
+    shfl.sync.bfly.b32 %r5, %r5, 1, 31, -1;
+    setp.eq.b32 %p2, %r0, 3; @%p2 st.global.b32 [%rd9], %r5; @%p2 ret;
+"""
+    out, result = run(body)
+    sums = np.array([sum(range(i)) for i in range(64)])
+    assert (out == sums[np.arange(64) ^ 1]).all()
+    assert not result.findings
+
+
+@pytest.mark.parametrize("exit_", ["ret", "exit"])
+@pytest.mark.parametrize("barrier", ["bar.sync 0", "barrier.sync 0"])
+def test_names_of_the_same_thing(exit_: str, barrier: str) -> None:
+    out, result = run(f"mov.b32 %r5, 1; {barrier}; st.global.b32 [%rd9], %r5; {exit_}; mov.b32 %r5, 2;")
+    assert (out == 1).all() and not result.findings
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_every_width(width: int, space: str) -> None:
+    """Bytes come through a load, a store and a load, in vectors and in registers wider than they are."""
+    kinds = {1: ["b8"], 2: ["b16", "v2.b8"], 4: ["b32", "v2.b16", "f32"], 8: ["b64", "v2.b32", "v4.b16"],
+             16: ["v2.b64", "v4.b32"]}[width]  # fmt: skip
+    for kind in kinds:
+        count, bits = int(kind[1]) if kind[0] == "v" else 1, int(kind.split(".")[-1][1:])
+        prefix = {8: "%rs", 16: "%rs", 32: "%r", 64: "%rd"}[bits]
+        registers = ", ".join(f"{prefix}{50 + i}" for i in range(count))
+        registers = f"{{{registers}}}" if count > 1 else registers
+        through = ""
+        if space == "shared":
+            through = f"mul.lo.s32 %r20, %r0, {width}; add.s32 %r20, %r8, %r20; st.shared.{kind} [%r20], {registers}; ld.shared.{kind} {registers}, [%r20];"
+        body = f"""{PLACES} mul.wide.u32 %rd20, %r0, {width}; add.s64 %rd21, %rd0, %rd20; add.s64 %rd22, %rd1, %rd20;
+            ld.global.{kind} {registers}, [%rd22]; {through} st.global.{kind} [%rd21], {registers};"""
+        given = np.random.default_rng(0).integers(0, 256, 32 * width, dtype=np.uint8)
+        out = np.zeros_like(given)
+        result = assembly.execute(assembly.kernel(body, 2), [out, given], shared_bytes=32 * width)
+        assert (out == given).all()
+        assert result.counters.accesses_of("global", True) == {1: 0, 2: 0, 4: 0, 8: 0, 16: 0} | {width: 32}
+        assert result.counters.global_bytes == 64 * width and result.counters.global_sectors == 2 * max(width, 1)
+        assert not result.findings
+
+
+def test_a_register_may_be_wider_than_what_is_stored_and_loaded() -> None:
+    out, _ = run("mul.lo.s32 %r6, %r0, 65537; st.shared.b16 [%r9], %r6; ld.shared.b16 %r5, [%r9];")
+    assert (out == np.arange(64)).all()
+
+
+@pytest.mark.parametrize("stride,passes", [(4, 1), (8, 2), (128, 32), (132, 1), (0, 1)])
+def test_conflicts_of_banks(stride: int, passes: int) -> None:
+    body = f"{PLACES} mul.lo.s32 %r20, %r0, {stride}; add.s32 %r20, %r8, %r20; ld.shared.b32 %r5, [%r20];"
+    result = assembly.execute(assembly.kernel(body, 1), [DATA], shared_bytes=32 * 132 + 4)
+    assert (result.counters.shared_requests, result.counters.shared_wavefronts) == (1, passes)
+    assert result.counters.conflicts == passes - 1
+
+
+@pytest.mark.parametrize("stride,sectors", [(4, 4), (8, 8), (32, 32), (0, 1)])
+def test_sectors_of_a_request(stride: int, sectors: int) -> None:
+    given = np.zeros(32 * 32, np.uint8)
+    body = f"mul.wide.u32 %rd20, %r0, {stride}; add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r5, [%rd21];"
+    result = assembly.execute(assembly.kernel(body, 1), [given])
+    assert (result.counters.global_requests, result.counters.global_sectors) == (1, sectors)
+
+
+def test_instructions_are_counted_by_class() -> None:
+    body = (
+        "add.s32 %r5, %r0, 1; cvt.rn.f32.u32 %r6, %r5; mul.f32 %r6, %r6, %r6; ex2.approx.ftz.f32 %r6, %r6; bar.sync 0;"
+    )
+    result = assembly.execute(assembly.kernel(body, 1, threads=96), [DATA])
+    issued = dict(zip(machine.CLASSES, result.counters.issued))
+    assert {name: issued[name] for name in ("integer", "convert", "float", "special", "shuffle")} == {
+        "integer": 3, "convert": 3, "float": 3, "special": 3, "shuffle": 0
+    }  # fmt: skip
