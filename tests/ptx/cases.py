@@ -87,7 +87,7 @@ def of_op(op: Op) -> Iterator[tuple[str, str, verify.Maker]]:
     yield from verify.inputs(op, "small")
     if op.name in MORE:
         shape, sizes = MORE[op.name]
-        yield shape, "contiguous", partial(_sized, op, sizes)
+        yield shape, "packed", partial(_sized, op, sizes)
 
 
 _WIDE = "2x256 7x7", {5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)}
@@ -104,8 +104,10 @@ def _sized(op: Op, sizes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, dev
     example = op.suite("small")[0].make()
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(sizes[value.dim()], generator=generator).to(device, dtype)
-        for name, value in testing.tensors_in(example).items()
+        name: testing.make_map(sizes[5], "packed", dtype, device, generator)
+        if name in op.maps
+        else torch.randn(sizes[4], generator=generator).to(device, dtype)
+        for name in testing.tensors_in(example)
     }
     return testing.with_tensors(example, tensors)
 

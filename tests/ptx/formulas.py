@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from tests.ptx.assembly import Array
 
 THREADS = 256
@@ -250,28 +251,23 @@ def comparisons() -> list[Instruction]:
     found = []
     kinds = ("b16", "b32", "b64", "s16", "u16", "s32", "u32", "s64", "u64", "f32", "f64", "f16", "bf16")
     for kind in kinds:
-        two = f"{kind} {kind}"
         as_float: Formula = from_bf16 if kind == "bf16" else np.asarray
-        of = lambda f, g=as_float: lambda a, b: f(g(a), g(b)).astype(np.uint32)  # noqa: E731
-        known = {"eq": operator.eq} if kind[0] == "b" and kind != "bf16" else COMPARISONS
-        found += [Instruction(f"setp.{name}.{kind}", two, "pred", of(each)) for name, each in known.items()]
-        if "f" not in kind:
-            found.append(Instruction(f"setp.ne.{kind}", two, "pred", of(operator.ne)))
-            continue
-        found += [
-            Instruction(f"setp.{name}u.{kind}", two, "pred", of(lambda a, b, f=f: f(a, b) | unordered(a, b)))
-            for name, f in COMPARISONS.items()
-        ]
-        found += [
-            Instruction(f"setp.ne.{kind}", two, "pred", of(lambda a, b: (a != b) & ~unordered(a, b))),
-            Instruction(f"setp.neu.{kind}", two, "pred", of(operator.ne)),
-            Instruction(f"setp.nan.{kind}", two, "pred", of(unordered)),
-            Instruction(f"setp.num.{kind}", two, "pred", of(lambda a, b: ~unordered(a, b))),
-        ]
-        if kind in ("f16", "bf16"):
-            pair = f"{kind}x2"
-            for name, f in COMPARISONS.items():
-                both = lambda a, b, f=f, pair=pair: f(halves(a, pair), halves(b, pair)) @ np.array([1, 2], np.uint32)  # noqa: E731
+        known: dict[str, Formula] = dict(COMPARISONS)
+        if "f" in kind:
+            # The plain ones are false where one is NaN, those with a u are true.
+            known |= {f"{name}u": lambda a, b, f=f: f(a, b) | unordered(a, b) for name, f in COMPARISONS.items()}
+            known |= {"ne": lambda a, b: (a != b) & ~unordered(a, b), "neu": operator.ne, "nan": unordered}
+            known |= {"num": lambda a, b: ~unordered(a, b)}
+        else:
+            known["ne"] = operator.ne
+        if kind in ("b16", "b32", "b64"):
+            known = {name: known[name] for name in ("eq", "ne")}
+        for name, f in known.items():
+            one = lambda a, b, f=f, g=as_float: f(g(a), g(b)).astype(np.uint32)  # noqa: E731
+            found.append(Instruction(f"setp.{name}.{kind}", f"{kind} {kind}", "pred", one))
+            if kind in ("f16", "bf16"):
+                pair = f"{kind}x2"
+                both = lambda a, b, f=f, p=pair: f(halves(a, p), halves(b, p)) @ np.array([1, 2], np.uint32)  # noqa: E731
                 found.append(Instruction(f"setp.{name}.{pair}", f"{pair} {pair}", "pred2", both))
     return found
 

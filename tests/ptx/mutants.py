@@ -87,8 +87,16 @@ class Mutant:
     text: str
     """The line before."""
     ptx: str
-    statement: int | None
-    """Index of the changed instruction; None if it was removed."""
+    statement: int
+    """Index of the changed or removed instruction."""
+    removed: bool
+
+    def planted(self, before: list[int], after: list[int]) -> bool:
+        """Whether it made a difference to anything, given the effects without it and with it: not if the instruction
+        never ran, or gave what it had given."""
+        if self.removed:
+            return before[self.statement] != 0
+        return before[self.statement] != after[self.statement]
 
 
 Change = Callable[[str], str | None]
@@ -113,10 +121,18 @@ def _moved(pattern: str, by: int) -> Change:
     return change
 
 
+def _other_swizzle(line: str) -> str | None:
+    # The highest two bits of a descriptor of a matrix in shared memory.
+    found = re.search(r"\bor\.b64\s+%rd\d+, %rd\d+, (-\d+);", line)
+    if not found:
+        return None
+    return line[: found.start(1)] + str((int(found.group(1)) ^ 1 << 62) & ((1 << 64) - 1)) + line[found.end(1) :]
+
+
 FAULTS: dict[str, Change] = {
     "barrier removed": _substituted(r"\bbar\.sync\s+0;", ""),
     "warp's barrier removed": _substituted(r"\bbar\.warp\.sync\s+-1;", ""),
-    "copy not waited for": _substituted(r"\bcp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;"),
+    "copy not waited for": _substituted(r"\bcp\.async\.wait_group\s+\d+;", ""),
     "copies not committed": _substituted(r"\bcp\.async\.commit_group;", ""),
     "product not waited for": _substituted(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
     "products not committed": _substituted(r"\bwgmma\.commit_group\.sync\.aligned;", ""),
@@ -135,20 +151,31 @@ FAULTS: dict[str, Change] = {
     "matrix not transposed": _substituted(r"(ldmatrix\S*)\.trans", r"\1"),
     "matrix transposed": _substituted(r"(ldmatrix\.sync\.aligned\.m8n8\.x\d)\.shared", r"\1.trans.shared"),
     "another lane's value": _substituted(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+), \d+,", r"\1, 0,"),
-    "another descriptor": _moved(r"\bor\.b64\s+%rd\d+, %rd\d+, (-\d+);", 1 << 32),
+    "another swizzle": _other_swizzle,
     "another row of shared memory": _moved(r"(?:ld|st)\.shared[^\[]*\[%r\d+\+(\d+)\]", 256),
 }
 """What can be planted, by name."""
+EVERYWHERE = ("copy not waited for", "copies not committed", "product not waited for", "products not committed",
+              "proxy not fenced", "product not fenced")  # fmt: skip
+"""Taken out of the whole kernel at once: of several, one may stand in for another, and what is left is right."""
+BY_SOURCE = ("load without its mask", "store without its mask", "mask of either, not both", "bound one too far")
+"""Changed in all instructions that were made of one line of the source, as an author would get it wrong: of a single
+register's load or bound, another mask often does the work too."""
 
 
 def mutants(ptx: str) -> Iterator[Mutant]:
     """All that can be planted in a kernel, one at a time."""
     lines = ptx.split("\n")
-    statements = {each.line: index for index, each in enumerate(parse(ptx).statements)}
-    for number, line in enumerate(lines):
-        for kind, change in FAULTS.items():
-            changed = change(line)
-            if changed is not None:
-                text = "\n".join([*lines[:number], changed, *lines[number + 1 :]])
-                changed_in_place = statements.get(number) if changed.strip() else None
-                yield Mutant(kind, number, line.strip(), text, changed_in_place)
+    parsed = parse(ptx).statements
+    statements = {each.line: index for index, each in enumerate(parsed)}
+    source = {each.line: each.source for each in parsed}
+    for kind, change in FAULTS.items():
+        changed = {number: new for number, line in enumerate(lines) if (new := change(line)) is not None}
+        sets: dict[Any, dict[int, str]] = {}
+        for number, new in changed.items():
+            place = "" if kind in EVERYWHERE else source[number] if kind in BY_SOURCE else number
+            sets.setdefault(place, {})[number] = new
+        for each in sets.values():
+            first = next(iter(each))
+            text = "\n".join(each.get(number, line) for number, line in enumerate(lines))
+            yield Mutant(kind, first, lines[first].strip(), text, statements[first], not each[first].strip())

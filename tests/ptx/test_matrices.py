@@ -12,7 +12,7 @@ import pytest
 
 from tests.ptx import assembly
 from tests.ptx.assembly import Array, Result
-from tests.ptx.formulas import from_bf16, to_bf16
+from tests.ptx.formulas import to_bf16
 
 LANE = np.arange(32)
 BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "f64": 8}

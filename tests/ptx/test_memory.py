@@ -118,9 +118,13 @@ def test_these_tests_are_of_ptx(tmp_path: Path) -> None:
 def test_values_go_through_shared_memory() -> None:
     out, _ = run(shared_exchange("bar.sync 0;"))
     assert (out == np.arange(64) ^ 32).all()
-    for width, way in ((16, "cg"), (16, "ca"), (8, "ca"), (4, "ca")):
-        body = COPY.replace("16;\n    {}", f"{width};\n    {{}}").replace(".cg.", f".{way}.")
-        assert f"cp.async.{way}.shared.global" in body
+    for width, way in (
+        (16, "cp.async.cg.shared.global"),
+        (16, "cp.async.ca.shared.global"),
+        (8, "cp.async.ca"),
+        (4, "cp.async.ca"),
+    ):
+        body = COPY.replace("16;\n    {}", f"{width};\n    {{}}").replace("cp.async.cg", way[:11])
         out, _ = run(body.format(DONE), DATA)
         assert (out == np.arange(64) % 16 * 4).all()
 
@@ -172,10 +176,10 @@ def test_a_fault_says_where() -> None:
 
 
 SHUFFLES = {
-    "up": (0, lambda lane, b: np.where(lane - b >= 0, lane - b, lane)),
-    "down": (31, lambda lane, b: np.where(lane + b <= 31, lane + b, lane)),
-    "bfly": (31, lambda lane, b: lane ^ b),
-    "idx": (31, lambda lane, b: np.full_like(lane, b)),
+    "shfl.sync.up.b32": (0, lambda lane, b: np.where(lane - b >= 0, lane - b, lane)),
+    "shfl.sync.down.b32": (31, lambda lane, b: np.where(lane + b <= 31, lane + b, lane)),
+    "shfl.sync.bfly.b32": (31, lambda lane, b: lane ^ b),
+    "shfl.sync.idx.b32": (31, lambda lane, b: np.full_like(lane, b)),
 }
 
 
@@ -183,7 +187,7 @@ SHUFFLES = {
 @pytest.mark.parametrize("by", [0, 1, 5, 16, 31])
 def test_shuffles(how: str, by: int) -> None:
     clamp, source = SHUFFLES[how]
-    out, result = run(f"add.s32 %r6, %r0, 100; shfl.sync.{how}.b32 %r5, %r6, {by}, {clamp}, -1;")
+    out, result = run(f"add.s32 %r6, %r0, 100; {how} %r5, %r6, {by}, {clamp}, -1;")
     lane = np.arange(64) % 32
     assert (out == np.arange(64) - lane + source(lane, by) + 100).all()
     assert not result.findings
@@ -198,8 +202,8 @@ def test_a_shuffle_within_segments() -> None:
 
 
 def test_votes() -> None:
-    for name, wanted in (("any", 1), ("all", 0)):
-        out, _ = run(f"setp.eq.b32 %p1, %r0, 40; vote.sync.{name}.pred %p2, %p1, -1; selp.b32 %r5, 1, 0, %p2;")
+    for name, wanted in (("vote.sync.any.pred", 1), ("vote.sync.all.pred", 0)):
+        out, _ = run(f"setp.eq.b32 %p1, %r0, 40; {name} %p2, %p1, -1; selp.b32 %r5, 1, 0, %p2;")
         assert (out[:32] == 0).all() and (out[32:] == wanted).all()
     out, _ = run("setp.lt.u32 %p1, %r0, 40; vote.sync.ballot.b32 %r5, %p1, -1;")
     assert (out[:32] == 2**32 - 1).all() and (out[32:] == 255).all()
@@ -250,6 +254,14 @@ def test_every_width(width: int, space: str) -> None:
         assert result.counters.accesses_of("global", True) == {1: 0, 2: 0, 4: 0, 8: 0, 16: 0} | {width: 32}
         assert result.counters.global_bytes == 64 * width and result.counters.global_sectors == 2 * max(width, 1)
         assert not result.findings
+
+
+def test_registers_are_taken_apart_and_put_together() -> None:
+    """By mov with a list of registers: mov.b32.pack, mov.b32.unpack, mov.b64.pack, mov.b64.unpack of the machine."""
+    body = """add.s32 %r6, %r0, 3; mov.b64 %rd20, {%r0, %r6}; mov.b64 {%r7, _}, %rd20; mov.b64 {_, %r8}, %rd20;
+        shl.b32 %r8, %r8, 16; or.b32 %r8, %r7, %r8; mov.b32 {%rs1, %rs2}, %r8; mov.b32 %r5, {%rs2, %rs1};"""
+    out, result = run(body)
+    assert (out == np.arange(64) * 65536 + np.arange(64) + 3).all() and not result.findings
 
 
 def test_a_register_may_be_wider_than_what_is_stored_and_loaded() -> None:

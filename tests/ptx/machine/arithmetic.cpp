@@ -187,6 +187,12 @@ void add_halves(const std::string& type) {
   in_pairs<H, [](H a, H b) { return H(float(a) * float(b)); }>("mul." + type + "x2", FLOAT);
 }
 
+template <class T>
+void add_equality(const std::string& type) {
+  comparison<T, [](T a, T b) { return a == b; }>("eq", type);
+  comparison<T, [](T a, T b) { return a != b; }>("ne", type);
+}
+
 template <class T, class Compared = T>
 void add_comparisons(const std::string& type) {
   using C = Compared;
@@ -250,7 +256,7 @@ void add_arithmetic() {
   add_approximations();
   add_halves<Half>("f16"), add_halves<Bfloat>("bf16");
 
-  add_comparisons<uint16_t>("b16"), add_comparisons<uint32_t>("b32"), add_comparisons<uint64_t>("b64");
+  add_equality<uint16_t>("b16"), add_equality<uint32_t>("b32"), add_equality<uint64_t>("b64");
   add_comparisons<int16_t>("s16"), add_comparisons<uint16_t>("u16");
   add_comparisons<int32_t>("s32"), add_comparisons<uint32_t>("u32");
   add_comparisons<int64_t>("s64"), add_comparisons<uint64_t>("u64");

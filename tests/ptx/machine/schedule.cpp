@@ -58,6 +58,7 @@ void run_warp(Warp& warp, uint64_t& left) {
     }
     const uint32_t next = warp.at + 1;
     const Mask acting = guarded(warp, in, active);
+    if (machine.effects && acting) machine.effects[warp.at]++;
     if (in.kind == CONTROL && in.a == WAIT) {
       if (acting != ~warp.exited) warp.fault(DIVERGENT);
       move(warp, active, next);

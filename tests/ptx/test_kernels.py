@@ -1,0 +1,52 @@
+"""The library's Triton kernels, compiled for sm_90 and sm_80 and executed: right results, and no fault of any kind."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.ptx import cases, machine
+
+AUDIT = Path(__file__).parents[2] / "benchmarks" / "results" / "audit"
+AUDIT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "tf32"}
+SELECTION = list(cases.selection())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", cases.FEW)
+def test_kernels_are_right_and_without_fault(op: str) -> None:
+    """Each kernel of an op that the audit compiles, in each dtype that it is compiled in there."""
+    executed = set()
+    for case in SELECTION:
+        if case.op == op:
+            outcome = cases.run(case)
+            assert not outcome.faults, f"{case}: " + "\n".join(outcome.faults)
+            executed |= {(launch.kernel, case.dtype) for launch in outcome.launches if case.arch == "sm_90"}
+    with (AUDIT / f"{op}.csv").open() as file:
+        compiled = {(row["kernel"], row["dtype"]) for row in csv.DictReader(file) if row["dtype"] in AUDIT_DTYPES}
+    missing = {(kernel, AUDIT_DTYPES[dtype]) for kernel, dtype in compiled} - executed
+    assert not missing
+
+
+@pytest.mark.core
+def test_one_kernel() -> None:
+    """What a case reports: a quick one for `make check`."""
+    case = next(each for each in SELECTION if each.op == "relu_linear_attention")
+    outcome = cases.run(case)
+    assert not outcome.faults
+    rows = list(cases.rows(outcome))
+    assert {row["kernel"] for row in rows} == {"forward_slices", "backward_slices"}
+    for row in rows:
+        assert row["ok"] and row["races"] == 0 and row["findings"] == 0
+        assert row["instructions"] == sum(row[name] for name in machine.CLASSES) > 1000
+        assert 0 < row["global_bytes"] <= 32 * row["global_sectors"]
+
+
+@pytest.mark.slow
+def test_the_worst_that_approximations_may_give_is_allowed() -> None:
+    """exp2 and division as wrong as their documentation lets them be."""
+    for case in SELECTION:
+        if case.op in ("patch_attention", "former_to_mobile") and "9x7" in case.shape and case.dtype != "tf32":
+            assert not cases.run(case, skewed=True).faults
