@@ -67,7 +67,7 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
         ]  # fmt: skip
 
 
-COLUMNS = ["op", "kernel", *cases.DTYPES, "findings", "million instructions", "of sectors used", "conflicts a request"]
+COLUMNS = ["op", "kernel", *cases.DTYPES, "findings", "million instructions", "asked of moved", "conflicts a request"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,9 @@ from tests.ptx import launches, machine
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """tf32: float32 maps whose products may round."""
 
+DEVICES = (("sm_90", 132), ("sm_90", 2), ("sm_80", 108), ("sm_80", 2))
+"""Architecture and number of processors."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -71,40 +74,40 @@ def run(case: Case, skewed: bool = False) -> Outcome:
 
 
 def cases() -> Iterator[Case]:
-    """All of them: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and one without; and for
-    the first of each op a small GPU, where one program has a whole map."""
+    """All of them: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and one without; and one
+    that is small: there a program has as much to do as a large batch gives it on a large one."""
     for op in OPS.values():
-        for index, (shape, strides, make) in enumerate(of_op(op)):
+        for shape, strides, make in of_op(op):
             for dtype in DTYPES:
-                for arch in launches.DEVICES:
-                    yield Case(op.name, shape, strides, make, dtype, arch)
-                if index == 0:
-                    yield Case(op.name, shape, strides, make, dtype, processors=2)
+                for arch, processors in DEVICES:
+                    yield Case(op.name, shape, strides, make, dtype, arch, processors)
 
 
 def of_op(op: Op) -> Iterator[tuple[str, str, verify.Maker]]:
     """(shape, strides, function that makes the arguments): verify's, and MORE."""
     yield from verify.inputs(op, "small")
     if op.name in MORE:
-        shape, sizes = MORE[op.name]
-        yield shape, "packed", partial(_sized, op, sizes)
+        shape, strides, sizes = MORE[op.name]
+        yield shape, strides, partial(_sized, op, strides, sizes)
 
 
-_WIDE = "2x256 7x7", {5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)}
+_WIDE = "2x256 7x7", "contiguous", {5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)}
 MORE = {
-    "patch_attention": ("2x36 21x19", {5: (1, 2, 36, 21, 19)}),
+    "patch_attention": ("2x36 21x19", "packed", {5: (1, 2, 36, 21, 19)}),
     "mobile_to_former": _WIDE,
     "former_to_mobile": _WIDE,
 }
-"""Groups of unequal sizes with more tokens than one tile; heads too wide for one tile: (name, sizes of maps and of
-tokens, by their number of dimensions)."""
+"""Groups of unequal sizes with more tokens than one tile; heads too wide for one tile: (name,
+strides of the maps, sizes of maps and of tokens by their number of dimensions)."""
 
 
-def _sized(op: Op, sizes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, device: str) -> dict[str, Any]:
+def _sized(
+    op: Op, strides: str, sizes: Mapping[int, tuple[int, ...]], dtype: torch.dtype, device: str
+) -> dict[str, Any]:
     example = op.suite("small")[0].make()
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: testing.make_map(sizes[5], "packed", dtype, device, generator)
+        name: testing.make_map(sizes[5], strides, dtype, device, generator)
         if name in op.maps
         else torch.randn(sizes[4], generator=generator).to(device, dtype)
         for name in testing.tensors_in(example)
@@ -124,16 +127,14 @@ FEW = {
 
 
 def selection() -> Iterator[Case]:
-    """What is run at every commit: each of FEW once for a dtype and the newer architecture, one an op for the older."""
+    """What is run at every commit: each of FEW in each dtype, on the devices in turn."""
     for op, shapes in FEW.items():
         every = list(of_op(OPS[op]))
         for index, wanted in enumerate(shapes):
             shape, strides, make = next(each for each in every if wanted in each[0])
-            for dtype in DTYPES:
-                yield Case(op, shape, strides, make, dtype)
-            if index == 0:
-                yield Case(op, shape, strides, make, "bfloat16", "sm_80")
-                yield Case(op, shape, strides, make, "tf32", "sm_80", processors=2)
+            for number, dtype in enumerate(DTYPES):
+                yield Case(op, shape, strides, make, dtype, *DEVICES[(index + number) % 2])
+            yield Case(op, shape, strides, make, "bfloat16" if index % 2 else "tf32", *DEVICES[2 + index % 2])
 
 
 def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mvkernels.triton import configs
 from tests.ptx import cases, machine
 
 AUDIT = Path(__file__).parents[2] / "benchmarks" / "results" / "audit"
@@ -37,11 +38,11 @@ def test_one_kernel() -> None:
     outcome = cases.run(case)
     assert not outcome.faults
     rows = list(cases.rows(outcome))
-    assert {row["kernel"] for row in rows} == {"forward_slices", "backward_slices"}
+    assert {row["kernel"] for row in rows} >= {"forward_slices", "backward_slices"}
     for row in rows:
         assert row["ok"] and row["races"] == 0 and row["findings"] == 0
         assert row["instructions"] == sum(row[name] for name in machine.CLASSES) > 1000
-        assert 0 < row["global_bytes"] <= 32 * row["global_sectors"]
+        assert 0 < row["global_sectors"] <= 32 * row["global_requests"]
 
 
 @pytest.mark.slow
@@ -50,3 +51,21 @@ def test_the_worst_that_approximations_may_give_is_allowed() -> None:
     for case in SELECTION:
         if case.op in ("patch_attention", "former_to_mobile") and "9x7" in case.shape and case.dtype != "tf32":
             assert not cases.run(case, skewed=True).faults
+
+
+@pytest.mark.slow
+def test_a_pipeline_that_overwrites_what_a_product_reads_is_found() -> None:
+    """triton-lang/triton#6691: of a tile that registers and products of warp groups both read there is one buffer.
+
+    The configurations leave that pipeline out on sm_90; asked for, it gives the fault, and wrong gradients where the
+    copy comes early.
+    """
+    case = next(each for each in cases.cases() if each.op == "patch_transformer_layer" and each.dtype == "bfloat16"
+                and (each.arch, each.processors) == ("sm_90", 2))  # fmt: skip
+    with configs.recording() as asked:
+        assert not cases.run(case).faults
+    (key,) = [text for _, kernel, text in asked if kernel == "qkv_backward"]
+    with configs.trying(case.op, "qkv_backward", key, {"num_stages": 2}):
+        outcome = cases.run(case)
+    assert "in flight" in {found.kind for found in outcome.findings}
+    assert {launch.kernel for launch in outcome.launches if launch.findings} == {"qkv_backward"}

@@ -136,11 +136,12 @@ def test_ldmatrix_and_stmatrix(count: int, trans: str, store: bool, tmp_path: Pa
         body = f"ld.global.v4.b32 {{%r20, %r21, %r22, %r23}}, [%rd8]; stmatrix.{shape} [%r9], {registers};"
         body += "bar.sync 0; add.s32 %r10, %r8, 0; shl.b32 %r11, %r0, 4; add.s32 %r10, %r10, %r11;"
         body += "ld.shared.v4.b32 {%r20, %r21, %r22, %r23}, [%r10];"
-        body += f"setp.lt.u32 %p1, %r0, {8 * count if count < 4 else 32}; xor.b32 %r12, %r0, 3; setp.lt.u32 %p1, %r12, {8 * count};"
+        body += f"xor.b32 %r12, %r0, 3; setp.lt.u32 %p1, %r12, {8 * count};"
         body += "@%p1 st.global.v4.b32 [%rd9], {%r20, %r21, %r22, %r23};"
     else:
         body = "ld.global.v4.b32 {%r20, %r21, %r22, %r23}, [%rd8]; st.shared.v4.b32 [%r9], {%r20, %r21, %r22, %r23};"
-        body += f"bar.sync 0; mov.b32 %r20, 0; mov.b32 %r21, 0; mov.b32 %r22, 0; mov.b32 %r23, 0; ldmatrix.{shape} {registers}, [%r9];"
+        body += "bar.sync 0; mov.b32 %r20, 0; mov.b32 %r21, 0; mov.b32 %r22, 0; mov.b32 %r23, 0;"
+        body += f"ldmatrix.{shape} {registers}, [%r9];"
         body += "st.global.v4.b32 [%rd9], {%r20, %r21, %r22, %r23};"
     ptx = assembly.kernel(place + body, 2)
     out = np.zeros((32, 8), np.uint16)
@@ -232,7 +233,8 @@ def wgmma(
     if BYTES[kind] == 2:
         numbers += f", {int(along[1])}" if in_registers else f", {int(along[0])}, {int(along[1])}"
     left = "{%r90, %r91, %r92, %r93}" if in_registers else "%rd20"
-    product = f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {{{', '.join(sums)}}}, {left}, %rd21, %p2, {numbers};"
+    shape = f"m64n{n}k{depth}.f32.{kind}.{kind}"
+    product = f"wgmma.mma_async.sync.aligned.{shape} {{{', '.join(sums)}}}, {left}, %rd21, %p2, {numbers};"
     body += [fences.format(product=product)]
     body += [f"st.global.b32 [%rd9+{512 * i}], {each};" for i, each in enumerate(sums)]
     places_c = [
@@ -275,7 +277,7 @@ FAULTY = {
     "right": (None, RIGHT),
     "added to twice": (None, RIGHT.replace("{product}", "{product}\n{product}")),
     "not waited for": ("undefined value", RIGHT.replace("wgmma.wait_group.sync.aligned 0;", "")),
-    "waited for the one before": ("undefined value", RIGHT.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1")),
+    "waited for the one before": ("undefined value", RIGHT.replace("aligned 0", "aligned 1")),
     "not committed": ("undefined value", RIGHT.replace("wgmma.commit_group.sync.aligned;", "")),
     "without a fence": ("unfenced register", RIGHT.replace("wgmma.fence.sync.aligned;", "")),
     "written after the fence": (
@@ -284,7 +286,7 @@ FAULTY = {
     "copied after the fence": (None, RIGHT.replace("{product}", "mov.b32 %r77, %r100; mov.b32 %r100, %r77; {product}")),
     "without the proxy's fence": ("unfenced bytes", RIGHT.replace("fence.proxy.async.shared::cta;", "")),
     "the proxy's fence after the barrier": (
-        None, "bar.sync 0; " + RIGHT.replace("fence.proxy.async.shared::cta; bar.sync 0;", "fence.proxy.async.shared::cta;")
+        None, "bar.sync 0; " + RIGHT.replace("bar.sync 0;", "")
     ),
     "another name of that fence": (None, RIGHT.replace("fence.proxy.async.shared::cta", "fence.proxy.async")),
     "without a barrier": ("race", RIGHT.replace("bar.sync 0;", "")),

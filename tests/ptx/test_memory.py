@@ -10,7 +10,7 @@ import pytest
 from tests.ptx import assembly, machine
 from tests.ptx.assembly import Array, Result
 
-# %rd9: the thread's four bytes of the array out; %r9: of shared memory, of which it has more than once the block's size.
+# %rd9: the thread's four bytes of the array out; %r9: those of shared memory, at whose beginning is %r8.
 PLACES = """
     mul.wide.u32 %rd8, %r0, 4;
     add.s64 %rd9, %rd0, %rd8;
@@ -59,10 +59,13 @@ FAULTY = {
         "race", shared_exchange("bar.sync 0;") + "st.shared.b32 [%r9], %r5;"
     ),
     "written again after it is read": (None, shared_exchange("bar.sync 0;") + "bar.sync 0; st.shared.b32 [%r9], %r5;"),
-    "two warps to one place": ("race", "shr.u32 %r6, %r0, 5; mul.lo.s32 %r6, %r6, 100; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"),
+    "two warps to one place": (
+        "race", "shr.u32 %r6, %r0, 5; mul.lo.s32 %r6, %r6, 100; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
+    ),
     "two warps with one value": (None, "st.shared.b32 [%r8], 7; mov.b32 %r5, 0;"),
     "two lanes to one place": (
-        "race between lanes", "shr.u32 %r6, %r7, 3; shl.b32 %r6, %r6, 2; add.s32 %r6, %r8, %r6; mul.lo.s32 %r4, %r0, 99; st.shared.b32 [%r6], %r4; mov.b32 %r5, 0;"
+        "race between lanes", "shr.u32 %r6, %r7, 3; shl.b32 %r6, %r6, 2; add.s32 %r6, %r8, %r6;"
+        "mul.lo.s32 %r4, %r0, 99; st.shared.b32 [%r6], %r4; mov.b32 %r5, 0;"
     ),
     "neighbours in a warp": (None, NEIGHBOUR.format("bar.warp.sync -1;")),
     "neighbours in a warp, not synchronised": ("race between lanes", NEIGHBOUR.format("")),
@@ -72,7 +75,8 @@ FAULTY = {
         None, "ld.shared.b32 %r6, [%r9]; setp.lt.u32 %p1, %r0, 99; selp.b32 %r5, 3, %r6, %p1;"
     ),
     "decides a branch": (
-        "undefined value", "ld.shared.b32 %r6, [%r9]; setp.eq.b32 %p1, %r6, 0; mov.b32 %r5, 1; @%p1 bra L; mov.b32 %r5, 2;\nL:\n"
+        "undefined value", "ld.shared.b32 %r6, [%r9]; setp.eq.b32 %p1, %r6, 0; mov.b32 %r5, 1; @%p1 bra L;"
+        "mov.b32 %r5, 2;\nL:\n"
     ),
     "is an address": ("undefined value", "ld.shared.b32 %r6, [%r9]; ld.shared.b32 %r5, [%r6];"),
     "register not written": ("undefined value", "add.s32 %r5, %r77, 1;"),
@@ -88,13 +92,18 @@ FAULTY = {
         "divergent", "mov.b32 %r5, 0; setp.lt.u32 %p1, %r0, 32; @%p1 bra L; bar.sync 0;\nL:\n"
     ),
     "shuffle of some lanes": (
-        "divergent", "mov.b32 %r5, 0; and.b32 %r6, %r0, 1; setp.eq.b32 %p1, %r6, 0; @%p1 bra L; shfl.sync.bfly.b32 %r5, %r0, 2, 31, -1;\nL:\n"
+        "divergent", "mov.b32 %r5, 0; and.b32 %r6, %r0, 1; setp.eq.b32 %p1, %r6, 0; @%p1 bra L;"
+        "shfl.sync.bfly.b32 %r5, %r0, 2, 31, -1;\nL:\n"
     ),
     "copy": (None, COPY.format(DONE)),
     "copy not waited for": ("in flight, undefined value", COPY.format("cp.async.commit_group; bar.sync 0;")),
     "copy not committed": ("in flight, undefined value", COPY.format("cp.async.wait_group 0; bar.sync 0;")),
-    "waited for all but one": ("in flight, undefined value", COPY.format("cp.async.commit_group; cp.async.wait_group 1; bar.sync 0;")),
-    "copy without a barrier": ("race, race between lanes", COPY.format("cp.async.commit_group; cp.async.wait_group 0;")),
+    "waited for all but one": (
+        "in flight, undefined value", COPY.format("cp.async.commit_group; cp.async.wait_group 1; bar.sync 0;")
+    ),
+    "copy without a barrier": (
+        "race, race between lanes", COPY.format("cp.async.commit_group; cp.async.wait_group 0;")
+    ),
     "copied onto what is read": (
         "in flight", "mov.b32 %r5, 0;" + COPY.format("st.shared.b32 [%r9], %r0; " + DONE)
     ),
@@ -156,7 +165,8 @@ def test_blocks_may_not_touch_what_another_one_writes() -> None:
 
 
 def test_global_memory_of_one_block_needs_a_barrier_too() -> None:
-    exchange = "st.global.b32 [%rd9], %r0; {} xor.b32 %r6, %r7, 128; cvt.u64.u32 %rd20, %r6; add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r5, [%rd21]; bar.sync 0;"
+    exchange = """st.global.b32 [%rd9], %r0; {} xor.b32 %r6, %r7, 128; cvt.u64.u32 %rd20, %r6;
+        add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r5, [%rd21]; bar.sync 0;"""
     assert run(exchange.format("bar.sync 0;"))[1].findings == []
     assert run(exchange.format(""))[1].kinds == {"race"}
 
@@ -179,7 +189,7 @@ SHUFFLES = {
     "shfl.sync.up.b32": (0, lambda lane, b: np.where(lane - b >= 0, lane - b, lane)),
     "shfl.sync.down.b32": (31, lambda lane, b: np.where(lane + b <= 31, lane + b, lane)),
     "shfl.sync.bfly.b32": (31, lambda lane, b: lane ^ b),
-    "shfl.sync.idx.b32": (31, lambda lane, b: np.full_like(lane, b)),
+    "shfl.sync.idx.b32": (31, np.full_like),
 }
 
 
@@ -244,7 +254,8 @@ def test_every_width(width: int, space: str) -> None:
         registers = f"{{{registers}}}" if count > 1 else registers
         through = ""
         if space == "shared":
-            through = f"mul.lo.s32 %r20, %r0, {width}; add.s32 %r20, %r8, %r20; st.shared.{kind} [%r20], {registers}; ld.shared.{kind} {registers}, [%r20];"
+            through = f"mul.lo.s32 %r20, %r0, {width}; add.s32 %r20, %r8, %r20;"
+            through += f"st.shared.{kind} [%r20], {registers}; ld.shared.{kind} {registers}, [%r20];"
         body = f"""{PLACES} mul.wide.u32 %rd20, %r0, {width}; add.s64 %rd21, %rd0, %rd20; add.s64 %rd22, %rd1, %rd20;
             ld.global.{kind} {registers}, [%rd22]; {through} st.global.{kind} [%rd21], {registers};"""
         given = np.random.default_rng(0).integers(0, 256, 32 * width, dtype=np.uint8)

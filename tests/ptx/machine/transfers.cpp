@@ -112,7 +112,7 @@ void finish(Warp& warp, const Copy& copy) {
   uint8_t value[16] = {};
   const bool defined = copy.source_bytes == 0 || read_global(warp, copy.lane, copy.from, copy.source_bytes, value);
   end_write(warp, copy.to, copy.bytes);
-  write_shared(warp, copy.lane, copy.to, copy.bytes, value, defined);
+  write_shared(warp, copy.lane, copy.to, copy.bytes, value, defined, true);
 }
 
 void commit_copies(Warp& warp, const Instruction&, Mask) { warp.copies.commit(); }

@@ -96,7 +96,9 @@ def _qkv_backward(key: Mapping[str, Any]) -> Config:
     config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
     if key["dtype"] != "f16" and key["arch"] != "interpreter":
         return {**config, "BLOCK_M": 16, "BLOCK_K": 16}
-    return {**config, "BLOCK_M": _rows(key), "BLOCK_K": 32, "num_stages": 2}
+    # Rows of the gradient are summed and multiplied. Of what both registers and warp groups' products read, Triton's
+    # pipeline keeps one buffer, and copies into it while a product still reads it (triton-lang/triton#6691).
+    return {**config, "BLOCK_M": _rows(key), "BLOCK_K": 32, "num_stages": 1 if key["arch"] == "sm_90" else 2}
 
 
 @heuristic(OP, "layer")
@@ -144,4 +146,5 @@ def _qkv_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
     if key["dtype"] == "f32":
         return []
     tiles = [(32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8)]
-    return [*({"BLOCK_M": m, "BLOCK_K": k, "num_warps": w} for m, k, w in tiles), {"num_stages": 3}]
+    stages = [] if key["arch"] == "sm_90" else [{"num_stages": 3}]
+    return [*({"BLOCK_M": m, "BLOCK_K": k, "num_warps": w} for m, k, w in tiles), *stages]
