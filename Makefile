@@ -14,12 +14,13 @@ TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
 	pillow scikit-learn onnx onnxscript onnxruntime executorch
 SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu)
+PTX    := $(wildcard tests/ptx/machine/*)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit gpu sanitize wheel clean
+.PHONY: setup demo test check bench docs lint format audit ptx gpu sanitize wheel clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -52,13 +53,13 @@ check: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(SOURCE),$(BIN)/clang-format --dry-run -Werror $(SOURCE))
+	$(BIN)/clang-format --dry-run -Werror $(SOURCE) $(PTX)
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(SOURCE),$(BIN)/clang-format -i $(SOURCE))
+	$(BIN)/clang-format -i $(SOURCE) $(PTX)
 
 bench: setup
 	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
@@ -85,6 +86,10 @@ docs: setup
 audit: setup
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/audit.py --processes 2
+
+# The compiled kernels, executed here: half an hour on 2 cores.
+ptx: setup
+	$(BIN)/python benchmarks/ptx.py
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py --minutes 9.5

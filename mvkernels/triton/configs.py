@@ -57,6 +57,11 @@ ROOMY = ("sm_90", "sm_100", "sm_103", "interpreter")
 """Where matrix instructions read their operands from shared memory; elsewhere those take registers too."""
 
 
+def half(key: Mapping[str, Any]) -> bool:
+    """Whether a key is of float16 or bfloat16."""
+    return key["dtype"] in ("f16", "bf16")
+
+
 def exact(key: Mapping[str, Any]) -> bool:
     """Whether a key is of float32 products on the ordinary cores. The interpreter has no registers to run out of."""
     return bool(key["dtype"] == "f32" and key["arch"] != "interpreter")

@@ -49,8 +49,9 @@ class Problem:
 
     @property
     def key_dtype(self) -> str:
-        """The dtype as configurations have it: ``f16`` for both half types, ``f32``, ``tf32``, ``f64``."""
-        return {2: "f16", 4: "f32" if self.precision == "ieee" else "tf32", 8: "f64"}[self.dtype.itemsize]
+        """The dtype as configurations have it: ``f16``, ``bf16``, ``f32``, ``tf32``, ``f64``."""
+        names = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+        return names.get(self.dtype, "f32" if self.precision == "ieee" else "tf32")
 
     @property
     def interpreted(self) -> bool:

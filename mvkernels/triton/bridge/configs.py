@@ -1,7 +1,6 @@
 """Default launch configurations of the Triton kernels of mobile_to_former and former_to_mobile. Needs no Triton.
 
-A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16`` for both
-half types, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
+A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
 ``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the
 pixels of a unit stay in one; of the kernels for wide heads ``SLICE`` is how many channels a program sums, ``DEPTH`` how
 many it adds to a score at a time. What the backward of mobile_to_former finds of a row of scores it finds with the
@@ -14,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
+from mvkernels.triton.configs import Config, candidates, half, heuristic, tiles_to_try
 from mvkernels.triton.maps import width
 
 # Tokens of a block: the fewest that matrix instructions take.
@@ -53,7 +52,7 @@ def _slices(key: Mapping[str, Any]) -> Config:
 @heuristic(TO_MOBILE, "backward_slices")
 def _slices_of_two(key: Mapping[str, Any]) -> Config:
     # Two maps are read; narrow loads take a register for every address.
-    return _config(key, 2048 if key["last"] or key["dtype"] != "f16" else 1024, 64)
+    return _config(key, 2048 if key["last"] or not half(key) else 1024, 64)
 
 
 def is_wide(key: Mapping[str, Any]) -> bool:
@@ -80,7 +79,7 @@ def _wide_gradients(key: Mapping[str, Any]) -> Config:
     config = _wide(key)
     # They hold more than the forward: sums for keys and for values, or what is known of the rows of scores. Narrow
     # loads take a register for every address.
-    if key["dtype"] == "f16" and not key["last"]:
+    if half(key) and not key["last"]:
         return config | {"SLICE": config["SLICE"] // 2, "num_warps": 4}
     if key["dtype"] == "tf32":
         return config | {"BLOCK": config["BLOCK"] // 2}

@@ -1,6 +1,6 @@
 """Default launch configurations of the Triton kernels of multiscale_linear_attention. Needs no Triton.
 
-A key has ``d`` (head_dim), ``k`` (the side of the depthwise kernel), ``dtype`` (``f16`` for both half types, ``f32``
+A key has ``d`` (head_dim), ``k`` (the side of the depthwise kernel), ``dtype`` (``f16``, ``bf16``, ``f32``
 for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last qkv) and ``arch``. ``BLOCK`` is the most
 pixels of a tile, ``PROGRAMS`` how many programs a processor should get before tiles share one. The attention itself
 is launched with relu_linear_attention's.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
+from mvkernels.triton.configs import Config, candidates, half, heuristic, tiles_to_try
 from mvkernels.triton.maps import lanes
 
 OP = "multiscale_linear_attention"
@@ -43,7 +43,7 @@ def _weight(key: Mapping[str, Any]) -> Config:
     # A tile is (pixels, taps of a row, channels), whole as an operand of a product; so are the sums.
     config = _config(key, 1024, 64)
     if lanes(key["d"]) > 32:
-        config["num_warps"] = 8 if key["dtype"] in ("f16", "tf32") else 16
+        config["num_warps"] = 8 if half(key) or key["dtype"] == "tf32" else 16
     return config
 
 

@@ -1,8 +1,7 @@
 """Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
 
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for
-all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16`` for
-both half types, ``f32`` for exact float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at
+all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at
 least 8 bytes at a time: narrower loads take a register for every address) and ``arch``. The choices
 here are those that `make audit` shows to need no spills and to fit shared memory on every
 architecture it compiles for.
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import ROOMY, Config, candidates, exact, heuristic
+from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heuristic
 from mvkernels.triton.maps import width
 
 OP = "patch_attention"
@@ -59,7 +58,7 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
 def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
     wide, nvidia = _wide(key), key["arch"].startswith("sm_")
-    cramped = key["dtype"] != "f16" and key["arch"] != "interpreter"
+    cramped = not half(key) and key["arch"] != "interpreter"
     # A bias and its gradient are two tiles more; narrow loads take a register for every address.
     cramped |= bool(key["bias"]) and (key["arch"] not in ROOMY or (nvidia and (wide > 64 or not key["wide"])))
     cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in ROOMY)
@@ -113,7 +112,7 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if key["dtype"] == "f32" and not key["wide"]:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    rows = 64 if wide <= 64 and key["dtype"] == "f16" else 32
+    rows = 64 if wide <= 64 and half(key) else 32
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 

@@ -1,7 +1,7 @@
 """Default launch configurations of the layer's Triton kernels. Needs no Triton.
 
 A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs, or tokens of the largest group rounded up to a
-power of two), ``dtype`` (``f16`` for both half types, ``f32`` for exact float32 products, ``tf32``), ``few`` (1 where
+power of two), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``), ``few`` (1 where
 blocks of 64 rows are fewer than processors) and ``arch``. The choices here are those that `make audit` shows to need no
 spills and to fit shared memory on every architecture it compiles for.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import ROOMY, Config, candidates, exact, heuristic
+from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heuristic
 from mvkernels.triton.maps import pieces
 
 OP = "patch_transformer_layer"
@@ -50,8 +50,8 @@ def _linear_rows(key: Mapping[str, Any]) -> Config:
 def _attend_rows(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; beyond it attention is patch_attention's own forward, and
     # the projection a kernel after it.
-    half = key["dtype"] == "f16" or key["arch"] == "interpreter"
-    config = {"MAX_TOKENS": _ALL if half else 0, "BLOCK_M": _rows(key), "BLOCK_N": 64}
+    whole = half(key) or key["arch"] == "interpreter"
+    config = {"MAX_TOKENS": _ALL if whole else 0, "BLOCK_M": _rows(key), "BLOCK_N": 64}
     if _wide(key) > 128 and key["arch"] not in ROOMY:
         config |= {"BLOCK_N": 32}
     return config | {"num_warps": 8 if _wide(key) > 128 and not key["few"] else 4, "num_stages": 1}
@@ -94,7 +94,7 @@ def _ffn_backward(key: Mapping[str, Any]) -> Config:
 @heuristic(OP, "qkv_backward")
 def _qkv_backward(key: Mapping[str, Any]) -> Config:
     config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
-    if key["dtype"] != "f16" and key["arch"] != "interpreter":
+    if not half(key) and key["arch"] != "interpreter":
         return {**config, "BLOCK_M": 16, "BLOCK_K": 16}
     # Rows of the gradient are summed and multiplied. Of what both registers and warp groups' products read, Triton's
     # pipeline keeps one buffer, and copies into it while a product still reads it (triton-lang/triton#6691).

@@ -1,6 +1,6 @@
 """Default launch configurations of the Triton kernels of relu_linear_attention. Needs no Triton.
 
-A key has ``d`` (head_dim), ``dtype`` (``f16`` for both half types, ``f32`` for exact float32 products, ``tf32``,
+A key has ``d`` (head_dim), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``,
 ``f64``), ``wide`` (1 if all maps are read at least 8 bytes at a time: narrower loads take a register for every
 address) and ``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how
 many programs a processor should get before the pixels of a unit stay in one. The choices here are those that
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, heuristic, tiles_to_try
+from mvkernels.triton.configs import Config, candidates, half, heuristic, tiles_to_try
 from mvkernels.triton.maps import lanes
 
 OP = "relu_linear_attention"
@@ -30,7 +30,7 @@ def _config(key: Mapping[str, Any], elements: int, most: int, few: int) -> Confi
     block = max(16, min(most // share, elements // share // wide))
     # On AMD the registers of a processor are the programs': twice the warps have half of them each.
     few = 128 if key["arch"].startswith("gfx") else few
-    warps = 4 if wide <= {"f16": few, "f64": 0}.get(key["dtype"], 32) else 8
+    warps = 4 if wide <= (few if half(key) else {"f64": 0}.get(key["dtype"], 32)) else 8
     return {"BLOCK": block, "PROGRAMS": 4, "num_warps": warps, "num_stages": 1}
 
 
@@ -45,7 +45,7 @@ def _backward(key: Mapping[str, Any]) -> Config:
     wide, arch = lanes(key["d"]), key["arch"]
     if key["dtype"] == "f32" and wide == 32:
         return config | {"BLOCK": 16}  # what is summed over pixels at the end is a tile more
-    if key["dtype"] != "f16" or not arch.startswith("sm_"):
+    if not half(key) or not arch.startswith("sm_"):
         return config
     # Beside operands in parts, which are twice the registers, a tile is as small as one can be. Where all are
     # in registers, more warps than rows of the sums to share out would repeat them.
