@@ -1,11 +1,11 @@
 """Default launch configurations of the Triton kernels of mobile_to_former and former_to_mobile. Needs no Triton.
 
-A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and
-``arch``. ``BLOCK`` is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the
-pixels of a unit stay in one; of the kernels for wide heads ``SLICE`` is how many channels a program sums, ``DEPTH`` how
-many it adds to a score at a time. What the backward of mobile_to_former finds of a row of scores it finds with the
-configuration of its gradients. The choices here are those that `make audit` shows to need no spills on every
-architecture it compiles for.
+A key has ``d`` (head_dim), ``m`` (tokens, rounded up to 16; 32 stands for all above), ``dtype`` (``f16``, ``bf16``,
+``f32`` for exact float32 products, ``tf32``, ``f64``), ``last`` (1 for a channels-last map) and ``arch``. ``BLOCK``
+is the most pixels of a tile, ``PROGRAMS`` how many programs a processor should get before the pixels of a unit stay
+in one; of the kernels for wide heads ``SLICE`` is how many channels a program sums, ``DEPTH`` how many it adds to a
+score at a time. What the backward of mobile_to_former finds of a row of scores it finds with the configuration of its
+gradients. The choices here are those that `make audit` shows to need no spills on every architecture it compiles for.
 """
 
 from __future__ import annotations

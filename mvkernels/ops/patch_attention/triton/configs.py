@@ -1,10 +1,10 @@
 """Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
 
-A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for
-all above), ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at
-least 8 bytes at a time: narrower loads take a register for every address) and ``arch``. The choices
-here are those that `make audit` shows to need no spills and to fit shared memory on every
-architecture it compiles for.
+A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for all above),
+``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
+float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at least 8 bytes at a time: narrower loads take a
+register for every address) and ``arch``. The choices here are those that `make audit` shows to need no spills and to
+fit shared memory on every architecture it compiles for.
 """
 
 from __future__ import annotations
