@@ -12,6 +12,9 @@ checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
 - ``global_requests`` of warps, ``global_sectors`` of 32 bytes that they touch, ``global_bytes`` that lanes ask for
 - ``shared_requests`` of warps, and ``conflicts``: passes over the banks beyond those that the width asks for
 
+``--candidates`` executes instead what ``mvkernels tune`` would try on an H100, each configuration once, at the models'
+shapes: results/ptx/candidates.csv. What needs more shared memory than there is has no row; tune refuses it too.
+
 Exit status 1 if something is wrong, 2 for bad usage.
 """
 
@@ -21,7 +24,7 @@ import argparse
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from mvkernels import files
 from mvkernels.commands import command
@@ -39,15 +43,44 @@ from tests.ptx import cases, launches
 RESULTS = Path(__file__).parent / "results" / "ptx"
 
 
-def executed(index: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, faults) of a case, by its place among all. Never raises: an error is a fault."""
+Job = cases.Case | cases.Candidate
+
+
+def executed(job: Job) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, faults) of a case or a candidate. Never raises: an error is a fault."""
     torch.set_num_threads(1)
-    case = list(cases.cases())[index]
     try:
-        outcome = cases.run(case)
+        outcome = cases.run(job) if isinstance(job, cases.Case) else job.run()
+    except OutOfResources as error:  # as on a GPU: tune counts it as refused
+        if isinstance(job, cases.Candidate):
+            return [], []
+        return [], [str(error)]
     except Exception as error:
         return [], [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
-    return list(cases.rows(outcome)), outcome.faults
+    rows = list(cases.rows(outcome))
+    if isinstance(job, cases.Candidate):
+        change = " ".join(f"{name}={value}" for name, value in job.change.items())
+        rows = [{"candidate": job.kernel, "key": job.key, "change": change, **row} for row in rows]
+    return rows, outcome.faults
+
+
+def run(jobs: Sequence[Job], processes: int) -> tuple[list[dict[str, Any]], int]:
+    """(rows in the order of the jobs, how many jobs have faults). A fault is said at once, on stderr."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    wrong = 0
+    progress = Progress(len(jobs))
+    with ProcessPoolExecutor(processes) as pool:
+        futures = {pool.submit(executed, job): index for index, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            index = futures[future]
+            found[index], faults = future.result()
+            wrong += bool(faults)
+            progress.step(str(jobs[index]))
+            for fault in faults:
+                print(f"{jobs[index]}: {fault}", file=sys.stderr, flush=True)
+    progress.close()
+    same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
+    return [row | same for index in sorted(found) for row in found[index]], wrong
 
 
 SUMMED = ("findings", "instructions", "global_bytes", "global_sectors", "conflicts", "shared_requests")
@@ -79,45 +112,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", action="append", choices=list(launches.DEVICES), help="only this one (repeatable)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    parser.add_argument("--candidates", action="store_true", help="instead: the configurations that tune would try")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         print("ptx: unset TRITON_INTERPRET, it replaces the compiler", file=sys.stderr)
         return 2
-    chosen = [
-        (index, case)
-        for index, case in enumerate(cases.cases())
-        if case.op in (options.op or cases.FEW)
-        and case.dtype in (options.dtype or cases.DTYPES)
+    ops, dtypes = options.op or list(cases.FEW), options.dtype or list(cases.DTYPES)
+    every = cases.candidates(ops, dtypes) if options.candidates else cases.cases()
+    jobs: list[Job] = [
+        job
+        for job in every
+        if (case := job.case if isinstance(job, cases.Candidate) else job).op in ops
+        and case.dtype in dtypes
         and case.arch in (options.arch or launches.DEVICES)
-        and options.filter in str(case)
+        and options.filter in str(job)
     ]
-    if not chosen or options.processes < 1:
-        print("ptx: no case matches" if not chosen else "ptx: --processes: want 1 or more", file=sys.stderr)
+    if not jobs or options.processes < 1:
+        print("ptx: no case matches" if not jobs else "ptx: --processes: want 1 or more", file=sys.stderr)
         return 2
-    found: dict[int, list[dict[str, Any]]] = {}
-    wrong = 0
-    progress = Progress(len(chosen))
-    with ProcessPoolExecutor(options.processes) as pool:
-        futures = {pool.submit(executed, index): (index, case) for index, case in chosen}
-        for future in as_completed(futures):
-            index, case = futures[future]
-            found[index], faults = future.result()
-            wrong += bool(faults)
-            progress.step(str(case))
-            for fault in faults:
-                print(f"{case}: {fault}", file=sys.stderr, flush=True)
-    progress.close()
-    same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-    rows = [row | same for index in sorted(found) for row in found[index]]
+    rows, wrong = run(jobs, options.processes)
     whole = not (options.dtype or options.arch or options.filter)
-    for op in {row["op"] for row in rows}:
-        of = [row for row in rows if row["op"] == op]
-        if whole or options.out != RESULTS:  # part of an op is no result to keep in the repository
+    if options.candidates:
+        files.write_csv(options.out / "candidates.csv", list(rows[0]), rows)
+    elif whole or options.out != RESULTS:  # part of an op is no result to keep in the repository
+        for op in {row["op"] for row in rows}:
+            of = [row for row in rows if row["op"] == op]
             files.write_csv(options.out / f"{op}.csv", list(of[0]), of)
     print(table(list(summary(rows)), COLUMNS))
     races = sum(row["races"] for row in rows)
-    print(f"{len(chosen)} cases, {wrong} wrong, {races} races")
+    print(f"{len(jobs)} {'candidates' if options.candidates else 'cases'}, {wrong} wrong, {races} races")
     return int(bool(wrong))
 
 

@@ -95,7 +95,7 @@ def tune_case(
     return [
         _tune_kernel(op, kernel, text, changes, call, held, device, min_time)
         for call in calls.values()
-        for kernel, text, changes in _asked_by(op, call, done, most)
+        for kernel, text, changes in asked_by(op, call, done, most)
         if changes
     ]
 
@@ -105,14 +105,14 @@ def compile_case(op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]
     with torch.no_grad():
         cotangent = torch.randn_like(op.function(**arguments, backend="triton"))
     for call in _calls(arguments, op.function, cotangent).values():
-        for kernel, text, changes in _asked_by(op, call, done, most):
+        for kernel, text, changes in asked_by(op, call, done, most):
             for change in changes:
                 # What does not compile tune_case refuses, and counts.
                 with contextlib.suppress(Exception), configs.trying(op.name, kernel, text, change):
                     call()
 
 
-def _asked_by(
+def asked_by(
     op: Op, call: Callable[[], Any], done: set[tuple[str, str]], most: int
 ) -> list[tuple[str, str, list[Config]]]:
     """(kernel, key, changes to try) of the kernels that a call launches and that are not in ``done``, which gains

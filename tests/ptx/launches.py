@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 
 from mvkernels.dispatch.registry import OPS
 from mvkernels.triton import configs
@@ -161,6 +162,9 @@ class Call:
         kernel = repeated.kernel
         given = [*tensors, *floats, *repeated.ints]
         compiled = kernel.warmup(*given, grid=(repeated.grid,), **repeated.meta, **repeated.options)
+        most = configs.shared_memory_of(f"sm_{compiled.metadata.target.arch}")
+        if compiled.metadata.shared > most:
+            raise OutOfResources(compiled.metadata.shared, most, "shared memory")
         named = dict(zip(kernel.arg_names, given, strict=False)) | repeated.meta
         passed = tuple(named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr")
         return cls(kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, repeated.grid, passed)

@@ -135,9 +135,12 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
             width = _width(name, position)
             listed = [operand] if isinstance(operand, str) else operand
             found += [program.value(each, width) for each in listed]
-            widths += [program.width(each, width) for each in listed]
-            if not (memory or name.startswith(("wgmma", "shfl"))) and set(widths[-len(listed) :]) - {width, None}:
-                raise Unsupported(f"{statement}: registers of {widths[-len(listed) :]} bytes, not {width}")
+            of = [program.width(each, width) for each in listed]
+            widths += of
+            if name.startswith("cvt.") and position == 1 and (of[0] or 0) > width:  # it takes the low part
+                name = f"{name}.of{8 * (of[0] or 0)}"
+            elif not (memory or name.startswith(("wgmma", "shfl"))) and set(of) - {width, None}:
+                raise Unsupported(f"{statement}: registers of {of} bytes, not {width}")
     return name, found + [each or 0 for each in widths if memory]
 
 

@@ -267,6 +267,13 @@ def test_every_width(width: int, space: str) -> None:
         assert not result.findings
 
 
+def test_a_conversion_takes_the_low_part_of_a_wider_register() -> None:
+    """In the machine: cvt with .of32 or .of64 after it."""
+    body = "mul.wide.u32 %rd20, %r0, -1; cvt.s64.s32 %rd21, %rd20; cvt.u32.u16 %r6, %r0; cvt.u32.u64 %r5, %rd21;"
+    out, result = run(body + "sub.s32 %r5, %r6, %r5;")
+    assert (out == 2 * np.arange(64)).all() and not result.findings
+
+
 def test_registers_are_taken_apart_and_put_together() -> None:
     """By mov with a list of registers: mov.b32.pack, mov.b32.unpack, mov.b64.pack, mov.b64.unpack of the machine."""
     body = """add.s32 %r6, %r0, 3; mov.b64 %rd20, {%r0, %r6}; mov.b64 {%r7, _}, %rd20; mov.b64 {_, %r8}, %rd20;

@@ -30,6 +30,13 @@ To integer_of(From x) {
 template <class From, class To>
 void between_integers(const std::string& from, const std::string& to) {
   if constexpr (std::is_same_v<From, To>) return;
+  // Of a register wider than its type the low part is taken.
+  if (sizeof(From) < 4)
+    lanewise<[](uint32_t a) { return static_cast<To>(static_cast<From>(a)); }>(
+        "cvt." + to + "." + from + ".of32", CONVERT);
+  if (sizeof(From) < 8)
+    lanewise<[](uint64_t a) { return static_cast<To>(static_cast<From>(a)); }>(
+        "cvt." + to + "." + from + ".of64", CONVERT);
   lanewise<[](From a) { return static_cast<To>(a); }>("cvt." + to + "." + from, CONVERT);
 }
 

@@ -218,8 +218,8 @@ struct Warp {
 
 // Memory: one lane's access. Reads give whether all bytes were defined; both are checked against the other accesses.
 bool read_shared(Warp& warp, int lane, uint32_t address, int bytes, void* to);
-void write_shared(Warp& warp, int lane, uint32_t address, int bytes, const void* from, bool defined,
-                  bool copied = false);
+void write_shared(
+    Warp& warp, int lane, uint32_t address, int bytes, const void* from, bool defined, bool copied = false);
 bool read_global(Warp& warp, int lane, uint64_t address, int bytes, void* to);
 void write_global(Warp& warp, int lane, uint64_t address, int bytes, const void* from);
 bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared);
