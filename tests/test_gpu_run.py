@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -149,6 +151,45 @@ def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatc
     assert log.read_text() == "abbab"
     with pytest.raises(gpu.report.UsageError, match="nothing to resume"):
         go("--resume", str(tmp_path / "nowhere"))
+
+
+def test_killed_at_any_moment_it_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
+    """SIGKILL at random moments: what had ended well is there, is not done again, and the rest is."""
+    log, names = tmp_path / "log", "abcdefgh"
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+from pathlib import Path
+gpu.identity = lambda: ["code", "device"]
+step = lambda name: gpu.Step(name, (sys.executable, "-c",
+    f"import time; time.sleep(0.2); open({str(log)!r}, 'a').write({{name!r}})"), 20)
+gpu.steps = lambda *_: [step(name) for name in {names!r}]
+gpu.Run.__init__.__defaults__ = (Path({str(tmp_path / "work")!r}),)
+sys.exit(gpu.main())
+"""
+    chance = random.Random(1)
+    out, resumed, kept = tmp_path / "0", list[str](), set[str]()
+    for attempt in range(1, 9):
+        line = [sys.executable, "-c", script, "--rehearse", "--out", str(out), *resumed]
+        begun = len(log.read_text()) if log.exists() else 0
+        process = subprocess.Popen(line, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if attempt > 3:
+            assert process.wait(120) == 0
+            break
+        while not log.exists() or len(log.read_text()) == begun:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        before = log.read_text() if log.exists() else ""
+        if (out / "results.tar.gz").exists():
+            done = set(gpu.done_in(out))
+            assert kept <= done <= set(before)
+            kept, resumed = done, ["--resume", str(out)]
+        out = tmp_path / str(attempt)
+    assert set(gpu.done_in(out)) == set(log.read_text()) == set(names)
+    assert len(log.read_text()) <= len(names) + 3  # again only what a kill had met at work
 
 
 NCU = """==PROF== Connected

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tests.ptx.module import BYTES, Module, Statement, Unsupported
@@ -88,7 +87,7 @@ def immediate(text: str) -> int:
         raise Unsupported(f"operand {text}") from None
 
 
-def encode(module: Module, known: Iterable[str] | None = None) -> Program:
+def encode(module: Module) -> Program:
     """Registers, constants and operands of a module's instructions."""
     program = Program(module)
     for statement in module.statements:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.ptx import assembly, machine
 from tests.ptx.assembly import Array, Result
+from tests.ptx.launches import program_of
+from tests.ptx.module import Unsupported
 
 # %rd9: the thread's four bytes of the array out; %r9: those of shared memory, at whose beginning is %r8.
 PLACES = """
@@ -312,3 +314,16 @@ def test_instructions_are_counted_by_class() -> None:
     assert {name: issued[name] for name in ("integer", "convert", "float", "special", "shuffle")} == {
         "integer": 3, "convert": 3, "float": 3, "special": 3, "shuffle": 0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["atom.global.add.u32 %r5, [%rd9], 1;", "red.global.add.u32 [%rd9], 1;"])
+def test_atomics_are_refused(text: str) -> None:
+    """No kernel here may have one: sums would not be the same in every run."""
+    with pytest.raises(RuntimeError, match=r"no (atom|red)\.global\.add\.u32"):
+        program_of(assembly.kernel(PLACES + text, 1))
+
+
+@pytest.mark.parametrize("text", ["bar.sync 1;", "bar.sync 0, 64;", "mov.u32 %r5, %clock;", "add.s32 %r5, %r0, %rd1;"])
+def test_what_it_does_not_know_is_refused(text: str) -> None:
+    with pytest.raises(Unsupported):
+        program_of(assembly.kernel(PLACES + text, 1))

@@ -2,7 +2,6 @@
 // barrier. And what they cost: sectors of 32 bytes in global memory, passes over the 32 banks in shared memory.
 #include <algorithm>
 #include <bit>
-#include <set>
 
 #include "machine.h"
 
