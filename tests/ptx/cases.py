@@ -19,11 +19,12 @@ from tests.ptx import launches, machine
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """tf32: float32 maps whose products may round."""
 
+# A relu's input of 7e-6 switches sides when the operands of the pointwise convolution round to tf32, and with it the
+# gradients of what it was made of: a sample of the expected error in which another input does so says nothing of it.
 EXPLAINED = {
-    ("multiscale_linear_attention", "4x16 7x8, batch 2", "tf32"): "a relu's input of 7e-6 switches sides when the "
-    "operands of the pointwise convolution round to tf32, and with it the gradient of what it was made of",
+    ("multiscale_linear_attention", "4x16 7x8, batch 2", "tf32"): ("dqkv", "ddepthwise[0]", "dpointwise[0]"),
 }
-"""Results beyond what is allowed that are no fault: of these shapes and dtypes, and why."""
+"""Gradients that may be beyond what is allowed, by a factor of two: of an op, shape and dtype."""
 DEVICES = (("sm_90", 132), ("sm_90", 2), ("sm_80", 108), ("sm_80", 2))
 """Architecture and number of processors."""
 
@@ -63,14 +64,11 @@ class Outcome:
         return [found for launch in self.launches for found in launch.findings]
 
     @property
-    def explained(self) -> str:
-        """Why a result may be beyond what is allowed, or nothing."""
-        return EXPLAINED.get((self.case.op, self.case.shape, self.case.dtype), "")
-
-    @property
     def faults(self) -> list[str]:
         """All that is wrong, in words; empty if nothing is."""
-        wrong = [str(each) for each in self.comparisons if not each.ok and not self.explained]
+        explained = EXPLAINED.get((self.case.op, self.case.shape, self.case.dtype), ())
+        most = {True: 2.0, False: 1.0}
+        wrong = [str(x) for x in self.comparisons if x.error > most[x.name in explained] * x.allowed]
         return wrong + [f"{launch.kernel}: {found}" for launch in self.launches for found in launch.findings]
 
 

@@ -174,26 +174,35 @@ def floats() -> list[Instruction]:
             Instruction(f"div.rn.{kind}", two, kind, operator.truediv),
             Instruction(f"sqrt.rn.{kind}", kind, kind, np.sqrt),
             Instruction(f"rcp.rn.{kind}", kind, kind, lambda a: (1 / a).astype(a.dtype)),
-            Instruction(f"max.{kind}", two, kind, np.fmax),
-            Instruction(f"min.{kind}", two, kind, np.fmin),
+            Instruction(f"max.{kind}", two, kind, lambda a, b: largest(a, b, np.fmax)),
+            Instruction(f"min.{kind}", two, kind, lambda a, b: -largest(-a, -b, np.fmax)),
             Instruction(f"neg.{kind}", kind, kind, operator.neg),
             Instruction(f"abs.{kind}", kind, kind, np.abs),
         ]
-    found.append(Instruction("max.NaN.f32", "f32 f32", "f32", np.maximum))
-    found.append(Instruction("min.NaN.f32", "f32 f32", "f32", np.minimum))
-    for ftz in ("", ".ftz"):
-        found += [
-            Instruction(f"ex2.approx{ftz}.f32", "f32", "f32", lambda a: flushed(np.exp2(a.astype("f8"))), 2**-22),
-            Instruction(f"lg2.approx{ftz}.f32", "f32", "f32", lambda a: np.log2(a.astype("f8")), 2**-21),
-            Instruction(f"rcp.approx{ftz}.f32", "f32", "f32", lambda a: 1 / a.astype("f8"), 2**-22),
-            Instruction(f"rsqrt.approx{ftz}.f32", "f32", "f32", lambda a: 1 / np.sqrt(a.astype("f8")), 2**-22),
-            Instruction(f"div.full{ftz}.f32", "f32 f32", "f32", lambda a, b: a.astype("f8") / b, 2**-21),
-        ]
+    found.append(Instruction("max.NaN.f32", "f32 f32", "f32", lambda a, b: largest(a, b, np.maximum)))
+    found.append(Instruction("min.NaN.f32", "f32 f32", "f32", lambda a, b: -largest(-a, -b, np.maximum)))
+    approximations: dict[str, tuple[str, Formula, float]] = {
+        "ex2.approx": ("f32", np.exp2, 2**-22),
+        "lg2.approx": ("f32", np.log2, 2**-21),
+        "rcp.approx": ("f32", lambda a: 1 / a, 2**-22),
+        "rsqrt.approx": ("f32", lambda a: 1 / np.sqrt(a), 2**-22),
+        "div.full": ("f32 f32", operator.truediv, 2**-21),
+    }
+    for name, (kinds, formula, error) in approximations.items():
+        plain = lambda *x, f=formula: f(*[each.astype("f8") for each in x]).astype("f4")  # noqa: E731
+        found.append(Instruction(f"{name}.f32", kinds, "f32", plain, error))
+        ftz = lambda *x, f=plain: flushed(f(*map(flushed, x)))  # noqa: E731
+        found.append(Instruction(f"{name}.ftz.f32", kinds, "f32", ftz, error))
     found.append(Instruction("abs.ftz.f32", "f32", "f32", lambda a: np.abs(flushed(a))))
     found.append(
         Instruction("fma.rn.ftz.f32", "f32 f32 f32", "f32", lambda a, b, c: flushed(fma(*map(flushed, (a, b, c)))))
     )
     return found
+
+
+def largest(a: Array, b: Array, f: Formula) -> Array:
+    """Of two zeros that without the sign."""
+    return np.where((a == 0) & (b == 0), np.where(np.signbit(a) & np.signbit(b), a, np.abs(a)), f(a, b)).astype(a.dtype)
 
 
 def flushed(x: Array) -> Array:
@@ -213,18 +222,16 @@ def half_types() -> list[Instruction]:
     for kind in ("bf16", "f16"):
         pair = f"{kind}x2"
         names: dict[str, Formula] = {
-            "add": operator.add, "sub": operator.sub, "mul": operator.mul, "max": np.fmax, "max.NaN": np.maximum,
+            "add": operator.add, "sub": operator.sub, "mul": operator.mul,
+            "max": lambda a, b: largest(a, b, np.fmax), "max.NaN": lambda a, b: largest(a, b, np.maximum),
         }  # fmt: skip
         for name, formula in names.items():
             found.append(Instruction(f"{name}.{pair}", f"{pair} {pair}", pair, by_halves(formula, pair)))
             found.append(Instruction(f"{name}.{kind}", f"{kind} {kind}", kind, by_halves(formula, kind)))
-        found.append(Instruction(f"min.{kind}", f"{kind} {kind}", kind, by_halves(np.fmin, kind)))
-        found.append(Instruction(f"fma.rn.{kind}", f"{kind} {kind} {kind}", kind, by_halves(exact_fma, kind)))
+        found.append(
+            Instruction(f"min.{kind}", f"{kind} {kind}", kind, by_halves(lambda a, b: -largest(-a, -b, np.fmax), kind))
+        )
     return found
-
-
-def exact_fma(a: Array, b: Array, c: Array) -> Array:
-    return a.astype("f8") * b + c
 
 
 def by_halves(formula: Formula, kind: str) -> Formula:

@@ -80,6 +80,7 @@ class Memory:
         self.epoch = 1
         self._traces: dict[int, tuple[weakref.ref[Any], np.ndarray[Any, Any]]] = {}
         self._fresh: dict[int, tuple[weakref.ref[Any], np.ndarray[Any, Any]]] = {}
+        self._told: set[int] = set()
 
     def allocated(self, tensor: torch.Tensor) -> None:
         """A tensor that torch.empty has just made: its elements are filled with NaN, and count as not defined."""
@@ -94,6 +95,21 @@ class Memory:
         known = self._fresh.get(tensor.untyped_storage().data_ptr())
         return known is not None and known[0]() is tensor.untyped_storage()
 
+    def defined(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+        """Of the storage's bytes, whether they are defined now."""
+        size = tensor.untyped_storage().nbytes()
+        found = np.zeros(size, np.uint8)
+        machine.library().ptx_defined(self.trace_of(tensor).ctypes.data, found.ctypes.data, size)
+        return found
+
+    def define(self, tensor: torch.Tensor, defined: np.ndarray[Any, Any]) -> None:
+        """Say it of a storage that no launch has seen."""
+        storage = tensor.untyped_storage()
+        trace = np.zeros(storage.nbytes() * machine.library().ptx_trace_bytes(), np.uint8)
+        machine.library().ptx_define(trace.ctypes.data, defined.ctypes.data, storage.nbytes())
+        self._traces[storage.data_ptr()] = weakref.ref(storage), trace
+        self._told.add(storage.data_ptr())
+
     def trace_of(self, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         """Of the storage's bytes, ready for a launch."""
         storage = tensor.untyped_storage()
@@ -102,6 +118,8 @@ class Memory:
         if known is None or known[0]() is not storage or len(known[1]) != size * machine.library().ptx_trace_bytes():
             known = weakref.ref(storage), np.zeros(size * machine.library().ptx_trace_bytes(), np.uint8)
             self._traces[begin] = known
+        if begin in self._told:
+            return known[1]
         defined = None
         if self.is_fresh(tensor):
             fresh = self._fresh[begin]

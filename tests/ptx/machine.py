@@ -125,6 +125,7 @@ def library() -> Any:
     found.ptx_known.argtypes = [ctypes.c_char_p]
     found.ptx_name.restype = ctypes.c_char_p
     found.ptx_define.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    found.ptx_defined.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     found.ptx_run.argtypes = [ctypes.POINTER(Launch), ctypes.POINTER(Counters), ctypes.POINTER(_Finding), ctypes.c_int]
     assert found.ptx_register_bytes() == HEAD
     assert found.ptx_shared_base() == SHARED_BASE

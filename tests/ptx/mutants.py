@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.ptx.launches import Call, Executed, Memory, execute, program_of
@@ -21,8 +22,8 @@ class Recording:
     call: Call
     before: list[torch.Tensor]
     """Of each storage of a tensor argument, bytes."""
-    fresh: list[bool]
-    """Whether the storage was new, and nothing in it defined."""
+    defined: list[np.ndarray[Any, Any]]
+    """Whether its bytes were, before."""
     after: list[torch.Tensor]
     effects: list[int]
     """Of each instruction, a hash of its results."""
@@ -30,10 +31,12 @@ class Recording:
     @classmethod
     def of(cls, call: Call, memory: Memory) -> Recording:
         """Record a launch, which is run on copies."""
-        storages = [_bytes(each) for each in call.arguments if isinstance(each, torch.Tensor)]
-        fresh = [memory.is_fresh(each) for each in call.arguments if isinstance(each, torch.Tensor)]
-        found = cls(call, [each.clone() for each in storages], fresh, [], [])
-        _, found.after, found.effects = found.run(call.ptx)
+        tensors = [each for each in call.arguments if isinstance(each, torch.Tensor)]
+        found = cls(
+            call, [_bytes(each).clone() for each in tensors], [memory.defined(each) for each in tensors], [], []
+        )
+        done, found.after, found.effects = found.run(call.ptx)
+        assert not done.findings, "a fault before one is planted"
         return found
 
     def run(self, ptx: str, limit: int = 20_000_000) -> tuple[Executed, list[torch.Tensor], list[int]]:
@@ -49,8 +52,7 @@ class Recording:
                 if key not in copies:
                     copy = torch.empty(0, dtype=each.dtype).set_(self.before[index].clone().untyped_storage())
                     copies[key] = copy
-                    if self.fresh[index]:
-                        memory.allocated(copy)
+                    memory.define(copy, self.defined[index])
                 # The same place in a copy of the storage.
                 same = torch.empty(0, dtype=each.dtype).set_(
                     copies[key].untyped_storage(), each.storage_offset(), each.shape, each.stride()
@@ -62,13 +64,17 @@ class Recording:
         done = execute(replace(self.call, ptx=ptx, arguments=tuple(arguments)), memory, limit=limit, effects=effects)
         return done, [_bytes(each).clone() for each in arguments if isinstance(each, torch.Tensor)], list(effects)
 
+    def same(self, after: list[torch.Tensor]) -> bool:
+        """Whether every bit is as it was."""
+        return all(torch.equal(right, found) for right, found in zip(self.after, after, strict=True))
+
     def differs(self, after: list[torch.Tensor]) -> bool:
         """Whether a result is wrong by more than rounding: by a hundredth of the largest value of its tensor."""
         tensors = [each for each in self.call.arguments if isinstance(each, torch.Tensor)]
         for tensor, right, found in zip(tensors, self.after, after, strict=True):
             x, y = (each.view(tensor.dtype).double() for each in (right, found))
             error = (x - y).abs().nan_to_num(float("inf"))
-            error[x.isnan() & y.isnan()] = 0
+            error[x.isnan() & y.isnan()] = 0  # of memory around the tensors
             if error.numel() and error.max() > 0.01 * x.nan_to_num(0, 0, 0).abs().max():
                 return True
         return False
@@ -87,16 +93,17 @@ class Mutant:
     text: str
     """The line before."""
     ptx: str
-    statement: int
-    """Index of the changed or removed instruction."""
-    removed: bool
+    statements: tuple[int, ...]
+    """Indices of the changed or removed instructions."""
+    waits: bool
+    """Whether it is about when things happen: such an instruction gives no result."""
 
     def planted(self, before: list[int], after: list[int]) -> bool:
         """Whether it made a difference to anything, given the effects without it and with it: not if the instruction
         never ran, or gave what it had given."""
-        if self.removed:
-            return before[self.statement] != 0
-        return before[self.statement] != after[self.statement]
+        if self.waits:
+            return any(before[i] for i in self.statements)
+        return any(before[i] != after[i] for i in self.statements)
 
 
 Change = Callable[[str], str | None]
@@ -133,8 +140,11 @@ FAULTS: dict[str, Change] = {
     "barrier removed": _substituted(r"\bbar\.sync\s+0;", ""),
     "warp's barrier removed": _substituted(r"\bbar\.warp\.sync\s+-1;", ""),
     "copy not waited for": _substituted(r"\bcp\.async\.wait_group\s+\d+;", ""),
+    "waited for one copy fewer": _moved(r"\bcp\.async\.wait_group\s+(\d+);", 1),
+    "copy without its mask": _substituted(r"(cp\.async\.c\w\.shared\.global .*, 0x\w+), %r\d+;", r"\1;"),
     "copies not committed": _substituted(r"\bcp\.async\.commit_group;", ""),
     "product not waited for": _substituted(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "waited for one product fewer": _moved(r"\bwgmma\.wait_group\.sync\.aligned\s+(\d+);", 1),
     "products not committed": _substituted(r"\bwgmma\.commit_group\.sync\.aligned;", ""),
     "proxy not fenced": _substituted(r"\bfence\.proxy\.async\.shared::cta;", ""),
     "product not fenced": _substituted(r"\bwgmma\.fence\.sync\.aligned;", ""),
@@ -155,10 +165,16 @@ FAULTS: dict[str, Change] = {
     "another row of shared memory": _moved(r"(?:ld|st)\.shared[^\[]*\[%r\d+\+(\d+)\]", 256),
 }
 """What can be planted, by name."""
-EVERYWHERE = ("copy not waited for", "copies not committed", "product not waited for", "products not committed",
-              "proxy not fenced", "product not fenced")  # fmt: skip
+EVERYWHERE = ("copy not waited for", "waited for one copy fewer", "copies not committed", "product not waited for",
+              "waited for one product fewer", "products not committed", "proxy not fenced", "product not fenced")  # fmt: skip
 """Taken out of the whole kernel at once: of several, one may stand in for another, and what is left is right."""
-BY_SOURCE = ("load without its mask", "store without its mask", "mask of either, not both", "bound one too far")
+BY_SOURCE = (
+    "load without its mask",
+    "copy without its mask",
+    "store without its mask",
+    "mask of either, not both",
+    "bound one too far",
+)
 """Changed in all instructions that were made of one line of the source, as an author would get it wrong: of a single
 register's load or bound, another mask often does the work too."""
 
@@ -178,4 +194,5 @@ def mutants(ptx: str) -> Iterator[Mutant]:
         for each in sets.values():
             first = next(iter(each))
             text = "\n".join(each.get(number, line) for number, line in enumerate(lines))
-            yield Mutant(kind, first, lines[first].strip(), text, statements[first], not each[first].strip())
+            places = tuple(statements[number] for number in each)
+            yield Mutant(kind, first, lines[first].strip(), text, places, kind in EVERYWHERE or "barrier" in kind)

@@ -58,7 +58,7 @@ class Program:
             if "." in text and text not in ("%tid.x", "%ctaid.x"):
                 raise Unsupported(text)
             return self.register(text)
-        return self.constant(immediate(text), lane_bytes)
+        return self.constant(immediate(text, lane_bytes), lane_bytes)
 
     def width(self, text: str, immediate_bytes: int) -> int | None:
         """Bytes of a register or an immediate; None of a sink."""
@@ -69,18 +69,16 @@ class Program:
         return 4 if text.startswith("%") else immediate_bytes
 
 
-def immediate(text: str) -> int:
+def immediate(text: str, lane_bytes: int = 4) -> int:
     """Bits of an immediate or of an address in shared memory."""
     if text.startswith("global_smem"):
         return SHARED_BASE + int(text.partition("+")[2] or 0)
-    if text[:2] in ("0f", "0F"):
-        return int(text[2:], 16)
-    if text[:2] in ("0d", "0D"):
+    if text[:2].lower() in ("0f", "0d"):
         return int(text[2:], 16)
     if text in ("true", "false"):
         return int(text == "true")
     if re.fullmatch(r"-?\d+\.\d*", text):
-        return struct.unpack("<I", struct.pack("<f", float(text)))[0]
+        return int.from_bytes(struct.pack("<d" if lane_bytes == 8 else "<f", float(text)), "little")
     try:
         return int(text.rstrip("U"), 0)
     except ValueError:
@@ -119,6 +117,8 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
         name += ".unpack"
     elif name.startswith("mov.") and isinstance(operands[1], tuple):
         name += ".pack"
+    if name.startswith("setp") and ("|" in operands[0]) != name.endswith("x2"):
+        raise Unsupported(f"{statement}: the complement too, or a boolean operator")
     if name.startswith("shfl") and "|" not in operands[0]:
         operands[0] = f"{operands[0]}|_"
     found: list[int] = []
@@ -159,7 +159,7 @@ def _address(program: Program, name: str, text: str) -> list[int]:
         base, _, offset = base.partition("-")
         offset = f"-{offset}"
     shared = ".shared" in name and not base.startswith("%rd")
-    return [program.value(base, 4 if shared else 8), int(offset or 0)]
+    return [program.value(base, 4 if shared else 8), int(offset or "0", 0)]
 
 
 def _is_number(name: str, position: int, statement: Statement) -> bool:

@@ -82,10 +82,12 @@ FAULTY = {
     ),
     "is an address": ("undefined value", "ld.shared.b32 %r6, [%r9]; ld.shared.b32 %r5, [%r6];"),
     "register not written": ("undefined value", "add.s32 %r5, %r77, 1;"),
-    "beyond the array": ("out of bounds, race", "ld.global.b32 %r5, [%rd9+4]; mov.b32 %r5, 0;"),
-    "before the array": ("out of bounds, race", "ld.global.b32 %r5, [%rd9+-4]; mov.b32 %r5, 0;"),
+    "beyond the array": ("out of bounds, race, race between lanes", "ld.global.b32 %r5, [%rd9+4]; mov.b32 %r5, 0;"),
+    "before the array": ("out of bounds, race, race between lanes", "ld.global.b32 %r5, [%rd9+-4]; mov.b32 %r5, 0;"),
     "beyond shared memory": ("out of bounds", "st.shared.b32 [%r9+512], %r0; mov.b32 %r5, 0;"),
-    "eight bytes at four": ("misaligned", "ld.global.b64 %rd20, [%rd9]; mov.b32 %r5, 0;"),
+    "eight bytes at four": (
+        "misaligned", "setp.eq.b32 %p1, %r0, 7; @%p1 ld.global.b64 %rd20, [%rd9]; bar.sync 0; mov.b32 %r5, 0;"
+    ),
     "in a loop without end": ("endless", "mov.b32 %r5, 0;\nL:\nadd.s32 %r5, %r5, 1; bra L;\n"),
     "barrier of some lanes": (
         "divergent", "mov.b32 %r5, 0; setp.lt.u32 %p1, %r0, 7; @%p1 bra L; bar.sync 0;\nL:\n"

@@ -28,25 +28,42 @@ float approximate(double exact, double bound, float seed) {
 float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
 // Relative errors from the PTX ISA: "max relative error" of ex2, "2 ulp" of div.full, "1 ulp" of rcp, and so on.
-constexpr double EX2 = 0x1p-22, LG2 = 0x1p-22, DIV = 0x1p-22, RCP = 0x1p-23, RSQRT = 0x1.2p-23;
+constexpr double EX2 = 0x1p-22, DIV = 0x1p-22, RCP = 0x1p-23, RSQRT = 0x1.2p-23;
 
+// The one NaN that instructions make.
+template <class T>
+T not_a_number() {
+  if constexpr (sizeof(T) == 4)
+    return std::bit_cast<T>(0x7fffffff);
+  else
+    return std::bit_cast<T>(0x7fffffffffffffff);
+}
+
+// Zero is greater than minus zero; of a number and NaN it is the number.
 template <class T>
 T maximum(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return std::isnan(a) ? b : std::isnan(b) ? a : a > b ? a : b;
+  if constexpr (std::is_floating_point_v<T>) {
+    if (std::isnan(a)) return std::isnan(b) ? not_a_number<T>() : b;
+    if (std::isnan(b)) return a;
+    if (a == b) return std::signbit(a) ? b : a;
+  }
   return a > b ? a : b;
 }
 template <class T>
 T minimum(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return std::isnan(a) ? b : std::isnan(b) ? a : a < b ? a : b;
+  if constexpr (std::is_floating_point_v<T>) {
+    if (!std::isnan(a) || !std::isnan(b)) return -maximum(-a, -b);
+    return not_a_number<T>();
+  }
   return a < b ? a : b;
 }
 template <class T>
 T maximum_or_nan(T a, T b) {
-  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : maximum(a, b);
+  return std::isnan(a) || std::isnan(b) ? not_a_number<T>() : maximum(a, b);
 }
 template <class T>
 T minimum_or_nan(T a, T b) {
-  return std::isnan(a) || std::isnan(b) ? std::numeric_limits<T>::quiet_NaN() : minimum(a, b);
+  return std::isnan(a) || std::isnan(b) ? not_a_number<T>() : minimum(a, b);
 }
 
 // Division by zero gives all ones on NVIDIA's processors; the ISA leaves it open.
@@ -151,17 +168,28 @@ void add_floats(const std::string& type) {
   lanewise<[](T a) { return std::fabs(a); }>("abs." + type, FLOAT);
 }
 
-void add_approximations() {
-  for (const std::string ftz : {"", ".ftz"}) {
-    lanewise<[](float a) { return flush(approximate(std::exp2(double(a)), EX2, a)); }>(
-        "ex2.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a) { return approximate(std::log2(double(a)), LG2, a); }>("lg2.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a) { return approximate(1.0 / a, RCP, a); }>("rcp.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a) { return approximate(1.0 / std::sqrt(double(a)), RSQRT, a); }>(
-        "rsqrt.approx" + ftz + ".f32", SPECIAL);
-    lanewise<[](float a, float b) { return approximate(double(a) / b, DIV, a + b); }>(
-        "div.full" + ftz + ".f32", SPECIAL);
-  }
+// With FTZ subnormal operands and results are zero.
+template <bool FTZ>
+float flushed(float x) {
+  return FTZ ? flush(x) : x;
+}
+
+template <bool FTZ>
+void add_approximations(const std::string& ftz) {
+  lanewise<[](float a) { return flushed<FTZ>(approximate(std::exp2(double(flushed<FTZ>(a))), EX2, a)); }>(
+      "ex2.approx" + ftz + ".f32", SPECIAL);
+  lanewise<[](float a) { return flushed<FTZ>(static_cast<float>(std::log2(double(flushed<FTZ>(a))))); }>(
+      "lg2.approx" + ftz + ".f32", SPECIAL);
+  lanewise<[](float a) { return flushed<FTZ>(approximate(1 / double(flushed<FTZ>(a)), RCP, a)); }>(
+      "rcp.approx" + ftz + ".f32", SPECIAL);
+  lanewise<[](float a) { return flushed<FTZ>(approximate(1 / std::sqrt(double(flushed<FTZ>(a))), RSQRT, a)); }>(
+      "rsqrt.approx" + ftz + ".f32", SPECIAL);
+  lanewise<[](float a, float b) {
+    return flushed<FTZ>(approximate(double(flushed<FTZ>(a)) / double(flushed<FTZ>(b)), DIV, a + b));
+  }>("div.full" + ftz + ".f32", SPECIAL);
+}
+
+void add_flushing() {
   lanewise<maximum_or_nan<float>>("max.NaN.f32", FLOAT);
   lanewise<minimum_or_nan<float>>("min.NaN.f32", FLOAT);
   lanewise<[](float a) { return std::fabs(flush(a)); }>("abs.ftz.f32", FLOAT);
@@ -172,8 +200,6 @@ void add_approximations() {
 // Two halves of a word each: H is the type of a half.
 template <class H>
 void add_halves(const std::string& type) {
-  lanewise<[](H a, H b, H c) { return H(static_cast<float>(std::fma(double(a), double(b), double(c)))); }>(
-      "fma.rn." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) + float(b)); }>("add." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) - float(b)); }>("sub." + type, FLOAT);
   lanewise<[](H a, H b) { return H(float(a) * float(b)); }>("mul." + type, FLOAT);
@@ -253,7 +279,8 @@ void add_arithmetic() {
   lanewise<permute>("prmt.b32", INTEGER);
 
   add_floats<float>("f32"), add_floats<double>("f64");
-  add_approximations();
+  add_approximations<false>(""), add_approximations<true>(".ftz");
+  add_flushing();
   add_halves<Half>("f16"), add_halves<Bfloat>("bf16");
 
   add_equality<uint16_t>("b16"), add_equality<uint32_t>("b32"), add_equality<uint64_t>("b64");

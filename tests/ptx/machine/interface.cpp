@@ -77,6 +77,10 @@ void ptx_define(ptx::Trace* trace, const uint8_t* defined, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i++) trace[i].defined = trace[i].defined || defined == nullptr || defined[i];
 }
 
+void ptx_defined(const ptx::Trace* trace, uint8_t* defined, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i++) defined[i] = trace[i].defined;
+}
+
 // Returns how many findings there are, of which at most `room` are written.
 int ptx_run(PtxLaunch* launch, ptx::Counters* counters, PtxFinding* findings, int room) {
   using namespace ptx;

@@ -65,7 +65,8 @@ struct Instruction : Opcode {
 // Heads a register's lanes in the file; a predicate's lanes are one Mask.
 struct Register {
   Mask defined;
-  uint32_t in_flight;  // asynchronous products that will write it
+  uint16_t in_flight;  // asynchronous products that will write it
+  uint16_t wanted;     // asynchronous products that will read it
   uint32_t written;    // when, in the clock of its warp
   Mask held;           // what `defined` will be when none is in flight; meanwhile it is 0
 };
@@ -78,6 +79,8 @@ struct Trace {
   uint32_t proxy_fences;                  // of the writing warp, before it wrote
   uint32_t warp_syncs;                    // the same
   uint16_t writer;                        // thread
+  uint16_t reader;                        // the last one: lanes of a warp may read at once
+  uint32_t reader_syncs;                  // of its warp, when it read
   uint8_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
   bool defined;
   bool copied;  // by cp.async
@@ -168,6 +171,8 @@ struct Warp {
   uint32_t at = 0;  // the instruction that runs
   Mask exited = 0;
   bool waits = false;
+  bool finishing = false;  // an asynchronous product is writing its registers
+  uint32_t begun = 0;      // asynchronous products: the warps of a group have to agree
   uint32_t clock = 1, fenced = 0, syncs = 1;
   std::vector<uint32_t> proxy_fences{};  // the epoch of each
   Queue<Copy> copies{};
@@ -187,7 +192,10 @@ struct Warp {
     machine().effects[at] += mixed ^ mixed >> 29;
   }
 
+  bool all(Mask active) const { return active == ~exited; }
+
   void note(Register& head, Mask active, Mask defined) {
+    if ((head.in_flight || head.wanted) && !finishing) fault(IN_FLIGHT);
     head.defined = (head.defined & ~active) | (defined & active);
     head.written = clock;
   }
@@ -228,6 +236,7 @@ void begin_read(Warp& warp, uint32_t address, int bytes);
 void end_read(Warp& warp, uint32_t address, int bytes);
 void begin_write(Warp& warp, uint32_t address, int bytes);
 void end_write(Warp& warp, uint32_t address, int bytes);
+void hold_global(Warp& warp, uint64_t address, int bytes, int change);  // +1: will be read; -1: has been
 // Counts a request of a warp: what each lane wants, and which lanes want something.
 void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store);
 void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store);

@@ -205,7 +205,9 @@ void begin_product(Warp& warp, const Instruction& in, Mask active) {
   }
   for (int i = 0; of.a_in_registers && i < 4; i++) {
     if (warp.head(of.a[i]).written > warp.fenced) warp.fault(UNFENCED_REGISTER);
+    warp.head(of.a[i]).wanted++;
   }
+  warp.begun++;
   each_byte_range<TYPE>(warp, of, product.descriptors, [&](int, int, int, uint32_t address) {
     begin_read(warp, address, bytes_of(TYPE));
   });
@@ -217,6 +219,8 @@ void end_product(Warp& warp, const Product& product) {
   const Wgmma of = read<TYPE>(*product.instruction);
   Operands operands(16, of.columns, of.depth);
   if (of.a_in_registers) read_a(warp, of.a, 4, TYPE, operands);
+  for (int i = 0; of.a_in_registers && i < 4; i++) warp.head(of.a[i]).wanted--;
+  warp.finishing = true;
   each_byte_range<TYPE>(warp, of, product.descriptors, [&](int side, int row, int k, uint32_t address) {
     uint8_t value[8] = {};
     const bool defined = read_shared(warp, -1, address, bytes_of(TYPE), value);
@@ -234,17 +238,23 @@ void end_product(Warp& warp, const Product& product) {
     sum.written = 0;
     if (--sum.in_flight) sum.defined = 0;
   }
+  warp.finishing = false;
   count(warp, operands);
 }
 
-void fence(Warp& warp, const Instruction&, Mask) { warp.fenced = warp.clock; }
+void fence(Warp& warp, const Instruction&, Mask active) {
+  if (whole_warp(warp, active)) warp.fenced = warp.clock;
+}
 
-void commit(Warp& warp, const Instruction&, Mask) { warp.products.commit(); }
+void commit(Warp& warp, const Instruction&, Mask active) {
+  if (whole_warp(warp, active)) warp.products.commit();
+}
 
 using Ending = void (*)(Warp&, const Product&);
 std::unordered_map<Handler, Ending> endings;
 
-void wait(Warp& warp, const Instruction& in, Mask) {
+void wait(Warp& warp, const Instruction& in, Mask active) {
+  if (!whole_warp(warp, active)) return;
   while (static_cast<int64_t>(warp.products.groups.size()) - 1 > in.operand[0]) {
     for (const Product& each : warp.products.groups.front()) endings.at(each.instruction->handler)(warp, each);
     warp.products.groups.pop_front();

@@ -36,10 +36,10 @@ Place global_at(Warp& warp, uint64_t address, int bytes) {
   return {region.data + offset, region.trace + offset};
 }
 
-// Written by another lane of this warp, and the warp has not been synchronised since.
-bool between_lanes(Warp& warp, int lane, const Trace& byte, uint32_t epoch) {
-  return lane >= 0 && byte.write_epoch == epoch && byte.writer / LANES == warp.index && byte.writer % LANES != lane &&
-         byte.warp_syncs == warp.syncs;
+// Another lane of this warp was there, and the warp has not been synchronised since.
+bool other_lane(Warp& warp, int lane, uint32_t epoch, uint16_t thread, uint32_t syncs) {
+  return lane >= 0 && epoch == warp.machine().epoch && thread / LANES == warp.index &&
+         (thread % LANES != lane || lane == LANES) && syncs == warp.syncs;
 }
 
 void check_read(Warp& warp, int lane, Trace& byte) {
@@ -47,7 +47,7 @@ void check_read(Warp& warp, int lane, Trace& byte) {
   if (byte.pending_writes) warp.fault(IN_FLIGHT);
   if (byte.write_epoch >= machine.block_epoch) {
     if (byte.write_epoch == machine.epoch && byte.writer / LANES != warp.index) warp.fault(RACE);
-    if (between_lanes(warp, lane, byte, machine.epoch)) warp.fault(RACE_BETWEEN_LANES);
+    if (other_lane(warp, lane, byte.write_epoch, byte.writer, byte.warp_syncs)) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
@@ -56,6 +56,7 @@ void check_read(Warp& warp, int lane, Trace& byte) {
     byte.read_epoch = machine.epoch, byte.readers = 0;
   }
   byte.readers |= 1u << warp.index;
+  if (lane >= 0) byte.reader = static_cast<uint16_t>(warp.index * LANES + lane % LANES), byte.reader_syncs = warp.syncs;
 }
 
 void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
@@ -65,31 +66,37 @@ void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
     // Two warps may store the same value: copies of a small tensor that several warps hold.
     const bool other = byte.writer / LANES != warp.index;
     if (byte.write_epoch == machine.epoch && other && !same_value) warp.fault(RACE);
-    const bool at_once = byte.write_epoch == machine.epoch && !other && byte.write_clock == warp.clock;
-    if (at_once && byte.writer % LANES != lane && lane >= 0 && !same_value) warp.fault(RACE_BETWEEN_LANES);
+    const bool lanes = other_lane(warp, lane, byte.write_epoch, byte.writer, byte.warp_syncs);
+    if (lanes && !same_value) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
   if (byte.read_epoch == machine.epoch && (byte.readers & ~(1u << warp.index))) warp.fault(RACE);
+  if (other_lane(warp, lane, byte.read_epoch, byte.reader, byte.reader_syncs)) warp.fault(RACE_BETWEEN_LANES);
   const bool read = byte.read_epoch >= machine.launch_epoch && byte.first_read_epoch < machine.block_epoch;
   if (read) warp.fault(RACE_BETWEEN_BLOCKS);
 }
 
 // Copies of one value, which several lanes or warps hold, may differ in the last bits: where the compiler makes an fma
 // of a product and a sum, each lane rounds another of the products. Which copy is stored last makes no difference.
+// Of numbers that are no floats, or zero, every bit counts: as floats they have no exponent.
 template <class Word>
-bool copies(const uint8_t* a, const uint8_t* b, int bytes, int most) {
-  for (int i = 0; i < bytes; i += sizeof(Word)) {
-    Word x, y;
-    std::memcpy(&x, a + i, sizeof(Word)), std::memcpy(&y, b + i, sizeof(Word));
-    if (static_cast<int64_t>(std::max(x, y)) - std::min(x, y) > most) return false;
-  }
-  return true;
+bool copies(const uint8_t* a, const uint8_t* b, Word exponent, int most) {
+  Word x, y;
+  std::memcpy(&x, a, sizeof(Word)), std::memcpy(&y, b, sizeof(Word));
+  if (x == y) return true;
+  return (x & exponent) && (y & exponent) && static_cast<int64_t>(std::max(x, y)) - std::min(x, y) <= most;
 }
 
 bool one_value(const uint8_t* a, const uint8_t* b, int bytes) {
-  if (bytes % 4 == 0) return copies<int32_t>(a, b, bytes, 4);
-  return bytes % 2 == 0 ? copies<int16_t>(a, b, bytes, 1) : copies<uint8_t>(a, b, bytes, 0);
+  if (bytes == 1) return *a == *b;
+  for (int i = 0; i < bytes; i += std::min(bytes, 4)) {
+    if (bytes >= 4 && copies<int32_t>(a + i, b + i, 0x7f800000, 4)) continue;
+    for (int half = i; half < i + std::min(bytes, 4); half += 2) {
+      if (!copies<int16_t>(a + half, b + half, 0x7c00, 1)) return false;
+    }
+  }
+  return true;
 }
 
 bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
@@ -133,10 +140,6 @@ bool fenced(const Warp& warp, const Trace& byte) {
 }  // namespace
 
 bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared) {
-  if (address % bytes) {
-    warp.fault(MISALIGNED);
-    return false;
-  }
   bool inside;
   if (shared) {
     inside = address >= SHARED_BASE && address - SHARED_BASE + bytes <= warp.block.shared.size();
@@ -178,6 +181,10 @@ void begin_read(Warp& warp, uint32_t address, int bytes) {
 void end_read(Warp& warp, uint32_t address, int bytes) {
   const Place place = shared_at(warp, address, bytes);
   for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads--;
+}
+void hold_global(Warp& warp, uint64_t address, int bytes, int change) {
+  const Place place = global_at(warp, address, bytes);
+  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads += change;
 }
 void begin_write(Warp& warp, uint32_t address, int bytes) {
   const Place place = shared_at(warp, address, bytes);

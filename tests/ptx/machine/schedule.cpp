@@ -59,14 +59,14 @@ void run_warp(Warp& warp, uint64_t& left) {
     const uint32_t next = warp.at + 1;
     const Mask acting = guarded(warp, in, active);
     if (machine.effects && acting) machine.effects[warp.at]++;
-    if (in.kind == CONTROL && in.a == WAIT) {
-      if (acting != ~warp.exited) warp.fault(DIVERGENT);
+    if (in.kind == CONTROL && in.a == WAIT && acting) {
+      if (!warp.all(acting)) warp.fault(DIVERGENT);
       move(warp, active, next);
       warp.waits = true;
       return;
     }
     if (in.kind != CONTROL) {
-      if (acting || in.kind == MATRIX) in.handler(warp, in, acting);
+      if (acting) in.handler(warp, in, acting);
     } else if (in.a == BRANCH && acting == active) {
       if (together) {
         warp.at = static_cast<uint32_t>(in.operand[0]);
@@ -112,6 +112,12 @@ void run_block(Block& block, uint64_t limit) {
       // Warps may meet at different barriers of the same number, but no compiler means them to.
       if (first && first->at != warp->at) warp->fault(DIVERGENT);
       if (!first) first = warp;
+    }
+    for (size_t i = 0; i + 4 <= block.warps.size(); i += 4) {
+      // A product of a warp group is one of all its warps.
+      for (size_t other = i + 1; other < i + 4; other++) {
+        if (block.warps[other]->begun != block.warps[i]->begun) block.warps[other]->fault(DIVERGENT);
+      }
     }
     if (!first) return;
     for (Warp* warp : block.warps) {

@@ -14,14 +14,20 @@ struct Addresses {
   Mask usable = 0;
 };
 
-// A register and a number added to it. A lane whose address is not defined goes nowhere.
+// A register and a number added to it. A lane whose address is not defined, or not a multiple of the bytes that it
+// wants there, goes nowhere.
 template <class T>
-Addresses addresses(Warp& warp, int64_t reg, int64_t offset, Mask active) {
+Addresses addresses(Warp& warp, int64_t reg, int64_t offset, int bytes, Mask active) {
   Addresses found;
   const T* base = warp.lanes<T>(reg);
   for (int lane = 0; lane < LANES; lane++) found.of[lane] = static_cast<T>(base[lane] + static_cast<T>(offset));
   found.usable = active & warp.defined(reg);
   if (found.usable != active) warp.fault(UNDEFINED);
+  for (int lane = 0; lane < LANES; lane++) {
+    if (!(found.usable >> lane & 1) || found.of[lane] % bytes == 0) continue;
+    warp.fault(MISALIGNED);
+    found.usable &= ~(Mask{1} << lane);
+  }
   for (int lane = 0; warp.machine().effects && lane < LANES; lane++) {
     if (found.usable >> lane & 1) warp.took_effect(found.of[lane], lane);
   }
@@ -45,8 +51,8 @@ template <bool SHARED_SPACE>
 void load(Warp& warp, const Instruction& in, Mask active) {
   const int bytes = in.a * in.b;
   const int64_t reg = in.operand[in.b], offset = in.operand[in.b + 1], *width = in.operand + in.b + 2;
-  const Addresses at =
-      SHARED_SPACE ? addresses<uint32_t>(warp, reg, offset, active) : addresses<uint64_t>(warp, reg, offset, active);
+  const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, reg, offset, bytes, active)
+                                    : addresses<uint64_t>(warp, reg, offset, bytes, active);
   uint64_t values[4][LANES] = {};
   Mask defined = 0;
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, false);
@@ -66,8 +72,8 @@ template <bool SHARED_SPACE>
 void store(Warp& warp, const Instruction& in, Mask active) {
   const int bytes = in.a * in.b;
   const int64_t *registers = in.operand + 2, *width = registers + in.b;
-  const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, in.operand[0], in.operand[1], active)
-                                    : addresses<uint64_t>(warp, in.operand[0], in.operand[1], active);
+  const Addresses at = SHARED_SPACE ? addresses<uint32_t>(warp, in.operand[0], in.operand[1], bytes, active)
+                                    : addresses<uint64_t>(warp, in.operand[0], in.operand[1], bytes, active);
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, true);
   Mask defined = ALL;
   for (int i = 0; i < in.b; i++) defined &= warp.defined(registers[i]);
@@ -88,9 +94,9 @@ void store(Warp& warp, const Instruction& in, Mask active) {
 // cp.async: address and offset in shared memory, the same in global memory, bytes, and a register of how many of them
 // are read (the others become zero). It happens when it is waited for, which is as late as it may.
 void copy(Warp& warp, const Instruction& in, Mask active) {
-  const Addresses to = addresses<uint32_t>(warp, in.operand[0], in.operand[1], active);
-  const Addresses from = addresses<uint64_t>(warp, in.operand[2], in.operand[3], active);
   const int bytes = static_cast<int>(in.operand[4]);
+  const Addresses to = addresses<uint32_t>(warp, in.operand[0], in.operand[1], bytes, active);
+  const Addresses from = addresses<uint64_t>(warp, in.operand[2], in.operand[3], bytes, active);
   const bool partial = in.count > 5;
   if (partial && (active & ~warp.defined(in.operand[5]))) warp.fault(UNDEFINED);
   Mask reading = 0;
@@ -99,9 +105,10 @@ void copy(Warp& warp, const Instruction& in, Mask active) {
     const int wanted = partial ? static_cast<int>(warp.lanes<uint32_t>(in.operand[5])[lane]) : bytes;
     const auto shared = static_cast<uint32_t>(to.of[lane]);
     if (!in_bounds(warp, shared, bytes, true)) continue;
-    if (wanted && !in_bounds(warp, from.of[lane], bytes, false)) continue;
+    if (wanted && !in_bounds(warp, from.of[lane], wanted, false)) continue;
     reading |= Mask{wanted > 0} << lane;
     begin_write(warp, shared, bytes);
+    if (wanted) hold_global(warp, from.of[lane], wanted, 1);
     warp.copies.groups.back().push_back({shared, from.of[lane], bytes, wanted, lane});
   }
   count_global(warp, from.of.data(), bytes, reading, false);
@@ -110,14 +117,20 @@ void copy(Warp& warp, const Instruction& in, Mask active) {
 
 void finish(Warp& warp, const Copy& copy) {
   uint8_t value[16] = {};
+  if (copy.source_bytes) hold_global(warp, copy.from, copy.source_bytes, -1);
   const bool defined = copy.source_bytes == 0 || read_global(warp, copy.lane, copy.from, copy.source_bytes, value);
   end_write(warp, copy.to, copy.bytes);
   write_shared(warp, copy.lane, copy.to, copy.bytes, value, defined, true);
 }
 
-void commit_copies(Warp& warp, const Instruction&, Mask) { warp.copies.commit(); }
+// Groups are a thread's own. No compiler lets lanes differ here, so a warp has one queue.
+void commit_copies(Warp& warp, const Instruction&, Mask active) {
+  if (!warp.all(active)) warp.fault(DIVERGENT);
+  warp.copies.commit();
+}
 
-void wait_for_copies(Warp& warp, const Instruction& in, Mask) {
+void wait_for_copies(Warp& warp, const Instruction& in, Mask active) {
+  if (!warp.all(active)) warp.fault(DIVERGENT);
   while (static_cast<int64_t>(warp.copies.groups.size()) - 1 > in.operand[0]) {
     for (const Copy& each : warp.copies.groups.front()) finish(warp, each);
     warp.copies.groups.pop_front();
@@ -136,7 +149,7 @@ struct Rows {
 };
 Rows rows_of(Warp& warp, int64_t reg, int64_t offset, int matrices) {
   const Mask giving = matrices == 4 ? ALL : (Mask{1} << 8 * matrices) - 1;
-  const Addresses at = addresses<uint32_t>(warp, reg, offset, giving);
+  const Addresses at = addresses<uint32_t>(warp, reg, offset, 16, giving);
   return {at.of, at.usable};
 }
 
@@ -191,7 +204,8 @@ void store_matrices(Warp& warp, const Instruction& in, Mask active) {
 // A member of the mask that is not here would be waited for.
 void check_members(Warp& warp, int64_t reg, Mask active) {
   for (int lane = 0; lane < LANES; lane++) {
-    if ((active >> lane & 1) && warp.lanes<uint32_t>(reg)[lane] != active) return warp.fault(DIVERGENT);
+    const Mask members = warp.lanes<uint32_t>(reg)[lane] & ~warp.exited;
+    if ((active >> lane & 1) && members != active) return warp.fault(DIVERGENT);
   }
 }
 
@@ -240,10 +254,12 @@ void vote(Warp& warp, const Instruction& in, Mask active) {
 
 void synchronise_warp(Warp& warp, const Instruction& in, Mask active) {
   check_members(warp, in.operand[0], active);
-  warp.syncs++;
+  if (warp.all(active)) warp.syncs++;
 }
 
-void fence_proxy(Warp& warp, const Instruction&, Mask) { warp.proxy_fences.push_back(warp.machine().epoch); }
+void fence_proxy(Warp& warp, const Instruction&, Mask active) {
+  if (warp.all(active)) warp.proxy_fences.push_back(warp.machine().epoch);
+}
 
 }  // namespace
 
