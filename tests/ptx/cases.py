@@ -159,8 +159,8 @@ FEW = {
     "patch_attention": ("4x36 9x7", "4x36 3x17", "4x48_16x16", "2x36 21x19", "8x32/128 7x7"),
     "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
-    "relu_linear_attention": ("8x16 9x7", "8x16_14x14"),
-    "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14"),
+    "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
+    "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),
     "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8"),
 }
 """Shapes that are run at every commit: together they launch each kernel."""
@@ -171,10 +171,11 @@ def selection() -> Iterator[Case]:
     for op, shapes in FEW.items():
         every = list(of_op(OPS[op]))
         for index, wanted in enumerate(shapes):
-            shape, strides, make = next(each for each in every if wanted in each[0])
+            shape, strides, make = next(each for each in every if wanted in f"{each[0]} {each[1]}")
             for number, dtype in enumerate(DTYPES):
                 yield Case(op, shape, strides, make, dtype, *DEVICES[(index + number) % 2])
-            yield Case(op, shape, strides, make, "bfloat16" if index % 2 else "tf32", *DEVICES[2 + index % 2])
+            for number in (0, 1):
+                yield Case(op, shape, strides, make, list(DTYPES)[(2 * index + number) % 4], *DEVICES[2 + number])
 
 
 def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:

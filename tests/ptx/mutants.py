@@ -165,8 +165,16 @@ FAULTS: dict[str, Change] = {
     "another row of shared memory": _moved(r"(?:ld|st)\.shared[^\[]*\[%r\d+\+(\d+)\]", 256),
 }
 """What can be planted, by name."""
-EVERYWHERE = ("copy not waited for", "waited for one copy fewer", "copies not committed", "product not waited for",
-              "waited for one product fewer", "products not committed", "proxy not fenced", "product not fenced")  # fmt: skip
+EVERYWHERE = (
+    "copy not waited for",
+    "waited for one copy fewer",
+    "copies not committed",
+    "product not waited for",
+    "waited for one product fewer",
+    "products not committed",
+    "proxy not fenced",
+    "product not fenced",
+)
 """Taken out of the whole kernel at once: of several, one may stand in for another, and what is left is right."""
 BY_SOURCE = (
     "load without its mask",

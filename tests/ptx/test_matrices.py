@@ -294,6 +294,15 @@ FAULTY = {
         "in flight",
         RIGHT.replace("wgmma.wait", "shl.b32 %r6, %r0, 4; add.s32 %r6, %r8, %r6; st.shared.b32 [%r6], %r0; wgmma.wait"),
     ),
+    "waited for if": ("undefined value", RIGHT.replace("wgmma.wait", "setp.gt.u32 %p3, %r0, 999; @%p3 wgmma.wait")),
+    "a product that nobody wants": (None, "setp.gt.u32 %p3, %r0, 999; " + RIGHT + " @%p3 {product}"),
+    "fenced by one lane": (
+        "unfenced bytes", "setp.eq.b32 %p3, %r0, 0; " + RIGHT.replace("fence.proxy", "@%p3 fence.proxy")
+    ),
+    "three warps of four": (
+        "divergent", RIGHT.replace("{product}", "setp.gt.u32 %p3, %r0, 95; @%p3 bra L5; {product}\nL5:\n")
+    ),
+    "a sum written while it is made": ("in flight", RIGHT.replace("wgmma.wait", "mov.b32 %r100, 0; wgmma.wait")),
     "some lanes": ("divergent", "setp.eq.b32 %p4, %r0, 5; @%p4 bra L4; " + RIGHT + "\nL4:\n"),
 }  # fmt: skip
 
@@ -303,6 +312,12 @@ def test_each_fault_of_an_asynchronous_product_is_found(name: str) -> None:
     kind, fences = FAULTY[name]
     _, result, _, _ = run_wgmma("bf16", 16, "128", (False, False), False, True, fences)
     assert (kind in result.kinds) if kind else not result.findings, [str(each) for each in result.findings]
+
+
+def test_an_operand_written_while_it_is_read_is_found() -> None:
+    late = RIGHT.replace("wgmma.wait", "mov.b32 %r91, 0; wgmma.wait")
+    _, result, _, _ = run_wgmma("bf16", 16, "128", (False, False), True, True, late)
+    assert result.kinds == {"in flight"}
 
 
 def test_a_wrong_swizzle_gives_a_wrong_result() -> None:

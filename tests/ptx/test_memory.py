@@ -69,6 +69,32 @@ FAULTY = {
         "race between lanes", "shr.u32 %r6, %r7, 3; shl.b32 %r6, %r6, 2; add.s32 %r6, %r8, %r6;"
         "mul.lo.s32 %r4, %r0, 99; st.shared.b32 [%r6], %r4; mov.b32 %r5, 0;"
     ),
+    "two warps, small numbers": ("race", "shr.u32 %r6, %r0, 5; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"),
+    "two warps, a sum rounded in two ways": (
+        None, "shr.u32 %r6, %r0, 5; add.s32 %r6, %r6, 1065353216; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
+    ),
+    "read and written by another lane": (
+        "race between lanes",
+        NEIGHBOUR.format("bar.warp.sync -1;") + "st.shared.b32 [%r9], %r5;",
+    ),
+    "read and, after a barrier, written by another lane": (
+        None, NEIGHBOUR.format("bar.warp.sync -1;") + "bar.warp.sync -1; st.shared.b32 [%r9], %r5;"
+    ),
+    "written by one lane after the other": (
+        "race between lanes",
+        "st.shared.b32 [%r9], 1; xor.b32 %r6, %r7, 4; add.s32 %r6, %r8, %r6; st.shared.b32 [%r6], 99; mov.b32 %r5, 0;",
+    ),
+    "half of a warp synchronised": (
+        "race between lanes",
+        NEIGHBOUR.format("and.b32 %r4, %r0, 31; setp.lt.u32 %p1, %r4, 16; @%p1 bar.warp.sync 65535;"),
+    ),
+    "a barrier that nobody wants": (
+        None, "mov.b32 %r5, 0; setp.gt.u32 %p1, %r0, 999; @%p1 bar.sync 0;"
+    ),
+    "shuffle after some lanes have left": (
+        None, "mov.b32 %r5, 0; and.b32 %r6, %r0, 1; setp.eq.b32 %p1, %r6, 0; @%p1 ret;"
+        "shfl.sync.bfly.b32 %r5, %r0, 2, 31, -1;"
+    ),
     "neighbours in a warp": (None, NEIGHBOUR.format("bar.warp.sync -1;")),
     "neighbours in a warp, not synchronised": ("race between lanes", NEIGHBOUR.format("")),
     "shared memory not written": ("undefined value", "ld.shared.b32 %r5, [%r9];"),
@@ -108,6 +134,18 @@ FAULTY = {
     "copy without a barrier": (
         "race, race between lanes", COPY.format("cp.async.commit_group; cp.async.wait_group 0;")
     ),
+    "committed by one lane": (
+        "divergent",
+        COPY.format("setp.eq.b32 %p2, %r0, 0; @%p2 cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"),
+    ),
+    "waited for by one lane": (
+        "divergent",
+        COPY.format("cp.async.commit_group; setp.eq.b32 %p2, %r0, 0; @%p2 cp.async.wait_group 0; bar.sync 0;"),
+    ),
+    "its source overwritten": (
+        "in flight",
+        COPY.format("cp.async.commit_group; @%p1 st.global.b32 [%rd12], 5; cp.async.wait_group 0; bar.sync 0;"),
+    ),
     "copied onto what is read": (
         "in flight", "mov.b32 %r5, 0;" + COPY.format("st.shared.b32 [%r9], %r0; " + DONE)
     ),
@@ -118,8 +156,10 @@ FAULTY = {
 @pytest.mark.parametrize("name", FAULTY)
 def test_each_fault_is_found(name: str) -> None:
     kind, body = FAULTY[name]
-    _, result = run(body, *([DATA] if "%rd1," in body else []), limit=100_000)
-    assert result.kinds == set(kind.split(", ") if kind else ()), [str(each) for each in result.findings]
+    _, result = run(body, *([DATA.copy()] if "%rd1," in body else []), limit=100_000)
+    wanted = set(kind.split(", ") if kind else ())
+    # A lane that alone waits leaves others without: that is found too.
+    assert result.kinds == wanted or (wanted == {"divergent"} < result.kinds), [str(each) for each in result.findings]
 
 
 def test_these_tests_are_of_ptx(tmp_path: Path) -> None:
@@ -143,10 +183,18 @@ def test_values_go_through_shared_memory() -> None:
 
 
 def test_a_copy_happens_when_it_is_waited_for() -> None:
-    """A store to the source in between is what the copy reads: it is as late as it may be."""
+    """A store to the source in between is what the copy reads, and found: it is as late as it may be."""
     late = COPY.format("@%p1 st.global.b32 [%rd12], 1000; " + DONE)
-    out, _ = run(late, DATA.copy())
-    assert (out == 1000).all()
+    out, result = run(late, DATA.copy())
+    assert (out == 1000).all() and result.kinds == {"in flight"}
+
+
+def test_a_copy_of_a_part_may_end_with_the_tensor() -> None:
+    """Twelve bytes of sixteen, of which the last four lie beyond the array; aligned as the sixteen are."""
+    body = COPY.replace("[%rd12 + 0], 16;", "[%rd12 + 0], 16, 12;").replace("[%r12];", "[%r12+8];").format(DONE)
+    given = np.arange(63, dtype=np.uint32)
+    out, result = run(body, given)
+    assert (out == np.arange(64) % 16 * 4 + 2).all() and not result.findings
 
 
 def test_a_copy_reads_as_many_bytes_as_it_is_told_and_fills_with_zeros() -> None:
