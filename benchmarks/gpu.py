@@ -255,18 +255,21 @@ class Run:
         lines = self.log(step).read_text(errors="replace").strip().splitlines() if self.log(step).exists() else []
         last = lines[-1][:110] if lines and what != "ok" else ""
         print(f"{time.monotonic() - self.began:5.0f} s  {step.name:44} {what:10} {seconds:5.0f} s  {last}", flush=True)
-        if not step.beside:
-            self.pack()
+        self.pack()
 
     def pack(self) -> None:
-        """Everything but the caches, in one file."""
+        """Everything but the caches, in one file, which is whole at any moment."""
         notes = {"of": identity(), "done": self.done, "status": self.status}
         files.write(self.work / "notes.json", json.dumps(notes, indent=1) + "\n")
-        with tarfile.open(self.out / "results.tar.gz", "w:gz", compresslevel=1) as tar:
+        packed = self.work / "results.tar.gz"
+        with tarfile.open(packed, "w:gz", compresslevel=1) as tar:
             tar.add(self.logs, arcname="logs")
             tar.add(self.work / "notes.json", arcname="notes.json")
             tar.add(self.results, arcname=f"benchmarks/results/{self.results.name}")
             tar.add(configs.CONFIGS, arcname="mvkernels/configs")
+        beside = self.out / ".results.tar.gz"  # the other folder may be on another disk
+        shutil.copyfile(packed, beside)
+        beside.replace(self.out / "results.tar.gz")
 
     def pack_cache(self) -> None:
         """Triton's cache, for a later run with the same versions of everything: its ``--cache``."""
