@@ -8,7 +8,7 @@ checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
 - ``error``, ``allowed``, ``ok``: of the case's worst tensor, ``worst``
 - ``races``, ``findings``: accesses that no barrier sets apart; those and all other faults (out of bounds, misaligned,
   undefined values, missing waits and fences, divergence at a barrier)
-- ``instructions`` of warps, and of which class; matrix_flops
+- ``instructions`` of warps; ``matrix_flops``
 - ``global_requests`` of warps, ``global_sectors`` of 32 bytes that they touch, ``global_bytes`` that lanes ask for
 - ``shared_requests`` of warps, and ``conflicts``: passes over the banks beyond those that the width asks for
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,11 +45,14 @@ RESULTS = Path(__file__).parent / "results" / "ptx"
 
 
 Job = cases.Case | cases.Candidate
+JOBS: list[Job] = []
+"""What is being run. Processes are forks, and find it here: what makes a case's arguments cannot be sent to them."""
 
 
-def executed(job: Job) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, faults) of a case or a candidate. Never raises: an error is a fault."""
+def executed(index: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """(rows, faults) of a case or a candidate, by its place in JOBS. Never raises: an error is a fault."""
     torch.set_num_threads(1)
+    job = JOBS[index]
     try:
         outcome = cases.run(job) if isinstance(job, cases.Case) else job.run()
     except OutOfResources as error:  # as on a GPU: tune counts it as refused
@@ -60,7 +64,8 @@ def executed(job: Job) -> tuple[list[dict[str, Any]], list[str]]:
     rows = list(cases.rows(outcome))
     if isinstance(job, cases.Candidate):
         change = " ".join(f"{name}={value}" for name, value in job.change.items())
-        rows = [{"candidate": job.kernel, "key": job.key, "change": change, **row} for row in rows]
+        same = {"key": job.key, "change": change}
+        rows = [{**row, **same} for row in rows if row["kernel"] == job.kernel] or [{**rows[0], **same}]
     return rows, outcome.faults
 
 
@@ -69,8 +74,9 @@ def run(jobs: Sequence[Job], processes: int) -> tuple[list[dict[str, Any]], int]
     found: dict[int, list[dict[str, Any]]] = {}
     wrong = 0
     progress = Progress(len(jobs))
-    with ProcessPoolExecutor(processes) as pool:
-        futures = {pool.submit(executed, job): index for index, job in enumerate(jobs)}
+    JOBS[:] = jobs
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        futures = {pool.submit(executed, index): index for index in range(len(jobs))}
         for future in as_completed(futures):
             index = futures[future]
             found[index], faults = future.result()

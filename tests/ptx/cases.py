@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -185,26 +184,17 @@ def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     for launch in outcome.launches:
         by_kernel.setdefault(launch.kernel, []).append(launch)
     for kernel, several in by_kernel.items():
-        totals: Counter[str] = Counter()
-        for launch in several:
-            counters = launch.counters
-            totals.update(dict(zip(machine.CLASSES, counters.issued)))
-            totals.update({
-                "blocks": launch.blocks, "findings": len(launch.findings), "conflicts": counters.conflicts,
-                **{name: getattr(counters, name) for name in COUNTED},
-            })  # fmt: skip
+        found = [finding for launch in several for finding in launch.findings]
         yield {
             "op": case.op, "kernel": kernel, "shape": case.shape, "strides": case.strides, "dtype": case.dtype,
             "arch": case.arch, "processors": case.processors, "worst": worst.name, "error": f"{worst.error:.3e}",
-            "allowed": f"{worst.allowed:.3e}", "ok": worst.ok, "races": _races(several), "findings": totals["findings"],
-            "launches": len(several), "threads": several[0].threads, "blocks": totals["blocks"],
-            "instructions": sum(totals[name] for name in machine.CLASSES),
-            **{name: totals[name] for name in (*machine.CLASSES, *COUNTED, "conflicts")},
+            "allowed": f"{worst.allowed:.3e}", "ok": worst.ok,
+            "races": sum(each.kind.startswith("race") for each in found), "findings": len(found),
+            "launches": len(several), "threads": several[0].threads,
+            "blocks": sum(launch.blocks for launch in several),
+            "instructions": sum(sum(launch.counters.issued) for launch in several),
+            **{name: sum(getattr(launch.counters, name) for launch in several) for name in COUNTED},
         }  # fmt: skip
 
 
-COUNTED = ("global_requests", "global_sectors", "global_bytes", "shared_requests", "matrix_flops")
-
-
-def _races(several: list[launches.Executed]) -> int:
-    return sum(found.kind.startswith("race") for launch in several for found in launch.findings)
+COUNTED = ("matrix_flops", "global_requests", "global_sectors", "global_bytes", "shared_requests", "conflicts")

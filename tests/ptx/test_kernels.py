@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mvkernels.triton import configs
-from tests.ptx import cases, machine
+from tests.ptx import cases
 
 AUDIT = Path(__file__).parents[2] / "benchmarks" / "results" / "audit"
 AUDIT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "tf32"}
@@ -41,7 +41,7 @@ def test_one_kernel() -> None:
     assert {row["kernel"] for row in rows} >= {"forward_slices", "backward_slices"}
     for row in rows:
         assert row["ok"] and row["races"] == 0 and row["findings"] == 0
-        assert row["instructions"] == sum(row[name] for name in machine.CLASSES) > 1000
+        assert row["instructions"] > 1000
         assert 0 < row["global_sectors"] <= 32 * row["global_requests"]
 
 
