@@ -83,10 +83,11 @@ class Memory:
         self._told: set[int] = set()
 
     def allocated(self, tensor: torch.Tensor) -> None:
-        """A tensor that torch.empty has just made: its elements are filled with NaN, and count as not defined."""
+        """A tensor that torch.empty has just made: its elements are filled with NaN, integers with the least, and count
+        as not defined."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() and tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+        if storage.nbytes() and tensor.dtype != torch.bool:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
             element = _bytes_of(tensor)[: tensor.element_size()].copy()
             self._fresh[storage.data_ptr()] = weakref.ref(storage), element
 
