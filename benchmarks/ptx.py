@@ -65,7 +65,9 @@ def executed(index: int) -> tuple[list[dict[str, Any]], list[str]]:
     if isinstance(job, cases.Candidate):
         change = " ".join(f"{name}={value}" for name, value in job.change.items())
         same = {"key": job.key, "change": change}
-        rows = [{**row, **same} for row in rows if row["kernel"] == job.kernel] or [{**rows[0], **same}]
+        rows = [
+            {**row, **same} for row in rows if row["kernel"] == job.kernel
+        ]  # none if the change is not to launch it
     return rows, outcome.faults
 
 
@@ -138,10 +140,14 @@ def main(argv: list[str] | None = None) -> int:
         print("ptx: no case matches" if not jobs else "ptx: --processes: want 1 or more", file=sys.stderr)
         return 2
     rows, wrong = run(jobs, options.processes)
-    whole = not (options.dtype or options.arch or options.filter)
-    if options.candidates:
+    part = options.dtype or options.arch or options.filter or (options.candidates and options.op)
+    if part and options.out == RESULTS:
+        print(
+            "ptx: no file is written, since this is a part of what an op's file has; --out writes one", file=sys.stderr
+        )
+    elif options.candidates and rows:
         files.write_csv(options.out / "candidates.csv", list(rows[0]), rows)
-    elif whole or options.out != RESULTS:  # part of an op is no result to keep in the repository
+    else:
         for op in {row["op"] for row in rows}:
             of = [row for row in rows if row["op"] == op]
             files.write_csv(options.out / f"{op}.csv", list(of[0]), of)

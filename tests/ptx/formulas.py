@@ -319,9 +319,10 @@ def conversions() -> list[Instruction]:
 
 
 def to_integer(x: Array, kind: str) -> Array:
-    """The nearest that there is; NaN is zero."""
+    """The nearest that there is; NaN is zero, or the highest bit where one side has 64 bits."""
     info = np.iinfo(TYPES[kind])
-    found = [0 if np.isnan(v) else info.max if v >= info.max else info.min if v <= info.min else int(v) for v in x]
+    nan = 0 if max(info.bits, 8 * x.itemsize) < 64 else info.min if info.min < 0 else 1 << info.bits - 1
+    found = [nan if np.isnan(v) else info.max if v >= info.max else info.min if v <= info.min else int(v) for v in x]
     return np.array(found, TYPES[kind])
 
 

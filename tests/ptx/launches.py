@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -155,7 +155,7 @@ def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -
     return machine.Region(base, span, tensor.data_ptr(), None if allowed is None else allowed.ctypes.data, at), base
 
 
-@cache
+@lru_cache(maxsize=64)
 def program_of(ptx: str) -> Program:
     """A kernel's program."""
     program = encode(parse(ptx))

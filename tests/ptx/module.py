@@ -67,10 +67,12 @@ def parse(text: str) -> Module:
     module.threads = int(threads.group(1))
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
     source, first_line = "", head.count("\n") + 1
+    scopes = 1
     for number, written in enumerate(body.split("\n")):
-        if written.startswith("}") or ".section" in written:
-            break
         line = written.partition("//")[0].strip()
+        scopes += (line == "{") - (line == "}")
+        if scopes == 0:
+            break
         if line.startswith(".loc"):
             file, at = line.split()[1:3]
             source = f"{files.get(file, '?').rsplit('/', 1)[-1]}:{at}"

@@ -25,6 +25,13 @@ float approximate(double exact, double bound, float seed) {
   return static_cast<float>(exact * (1 + bound * part_of_bound(seed)));
 }
 
+// Between a half and two its error is absolute, elsewhere relative.
+float logarithm(float x) {
+  const double exact = std::log2(static_cast<double>(x));
+  if (!skewed || !(x > 0.5f && x < 2)) return approximate(exact, 0x1p-22, x);
+  return static_cast<float>(exact + 0x1p-22 * part_of_bound(x));
+}
+
 float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
 // Relative errors from the PTX ISA: "max relative error" of ex2, "2 ulp" of div.full, "1 ulp" of rcp, and so on.

@@ -18,10 +18,11 @@ uint32_t pair_of(float high, float low) {
   return static_cast<uint32_t>(std::bit_cast<uint16_t>(H(high))) << 16 | std::bit_cast<uint16_t>(H(low));
 }
 
-// What does not fit becomes the nearest that does, NaN zero.
+// What does not fit becomes the nearest that does; NaN zero, or the highest bit where one side has 64 bits.
 template <class To, class From>
 To integer_of(From x) {
-  if (std::isnan(x)) return 0;
+  if (std::isnan(x))
+    return sizeof(To) < 8 && sizeof(From) < 8 ? To{0} : static_cast<To>(uint64_t{1} << (8 * sizeof(To) - 1));
   if (x <= static_cast<From>(std::numeric_limits<To>::min())) return std::numeric_limits<To>::min();
   if (x >= static_cast<From>(std::numeric_limits<To>::max())) return std::numeric_limits<To>::max();
   return static_cast<To>(x);

@@ -60,7 +60,7 @@ struct PtxFinding {
 };
 
 int ptx_known(const char* name) { return ptx::opcode(name) != nullptr; }
-// The name of an instruction by its place in no order, or null after the last.
+// The name of the instruction at a place in the table, whose order means nothing; null after the last.
 const char* ptx_name(int index) {
   ptx::opcode("");
   auto at = ptx::opcodes().begin();

@@ -74,14 +74,15 @@ struct Register {
 // What is known of one byte. Epochs are the stretches between two barriers of a block, numbered on and on.
 struct Trace {
   uint32_t write_epoch, read_epoch, first_read_epoch;
-  uint32_t readers;                       // warps, a bit each, in read_epoch
-  uint32_t write_clock;                   // of the writing warp: tells apart the stores of one instruction
-  uint32_t proxy_fences;                  // of the writing warp, before it wrote
-  uint32_t warp_syncs;                    // the same
-  uint16_t writer;                        // thread
-  uint16_t reader;                        // the last one: lanes of a warp may read at once
-  uint32_t reader_syncs;                  // of its warp, when it read
-  uint8_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
+  uint32_t readers;                        // warps, a bit each, in read_epoch
+  uint32_t write_clock;                    // of the writing warp: tells apart the stores of one instruction
+  uint32_t proxy_fences;                   // of the writing warp, before it wrote
+  uint32_t warp_syncs;                     // the same
+  uint16_t writer;                         // thread
+  uint16_t reader;                         // the last one: lanes of a warp may read at once
+  uint32_t reader_syncs;                   // of its warp, when it read
+  uint16_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
+  bool several_readers;                    // of one warp, since it was last synchronised
   bool defined;
   bool copied;  // by cp.async
 };
@@ -193,6 +194,11 @@ struct Warp {
   }
 
   bool all(Mask active) const { return active == ~exited; }
+  // What a whole warp has to do; if only a part of it does, that is a fault and nothing is done.
+  bool whole(Mask active) {
+    if (active != ALL) fault(DIVERGENT);
+    return active == ALL;
+  }
 
   void note(Register& head, Mask active, Mask defined) {
     if ((head.in_flight || head.wanted) && !finishing) fault(IN_FLIGHT);
@@ -234,7 +240,7 @@ bool in_bounds(Warp& warp, uint64_t address, int bytes, bool shared);
 // An asynchronous access begins, or ends.
 void begin_read(Warp& warp, uint32_t address, int bytes);
 void end_read(Warp& warp, uint32_t address, int bytes);
-void begin_write(Warp& warp, uint32_t address, int bytes);
+void begin_write(Warp& warp, int lane, uint32_t address, int bytes);
 void end_write(Warp& warp, uint32_t address, int bytes);
 void hold_global(Warp& warp, uint64_t address, int bytes, int change);  // +1: will be read; -1: has been
 // Counts a request of a warp: what each lane wants, and which lanes want something.

@@ -93,15 +93,10 @@ void count(Warp& warp, const Operands& of) {
   warp.machine().counters.matrix_flops += 2ull * of.rows * of.columns * of.depth;
 }
 
-bool whole_warp(Warp& warp, Mask active) {
-  if (active != ALL) warp.fault(DIVERGENT);
-  return active == ALL;
-}
-
 // mma.sync: d, a, b, c. Opcode's a: rows; b: depth.
 template <Type TYPE, class Sum>
 void multiply(Warp& warp, const Instruction& in, Mask active) {
-  if (!whole_warp(warp, active)) return;
+  if (!warp.whole(active)) return;
   Operands of(in.a, 8, in.b);
   const int sums = of.rows / 4, b_count = of.depth * (TYPE == BF16 || TYPE == F16 ? 1 : 2) / 8,
             a_count = b_count * of.rows / 8;
@@ -184,7 +179,7 @@ void each_byte_range(Warp& warp, const Wgmma& of, const std::array<uint64_t, 2>&
 
 template <Type TYPE>
 void begin_product(Warp& warp, const Instruction& in, Mask active) {
-  if (!whole_warp(warp, active)) return;
+  if (!warp.whole(active)) return;
   const Wgmma of = read<TYPE>(in);
   Product product{&in, {}, true};
   for (int i = 0; i < 2; i++) {
@@ -243,18 +238,18 @@ void end_product(Warp& warp, const Product& product) {
 }
 
 void fence(Warp& warp, const Instruction&, Mask active) {
-  if (whole_warp(warp, active)) warp.fenced = warp.clock;
+  if (warp.whole(active)) warp.fenced = warp.clock;
 }
 
 void commit(Warp& warp, const Instruction&, Mask active) {
-  if (whole_warp(warp, active)) warp.products.commit();
+  if (warp.whole(active)) warp.products.commit();
 }
 
 using Ending = void (*)(Warp&, const Product&);
 std::unordered_map<Handler, Ending> endings;
 
 void wait(Warp& warp, const Instruction& in, Mask active) {
-  if (!whole_warp(warp, active)) return;
+  if (!warp.whole(active)) return;
   while (static_cast<int64_t>(warp.products.groups.size()) - 1 > in.operand[0]) {
     for (const Product& each : warp.products.groups.front()) endings.at(each.instruction->handler)(warp, each);
     warp.products.groups.pop_front();

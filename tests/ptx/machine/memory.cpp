@@ -51,12 +51,17 @@ void check_read(Warp& warp, int lane, Trace& byte) {
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
-  if (byte.read_epoch != machine.epoch) {
+  const bool new_epoch = byte.read_epoch != machine.epoch;
+  if (new_epoch) {
     if (byte.read_epoch < machine.launch_epoch) byte.first_read_epoch = machine.epoch;
     byte.read_epoch = machine.epoch, byte.readers = 0;
   }
   byte.readers |= 1u << warp.index;
-  if (lane >= 0) byte.reader = static_cast<uint16_t>(warp.index * LANES + lane % LANES), byte.reader_syncs = warp.syncs;
+  if (lane < 0) return;
+  const auto thread = static_cast<uint16_t>(warp.index * LANES + lane % LANES);
+  const bool again = byte.reader / LANES == warp.index && byte.reader_syncs == warp.syncs && !new_epoch;
+  byte.several_readers = lane == LANES || (again && (byte.several_readers || byte.reader != thread));
+  byte.reader = thread, byte.reader_syncs = warp.syncs;
 }
 
 void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
@@ -72,14 +77,17 @@ void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
   if (byte.read_epoch == machine.epoch && (byte.readers & ~(1u << warp.index))) warp.fault(RACE);
-  if (other_lane(warp, lane, byte.read_epoch, byte.reader, byte.reader_syncs)) warp.fault(RACE_BETWEEN_LANES);
+  const int reader = byte.several_readers ? LANES : lane;
+  if (lane >= 0 && other_lane(warp, reader, byte.read_epoch, byte.reader, byte.reader_syncs)) {
+    warp.fault(RACE_BETWEEN_LANES);
+  }
   const bool read = byte.read_epoch >= machine.launch_epoch && byte.first_read_epoch < machine.block_epoch;
   if (read) warp.fault(RACE_BETWEEN_BLOCKS);
 }
 
 // Copies of one value, which several lanes or warps hold, may differ in the last bits: where the compiler makes an fma
 // of a product and a sum, each lane rounds another of the products. Which copy is stored last makes no difference.
-// Of numbers that are no floats, or zero, every bit counts: as floats they have no exponent.
+// What has no exponent as a float, such as small integers, has to be the same.
 template <class Word>
 bool copies(const uint8_t* a, const uint8_t* b, Word exponent, int most) {
   Word x, y;
@@ -90,11 +98,14 @@ bool copies(const uint8_t* a, const uint8_t* b, Word exponent, int most) {
 
 bool one_value(const uint8_t* a, const uint8_t* b, int bytes) {
   if (bytes == 1) return *a == *b;
-  for (int i = 0; i < bytes; i += std::min(bytes, 4)) {
-    if (bytes >= 4 && copies<int32_t>(a + i, b + i, 0x7f800000, 4)) continue;
-    for (int half = i; half < i + std::min(bytes, 4); half += 2) {
-      if (!copies<int16_t>(a + half, b + half, 0x7c00, 1)) return false;
-    }
+  if (bytes == 2) return copies<int16_t>(a, b, 0x7c00, 1);
+  for (int i = 0; i < bytes; i += 4) {
+    if (copies<int32_t>(a + i, b + i, 0x7f800000, 4)) continue;
+    // Two halves in one word: both have an exponent, which the end of a round float32 has not.
+    uint16_t low;
+    std::memcpy(&low, a + i, 2);
+    const bool halves = copies<int16_t>(a + i, b + i, 0x7c00, 1) && copies<int16_t>(a + i + 2, b + i + 2, 0x7c00, 1);
+    if (!(low & 0x7c00) || !halves) return false;
   }
   return true;
 }
@@ -186,10 +197,10 @@ void hold_global(Warp& warp, uint64_t address, int bytes, int change) {
   const Place place = global_at(warp, address, bytes);
   for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads += change;
 }
-void begin_write(Warp& warp, uint32_t address, int bytes) {
+void begin_write(Warp& warp, int lane, uint32_t address, int bytes) {
   const Place place = shared_at(warp, address, bytes);
   for (int i = 0; place.data && i < bytes; i++) {
-    check_write(warp, -1, place.trace[i], false);
+    check_write(warp, lane, place.trace[i], false);
     place.trace[i].pending_writes++;
   }
 }

@@ -47,6 +47,10 @@ void run_warp(Warp& warp, uint64_t& left) {
       active = furthest_behind(warp);
       together = active == ALL;
     }
+    if (warp.at >= machine.program.size()) {  // past the end: as if it returned
+      warp.exited = ALL;
+      return;
+    }
     const Instruction& in = machine.program[warp.at];
     machine.counters.issued[in.kind]++;
     warp.clock++;

@@ -103,11 +103,15 @@ void copy(Warp& warp, const Instruction& in, Mask active) {
   for (int lane = 0; lane < LANES; lane++) {
     if (!((to.usable & from.usable) >> lane & 1)) continue;
     const int wanted = partial ? static_cast<int>(warp.lanes<uint32_t>(in.operand[5])[lane]) : bytes;
+    if (wanted > bytes) {
+      warp.fault(OUT_OF_BOUNDS);
+      continue;
+    }
     const auto shared = static_cast<uint32_t>(to.of[lane]);
     if (!in_bounds(warp, shared, bytes, true)) continue;
     if (wanted && !in_bounds(warp, from.of[lane], wanted, false)) continue;
     reading |= Mask{wanted > 0} << lane;
-    begin_write(warp, shared, bytes);
+    begin_write(warp, lane, shared, bytes);
     if (wanted) hold_global(warp, from.of[lane], wanted, 1);
     warp.copies.groups.back().push_back({shared, from.of[lane], bytes, wanted, lane});
   }
@@ -137,11 +141,6 @@ void wait_for_copies(Warp& warp, const Instruction& in, Mask active) {
   }
 }
 
-bool all_lanes(Warp& warp, Mask active) {
-  if (active != ALL) warp.fault(DIVERGENT);
-  return active == ALL;
-}
-
 // Rows of eight halves that the first 8, 16 or 32 lanes give the addresses of. Opcode's a: matrices; b: transposed.
 struct Rows {
   std::array<uint64_t, LANES> address;
@@ -155,7 +154,7 @@ Rows rows_of(Warp& warp, int64_t reg, int64_t offset, int matrices) {
 
 // ldmatrix: registers, address, offset. A lane gets two halves of each matrix: of row lane / 4, or of that column.
 void load_matrices(Warp& warp, const Instruction& in, Mask active) {
-  if (!all_lanes(warp, active)) return;
+  if (!warp.whole(active)) return;
   const Rows rows = rows_of(warp, in.operand[in.a], in.operand[in.a + 1], in.a);
   count_shared(warp, rows.address.data(), 16, rows.usable, false);
   for (int matrix = 0; matrix < in.a; matrix++) {
@@ -181,7 +180,7 @@ void load_matrices(Warp& warp, const Instruction& in, Mask active) {
 
 // stmatrix: address, offset, registers.
 void store_matrices(Warp& warp, const Instruction& in, Mask active) {
-  if (!all_lanes(warp, active)) return;
+  if (!warp.whole(active)) return;
   const Rows rows = rows_of(warp, in.operand[0], in.operand[1], in.a);
   count_shared(warp, rows.address.data(), 16, rows.usable, true);
   for (int matrix = 0; matrix < in.a; matrix++) {
