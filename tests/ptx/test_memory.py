@@ -73,6 +73,21 @@ FAULTY = {
     "two warps, a sum rounded in two ways": (
         None, "shr.u32 %r6, %r0, 5; add.s32 %r6, %r6, 1065353216; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
     ),
+    "two warps, 128 and 129": (
+        "race",
+        "shr.u32 %r6, %r0, 5; shl.b32 %r6, %r6, 16; add.s32 %r6, %r6, 1124073472;"
+        "st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;",
+    ),
+    "read by all lanes and written by the last": (
+        "race between lanes",
+        "setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r8], 5; bar.sync 0; mov.b32 %r5, 0;"
+        "@%p1 ld.shared.b32 %r5, [%r8]; setp.eq.b32 %p2, %r0, 31; @%p2 st.shared.b32 [%r8], %r5;",
+    ),
+    "copied over by a neighbour": (
+        "race between lanes",
+        "mov.b32 %r5, 0; mul.wide.u32 %rd12, %r0, 4; add.s64 %rd12, %rd1, %rd12; st.shared.b32 [%r9], %r0;"
+        "xor.b32 %r6, %r7, 4; add.s32 %r6, %r8, %r6; cp.async.ca.shared.global [%r6], [%rd12], 4;" + DONE,
+    ),
     "read and written by another lane": (
         "race between lanes",
         NEIGHBOUR.format("bar.warp.sync -1;") + "st.shared.b32 [%r9], %r5;",
