@@ -66,8 +66,7 @@ class Outcome:
     def faults(self) -> list[str]:
         """All that is wrong, in words; empty if nothing is."""
         explained = EXPLAINED.get((self.case.op, self.case.shape, self.case.dtype), ())
-        most = {True: 2.0, False: 1.0}
-        wrong = [str(x) for x in self.comparisons if x.error > most[x.name in explained] * x.allowed]
+        wrong = [str(x) for x in self.comparisons if x.error > x.allowed * (2 if x.name in explained else 1)]
         return wrong + [f"{launch.kernel}: {found}" for launch in self.launches for found in launch.findings]
 
 
@@ -144,13 +143,12 @@ class Candidate:
 
 def candidates(ops: Collection[str], dtypes: Collection[str]) -> Iterator[Candidate]:
     """All that tune would try for the models' shapes, each once, on a GPU that a batch fills."""
-    done: set[tuple[str, str, str]] = set()
+    done: dict[str, set[tuple[str, str]]] = {op: set() for op in ops}
     for case in cases():
         filled = (case.arch, case.processors) == DEVICES[1]
         if case.op in ops and case.dtype in dtypes and case.strides.startswith("qkv") and filled:
-            of_op = {(kernel, key) for op, kernel, key in done if op == case.op}
-            for kernel, key, changes in tune.asked_by(OPS[case.op], partial(run, case), of_op, tune.MOST):
-                done.add((case.op, kernel, key))
+            asked = tune.asked_by(OPS[case.op], partial(run, case), done[case.op], tune.MOST)
+            for kernel, key, changes in asked:
                 yield from (Candidate(case, kernel, key, change) for change in changes)
 
 

@@ -34,18 +34,11 @@ struct PtxConstant {  // a register that is the same in all lanes from the start
   int32_t bytes;  // 0: a predicate
 };
 
-struct PtxRegion {
-  uint64_t address, size;
-  uint8_t* data;
-  const uint8_t* allowed;
-  ptx::Trace* trace;
-};
-
 struct PtxLaunch {
   const PtxInstruction* instructions;
   const int64_t* operands;
   const PtxConstant* constants;
-  const PtxRegion* regions;
+  const ptx::Region* regions;
   int32_t instruction_count, constant_count, region_count;
   int32_t threads, blocks, shared_bytes, file_bytes, skewed;
   int64_t tid, ctaid;  // their registers, or -1
@@ -93,10 +86,7 @@ int ptx_run(PtxLaunch* launch, ptx::Counters* counters, PtxFinding* findings, in
     to.guard = from.guard, to.negated = from.negated;
     to.operand = launch->operands + from.first, to.count = from.count;
   }
-  for (int i = 0; i < launch->region_count; i++) {
-    const PtxRegion& from = launch->regions[i];
-    machine.regions.push_back({from.address, from.size, from.data, from.allowed, from.trace});
-  }
+  machine.regions.assign(launch->regions, launch->regions + launch->region_count);
   skew(launch->skewed);
   machine.effects = launch->effects;
   machine.epoch = machine.launch_epoch = launch->epoch;

@@ -75,7 +75,6 @@ struct Register {
 struct Trace {
   uint32_t write_epoch, read_epoch, first_read_epoch;
   uint32_t readers;                        // warps, a bit each, in read_epoch
-  uint32_t write_clock;                    // of the writing warp: tells apart the stores of one instruction
   uint32_t proxy_fences;                   // of the writing warp, before it wrote
   uint32_t warp_syncs;                     // the same
   uint16_t writer;                         // thread

@@ -128,7 +128,6 @@ void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool 
     Trace& byte = place.trace[i];
     check_write(warp, lane, byte, same_value);
     byte.write_epoch = warp.machine().epoch;
-    byte.write_clock = warp.clock;
     byte.proxy_fences = static_cast<uint32_t>(warp.proxy_fences.size());
     byte.warp_syncs = warp.syncs;
     byte.writer = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
