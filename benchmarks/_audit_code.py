@@ -64,28 +64,29 @@ def occupancy(registers: int, shared: int, warps: int, target: str) -> tuple[int
 def nvidia(compiled: Any, target: str, warps: int) -> dict[str, Any]:
     """What ptxas and the PTX say."""
     ptx = compiled.asm["ptx"]
+    registers, spill, stack = taken(compiled.asm["cubin"])
+    matrix, count = matrix_instructions(ptx)
+    return measured(compiled, target, warps, registers, spill, stack, matrix, count, global_loads(ptx))
+
+
+def taken(cubin: bytes) -> tuple[int, int, int]:
+    """Of a thread: registers, bytes of them that are kept in memory, and bytes of stack that are not those."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(cubin)], check=False, capture_output=True, text=True
+            [_tool("cuobjdump"), "-res-usage", str(file)], check=False, capture_output=True, text=True
         )
         found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
         if not found:
             raise RuntimeError("cuobjdump: " + (usage.stderr or usage.stdout))
         registers, stack, local = map(int, found.groups())
-        spill = 0
         if stack or local:
             # A stack is not always spills: the local loads and stores in the code tell.
-            code = subprocess.run(
-                [_tool("nvdisasm"), "-c", str(cubin)], check=False, capture_output=True, text=True
-            ).stdout
-            if re.search(r"\b(LDL|STL)\b", code):
-                spill = stack + local
-                stack = 0
-    matrix, count = matrix_instructions(ptx)
-    loads = global_loads(ptx)
-    return measured(compiled, target, warps, registers, spill, stack, matrix, count, loads)
+            code = subprocess.run([_tool("nvdisasm"), "-c", str(file)], check=False, capture_output=True, text=True)
+            if re.search(r"\b(LDL|STL)\b", code.stdout):
+                return registers, stack + local, 0
+    return registers, 0, stack
 
 
 def matrix_instructions(ptx: str) -> tuple[str, int]:

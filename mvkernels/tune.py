@@ -1,10 +1,12 @@
 """``python -m mvkernels tune``: measure launch configurations on this GPU and keep the best.
 
 For every op and shape of the suite, the kernels that a call asks a configuration for are found by
-running it. Of the configurations registered to be tried a few are taken, those near the default and unlike each
-other, and timed; the fastest once more beside the default, interleaved. What is faster by more than the margin and
-right, held against the float64 reference by the shared criterion, goes to ``configs/<device>.json``, which every later
-call reads. Nearly all of the time is compilation, which several processes share beforehand.
+running it. Of the configurations registered to be tried a few are taken: those that ``triton/candidates.json`` lists
+for the architecture and key, which were chosen by what their compiled code does (benchmarks/candidates.py), else
+those near the default and unlike each other. They are timed; the fastest once more beside the default, interleaved.
+What is faster by more than the margin and right, held against the float64 reference by the shared criterion, goes to
+``configs/<device>.json``, which every later call reads. Nearly all of the time is compilation, which several
+processes share beforehand.
 """
 
 from __future__ import annotations
@@ -48,10 +50,10 @@ class Finding:
     """Changes of the heuristic's choice; empty where it is the best."""
 
 
-def _calls(
+def calls(
     arguments: Mapping[str, Any], function: Callable[..., torch.Tensor], cotangent: torch.Tensor
 ) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
-    # One call each for the forward alone and for forward and backward, giving all their results.
+    """One call each for the forward alone and for forward and backward, giving all their results."""
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     leaves = testing.with_tensors(arguments, wanted)
 
@@ -67,8 +69,8 @@ def _calls(
     return {"forward": forward, "backward": backward}
 
 
-def _yardstick(op: Op, arguments: Mapping[str, Any]) -> tuple[testing.Yardstick, torch.Tensor]:
-    # The gradient of the output lies in memory as the output does, as it would from whatever follows.
+def yardstick(op: Op, arguments: Mapping[str, Any]) -> tuple[testing.Yardstick, torch.Tensor]:
+    """What results are held against, and a gradient of the output, which lies in memory as the output does."""
     held, cotangent = testing.yardstick(op, arguments, list(testing.tensors_in(arguments)))
     return held, torch.empty_like(held.baseline["out"]).copy_(cotangent)
 
@@ -90,13 +92,12 @@ def tune_case(
     ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs. At most ``most``
     configurations of a kernel are tried.
     """
-    held, cotangent = _yardstick(op, arguments)
-    calls = _calls(arguments, op.function, cotangent)
+    held, cotangent = yardstick(op, arguments)
     return [
         _tune_kernel(op, kernel, text, changes, call, held, device, min_time)
-        for call in calls.values()
-        for kernel, text, changes in asked_by(op, call, done, most)
-        if changes
+        for call in calls(arguments, op.function, cotangent).values()
+        for kernel, text, key in asked_by(op, call, done)
+        if (changes := to_try(op.name, kernel, key)[:most])
     ]
 
 
@@ -104,32 +105,44 @@ def compile_case(op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]
     """Run what :func:`tune_case` would try once, so that it is compiled."""
     with torch.no_grad():
         cotangent = torch.randn_like(op.function(**arguments, backend="triton"))
-    for call in _calls(arguments, op.function, cotangent).values():
-        for kernel, text, changes in asked_by(op, call, done, most):
-            for change in changes:
+    for call in calls(arguments, op.function, cotangent).values():
+        for kernel, text, key in asked_by(op, call, done):
+            for change in to_try(op.name, kernel, key)[:most]:
                 # What does not compile tune_case refuses, and counts.
                 with contextlib.suppress(Exception), configs.trying(op.name, kernel, text, change):
                     call()
 
 
-def asked_by(
-    op: Op, call: Callable[[], Any], done: set[tuple[str, str]], most: int
-) -> list[tuple[str, str, list[Config]]]:
-    """(kernel, key, changes to try) of the kernels that a call launches and that are not in ``done``, which gains
-    them."""
+def asked_by(op: Op, call: Callable[[], Any], done: set[tuple[str, str]]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """(kernel, key as text, key) of the kernels of the op that a call launches and that are not in ``done``, which
+    gains them."""
     with configs.recording() as asked:
         call()
-    found = []
-    for (owner, kernel, text), key in asked.items():
-        if owner == op.name and (kernel, text) not in done:
-            done.add((kernel, text))
-            changes = configs.candidates_of(op.name, kernel, key)
-            found.append((kernel, text, _few(changes, configs.default(op.name, kernel, key), most)))
+    found = [
+        (kernel, text, key)
+        for (owner, kernel, text), key in asked.items()
+        if owner == op.name and (kernel, text) not in done
+    ]
+    done.update((kernel, text) for kernel, text, _ in found)
     return found
 
 
-def _few(changes: Sequence[Config], default: Config, most: int) -> list[Config]:
-    """The nearest to the default of each kind, a kind being tiles and warps, and then the next nearest of each."""
+def to_try(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
+    """Changes of the default, the most promising first: those listed, else the nearest to the default of each kind,
+    then the next nearest of each."""
+    listed = configs.listed(op, kernel, key)
+    if listed is not None:
+        return listed
+    sorted_in = kinds(configs.candidates_of(op, kernel, key), configs.default(op, kernel, key))
+    return interleaved(sorted_in)
+
+
+def kinds(changes: Sequence[Config], default: Config) -> list[list[Config]]:
+    """What is registered, by kind, a kind being tiles and warps; the nearest to the default first, of each and of all.
+
+    Configurations of a kind execute the same instructions but for loops' begins and ends: they differ in how many
+    stages are under way, and in how the work is spread.
+    """
 
     def distance(change: Config) -> float:
         return sum(
@@ -137,13 +150,17 @@ def _few(changes: Sequence[Config], default: Config, most: int) -> list[Config]:
             for name, value in change.items()
         )
 
-    new = [c for c in changes if {**default, **c} != default]
-    kinds: dict[tuple[Any, ...], list[Config]] = {}
-    for change in sorted(new, key=distance):
-        kind = tuple(value for name, value in change.items() if name not in ("PROGRAMS", "num_stages"))
-        kinds.setdefault(kind, []).append(change)
-    ranked = [(rank, change) for each in kinds.values() for rank, change in enumerate(each)]
-    return [change for _, change in sorted(ranked, key=lambda pair: (pair[0], distance(pair[1])))][:most]
+    found: dict[tuple[Any, ...], list[Config]] = {}
+    for change in sorted((c for c in changes if {**default, **c} != default), key=distance):
+        whole = {**default, **change}
+        kind = tuple(whole[name] for name in sorted(whole) if name not in ("PROGRAMS", "num_stages"))
+        found.setdefault(kind, []).append(change)
+    return list(found.values())
+
+
+def interleaved(sorted_in: Sequence[Sequence[Config]]) -> list[Config]:
+    """The first of each kind, then the second of each, and so on."""
+    return [each[rank] for rank in range(max(map(len, sorted_in), default=0)) for each in sorted_in if rank < len(each)]
 
 
 def _tune_kernel(
@@ -215,8 +232,8 @@ def tune_choice(
     """
     if op.composed is None:
         return []
-    held, cotangent = _yardstick(op, arguments)
-    fused, composed = (_calls(arguments, each, cotangent) for each in (op.function, op.composed.function))
+    held, cotangent = yardstick(op, arguments)
+    fused, composed = (calls(arguments, each, cotangent) for each in (op.function, op.composed.function))
     findings = []
     for name, call in fused.items():
         key = configs.key_text(op.composed.key(arguments, name == "backward"))

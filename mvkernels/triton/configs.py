@@ -22,6 +22,7 @@ import torch
 T = TypeVar("T")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+LISTED = Path(__file__).parent / "candidates.json"
 
 Config = dict[str, Any]
 Heuristic = Callable[[Mapping[str, Any]], Config]
@@ -128,6 +129,20 @@ def default(op: str, kernel: str, key: Mapping[str, Any]) -> Config:
 def candidates_of(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
     """The changes that tuning may try; none for a kernel that registered none."""
     return _CANDIDATES[op, kernel](key) if (op, kernel) in _CANDIDATES else []
+
+
+@cache
+def _listed() -> Mapping[str, Mapping[str, Mapping[str, list[Config]]]]:
+    return json.loads(LISTED.read_text())["candidates"]
+
+
+def listed(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config] | None:
+    """Of the changes that tuning may try those worth it, the most promising first; None if nobody has looked.
+
+    float16 takes bfloat16's: as many bytes, and the same instructions.
+    """
+    text = key_text({**key, "dtype": "bf16"} if half(key) else key)
+    return _listed().get(key["arch"], {}).get(f"{op}.{kernel}", {}).get(text)
 
 
 def tiles_to_try(lanes: int, blocks: Sequence[int]) -> list[Config]:

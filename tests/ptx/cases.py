@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from mvkernels import testing, tune, verify
+from mvkernels import testing, verify
 from mvkernels.dispatch.registry import OPS, Op
-from mvkernels.triton import configs
 from tests.ptx import launches, machine
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -120,36 +119,6 @@ def _sized(
         for name in testing.tensors_in(example)
     }
     return testing.with_tensors(example, tensors)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A launch configuration that ``mvkernels tune`` would try for a kernel of a case."""
-
-    case: Case
-    kernel: str
-    key: str
-    change: configs.Config
-    """Of the default."""
-
-    def __str__(self) -> str:
-        return f"{self.case.op}.{self.kernel} {self.key} {self.change}"
-
-    def run(self) -> Outcome:
-        """The case with it."""
-        with configs.trying(self.case.op, self.kernel, self.key, self.change):
-            return run(self.case)
-
-
-def candidates(ops: Collection[str], dtypes: Collection[str]) -> Iterator[Candidate]:
-    """All that tune would try for the models' shapes, each once, on a GPU that a batch fills."""
-    done: dict[str, set[tuple[str, str]]] = {op: set() for op in ops}
-    for case in cases():
-        filled = (case.arch, case.processors) == DEVICES[1]
-        if case.op in ops and case.dtype in dtypes and case.strides.startswith("qkv") and filled:
-            asked = tune.asked_by(OPS[case.op], partial(run, case), done[case.op], tune.MOST)
-            for kernel, key, changes in asked:
-                yield from (Candidate(case, kernel, key, change) for change in changes)
 
 
 FEW = {

@@ -174,6 +174,8 @@ class Call:
     blocks: int
     arguments: tuple[torch.Tensor | float | int, ...]
     """Those that are not constants of the compiled kernel."""
+    cubin: bytes = b""
+    """The machine code that goes with it, which is not what is executed."""
 
     @classmethod
     def of(cls, repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> Call:
@@ -186,7 +188,8 @@ class Call:
             raise OutOfResources(compiled.metadata.shared, most, "shared memory")
         named = dict(zip(kernel.arg_names, given, strict=False)) | repeated.meta
         passed = tuple(named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr")
-        return cls(kernel.__name__, compiled.asm["ptx"], compiled.metadata.shared, repeated.grid, passed)
+        code = compiled.asm
+        return cls(kernel.__name__, code["ptx"], compiled.metadata.shared, repeated.grid, passed, code["cubin"])
 
 
 def execute(

@@ -1,0 +1,255 @@
+"""Chooses what `mvkernels tune` tries on an H100, by what the compiled kernels do. Needs no GPU.
+
+The launch configurations registered for a kernel are dozens a key, and on the GPU each costs a compilation. Here those
+of the models' shapes are compiled and executed (tests/ptx): every kind, a kind being tiles and warps, at its
+nearest to the default. What spills, needs more shared memory than there is, or is wrong is out. Of the others the
+cycles of a processor are estimated, as the most of what its units need for what was counted:
+
+- a scheduler issues an instruction of a warp a cycle, and there are four; exponentials take two cycles
+- a pass over the banks of shared memory takes a cycle, and 64 bytes a cycle come from the second-level cache
+- matrix units multiply at the rate of the data sheet
+- with fewer warps on a processor than RESIDENT, latencies show, in proportion
+
+That orders kinds; it cannot tell what differs within one (stages under way, how the work is spread). So of the kinds
+within LEEWAY of the least, the best is tried first, and of each kind its nearest to the default before its next
+nearest, MOST in all. What is chosen is executed too, and compared with float64 as ever.
+
+Writes results/ptx/candidates.csv, a row for each that was compiled, and mvkernels/triton/candidates.json, what was
+chosen. bfloat16 alone: float16 takes its choice, and float32 has none: there tune goes by the distance to the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import _forked
+import torch
+import triton
+from _audit_code import occupancy, taken
+from triton.runtime.errors import OutOfResources
+
+from mvkernels import files, testing, tune
+from mvkernels.commands import command
+from mvkernels.dispatch.registry import OPS, Case
+from mvkernels.report import commit, table
+from mvkernels.triton import configs
+from mvkernels.triton.repeated import RepeatedLaunch
+from tests.ptx import launches
+
+RESULTS = Path(__file__).parent / "results" / "ptx" / "candidates.csv"
+ARCH, DTYPE = "sm_90", torch.bfloat16
+PROCESSORS = 5
+"""To which a batch of one is what tune's batch of 32 is to the 132 of an H100, and asks for the same keys."""
+LEEWAY = 1.5
+RESIDENT = 8
+PER_CYCLE = {"issue": 4, "special": 1 / 2, "shared": 1, "sectors": 2, "matrix": 4096}
+"""What a processor of an H100 does in a cycle: instructions of warps; of those exponentials and their like; passes over
+the banks; sectors of 32 bytes; floating-point operations of matrix units on half types (NVIDIA H100 Tensor Core GPU
+Architecture, 1.1: 989 TFLOPS on 132 processors at 1.83 GHz)."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration of a kernel, in a call that launches it."""
+
+    op: str
+    case: Case
+    layout: str
+    call: str
+    """"forward", or "backward": that is both."""
+    kernel: str
+    key: str
+    change: configs.Config
+    """Of the default."""
+
+    def __str__(self) -> str:
+        return f"{self.op}.{self.kernel} {self.key} {self.change}"
+
+
+class Refused(Exception):
+    """It spills."""
+
+
+def asked() -> Iterator[tuple[Candidate, Mapping[str, Any]]]:
+    """(the default of a kernel and key, key) of all that tune asks for at the models' shapes, each once."""
+    done: set[tuple[str, str]] = set()
+    with launches.executed(ARCH, PROCESSORS), mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None):
+        for op in OPS.values():
+            for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
+                arguments = case.make(batch=1, dtype=DTYPE, device="cpu", layout=layout)
+                with torch.no_grad():
+                    cotangent = torch.empty_like(op.function(**arguments, backend="triton"))
+                for name, call in tune.calls(arguments, op.function, cotangent).items():
+                    for kernel, text, key in tune.asked_by(op, call, done):
+                        if configs.candidates_of(op.name, kernel, key):
+                            yield Candidate(op.name, case, layout, name, kernel, text, {}), key
+
+
+PREPARED: dict[tuple[str, str, str], Any] = {}
+"""The last: candidates of a case come one after the other."""
+
+
+def prepared(of: Candidate) -> Any:
+    """(what results are held against, the calls) of a candidate's case."""
+    name = of.op, of.case.label, of.layout
+    if name not in PREPARED:
+        op = OPS[of.op]
+        arguments = testing.normalised(op, of.case.make(batch=1, dtype=DTYPE, device="cpu", layout=of.layout))
+        held, cotangent = tune.yardstick(op, arguments)
+        PREPARED.clear()
+        PREPARED[name] = held, tune.calls(arguments, op.function, cotangent)
+    return PREPARED[name]
+
+
+def executed(candidate: Candidate) -> tuple[dict[str, Any], list[str]]:
+    """(a row, faults) of a candidate. Never raises: an error is a fault, unless it says that something does not fit."""
+    row: dict[str, Any] = {
+        "op": candidate.op, "kernel": candidate.kernel, "key": candidate.key,
+        "change": " ".join(f"{name}={value}" for name, value in candidate.change.items()),
+        "shape": candidate.case.label, "layout": candidate.layout, "outcome": "ok",
+        **dict.fromkeys(("registers", "shared_bytes", "warps", "resident_warps", *PER_CYCLE, "cycles"), ""),
+    }  # fmt: skip
+
+    def watch(call: launches.Call, _: launches.Memory) -> None:
+        if call.kernel != candidate.kernel:
+            return
+        registers, spill, _stack = taken(call.cubin)
+        warps = launches.program_of(call.ptx).module.threads // 32
+        resident = warps * occupancy(registers, call.shared_bytes, warps, ARCH)[0]
+        row.update(registers=registers, shared_bytes=call.shared_bytes, warps=warps, resident_warps=resident)
+        if spill:
+            raise Refused
+
+    trying = configs.trying(candidate.op, candidate.kernel, candidate.key, candidate.change)
+    try:
+        held, calls = prepared(candidate)
+        with launches.executed(ARCH, PROCESSORS, watch=watch) as log, trying:
+            comparisons = held.compare(calls[candidate.call]())
+    except Refused:
+        return row | {"outcome": "spills"}, []
+    except OutOfResources:
+        return row | {"outcome": "shared memory"}, []
+    except Exception as error:
+        return row | {"outcome": "error"}, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    mine = [launch for launch in log if launch.kernel == candidate.kernel]
+    if not mine:
+        return row | {"outcome": "not launched"}, []
+    faults = [f"{launch.kernel}: {found}" for launch in log for found in launch.findings]
+    faults += [str(each) for each in comparisons if not each.ok]
+    row |= counted(mine)
+    row["cycles"] = round(max(row[name] for name in PER_CYCLE) * max(1, RESIDENT / row["resident_warps"]))
+    return row | ({"outcome": "wrong"} if faults else {}), faults
+
+
+def counted(several: Sequence[launches.Executed]) -> dict[str, int]:
+    """Cycles of one processor for each of its units."""
+    counters = [launch.counters for launch in several]
+    special = launches.machine.CLASSES.index("special")
+    counts = {
+        "issue": sum(sum(each.issued) for each in counters),
+        "special": sum(each.issued[special] for each in counters),
+        "shared": sum(each.shared_wavefronts for each in counters),
+        "sectors": sum(each.global_sectors for each in counters),
+        "matrix": sum(each.matrix_flops for each in counters),
+    }
+    return {name: round(count / PER_CYCLE[name]) for name, count in counts.items()}
+
+
+def promising(
+    kinds: Sequence[Sequence[configs.Config]], rows: Sequence[Mapping[str, Any]], least: float
+) -> list[configs.Config]:
+    """What is tried of one key: ``rows`` are of the first of each kind, ``least`` the cycles of the default."""
+    good = [(row["cycles"], number) for number, row in enumerate(rows) if row["outcome"] == "ok"]
+    limit = LEEWAY * min([least, *(cycles for cycles, _ in good)])
+    ranked = [kinds[number] for cycles, number in sorted(good) if cycles <= limit]
+    return tune.interleaved(ranked)[: tune.MOST]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="candidates", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    parser.add_argument("--filter", default="", metavar="TEXT",
+                        help="only kernels and keys with this in them; nothing is written")  # fmt: skip
+    options = parser.parse_args(argv)
+    same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
+    defaults = [each for each in asked() if options.filter in str(each[0])]
+    if not defaults:
+        print("candidates: no kernel and key match", file=sys.stderr)
+        return 2
+
+    def execute(changes: Sequence[Sequence[configs.Config]]) -> list[list[dict[str, Any]]]:
+        # Of each default's.
+        jobs = [Candidate(**{**vars(of), "change": each}) for (of, _), some in zip(defaults, changes) for each in some]
+        found = iter(_forked.results(executed, jobs, options.processes))
+        return [list(itertools.islice(found, len(some))) for some in changes]
+
+    kinds = [
+        tune.kinds(configs.candidates_of(of.op, of.kernel, key), configs.default(of.op, of.kernel, key))
+        for of, key in defaults
+    ]
+    first = execute([[{}, *(kind[0] for kind in each)] for each in kinds])
+    chosen = [promising(each, rows[1:], rows[0]["cycles"] or math.inf) for each, rows in zip(kinds, first)]
+    rest = [[c for c in some if c not in [kind[0] for kind in each]] for some, each in zip(chosen, kinds)]
+    second = execute(rest)
+    refused = [[c for c, row in zip(*each) if row["outcome"] != "ok"] for each in zip(rest, second)]
+    chosen = [[c for c in some if c not in out] for some, out in zip(chosen, refused)]
+    rows = [row | same for one, other in zip(first, second) for row in (*one, *other)]
+    if not options.filter:
+        files.write_csv(RESULTS, list(rows[0]), rows)
+        content: dict[str, Any] = {}
+        for (of, _), some in zip(defaults, chosen):
+            content.setdefault(f"{of.op}.{of.kernel}", {})[of.key] = some
+        files.write(configs.LISTED, json.dumps({**same, "candidates": {ARCH: content}}, indent=1) + "\n")
+    print(table(list(summary(defaults, kinds, rows, chosen)), COLUMNS))
+    wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
+    print(f"{len(rows)} compiled, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} keys")
+    return int(bool(wrong))
+
+
+COLUMNS = [
+    "kernel",
+    "keys",
+    "registered",
+    "kinds",
+    "spill",
+    "do not fit",
+    "chosen",
+    "most a key",
+    "best against default",
+]
+
+
+def summary(defaults: Any, kinds: Any, rows: Any, chosen: Any) -> Iterator[list[Any]]:
+    """A line for each kernel."""
+    for op, kernel in dict.fromkeys((of.op, of.kernel) for of, _ in defaults):
+        at = [i for i, (of, _) in enumerate(defaults) if (of.op, of.kernel) == (op, kernel)]
+        mine = [row for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+        gains = []
+        for i in at:
+            of = [row for row in mine if row["key"] == defaults[i][0].key and row["cycles"] != ""]
+            default = [row["cycles"] for row in of if not row["change"]]
+            gains += [default[0] / min(row["cycles"] for row in of)] if default else []
+        yield [
+            f"{op}.{kernel}", len(at), sum(len(kind) for i in at for kind in kinds[i]), sum(len(kinds[i]) for i in at),
+            *(sum(row["outcome"] == outcome for row in mine) for outcome in ("spills", "shared memory")),
+            sum(len(chosen[i]) for i in at), max(len(chosen[i]) for i in at), f"{max(gains, default=0):.2f}",
+        ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(command.run("candidates", main))
