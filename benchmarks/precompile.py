@@ -26,15 +26,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from tests.devices import PRETENDED  # noqa: E402
 from tests.triton.fake_cuda import driver as fake_cuda  # noqa: E402
-
-DEVICES = {"h100": ("NVIDIA H100 80GB HBM3", "sm_90", 132), "a100": ("NVIDIA A100-SXM4-80GB", "sm_80", 108)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.tar.xz")
-    parser.add_argument("--device", default="h100", choices=list(DEVICES))
+    parser.add_argument("--arch", default="sm_90", choices=list(PRETENDED))
     parser.add_argument("--key", type=Path, metavar="FILE", help="default: that of the Triton at hand")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name has this")
@@ -66,7 +65,7 @@ def main() -> int:
 
 def compile_share(options: argparse.Namespace) -> None:
     """Every N-th job, N being the number of processes."""
-    pretend(options.device, options.key.read_text().strip() if options.key else None)
+    pretend(options.arch, options.key.read_text().strip() if options.key else None)
     chosen = [(name, job) for name, job in jobs() if options.only in name]
     if not chosen:
         raise SystemExit(f"precompile: no job has {options.only!r} in its name")
@@ -77,7 +76,7 @@ def compile_share(options: argparse.Namespace) -> None:
             print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
 
 
-def pretend(device: str, key: str | None) -> None:
+def pretend(arch: str, key: str | None) -> None:
     """From here on CPU tensors are that GPU's, and random values are none."""
     import torch
     from triton.runtime import cache
@@ -85,12 +84,10 @@ def pretend(device: str, key: str | None) -> None:
     from mvkernels.dispatch.registry import OPS
     from mvkernels.triton import configs
 
-    found = configs.Device(*DEVICES[device])
-
-    fake_cuda.pretend(found.arch)
+    fake_cuda.pretend(arch)
     if key is not None:
         cache.triton_key = lambda: key
-    configs.device_of = lambda *_: found  # type: ignore[assignment]
+    configs.device_of = lambda *_: PRETENDED[arch]  # type: ignore[assignment]
     for op in OPS.values():
         op.why_not["triton"] = lambda *_, **__: None  # type: ignore[index]
 

@@ -33,7 +33,8 @@ import triton
 from mvkernels import files
 from mvkernels.commands import command
 from mvkernels.report import commit, table
-from tests.ptx import cases, launches
+from tests.devices import PRETENDED
+from tests.ptx import cases
 
 RESULTS = Path(__file__).parent / "results" / "ptx"
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--op", action="append", choices=list(cases.FEW), help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(cases.DTYPES), help="only this dtype (repeatable)")
-    parser.add_argument("--arch", action="append", choices=list(launches.DEVICES), help="only this one (repeatable)")
+    parser.add_argument("--arch", action="append", choices=list(PRETENDED), help="only this one (repeatable)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases.cases()
         if case.op in ops
         and case.dtype in dtypes
-        and case.arch in (options.arch or launches.DEVICES)
+        and case.arch in (options.arch or PRETENDED)
         and options.filter in str(case)
     ]
     if not jobs or options.processes < 1:

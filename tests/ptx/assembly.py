@@ -12,7 +12,7 @@ import numpy as np
 import triton
 
 from tests.ptx import machine
-from tests.ptx.launches import FROM_REGION, REGION_BITS
+from tests.ptx.launches import beginning
 from tests.ptx.module import parse
 from tests.ptx.program import encode
 
@@ -77,7 +77,7 @@ def execute(
         if index not in undefined:
             machine.library().ptx_define(trace.ctypes.data, None, array.nbytes)
         keep.append(trace)
-        parameters[name] = (index + 1 << REGION_BITS) + FROM_REGION
+        parameters[name] = beginning(index)
         regions.append(machine.Region(parameters[name], array.nbytes, array.ctypes.data, None, trace.ctypes.data))
     counters, findings, _ = machine.run(program, blocks, parameters, regions, shared_bytes, 1, skewed, limit)
     del keep

@@ -8,13 +8,12 @@ specialisation and compiler.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -28,12 +27,11 @@ from triton.runtime.errors import OutOfResources
 from mvkernels.dispatch.registry import OPS
 from mvkernels.triton import configs
 from mvkernels.triton.repeated import RepeatedLaunch
+from tests.devices import PRETENDED
 from tests.ptx import machine
 from tests.ptx.module import parse
 from tests.ptx.program import Program, encode
 
-DEVICES = {"sm_90": ("NVIDIA H100 80GB HBM3", 132), "sm_80": ("NVIDIA A100-SXM4-80GB", 108)}
-REGION_BITS = 40
 FROM_REGION = 1 << 30
 """How far from the beginning of its region a tensor lies, so that what is read before it is out of bounds too."""
 
@@ -88,7 +86,7 @@ class Memory:
         storage = tensor.untyped_storage()
         if storage.nbytes() and tensor.dtype != torch.bool:
             tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
-            element = _bytes_of(tensor)[: tensor.element_size()].copy()
+            element = bytes_of(tensor).numpy()[: tensor.element_size()].copy()
             self._fresh[storage.data_ptr()] = weakref.ref(storage), element
 
     def is_fresh(self, tensor: torch.Tensor) -> bool:
@@ -125,15 +123,20 @@ class Memory:
         if self.is_fresh(tensor):
             fresh = self._fresh[begin]
             # Whatever PyTorch has written since is defined, and what kernels have stored the trace knows.
-            changed = (_bytes_of(tensor).reshape(-1, len(fresh[1])) != fresh[1]).any(1)
+            changed = (bytes_of(tensor).numpy().reshape(-1, len(fresh[1])) != fresh[1]).any(1)
             defined = np.repeat(changed, len(fresh[1]))
         machine.library().ptx_define(known[1].ctypes.data, None if defined is None else defined.ctypes.data, size)
         return known[1]
 
 
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    storage = tensor.untyped_storage()
-    return np.frombuffer((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), np.uint8)
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Of its storage, which the two share."""
+    return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def beginning(region: int) -> int:
+    """An address of the region with this number, which the first byte of a tensor may have."""
+    return int(region + 1 << machine.library().ptx_region_bits()) + FROM_REGION
 
 
 def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -> tuple[machine.Region, int]:
@@ -141,7 +144,7 @@ def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -
     itemsize, begin = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
     span = (sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1) * itemsize
     span = span if tensor.numel() else 0
-    base = (index + 1 << REGION_BITS) + FROM_REGION + tensor.data_ptr() % 256
+    base = beginning(index) + tensor.data_ptr() % 256
     if span == 0:
         return machine.Region(base, 0, None, None, None), base
     allowed = None
@@ -235,8 +238,8 @@ def executed(
         skewed: whether approximate instructions are as wrong as they may be.
         watch: sees each launch before it runs.
     """
-    name, usual = DEVICES[arch]
-    device = configs.Device(name, arch, processors or usual)
+    device = PRETENDED[arch]
+    device = replace(device, processors=processors or device.processors)
     memory, log = Memory(), list[Executed]()
 
     def launch(repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.launches import Call, Executed, Memory, execute, program_of
+from tests.ptx.launches import Call, Executed, Memory, bytes_of, execute, program_of
 from tests.ptx.module import parse
 
 
@@ -33,7 +33,7 @@ class Recording:
         """Record a launch, which is run on copies."""
         tensors = [each for each in call.arguments if isinstance(each, torch.Tensor)]
         found = cls(
-            call, [_bytes(each).clone() for each in tensors], [memory.defined(each) for each in tensors], [], []
+            call, [bytes_of(each).clone() for each in tensors], [memory.defined(each) for each in tensors], [], []
         )
         done, found.after, found.effects = found.run(call.ptx)
         assert not done.findings, "a fault before one is planted"
@@ -62,7 +62,7 @@ class Recording:
             else:
                 arguments.append(each)
         done = execute(replace(self.call, ptx=ptx, arguments=tuple(arguments)), memory, limit=limit, effects=effects)
-        return done, [_bytes(each).clone() for each in arguments if isinstance(each, torch.Tensor)], list(effects)
+        return done, [bytes_of(each).clone() for each in arguments if isinstance(each, torch.Tensor)], list(effects)
 
     def same(self, after: list[torch.Tensor]) -> bool:
         """Whether every bit is as it was."""
@@ -78,10 +78,6 @@ class Recording:
             if error.numel() and error.max() > 0.01 * x.nan_to_num(0, 0, 0).abs().max():
                 return True
         return False
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ const char* ptx_name(int index) {
   return at == ptx::opcodes().end() ? nullptr : at->first.c_str();
 }
 int ptx_trace_bytes() { return sizeof(ptx::Trace); }
+int ptx_region_bits() { return ptx::REGION_BITS; }
 int ptx_register_bytes() { return sizeof(ptx::Register); }
 int ptx_shared_base() { return ptx::SHARED_BASE; }
 int ptx_counter_bytes() { return sizeof(ptx::Counters); }

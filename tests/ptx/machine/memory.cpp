@@ -2,6 +2,7 @@
 // barrier. And what they cost: sectors of 32 bytes in global memory, passes over the 32 banks in shared memory.
 #include <algorithm>
 #include <bit>
+#include <span>
 
 #include "machine.h"
 
@@ -21,19 +22,20 @@ namespace {
 
 struct Place {
   uint8_t* data = nullptr;
-  Trace* trace = nullptr;
+  std::span<Trace> trace;  // of each byte; none where an access is out of bounds
 };
 
 Place shared_at(Warp& warp, uint32_t address, int bytes) {
   if (!in_bounds(warp, address, bytes, true)) return {};
-  return {&warp.block.shared[address - SHARED_BASE], &warp.block.trace[address - SHARED_BASE]};
+  const uint32_t offset = address - SHARED_BASE;
+  return {&warp.block.shared[offset], {&warp.block.trace[offset], static_cast<size_t>(bytes)}};
 }
 
 Place global_at(Warp& warp, uint64_t address, int bytes) {
   if (!in_bounds(warp, address, bytes, false)) return {};
   Region& region = *warp.machine().region_of(address);
   const uint64_t offset = address - region.address;
-  return {region.data + offset, region.trace + offset};
+  return {region.data + offset, {region.trace + offset, static_cast<size_t>(bytes)}};
 }
 
 // Another lane of this warp was there, and the warp has not been synchronised since.
@@ -177,9 +179,7 @@ void write_global(Warp& warp, int lane, uint64_t address, int bytes, const void*
 }
 
 void begin_read(Warp& warp, uint32_t address, int bytes) {
-  const Place place = shared_at(warp, address, bytes);
-  for (int i = 0; place.data && i < bytes; i++) {
-    Trace& byte = place.trace[i];
+  for (Trace& byte : shared_at(warp, address, bytes).trace) {
     check_read(warp, -1, byte);
     // What cp.async has copied would by the letter of the ISA need the fence too. Neither Triton nor CUTLASS has one
     // there, so that no fault of a kernel can be told from it.
@@ -189,23 +189,19 @@ void begin_read(Warp& warp, uint32_t address, int bytes) {
   }
 }
 void end_read(Warp& warp, uint32_t address, int bytes) {
-  const Place place = shared_at(warp, address, bytes);
-  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads--;
+  for (Trace& byte : shared_at(warp, address, bytes).trace) byte.pending_reads--;
 }
 void hold_global(Warp& warp, uint64_t address, int bytes, int change) {
-  const Place place = global_at(warp, address, bytes);
-  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_reads += change;
+  for (Trace& byte : global_at(warp, address, bytes).trace) byte.pending_reads += change;
 }
 void begin_write(Warp& warp, int lane, uint32_t address, int bytes) {
-  const Place place = shared_at(warp, address, bytes);
-  for (int i = 0; place.data && i < bytes; i++) {
-    check_write(warp, lane, place.trace[i], false);
-    place.trace[i].pending_writes++;
+  for (Trace& byte : shared_at(warp, address, bytes).trace) {
+    check_write(warp, lane, byte, false);
+    byte.pending_writes++;
   }
 }
 void end_write(Warp& warp, uint32_t address, int bytes) {
-  const Place place = shared_at(warp, address, bytes);
-  for (int i = 0; place.data && i < bytes; i++) place.trace[i].pending_writes--;
+  for (Trace& byte : shared_at(warp, address, bytes).trace) byte.pending_writes--;
 }
 
 void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store) {

@@ -20,12 +20,12 @@ from mvkernels.ops.patch_transformer_layer.triton import launcher as patch_trans
 from mvkernels.ops.relu_linear_attention.triton import launcher as relu_linear_attention
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch
+from tests.devices import PRETENDED
 from tests.triton.fake_cuda.driver import pretend
 
 # From here on CPU tensors are this GPU's.
 FAKE = pretend("sm_90")
-H100 = configs.Device("NVIDIA H100 80GB HBM3", "sm_90", 132)
-configs.device_of = lambda *place: H100
+configs.device_of = lambda *place: PRETENDED["sm_90"]
 
 
 Call = tuple[Launch, dict[str, torch.Tensor], dict[str, float]]
