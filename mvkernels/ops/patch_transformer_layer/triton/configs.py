@@ -97,7 +97,8 @@ def _qkv_backward(key: Mapping[str, Any]) -> Config:
     if not half(key) and key["arch"] != "interpreter":
         return {**config, "BLOCK_M": 16, "BLOCK_K": 16}
     # Rows of the gradient are summed and multiplied. Of what both registers and warp groups' products read, Triton's
-    # pipeline keeps one buffer, and copies into it while a product still reads it (triton-lang/triton#6691).
+    # pipeline for sm_90 keeps one buffer, and copies into it while a product still reads it (triton-lang/triton#6691).
+    # For sm_100 it keeps two.
     return {**config, "BLOCK_M": _rows(key), "BLOCK_K": 32, "num_stages": 1 if key["arch"] == "sm_90" else 2}
 
 
