@@ -15,12 +15,13 @@ within LEEWAY of the least, the best is tried first, and of each kind its neares
 nearest, MOST in all. What is chosen is executed too, and compared with float64 as ever.
 
 Writes results/ptx/candidates.csv, a row for each that was compiled, and mvkernels/triton/candidates.json, what was
-chosen. bfloat16 alone: float16 takes its choice, and float32 has none: there tune goes by the distance to the default.
+chosen. With ``--dtype`` what they hold of the other dtype stays. float16 takes what bfloat16 is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import itertools
 import json
@@ -28,7 +29,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,7 +51,9 @@ from mvkernels.triton.repeated import RepeatedLaunch
 from tests.ptx import launches
 
 RESULTS = Path(__file__).parent / "results" / "ptx" / "candidates.csv"
-ARCH, DTYPE = "sm_90", torch.bfloat16
+ARCH = "sm_90"
+DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+"""As keys have them."""
 PROCESSORS = 5
 """To which a batch of one is what tune's batch of 32 is to the 132 of an H100, and asks for the same keys."""
 LEEWAY = 1.5
@@ -68,6 +71,7 @@ class Candidate:
     op: str
     case: Case
     layout: str
+    dtype: str
     call: str
     """"forward", or "backward": that is both."""
     kernel: str
@@ -78,36 +82,54 @@ class Candidate:
     def __str__(self) -> str:
         return f"{self.op}.{self.kernel} {self.key} {self.change}"
 
+    def arguments(self, batch: int = 1) -> dict[str, Any]:
+        """The op's."""
+        return self.case.make(batch=batch, dtype=getattr(torch, self.dtype), device="cpu", layout=self.layout)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A kernel and key that tune asks for, and what is registered for it."""
+
+    default: Candidate
+    kinds: list[list[configs.Config]]
+
+    def with_change(self, change: configs.Config) -> Candidate:
+        return replace(self.default, change=change)
+
 
 class Refused(Exception):
     """It spills."""
 
 
-def asked() -> Iterator[tuple[Candidate, Mapping[str, Any]]]:
-    """(the default of a kernel and key, key) of all that tune asks for at the models' shapes, each once."""
+def asked(dtype: str, batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
+    """Each kernel and key that tune asks for at the models' shapes, once, if anything is registered for it."""
     done: set[tuple[str, str]] = set()
-    with launches.executed(ARCH, PROCESSORS), mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None):
+    with launches.executed(ARCH, processors), mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None):
         for op in OPS.values():
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
-                arguments = case.make(batch=1, dtype=DTYPE, device="cpu", layout=layout)
+                of = Candidate(op.name, case, layout, dtype, "", "", "", {})
+                arguments = of.arguments(batch)
                 with torch.no_grad():
                     cotangent = torch.empty_like(op.function(**arguments, backend="triton"))
                 for name, call in tune.calls(arguments, op.function, cotangent).items():
                     for kernel, text, key in tune.asked_by(op, call, done):
-                        if configs.candidates_of(op.name, kernel, key):
-                            yield Candidate(op.name, case, layout, name, kernel, text, {}), key
+                        default = configs.default(op.name, kernel, key)
+                        kinds = tune.kinds(configs.candidates_of(op.name, kernel, key), default)
+                        if kinds:
+                            yield Asked(replace(of, call=name, kernel=kernel, key=text), kinds)
 
 
-PREPARED: dict[tuple[str, str, str], Any] = {}
+PREPARED: dict[tuple[str, ...], Any] = {}
 """The last: candidates of a case come one after the other."""
 
 
 def prepared(of: Candidate) -> Any:
     """(what results are held against, the calls) of a candidate's case."""
-    name = of.op, of.case.label, of.layout
+    name = of.op, of.case.label, of.layout, of.dtype
     if name not in PREPARED:
         op = OPS[of.op]
-        arguments = testing.normalised(op, of.case.make(batch=1, dtype=DTYPE, device="cpu", layout=of.layout))
+        arguments = testing.normalised(op, of.arguments())
         held, cotangent = tune.yardstick(op, arguments)
         PREPARED.clear()
         PREPARED[name] = held, tune.calls(arguments, op.function, cotangent)
@@ -183,71 +205,88 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="candidates", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--filter", default="", metavar="TEXT",
                         help="only kernels and keys with this in them; nothing is written")  # fmt: skip
     options = parser.parse_args(argv)
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-    defaults = [each for each in asked() if options.filter in str(each[0])]
-    if not defaults:
-        print("candidates: no kernel and key match", file=sys.stderr)
+    dtypes = options.dtype or list(DTYPES)
+    every = [each for dtype in dtypes for each in asked(dtype) if options.filter in str(each.default)]
+    if not every or options.processes < 1:
+        print("candidates: no kernel and key match" if not every else "candidates: --processes: want 1 or more",
+              file=sys.stderr)  # fmt: skip
         return 2
 
     def execute(changes: Sequence[Sequence[configs.Config]]) -> list[list[dict[str, Any]]]:
-        # Of each default's.
-        jobs = [Candidate(**{**vars(of), "change": each}) for (of, _), some in zip(defaults, changes) for each in some]
+        # Of each that is asked for.
+        jobs = [each.with_change(change) for each, some in zip(every, changes) for change in some]
         found = iter(_forked.results(executed, jobs, options.processes))
-        return [list(itertools.islice(found, len(some))) for some in changes]
+        return [[row | same for row in itertools.islice(found, len(some))] for some in changes]
 
-    kinds = [
-        tune.kinds(configs.candidates_of(of.op, of.kernel, key), configs.default(of.op, of.kernel, key))
-        for of, key in defaults
-    ]
-    first = execute([[{}, *(kind[0] for kind in each)] for each in kinds])
-    chosen = [promising(each, rows[1:], rows[0]["cycles"] or math.inf) for each, rows in zip(kinds, first)]
-    rest = [[c for c in some if c not in [kind[0] for kind in each]] for some, each in zip(chosen, kinds)]
+    nearest = [[kind[0] for kind in each.kinds] for each in every]
+    first = execute([[{}, *some] for some in nearest])
+    chosen = [promising(each.kinds, rows[1:], rows[0]["cycles"] or math.inf) for each, rows in zip(every, first)]
+    rest = [[change for change in some if change not in done] for some, done in zip(chosen, nearest)]
     second = execute(rest)
-    refused = [[c for c, row in zip(*each) if row["outcome"] != "ok"] for each in zip(rest, second)]
-    chosen = [[c for c in some if c not in out] for some, out in zip(chosen, refused)]
-    rows = [row | same for one, other in zip(first, second) for row in (*one, *other)]
+    for some, new, rows in zip(chosen, rest, second):
+        for change, row in zip(new, rows):
+            if row["outcome"] != "ok":
+                some.remove(change)
+    rows = [row for each in zip(first, second) for part in each for row in part]
     if not options.filter:
-        files.write_csv(RESULTS, list(rows[0]), rows)
-        content: dict[str, Any] = {}
-        for (of, _), some in zip(defaults, chosen):
-            content.setdefault(f"{of.op}.{of.kernel}", {})[of.key] = some
-        files.write(configs.LISTED, json.dumps({**same, "candidates": {ARCH: content}}, indent=1) + "\n")
-    print(table(list(summary(defaults, kinds, rows, chosen)), COLUMNS))
+        write(every, rows, chosen, [DTYPES[dtype] for dtype in dtypes])
+    print(table(list(summary(every, rows, chosen)), COLUMNS))
     wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
-    print(f"{len(rows)} compiled, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} keys")
+    print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} keys")
     return int(bool(wrong))
 
 
-COLUMNS = [
-    "kernel",
-    "keys",
-    "registered",
-    "kinds",
-    "spill",
-    "do not fit",
-    "chosen",
-    "most a key",
-    "best against default",
-]
+def write(
+    every: Sequence[Asked],
+    rows: Sequence[dict[str, Any]],
+    chosen: Sequence[list[configs.Config]],
+    dtypes: Sequence[str],
+) -> None:
+    """Both files; of other dtypes they keep what they have."""
+
+    def other(key: str) -> bool:
+        return not {f"dtype={dtype}" for dtype in dtypes} & set(key.split(","))
+
+    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    files.write_csv(RESULTS, list(rows[0]), [*rows, *(row for row in old if other(row["key"]))])
+    kernels = json.loads(configs.LISTED.read_text())["candidates"].get(ARCH, {})
+    listed = {kernel: {key: some for key, some in keys.items() if other(key)} for kernel, keys in kernels.items()}
+    for each, some in zip(every, chosen):
+        listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[each.default.key] = some
+    # A line for each key.
+    text = ",\n".join(
+        f'"{kernel}": {{\n' + ",\n".join(f' "{key}": {json.dumps(some)}' for key, some in sorted(keys.items())) + "}"
+        for kernel, keys in sorted(listed.items())
+    )
+    files.write(configs.LISTED, f'{{"candidates": {{"{ARCH}": {{\n{text}}}}}}}\n')
 
 
-def summary(defaults: Any, kinds: Any, rows: Any, chosen: Any) -> Iterator[list[Any]]:
+COLUMNS = ["kernel", "keys", "registered", "kinds", "spill", "do not fit", "chosen", "most", "best against default"]
+
+
+def summary(
+    every: Sequence[Asked], rows: Sequence[dict[str, Any]], chosen: Sequence[list[configs.Config]]
+) -> Iterator[list[Any]]:
     """A line for each kernel."""
-    for op, kernel in dict.fromkeys((of.op, of.kernel) for of, _ in defaults):
-        at = [i for i, (of, _) in enumerate(defaults) if (of.op, of.kernel) == (op, kernel)]
+    for op, kernel in dict.fromkeys((each.default.op, each.default.kernel) for each in every):
         mine = [row for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+        at = [(each, some) for each, some in zip(every, chosen)
+              if (each.default.op, each.default.kernel) == (op, kernel)]  # fmt: skip
         gains = []
-        for i in at:
-            of = [row for row in mine if row["key"] == defaults[i][0].key and row["cycles"] != ""]
-            default = [row["cycles"] for row in of if not row["change"]]
-            gains += [default[0] / min(row["cycles"] for row in of)] if default else []
+        for each, _ in at:
+            right = [row for row in mine if row["key"] == each.default.key and row["outcome"] == "ok"]
+            default = [row["cycles"] for row in right if not row["change"]]
+            gains += [default[0] / min(row["cycles"] for row in right)] if default else []
         yield [
-            f"{op}.{kernel}", len(at), sum(len(kind) for i in at for kind in kinds[i]), sum(len(kinds[i]) for i in at),
+            f"{op}.{kernel}", len(at), sum(len(kind) for each, _ in at for kind in each.kinds),
+            sum(len(each.kinds) for each, _ in at),
             *(sum(row["outcome"] == outcome for row in mine) for outcome in ("spills", "shared memory")),
-            sum(len(chosen[i]) for i in at), max(len(chosen[i]) for i in at), f"{max(gains, default=0):.2f}",
+            sum(len(some) for _, some in at), max(len(some) for _, some in at), f"{max(gains, default=0):.2f}",
         ]  # fmt: skip
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
 import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +70,81 @@ def test_the_file_is_merged_and_read(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         configs.forget()
+
+
+KEY = {"bias": 0, "d": 36, "dtype": "bf16", "dv": 36, "n": 256, "wide": 1, "arch": "sm_90"}
+
+
+def test_what_is_listed_is_tried_and_else_what_is_near(monkeypatch):
+    pytest.importorskip("mvkernels.ops.patch_attention.triton.configs")
+    of = "patch_attention", "forward_rows"
+    listed = [{"num_warps": 2}, {"num_warps": 1}]
+    content = {"sm_90": {"patch_attention.forward_rows": {configs.key_text(KEY): listed}}}
+    monkeypatch.setattr(configs, "_listed", lambda: content)
+    assert tune.to_try(*of, KEY) == listed
+    assert tune.to_try(*of, {**KEY, "dtype": "f16"}) == listed  # bfloat16's
+    for other in ({"arch": "sm_80"}, {"dtype": "f32"}, {"n": 255}):
+        key = KEY | other
+        near = tune.kinds(configs.candidates_of(*of, key), configs.default(*of, key))
+        assert len(near) > 2 and tune.to_try(*of, key)[: len(near)] == [kind[0] for kind in near]
+        assert sum(map(len, near)) == len(tune.to_try(*of, key))
+
+
+def parsed(text, arch):
+    values = (each.split("=") for each in text.split(","))
+    return {name: int(value) if value.isdigit() else value for name, value in values} | {"arch": arch}
+
+
+def test_what_is_listed_is_registered_and_was_executed_without_a_fault(of_benchmarks):
+    # Red after a change of what is registered or of a heuristic: `python benchmarks/candidates.py` lists anew.
+    with (of_benchmarks / "results" / "ptx" / "candidates.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    right = {(f"{row['op']}.{row['kernel']}", row["key"], row["change"]) for row in rows if row["outcome"] == "ok"}
+    [(arch, listed)] = configs._listed().items()
+    assert {(kernel, key) for kernel, keys in listed.items() for key in keys} == {
+        (f"{row['op']}.{row['kernel']}", row["key"]) for row in rows
+    }
+    for kernel, keys in listed.items():
+        op, name = kernel.split(".")
+        importlib.import_module(f"mvkernels.ops.{op}.triton.launcher")
+        for text, changes in keys.items():
+            key = parsed(text, arch)
+            assert configs.key_text(key) == text
+            registered = configs.candidates_of(op, name, key)
+            default = configs.default(op, name, key)
+            assert len(changes) <= tune.MOST
+            assert all(change in registered and default | change != default for change in changes), (kernel, text)
+            assert len({json.dumps(default | change, sort_keys=True) for change in changes}) == len(changes)
+            in_words = [" ".join(f"{name}={value}" for name, value in change.items()) for change in changes]
+            assert {(kernel, text, each) for each in in_words} <= right
+
+
+def test_every_key_of_the_models_shapes_is_listed(of_benchmarks):
+    candidates = importlib.import_module("candidates")
+    [listed] = configs._listed().values()
+    asked = [each.default for dtype in candidates.DTYPES for each in candidates.asked(dtype, 32, 132)]
+    asked = {(f"{of.op}.{of.kernel}", of.key) for of in asked}
+    assert asked == {(kernel, key) for kernel, keys in listed.items() for key in keys}
+
+
+@pytest.fixture
+def of_benchmarks(monkeypatch):
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_the_promising_are_the_cheapest_kinds_and_of_each_the_nearest_first(of_benchmarks):
+    promising = importlib.import_module("candidates").promising
+    kinds = [[{"BLOCK": b, "num_stages": s} for s in (1, 2)] for b in (16, 32, 64, 128, 256)]
+    of = [(100, "ok"), (90, "ok"), ("", "spills"), (10, "wrong"), (136, "ok")]
+    rows = [{"cycles": cycles, "outcome": outcome} for cycles, outcome in of]
+    blocks = [(change["BLOCK"], change["num_stages"]) for change in promising(kinds, rows, least=math.inf)]
+    assert blocks == [(32, 1), (16, 1), (32, 2), (16, 2)]  # 136 is beyond one and a half times 90
+    assert promising(kinds, rows, least=50) == []
+    many = [[{"BLOCK": b}] for b in range(20)]
+    assert promising(many, [{"cycles": 40 - b, "outcome": "ok"} for b in range(20)], 30) == many_reversed(many)
+
+
+def many_reversed(kinds):
+    return [kind[0] for kind in reversed(kinds)][: tune.MOST]
