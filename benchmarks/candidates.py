@@ -1,9 +1,10 @@
 """Chooses what `mvkernels tune` tries on an H100, by what the compiled kernels do. Needs no GPU.
 
 The launch configurations registered for a kernel are dozens a key, and on the GPU each costs a compilation. Here those
-of the models' shapes are compiled and executed (tests/ptx): every kind, a kind being tiles and warps, at its
-nearest to the default. What spills, needs more shared memory than there is, or is wrong is out. Of the others the
-cycles of a processor are estimated, as the most of what its units need for what was counted:
+of the models' shapes are compiled and executed (tests/ptx), for a key of each class (``configs.class_of``): every kind,
+a kind being tiles and warps, at its nearest to the default. What spills, needs more shared memory than there is, or is
+wrong is out. Of the others the cycles of a processor are estimated, as the most of what its units need for what was
+counted:
 
 - a scheduler issues an instruction of a warp a cycle, and there are four; exponentials take two cycles
 - a pass over the banks of shared memory takes a cycle, and 64 bytes a cycle come from the second-level cache
@@ -28,7 +29,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Asked:
     """A kernel and key that tune asks for, and what is registered for it."""
 
     default: Candidate
+    key: Mapping[str, Any]
     kinds: list[list[configs.Config]]
 
     def with_change(self, change: configs.Config) -> Candidate:
@@ -117,7 +119,15 @@ def asked(dtype: str, batch: int = 1, processors: int = PROCESSORS) -> Iterator[
                         default = configs.default(op.name, kernel, key)
                         kinds = tune.kinds(configs.candidates_of(op.name, kernel, key), default)
                         if kinds:
-                            yield Asked(replace(of, call=name, kernel=kernel, key=text), kinds)
+                            yield Asked(replace(of, call=name, kernel=kernel, key=text), key, kinds)
+
+
+def of_each_class(every: Iterable[Asked]) -> list[Asked]:
+    """The first."""
+    found: dict[tuple[str, ...], Asked] = {}
+    for each in every:
+        found.setdefault((each.default.op, each.default.kernel, configs.class_of(each.key)), each)
+    return list(found.values())
 
 
 PREPARED: dict[tuple[str, ...], Any] = {}
@@ -211,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
     dtypes = options.dtype or list(DTYPES)
-    every = [each for dtype in dtypes for each in asked(dtype) if options.filter in str(each.default)]
+    every = [each for dtype in dtypes for each in of_each_class(asked(dtype)) if options.filter in str(each.default)]
     if not every or options.processes < 1:
         print("candidates: no kernel and key match" if not every else "candidates: --processes: want 1 or more",
               file=sys.stderr)  # fmt: skip
@@ -237,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         write(every, rows, chosen, [DTYPES[dtype] for dtype in dtypes])
     print(table(list(summary(every, rows, chosen)), COLUMNS))
     wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
-    print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} keys")
+    print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} classes of keys")
     return int(bool(wrong))
 
 
@@ -257,8 +267,8 @@ def write(
     kernels = json.loads(configs.LISTED.read_text())["candidates"].get(ARCH, {})
     listed = {kernel: {key: some for key, some in keys.items() if other(key)} for kernel, keys in kernels.items()}
     for each, some in zip(every, chosen):
-        listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[each.default.key] = some
-    # A line for each key.
+        listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[configs.class_of(each.key)] = some
+    # A line for each class of keys.
     text = ",\n".join(
         f'"{kernel}": {{\n' + ",\n".join(f' "{key}": {json.dumps(some)}' for key, some in sorted(keys.items())) + "}"
         for kernel, keys in sorted(listed.items())
@@ -266,7 +276,7 @@ def write(
     files.write(configs.LISTED, f'{{"candidates": {{"{ARCH}": {{\n{text}}}}}}}\n')
 
 
-COLUMNS = ["kernel", "keys", "registered", "kinds", "spill", "do not fit", "chosen", "most", "best against default"]
+COLUMNS = ["kernel", "classes", "registered", "kinds", "spill", "do not fit", "chosen", "most", "best against default"]
 
 
 def summary(

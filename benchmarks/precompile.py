@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,10 +25,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from mvkernels import files
+from mvkernels.commands import command
+from mvkernels.report import UsageError
+from tests.devices import PRETENDED
+from tests.triton.fake_cuda import driver as fake_cuda
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from tests.devices import PRETENDED  # noqa: E402
-from tests.triton.fake_cuda import driver as fake_cuda  # noqa: E402
 
 
 def main() -> int:
@@ -42,6 +47,14 @@ def main() -> int:
     if options.worker is not None:
         compile_share(options)
         return 0
+    if options.processes < 1:
+        raise UsageError("--processes: want 1 or more")
+    files.check(options.out)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.key:
+        options.key.read_text()
+    if not shutil.which("xz"):
+        raise UsageError("xz is not installed: it packs what was compiled")
     with tempfile.TemporaryDirectory() as place:
         cache = Path(place) / "triton"
         environment = os.environ | fake_cuda.build(Path(place), os.environ.get("CC", "cc"))
@@ -52,9 +65,7 @@ def main() -> int:
         }
         environment.pop("TRITON_INTERPRET", None)
         line = [sys.executable, *sys.argv]
-        workers = [
-            subprocess.Popen([*line, "--worker", str(k)], env=environment) for k in range(max(1, options.processes))
-        ]
+        workers = [subprocess.Popen([*line, "--worker", str(k)], env=environment) for k in range(options.processes)]
         status = max([worker.wait() for worker in workers], key=abs)
         # Launchers are C code for this Python, and sources are not looked at.
         leave = ("--exclude=*.so", "--exclude=*.source")
@@ -100,7 +111,7 @@ def pretend(arch: str, key: str | None) -> None:
 
 def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     """What gpu.py runs: shapes that are timed, configurations that are tried, shapes that are verified."""
-    import gpu
+    import _gpu_plan as plan
     import torch
 
     from mvkernels import bench, testing, tune, verify
@@ -115,14 +126,14 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     done: set[tuple[str, str]] = set()
     timed = bench.Options(suite="full", batches=(128, 1), dtypes=("bfloat16",), layouts=("channels_last",),
-                          labels=gpu.SHAPES)  # fmt: skip
+                          labels=plan.SHAPES)  # fmt: skip
     for op, case, layout, batch, dtype, _ in bench.work(timed):
         make = partial(case.make, batch=batch, dtype=getattr(torch, dtype), layout=layout)
         yield f"time {op.name} {case.label} {batch}", partial(call, op, make)
-        if op.name in gpu.TUNED and batch == 128:
+        if op.name in plan.TUNED and batch == 128:
             few = partial(case.make, batch=32, dtype=torch.bfloat16, layout=layout)
             yield f"tune {op.name} {case.label}", lambda op=op, few=few: tune.compile_case(op, few(), done)
-    for name in gpu.DTYPES:
+    for name in plan.DTYPES:
         for op in OPS.values():
             for shape, strides, verified in verify.inputs(op, "small"):
                 make = partial(verified, getattr(torch, name), "cpu")
@@ -130,4 +141,4 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("precompile", main))

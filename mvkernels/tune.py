@@ -130,11 +130,10 @@ def asked_by(op: Op, call: Callable[[], Any], done: set[tuple[str, str]]) -> lis
 def to_try(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config]:
     """Changes of the default, the most promising first: those listed, else the nearest to the default of each kind,
     then the next nearest of each."""
-    listed = configs.listed(op, kernel, key)
+    default, listed = configs.default(op, kernel, key), configs.listed(op, kernel, key)
     if listed is not None:
-        return listed
-    sorted_in = kinds(configs.candidates_of(op, kernel, key), configs.default(op, kernel, key))
-    return interleaved(sorted_in)
+        return [change for change in listed if {**default, **change} != default]
+    return interleaved(kinds(configs.candidates_of(op, kernel, key), default))
 
 
 def kinds(changes: Sequence[Config], default: Config) -> list[list[Config]]:

@@ -136,13 +136,16 @@ def _listed() -> Mapping[str, Mapping[str, Mapping[str, list[Config]]]]:
     return json.loads(LISTED.read_text())["candidates"]
 
 
-def listed(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config] | None:
-    """Of the changes that tuning may try those worth it, the most promising first; None if nobody has looked.
+def class_of(key: Mapping[str, Any]) -> str:
+    """Of keys that compile to nearly the same code: sides of a tile are padded to powers of two, and float16 has the
+    bytes and the instructions of bfloat16."""
+    padded = {name: 1 << (key[name] - 1).bit_length() for name in ("d", "dv", "m") if name in key}
+    return key_text({**key, **padded, **({"dtype": "bf16"} if half(key) else {})})
 
-    float16 takes bfloat16's: as many bytes, and the same instructions.
-    """
-    text = key_text({**key, "dtype": "bf16"} if half(key) else key)
-    return _listed().get(key["arch"], {}).get(f"{op}.{kernel}", {}).get(text)
+
+def listed(op: str, kernel: str, key: Mapping[str, Any]) -> list[Config] | None:
+    """Of the changes that tuning may try those worth it, the most promising first; None if nobody has looked."""
+    return _listed().get(key["arch"], {}).get(f"{op}.{kernel}", {}).get(class_of(key))
 
 
 def tiles_to_try(lanes: int, blocks: Sequence[int]) -> list[Config]:
