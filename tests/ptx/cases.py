@@ -127,7 +127,7 @@ FEW = {
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
     "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),
-    "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8"),
+    "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8", "4x16_32x32"),
 }
 """Shapes that are run at every commit: together they launch each kernel."""
 

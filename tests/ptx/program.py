@@ -127,7 +127,7 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
     for position, written in enumerate(operands):
         operand = tuple(written.split("|")) if isinstance(written, str) and "|" in written else written
         if isinstance(operand, str) and operand.startswith("["):
-            found += _address(program, name, operand)
+            found += _address(program, statement, position, operand)
         elif _is_number(name, position, statement):
             found.append(immediate(str(operand)))
         else:
@@ -153,13 +153,16 @@ def _parameter(program: Program, statement: Statement) -> tuple[str, list[int]]:
     return f"mov.b{8 * lane_bytes}", [program.register(to), program.parameters[key]]
 
 
-def _address(program: Program, name: str, text: str) -> list[int]:
+def _address(program: Program, statement: Statement, position: int, text: str) -> list[int]:
     base, _, offset = text[1:-1].replace(" ", "").replace("+-", "-").partition("+")
     if "-" in base[1:]:
         base, _, offset = base.partition("-")
         offset = f"-{offset}"
-    shared = ".shared" in name and not base.startswith("%rd")
-    return [program.value(base, 4 if shared else 8), int(offset or "0", 0)]
+    copied = statement.name.startswith("cp.async") and position == 1  # from global to shared memory
+    width = 4 if ".shared" in statement.name and not copied else 8
+    if program.width(base, width) != width:
+        raise Unsupported(f"{statement}: an address that has not {width} bytes")
+    return [program.value(base, width), int(offset or "0", 0)]
 
 
 def _is_number(name: str, position: int, statement: Statement) -> bool:

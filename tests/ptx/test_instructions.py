@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,8 +92,17 @@ def test_these_tests_are_of_ptx(tmp_path: Path) -> None:
 
 
 def test_approximations_are_as_wrong_as_they_may_be() -> None:
-    x = values("f32", 0)
-    for name, exact, error in (("ex2.approx.ftz.f32", np.exp2, 2**-22), ("div.full.f32", None, 2**-22)):
+    inverse, root = (lambda x: 1 / x), (lambda x: 1 / np.sqrt(x))
+    approximations: list[tuple[str, Any, float]] = [
+        ("ex2.approx.ftz.f32", np.exp2, 2**-22), ("lg2.approx.ftz.f32", np.log2, 2**-22),
+        ("rcp.approx.ftz.f32", inverse, 2**-23), ("rsqrt.approx.ftz.f32", root, 2**-22.9),
+        ("div.full.f32", None, 2**-22),
+    ]  # fmt: skip
+    for name, exact, error in approximations:
+        x = values("f32", 0)
+        if name[:2] in ("lg", "rs"):
+            x = np.abs(x)
+            x[(x > 0.5) & (x < 2)] *= 4  # where lg2's error is not absolute
         operands = [x] if exact else [x, values("f32", 1)]
         with np.errstate(all="ignore"):
             wanted = flushed(exact(x.astype("f8"))) if exact else x.astype("f8") / operands[1]

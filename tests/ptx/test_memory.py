@@ -51,12 +51,30 @@ COPY = """
     ld.shared.b32 %r5, [%r12];
 """
 DONE = "cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;"
+# A lane of each warp stores to one place; %p2 is of the second warp.
+SEVERAL = """
+    and.b32 %r20, %r0, 31; setp.eq.u32 %p1, %r20, 0; setp.eq.u32 %p2, %r0, 32; {} @%p1 st.shared.b32 [%r8], %r6;
+"""
+READ = "ld.shared.b32 %r5, [%r8];"
+DONE_WRITING = "bar.sync 0;" + READ
 DATA = np.arange(256, dtype=np.uint32)
 
 FAULTY = {
     # name: (kind of fault or None, body)
     "exchange": (None, shared_exchange("bar.sync 0;")),
     "exchange without a barrier": ("race, undefined value", shared_exchange("")),
+    "one value of several warps": (None, SEVERAL.format("mov.b32 %r6, 7;") + DONE_WRITING),
+    "one value of several warps, and another after it": (
+        "race", SEVERAL.format("mov.b32 %r6, 7;") + "mov.b32 %r6, 5; @%p2 st.shared.b32 [%r8], %r6;" + DONE_WRITING
+    ),
+    "numbers of several warps that differ by little": (
+        "race", SEVERAL.format("shr.u32 %r6, %r0, 5; add.s32 %r6, %r6, 16777216;") + DONE_WRITING
+    ),
+    "one value of several lanes, and another of the last": (
+        "race between lanes", "mov.b32 %r6, 7; setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.b32 [%r8], %r6;"
+        "mov.b32 %r6, 900;"
+        "setp.eq.u32 %p2, %r0, 31; @%p2 st.shared.b32 [%r8], %r6;" + DONE_WRITING
+    ),
     "written again before it is read": (
         "race", shared_exchange("bar.sync 0;") + "st.shared.b32 [%r9], %r5;"
     ),
@@ -70,8 +88,12 @@ FAULTY = {
         "mul.lo.s32 %r4, %r0, 99; st.shared.b32 [%r6], %r4; mov.b32 %r5, 0;"
     ),
     "two warps, small numbers": ("race", "shr.u32 %r6, %r0, 5; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"),
+    "two lanes, a sum rounded in two ways": (
+        None, "setp.lt.u32 %p1, %r0, 32; and.b32 %r6, %r0, 1; add.s32 %r6, %r6, 1065353216;"
+        "@%p1 st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
+    ),
     "two warps, a sum rounded in two ways": (
-        None, "shr.u32 %r6, %r0, 5; add.s32 %r6, %r6, 1065353216; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
+        "race", "shr.u32 %r6, %r0, 5; add.s32 %r6, %r6, 1065353216; st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
     ),
     "two warps, 128 and 129": (
         "race",
@@ -231,6 +253,26 @@ def test_blocks_may_not_touch_what_another_one_writes() -> None:
     assert run(early, blocks=2)[1].kinds == {"race between blocks"}
 
 
+def test_warps_may_store_one_value_to_global_memory_but_not_another_after_it() -> None:
+    several, data = SEVERAL.replace("shared.b32 [%r8]", "global.b32 [%rd1]"), DATA.copy()
+    _, result = run(several.format("mov.b32 %r6, 7;") + "mov.b32 %r5, 0;", data)
+    assert result.kinds == set() and data[0] == 7
+    other = "mov.b32 %r6, 5; @%p2 st.global.b32 [%rd1], %r6; mov.b32 %r5, 0;"
+    _, result = run(several.format("mov.b32 %r6, 7;") + other, data)
+    assert result.kinds == {"race"}
+
+
+def test_a_copy_that_nobody_waits_for_ends_with_its_block() -> None:
+    # The second block may read what the first one's copy reads, and not write to it.
+    copy = "mov.b32 %r5, 0; mov.u32 %r14, %ctaid.x; mul.wide.u32 %rd13, %r14, 256; add.s64 %rd9, %rd9, %rd13;"
+    copy += "setp.eq.u32 %p2, %r14, 0; setp.eq.u32 %p3, %r0, 0; @%p2 bra FIRST; {} bra END; FIRST:"
+    copy += COPY.format("cp.async.commit_group;").replace("ld.shared.b32 %r5, [%r12];", "") + "END:"
+    for second, kinds in (("ld.global.b32 %r5, [%rd1];", set()),
+                          ("@%p3 st.global.b32 [%rd1], %r5;", {"race between blocks"})):  # fmt: skip
+        _, result = run(copy.format(second), DATA.copy(), blocks=2)
+        assert result.kinds == kinds, [str(each) for each in result.findings]
+
+
 def test_global_memory_of_one_block_needs_a_barrier_too() -> None:
     exchange = """st.global.b32 [%rd9], %r0; {} xor.b32 %r6, %r7, 128; cvt.u64.u32 %rd20, %r6;
         add.s64 %rd21, %rd0, %rd20; ld.global.b32 %r5, [%rd21]; bar.sync 0;"""
@@ -388,7 +430,8 @@ def test_atomics_are_refused(text: str) -> None:
         program_of(assembly.kernel(PLACES + text, 1))
 
 
-@pytest.mark.parametrize("text", ["bar.sync 1;", "bar.sync 0, 64;", "mov.u32 %r5, %clock;", "add.s32 %r5, %r0, %rd1;"])
+@pytest.mark.parametrize("text", ["bar.sync 1;", "bar.sync 0, 64;", "mov.u32 %r5, %clock;", "add.s32 %r5, %r0, %rd1;",
+                                  "ld.shared.b32 %r5, [%rd1];", "ld.global.b32 %r5, [%r8];"])  # fmt: skip
 def test_what_it_does_not_know_is_refused(text: str) -> None:
     with pytest.raises(Unsupported):
         program_of(assembly.kernel(PLACES + text, 1))

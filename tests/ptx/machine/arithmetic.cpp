@@ -185,8 +185,7 @@ template <bool FTZ>
 void add_approximations(const std::string& ftz) {
   lanewise<[](float a) { return flushed<FTZ>(approximate(std::exp2(double(flushed<FTZ>(a))), EX2, a)); }>(
       "ex2.approx" + ftz + ".f32", SPECIAL);
-  lanewise<[](float a) { return flushed<FTZ>(static_cast<float>(std::log2(double(flushed<FTZ>(a))))); }>(
-      "lg2.approx" + ftz + ".f32", SPECIAL);
+  lanewise<[](float a) { return flushed<FTZ>(logarithm(flushed<FTZ>(a))); }>("lg2.approx" + ftz + ".f32", SPECIAL);
   lanewise<[](float a) { return flushed<FTZ>(approximate(1 / double(flushed<FTZ>(a)), RCP, a)); }>(
       "rcp.approx" + ftz + ".f32", SPECIAL);
   lanewise<[](float a) { return flushed<FTZ>(approximate(1 / std::sqrt(double(flushed<FTZ>(a))), RSQRT, a)); }>(

@@ -77,11 +77,13 @@ struct Trace {
   uint32_t readers;                        // warps, a bit each, in read_epoch
   uint32_t proxy_fences;                   // of the writing warp, before it wrote
   uint32_t warp_syncs;                     // the same
-  uint16_t writer;                         // thread
+  uint32_t writers;                        // warps, a bit each, in write_epoch
+  uint16_t writer;                         // thread, the last one
   uint16_t reader;                         // the last one: lanes of a warp may read at once
   uint32_t reader_syncs;                   // of its warp, when it read
   uint16_t pending_reads, pending_writes;  // asynchronous ones, begun and not waited for
   bool several_readers;                    // of one warp, since it was last synchronised
+  bool several_writers;                    // the same
   bool defined;
   bool copied;  // by cp.async
 };
@@ -241,6 +243,7 @@ void begin_read(Warp& warp, uint32_t address, int bytes);
 void end_read(Warp& warp, uint32_t address, int bytes);
 void begin_write(Warp& warp, int lane, uint32_t address, int bytes);
 void end_write(Warp& warp, uint32_t address, int bytes);
+void abandon_copies(Warp& warp);
 void hold_global(Warp& warp, uint64_t address, int bytes, int change);  // +1: will be read; -1: has been
 // Counts a request of a warp: what each lane wants, and which lanes want something.
 void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store);

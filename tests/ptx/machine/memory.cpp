@@ -48,7 +48,7 @@ void check_read(Warp& warp, int lane, Trace& byte) {
   const Machine& machine = warp.machine();
   if (byte.pending_writes) warp.fault(IN_FLIGHT);
   if (byte.write_epoch >= machine.block_epoch) {
-    if (byte.write_epoch == machine.epoch && byte.writer / LANES != warp.index) warp.fault(RACE);
+    if (byte.write_epoch == machine.epoch && !(byte.writers >> warp.index & 1)) warp.fault(RACE);
     if (other_lane(warp, lane, byte.write_epoch, byte.writer, byte.warp_syncs)) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
@@ -66,15 +66,21 @@ void check_read(Warp& warp, int lane, Trace& byte) {
   byte.reader = thread, byte.reader_syncs = warp.syncs;
 }
 
-void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
+// How a value relates to the one that is there.
+struct Value {
+  bool same, copy;
+};
+
+void check_write(Warp& warp, int lane, const Trace& byte, Value value) {
   const Machine& machine = warp.machine();
   if (byte.pending_writes || byte.pending_reads) warp.fault(IN_FLIGHT);
   if (byte.write_epoch >= machine.block_epoch) {
-    // Two warps may store the same value: copies of a small tensor that several warps hold.
-    const bool other = byte.writer / LANES != warp.index;
-    if (byte.write_epoch == machine.epoch && other && !same_value) warp.fault(RACE);
-    const bool lanes = other_lane(warp, lane, byte.write_epoch, byte.writer, byte.warp_syncs);
-    if (lanes && !same_value) warp.fault(RACE_BETWEEN_LANES);
+    // Two warps may store the same value: that of a small tensor that several warps hold.
+    const bool others = byte.write_epoch == machine.epoch && (byte.writers & ~(1u << warp.index));
+    if (others && !value.same) warp.fault(RACE);
+    const int writer = lane >= 0 && byte.several_writers ? LANES : lane;
+    const bool lanes = other_lane(warp, writer, byte.write_epoch, byte.writer, byte.warp_syncs);
+    if (lanes && !value.copy) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
@@ -87,9 +93,9 @@ void check_write(Warp& warp, int lane, const Trace& byte, bool same_value) {
   if (read) warp.fault(RACE_BETWEEN_BLOCKS);
 }
 
-// Copies of one value, which several lanes or warps hold, may differ in the last bits: where the compiler makes an fma
-// of a product and a sum, each lane rounds another of the products. Which copy is stored last makes no difference.
-// What has no exponent as a float, such as small integers, has to be the same.
+// Copies of one value, which several lanes of a warp hold, may differ in the last bits: where the compiler makes an fma
+// of a product and a sum, each lane rounds another of the products. A store does not say what it stores: what has no
+// exponent as a float, such as small integers, has to be the same.
 template <class Word>
 bool copies(const uint8_t* a, const uint8_t* b, Word exponent, int most) {
   Word x, y;
@@ -98,7 +104,7 @@ bool copies(const uint8_t* a, const uint8_t* b, Word exponent, int most) {
   return (x & exponent) && (y & exponent) && static_cast<int64_t>(std::max(x, y)) - std::min(x, y) <= most;
 }
 
-bool one_value(const uint8_t* a, const uint8_t* b, int bytes) {
+bool are_copies(const uint8_t* a, const uint8_t* b, int bytes) {
   if (bytes == 1) return *a == *b;
   if (bytes == 2) return copies<int16_t>(a, b, 0x7c00, 1);
   for (int i = 0; i < bytes; i += 4) {
@@ -125,14 +131,20 @@ bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
 
 void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool defined, bool copied) {
   if (place.data == nullptr) return;
-  const bool same_value = one_value(place.data, static_cast<const uint8_t*>(from), bytes);
+  const bool same = std::memcmp(place.data, from, bytes) == 0;
+  const Value value{same, same || are_copies(place.data, static_cast<const uint8_t*>(from), bytes)};
+  const auto thread = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
   for (int i = 0; i < bytes; i++) {
     Trace& byte = place.trace[i];
-    check_write(warp, lane, byte, same_value);
+    check_write(warp, lane, byte, value);
+    const bool again = byte.write_epoch == warp.machine().epoch;
+    const bool unsynchronised = again && byte.writer / LANES == warp.index && byte.warp_syncs == warp.syncs;
+    byte.several_writers = unsynchronised && (byte.several_writers || byte.writer != thread);
+    byte.writers = (again ? byte.writers : 0) | 1u << warp.index;
     byte.write_epoch = warp.machine().epoch;
     byte.proxy_fences = static_cast<uint32_t>(warp.proxy_fences.size());
     byte.warp_syncs = warp.syncs;
-    byte.writer = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
+    byte.writer = thread;
     byte.defined = defined;
     byte.copied = copied;
   }
@@ -196,7 +208,7 @@ void hold_global(Warp& warp, uint64_t address, int bytes, int change) {
 }
 void begin_write(Warp& warp, int lane, uint32_t address, int bytes) {
   for (Trace& byte : shared_at(warp, address, bytes).trace) {
-    check_write(warp, lane, byte, false);
+    check_write(warp, lane, byte, {});
     byte.pending_writes++;
   }
 }

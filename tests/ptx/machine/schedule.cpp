@@ -123,13 +123,14 @@ void run_block(Block& block, uint64_t limit) {
         if (block.warps[other]->begun != block.warps[i]->begun) block.warps[other]->fault(DIVERGENT);
       }
     }
-    if (!first) return;
+    if (!first) break;
     for (Warp* warp : block.warps) {
       if (warp->waits && any_ended) warp->fault(DIVERGENT);
       warp->waits = false;
     }
     machine.epoch++;
   }
+  for (Warp* warp : block.warps) abandon_copies(*warp);
 }
 
 void add_control() {

@@ -1,6 +1,7 @@
 // Instructions that move values between registers and memory, or between lanes.
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 #include "machine.h"
 
@@ -119,12 +120,19 @@ void copy(Warp& warp, const Instruction& in, Mask active) {
   count_shared(warp, to.of.data(), bytes, to.usable, true);
 }
 
+// What is read, and whether it is defined.
+std::pair<std::array<uint8_t, 16>, bool> end_reading(Warp& warp, const Copy& copy) {
+  std::array<uint8_t, 16> value{};
+  if (copy.source_bytes == 0) return {value, true};
+  hold_global(warp, copy.from, copy.source_bytes, -1);
+  const bool defined = read_global(warp, copy.lane, copy.from, copy.source_bytes, value.data());
+  return {value, defined};
+}
+
 void finish(Warp& warp, const Copy& copy) {
-  uint8_t value[16] = {};
-  if (copy.source_bytes) hold_global(warp, copy.from, copy.source_bytes, -1);
-  const bool defined = copy.source_bytes == 0 || read_global(warp, copy.lane, copy.from, copy.source_bytes, value);
+  const auto [value, defined] = end_reading(warp, copy);
   end_write(warp, copy.to, copy.bytes);
-  write_shared(warp, copy.lane, copy.to, copy.bytes, value, defined, true);
+  write_shared(warp, copy.lane, copy.to, copy.bytes, value.data(), defined, true);
 }
 
 // Groups are a thread's own. No compiler lets lanes differ here, so a warp has one queue.
@@ -261,6 +269,14 @@ void fence_proxy(Warp& warp, const Instruction&, Mask active) {
 }
 
 }  // namespace
+
+// At a block's end, those that nobody has waited for: they have read at any time since.
+void abandon_copies(Warp& warp) {
+  for (const std::vector<Copy>& group : warp.copies.groups) {
+    for (const Copy& each : group) end_reading(warp, each);
+  }
+  warp.copies = {};
+}
 
 void add_transfers() {
   const std::pair<const char*, int> widths[] = {{"8", 1}, {"16", 2}, {"32", 4}, {"64", 8}};
