@@ -1,10 +1,10 @@
 """Chooses what `mvkernels tune` tries on an H100, by what the compiled kernels do. Needs no GPU.
 
 The launch configurations registered for a kernel are dozens a key, and on the GPU each costs a compilation. Here those
-of the models' shapes are compiled and executed (tests/ptx), for a key of each class (``configs.class_of``): every kind,
-a kind being tiles and warps, at its nearest to the default. What spills, needs more shared memory than there is, or is
-wrong is out. Of the others the cycles of a processor are estimated, as the most of what its units need for what was
-counted:
+of the models' shapes are compiled and executed (tests/ptx), for a key of each class (``configs.class_of``): of each
+kind, a kind being tiles and warps, the nearest to the default, and at most KINDS. What spills, needs more shared memory
+than there is, or is wrong is out. Of the others the cycles of a processor are estimated, as the most of what its units
+need for what was counted:
 
 - a scheduler issues an instruction of a warp a cycle, and there are four; exponentials take two cycles
 - a pass over the banks of shared memory takes a cycle, and 64 bytes a cycle come from the second-level cache
@@ -16,7 +16,7 @@ within LEEWAY of the least, the best is tried first, and of each kind its neares
 nearest, MOST in all. What is chosen is executed too, and compared with float64 as ever.
 
 Writes results/ptx/candidates.csv, a row for each that was compiled, and mvkernels/triton/candidates.json, what was
-chosen. With ``--dtype`` what they hold of the other dtype stays. float16 takes what bfloat16 is given.
+chosen; what they hold of other dtypes stays. float16 takes what bfloat16 is given.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ RESULTS = Path(__file__).parent / "results" / "ptx" / "candidates.csv"
 ARCH = "sm_90"
 DTYPES = {"bfloat16": "bf16", "float32": "f32"}
 """As keys have them."""
+KINDS = 20
+TOKENS = 256
+"""Of the largest groups that are executed: half a minute each, those of four times as many."""
 PROCESSORS = 5
 """To which a batch of one is what tune's batch of 32 is to the 132 of an H100, and asks for the same keys."""
 LEEWAY = 1.5
@@ -99,6 +102,11 @@ class Asked:
     def with_change(self, change: configs.Config) -> Candidate:
         return replace(self.default, change=change)
 
+    @property
+    def nearest(self) -> list[configs.Config]:
+        """Of each kind that is executed."""
+        return [kind[0] for kind in self.kinds[:KINDS]]
+
 
 class Refused(Exception):
     """It spills."""
@@ -112,6 +120,10 @@ def asked(dtype: str, batch: int = 1, processors: int = PROCESSORS) -> Iterator[
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
                 of = Candidate(op.name, case, layout, dtype, "", "", "", {})
                 arguments = of.arguments(batch)
+                if "patch_size" in arguments:
+                    tokens = math.prod(next(iter(testing.tensors_in(arguments).values())).shape[-2:])
+                    if tokens // math.prod(arguments["patch_size"]) > TOKENS:
+                        continue
                 with torch.no_grad():
                     cotangent = torch.empty_like(op.function(**arguments, backend="triton"))
                 for name, call in tune.calls(arguments, op.function, cotangent).items():
@@ -215,13 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="candidates", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="default: bfloat16")
     parser.add_argument("--filter", default="", metavar="TEXT",
                         help="only kernels and keys with this in them; nothing is written")  # fmt: skip
     options = parser.parse_args(argv)
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-    dtypes = options.dtype or list(DTYPES)
-    every = [each for dtype in dtypes for each in of_each_class(asked(dtype)) if options.filter in str(each.default)]
+    every = [each for each in of_each_class(asked(options.dtype)) if options.filter in str(each.default)]
     if not every or options.processes < 1:
         print("candidates: no kernel and key match" if not every else "candidates: --processes: want 1 or more",
               file=sys.stderr)  # fmt: skip
@@ -233,10 +244,9 @@ def main(argv: list[str] | None = None) -> int:
         found = iter(_forked.results(executed, jobs, options.processes))
         return [[row | same for row in itertools.islice(found, len(some))] for some in changes]
 
-    nearest = [[kind[0] for kind in each.kinds] for each in every]
-    first = execute([[{}, *some] for some in nearest])
+    first = execute([[{}, *each.nearest] for each in every])
     chosen = [promising(each.kinds, rows[1:], rows[0]["cycles"] or math.inf) for each, rows in zip(every, first)]
-    rest = [[change for change in some if change not in done] for some, done in zip(chosen, nearest)]
+    rest = [[change for change in some if change not in each.nearest] for some, each in zip(chosen, every)]
     second = execute(rest)
     for some, new, rows in zip(chosen, rest, second):
         for change, row in zip(new, rows):
@@ -244,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 some.remove(change)
     rows = [row for each in zip(first, second) for part in each for row in part]
     if not options.filter:
-        write(every, rows, chosen, [DTYPES[dtype] for dtype in dtypes])
+        write(every, rows, chosen, DTYPES[options.dtype])
     print(table(list(summary(every, rows, chosen)), COLUMNS))
     wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
     print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} classes of keys")
@@ -255,12 +265,12 @@ def write(
     every: Sequence[Asked],
     rows: Sequence[dict[str, Any]],
     chosen: Sequence[list[configs.Config]],
-    dtypes: Sequence[str],
+    dtype: str,
 ) -> None:
     """Both files; of other dtypes they keep what they have."""
 
     def other(key: str) -> bool:
-        return not {f"dtype={dtype}" for dtype in dtypes} & set(key.split(","))
+        return f"dtype={dtype}" not in key.split(",")
 
     old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
     files.write_csv(RESULTS, list(rows[0]), [*rows, *(row for row in old if other(row["key"]))])

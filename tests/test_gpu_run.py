@@ -15,6 +15,7 @@ import tarfile
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,15 +28,20 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _gpu_plan
     import gpu
 
+    gpu.plan = _gpu_plan  # type: ignore[attr-defined]
     monkeypatch.setattr(gpu, "identity", lambda: ["code", "device"])
     return gpu
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Where nothing is installed but what the package needs: -S leaves out the finders of editable installs.
+    places = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    line = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 def code(text: str) -> tuple[str, ...]:
@@ -75,23 +81,36 @@ def jitted(op: str) -> set[str]:
 
 
 def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:
-    steps = {step.name: step for step in gpu.steps()}
-    assert len(steps) == len(gpu.steps()), "steps are noted by name"
+    steps = {step.name: step for step in gpu.plan.steps()}
+    assert len(steps) == len(gpu.plan.steps()), "steps are noted by name"
     # In a block that is kept, nothing is seen of what is read past an end.
     assert steps["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert not any(step.beside for name, step in steps.items() if name.startswith(("time", "tune", "kernels")))
-    for dtype in gpu.DTYPES:
+    for dtype in gpu.plan.DTYPES:
         for op in OPS:
             assert f"verify {op} {dtype}" in steps
     shapes = {f"{case.model} {case.label}" for op in OPS.values() for case in op.suite("full")}
-    for text in gpu.SHAPES:
+    for text in gpu.plan.SHAPES:
         assert any(text in shape for shape in shapes), text
     kernels = {name for op in OPS.values() if "triton" in op.why_not for name in jitted(op.name)}
-    assert len(kernels) > 15 and [name for name in kernels if not re.search(gpu.KERNELS, name)] == []
-    for op, (_, *parts) in gpu.COUNTED.items():
+    assert len(kernels) > 15 and [name for name in kernels if not re.search(gpu.plan.KERNELS, name)] == []
+    for op, (_, *parts) in gpu.plan.COUNTED.items():
         shapes = {f"{case.model} {case.label}" for case in OPS[op].suite("full")}
         for text in parts:
             assert any(text in shape for shape in shapes), text
+
+
+def test_the_rehearsal_has_the_same_steps(gpu: ModuleType) -> None:
+    real, rehearsed = gpu.plan.steps(), gpu.plan.steps(rehearse=True)
+    assert [(s.name, s.beside, s.needs) for s in real] == [(s.name, s.beside, s.needs) for s in rehearsed]
+    for one, other in zip(real, rehearsed, strict=True):
+        of_the_device = {"cuda", "cpu", "triton", "cpp", "bfloat16", "float32", "128", "1"}
+        assert [each for each in one.command if each not in of_the_device] == [
+            each for each in other.command if each not in of_the_device
+        ]
+        assert other.seconds <= 60
+    interpreted = [step for step in rehearsed if "TRITON_INTERPRET" in step.environment]
+    assert len(interpreted) == len(OPS) and all("triton" in step.command for step in interpreted)
 
 
 def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
@@ -102,7 +121,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp
         gpu.Step("needs", code(""), 20, needs="no-such-program"),
         gpu.Step("last", code("print('last')"), 20),
     ]
-    run = gpu.Run(tmp_path, None, "cpu", {}, tmp_path / "work")
+    run = gpu.Run(tmp_path, None, "cpu", tmp_path / "work")
     begun = time.monotonic()
     run.all(steps, cores=2)
     assert time.monotonic() - begun < 30
@@ -118,14 +137,16 @@ def test_the_deadline_holds_and_what_was_cut_off_keeps_its_rows(gpu: ModuleType,
     keeps = f"import signal, time; signal.signal(15, lambda *_: (open({str(rows)!r}, 'w').write('kept'), exit(0)))"
     steps = [gpu.Step("long", code(f"{keeps}; time.sleep(60)"), 60), gpu.Step("late", code(""), 60)]
     begun = time.monotonic()
-    run = gpu.Run(tmp_path, 12 / 60, "cpu", {}, tmp_path / "work")
+    run = gpu.Run(tmp_path, 12 / 60, "cpu", tmp_path / "work")
     run.all(steps, cores=1)
     assert time.monotonic() - begun < 16
     assert run.status == {"long": "cut off", "late": "no time"} and rows.read_text() == "kept"
 
 
 @pytest.mark.core
-def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_where_it_stopped(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = tmp_path / "log"
 
     def append(letter: str, more: str = "") -> tuple[str, ...]:
@@ -148,9 +169,53 @@ def test_it_goes_on_where_it_stopped(gpu: ModuleType, tmp_path: Path, monkeypatc
     assert log.read_text() == "abb"
     monkeypatch.setattr(gpu, "identity", lambda: ["other code", "device"])
     assert go("--out", str(tmp_path / "four"), "--resume", str(tmp_path / "two")) == 0
-    assert log.read_text() == "abbab"
+    assert log.read_text() == "abbab" and "other code, not code" in capsys.readouterr().err
     with pytest.raises(gpu.report.UsageError, match="nothing to resume"):
         go("--resume", str(tmp_path / "nowhere"))
+
+
+def test_what_an_earlier_run_found_is_taken_over(gpu: ModuleType, tmp_path: Path) -> None:
+    def run(out: str, earlier: str | None, *steps: tuple[str, str]) -> Any:
+        found = gpu.Run(tmp_path / out, None, "cpu", tmp_path / f"work {out}")
+        if earlier:
+            found.take_over(tmp_path / earlier)
+        found.all([gpu.Step(name, code(f"folder = {str(found.results)!r}; {text}"), 20) for name, text in steps], 1)
+        return found
+
+    fine, wrong = "print('said'); open(folder + '/a.csv', 'w').write('row')", "exit(1)"
+    run("one", None, ("a", fine), ("b", wrong))
+    # Another machine: nothing of the first run is there but what it has packed.
+    shutil.rmtree(tmp_path / "work one")
+    found = run("two", "one", ("a", wrong), ("b", "pass"), ("c", "pass"))
+    assert list(found.status) == ["c", "b"]  # what had failed comes last
+    for out in ("one", "two"):
+        assert packed(tmp_path / out, f"benchmarks/results/{found.results.name}/a.csv") == "row"
+        assert packed(tmp_path / out, "logs/a.log") == "said\n"
+    assert set(json.loads(packed(tmp_path / "two", "notes.json"))["done"]) == set("abc")
+
+
+def test_told_to_end_it_ends_the_steps_and_keeps_their_rows(gpu: ModuleType, tmp_path: Path) -> None:
+    keeps = "import signal, sys, time; signal.signal(15, lambda *_: (print('kept', flush=True), sys.exit(3)))"
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+from pathlib import Path
+line = (sys.executable, "-c", {keeps + "; print('begun', flush=True); time.sleep(60)"!r})
+gpu.steps = lambda *_: [gpu.Step("first", line, 60, beside=True), gpu.Step("second", line, 60)]
+gpu.Run.__init__.__defaults__ = (Path({str(tmp_path / "work")!r}),)
+sys.exit(gpu.main())
+"""
+    line = [sys.executable, "-c", script, "--rehearse", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+    log = tmp_path / "work" / "logs" / "first.log"
+    while not log.exists() or "begun" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 1
+    assert json.loads(packed(tmp_path / "out", "notes.json"))["status"] == {"first": "cut off", "second": "no time"}
+    assert packed(tmp_path / "out", "logs/first.log") == "begun\nkept\n"
 
 
 def test_killed_at_any_moment_it_goes_on(gpu: ModuleType, tmp_path: Path) -> None:
@@ -184,11 +249,11 @@ sys.exit(gpu.main())
         process.wait()
         before = log.read_text() if log.exists() else ""
         if (out / "results.tar.gz").exists():
-            done = set(gpu.done_in(out))
+            done = set(json.loads(packed(out, "notes.json"))["done"])
             assert kept <= done <= set(before)
             kept, resumed = done, ["--resume", str(out)]
         out = tmp_path / str(attempt)
-    assert set(gpu.done_in(out)) == set(log.read_text()) == set(names)
+    assert set(json.loads(packed(out, "notes.json"))["done"]) == set(log.read_text()) == set(names)
     assert len(log.read_text()) <= len(names) + 3  # again only what a kill had met at work
 
 
@@ -205,7 +270,7 @@ def test_hardware_counters_become_rows(gpu: ModuleType, tmp_path: Path) -> None:
         values = {name: ("%", "1,012.5") for name in _counters.COLUMNS} | {"Duration": (unit, duration)}
         return "".join(f'{head}"{name}","{of}","{value}",""\n' for name, (of, value) in values.items())
 
-    run = gpu.Run(tmp_path, None, "cpu", {}, tmp_path / "work")
+    run = gpu.Run(tmp_path, None, "cpu", tmp_path / "work")
     log = NCU + lines(0, "1.5", "us") + lines(1, "9", "ns")  # the second is the same launch once more
     log += lines(2, "nan", "ns").replace("a_kernel", "another") + '"3","1","python","ho'  # cut off
     (run.logs / "counters_patch_attention.log").write_text(log)
@@ -220,15 +285,45 @@ def test_hardware_counters_become_rows(gpu: ModuleType, tmp_path: Path) -> None:
     assert _counters.rows("ncu: no such device") == []
 
 
-def test_the_cache_travels(gpu: ModuleType, tmp_path: Path) -> None:
-    one = gpu.Run(tmp_path / "one", None, "cpu", {}, tmp_path / "work 1")
-    kept = Path(one.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin"
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"code")
-    one.pack_cache()
-    two = gpu.Run(tmp_path / "two", None, "cpu", {}, tmp_path / "work 2")
-    two.unpack_cache(tmp_path / "one" / "cache.tar.xz")
-    assert (Path(two.environment["TRITON_CACHE_DIR"]) / "KEY" / "kernel.cubin").read_bytes() == b"code"
+@pytest.mark.skipif(not shutil.which("xz"), reason="needs xz")
+def test_the_cache_travels_and_is_kept_after_every_step(gpu: ModuleType, tmp_path: Path) -> None:
+    one = gpu.Run(tmp_path / "one", None, "cpu", tmp_path / "work 1")
+    folder = Path(one.environment["TRITON_CACHE_DIR"])
+    make = "import os, pathlib; f = pathlib.Path(os.environ['TRITON_CACHE_DIR'], '{0}'); f.mkdir(parents=True);"
+    make += "(f / 'k.cubin').write_text('{0}')"
+    one.all([gpu.Step(name, code(make.format(name)), 20) for name in "ab"], 1)
+    parts = sorted((tmp_path / "one").glob("cache.*.tar.xz"))
+    for part, name in zip(parts, "ab", strict=True):
+        with tarfile.open(part) as tar:
+            assert tar.getnames() == [f"triton/{name}/k.cubin"]
+    two = gpu.Run(tmp_path / "two", None, "cpu", tmp_path / "work 2")
+    two.unpack_cache(tmp_path / "one")
+    for name in "ab":
+        assert (Path(two.environment["TRITON_CACHE_DIR"]) / name / "k.cubin").read_text() == name
+    assert folder != Path(two.environment["TRITON_CACHE_DIR"])
+    three = gpu.Run(tmp_path / "three", None, "cpu", tmp_path / "work 3")
+    three.unpack_cache(parts[0])
+    assert [path.name for path in Path(three.environment["TRITON_CACHE_DIR"]).iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gpu.py --rehearse --only info --cache {}",
+        "precompile.py --out {}/no",
+        "precompile.py --out x --processes 0",
+        "precompile.py --out x --key {}/no",
+    ],
+)
+def test_bad_usage_is_one_line(line: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "file").write_text("no archive")
+    name, *arguments = line.format(tmp_path / "file").split()
+    if name == "gpu.py":
+        arguments += ["--out", str(tmp_path)]
+    found = subprocess.run([sys.executable, str(ROOT / "benchmarks" / name), *arguments], cwd=tmp_path,
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    assert found.returncode == 2 and found.stderr.count("\n") == 1, found.stderr
 
 
 def test_a_change_of_the_code_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
