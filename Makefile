@@ -20,7 +20,7 @@ PTX    := $(wildcard tests/ptx/machine/*)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx gpu sanitize wheel clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize wheel clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -90,6 +90,10 @@ audit: setup
 # The compiled kernels, executed here: half an hour on 2 cores.
 ptx: setup
 	$(BIN)/python benchmarks/ptx.py
+
+# What `mvkernels tune` tries, by what the compiled kernels do: an hour on 2 cores.
+candidates: setup
+	$(BIN)/python benchmarks/candidates.py
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py --minutes 9.5

@@ -79,10 +79,11 @@ def test_what_is_listed_is_tried_and_else_what_is_near(monkeypatch):
     pytest.importorskip("mvkernels.ops.patch_attention.triton.configs")
     of = "patch_attention", "forward_rows"
     listed = [{"num_warps": 2}, {"num_warps": 1}]
-    content = {"sm_90": {"patch_attention.forward_rows": {configs.key_text(KEY): listed}}}
+    content = {"sm_90": {"patch_attention.forward_rows": {configs.class_of(KEY): listed}}}
     monkeypatch.setattr(configs, "_listed", lambda: content)
     assert tune.to_try(*of, KEY) == listed
-    assert tune.to_try(*of, {**KEY, "dtype": "f16"}) == listed  # bfloat16's
+    for same in ({"dtype": "f16"}, {"d": 40, "dv": 60}):  # they compile to the same tiles
+        assert tune.to_try(*of, KEY | same) == listed
     for other in ({"arch": "sm_80"}, {"dtype": "f32"}, {"n": 255}):
         key = KEY | other
         near = tune.kinds(configs.candidates_of(*of, key), configs.default(*of, key))
@@ -95,36 +96,31 @@ def parsed(text, arch):
     return {name: int(value) if value.isdigit() else value for name, value in values} | {"arch": arch}
 
 
-def test_what_is_listed_is_registered_and_was_executed_without_a_fault(of_benchmarks):
-    # Red after a change of what is registered or of a heuristic: `python benchmarks/candidates.py` lists anew.
-    with (of_benchmarks / "results" / "ptx" / "candidates.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    right = {(f"{row['op']}.{row['kernel']}", row["key"], row["change"]) for row in rows if row["outcome"] == "ok"}
-    [(arch, listed)] = configs._listed().items()
-    assert {(kernel, key) for kernel, keys in listed.items() for key in keys} == {
-        (f"{row['op']}.{row['kernel']}", row["key"]) for row in rows
-    }
-    for kernel, keys in listed.items():
-        op, name = kernel.split(".")
-        importlib.import_module(f"mvkernels.ops.{op}.triton.launcher")
-        for text, changes in keys.items():
-            key = parsed(text, arch)
-            assert configs.key_text(key) == text
-            registered = configs.candidates_of(op, name, key)
-            default = configs.default(op, name, key)
-            assert len(changes) <= tune.MOST
-            assert all(change in registered and default | change != default for change in changes), (kernel, text)
-            assert len({json.dumps(default | change, sort_keys=True) for change in changes}) == len(changes)
-            in_words = [" ".join(f"{name}={value}" for name, value in change.items()) for change in changes]
-            assert {(kernel, text, each) for each in in_words} <= right
-
-
-def test_every_key_of_the_models_shapes_is_listed(of_benchmarks):
+def test_what_the_models_ask_for_is_listed_registered_and_was_executed_without_a_fault(of_benchmarks):
+    # Red after a change of what is registered, a heuristic or a key: `python benchmarks/candidates.py` lists anew.
     candidates = importlib.import_module("candidates")
-    [listed] = configs._listed().values()
-    asked = [each.default for dtype in candidates.DTYPES for each in candidates.asked(dtype, 32, 132)]
-    asked = {(f"{of.op}.{of.kernel}", of.key) for of in asked}
-    assert asked == {(kernel, key) for kernel, keys in listed.items() for key in keys}
+    with candidates.RESULTS.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["outcome"] == "ok"]
+    right = {
+        (f"{row['op']}.{row['kernel']}", configs.class_of(parsed(row["key"], candidates.ARCH)), row["change"])
+        for row in rows
+    }
+    listed = configs._listed()[candidates.ARCH]
+    asked = list(candidates.asked("bfloat16", 32, 132))
+    assert {(f"{each.default.op}.{each.default.kernel}", configs.class_of(each.key)) for each in asked} == {
+        (kernel, key) for kernel, keys in listed.items() for key in keys
+    }
+    for each in asked:
+        of, kernel = (each.default.op, each.default.kernel), f"{each.default.op}.{each.default.kernel}"
+        changes = tune.to_try(*of, each.key)
+        assert changes == tune.to_try(*of, each.key | {"dtype": "f16"})
+        default, registered = configs.default(*of, each.key), configs.candidates_of(*of, each.key)
+        assert len(changes) <= tune.MOST and default not in [default | change for change in changes]
+        assert all(change in registered for change in changes), each.default
+        assert len({json.dumps(default | change, sort_keys=True) for change in changes}) == len(changes)
+        for change in changes:
+            in_words = " ".join(f"{name}={value}" for name, value in change.items())
+            assert (kernel, configs.class_of(each.key), in_words) in right
 
 
 @pytest.fixture
