@@ -277,7 +277,8 @@ def write(
     kernels = json.loads(configs.LISTED.read_text())["candidates"].get(ARCH, {})
     listed = {kernel: {key: some for key, some in keys.items() if other(key)} for kernel, keys in kernels.items()}
     for each, some in zip(every, chosen):
-        listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[configs.class_of(each.key)] = some
+        if some:  # else what is near is tried
+            listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[configs.class_of(each.key)] = some
     # A line for each class of keys.
     text = ",\n".join(
         f'"{kernel}": {{\n' + ",\n".join(f' "{key}": {json.dumps(some)}' for key, some in sorted(keys.items())) + "}"

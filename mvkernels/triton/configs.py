@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from mvkernels.triton.maps import width
+
 T = TypeVar("T")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -137,9 +139,9 @@ def _listed() -> Mapping[str, Mapping[str, Mapping[str, list[Config]]]]:
 
 
 def class_of(key: Mapping[str, Any]) -> str:
-    """Of keys that compile to nearly the same code: sides of a tile are padded to powers of two, and float16 has the
-    bytes and the instructions of bfloat16."""
-    padded = {name: 1 << (key[name] - 1).bit_length() for name in ("d", "dv", "m") if name in key}
+    """Of keys that compile to nearly the same code: tiles are as wide, and float16 has the bytes and the instructions of
+    bfloat16."""
+    padded = {name: width(key[name]) for name in ("d", "dv") if name in key}
     return key_text({**key, **padded, **({"dtype": "bf16"} if half(key) else {})})
 
 
