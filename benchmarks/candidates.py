@@ -16,13 +16,12 @@ within LEEWAY of the least, the best is tried first, and of each kind its neares
 nearest, MOST in all. What is chosen is executed too, and compared with float64 as ever.
 
 Writes results/ptx/candidates.csv, a row for each that was compiled, and mvkernels/triton/candidates.json, what was
-chosen; what they hold of other dtypes stays. float16 takes what bfloat16 is given.
+chosen. All of it in bfloat16: float16 takes the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import itertools
 import json
@@ -52,9 +51,7 @@ from mvkernels.triton.repeated import RepeatedLaunch
 from tests.ptx import launches
 
 RESULTS = Path(__file__).parent / "results" / "ptx" / "candidates.csv"
-ARCH = "sm_90"
-DTYPES = {"bfloat16": "bf16", "float32": "f32"}
-"""As keys have them."""
+ARCH, DTYPE = "sm_90", torch.bfloat16
 KINDS = 20
 TOKENS = 256
 """Of the largest groups that are executed: half a minute each, those of four times as many."""
@@ -75,7 +72,6 @@ class Candidate:
     op: str
     case: Case
     layout: str
-    dtype: str
     call: str
     """"forward", or "backward": that is both."""
     kernel: str
@@ -88,7 +84,7 @@ class Candidate:
 
     def arguments(self, batch: int = 1) -> dict[str, Any]:
         """The op's."""
-        return self.case.make(batch=batch, dtype=getattr(torch, self.dtype), device="cpu", layout=self.layout)
+        return self.case.make(batch=batch, dtype=DTYPE, device="cpu", layout=self.layout)
 
 
 @dataclass(frozen=True)
@@ -112,13 +108,13 @@ class Refused(Exception):
     """It spills."""
 
 
-def asked(dtype: str, batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
+def asked(batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
     """Each kernel and key that tune asks for at the models' shapes, once, if anything is registered for it."""
     done: set[tuple[str, str]] = set()
     with launches.executed(ARCH, processors), mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None):
         for op in OPS.values():
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
-                of = Candidate(op.name, case, layout, dtype, "", "", "", {})
+                of = Candidate(op.name, case, layout, "", "", "", {})
                 arguments = of.arguments(batch)
                 if "patch_size" in arguments:
                     tokens = math.prod(next(iter(testing.tensors_in(arguments).values())).shape[-2:])
@@ -142,13 +138,13 @@ def of_each_class(every: Iterable[Asked]) -> list[Asked]:
     return list(found.values())
 
 
-PREPARED: dict[tuple[str, ...], Any] = {}
+PREPARED: dict[tuple[str, str, str], Any] = {}
 """The last: candidates of a case come one after the other."""
 
 
 def prepared(of: Candidate) -> Any:
     """(what results are held against, the calls) of a candidate's case."""
-    name = of.op, of.case.label, of.layout, of.dtype
+    name = of.op, of.case.label, of.layout
     if name not in PREPARED:
         op = OPS[of.op]
         arguments = testing.normalised(op, of.arguments())
@@ -227,12 +223,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="candidates", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
-    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="default: bfloat16")
     parser.add_argument("--filter", default="", metavar="TEXT",
                         help="only kernels and keys with this in them; nothing is written")  # fmt: skip
     options = parser.parse_args(argv)
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-    every = [each for each in of_each_class(asked(options.dtype)) if options.filter in str(each.default)]
+    every = [each for each in of_each_class(asked()) if options.filter in str(each.default)]
     if not every or options.processes < 1:
         print("candidates: no kernel and key match" if not every else "candidates: --processes: want 1 or more",
               file=sys.stderr)  # fmt: skip
@@ -254,28 +249,17 @@ def main(argv: list[str] | None = None) -> int:
                 some.remove(change)
     rows = [row for each in zip(first, second) for part in each for row in part]
     if not options.filter:
-        write(every, rows, chosen, DTYPES[options.dtype])
+        write(every, rows, chosen)
     print(table(list(summary(every, rows, chosen)), COLUMNS))
     wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
     print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} classes of keys")
     return int(bool(wrong))
 
 
-def write(
-    every: Sequence[Asked],
-    rows: Sequence[dict[str, Any]],
-    chosen: Sequence[list[configs.Config]],
-    dtype: str,
-) -> None:
-    """Both files; of other dtypes they keep what they have."""
-
-    def other(key: str) -> bool:
-        return f"dtype={dtype}" not in key.split(",")
-
-    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
-    files.write_csv(RESULTS, list(rows[0]), [*rows, *(row for row in old if other(row["key"]))])
-    kernels = json.loads(configs.LISTED.read_text())["candidates"].get(ARCH, {})
-    listed = {kernel: {key: some for key, some in keys.items() if other(key)} for kernel, keys in kernels.items()}
+def write(every: Sequence[Asked], rows: Sequence[dict[str, Any]], chosen: Sequence[list[configs.Config]]) -> None:
+    """Both files."""
+    files.write_csv(RESULTS, list(rows[0]), rows)
+    listed: dict[str, dict[str, list[configs.Config]]] = {}
     for each, some in zip(every, chosen):
         if some:  # else what is near is tried
             listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[configs.class_of(each.key)] = some

@@ -9,10 +9,11 @@ part. So does one that is told to end (SIGTERM, Ctrl-C): the steps under way are
     python benchmarks/gpu.py --minutes 9.5 --out DIR
     python benchmarks/gpu.py --minutes 5 --out OTHER --resume DIR
 
-With ``--resume`` the results and logs of DIR are taken over. What it had not begun or not finished is run first, then
-what had failed. Nothing needs to be installed but PyTorch, Triton, NumPy, pytest and timm. ``--rehearse`` runs the same
-steps where there is no GPU, with short limits: `verify` in float32 on Triton's interpreter, the rest on the kernels for
-CPUs. Steps that need a GPU then end badly or are left out, and say so.
+With ``--resume`` the results, logs and cache of DIR are taken over; files of the checkout that differ are kept in
+OUT/replaced. What DIR had not begun or not finished is run first, then what had failed or had taken too long. Nothing
+needs to be installed but PyTorch, Triton, NumPy, timm, and for the tests pytest, pytest-xdist and hypothesis.
+``--rehearse`` runs the same steps where there is no GPU, with short limits: `verify` in float32 on Triton's
+interpreter, the rest on the kernels for CPUs. Steps that need a GPU then end badly or are left out, and say so.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Run:
         self.out, self.work, self.device = out, work, device
         self.done: dict[str, float] = {}
         self.failed: list[str] = []
-        """Of an earlier run: what did not end well, though there was time."""
+        """Of earlier runs: what did not end well, though there was time."""
         self.running: list[subprocess.Popen[bytes]] = []
         self.ended = False
         self.cached: set[str] = set()
@@ -75,7 +76,9 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "python")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(HERE.parent), str(HERE.parent / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "MVKERNELS_TEST_DEVICE": device,
@@ -140,9 +143,9 @@ class Run:
                 stop(process)
             try:
                 code = process.wait(seconds)
-                what = "ok" if code == 0 else CUT_OFF if self.ended else f"status {code}"
+                what = CUT_OFF if self.ended else "ok" if code == 0 else f"status {code}"
             except subprocess.TimeoutExpired:
-                what = CUT_OFF
+                what = CUT_OFF if seconds < step.seconds else "too long"
                 stop(process)
             self.running.remove(process)
             if stdout is not log:
@@ -164,13 +167,16 @@ class Run:
         lines = self.log(step).read_text(errors="replace").strip().splitlines() if self.log(step).exists() else []
         last = lines[-1][:110] if lines and what != "ok" else ""
         print(f"{time.monotonic() - self.began:5.0f} s  {step.name:44} {what:10} {seconds:5.0f} s  {last}", flush=True)
-        self.pack()
+        if what != NO_TIME:
+            self.pack()
 
     def pack(self) -> None:
         """Everything but the caches, in one file, which is whole at any moment."""
-        notes = {"of": identity(), "done": self.done, "status": self.status}
+        failed = {name for name, what in self.status.items() if what not in ("ok", CUT_OFF, NO_TIME)}
+        failed |= set(self.failed) - set(self.done)
+        notes = {"of": identity(), "done": self.done, "failed": sorted(failed), "status": self.status}
         files.write(self.work / "notes.json", json.dumps(notes, indent=1) + "\n")
-        packed = self.work / "results.tar.gz"
+        packed = self.work / "packing.tar.gz"
         with tarfile.open(packed, "w:gz", compresslevel=1) as tar:
             tar.add(self.logs, arcname="logs")
             tar.add(self.work / "notes.json", arcname="notes.json")
@@ -188,12 +194,13 @@ class Run:
             if path.is_file() and not path.name.startswith("tmp")
         } - self.cached
         if new and shutil.which("xz"):
-            packed, names = self.work / "cache.tar.xz", self.work / "cache.txt"
+            packed, names = self.work / "packing.tar.xz", self.work / "packing.txt"
             names.write_text("\n".join(sorted(new)))
             line = ["tar", "-C", str(cache), "-I", "xz -T0 -1", "-cf", str(packed), "-T", str(names)]
             if subprocess.run(line, check=False).returncode == 0:
                 self.cached |= new
-                self.move(packed, f"cache.{len(list(self.out.glob('cache.*.tar.xz'))):03}.tar.xz")
+                numbers = [int(part.name.split(".")[1]) for part in self.out.glob("cache.[0-9]*.tar.xz")]
+                self.move(packed, f"cache.{max(numbers, default=-1) + 1:03}.tar.xz")
 
     def move(self, file: Path, name: str) -> None:
         """To the folder of what is kept, which may be on another disk: whole at any moment."""
@@ -202,12 +209,16 @@ class Run:
         beside.replace(self.out / name)
 
     def unpack_cache(self, packed: Path) -> None:
-        """A file, or all that a folder has."""
-        for each in sorted(packed.glob("cache*.tar.xz")) if packed.is_dir() else [packed]:
+        """A file, or all that a folder has. It is not packed again."""
+        parts = sorted(packed.glob("cache*.tar.xz")) if packed.is_dir() else [packed]
+        if not parts:
+            raise report.UsageError(f"--cache: {packed} has no cache.*.tar.xz")
+        for each in parts:
             try:
                 with tarfile.open(each) as tar:
                     tar.extractall(self.work / "cache", filter="data")
-            except tarfile.TarError as error:
+                    self.cached |= set(tar.getnames())
+            except (tarfile.TarError, EOFError) as error:
                 raise report.UsageError(f"--cache: {each}: {error}") from None
 
     def take_over(self, earlier: Path) -> None:
@@ -223,14 +234,21 @@ class Run:
                     return
                 with tempfile.TemporaryDirectory() as folder:
                     tar.extractall(folder, filter="data")
-                    places = {f"benchmarks/results/{self.results.name}": self.results, "logs": self.logs,
-                              "mvkernels/configs": configs.CONFIGS}  # fmt: skip
+                    places = {f"benchmarks/results/{self.results.name}": self.results, "logs": self.logs}
+                    if self.device != "cpu":  # a rehearsal tunes nothing
+                        places["mvkernels/configs"] = configs.CONFIGS
                     for name, place in places.items():
-                        shutil.copytree(Path(folder) / name, place, dirs_exist_ok=True)
-        except (OSError, KeyError, ValueError, tarfile.TarError) as error:
+                        replace(Path(folder) / name, place, self.out / "replaced" / name)
+        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError) as error:
             raise report.UsageError(f"nothing to resume in {earlier}: {error}") from None
-        self.done = dict(notes["done"])
-        self.failed = [name for name, what in notes["status"].items() if what not in ("ok", CUT_OFF, NO_TIME)]
+        self.done, self.failed = dict(notes["done"]), list(notes["failed"])
+        parts = sorted(earlier.glob("cache.*.tar.xz"))
+        for part in parts if earlier.resolve() != self.out else []:
+            shutil.copyfile(part, self.out / part.name)
+        if parts:
+            self.unpack_cache(earlier)
+        else:  # what was compiled there is not here
+            self.done = {name: taken for name, taken in self.done.items() if not name.startswith("compile ")}
 
     def verified(self) -> None:
         """One table of what `verify` found, of all its steps."""
@@ -264,6 +282,18 @@ class Run:
 
 
 CUT_OFF, NO_TIME = "cut off", "no time"
+
+
+def replace(source: Path, place: Path, kept: Path) -> None:
+    """Copy files; those there that differ are kept."""
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        old = place / file.relative_to(source)
+        if old.exists() and old.read_bytes() != file.read_bytes():
+            beside = kept / file.relative_to(source)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, beside)
+        old.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, old)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -320,7 +350,7 @@ def main() -> int:
         run.take_over(options.resume)
     if options.cache:
         run.unpack_cache(options.cache)
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(each, lambda *_: run.end())
     run.all(chosen, cores if device == "cuda" else 1)
     run.verified()

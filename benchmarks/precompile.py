@@ -52,7 +52,10 @@ def main() -> int:
     files.check(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.key:
-        options.key.read_text()
+        try:
+            options.key.read_text()
+        except ValueError:
+            raise UsageError(f"--key: {options.key} is no text") from None
     if not shutil.which("xz"):
         raise UsageError("xz is not installed: it packs what was compiled")
     with tempfile.TemporaryDirectory() as place:
@@ -61,7 +64,14 @@ def main() -> int:
         environment |= {
             "TRITON_CACHE_DIR": str(cache),
             "TRITON_STORE_BINARY_ONLY": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "python"), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join(
+                [
+                    str(HERE.parent),
+                    str(HERE.parent / "python"),
+                    str(HERE),
+                    *filter(None, [os.environ.get("PYTHONPATH")]),
+                ]
+            ),
         }
         environment.pop("TRITON_INTERPRET", None)
         line = [sys.executable, *sys.argv]
@@ -69,8 +79,9 @@ def main() -> int:
         status = max([worker.wait() for worker in workers], key=abs)
         # Launchers are C code for this Python, and sources are not looked at.
         leave = ("--exclude=*.so", "--exclude=*.source")
-        subprocess.run(["tar", "-C", place, *leave, "-I", "xz -T0 -1", "-cf", str(options.out.resolve()), cache.name],
-                       check=True)  # fmt: skip
+        part = options.out.resolve().with_name(f".{options.out.name}")
+        subprocess.run(["tar", "-C", place, *leave, "-I", "xz -T0 -1", "-cf", str(part), cache.name], check=True)
+        part.replace(options.out)
     return int(bool(status))
 
 

@@ -63,6 +63,12 @@ def test_without_a_gpu_it_says_so_and_is_status_2() -> None:
     assert "no CUDA device" in found.stderr and found.stderr.count("\n") == 1
 
 
+def test_its_steps_need_no_installed_package(tmp_path: Path) -> None:
+    found = python("--rehearse", "--only", "info", "--out", str(tmp_path))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "mvkernels" in packed(tmp_path, "logs/info.log")
+
+
 def test_it_can_be_listed_without_one() -> None:
     found = python("--dry-run")
     assert found.returncode == 0, found.stderr
@@ -126,7 +132,7 @@ def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp
     run.all(steps, cores=2)
     assert time.monotonic() - begun < 30
     assert run.status.pop("needs") == "left out: needs no-such-program"
-    assert run.status == {"first": "ok", "fails": "status 3", "hangs": "cut off", "last": "ok"}
+    assert run.status == {"first": "ok", "fails": "status 3", "hangs": "too long", "last": "ok"}
     notes = json.loads(packed(tmp_path, "notes.json"))
     assert set(notes["done"]) == {"first", "last"} and notes["status"].items() >= run.status.items()
     assert packed(tmp_path, "logs/last.log") == "last\n"
@@ -175,9 +181,10 @@ def test_it_goes_on_where_it_stopped(
 
 
 def test_what_an_earlier_run_found_is_taken_over(gpu: ModuleType, tmp_path: Path) -> None:
-    def run(out: str, earlier: str | None, *steps: tuple[str, str]) -> Any:
-        found = gpu.Run(tmp_path / out, None, "cpu", tmp_path / f"work {out}")
+    def run(out: str, earlier: str | None, *steps: tuple[str, str], minutes: float | None = None) -> Any:
+        found = gpu.Run(tmp_path / out, minutes, "cpu", tmp_path / f"work {out}")
         if earlier:
+            (found.results / "a.csv").write_text("of another run")
             found.take_over(tmp_path / earlier)
         found.all([gpu.Step(name, code(f"folder = {str(found.results)!r}; {text}"), 20) for name, text in steps], 1)
         return found
@@ -186,12 +193,42 @@ def test_what_an_earlier_run_found_is_taken_over(gpu: ModuleType, tmp_path: Path
     run("one", None, ("a", fine), ("b", wrong))
     # Another machine: nothing of the first run is there but what it has packed.
     shutil.rmtree(tmp_path / "work one")
-    found = run("two", "one", ("a", wrong), ("b", "pass"), ("c", "pass"))
+    late = run("late", "one", ("b", "pass"), minutes=1e-3)
+    assert late.status == {"b": "no time"}
+    late.pack()
+    found = run("two", "late", ("a", wrong), ("b", "pass"), ("c", "pass"))
     assert list(found.status) == ["c", "b"]  # what had failed comes last
-    for out in ("one", "two"):
-        assert packed(tmp_path / out, f"benchmarks/results/{found.results.name}/a.csv") == "row"
+    place = f"benchmarks/results/{found.results.name}/a.csv"
+    assert (tmp_path / "two" / "replaced" / place).read_text() == "of another run"
+    for out in ("one", "late", "two"):
+        assert packed(tmp_path / out, place) == "row"
         assert packed(tmp_path / out, "logs/a.log") == "said\n"
     assert set(json.loads(packed(tmp_path / "two", "notes.json"))["done"]) == set("abc")
+    archive = tmp_path / "two" / "results.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(gpu.report.UsageError, match="nothing to resume"):
+        found.take_over(tmp_path / "two")
+
+
+def test_what_was_compiled_is_taken_over_or_compiled_again(gpu: ModuleType, tmp_path: Path) -> None:
+    def run(out: str) -> Any:
+        return gpu.Run(tmp_path / out, None, "cpu", tmp_path / f"work {out}")
+
+    make = "import os, pathlib; f = pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'a'); f.mkdir(parents=True);"
+    steps = [gpu.Step("compile 1", code(make + "(f / 'k.cubin').write_text('code')"), 20, beside=True)]
+    run("one").all(steps, 1)
+    for out, earlier in (("two", "one"), ("three", "two")):
+        later = run(out)
+        later.take_over(tmp_path / earlier)
+        later.all(steps, 1)
+        later.pack()
+        assert later.status == {} and (later.work / "cache" / "triton" / "a" / "k.cubin").read_text() == "code"
+    for part in (tmp_path / "three").glob("cache.*"):
+        part.unlink()
+    later = run("four")
+    later.take_over(tmp_path / "three")
+    later.all(steps, 1)
+    assert later.status == {"compile 1": "ok"}
 
 
 def test_told_to_end_it_ends_the_steps_and_keeps_their_rows(gpu: ModuleType, tmp_path: Path) -> None:

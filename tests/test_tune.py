@@ -106,7 +106,7 @@ def test_what_the_models_ask_for_is_listed_registered_and_was_executed_without_a
         for row in rows
     }
     listed = configs._listed()[candidates.ARCH]
-    asked = list(candidates.asked("bfloat16", 32, 132))
+    asked = list(candidates.asked(32, 132))
     promising = {(kernel, key) for kernel, key, change in right if change}
     assert {(kernel, key) for kernel, keys in listed.items() for key in keys} <= promising
     assert {(f"{each.default.op}.{each.default.kernel}", configs.class_of(each.key)) for each in asked} >= promising

@@ -139,8 +139,8 @@ def _listed() -> Mapping[str, Mapping[str, Mapping[str, list[Config]]]]:
 
 
 def class_of(key: Mapping[str, Any]) -> str:
-    """Of keys that compile to nearly the same code: tiles are as wide, and float16 has the bytes and the instructions of
-    bfloat16."""
+    """Of keys that compile to nearly the same code: tiles are as wide, and float16 has bfloat16's bytes and
+    instructions."""
     padded = {name: width(key[name]) for name in ("d", "dv") if name in key}
     return key_text({**key, **padded, **({"dtype": "bf16"} if half(key) else {})})
 
