@@ -75,6 +75,24 @@ FAULTY = {
         "mov.b32 %r6, 900;"
         "setp.eq.u32 %p2, %r0, 31; @%p2 st.shared.b32 [%r8], %r6;" + DONE_WRITING
     ),
+    "one value of several warps, read before a barrier": (
+        "race", SEVERAL.format("mov.b32 %r6, 7;") + "mov.b32 %r5, 0; @%p1 " + READ
+    ),
+    "an undefined value, and the same bits of another warp": (
+        "race, undefined value", SEVERAL.format("mov.b32 %r6, 0; @%p2 mov.b32 %r6, %r40;") + DONE_WRITING
+    ),
+    "one value of several lanes, read before a barrier": (
+        "race between lanes", "mov.b32 %r6, 7; mov.b32 %r5, 0; setp.lt.u32 %p1, %r0, 2; @%p1 st.shared.b32 [%r8], %r6;"
+        "@%p1 ld.shared.b32 %r5, [%r8];"
+    ),
+    "a wider store of another warp with the same part": (
+        None, "mov.b32 %r5, 0; setp.eq.u32 %p1, %r0, 0; setp.eq.u32 %p2, %r0, 32; mov.b32 %r6, 3; mov.b32 %r7, 9;"
+        "@%p1 st.shared.b32 [%r8], %r6; @%p2 st.shared.v2.b32 [%r8], {%r6, %r7};"
+    ),
+    "lanes whose sums drift apart": (
+        "race between lanes", "setp.lt.u32 %p1, %r0, 32; shl.b32 %r6, %r0, 1; add.s32 %r6, %r6, 1065353216;"
+        "@%p1 st.shared.b32 [%r8], %r6; mov.b32 %r5, 0;"
+    ),
     "written again before it is read": (
         "race", shared_exchange("bar.sync 0;") + "st.shared.b32 [%r9], %r5;"
     ),

@@ -48,8 +48,10 @@ void check_read(Warp& warp, int lane, Trace& byte) {
   const Machine& machine = warp.machine();
   if (byte.pending_writes) warp.fault(IN_FLIGHT);
   if (byte.write_epoch >= machine.block_epoch) {
-    if (byte.write_epoch == machine.epoch && !(byte.writers >> warp.index & 1)) warp.fault(RACE);
-    if (other_lane(warp, lane, byte.write_epoch, byte.writer, byte.warp_syncs)) warp.fault(RACE_BETWEEN_LANES);
+    // One that has stored the same value too may still find what the other had stored before.
+    if (byte.write_epoch == machine.epoch && (byte.writers & ~(1u << warp.index))) warp.fault(RACE);
+    const int writer = lane >= 0 && byte.several_writers ? LANES : lane;
+    if (other_lane(warp, writer, byte.write_epoch, byte.writer, byte.warp_syncs)) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
   }
@@ -71,15 +73,17 @@ struct Value {
   bool same, copy;
 };
 
-void check_write(Warp& warp, int lane, const Trace& byte, Value value) {
+// Whether another lane of the warp has written there, and the two have not been synchronised since.
+bool check_write(Warp& warp, int lane, const Trace& byte, Value value) {
   const Machine& machine = warp.machine();
   if (byte.pending_writes || byte.pending_reads) warp.fault(IN_FLIGHT);
+  bool lanes = false;
   if (byte.write_epoch >= machine.block_epoch) {
     // Two warps may store the same value: that of a small tensor that several warps hold.
     const bool others = byte.write_epoch == machine.epoch && (byte.writers & ~(1u << warp.index));
     if (others && !value.same) warp.fault(RACE);
     const int writer = lane >= 0 && byte.several_writers ? LANES : lane;
-    const bool lanes = other_lane(warp, writer, byte.write_epoch, byte.writer, byte.warp_syncs);
+    lanes = other_lane(warp, writer, byte.write_epoch, byte.writer, byte.warp_syncs);
     if (lanes && !value.copy) warp.fault(RACE_BETWEEN_LANES);
   } else if (byte.write_epoch >= machine.launch_epoch) {
     warp.fault(RACE_BETWEEN_BLOCKS);
@@ -91,6 +95,7 @@ void check_write(Warp& warp, int lane, const Trace& byte, Value value) {
   }
   const bool read = byte.read_epoch >= machine.launch_epoch && byte.first_read_epoch < machine.block_epoch;
   if (read) warp.fault(RACE_BETWEEN_BLOCKS);
+  return lanes;
 }
 
 // Copies of one value, which several lanes of a warp hold, may differ in the last bits: where the compiler makes an fma
@@ -131,12 +136,14 @@ bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
 
 void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool defined, bool copied) {
   if (place.data == nullptr) return;
-  const bool same = std::memcmp(place.data, from, bytes) == 0;
-  const Value value{same, same || are_copies(place.data, static_cast<const uint8_t*>(from), bytes)};
+  const auto* value = static_cast<const uint8_t*>(from);
+  const bool copy = are_copies(place.data, value, bytes);
   const auto thread = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
+  bool another = false;  // lane has stored a copy
   for (int i = 0; i < bytes; i++) {
     Trace& byte = place.trace[i];
-    check_write(warp, lane, byte, value);
+    const bool same = place.data[i] == value[i] && byte.defined == defined;
+    another |= check_write(warp, lane, byte, {same, same || (copy && byte.defined && defined)});
     const bool again = byte.write_epoch == warp.machine().epoch;
     const bool unsynchronised = again && byte.writer / LANES == warp.index && byte.warp_syncs == warp.syncs;
     byte.several_writers = unsynchronised && (byte.several_writers || byte.writer != thread);
@@ -148,7 +155,8 @@ void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool 
     byte.defined = defined;
     byte.copied = copied;
   }
-  std::memcpy(place.data, from, bytes);
+  // Any of the copies may land: the first, so that each is held against that one.
+  if (!(another && copy)) std::memcpy(place.data, from, bytes);
 }
 
 // Whether a fence lies between a store and the asynchronous proxy's access that a warp asks for: after the store and
