@@ -9,11 +9,13 @@ need for what was counted:
 - a scheduler issues an instruction of a warp a cycle, and there are four; exponentials take two cycles
 - a pass over the banks of shared memory takes a cycle, and 64 bytes a cycle come from the second-level cache
 - matrix units multiply at the rate of the data sheet
+- a processor that has a block more than others has it alone
 - with fewer warps on a processor than RESIDENT, latencies show, in proportion
 
 That orders kinds; it cannot tell what differs within one (stages under way, how the work is spread). So of the kinds
 within LEEWAY of the least, the best is tried first, and of each kind its nearest to the default before its next
-nearest, MOST in all. What is chosen is executed too, and compared with float64 as ever.
+nearest; last what makes the call use another kernel; MOST in all. What is chosen is executed too, and compared with
+float64 as ever.
 
 Writes results/ptx/candidates.csv, a row for each that was compiled, and mvkernels/triton/candidates.json, what was
 chosen. All of it in bfloat16: float16 takes the same.
@@ -160,7 +162,7 @@ def executed(candidate: Candidate) -> tuple[dict[str, Any], list[str]]:
         "op": candidate.op, "kernel": candidate.kernel, "key": candidate.key,
         "change": " ".join(f"{name}={value}" for name, value in candidate.change.items()),
         "shape": candidate.case.label, "layout": candidate.layout, "outcome": "ok",
-        **dict.fromkeys(("registers", "shared_bytes", "warps", "resident_warps", *PER_CYCLE, "cycles"), ""),
+        **dict.fromkeys(("registers", "shared_bytes", "warps", "resident_warps", "blocks", *PER_CYCLE, "cycles"), ""),
     }  # fmt: skip
 
     def watch(call: launches.Call, _: launches.Memory) -> None:
@@ -184,28 +186,39 @@ def executed(candidate: Candidate) -> tuple[dict[str, Any], list[str]]:
         return row | {"outcome": "shared memory"}, []
     except Exception as error:
         return row | {"outcome": "error"}, [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
-    mine = [launch for launch in log if launch.kernel == candidate.kernel]
-    if not mine:
-        return row | {"outcome": "not launched"}, []
     faults = [f"{launch.kernel}: {found}" for launch in log for found in launch.findings]
     faults += [str(each) for each in comparisons if not each.ok]
-    row |= counted(mine)
-    row["cycles"] = round(max(row[name] for name in PER_CYCLE) * max(1, RESIDENT / row["resident_warps"]))
-    return row | ({"outcome": "wrong"} if faults else {}), faults
+    if faults:
+        return row | {"outcome": "wrong"}, faults
+    mine = [launch for launch in log if launch.kernel == candidate.kernel]
+    if not mine:
+        return row | {"outcome": "another kernel"}, []
+    units = [counted(launch.counters) for launch in mine]
+    row |= {name: round(sum(each[name] for each in units)) for name in PER_CYCLE}
+    row["blocks"] = sum(launch.blocks for launch in mine)
+    row["cycles"] = round(sum(
+        cycles(max(each.values()), launch.blocks, row["warps"], row["resident_warps"])
+        for each, launch in zip(units, mine)
+    ))  # fmt: skip
+    return row, []
 
 
-def counted(several: Sequence[launches.Executed]) -> dict[str, int]:
-    """Cycles of one processor for each of its units."""
-    counters = [launch.counters for launch in several]
-    special = launches.machine.CLASSES.index("special")
+def cycles(work: float, blocks: int, warps: int, resident: int) -> float:
+    """Of the processor that has most to do, for ``work`` cycles of all blocks together."""
+    most = -(-blocks // PROCESSORS)
+    return work / blocks * most * max(1, RESIDENT / min(resident, most * warps))
+
+
+def counted(counters: launches.machine.Counters) -> dict[str, float]:
+    """Cycles that one processor's units need for it."""
     counts = {
-        "issue": sum(sum(each.issued) for each in counters),
-        "special": sum(each.issued[special] for each in counters),
-        "shared": sum(each.shared_wavefronts for each in counters),
-        "sectors": sum(each.global_sectors for each in counters),
-        "matrix": sum(each.matrix_flops for each in counters),
+        "issue": sum(counters.issued),
+        "special": counters.issued[launches.machine.CLASSES.index("special")],
+        "shared": counters.shared_wavefronts,
+        "sectors": counters.global_sectors,
+        "matrix": counters.matrix_flops,
     }
-    return {name: round(count / PER_CYCLE[name]) for name, count in counts.items()}
+    return {name: count / PER_CYCLE[name] for name, count in counts.items()}
 
 
 def promising(
@@ -215,7 +228,8 @@ def promising(
     good = [(row["cycles"], number) for number, row in enumerate(rows) if row["outcome"] == "ok"]
     limit = LEEWAY * min([least, *(cycles for cycles, _ in good)])
     ranked = [kinds[number] for cycles, number in sorted(good) if cycles <= limit]
-    return tune.interleaved(ranked)[: tune.MOST]
+    others = [kind[0] for kind, row in zip(kinds, rows) if row["outcome"] == "another kernel"]
+    return [*tune.interleaved(ranked)[: tune.MOST - len(others)], *others]
 
 
 def main(argv: list[str] | None = None) -> int:
