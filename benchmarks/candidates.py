@@ -24,6 +24,7 @@ chosen. All of it in bfloat16: float16 takes the same.
 from __future__ import annotations
 
 import argparse
+import csv
 import datetime
 import itertools
 import json
@@ -82,7 +83,11 @@ class Candidate:
     """Of the default."""
 
     def __str__(self) -> str:
-        return f"{self.op}.{self.kernel} {self.key} {self.change}"
+        return f"{self.name} {self.key} {self.change}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.kernel}"
 
     def arguments(self, batch: int = 1) -> dict[str, Any]:
         """The op's."""
@@ -237,13 +242,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="candidates", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
-    parser.add_argument("--filter", default="", metavar="TEXT",
-                        help="only kernels and keys with this in them; nothing is written")  # fmt: skip
+    parser.add_argument("--kernel", action="append", metavar="OP.KERNEL",
+                        help="only this one (repeatable); what the files have of others stays")  # fmt: skip
     options = parser.parse_args(argv)
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
-    every = [each for each in of_each_class(asked()) if options.filter in str(each.default)]
+    every = [each for each in of_each_class(asked()) if each.default.name in (options.kernel or [each.default.name])]
     if not every or options.processes < 1:
-        print("candidates: no kernel and key match" if not every else "candidates: --processes: want 1 or more",
+        print("candidates: there is no such kernel" if not every else "candidates: --processes: want 1 or more",
               file=sys.stderr)  # fmt: skip
         return 2
 
@@ -262,8 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             if row["outcome"] != "ok":
                 some.remove(change)
     rows = [row for each in zip(first, second) for part in each for row in part]
-    if not options.filter:
-        write(every, rows, chosen)
+    write(every, rows, chosen)
     print(table(list(summary(every, rows, chosen)), COLUMNS))
     wrong = sum(row["outcome"] in ("wrong", "error") for row in rows)
     print(f"{len(rows)} executed, {wrong} wrong; {sum(map(len, chosen))} chosen for {len(chosen)} classes of keys")
@@ -271,12 +275,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(every: Sequence[Asked], rows: Sequence[dict[str, Any]], chosen: Sequence[list[configs.Config]]) -> None:
-    """Both files."""
-    files.write_csv(RESULTS, list(rows[0]), rows)
-    listed: dict[str, dict[str, list[configs.Config]]] = {}
+    """Both files; of other kernels they keep what they have."""
+    names = {each.default.name for each in every}
+    old = list(csv.DictReader(RESULTS.open(newline=""))) if RESULTS.exists() else []
+    rows = [*rows, *(row for row in old if f"{row['op']}.{row['kernel']}" not in names)]
+    files.write_csv(RESULTS, list(rows[0]), sorted(rows, key=lambda row: (row["op"], row["kernel"])))
+    listed = json.loads(configs.LISTED.read_text())["candidates"].get(ARCH, {})
+    listed = {name: keys for name, keys in listed.items() if name not in names}
     for each, some in zip(every, chosen):
         if some:  # else what is near is tried
-            listed.setdefault(f"{each.default.op}.{each.default.kernel}", {})[configs.class_of(each.key)] = some
+            listed.setdefault(each.default.name, {})[configs.class_of(each.key)] = some
     # A line for each class of keys.
     text = ",\n".join(
         f'"{kernel}": {{\n' + ",\n".join(f' "{key}": {json.dumps(some)}' for key, some in sorted(keys.items())) + "}"

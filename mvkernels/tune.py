@@ -89,7 +89,7 @@ def tune_case(
 ) -> list[Finding]:
     """Tune every kernel that a call with these arguments asks a configuration for and that is not in ``done``.
 
-    ``arguments`` are the op's, by name, on ``device``. ``done`` gains the (kernel, key) pairs. At most ``most``
+    ``arguments`` are the op's, by name, on ``device``. ``done`` gains the ("op.kernel", key) pairs. At most ``most``
     configurations of a kernel are tried.
     """
     held, cotangent = yardstick(op, arguments)
@@ -121,9 +121,9 @@ def asked_by(op: Op, call: Callable[[], Any], done: set[tuple[str, str]]) -> lis
     found = [
         (kernel, text, key)
         for (owner, kernel, text), key in asked.items()
-        if owner == op.name and (kernel, text) not in done
+        if owner == op.name and (f"{op.name}.{kernel}", text) not in done
     ]
-    done.update((kernel, text) for kernel, text, _ in found)
+    done.update((f"{op.name}.{kernel}", text) for kernel, text, _ in found)
     return found
 
 
@@ -236,9 +236,9 @@ def tune_choice(
     findings = []
     for name, call in fused.items():
         key = configs.key_text(op.composed.key(arguments, name == "backward"))
-        if (op.composed.kernel, key) in done:
+        if (f"{op.name}.{op.composed.kernel}", key) in done:
             continue
-        done.add((op.composed.kernel, key))
+        done.add((f"{op.name}.{op.composed.kernel}", key))
         right = _right(call(), held)
         times: dict[str, Callable[[], Any]] = {"composed": composed[name]} | ({"fused": call} if right else {})
         if torch.device(device).type == "cuda":

@@ -109,9 +109,9 @@ def test_what_the_models_ask_for_is_listed_registered_and_was_executed_without_a
     asked = list(candidates.asked(32, 132))
     promising = {(kernel, key) for kernel, key, change in right if change}
     assert {(kernel, key) for kernel, keys in listed.items() for key in keys} <= promising
-    assert {(f"{each.default.op}.{each.default.kernel}", configs.class_of(each.key)) for each in asked} >= promising
+    assert {(each.default.name, configs.class_of(each.key)) for each in asked} >= promising
     for each in asked:
-        of, kernel = (each.default.op, each.default.kernel), f"{each.default.op}.{each.default.kernel}"
+        of, kernel = (each.default.op, each.default.kernel), each.default.name
         changes = tune.to_try(*of, each.key)
         assert changes == tune.to_try(*of, each.key | {"dtype": "f16"})
         default, registered = configs.default(*of, each.key), configs.candidates_of(*of, each.key)
