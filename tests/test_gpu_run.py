@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -28,10 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import _gpu_plan
     import gpu
 
-    gpu.plan = _gpu_plan  # type: ignore[attr-defined]
     monkeypatch.setattr(gpu, "identity", lambda: ["code", "device"])
     return gpu
 
@@ -77,46 +74,6 @@ def test_it_can_be_listed_without_one() -> None:
             assert f"{what} {op}" in found.stdout
     assert "tune" in found.stdout and "times" in found.stdout
     assert python("--only", "nothing").returncode == 2
-
-
-def jitted(op: str) -> set[str]:
-    """The names of an op's kernels that are launched: the decorated ones whose first argument is a pointer to a tensor
-    and that nothing else calls."""
-    text = "\n".join(path.read_text() for path in (ROOT / "mvkernels" / "ops" / op).glob("triton/*.py"))
-    return set(re.findall(r"kernels\.(\w+), \"", text)) | set(re.findall(r'Launch\(\s*[\w.]+,\s*"(\w+)"', text))
-
-
-def test_what_it_asks_of_its_commands(gpu: ModuleType) -> None:
-    steps = {step.name: step for step in gpu.plan.steps()}
-    assert len(steps) == len(gpu.plan.steps()), "steps are noted by name"
-    # In a block that is kept, nothing is seen of what is read past an end.
-    assert steps["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    assert not any(step.beside for name, step in steps.items() if name.startswith(("time", "tune", "kernels")))
-    for dtype in gpu.plan.DTYPES:
-        for op in OPS:
-            assert f"verify {op} {dtype}" in steps
-    shapes = {f"{case.model} {case.label}" for op in OPS.values() for case in op.suite("full")}
-    for text in gpu.plan.SHAPES:
-        assert any(text in shape for shape in shapes), text
-    kernels = {name for op in OPS.values() if "triton" in op.why_not for name in jitted(op.name)}
-    assert len(kernels) > 15 and [name for name in kernels if not re.search(gpu.plan.KERNELS, name)] == []
-    for op, (_, *parts) in gpu.plan.COUNTED.items():
-        shapes = {f"{case.model} {case.label}" for case in OPS[op].suite("full")}
-        for text in parts:
-            assert any(text in shape for shape in shapes), text
-
-
-def test_the_rehearsal_has_the_same_steps(gpu: ModuleType) -> None:
-    real, rehearsed = gpu.plan.steps(), gpu.plan.steps(rehearse=True)
-    assert [(s.name, s.beside, s.needs) for s in real] == [(s.name, s.beside, s.needs) for s in rehearsed]
-    for one, other in zip(real, rehearsed, strict=True):
-        of_the_device = {"cuda", "cpu", "triton", "cpp", "bfloat16", "float32", "128", "1"}
-        assert [each for each in one.command if each not in of_the_device] == [
-            each for each in other.command if each not in of_the_device
-        ]
-        assert other.seconds <= 60
-    interpreted = [step for step in rehearsed if "TRITON_INTERPRET" in step.environment]
-    assert len(interpreted) == len(OPS) and all("triton" in step.command for step in interpreted)
 
 
 def test_a_step_that_fails_or_takes_too_long_stops_no_other(gpu: ModuleType, tmp_path: Path) -> None:
