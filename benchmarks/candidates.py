@@ -118,7 +118,9 @@ class Refused(Exception):
 def asked(batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
     """Each kernel and key that tune asks for at the models' shapes, once, if anything is registered for it."""
     done: set[tuple[str, str]] = set()
-    with launches.executed(ARCH, processors), mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None):
+    unlaunched = mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None)
+    unwritten = mock.patch.object(launches.Memory, "allocated", lambda *_: None)
+    with launches.executed(ARCH, processors), unlaunched, unwritten:
         for op in OPS.values():
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
                 of = Candidate(op.name, case, layout, "", "", "", {})
