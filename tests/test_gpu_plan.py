@@ -52,7 +52,7 @@ def test_the_rehearsal_has_the_same_steps(plan: ModuleType) -> None:
     real, rehearsed = plan.steps(), plan.steps(rehearse=True)
     assert [(s.name, s.beside, s.needs) for s in real] == [(s.name, s.beside, s.needs) for s in rehearsed]
     for one, other in zip(real, rehearsed, strict=True):
-        of_the_device = {"cuda", "cpu", "triton", "cpp", "bfloat16", "float32", "128", "1"}
+        of_the_device = {"cuda", "cpu", "triton", "cpp", "reference", "bfloat16", "float32", "128", "1"}
         assert [each for each in one.command if each not in of_the_device] == [
             each for each in other.command if each not in of_the_device
         ]
