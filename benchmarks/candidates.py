@@ -236,6 +236,7 @@ def promising(
     limit = LEEWAY * min([least, *(cycles for cycles, _ in good)])
     ranked = [kinds[number] for cycles, number in sorted(good) if cycles <= limit]
     others = [kind[0] for kind, row in zip(kinds, rows) if row["outcome"] == "another kernel"]
+    others = others[: tune.MOST]
     return [*tune.interleaved(ranked)[: tune.MOST - len(others)], *others]
 
 

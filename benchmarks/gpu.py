@@ -13,7 +13,8 @@ With ``--resume`` the results, logs and cache of DIR are taken over; files of th
 OUT/replaced. What DIR had not begun or not finished is run first, then what had failed or had taken too long. Nothing
 needs to be installed but PyTorch, Triton, NumPy, timm, and for the tests pytest, pytest-xdist and hypothesis.
 ``--rehearse`` runs the same steps where there is no GPU, with short limits: `verify` in float32 on Triton's
-interpreter, the rest on the kernels for CPUs. Steps that need a GPU then end badly or are left out, and say so.
+interpreter, the rest on the kernels for CPUs or the reference. Steps that need a GPU then end badly or are left out,
+and say so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
+import lzma
 import math
 import os
 import shutil
@@ -32,6 +34,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +148,7 @@ class Run:
                 code = process.wait(seconds)
                 what = CUT_OFF if self.ended else "ok" if code == 0 else f"status {code}"
             except subprocess.TimeoutExpired:
-                what = CUT_OFF if seconds < step.seconds else "too long"
+                what = CUT_OFF if self.ended or seconds < step.seconds else "too long"
                 stop(process)
             self.running.remove(process)
             if stdout is not log:
@@ -199,8 +202,11 @@ class Run:
             line = ["tar", "-C", str(cache), "-I", "xz -T0 -1", "-cf", str(packed), "-T", str(names)]
             if subprocess.run(line, check=False).returncode == 0:
                 self.cached |= new
-                numbers = [int(part.name.split(".")[1]) for part in self.out.glob("cache.[0-9]*.tar.xz")]
-                self.move(packed, f"cache.{max(numbers, default=-1) + 1:03}.tar.xz")
+                self.move(packed, self.next_part())
+
+    def next_part(self) -> str:
+        numbers = [int(part.name.split(".")[1]) for part in self.out.glob("cache.[0-9]*.tar.xz")]
+        return f"cache.{max(numbers, default=-1) + 1:03}.tar.xz"
 
     def move(self, file: Path, name: str) -> None:
         """To the folder of what is kept, which may be on another disk: whole at any moment."""
@@ -218,7 +224,7 @@ class Run:
                 with tarfile.open(each) as tar:
                     tar.extractall(self.work / "cache", filter="data")
                     self.cached |= set(tar.getnames())
-            except (tarfile.TarError, EOFError) as error:
+            except DAMAGED as error:
                 raise report.UsageError(f"--cache: {each}: {error}") from None
 
     def take_over(self, earlier: Path) -> None:
@@ -231,6 +237,8 @@ class Run:
                 if differ := [f"{now}, not {was}" for now, was in zip(identity(), notes["of"]) if now != was]:
                     print(f"gpu: {earlier} is of other code or another device, so that all is run: {differ[0]}",
                           file=sys.stderr)  # fmt: skip
+                    if earlier.resolve() == self.out:
+                        shutil.copyfile(self.out / "results.tar.gz", self.out / "results.earlier.tar.gz")
                     return
                 with tempfile.TemporaryDirectory() as folder:
                     tar.extractall(folder, filter="data")
@@ -239,12 +247,12 @@ class Run:
                         places["mvkernels/configs"] = configs.CONFIGS
                     for name, place in places.items():
                         replace(Path(folder) / name, place, self.out / "replaced" / name)
-        except (OSError, KeyError, ValueError, EOFError, tarfile.TarError) as error:
+        except (OSError, KeyError, ValueError, *DAMAGED) as error:
             raise report.UsageError(f"nothing to resume in {earlier}: {error}") from None
         self.done, self.failed = dict(notes["done"]), list(notes["failed"])
         parts = sorted(earlier.glob("cache.*.tar.xz"))
         for part in parts if earlier.resolve() != self.out else []:
-            shutil.copyfile(part, self.out / part.name)
+            self.move(part, self.next_part())
         if parts:
             self.unpack_cache(earlier)
         else:  # what was compiled there is not here
@@ -282,6 +290,7 @@ class Run:
 
 
 CUT_OFF, NO_TIME = "cut off", "no time"
+DAMAGED = (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error)
 
 
 def replace(source: Path, place: Path, kept: Path) -> None:
@@ -290,6 +299,8 @@ def replace(source: Path, place: Path, kept: Path) -> None:
         old = place / file.relative_to(source)
         if old.exists() and old.read_bytes() != file.read_bytes():
             beside = kept / file.relative_to(source)
+            while beside.exists():
+                beside = beside.with_name(f"{beside.name}.old")
             beside.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(old, beside)
         old.parent.mkdir(parents=True, exist_ok=True)
@@ -350,7 +361,7 @@ def main() -> int:
         run.take_over(options.resume)
     if options.cache:
         run.unpack_cache(options.cache)
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: run.end())
     run.all(chosen, cores if device == "cuda" else 1)
     run.verified()
