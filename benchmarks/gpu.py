@@ -210,9 +210,8 @@ class Run:
 
     def move(self, file: Path, name: str) -> None:
         """To the folder of what is kept, which may be on another disk: whole at any moment."""
-        beside = self.out / f".{name}"
-        shutil.copyfile(file, beside)
-        beside.replace(self.out / name)
+        with file.open("rb") as source, files.replacing(self.out / name) as kept:
+            shutil.copyfileobj(source, kept)
 
     def unpack_cache(self, packed: Path) -> None:
         """A file, or all that a folder has. It is not packed again."""

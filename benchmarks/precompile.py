@@ -50,7 +50,6 @@ def main() -> int:
     if options.processes < 1:
         raise UsageError("--processes: want 1 or more")
     files.check(options.out)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.key:
         try:
             options.key.read_text()
@@ -79,9 +78,10 @@ def main() -> int:
         status = max([worker.wait() for worker in workers], key=abs)
         # Launchers are C code for this Python, and sources are not looked at.
         leave = ("--exclude=*.so", "--exclude=*.source")
-        part = options.out.resolve().with_name(f".{options.out.name}")
-        subprocess.run(["tar", "-C", place, *leave, "-I", "xz -T0 -1", "-cf", str(part), cache.name], check=True)
-        part.replace(options.out)
+        packed = Path(place) / "cache.tar.xz"
+        subprocess.run(["tar", "-C", place, *leave, "-I", "xz -T0 -1", "-cf", str(packed), cache.name], check=True)
+        with packed.open("rb") as source, files.replacing(options.out) as kept:
+            shutil.copyfileobj(source, kept)
     return int(bool(status))
 
 
