@@ -7,6 +7,7 @@ from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionF
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
 from mvkernels.ops.patch_transformer_layer import PatchTransformerLayerFunction, patch_transformer_layer
 from mvkernels.ops.relu_linear_attention import ReLULinearAttentionFunction, relu_linear_attention
+from mvkernels.ops.window_attention import WindowAttentionFunction, window_attention
 from mvkernels.swap import swap, verify_swap
 from mvkernels.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "PatchAttentionFunction",
     "PatchTransformerLayerFunction",
     "ReLULinearAttentionFunction",
+    "WindowAttentionFunction",
     "__version__",
     "can_run",
     "former_to_mobile",
@@ -33,4 +35,5 @@ __all__ = [
     "testing",
     "use_backend",
     "verify_swap",
+    "window_attention",
 ]

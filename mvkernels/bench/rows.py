@@ -121,9 +121,12 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
 def size_class(case: Case) -> str:
     """The class of shapes that a summary puts together: for grouped attention by the tokens of a group."""
     shape = case.shape
-    if "patch" not in shape:
+    if "window" in shape:
+        tokens = shape["window"] ** 2
+    elif "patch" in shape:
+        tokens = shape["height"] * shape["width"] // shape["patch"] ** 2
+    else:
         return "all"
-    tokens = shape["height"] * shape["width"] // shape["patch"] ** 2
     return next((f"N<={bound}" for bound in (16, 64, 255) if tokens <= bound), "N>=256")
 
 

@@ -102,8 +102,8 @@ def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
             raise ValueError(f"{op}: {name} is {shape(value)}: {axis_name} is 0, want at least 1")
 
 
-def pair(op: str, name: str, value: Any) -> tuple[int, int]:
-    """The pair that ``value`` stands for: an int or a pair of ints, each at least 1."""
+def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    """The pair that ``value`` stands for: an int or a pair of ints, each at least ``least``."""
     both = (value, value) if isinstance(value, int) else value
     if not isinstance(both, (tuple, list)) and isinstance(value, Integral):  # NumPy's
         both = (int(value), int(value))
@@ -113,8 +113,8 @@ def pair(op: str, name: str, value: Any) -> tuple[int, int]:
     for part in both:
         if not isinstance(part, int) or isinstance(part, bool):
             raise TypeError(f"{op}: {name} is {value!r}, want an int or a pair of ints")
-        if part < 1:
-            raise ValueError(f"{op}: {name} is {value!r}, want at least 1")
+        if part < least:
+            raise ValueError(f"{op}: {name} is {value!r}, want at least {least}")
     # index(): a compiler takes a number that says what to compute as it is, and does not leave it open.
     return min(index(both[0]), _LARGEST), min(index(both[1]), _LARGEST)
 

@@ -65,16 +65,10 @@ if _COUNTER not in sys.modules:
     sys.meta_path.insert(0, _WhenImported())
 
 
-def grouped_attention(query: Shape, value: Shape, patch_h: int, patch_w: int) -> int:
-    """Two products, (N, D) x (D, N) and (N, N) x (N, Dv), in each group of N pixels: maps (B, heads, D, H, W)."""
-    b, heads, dim, height, width = query
-    return 2 * b * heads * _pairs(height, patch_h) * _pairs(width, patch_w) * (dim + value[2])
-
-
-def _pairs(size: int, patch: int) -> int:
-    """Pairs of pixels of one group along an axis, of all groups: the first ``size % patch`` have a pixel more."""
-    count, larger = size // patch, size % patch
-    return larger * (count + 1) ** 2 + (patch - larger) * count**2
+def grouped_attention(query: Shape, value: Shape, pairs: int) -> int:
+    """Two products, (N, D) x (D, M) and (N, M) x (M, Dv), in each group: maps (B, heads, D, H, W), pairs of a map."""
+    b, heads, dim = query[:3]
+    return 2 * b * heads * pairs * (dim + value[2])
 
 
 def linear_attention(heads: int, dim: int, pixels: int) -> int:

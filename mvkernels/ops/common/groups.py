@@ -1,12 +1,14 @@
-"""Groups of pixels with the same place in their patch: unfolded, attended to, folded, counted."""
+"""Groups of pixels that attend to each other: by their place in a patch, or by their window."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+Sizes = tuple[int, int]
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(B, h, groups, N, D) -> (B, h, groups, N, Dv)."""
+    """(B, h, groups, N, D), key and value with M tokens, bias (h, N, M) -> (B, h, groups, N, Dv)."""
     scores = query @ key.transpose(-2, -1) * scale
     if bias is not None:
         scores = scores + bias[:, None]
@@ -14,7 +16,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
 
 
 def unfold(x: Tensor, ph: int, pw: int) -> Tensor:
-    """(B, h, D, H, W) -> (B, h, ph * pw, N, D)."""
+    """Pixels by their place in the patch: (B, h, D, H, W) -> (B, h, ph * pw, N, D)."""
     b, h, d, height, width = x.shape
     x = x.reshape(b, h, d, height // ph, ph, width // pw, pw)
     return x.permute(0, 1, 4, 6, 3, 5, 2).reshape(b, h, ph * pw, (height // ph) * (width // pw), d)
@@ -27,8 +29,47 @@ def fold(x: Tensor, ph: int, pw: int, height: int, width: int) -> Tensor:
     return x.permute(0, 1, 6, 4, 2, 5, 3).reshape(b, h, d, height, width)
 
 
-def pairs_of(patch: tuple[int, int], height: int, width: int) -> int:
-    """How many pixels attend to how many, over all groups of one map."""
-    ph, pw = patch
-    rows, columns = range(min(ph, height)), range(min(pw, width))
-    return sum((len(range(y, height, ph)) * len(range(x, width, pw))) ** 2 for y in rows for x in columns)
+def partition(x: Tensor, wh: int, ww: int) -> Tensor:
+    """Pixels by their window: (B, h, D, H, W) -> (B, h, windows, wh * ww, D)."""
+    b, h, d, height, width = x.shape
+    x = x.reshape(b, h, d, height // wh, wh, width // ww, ww)
+    return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(b, h, (height // wh) * (width // ww), wh * ww, d)
+
+
+def reverse(x: Tensor, wh: int, ww: int, height: int, width: int) -> Tensor:
+    """(B, h, windows, wh * ww, D) -> (B, h, D, H, W)."""
+    b, h, _, _, d = x.shape
+    x = x.reshape(b, h, height // wh, width // ww, wh, ww, d)
+    return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, h, d, height, width)
+
+
+def spans(size: int, window: int, shift: int) -> list[tuple[slice, int, int]]:
+    """Along one axis: (pixels, pixels of each of their windows, first place in these windows), windows of a size together.
+
+    Windows begin at ``shift + i * window``. Only the first and the last may lack pixels, which lie outside the map.
+
+    >>> spans(16, 7, 3)
+    [(slice(0, 3, None), 3, 4), (slice(3, 10, None), 7, 0), (slice(10, 16, None), 6, 0)]
+    """
+    first = min(shift, size)
+    whole = (size - first) // window * window
+    last = size - first - whole
+    found = [(slice(0, first), first, window - shift), (slice(first, first + whole), window, 0)]
+    return [span for span in (*found, (slice(first + whole, size), last, 0)) if span[0].start < span[0].stop]
+
+
+def patch_pairs(sizes: Sizes, partners: Sizes, patch: Sizes) -> int:
+    """How many pairs of a pixel and one that it attends to a map of ``sizes`` has, and ``partners``, by patches."""
+    count = 1
+    for size, partner, step in zip(sizes, partners, patch):
+        (few, larger), (partner_few, partner_larger) = divmod(size, step), divmod(partner, step)
+        count *= step * few * partner_few + larger * partner_few + few * partner_larger + min(larger, partner_larger)
+    return count
+
+
+def window_pairs(sizes: Sizes, window: Sizes, shift: Sizes) -> int:
+    """How many pairs of a pixel and one that it attends to a map has, by windows."""
+    count = 1
+    for axis in zip(sizes, window, shift):
+        count *= sum((pixels.stop - pixels.start) * extent for pixels, extent, _ in spans(*axis))
+    return count

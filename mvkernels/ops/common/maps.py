@@ -22,3 +22,21 @@ def convolved(
     x = torch.randn(batch, channels, shape["height"], shape["width"], generator=generator)
     last = layout == "channels_last"
     return x.to(device, dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def qkv(
+    shape: Mapping[str, Any],
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    layout: str | None,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """query, key and value as views of one packed map, channels_last of a Linear or channels_first of a convolution."""
+    heads, dim, value_dim = shape["heads"], shape["head_dim"], shape["value_dim"]
+    packed = torch.randn(batch, shape["height"], shape["width"], heads * (2 * dim + value_dim), generator=generator)
+    packed = packed.to(device=device, dtype=dtype).permute(0, 3, 1, 2)
+    if layout == "channels_first":
+        packed = packed.contiguous()
+    parts = packed.split((heads * dim, heads * dim, heads * value_dim), dim=1)
+    return dict(zip(("query", "key", "value"), (part.unflatten(1, (heads, -1)) for part in parts)))

@@ -19,16 +19,22 @@ def _flex() -> Any:
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
-def flex_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """PyTorch's FlexAttention, compiled as it is meant to be, on (B, heads, N, D), with ``bias`` (heads, N, M)."""
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """PyTorch's FlexAttention, compiled as it is meant to be, on (B, heads, N, D), with ``bias`` (heads, N, M).
+
+    ``mask`` (windows, N, M) is added too, that of window ``b % windows`` to item b of the batch.
+    """
     if query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         raise NotOffered("FlexAttention has no backward on a CPU")
 
     def biased(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        assert bias is not None
-        return score + bias[head, row, column]
+        score = score if bias is None else score + bias[head, row, column]
+        return score if mask is None else score + mask[batch % mask.shape[0], row, column]
 
-    return _flex()(query, key, value, score_mod=None if bias is None else biased, scale=scale)
+    plain = bias is None and mask is None
+    return _flex()(query, key, value, score_mod=None if plain else biased, scale=scale)
 
 
 def package(name: str, part: str) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mvkernels.dispatch import checks, extension, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
+from mvkernels.ops.common.grouped import check
 from mvkernels.ops.patch_attention import suite
 from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, launcher
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
@@ -38,15 +39,21 @@ def patch_attention(
         out_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j
 
     This is the unfold, attention, fold of MobileViT (arXiv 2110.02178, section 3.1), without the two copies: the
-    kernel reads and writes the map in place. With patch_size 1 it is global attention over the map.
+    kernel reads and writes the map in place. With patch_size 1 it is global attention over the map, or from one map to
+    another: LeViT's downsampling (arXiv 2104.01136, section 4.2) and MobileNetV4's keys and values of fewer pixels
+    (arXiv 2404.10518, section 3.2). With patch_size (H / gh, W / gw) it is MaxViT's grid attention with a grid of
+    gh x gw (arXiv 2204.01697, section 3.2).
 
     Args:
-        query, key: feature maps (B, heads, head_dim, H, W), any strides.
-        value: feature map (B, heads, value_dim, H, W), any strides, of the same dtype and device.
+        query, key: feature maps (B, heads, head_dim, H, W), any strides: slices of a packed qkv and maps expanded over
+            the heads are read in place.
+        value: feature map (B, heads, value_dim, H, W), any strides, of the same dtype and device. With patch_size 1,
+            and only then, the key and value maps may have another H and W than the query map.
         patch_size: an int or a pair (ph, pw), each at least 1. H and W need not be multiples of it: the groups then
             differ in size, and nothing is padded.
         bias: (heads, N, N), added to the scaled scores; the same for the whole batch and for all groups. N is the
-            number of pixels in a group, so patch_size must divide H and W. The bias gets a gradient.
+            number of pixels in a group, so patch_size must divide H and W. For a key map of M pixels, not N, the bias is
+            (heads, N, M). The bias gets a gradient.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
         backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
             :mod:`mvkernels.dispatch.backend`).
@@ -59,7 +66,8 @@ def patch_attention(
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
         ValueError: shapes do not match, dtypes or devices differ, heads, head_dim, value_dim, H or W is 0, patch_size
-            is less than 1, or there is a bias and patch_size does not divide H and W.
+            is less than 1, there is a bias and patch_size does not divide H and W, or maps are unequal and patch_size
+            is not 1.
         BackendUnavailable: the backend that was asked for cannot run this call.
     """
     recording = direct(backend, query, key, value, bias)
@@ -98,38 +106,19 @@ def _check(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     ph, pw = checks.pair(_NAME, "patch_size", patch_size)
-    query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
-    given = (query, key, value) if bias is None else (query, key, value, bias)
-    if not checks.alike(*given):
-        checks.tensors(_NAME, **dict(zip(("query", "key", "value", "bias"), given)))
-    shape = tuple(query.shape)  # slicing a torch.Size costs as much as all of the other checks
-    if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
-        _check_shapes(query, key, value)
+    query, key, value, bias = check(_NAME, query, key, value, bias, unequal=ph == pw == 1)
     if bias is not None:
-        _, h, _, height, width = shape
-        checks.rank(_NAME, "bias", bias, "(heads, N, N)")
+        (h, _, height, width), partners = query.shape[1:], key.shape[3:]
         if height % ph or width % pw:
             raise ValueError(
                 f"{_NAME}: bias needs equal groups, but patch_size ({ph}, {pw}) does not divide {height} x {width}"
             )
-        n = (height // ph) * (width // pw)
-        if bias.shape[0] != h or bias.shape[1] != n or bias.shape[2] != n:
-            raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (heads, N, N) = ({h}, {n}, {n})")
-    scale = checks.number(_NAME, "scale", scale, shape[2] ** -0.5)
+        n, m = (high // ph * (wide // pw) for high, wide in ((height, width), partners))
+        if bias.shape[0] != h or bias.shape[1] != n or bias.shape[2] != m:
+            axes = "(heads, N, N)" if n == m else "(heads, N, M)"
+            raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want {axes} = ({h}, {n}, {m})")
+    scale = checks.number(_NAME, "scale", scale, query.shape[2] ** -0.5)
     return query, key, value, (ph, pw), bias, scale
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor, axes in (
-        ("query", query, "(B, heads, head_dim, H, W)"),
-        ("key", key, "(B, heads, head_dim, H, W)"),
-        ("value", value, "(B, heads, value_dim, H, W)"),
-    ):
-        checks.rank(_NAME, name, tensor, axes)
-    checks.same(_NAME, "key", key, "query", query, range(5))
-    checks.same(_NAME, "value", value, "query", query, (0, 1, 3, 4))
-    checks.not_empty(_NAME, "query", query, heads=1, head_dim=2, H=3, W=4)
-    checks.not_empty(_NAME, "value", value, value_dim=2)
 
 
 def _why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:

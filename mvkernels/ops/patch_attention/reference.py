@@ -28,9 +28,10 @@ def patch_attention(
 
     .. math:: O_i = \sum_j \mathrm{softmax}_j(s\, q_i \cdot k_j + b_{ij})\, v_j .
 
-    query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) -> (B, h, Dv, H, W). Half types
-    are computed in float32 unless ``compute_dtype`` says otherwise. (MobileViT, arXiv 2110.02178,
-    section 3.1: unfold, transformer, fold.)
+    query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) -> (B, h, Dv, H, W). With patches of one pixel
+    the key and value maps may have other sizes, M pixels; the bias is then (h, N, M). Half types are computed in
+    float32 unless ``compute_dtype`` says otherwise. (MobileViT, arXiv 2110.02178, section 3.1: unfold, transformer,
+    fold.)
     """
     ph, pw = patch_size
     height, width = query.shape[-2:]
@@ -44,7 +45,7 @@ def patch_attention(
         if height % ph == 0 and width % pw == 0:
             if torch.compiler.is_dynamo_compiling():  # to whom sizes left open are multiples of the patch only so
                 height, width = height // ph * ph, width // pw * pw
-                maps = [m[..., :height, :width] for m in maps]
+                maps = [m[..., : m.shape[-2] // ph * ph, : m.shape[-1] // pw * pw] for m in maps]
             q, k, v = (unfold(m, ph, pw) for m in maps)
             out = fold(attention(q, k, v, bias, scale), ph, pw, height, width)
         else:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.groups import attention, fold, pairs_of, unfold
+from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
+from mvkernels.ops.common.maps import qkv
 
 # model, its stages as (heads, head_dim, value_dim, map side), patch, bias, layouts
 _MODELS: tuple[tuple[str, tuple[tuple[int, int, int, int], ...], int, bool, tuple[str, ...]], ...] = (
@@ -55,18 +56,10 @@ def _make(
     layout: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments as models have them: views of one packed qkv, channels_last of a Linear, channels_first of a conv."""
+    """Arguments as models have them."""
     generator = torch.Generator().manual_seed(seed)
-    heads, dim, value_dim = shape["heads"], shape["head_dim"], shape["value_dim"]
-    height, width = shape["height"], shape["width"]
-    packed = torch.randn(batch, height, width, heads * (2 * dim + value_dim), generator=generator)
-    packed = packed.to(device=device, dtype=dtype)
-    if (layout or default_layout) == "channels_first":
-        packed = packed.permute(0, 3, 1, 2).contiguous()
-    else:
-        packed = packed.permute(0, 3, 1, 2)
-    maps = [m.unflatten(1, (heads, -1)) for m in packed.split((heads * dim, heads * dim, heads * value_dim), dim=1)]
-    arguments: dict[str, Any] = dict(zip(("query", "key", "value"), maps))
+    heads, height, width = shape["heads"], shape["height"], shape["width"]
+    arguments: dict[str, Any] = dict(qkv(shape, batch, dtype, device, layout or default_layout, generator))
     arguments["patch_size"] = (shape["patch"], shape["patch"])
     if shape["bias"]:
         n = height * width // shape["patch"] ** 2
@@ -78,13 +71,13 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     """Floor of the forward, or of the backward alone (which reads q, k, v, out, dout and writes dq, dk, dv)."""
     query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
     b, h, d, height, width = query.shape
-    dv, pixels = value.shape[2], height * width
-    pairs = pairs_of(arguments["patch_size"], height, width)
+    dv, pixels, partners = value.shape[2], height * width, value.shape[3] * value.shape[4]
+    pairs = patch_pairs(query.shape[3:], value.shape[3:], arguments["patch_size"])
     bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
     if backward:
-        moved = b * h * (4 * d + 4 * dv) * pixels * query.element_size() + 2 * bias_bytes
+        moved = 2 * b * h * (d + dv) * (pixels + partners) * query.element_size() + 2 * bias_bytes
         return Cost(moved, b * h * pairs * (6 * d + 4 * dv), b * h * pairs)
-    moved = b * h * (2 * d + 2 * dv) * pixels * query.element_size() + bias_bytes
+    moved = b * h * (d + dv) * (pixels + partners) * query.element_size() + bias_bytes
     return Cost(moved, b * h * pairs * 2 * (d + dv), b * h * pairs)
 
 

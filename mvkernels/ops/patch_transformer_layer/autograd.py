@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvkernels.dispatch import checks, flops, library
 from mvkernels.dispatch.backend import prepare
+from mvkernels.ops.common.groups import patch_pairs
 from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
 
 _NAME = "patch_transformer_layer"
@@ -44,7 +45,8 @@ def _count(x: flops.Shape, *rest: Any) -> int:
     heads, patch_h, patch_w = rest[TENSORS - 1 : TENSORS + 2]
     maps = (b, heads, channels // heads, height, width)
     products = 2 * b * height * width * channels * (4 * channels + 2 * hidden)
-    return products + flops.grouped_attention(maps, maps, patch_h, patch_w)
+    pairs = patch_pairs((height, width), (height, width), (patch_h, patch_w))
+    return products + flops.grouped_attention(maps, maps, pairs)
 
 
 def _count_backward(grad: flops.Shape, qkv: Any, attention: Any, middle: Any, *inputs: Any) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.groups import attention, fold, pairs_of, unfold
+from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
 
 # model, its stages as (channels, map side); four heads, a hidden layer of twice the channels, patches of 2
 _MODELS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
@@ -79,7 +79,7 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     x, heads = arguments["x"], arguments["heads"]
     b, c, height, width = x.shape
     hidden = arguments["fc1_weight"].shape[0]
-    pairs = b * pairs_of(arguments["patch_size"], height, width)
+    pairs = b * patch_pairs((height, width), (height, width), arguments["patch_size"])
     pixels = b * height * width
     weights = 4 * c * c + 2 * c * hidden
     item = x.element_size()

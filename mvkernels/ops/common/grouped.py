@@ -1,0 +1,130 @@
+"""What the ops of softmax attention inside groups of pixels share: their torch operators, and their derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch.backend import prepare
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def _fake_forward(query, key, value, *_):  # type: ignore[no-untyped-def]
+    return checks.empty_map(query, value.shape[2])
+
+
+def _fake_backward(grad, query, key, value, *settings):  # type: ignore[no-untyped-def]
+    maps = tuple(checks.empty_map(m, m.shape[2]) for m in (query, key, value))
+    bias, _, need_bias = settings[-3:]
+    return *maps, bias.new_empty(bias.shape) if need_bias else query.new_empty(0)
+
+
+def operators(name: str, sizes: str, pairs: Callable[..., int], launcher: Callable[[], Any]) -> dict[str, Pair]:
+    """An op's forward and backward on each backend.
+
+    ``sizes`` declares what says which pixels are a group, ``int patch_h, int patch_w``; ``pairs`` takes the sizes of the
+    query and of the key map, and these numbers, and counts pairs of pixels; ``launcher`` imports the Triton launcher.
+    """
+    maps, settings = "Tensor query, Tensor key, Tensor value", f"{sizes}, Tensor? bias, float scale"
+    schemas = (
+        f"({maps}, {settings}) -> Tensor",
+        f"(Tensor grad, {maps}, {settings}, bool need_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    )
+    given = sizes.count(",") + 1
+
+    def count(query, key, value, *numbers):  # type: ignore[no-untyped-def]
+        return flops.grouped_attention(query, value, pairs(query[3:], key[3:], *numbers[:given]))
+
+    def count_backward(grad, *forward):  # type: ignore[no-untyped-def]
+        return 2 * count(*forward)
+
+    counts, fakes = (count, count_backward), (_fake_forward, _fake_backward)
+    return {backend: library.pair(backend, name, schemas, fakes, counts, launcher) for backend in ("cpp", "triton")}
+
+
+def check(
+    op: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, unequal: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The op's tensors, as autocast wants them; raises TypeError or ValueError. Sizes of the bias are the op's own.
+
+    With ``unequal`` the key and value maps may have another H and W than the query map.
+    """
+    query, key, value, bias = checks.autocast(query, key, value, bias)  # type: ignore[assignment]
+    given = (query, key, value) if bias is None else (query, key, value, bias)
+    if not checks.alike(*given):
+        checks.tensors(op, **dict(zip(("query", "key", "value", "bias"), given)))
+    shape = tuple(query.shape)  # slicing a torch.Size costs as much as all of the other checks
+    if len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
+        for name, tensor, axes in (
+            ("query", query, "(B, heads, head_dim, H, W)"),
+            ("key", key, "(B, heads, head_dim, H, W)"),
+            ("value", value, "(B, heads, value_dim, H, W)"),
+        ):
+            checks.rank(op, name, tensor, axes)
+        checks.same(op, "key", key, "query", query, range(3 if unequal else 5))
+        checks.same(op, "value", value, "query", query, (0, 1) if unequal else (0, 1, 3, 4))
+        checks.same(op, "value", value, "key", key, (3, 4))
+        checks.not_empty(op, "query", query, heads=1, head_dim=2, H=3, W=4)
+        checks.not_empty(op, "value", value, value_dim=2, H=3, W=4)
+    if bias is not None:
+        checks.rank(op, "bias", bias, "(heads, N, M)" if unequal else "(heads, N, N)")
+    return query, key, value, bias
+
+
+class Derivative:
+    """Forward and backward of an op's autograd Function. No scores are saved, only the op's tensors.
+
+    Args:
+        name: the op.
+        reference: takes query, key, value, ``groups`` and bias, scale.
+        kernels: :func:`operators` of the op.
+        flat: ``groups``, what says which pixels are a group as the op takes it, as the operators take it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Tensor],
+        kernels: dict[str, Pair],
+        flat: Callable[..., tuple[int, ...]],
+    ) -> None:
+        self.name, self.reference, self.kernels, self.flat = name, reference, kernels, flat
+
+    def forward(
+        self, ctx: Any, maps: tuple[Tensor, ...], groups: tuple[Any, ...], bias: Any, scale: Any, backend: Any, kernel: Any
+    ) -> Tensor:
+        """Of checked arguments if the op passes the ``kernel`` that it has chosen, else of any."""
+        if kernel is None:
+            backend, arguments = prepare(self.name, backend, *maps, *groups, bias, scale)
+            maps, groups, bias, scale = arguments[:3], arguments[3:-2], arguments[-2], arguments[-1]
+        ctx.settings = groups, scale, backend
+        ctx.save_for_backward(*maps, bias)
+        if backend == "reference":
+            return self.reference(*maps, *groups, bias, scale)
+        out: Tensor = (kernel or self.kernels[backend][0])(*maps, *self.flat(*groups), bias, scale)
+        return out
+
+    def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """One gradient for each argument that the Function was applied to."""
+        groups, scale, backend = ctx.settings
+        saved = ctx.saved_tensors
+        place = 3 + len(groups)  # of the bias
+        needs = (*ctx.needs_input_grad, False, False)  # as long as the arguments that were passed
+        wanted = (*needs[:3], needs[place])
+        if backend == "reference":
+            grads = library.differentiate(
+                lambda q, k, v, bias: self.reference(q, k, v, *groups, bias, scale), grad, saved, wanted
+            )
+        else:
+            *maps, bias = saved
+            with library.not_recording():
+                found = self.kernels[backend][1](grad, *maps, *self.flat(*groups), bias, scale, wanted[3])
+            grads = [g if w else None for g, w in zip(found, wanted)]
+            if torch.is_grad_enabled():
+                grads = library.refuse_second_derivative(self.name, grads, (grad, *saved))
+        return *grads[:3], *(None for _ in groups), grads[3], None, None, None
