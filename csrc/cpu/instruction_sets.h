@@ -3,11 +3,11 @@
 
 #include <cstring>
 
+#include "common/attention.h"
 #include "common/linear_attention.h"
 #include "common/mobile_former.h"
 #include "elementwise/elementwise.h"
 #include "multiscale_linear_attention/multiscale.h"
-#include "patch_attention/patch_attention.h"
 
 namespace mvk {
 namespace {
@@ -15,7 +15,7 @@ namespace {
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const PatchAttentionKernels* patch_attention;
+  const AttentionKernels* attention;
   const MobileToFormerKernels* mobile_to_former;
   const FormerToMobileKernels* former_to_mobile;
   const LinearAttentionKernels* relu_linear_attention;
@@ -25,7 +25,7 @@ struct InstructionSet {
 };
 
 #define MVK_KERNELS(isa)                                                                                \
-  &isa::patch_attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,        \
+  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,        \
       &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
       &isa::elementwise_kernels
 const InstructionSet kInstructionSets[] = {

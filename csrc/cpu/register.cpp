@@ -13,11 +13,12 @@
 #include "elementwise/elementwise_op.h"
 #include "multiscale_linear_attention/multiscale_op.h"
 #include "patch_attention/patch_attention_op.h"
+#include "window_attention/window_attention_op.h"
 
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 7;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 8;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -74,6 +75,8 @@ PyModuleDef kModule = {
 STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("patch_attention_forward", &mvk::patch_attention_forward);
   m.impl("patch_attention_backward", &mvk::patch_attention_backward);
+  m.impl("window_attention_forward", &mvk::window_attention_forward);
+  m.impl("window_attention_backward", &mvk::window_attention_backward);
   m.impl("mobile_to_former_forward", &mvk::mobile_to_former_forward);
   m.impl("mobile_to_former_backward", &mvk::mobile_to_former_backward);
   m.impl("former_to_mobile_forward", &mvk::former_to_mobile_forward);

@@ -1,11 +1,10 @@
-// Patch attention on CPUs, forward: unfold + attention + fold for one (batch, group, head) at a time, straight from and
-// into the maps.
+// Attention inside groups of pixels on CPUs, forward, for one (batch, group, head) at a time, straight from and into the maps.
 //
 // A unit packs the group's keys and values into scratch that stays in L1/L2; then, for each panel of two vectors of
 // queries: scores S^T = K Q^T in register tiles that also find the maximum, exponentials in base 2 in L1, O = P V (small
 // groups) or O^T = V^T P^T in register tiles, one store into the map. q, k, v are read and out is written once. More
 // than kKeys keys are taken in blocks with a running maximum and sum.
-#include "patch_attention/patch_attention_shared.h"
+#include "common/attention_shared.h"
 
 namespace mvk {
 namespace MVK_ISA {
@@ -50,7 +49,7 @@ MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums
 // v is in tall panels; v_rows has rows of ldv, as O then.
 template <class T, int V>
 static void attend(
-    const PatchAttention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
+    const Attention& a, int64_t N, const T* q, const T* k, int64_t ldk, const T* v, const Tiles& v_tiles,
     const T* v_rows, int64_t ldv, const Bias& bias, int64_t row, int64_t stop, T factor, T* s, T* o, T* sums,
     Ahead& ahead) {
   constexpr int64_t L = V * W<T>;
@@ -85,18 +84,18 @@ static void attend(
 }
 
 template <class T>
-static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
+static void forward(const Attention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
-  const int64_t most = a.tokens(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv),
+  const int64_t tokens = a.tokens(), most = a.keys(), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv),
                 keys_most = most < kKeys<T> ? most : kKeys<T>;
   arena.reset(
-      5 * Arena::bytes<int64_t>(most) + Arena::bytes<T>(round_up(most, W<T>) * ldk) +
-          Arena::bytes<T>(round_up(most, W<T>) * ldv) + Arena::bytes<T>(tall_size<T>(most, a.Dv)) +
-          Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) + Arena::bytes<T>(ldv * P),
+      3 * Arena::bytes<int64_t>(tokens) + 2 * Arena::bytes<int64_t>(most) +
+          Arena::bytes<T>(round_up(most, W<T>) * ldk) + Arena::bytes<T>(round_up(most, W<T>) * ldv) +
+          Arena::bytes<T>(tall_size<T>(most, a.Dv)) + Arena::bytes<T>(a.D * P) + Arena::bytes<T>(keys_most * P) +
+          Arena::bytes<T>(ldv * P),
       a.poison);
-  auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
-  Offsets oq = offsets(), ok = offsets(), ov = offsets(), oo = offsets();
-  int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
+  auto offsets = [&](int64_t count) { return Offsets{arena.take<int64_t>(count)}; };
+  Offsets oq = offsets(tokens), oo = offsets(tokens), ob = offsets(tokens), ok = offsets(most), ov = offsets(most);
   T* k = arena.take<T>(round_up(most, W<T>) * ldk);
   T* v_rows = arena.take<T>(round_up(most, W<T>) * ldv);
   T* v = arena.take<T>(tall_size<T>(most, a.Dv));
@@ -109,27 +108,24 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
 
   Walk after(a, begin);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t chunk = after.chunk, h = after.group.h;
+    const int64_t chunk = after.chunk;
     const Group g = after.group;
     after.step();
-    const int64_t N = g.tokens;
+    const int64_t N = g.keys.count;
     int64_t row_begin, row_end;
-    rows_of_chunk(a, N, chunk, row_begin, row_end);
+    rows_of_chunk(a, g.queries.count, chunk, row_begin, row_end);
     if (row_begin == row_end) continue;
-    const auto mq = lattice(a, a.query, oq, g), mk = lattice(a, a.key, ok, g), mv = lattice(a, a.value, ov, g);
-    const auto mo = lattice(a, a.out, oo, g);
-    const Bias bias(a, h, bias_rows);
-    Ahead ahead;
-    if (unit + 1 < end && a.chunks == 1) {
-      ahead.count = N < after.group.tokens ? N : after.group.tokens, ahead.panel = P;
-      ahead.add(a, a.query, after.group, mq.offset, a.D);
-      ahead.add(a, a.key, after.group, mk.offset, a.D);
-      ahead.add(a, a.value, after.group, mv.offset, a.Dv);
-      ahead.add(a, a.out, after.group, mo.offset, a.Dv);
-    }
+    const auto mq = of_queries(a, a.query, oq, g), mo = of_queries(a, a.out, oo, g);
+    const auto mk = of_keys(a, a.key, ok, g), mv = of_keys(a, a.value, ov, g);
+    const Bias bias(a, g, ob);
+    Ahead ahead(g, unit + 1 < end && a.chunks == 1 ? &after.group : nullptr, P);
+    ahead.add(a, a.query, after.group, after.group.queries, mq.offset, a.D);
+    ahead.add(a, a.key, after.group, after.group.keys, mk.offset, a.D);
+    ahead.add(a, a.value, after.group, after.group.keys, mv.offset, a.Dv);
+    ahead.add(a, a.out, after.group, after.group.queries, mo.offset, a.Dv);
     pack_rows<T>(mk, 0, N, a.D, k, ldk);
     pack_rows<T>(mv, 0, N, a.Dv, v_rows, ldv);
-    const bool by_rows = N <= kKeys<T> && rows_are_cheaper<T>(N, a.Dv, mo.d == 1);
+    const bool by_rows = N <= kKeys<T> && rows_are_cheaper<T>(g.queries.count, N, a.Dv, mo.d == 1);
     if (!by_rows) pack_tall<T>(v_rows, ldv, N, v_tiles, v);
 
     for (int64_t row = row_begin; row < row_end; row += P) {
@@ -151,11 +147,11 @@ static void forward(const PatchAttention& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void backward_by_dtype(const PatchAttention&, int64_t, int64_t);
-void sum_dkeys_by_dtype(const PatchAttention&, int64_t, int64_t);
-void sum_dbias_by_dtype(const PatchAttention&, int64_t, int64_t);
-extern const PatchAttentionKernels patch_attention_kernels;
-const PatchAttentionKernels patch_attention_kernels = {
+void backward_by_dtype(const Attention&, int64_t, int64_t);
+void sum_dkeys_by_dtype(const Attention&, int64_t, int64_t);
+void sum_dbias_by_dtype(const Attention&, int64_t, int64_t);
+extern const AttentionKernels attention_kernels;
+const AttentionKernels attention_kernels = {
     by_dtype<forward<float>, forward<double>>, backward_by_dtype, sum_dkeys_by_dtype, sum_dbias_by_dtype};
 
 }  // namespace MVK_ISA

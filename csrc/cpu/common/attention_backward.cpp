@@ -1,11 +1,11 @@
-// Patch attention on CPUs, backward, for one (batch, group, head) at a time.
+// Attention inside groups of pixels on CPUs, backward, for one (batch, group, head) at a time.
 //
 // For each block of queries the probabilities of all keys are made again, and with them the sums that softmax's backward
 // takes, in the same arithmetic: what is left of a row whose softmax is 1 somewhere is then 0, and not a rounding error times the
 // size of the keys and queries. dQ^T is summed over keys in L1, dK and dV over queries in L2, and each is stored once: q, k, v,
 // dout are read once. No atomics: a bias gradient is summed per slice by one thread, then over slices in order, and so are dK
 // and dV where the queries of a group are split over threads.
-#include "patch_attention/patch_attention_shared.h"
+#include "common/attention_shared.h"
 
 namespace mvk {
 namespace MVK_ISA {
@@ -63,7 +63,7 @@ MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, T factor, c
 // blocks have kBlock columns.
 template <class T, int V>
 static void block_of_scores(
-    const PatchAttention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
+    const Attention& a, int64_t keys, const T* q, const T* go, const T* k, int64_t ldk, const T* v, int64_t ldv,
     T factor, T* p, T* ds, Ahead& ahead) {
   constexpr int64_t P = kPanel<T>;
   T top[P];
@@ -81,19 +81,50 @@ static void sum_over_queries(
     product_rows<T>(dims - d > W<T> ? 2 : 1, keys, queries, a, kBlock, b + d, ld, c + d, ld, {start});
 }
 
+// offset[n] = n * stride, in the arena.
+static int64_t* row_offsets(int64_t count, int64_t stride) {
+  int64_t* offset = arena.take<int64_t>(count);
+  for (int64_t n = 0; n < count; ++n) offset[n] = n * stride;
+  return offset;
+}
+
+// dbias[place of a key][place of a query] (+)= ds, which has kBlock columns. What is stored past a row's last query is never read.
 template <class T>
-static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
+static void add_to_dbias(
+    const Attention& a, const Group& g, int64_t key, int64_t keys, int64_t row, int64_t rows, const T* ds, T* dbias,
+    int64_t ldb, Start start) {
+  const Places of_keys(a.key_x, g.keys), of_queries(a.x, g.queries);
+  of_keys.runs(key, key + keys, [&](int64_t first, int64_t place, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = ds + (first + r - key) * kBlock;
+      T* to = dbias + (place + r) * ldb;
+      if (!a.clipped) {
+        for (int64_t i = 0; i < rows; i += W<T>) {
+          const vec<T> x = load<T>(from + i);
+          store<T>(to + row + i, start == Start::zero ? x : x + load<T>(to + row + i));
+        }
+        continue;
+      }
+      of_queries.runs(row, row + rows, [&](int64_t query, int64_t at, int64_t some) {
+        for (int64_t i = 0; i < some; ++i) to[at + i] += from[query - row + i];
+      });
+    }
+  });
+}
+
+template <class T>
+static void backward(const Attention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
-  const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
-  const int64_t ldb = a.padded();
+  const int64_t tokens = a.tokens(), most = a.keys(), tall = round_up(most, W<T>);
+  const int64_t ldk = leading<T>(a.D), ldv = leading<T>(a.Dv), ldb = a.padded(a.places());
   arena.reset(
-      9 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
+      5 * Arena::bytes<int64_t>(tokens) + 4 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
           Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * a.D) + Arena::bytes<T>(kBlock * a.Dv) +
           2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(most * kBlock),
       a.poison);
-  auto offsets = [&] { return Offsets{arena.take<int64_t>(most)}; };
-  Offsets oq = offsets(), ok = offsets(), ov = offsets();
-  Offsets og = offsets(), odq = offsets(), odk = offsets(), odv = offsets();
+  auto offsets = [&](int64_t count) { return Offsets{arena.take<int64_t>(count)}; };
+  Offsets oq = offsets(tokens), og = offsets(tokens), odq = offsets(tokens), ob = offsets(tokens);
+  Offsets ok = offsets(most), ov = offsets(most), odk = offsets(most), odv = offsets(most);
   T* k = arena.take<T>(tall * ldk);
   T* v = arena.take<T>(tall * ldv);
   T* dk_here = arena.take<T>(tall * ldk);
@@ -112,38 +143,36 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
   const Tiles k_tiles(a.D, kTileRows);
   const Factor factor(a.scale, a.bias);
 
-  int64_t* bias_rows = row_offsets(most, a.bias_stride[1]);
-  int64_t* dbias_rows = row_offsets(most, most);
+  int64_t* dbias_rows = row_offsets(tokens, a.key_places());
   const int64_t all = a.B * a.groups();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit % a.chunks, h = unit / a.chunks % a.heads, slice = unit / a.chunks / a.heads;
     T* dbias = nullptr;
-    if (a.dbias_partial) dbias = static_cast<T*>(a.dbias_partial) + (slice * a.heads + h) * most * ldb;
+    if (a.dbias_partial) dbias = static_cast<T*>(a.dbias_partial) + (slice * a.heads + h) * a.key_places() * ldb;
+    if (dbias && a.clipped) memset(dbias, 0, a.key_places() * ldb * sizeof(T));
     const int64_t first = all * slice / a.slices, last = all * (slice + 1) / a.slices;
     for (int64_t item = first; item < last; ++item) {
       const Group g(a, item, h);
-      const int64_t N = g.tokens, key_step = part(N, kBackKeys);
+      const int64_t N = g.keys.count, key_step = part(N, kBackKeys);
       int64_t row_begin, row_end;
-      rows_of_chunk(a, N, chunk, row_begin, row_end);
+      rows_of_chunk(a, g.queries.count, chunk, row_begin, row_end);
       T *dk = dk_here, *dv = dv_here;
       if (a.partial) dk = static_cast<T*>(a.partial) + unit * a.partial_size(), dv = dk + tall * ldk;
-      const auto mq = lattice(a, a.query, oq, g), mk = lattice(a, a.key, ok, g), mv = lattice(a, a.value, ov, g);
-      const auto mg = lattice(a, a.grad, og, g), mdq = lattice(a, a.dquery, odq, g);
-      const Bias bias(a, h, bias_rows);
-      Ahead ahead;
+      const auto mq = of_queries(a, a.query, oq, g), mg = of_queries(a, a.grad, og, g);
+      const auto mdq = of_queries(a, a.dquery, odq, g);
+      const auto mk = of_keys(a, a.key, ok, g), mv = of_keys(a, a.value, ov, g);
+      const Bias bias(a, g, ob);
       const bool within = item + 1 < last;
-      if (a.chunks == 1 && (within || unit + 1 < end)) {
-        const Group after(
-            a, within ? item + 1 : all * ((unit + 1) / a.heads) / a.slices, within ? h : (unit + 1) % a.heads);
-        ahead.count = N < after.tokens ? N : after.tokens, ahead.panel = P;
-        ahead.add(a, a.query, after, mq.offset, a.D);
-        ahead.add(a, a.key, after, mk.offset, a.D);
-        ahead.add(a, a.value, after, mv.offset, a.Dv);
-        ahead.add(a, a.grad, after, mg.offset, a.Dv);
-      }
+      const Group after(
+          a, within ? item + 1 : all * ((unit + 1) / a.heads) / a.slices, within ? h : (unit + 1) % a.heads);
+      Ahead ahead(g, a.chunks == 1 && (within || unit + 1 < end) ? &after : nullptr, P);
+      ahead.add(a, a.query, after, after.queries, mq.offset, a.D);
+      ahead.add(a, a.key, after, after.keys, mk.offset, a.D);
+      ahead.add(a, a.value, after, after.keys, mv.offset, a.Dv);
+      ahead.add(a, a.grad, after, after.queries, mg.offset, a.Dv);
       pack_rows<T>(mk, 0, N, a.D, k, ldk);
       pack_rows<T>(mv, 0, N, a.Dv, v, ldv);
-      const bool by_rows = rows_are_cheaper<T>(N, a.D, mdq.d == 1);
+      const bool by_rows = rows_are_cheaper<T>(g.queries.count, N, a.D, mdq.d == 1);
       if (!by_rows) pack_tall<T>(k, ldk, N, k_tiles, k_tall);
 
       for (int64_t row = row_begin; row < row_end; row += kBlock) {
@@ -158,7 +187,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
           scores(a, N, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv, T(factor.scores), p + i, ds + i, ahead);
           if (a.dbias && !a.dbias_partial) {
-            const Lattice to = {Elements(a.dbias, a.dtype) + h * N * N, dbias_rows, 1, N};
+            const Lattice to = {Elements(a.dbias, a.dtype) + h * g.queries.count * N, dbias_rows, 1, N};
             unpack_panel<T>(to, row + i, row + stop, N, ds + i, kBlock, ones);
           }
         }
@@ -174,15 +203,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
           if (by_rows) product_columns<T>(rows, a.D, keys, dsk, kBlock, k + key * ldk, ldk, dq, ldk, {of_keys});
           sum_over_queries<T>(keys, a.Dv, rows, pk, go, dv + key * ldv, ldv, of_queries);
           sum_over_queries<T>(keys, a.D, rows, dsk, q, dk + key * ldk, ldk, of_queries);
-          if (dbias) {
-            for (int64_t r = 0; r < keys; ++r) {
-              T* to = dbias + (key + r) * ldb + row;
-              for (int64_t i = 0; i < rows; i += W<T>) {
-                const vec<T> x = load<T>(dsk + r * kBlock + i);
-                store<T>(to + i, item == first ? x : x + load<T>(to + i));
-              }
-            }
-          }
+          if (dbias) add_to_dbias<T>(a, g, key, keys, row, rows, dsk, dbias, ldb, start_if(a.clipped || item > first));
         }
         if (by_rows) {
           unpack_rows<T>(mdq, row, row + rows, a.D, dq, ldk, scales, 0);
@@ -196,7 +217,7 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
         if (row_begin == row_end) memset(dk, 0, tall * (ldk + ldv) * sizeof(T));
         continue;
       }
-      const auto mdk = lattice(a, a.dkey, odk, g), mdv = lattice(a, a.dvalue, odv, g);
+      const auto mdk = of_keys(a, a.dkey, odk, g), mdv = of_keys(a, a.dvalue, odv, g);
       unpack_rows<T>(mdk, 0, N, a.D, dk, ldk, scales, 0);
       unpack_rows<T>(mdv, 0, N, a.Dv, dv, ldv, ones, 0);
     }
@@ -205,8 +226,8 @@ static void backward(const PatchAttention& a, int64_t begin, int64_t end) {
 
 // Over slice x head, where a slice is one (batch, group): with chunks there is no bias gradient.
 template <class T>
-static void sum_dkeys(const PatchAttention& a, int64_t begin, int64_t end) {
-  const int64_t most = a.tokens(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
+static void sum_dkeys(const Attention& a, int64_t begin, int64_t end) {
+  const int64_t most = a.keys(), tall = round_up(most, W<T>), ldk = leading<T>(a.D), ldv = leading<T>(a.Dv);
   arena.reset(2 * Arena::bytes<int64_t>(most), a.poison);
   Offsets odk{arena.take<int64_t>(most)}, odv{arena.take<int64_t>(most)};
   const T scale(a.scale), one(1);
@@ -215,21 +236,21 @@ static void sum_dkeys(const PatchAttention& a, int64_t begin, int64_t end) {
     T *dk = static_cast<T*>(a.partial) + i * a.chunks * a.partial_size(), *dv = dk + tall * ldk;
     for (int64_t chunk = 1; chunk < a.chunks; ++chunk) {
       const T *other_k = dk + chunk * a.partial_size(), *other_v = other_k + tall * ldk;
-      for (int64_t j = 0; j < g.tokens * ldk; j += W<T>) store<T>(dk + j, load<T>(dk + j) + load<T>(other_k + j));
-      for (int64_t j = 0; j < g.tokens * ldv; j += W<T>) store<T>(dv + j, load<T>(dv + j) + load<T>(other_v + j));
+      for (int64_t j = 0; j < g.keys.count * ldk; j += W<T>) store<T>(dk + j, load<T>(dk + j) + load<T>(other_k + j));
+      for (int64_t j = 0; j < g.keys.count * ldv; j += W<T>) store<T>(dv + j, load<T>(dv + j) + load<T>(other_v + j));
     }
-    unpack_rows<T>(lattice(a, a.dkey, odk, g), 0, g.tokens, a.D, dk, ldk, &scale, 0);
-    unpack_rows<T>(lattice(a, a.dvalue, odv, g), 0, g.tokens, a.Dv, dv, ldv, &one, 0);
+    unpack_rows<T>(of_keys(a, a.dkey, odk, g), 0, g.keys.count, a.D, dk, ldk, &scale, 0);
+    unpack_rows<T>(of_keys(a, a.dvalue, odv, g), 0, g.keys.count, a.Dv, dv, ldv, &one, 0);
   }
 }
 
 // Over heads: the slices' parts, [key][query], summed in order into slice 0, which is then transposed into the gradient.
 template <class T>
-static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
+static void sum_dbias(const Attention& a, int64_t begin, int64_t end) {
   constexpr int64_t P = kPanel<T>;
-  const int64_t N = a.tokens(), ld = a.padded(), size = N * ld;
+  const int64_t N = a.places(), M = a.key_places(), ld = a.padded(N), size = M * ld;
   arena.reset(Arena::bytes<int64_t>(N), false);
-  const int64_t* offset = row_offsets(N, N);
+  const int64_t* offset = row_offsets(N, M);
   T ones[P];
   for (T& x : ones) x = T(1);
   for (int64_t h = begin; h < end; ++h) {
@@ -239,20 +260,20 @@ static void sum_dbias(const PatchAttention& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < size; i += W<T>) store<T>(sum + i, load<T>(sum + i) + load<T>(other + i));
     }
     // Queries as the tokens of a lattice, keys as its dims.
-    const Lattice m = {Elements(a.dbias, a.dtype) + h * N * N, offset, 1, N};
-    for (int64_t n = 0; n < N; n += P) unpack_panel<T>(m, n, n + P < N ? n + P : N, N, sum + n, ld, ones);
+    const Lattice m = {Elements(a.dbias, a.dtype) + h * N * M, offset, 1, M};
+    for (int64_t n = 0; n < N; n += P) unpack_panel<T>(m, n, n + P < N ? n + P : N, M, sum + n, ld, ones);
   }
 }
 
 }  // namespace
 
-void backward_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+void backward_by_dtype(const Attention& a, int64_t begin, int64_t end) {
   by_dtype<backward<float>, backward<double>>(a, begin, end);
 }
-void sum_dkeys_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+void sum_dkeys_by_dtype(const Attention& a, int64_t begin, int64_t end) {
   by_dtype<sum_dkeys<float>, sum_dkeys<double>>(a, begin, end);
 }
-void sum_dbias_by_dtype(const PatchAttention& a, int64_t begin, int64_t end) {
+void sum_dbias_by_dtype(const Attention& a, int64_t begin, int64_t end) {
   by_dtype<sum_dbias<float>, sum_dbias<double>>(a, begin, end);
 }
 
