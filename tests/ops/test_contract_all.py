@@ -183,7 +183,7 @@ def test_compile_without_graph_breaks_or_recompilation(name, backend):
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     counted = torch.compile(block, fullgraph=True, dynamic=True, backend=count)
     # No two sizes of the first call are alike: they would be taken for one.
-    for batch, size in ((5, (10, 14)), (3, (12, 18))):
+    for batch, size in ((5, (10, 22)), (3, (12, 18))):
         values = list(tensors_of(example(name, batch=batch, size=size)).values())
         ours, plain = ([v.clone().requires_grad_() for v in values] for _ in range(2))
         out, expected = compiled(*ours), block(*plain)
@@ -266,7 +266,7 @@ def test_the_same_bits_in_every_run(name, backend):
         assert all(torch.equal(a, b) for a, b in zip(first, once()))
 
 
-OPTIONAL = ("qkv_bias",)
+OPTIONAL = ("qkv_bias", "bias")
 WRONG = {
     "list": (TypeError, "{0} is a list", lambda t: [1.0]),
     "none": (TypeError, "{0} is a NoneType", lambda t: None),

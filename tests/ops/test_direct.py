@@ -43,7 +43,7 @@ def plain(name: str, batch=2, heads=2, dim=4, height=4, width=6, count=3, value_
         return torch.randn(shape, generator=generator)
 
     a, b = (draw(batch, heads, dim, height, width) for _ in range(2))
-    c = draw(batch, heads, value_dim if name == "patch_attention" else dim, height, width)
+    c = draw(batch, heads, value_dim if name in ("patch_attention", "window_attention") else dim, height, width)
     tokens, more = draw(batch, heads, count, dim), draw(batch, heads, count, dim)
     channels = 3 * heads * dim
     weights = {
@@ -52,6 +52,9 @@ def plain(name: str, batch=2, heads=2, dim=4, height=4, width=6, count=3, value_
     }
     return {
         "patch_attention": {"query": a, "key": b, "value": c, "patch_size": 2, "bias": None, "scale": None},
+        "window_attention": {
+            "query": a, "key": b, "value": c, "window_size": (2, 3), "shift": 1, "bias": None, "scale": None,
+        },
         "mobile_to_former": {"query": tokens, "x": a, "scale": None},
         "former_to_mobile": {"x": a, "key": tokens, "value": more, "scale": None, "residual": True},
         "relu_linear_attention": {"query": a, "key": b, "value": c, "eps": 1e-5},
@@ -90,7 +93,8 @@ NUMBERS = (None, 0.5, 0.0, -1.0, float("nan"), 1, True, "1", np.float32(0.5), 10
 PATCHES = (1, 3, 6, 0, -2, True, 2.0, (2, 3), (1, 9), [2, 2], (2,), (2, 2, 2), (2, 0), (True, 2), {2: 0, 3: 0}, "22",
            None, np.int64(2), (np.int64(2), 2), 2**31, 2**40, (2**63 - 1, 2), 2**70, torch.tensor(2))  # fmt: skip
 SETTINGS: dict[str, tuple[Any, ...]] = {
-    "patch_size": PATCHES, "scale": NUMBERS, "eps": NUMBERS, "residual": (False, 0, 1, None, np.bool_(True)),
+    "patch_size": PATCHES, "window_size": PATCHES, "shift": (0, (0, 1), (1, 2), (0, 3), -1, *PATCHES),
+    "scale": NUMBERS, "eps": NUMBERS, "residual": (False, 0, 1, None, np.bool_(True)),
     "head_dim": (2, 8, 0, -4, 3, 257, True, 4.0, None, np.int64(4), 2**70),
     "bias": (torch.zeros(2, 6, 6), torch.zeros(2, 6, 5), torch.zeros(2, 6, 6).double(), torch.zeros(0), "bias",
              torch.ones(2, 6, 6, requires_grad=True), torch.zeros(6, 6), torch.nn.Parameter(torch.ones(2, 24, 24))),

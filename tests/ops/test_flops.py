@@ -31,6 +31,8 @@ def counts(name, arguments, backend):
 @pytest.mark.parametrize(("name", "backend"), KERNELS)
 @pytest.mark.parametrize(("batch", "size"), [(2, (4, 6)), (1, (5, 7)), (1, (1, 3)), (0, (4, 4))])
 def test_the_count_is_the_references(name, backend, batch, size):
+    if name == "window_attention":  # of which the reference fills up windows that the map cuts
+        size = tuple(7 * (side // 4 + 1) for side in size)
     arguments = example(name, batch=batch, size=size)
     found = counts(name, arguments, backend)
     assert found == counts(name, arguments, "reference")
@@ -49,6 +51,11 @@ def other_settings():
         yield "patch_attention", {"query": query, "key": key, "value": value, "patch_size": patch}
     divided = {"query": query[..., :6, :8], "key": key[..., :6, :8], "value": value[..., :6, :8]}
     yield "patch_attention", {**divided, "patch_size": (3, 2), "bias": some(3, 8, 8)}
+    less = {"key": some(2, 3, 5, 2, 6), "value": some(2, 3, 4, 2, 6)}
+    yield "patch_attention", {"query": query, **less, "patch_size": 1, "bias": some(3, 63, 12)}
+    yield "window_attention", {**divided, "window_size": (3, 4)}
+    yield "window_attention", {**divided, "window_size": (6, 2), "bias": some(3, 12, 12)}
+    yield "window_attention", {"query": query, "key": key, "value": value, "window_size": (9, 9)}
     yield "mobile_to_former", {"query": some(2, 1, 5, 6), "x": some(2, 1, 6, 3, 4), "scale": 0.3}
     tokens = {"key": some(2, 1, 5, 6), "value": some(2, 1, 5, 6)}
     yield "former_to_mobile", {"x": some(2, 1, 6, 3, 4), **tokens, "residual": False}
@@ -78,6 +85,17 @@ def test_the_count_with_other_settings(case):
 def test_the_count_with_other_settings_on_triton(case):
     name, arguments = case
     assert counts(name, arguments, "triton") == counts(name, arguments, "reference")
+
+
+@pytest.mark.parametrize(("sizes", "window", "shift"), [((14, 14), (7, 7), (3, 3)), ((5, 9), (7, 4), (6, 1))])
+def test_the_count_of_windows_is_that_of_pairs(sizes, window, shift):
+    corners = [[(place - by) // extent for place in range(size)] for size, extent, by in zip(sizes, window, shift)]
+    windows = [(y, x) for y in corners[0] for x in corners[1]]
+    maps = [torch.empty(2, 3, dim, *sizes, device="meta") for dim in (4, 4, 8)]
+    operator = torch.ops.mvkernels_triton.window_attention_forward
+    with FlopCounterMode(display=False) as counter:
+        operator(*maps, *window, *shift, None, 0.5)
+    assert counter.get_total_flops() == 2 * 2 * 3 * (4 + 8) * sum(windows.count(each) for each in windows)
 
 
 def test_a_frozen_scale_is_not_counted_where_the_operator_is_told():

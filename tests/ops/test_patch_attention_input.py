@@ -47,6 +47,18 @@ BAD = {
         r"want \(heads, N, N\) = \(2, 9, 9\)",
         lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 8)}),
     ),
+    "unequal maps": (ValueError, "differ along axis 4", lambda: ((_map(*M), *[_map(1, 2, 4, 6, 4)] * 2), {})),
+    "unequal values": (
+        ValueError,
+        r"value is \(1, 2, 4, 6, 6\), key is \(1, 2, 4, 6, 4\)",
+        lambda: ((_map(*M), _map(1, 2, 4, 6, 4), _map(*M), 1), {}),
+    ),
+    "no keys": (ValueError, "H is 0", lambda: ((_map(*M), *[_map(1, 2, 4, 0, 4)] * 2, 1), {})),
+    "unequal bias": (
+        ValueError,
+        r"want \(heads, N, M\) = \(2, 36, 8\)",
+        lambda: ((_map(*M), *[_map(1, 2, 4, 2, 4)] * 2, 1), {"bias": _map(2, 8, 36)}),
+    ),
     "bias rank": (ValueError, "bias has 2 axes", lambda: ((_map(*M),) * 3, {"bias": _map(9, 9)})),
     "bias dtype": (
         ValueError,
@@ -90,6 +102,9 @@ def test_the_raw_operator_checks_what_it_indexes():
         (q, q, q, 0, 2, None, 1.0),
         (q, q, q, 2, 2, torch.zeros(2, 4, 4), 1.0),
         (q, q, q, 4, 2, torch.zeros(2, 6, 6), 1.0),
+        (q, q[..., :4], q[..., :4], 2, 2, None, 1.0),
+        (q, q[..., :4], q, 1, 1, None, 1.0),
+        (q, q[..., :4], q[..., :4], 1, 1, torch.zeros(2, 36, 36), 1.0),
     ):
         with pytest.raises(RuntimeError):
             forward(*arguments)

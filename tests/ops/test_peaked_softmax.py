@@ -18,6 +18,7 @@ from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import INSTRUCTION_SETS, assert_ok, interpreter, needs_cpp
 
 ALIKE = {"mobile_to_former": ("query",), "former_to_mobile": ("x", "key"), "patch_attention": ("query", "key")}
+ALIKE["window_attention"] = ALIKE["patch_attention"]
 """Of each op the tensors whose gradient comes through the scores alone."""
 
 
@@ -69,6 +70,8 @@ def peaked(
     axes = min(d, height * width)
     value = mean + torch.randn(many, generator=generator)
     maps = {"query": on_map(queries(many)), "key": on_map(keys(many)), "value": on_map(value)}
+    if name == "window_attention":  # that rows meet the keys made for them, they all lie in one window
+        return {**maps, "window_size": (height + 1, width), "scale": 1.0}
     return {**maps, "patch_size": 1, "scale": 1.0}
 
 
@@ -77,7 +80,7 @@ def problems(draw: Any, most: int, dtypes: tuple[torch.dtype, ...]) -> tuple[str
     name = draw(st.sampled_from(sorted(ALIKE)))
     dtype = draw(st.sampled_from(dtypes))
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([4, 7, 16, 24, 36, 64, 88, 128])))
-    side = most if name != "patch_attention" else min(most, 24)
+    side = min(most, 24) if name in ("patch_attention", "window_attention") else most
     shape += (draw(st.integers(1, side)), draw(st.integers(1, side)))
     size = draw(st.sampled_from([1e2, 1e3, 1e4, *([] if dtype == torch.float16 else [1e5])]))
     strides = draw(st.sampled_from([s for s in testing.STRIDES if s != "expanded"]))
@@ -158,9 +161,14 @@ def scaled(draw: Any, most: int, dtypes: tuple[torch.dtype, ...]) -> tuple[str, 
         return name, {"x": a_map(size, 0), "key": key, "value": value, "residual": draw(st.booleans())}
     found: dict[str, Any] = {"query": a_map(size, 0), "key": a_map(1, mean), "value": a_map(1, mean)}
     height, width = many[3:]
+    if name == "window_attention":
+        height = draw(st.integers(1, height))
+        found |= {"window_size": (height, width), "shift": (draw(st.integers(0, height - 1)), 0)}
+    else:
+        found["patch_size"] = 1
     if draw(st.booleans()):
         found["bias"] = torch.randn(h, height * width, height * width, generator=generator).to(dtype)
-    return name, {**found, "patch_size": 1}
+    return name, found
 
 
 @needs_cpp("mobile_to_former")

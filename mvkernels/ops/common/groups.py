@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 Sizes = tuple[int, int]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(B, h, groups, N, D), key and value with M tokens, bias (h, N, M) -> (B, h, groups, N, Dv)."""
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, inside: Tensor | None = None
+) -> Tensor:
+    """(B, h, groups, N, D), key and value with M tokens, bias (h, N, M) -> (B, h, groups, N, Dv).
+
+    ``inside`` (1, 1, groups, N), for M = N, says which tokens there are: others get no weight, and results of no sense.
+    """
     scores = query @ key.transpose(-2, -1) * scale
     if bias is not None:
         scores = scores + bias[:, None]
+    if inside is not None:
+        scores = scores.masked_fill(~inside[..., None, :], -math.inf).masked_fill(~inside[..., None], 0.0)
     return scores.softmax(-1) @ value
 
 
@@ -43,21 +52,6 @@ def reverse(x: Tensor, wh: int, ww: int, height: int, width: int) -> Tensor:
     return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, h, d, height, width)
 
 
-def spans(size: int, window: int, shift: int) -> list[tuple[slice, int, int]]:
-    """Along one axis: (pixels, pixels of each of their windows, first place in these windows), windows of a size together.
-
-    Windows begin at ``shift + i * window``. Only the first and the last may lack pixels, which lie outside the map.
-
-    >>> spans(16, 7, 3)
-    [(slice(0, 3, None), 3, 4), (slice(3, 10, None), 7, 0), (slice(10, 16, None), 6, 0)]
-    """
-    first = min(shift, size)
-    whole = (size - first) // window * window
-    last = size - first - whole
-    found = [(slice(0, first), first, window - shift), (slice(first, first + whole), window, 0)]
-    return [span for span in (*found, (slice(first + whole, size), last, 0)) if span[0].start < span[0].stop]
-
-
 def patch_pairs(sizes: Sizes, partners: Sizes, patch: Sizes) -> int:
     """How many pairs of a pixel and one that it attends to a map of ``sizes`` has, and ``partners``, by patches."""
     count = 1
@@ -70,6 +64,8 @@ def patch_pairs(sizes: Sizes, partners: Sizes, patch: Sizes) -> int:
 def window_pairs(sizes: Sizes, window: Sizes, shift: Sizes) -> int:
     """How many pairs of a pixel and one that it attends to a map has, by windows."""
     count = 1
-    for axis in zip(sizes, window, shift):
-        count *= sum((pixels.stop - pixels.start) * extent for pixels, extent, _ in spans(*axis))
+    for size, extent, begin in zip(sizes, window, shift):
+        first = min(begin, size)
+        whole, last = divmod(size - first, extent)
+        count *= first**2 + whole * extent**2 + last**2
     return count

@@ -52,7 +52,7 @@ def patch_attention(
         patch_size: an int or a pair (ph, pw), each at least 1. H and W need not be multiples of it: the groups then
             differ in size, and nothing is padded.
         bias: (heads, N, N), added to the scaled scores; the same for the whole batch and for all groups. N is the
-            number of pixels in a group, so patch_size must divide H and W. For a key map of M pixels, not N, the bias is
+            number of pixels in a group, so patch_size must divide H and W. For a key map of M pixels the bias is
             (heads, N, M). The bias gets a gradient.
         scale: factor of the scores, ``head_dim ** -0.5`` by default.
         backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see

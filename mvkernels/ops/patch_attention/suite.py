@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,39 @@ from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
 from mvkernels.ops.common.maps import qkv
 
-# model, its stages as (heads, head_dim, value_dim, map side), patch, bias, layouts
-_MODELS: tuple[tuple[str, tuple[tuple[int, int, int, int], ...], int, bool, tuple[str, ...]], ...] = (
-    ("mobilevit_xxs@256", ((4, 16, 16, 32), (4, 20, 20, 16), (4, 24, 24, 8)), 2, False, ("channels_last",)),
-    ("mobilevit_xs@256", ((4, 24, 24, 32), (4, 30, 30, 16), (4, 36, 36, 8)), 2, False, ("channels_last",)),
-    ("mobilevit_s@256", ((4, 36, 36, 32), (4, 48, 48, 16), (4, 60, 60, 8)), 2, False, ("channels_last",)),
-    ("mobilevit_s@512", ((4, 36, 36, 64), (4, 48, 48, 32), (4, 60, 60, 16)), 2, False, ("channels_last",)),
-    ("efficientformer@224", ((8, 32, 128, 7),), 1, True, ("channels_last",)),
-    ("coatnet_0@224", ((12, 32, 32, 14), (24, 32, 32, 7)), 1, True, ("channels_first", "channels_last")),
+
+class _Stage(NamedTuple):
+    heads: int
+    head_dim: int
+    side: int
+    patch: int = 2
+    bias: bool = False
+    value_dim: int | None = None
+    """Of the value, if not head_dim."""
+    key_side: int | None = None
+    """Of the key and value map, if it is another one; channels_last then, each map by itself."""
+    shared: bool = False
+    """Whether the heads share one key and one value (multi-query attention)."""
+
+
+_LAST, _BOTH = ("channels_last",), ("channels_first", "channels_last")
+_MODELS: tuple[tuple[str, tuple[_Stage, ...], tuple[str, ...]], ...] = (
+    ("mobilevit_xxs@256", (_Stage(4, 16, 32), _Stage(4, 20, 16), _Stage(4, 24, 8)), _LAST),
+    ("mobilevit_xs@256", (_Stage(4, 24, 32), _Stage(4, 30, 16), _Stage(4, 36, 8)), _LAST),
+    ("mobilevit_s@256", (_Stage(4, 36, 32), _Stage(4, 48, 16), _Stage(4, 60, 8)), _LAST),
+    ("mobilevit_s@512", (_Stage(4, 36, 64), _Stage(4, 48, 32), _Stage(4, 60, 16)), _LAST),
+    ("efficientformer@224", (_Stage(8, 32, 7, 1, True, 128),), _LAST),
+    ("coatnet_0@224", (_Stage(12, 32, 14, 1, True), _Stage(24, 32, 7, 1, True)), _BOTH),
+    # MaxViT's grids of 7 x 7
+    (
+        "maxvit_tiny@224",
+        (_Stage(2, 32, 56, 8, True), _Stage(4, 32, 28, 4, True), _Stage(8, 32, 14, 2, True)),
+        _BOTH[::-1],
+    ),
+    ("levit_128@224", (_Stage(4, 16, 14, 1, True, 32), _Stage(8, 16, 7, 1, True, 32)), _LAST),
+    ("levit_128@224", (_Stage(8, 16, 7, 1, True, 64, 14), _Stage(16, 16, 4, 1, True, 64, 7)), _LAST),
+    ("mobilenetv4_hybrid@256", (_Stage(4, 64, 16, 1, key_side=8, shared=True),), ("channels_first",)),
+    ("mobilenetv4_hybrid@256", (_Stage(4, 64, 8, 1, key_side=8, shared=True),), ("channels_first",)),
 )
 _SMALL = ("mobilevit_s@256", "efficientformer@224")
 
@@ -29,20 +54,23 @@ _SMALL = ("mobilevit_s@256", "efficientformer@224")
 def cases(suite: str = "full") -> list[Case]:
     """The shape suite: "full", or "small" for a quick look."""
     found = []
-    for model, stages, patch, bias, layouts in _MODELS:
-        if suite == "small" and model not in _SMALL:
-            continue
-        for heads, dim, value_dim, side in stages:
+    for model, stages, layouts in _MODELS:
+        for stage in stages if suite != "small" or model in _SMALL else ():
             shape = {
-                "heads": heads,
-                "head_dim": dim,
-                "value_dim": value_dim,
-                "height": side,
-                "width": side,
-                "patch": patch,
-                "bias": bias,
+                "heads": stage.heads,
+                "head_dim": stage.head_dim,
+                "value_dim": stage.value_dim or stage.head_dim,
+                "height": stage.side,
+                "width": stage.side,
+                "patch": stage.patch,
+                "bias": stage.bias,
+                "key_side": stage.key_side,
+                "shared": stage.shared,
             }
-            label = f"{heads}x{dim}{f'/{value_dim}' if value_dim != dim else ''}_{side}x{side}_p{patch}"
+            label = f"{stage.heads}x{stage.head_dim}{f'/{stage.value_dim}' if stage.value_dim else ''}"
+            label += f"_{stage.side}x{stage.side}_p{stage.patch}"
+            if stage.key_side:
+                label += f"_k{stage.key_side}x{stage.key_side}{'_shared' if stage.shared else ''}"
             found.append(Case(label, model, partial(_make, shape, layouts[0]), layouts, shape))
     return found
 
@@ -58,12 +86,16 @@ def _make(
 ) -> dict[str, Any]:
     """Arguments as models have them."""
     generator = torch.Generator().manual_seed(seed)
-    heads, height, width = shape["heads"], shape["height"], shape["width"]
+    heads, side = shape["heads"], shape["key_side"]
     arguments: dict[str, Any] = dict(qkv(shape, batch, dtype, device, layout or default_layout, generator))
     arguments["patch_size"] = (shape["patch"], shape["patch"])
+    if side:
+        of_keys = {**shape, "heads": 1 if shape["shared"] else heads, "height": side, "width": side}
+        partner = qkv(of_keys, batch, dtype, device, layout or default_layout, generator)
+        arguments |= {name: partner[name].expand(-1, heads, -1, -1, -1) for name in ("key", "value")}
     if shape["bias"]:
-        n = height * width // shape["patch"] ** 2
-        arguments["bias"] = torch.randn(heads, n, n, generator=generator).to(device=device, dtype=dtype)
+        tokens = [m.shape[3] * m.shape[4] // shape["patch"] ** 2 for m in (arguments["query"], arguments["key"])]
+        arguments["bias"] = torch.randn(heads, *tokens, generator=generator).to(device=device, dtype=dtype)
     return arguments
 
 

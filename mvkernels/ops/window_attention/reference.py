@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mvkernels.dispatch.checks import lay_as, without_autocast
-from mvkernels.ops.common.groups import attention, partition, reverse, spans
+from mvkernels.ops.common.groups import attention, partition, reverse
 
 
 def window_attention(
@@ -32,24 +33,24 @@ def window_attention(
     are computed in float32 unless ``compute_dtype`` says otherwise. (Swin Transformer, arXiv 2103.14030, section 3.2,
     equation 4; where windows divide the map, its cyclic shift and mask are this with the shift of the windows.)
     """
-    (wh, ww), (height, width) = window_size, query.shape[-2:]
+    (wh, ww), (sy, sx), (height, width) = window_size, shift, query.shape[-2:]
+    if bias is None:  # larger windows make the same groups
+        wh, ww = min(wh, height), min(ww, width)
+        sy, sx = sy if sy < wh else 0, sx if sx < ww else 0
     scale = query.shape[2] ** -0.5 if scale is None else scale
     half = query.dtype in (torch.float16, torch.bfloat16)
     dtype = compute_dtype or (torch.float32 if half else query.dtype)
-    maps = [m.to(dtype) for m in (query, key, value)]
-    places = None if bias is None else bias.to(dtype).unflatten(2, (wh, ww)).unflatten(1, (wh, ww))
+    bias = None if bias is None else bias.to(dtype)
+    top, left = -sy % wh, -sx % ww
+    lacking = (left, -(left + width) % ww, top, -(top + height) % wh)  # pixels that the windows have outside the map
+    whole = not any(lacking)
 
-    rows = []
+    def windows(x: Tensor) -> Tensor:
+        return partition(x if whole else pad(x, lacking), wh, ww)
+
     with without_autocast(query.device.type):
-        for ys, high, top in spans(height, wh, shift[0]):
-            row = []
-            for xs, wide, left in spans(width, ww, shift[1]):
-                q, k, v = (partition(m[..., ys, xs], high, wide) for m in maps)
-                of_pixels = None
-                if places is not None:
-                    here = slice(top, top + high), slice(left, left + wide)
-                    of_pixels = places[(slice(None), *here, *here)].flatten(3).flatten(1, 2)
-                out = attention(q, k, v, of_pixels, scale)
-                row.append(reverse(out, high, wide, ys.stop - ys.start, xs.stop - xs.start))
-            rows.append(torch.cat(row, -1))
-        return lay_as(torch.cat(rows, -2).to(query.dtype), query)
+        q, k, v = (windows(m.to(dtype)) for m in (query, key, value))
+        inside = None if whole else windows(torch.ones_like(query[:1, :1, :1]))[..., 0] > 0
+        out = attention(q, k, v, bias, scale, inside)
+        out = reverse(out, wh, ww, lacking[2] + height + lacking[3], lacking[0] + width + lacking[1])
+    return lay_as(out[..., top : top + height, left : left + width].to(query.dtype), query)
