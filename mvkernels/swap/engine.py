@@ -31,7 +31,8 @@ class Family:
     """The module that defines the class."""
     class_name: str
     adapter: str
-    """The file of families/ that has ``SWAPPED``, the fused form, and ``why_not(module) -> str``."""
+    """The file of families/ that has ``SWAPPED``, the fused form, or ``form(module)`` for several classes, and
+    ``why_not(module) -> str``."""
     parameters: tuple[str, ...] | None = None
     """The names of the forward's parameters after self, if it has more than one."""
 
@@ -67,6 +68,17 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Family("timm.models.efficientvit_mit", "LiteMLA", "timm_efficientvit"),
     Family("timm.models.efficientformer", "Attention", "timm_efficientformer"),
     Family("timm.models.maxxvit", "Attention2d", "timm_coatnet", ("x", "shared_rel_pos")),
+    Family("timm.models.maxxvit", "PartitionAttentionCl", "timm_maxvit"),
+    Family("timm.models.maxxvit", "PartitionAttention2d", "timm_maxvit"),
+    Family("timm.models.maxxvit", "ParallelPartitionAttention", "timm_maxvit"),
+    Family("timm.models.swin_transformer", "SwinTransformerBlock", "timm_swin"),
+    Family("timm.models.swin_transformer_v2", "SwinTransformerV2Block", "timm_swin_v2"),
+    Family("timm.models.tiny_vit", "TinyVitBlock", "timm_tiny_vit"),
+    Family("timm.models.levit", "Attention", "timm_levit"),
+    Family("timm.models.levit", "AttentionDownsample", "timm_levit"),
+    Family("timm.models.efficientformer_v2", "Attention2dDownsample", "timm_efficientformer_v2"),
+    Family("timm.layers.attention2d", "MultiQueryAttention2d", "timm_attention2d", ("x", "attn_mask")),
+    Family("timm.layers.attention2d", "Attention2d", "timm_attention2d", ("x", "attn_mask")),
     Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),
     Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
@@ -160,7 +172,7 @@ def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[s
     adapter = _adapter(family)
 
     def class_() -> None:
-        form = adapter.form(module) if isinstance(family, Structure) else adapter.SWAPPED
+        form = adapter.form(module) if hasattr(adapter, "form") else adapter.SWAPPED
         module.__class__ = swapped_class(type(module), form)
 
     def processor() -> None:

@@ -27,8 +27,8 @@ def _fake_backward(grad, query, key, value, *settings):  # type: ignore[no-untyp
 def operators(name: str, sizes: str, pairs: Callable[..., int], launcher: Callable[[], Any]) -> dict[str, Pair]:
     """An op's forward and backward on each backend.
 
-    ``sizes`` declares what says which pixels are a group, ``int patch_h, int patch_w``. ``pairs`` takes the sizes of the
-    query and of the key map, and these numbers, and counts pairs of pixels. ``launcher`` imports the Triton launcher.
+    ``sizes`` declares what says which pixels are a group, ``int patch_h, int patch_w``. ``pairs`` takes the sizes of
+    the query and of the key map, and these numbers, and counts pairs. ``launcher`` imports the Triton launcher.
     """
     maps, settings = "Tensor query, Tensor key, Tensor value", f"{sizes}, Tensor? bias, float scale"
     schemas = (

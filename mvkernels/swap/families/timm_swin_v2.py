@@ -1,0 +1,91 @@
+"""``SwinTransformerV2Block`` of Swin V2 in timm (``timm.models.swin_transformer_v2``): its windows, in place.
+
+Queries and keys are normalized, and biases come from an MLP of the offsets; both stay in PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from mvkernels.ops.window_attention import window_attention
+from mvkernels.swap.eligibility import (
+    asked,
+    drops_attention,
+    log_once,
+    not_its_own,
+    not_plain,
+    replaced,
+    unusual_call,
+)
+from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.windows import channels_last, gathered, maps_of, on_whole_windows, other_mask
+
+
+def why_not(block: Any) -> str:
+    """Why the fused form cannot replace this ``SwinTransformerV2Block`` in its current state; empty if it can."""
+    attention = block.attn
+    return (
+        replaced(SwinTransformerV2Block, "forward", "_attn", "get_attn_mask")
+        or not_its_own(block, "_attn", "get_attn_mask")
+        or not_plain(attention, WindowAttention, "attn")
+        or not_plain(attention.qkv, nn.Linear, "attn.qkv")
+        or not_plain(attention.softmax, nn.Softmax, "attn.softmax")
+        or not_plain(attention.attn_drop, nn.Dropout, "attn.attn_drop")
+        or not_plain(attention.proj, nn.Linear, "attn.proj")
+        or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
+    )
+
+
+def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps whose products are the scaled cosines between queries and keys; ``logit_scale`` (heads, 1, 1) is a logarithm.
+
+    (Swin Transformer V2, arXiv 2111.09883, equation 2: at most 100.)
+    """
+    factor = torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
+    return normalize(query, dim=2) * factor[None, :, :, :, None], normalize(key, dim=2)
+
+
+class SwappedBlock(Swapped):
+    """A ``SwinTransformerV2Block`` that calls :func:`mvkernels.window_attention`: without roll, partition and mask."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        return SwinTransformerV2Block.forward(self, x)
+
+    def _attn(self: Any, x: Tensor) -> Tensor:
+        reason = unusual_call(x) or asked(why_not, self) or other_mask(self, x)
+        attention = self.attn
+        reason = reason or drops_attention(attention, attention.attn_drop)
+        if reason:
+            log_once(self, reason)
+            return SwinTransformerV2Block._attn(self, x)
+
+        def attend(x: Tensor) -> Tensor:
+            parts = (attention.q_bias, attention.k_bias, attention.v_bias)
+            packed = linear(x, attention.qkv.weight, None if parts[0] is None else torch.cat(parts))
+            query, key, value = maps_of(packed, attention.num_heads)
+            query, key = cosine(query, key, attention.logit_scale)
+            table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads).t()
+            bias = 16 * torch.sigmoid(gathered(table, attention.relative_position_index))
+            out = window_attention(
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                tuple(self.window_size),
+                shift=tuple(self.shift_size),
+                bias=bias.to(value.dtype),
+                scale=1.0,
+                backend=self.mvk_backend,
+            )
+            return attention.proj_drop(attention.proj(channels_last(out)))
+
+        return on_whole_windows(x, self.window_size, self.shift_size, attend, roll_first=True)
+
+
+SWAPPED = SwappedBlock

@@ -1,0 +1,62 @@
+"""``TinyVitBlock`` of TinyViT in timm (``timm.models.tiny_vit``): its windows, in place.
+
+The map is padded before the LayerNorm that is part of the attention, so that added pixels become its bias. In eval mode
+timm caches the gathered biases, and a change of the parameter does not update the cache; here they are gathered in
+every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.tiny_vit import Attention, TinyVitBlock
+from torch import Tensor, nn
+
+from mvkernels.ops.window_attention import window_attention
+from mvkernels.swap.eligibility import asked, log_once, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.windows import channels_last, gathered, on_whole_windows
+
+
+def why_not(block: Any) -> str:
+    """Why the fused form cannot replace this ``TinyVitBlock`` in its current state; empty if it can."""
+    attention = block.attn
+    return (
+        replaced(TinyVitBlock, "forward")
+        or not_plain(attention, Attention, "attn")
+        or replaced(Attention, "get_attention_biases")
+        or not_its_own(attention, "get_attention_biases")
+        or not_plain(attention.norm, nn.LayerNorm, "attn.norm")
+        or not_plain(attention.qkv, nn.Linear, "attn.qkv")
+        or not_plain(attention.proj, nn.Linear, "attn.proj")
+    )
+
+
+class SwappedTinyVitBlock(Swapped):
+    """A ``TinyVitBlock`` that calls :func:`mvkernels.window_attention`: without partition and reverse."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        reason = unusual_call(x) or asked(why_not, self)
+        if reason:
+            log_once(self, reason)
+            return TinyVitBlock.forward(self, x)
+        attention, window = self.attn, (self.window_size, self.window_size)
+
+        def attend(x: Tensor) -> Tensor:
+            sizes = (attention.key_dim, attention.key_dim, attention.val_dim)
+            packed = attention.qkv(attention.norm(x)).unflatten(-1, (attention.num_heads, -1)).permute(0, 3, 4, 1, 2)
+            query, key, value = packed.split(sizes, dim=2)
+            bias = gathered(attention.attention_biases, attention.attention_bias_idxs).to(query.dtype)
+            scale = None if attention.fused_attn else attention.scale
+            out = window_attention(query, key, value, window, bias=bias, scale=scale, backend=self.mvk_backend)
+            return attention.proj(channels_last(out))
+
+        batch, height, width, channels = x.shape
+        x = x + self.drop_path1(on_whole_windows(x, window, (0, 0), attend))
+        x = self.local_conv(x.permute(0, 3, 1, 2)).reshape(batch, channels, -1).transpose(1, 2)
+        x = x + self.drop_path2(self.mlp(x))
+        return x.view(batch, height, width, channels)
+
+
+SWAPPED = SwappedTinyVitBlock
