@@ -83,6 +83,15 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Processor("diffusers.models.attention_processor", "Attention", "diffusers_sana"),
 )
 _BY_CLASS = {(family.source, family.class_name): family for family in FAMILIES}
+# Classes without a fused form, and why: one line each.
+DECLINED = {
+    (
+        "timm.models.efficientformer_v2",
+        "Attention2d",
+    ): "it mixes scores and probabilities between heads (talking heads)",
+    ("timm.models.mobilevit", "LinearSelfAttention"): "its scores are one number a pixel: attention is a weighted sum",
+    ("timm.models.swin_transformer_v2_cr", "WindowMultiHeadAttention"): "no fused form of timm's own Swin V2 is known",
+}
 STRUCTURES = (
     Structure(
         frozenset(("block", "num_heads", "token_num", "use_dynamic", "remove_proj_local", "proj", "drop_path")),
@@ -147,7 +156,7 @@ def swap(
         elif name not in picked:
             reason, swapped = "not chosen by only", False
         elif family is None:
-            reason, swapped = "no fused form of this class is known", False
+            reason, swapped = _unknown(module), False
         else:
             reason, change = _exchange(module, model, family)
             swapped = not reason
@@ -227,6 +236,13 @@ def find(model: nn.Module) -> list[tuple[str, nn.Module, AnyFamily | None]]:
 
     visit("", model)
     return found
+
+
+def _unknown(module: nn.Module) -> str:
+    """Why a module of no family stays as it is."""
+    named = ((base.__module__, base.__qualname__) for base in type(module).__mro__)
+    known = (DECLINED[name] for name in named if name in DECLINED)
+    return next(known, "no fused form of this class is known")
 
 
 def _family(module: nn.Module) -> AnyFamily | None:

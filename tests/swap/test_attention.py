@@ -92,7 +92,8 @@ def test_what_runs_a_softmax_in_timms_models_is_listed(name):
     found = find(model)
     size = model.default_cfg["input_size"]
     ran = softmax_runs_in(model, torch.empty(1, *size, device="meta"))
-    assert ran and {id(module) for _, module, _ in found} == ran
+    listed = [{id(part) for part in module.modules()} for _, module, _ in found]  # a block, or its attention
+    assert ran and all(parts & ran for parts in listed) and ran <= set().union(*listed)
 
 
 @pytest.mark.parametrize("name", NO_ATTENTION)

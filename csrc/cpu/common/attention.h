@@ -17,11 +17,11 @@ struct Axis {
   int64_t groups, most, places;  // most: pixels of the largest group; places: those of a whole one, which a bias has
   int64_t size, step, start, window;  // window: 0 for patches; start: where the first one begins, at most 0
 
-  static MVK_SHARED Axis of_patches(int64_t size, int64_t patch) {
+  MVK_SHARED static Axis of_patches(int64_t size, int64_t patch) {
     const int64_t most = (size + patch - 1) / patch;
     return {patch < size ? patch : size, most, most, size, patch, 0, 0};
   }
-  static MVK_SHARED Axis of_windows(int64_t size, int64_t window, int64_t shift) {
+  MVK_SHARED static Axis of_windows(int64_t size, int64_t window, int64_t shift) {
     const int64_t start = shift ? shift - window : 0;
     return {(size - start + window - 1) / window, window < size ? window : size, window, size, 1, start, window};
   }
@@ -69,7 +69,7 @@ struct Attention : Groups {
   MVK_SHARED int64_t key_places() const { return key_y.places * key_x.places; }
   // Queries, or keys, rounded up to what any instruction set takes at a time.
   static constexpr int64_t kBlock = 32;
-  static MVK_SHARED int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
+  MVK_SHARED static int64_t padded(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
   MVK_SHARED int64_t units() const { return slices * heads * chunks; }
   // Keys by dims, with room for what an instruction set rounds up.
   MVK_SHARED int64_t partial_size() const { return padded(keys()) * (D + Dv + 64); }

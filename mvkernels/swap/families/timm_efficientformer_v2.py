@@ -1,5 +1,5 @@
-"""``Attention2dDownsample`` of EfficientFormerV2 in timm (``timm.models.efficientformer_v2``): attention from a smaller map
-to the whole one, between its projections.
+"""``Attention2dDownsample`` of EfficientFormerV2 in timm (``timm.models.efficientformer_v2``), between its projections:
+attention from a smaller map to the whole one.
 
 In eval mode timm caches the gathered biases, and a change of the parameter does not update the cache; here they are
 gathered in every call.
@@ -37,9 +37,9 @@ class SwappedAttention2dDownsample(Swapped):
             return Attention2dDownsample.forward(self, x)
         query, key, value = self.q(x), self.k(x), self.v(x)
         local = self.v_local(value)
-        maps = (m.unflatten(1, (self.num_heads, -1)) for m in (query, key, value))
+        query, key, value = (m.unflatten(1, (self.num_heads, -1)) for m in (query, key, value))
         bias = gathered(self.attention_biases, self.attention_bias_idxs).to(query.dtype)
-        out = patch_attention(*maps, 1, bias=bias, scale=self.scale, backend=self.mvk_backend)
+        out = patch_attention(query, key, value, 1, bias=bias, scale=self.scale, backend=self.mvk_backend)
         return self.proj(self.act(out.flatten(1, 2) + local))
 
 

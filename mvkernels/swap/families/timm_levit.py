@@ -1,7 +1,7 @@
 """``Attention`` and ``AttentionDownsample`` of LeViT in timm (``timm.models.levit``), between their projections.
 
-Downsampling is attention from a smaller map to the whole one. In eval mode timm caches the gathered biases, and a change
-of the parameter does not update the cache; here they are gathered in every call.
+Downsampling is attention from a smaller map to the whole one. In eval mode timm caches the gathered biases, and a
+change of the parameter does not update the cache; here they are gathered in every call.
 """
 
 from __future__ import annotations

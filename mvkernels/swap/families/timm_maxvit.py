@@ -48,7 +48,7 @@ def not_position(position: Any, what: str) -> str:
     reason = replaced(kind, "forward", "get_bias") or not_hooked(position, what)
     if not reason and "get_bias" in position.__dict__:
         reason = f"{what} has a replaced get_bias"
-    if not reason and getattr(position, "prefix_tokens", 0):
+    if not reason and vars(position).get("prefix_tokens"):
         reason = f"{what} has biases for {position.prefix_tokens} prefix tokens, want biases for pixels only"
     return reason
 

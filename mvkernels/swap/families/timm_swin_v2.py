@@ -43,7 +43,7 @@ def why_not(block: Any) -> str:
 
 
 def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps whose products are the scaled cosines between queries and keys; ``logit_scale`` (heads, 1, 1) is a logarithm.
+    """Maps whose products are the scaled cosines between queries and keys; ``logit_scale`` (heads, 1, 1): a logarithm.
 
     (Swin Transformer V2, arXiv 2111.09883, equation 2: at most 100.)
     """
