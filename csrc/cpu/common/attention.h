@@ -26,7 +26,8 @@ struct Axis {
     return {(size - start + window - 1) / window, window < size ? window : size, window, size, 1, start, window};
   }
   MVK_SHARED Span span(int64_t group) const {
-    if (!window) return {group, (size - group + step - 1) / step, 0};
+    const Span of_patch = {group, (size - group + step - 1) / step, 0};
+    if (!window) return of_patch;
     const int64_t corner = start + group * window, end = corner + window, first = corner > 0 ? corner : 0;
     return {first, (end < size ? end : size) - first, first - corner};
   }
