@@ -56,9 +56,10 @@ struct Attention : Groups {
 
   // Backward only.
   Map grad, dquery, dkey, dvalue;
-  void* dbias_partial;  // [slices][heads][key place][query place, padded] in the type of the sums; null if there is one item
-  void* partial;        // [units][partial_size()]: each chunk's share of dkey and dvalue if chunks > 1, else null
-  void* dbias;          // (heads, places, key_places), contiguous
+  void*
+      dbias_partial;  // [slices][heads][key place][query place, padded] in the type of the sums; null if there is one item
+  void* partial;      // [units][partial_size()]: each chunk's share of dkey and dvalue if chunks > 1, else null
+  void* dbias;        // (heads, places, key_places), contiguous
 
   bool poison;  // fill scratch memory with NaN (tests)
 

@@ -118,9 +118,10 @@ static void backward(const Attention& a, int64_t begin, int64_t end) {
   const int64_t tokens = a.tokens(), most = a.keys(), tall = round_up(most, W<T>);
   const int64_t ldk = leading<T>(a.D), ldv = leading<T>(a.Dv), ldb = a.padded(a.places());
   arena.reset(
-      5 * Arena::bytes<int64_t>(tokens) + 4 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) + 2 * Arena::bytes<T>(tall * ldv) +
-          Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * a.D) + Arena::bytes<T>(kBlock * a.Dv) +
-          2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) + 2 * Arena::bytes<T>(most * kBlock),
+      5 * Arena::bytes<int64_t>(tokens) + 4 * Arena::bytes<int64_t>(most) + 2 * Arena::bytes<T>(tall * ldk) +
+          2 * Arena::bytes<T>(tall * ldv) + Arena::bytes<T>(tall_size<T>(most, a.D)) + Arena::bytes<T>(kBlock * a.D) +
+          Arena::bytes<T>(kBlock * a.Dv) + 2 * Arena::bytes<T>(kBlock * ldk) + Arena::bytes<T>(kBlock * ldv) +
+          2 * Arena::bytes<T>(most * kBlock),
       a.poison);
   auto offsets = [&](int64_t count) { return Offsets{arena.take<int64_t>(count)}; };
   Offsets oq = offsets(tokens), og = offsets(tokens), odq = offsets(tokens), ob = offsets(tokens);

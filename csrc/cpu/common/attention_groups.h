@@ -24,10 +24,7 @@ struct Group {
 
  private:
   Group(const Attention& a, int64_t batch, int64_t y, int64_t x, int64_t head)
-      : b(batch),
-        h(head),
-        queries(a.y.span(y), a.x.span(x)),
-        keys(a.key_y.span(y), a.key_x.span(x)) {}
+      : b(batch), h(head), queries(a.y.span(y), a.x.span(x)), keys(a.key_y.span(y), a.key_x.span(x)) {}
 };
 
 // The units of a forward in order. A division takes as long as a dozen vectors of arithmetic, so a group is worked out only

@@ -61,7 +61,8 @@ struct Bias {
     const int64_t step = a.bias_stride[1];
     const Elements head = Elements(a.bias, a.dtype) + g.h * a.bias_stride[0];
     scores = {
-        head + Places(a.x, g.queries).first * step, rows.of(g.queries, a.x.places * step, step), a.bias_stride[2], step};
+        head + Places(a.x, g.queries).first * step, rows.of(g.queries, a.x.places * step, step), a.bias_stride[2],
+        step};
   }
   // dst[(key - first) * ld + i] = bias[row + i][key], which the product with the keys is added to.
   template <class T>
