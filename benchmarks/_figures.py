@@ -17,6 +17,7 @@ LAYOUTS = {"channels_first": "channels first", "channels_last": "channels last",
 # op, what its shapes are told apart by: the heading, the column of the files, its values
 OPS = (
     ("patch_attention", "tokens of a group", "size_class", GROUPS),
+    ("window_attention", "tokens of a window", "size_class", GROUPS),
     ("patch_transformer_layer", "tokens of a group", "size_class", GROUPS),
     ("mobile_to_former", "layout", "layout", LAYOUTS),
     ("former_to_mobile", "layout", "layout", LAYOUTS),

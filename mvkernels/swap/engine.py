@@ -99,6 +99,10 @@ STRUCTURES = (
     ),
     Structure(frozenset(("eps", "dim", "qkv", "aggreg", "kernel_func", "proj")), "authors_efficientvit"),
     Structure(
+        frozenset(("conv_proj", "pwise", "sda", "o_proj", "upsampling", "num_heads", "att_stride", "o_proj_inpdim")),
+        "authors_cpubone",
+    ),
+    Structure(
         frozenset(("local_rep", "global_rep", "conv_proj", "fusion", "patch_h", "patch_w", "patch_area", "n_heads")),
         "cvnets_mobilevit",
         ("x", "args", "kwargs"),
