@@ -77,6 +77,8 @@ FAMILIES: tuple[Family | Processor, ...] = (
     Family("timm.models.levit", "Attention", "timm_levit"),
     Family("timm.models.levit", "AttentionDownsample", "timm_levit"),
     Family("timm.models.efficientformer_v2", "Attention2dDownsample", "timm_efficientformer_v2"),
+    Family("timm.models.cpubone", "ConvAttention", "timm_conv_attention"),
+    Family("timm.models.lowformer", "ConvAttention", "timm_conv_attention"),
     Family("timm.layers.attention2d", "MultiQueryAttention2d", "timm_attention2d", ("x", "attn_mask")),
     Family("timm.layers.attention2d", "Attention2d", "timm_attention2d", ("x", "attn_mask")),
     Family("diffusers.models.attention_processor", "SanaMultiscaleLinearAttention", "diffusers_dc_ae"),

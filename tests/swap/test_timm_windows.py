@@ -13,6 +13,7 @@ from mvkernels.swap import swap, verify_swap
 from tests.swap.conftest import compiles_for_all_sizes
 from tests.swap.timm_windows import (
     attention2d,
+    conv_attention,
     efficientformer_v2,
     levit,
     maxvit,
@@ -262,6 +263,19 @@ def test_efficientformers_downsampling(falls_back):
         module(torch.randn(1, 12, 6, 6))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"small_kernels": True}, {"fuse_out_proj": True}, {"upsample_mode": "nearest"}], ids=str
+)
+def test_conv_attention(settings, falls_back):
+    for fused in (False, True):
+        for size in ((4, 6), (7, 5)):
+            module = conv_attention(**settings)
+            module.fused_attn = fused
+            agree(module, a_map(2, 60, *size))
+    agree(conv_attention("lowformer"), a_map(2, 60, 7, 6))
+    assert not falls_back()
+
+
 INSIDE = {
     swin: ("attn", "attn.qkv", "attn.softmax", "attn.proj", "attn.attn_drop"),
     swin_v2: ("attn", "attn.qkv", "attn.softmax", "attn.proj"),
@@ -345,6 +359,7 @@ def test_whole_models(name):
         ("levit_128", 14, 14),
         ("mobilenetv4_hybrid_medium", 8, 8),
         ("efficientformerv2_s0", 1, 5),
+        ("lowformer_b0", 7, 7),
         ("mobilevitv2_050", 0, 9),
         ("swinv2_cr_tiny_224", 0, 12),
     ],

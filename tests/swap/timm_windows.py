@@ -82,6 +82,13 @@ def attention2d(**settings: Any) -> nn.Module:
     return random(Attention2d(**{"dim": 12, "num_heads": 3, **settings}))
 
 
+def conv_attention(package: str = "cpubone", **settings: Any) -> nn.Module:
+    from timm.models import cpubone, lowformer
+
+    kind = {"cpubone": cpubone, "lowformer": lowformer}[package].ConvAttention
+    return random(kind(**{"input_dim": 60, "att_stride": 2, "att_kernel": 3, **settings}))
+
+
 def drawn(*shape: int) -> Any:
     return lambda batch=2, dtype=torch.float32: torch.randn(batch, *shape, dtype=dtype)
 
@@ -102,5 +109,7 @@ EVERY = {
     "timm_levit, down": (partial(levit, "AttentionDownsample"), drawn(15, 12), "timm_levit", {}),
     "timm_efficientformer_v2": (efficientformer_v2, drawn(12, 5, 6), "timm_efficientformer_v2", {}),
     "timm_attention2d, multi-query": (multi_query, drawn(12, 6, 4), "timm_attention2d", {"attn_drop": 0.5}),
+    "timm_cpubone": (conv_attention, drawn(60, 4, 6), "timm_conv_attention", {}),
+    "timm_lowformer": (partial(conv_attention, "lowformer"), drawn(60, 4, 6), "timm_conv_attention", {}),
     "timm_attention2d": (attention2d, drawn(12, 3, 4), "timm_attention2d", {"attn_drop": 0.5}),
 }  # fmt: skip

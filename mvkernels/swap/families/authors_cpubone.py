@@ -1,8 +1,6 @@
-"""``ConvAttention`` of CPUBone (arXiv 2603.26425) and LowFormer, in the code that the authors published. Recognised by
-structure, see :mod:`mvkernels.swap.by_structure`.
+"""``ConvAttention`` of CPUBone and LowFormer, in the code that the authors published. Recognised by structure.
 
-A strided convolution makes the map smaller, its pixels attend to each other, and a transposed convolution brings the
-map back to its size. The attention between is exchanged; the convolutions are called as they are.
+See :mod:`mvkernels.swap.by_structure`.
 """
 
 from __future__ import annotations
@@ -12,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap import by_structure
+from mvkernels.swap.conv_attention import fused
 from mvkernels.swap.eligibility import asked, log_once, not_hooked, not_its_own, unusual_call
 from mvkernels.swap.swapped import Swapped
 
@@ -45,12 +43,8 @@ def form(module: nn.Module) -> type:
 
 
 def _fused(module: Any, x: Tensor) -> Tensor:
-    packed = module.pwise(module.conv_proj(x)).unflatten(1, (module.num_heads, -1))
-    query, key, value = packed.chunk(3, dim=2)
-    out = patch_attention(query, key, value, 1, backend=module.mvk_backend)
-    out = module.upsampling(module.o_proj(out.flatten(1, 2)))
     batch, channels, height, width = x.shape
-    return out[:batch, :channels, :height, :width]
+    return fused(module, x)[:batch, :channels, :height, :width]
 
 
 class SwappedConvAttention(Swapped):
