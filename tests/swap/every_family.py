@@ -11,7 +11,14 @@ from torch import nn
 
 from mvkernels.swap import engine
 from tests import mobile_former_layout
-from tests.swap import linear_attention, test_cvnets, test_mobile_former, test_timm_attention
+from tests.swap import (
+    linear_attention,
+    test_cvnets,
+    test_mobile_former,
+    test_timm_attention,
+    torchvision_windows,
+    transformers_windows,
+)
 from tests.swap.conftest import timm_block, transformers_block
 
 
@@ -61,6 +68,7 @@ EVERY = {
     "authors_mobile_former, out": _bridge(mobile_former_layout.Global2Local),
     "authors_efficientvit": Example(linear_attention.mit_attention, _map(16, 5, 6), "authors_efficientvit", {}),
     "cvnets_mobilevit": Example(test_cvnets.block, _map(12, 8, 8), "cvnets_mobilevit", {"stochastic": 0.5}),
+    **{name: Example(*parts) for name, parts in (transformers_windows.EVERY | torchvision_windows.EVERY).items()},
 }
 
 assert {e.adapter for e in EVERY.values()} == {f.adapter for f in (*engine.FAMILIES, *engine.STRUCTURES)}
