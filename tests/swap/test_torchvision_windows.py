@@ -10,11 +10,9 @@ from torch import nn
 
 from mvkernels.swap import swap, verify_swap
 from tests.swap.conftest import compiles_for_all_sizes
-from tests.swap.test_transformers_windows import agree, drawn, falls_back, pair
 from tests.swap.torchvision_windows import attention
-from tests.swap.transformers_windows import random
+from tests.swap.transformers_windows import agree, drawn, pair, random
 
-__all__ = ["falls_back"]
 KINDS = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 
 

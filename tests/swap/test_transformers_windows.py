@@ -1,11 +1,9 @@
-"""Swin's layers and LeViT of transformers: values, gradients, the state that calls change, and the original's calls."""
+"""Swin's layers of transformers: values, gradients, the state that calls change, and the original's calls."""
 
 from __future__ import annotations
 
 import copy
 import importlib
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,49 +12,9 @@ from torch import nn
 
 from mvkernels.swap import swap, verify_swap
 from tests.swap.conftest import compiles_for_all_sizes
-from tests.swap.transformers_windows import SWIN, config, layer, layer_of_tokens, levit, named, random
+from tests.swap.transformers_windows import SWIN, agree, config, drawn, layer, layer_of_tokens, named, pair, random
 
-DOUBLE = torch.float64
 RESIZING = ("swin", "donut")  # whose window and shift a call may change, for good
-
-
-@pytest.fixture
-def falls_back(caplog) -> Callable[[], list[str]]:
-    """Reasons why swapped modules ran their original forward."""
-    caplog.set_level(logging.WARNING, logger="mvkernels")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "mvkernels"]
-
-
-def drawn(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
-
-
-def agree(module: nn.Module, twin: nn.Module, x: torch.Tensor, *more: Any, **settings: Any) -> None:
-    """The swapped module against its twin in float64: what it returns, and all gradients."""
-    results = []
-    for each in (module, twin):
-        leaf = x.clone().requires_grad_()
-        returned = each(leaf, *more, **settings)
-        first, *rest = returned if isinstance(returned, tuple) else (returned,)
-        cotangent = torch.randn(first.shape, generator=torch.Generator().manual_seed(0), dtype=first.dtype)
-        gradients = torch.autograd.grad(first, [leaf, *each.parameters()], cotangent, allow_unused=True)
-        results.append((type(returned), rest, [first, *gradients]))
-    assert results[0][0] is results[1][0]
-    torch.testing.assert_close(results[0][1], results[1][1])
-    for found, expected in zip(results[0][2], results[1][2]):
-        assert (found is None) == (expected is None)
-        if expected is not None:
-            size = 1e-3 + float(expected.detach().abs().max())
-            assert float((found - expected).detach().abs().max()) <= 1e-10 * size
-
-
-def pair(make: Callable[..., nn.Module], *args: Any, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """A module that is swapped, and its original."""
-    module = make(*args, **settings).double()
-    twin = copy.deepcopy(module)
-    keys = list(module.state_dict())
-    assert swap(module).count == 1 and list(module.state_dict()) == keys
-    return module, twin
 
 
 def on_map(module: nn.Module, twin: nn.Module, size: tuple[int, int], **settings: Any) -> None:
@@ -230,6 +188,15 @@ def test_methods_of_its_own(family):
 
 
 @pytest.mark.parametrize("family", SWIN)
+def test_parts_of_another_version(family):
+    module = layer(family)
+    holder, name = (module.attention, "k_proj") if family == "swin" else (module.attention.self, "key")
+    delattr(holder, name)
+    (entry,) = swap(module).entries
+    assert not entry.swapped and f"is missing: '{type(holder).__name__}' object has no attribute" in entry.reason
+
+
+@pytest.mark.parametrize("family", SWIN)
 def test_errors_are_the_originals(family, falls_back):
     module, twin = pair(layer, family)
     messages = []
@@ -344,67 +311,3 @@ def test_gradient_checkpointing(falls_back):
         gradients.append([p.grad for p in each.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
     assert len(gradients[0]) > 20 and not falls_back()
-
-
-def fresh(module: nn.Module) -> nn.Module:
-    """LeViT's attention keeps gathered biases in eval mode, with their graph."""
-    for part in module.modules():
-        if hasattr(part, "attention_bias_cache"):
-            part.attention_bias_cache = {}
-    return module
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("kind", ["LevitAttention", "LevitAttentionSubsample"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_levit(kind, training, falls_back):
-    for settings in ({}, {"attention_ratio": 1, "key_dim": 5}):
-        module, twin = pair(levit, kind, **settings)
-        assert module.train(training) is None and twin.train(training) is None  # the trap of the original stays
-        agree(module, twin, drawn(2, 25, 12))
-    if kind == "LevitAttentionSubsample":
-        agree(*pair(levit, kind, resolution_in=6), drawn(2, 36, 12))
-    assert not falls_back()
-    messages = []
-    for each in (module, fresh(twin)):
-        with pytest.raises(RuntimeError) as raised:
-            each(drawn(1, 24, 12))
-        messages.append(str(raised.value))
-    assert messages[0] == messages[1] and "its biases are for 25 tokens" in falls_back()[0]
-
-
-def test_levits_biases_are_gathered_anew(falls_back):
-    """The original's eval mode would keep those of the first call."""
-    module, twin = pair(levit)
-    x = drawn(1, 25, 12)
-    before = module(x)
-    for each in (module, twin):
-        with torch.no_grad():
-            each.attention_biases.mul_(-1.0)
-    after = module(x)
-    assert float((after - before).detach().abs().max()) > 1e-3
-    torch.testing.assert_close(after, twin(x), rtol=1e-10, atol=1e-10)
-    module.get_attention_biases = lambda device: None
-    with pytest.raises(TypeError):
-        module(x)
-    assert "it has a replaced get_attention_biases" in falls_back()[0]
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_models_of_levit(training):
-    from transformers import LevitConfig, LevitModel
-
-    settings = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 2, 1]}
-    settings |= {"key_dim": [4, 4, 4], "drop_path_rate": 0}
-    settings["down_ops"] = [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]]
-    model = random(LevitModel(LevitConfig(**settings)))
-    model.train(training)
-    result = verify_swap(model, torch.randn(2, 3, 64, 64))
-    assert result.ok and result.swapped == 6, str(result)
-
-
-@pytest.mark.parametrize("kind", ["LevitAttention", "LevitAttentionSubsample"])
-def test_levit_compiles(kind):
-    module = levit(kind).double()
-    swap(module)
-    compiles_for_all_sizes(module, [drawn(batch, 25, 12) for batch in (2, 3, 5)])

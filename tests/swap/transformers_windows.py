@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from mvkernels.swap import swap
 from tests.swap.conftest import randomise
 
 pytest.importorskip("transformers")
@@ -90,6 +93,38 @@ def levit(kind: str = "LevitAttention", **settings: Any) -> nn.Module:
 
 def tokens(count: int) -> Any:
     return lambda batch=2, dtype=torch.float32: torch.randn(batch, count, 12, dtype=dtype)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def agree(module: nn.Module, twin: nn.Module, x: torch.Tensor, *more: Any, **settings: Any) -> None:
+    """The swapped module against its twin in float64: what it returns, and all gradients."""
+    results = []
+    for each in (module, twin):
+        leaf = x.clone().requires_grad_()
+        returned = each(leaf, *more, **settings)
+        first, *rest = returned if isinstance(returned, tuple) else (returned,)
+        cotangent = torch.randn(first.shape, generator=torch.Generator().manual_seed(0), dtype=first.dtype)
+        gradients = torch.autograd.grad(first, [leaf, *each.parameters()], cotangent, allow_unused=True)
+        results.append((type(returned), rest, [first, *gradients]))
+    assert results[0][0] is results[1][0]
+    torch.testing.assert_close(results[0][1], results[1][1])
+    for found, expected in zip(results[0][2], results[1][2]):
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            size = 1e-3 + float(expected.detach().abs().max())
+            assert float((found - expected).detach().abs().max()) <= 1e-10 * size
+
+
+def pair(make: Callable[..., nn.Module], *args: Any, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """A module that is swapped, and its original."""
+    module = make(*args, **settings).double()
+    twin = copy.deepcopy(module)
+    keys = list(module.state_dict())
+    assert swap(module).count == 1 and list(module.state_dict()) == keys
+    return module, twin
 
 
 _DROPPED = {"attention_probs_dropout_prob": 0.5}
