@@ -132,8 +132,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Coverage\n",
         "See how many of the attention modules in timm's, torchvision's and transformers' image models `mvkernels.swap` "
         "swaps, and why it leaves the others.\n",
-        "Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. Every "
-        "model of up to 100 M parameters is built without weights and swapped. A family has a row if a model of it has "
+        "Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. "
+        "Every model of up to 100 M parameters is built without weights and swapped. A family has a row if a model of it has "
         "attention.\n",
     ]
     for package in dict.fromkeys(row["package"] for row in rows):
@@ -142,8 +142,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         parts.append(f"## {package}\n")
         first, known, everything = mine[0], of_total(done), of_total(mine)
         parts.append(
-            f"{package} {first['version']}, {first['date']}, commit `{first['commit']}`: {total(mine, 'models')} models "
-            f"with attention. In the {len(done)} families with a fused form {known} attention modules are swapped, of "
+            f"{package} {first['version']}, {first['date']}, commit `{first['commit']}`: {total(mine, 'models')} "
+            f"models with attention. In the {len(done)} families with a fused form {known} attention modules are swapped, of "
             f"all {len(mine)} families {everything}.\n"
         )
         lines = ["| family | models | attention modules | swapped | left as they are |", "| --- " * 5 + "|"]

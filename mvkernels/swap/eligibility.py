@@ -207,12 +207,14 @@ def not_elementwise(module: Any, what: str) -> str:
 def drops_attention(attention: Any, dropout: Any) -> str:
     """Dropout on the attention probabilities must be inactive: the fused kernel does not form these probabilities.
 
-    If the original calls scaled_dot_product_attention, the training mode of the attention counts, else that of the
-    dropout. Like :func:`drops_path`, this is checked in each call and not by ``swap``, whose result does not depend on
-    the mode.
+    ``dropout`` is a module, or a number if the attention drops them by itself. If the original calls
+    scaled_dot_product_attention, the training mode of the attention counts, else that of the dropout. Like
+    :func:`drops_path`, this is checked in each call and not by ``swap``, whose result does not depend on the mode.
     """
-    if dropout.p > 0 and (dropout.training or attention.training):
-        return f"dropout on the attention probabilities (p={dropout.p}) is active in training mode"
+    number = isinstance(dropout, (float, int))
+    p = dropout if number else dropout.p
+    if p > 0 and (attention.training or (not number and dropout.training)):
+        return f"dropout on the attention probabilities (p={p}) is active in training mode"
     return ""
 
 

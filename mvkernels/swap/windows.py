@@ -7,11 +7,15 @@ where a window does not divide the map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
+
+from mvkernels.ops.window_attention import window_attention
 
 
 def on_whole_windows(
@@ -47,6 +51,11 @@ def maps_of(packed: Tensor, heads: int) -> Sequence[Tensor]:
     return packed.unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 5, 1, 2).unbind()
 
 
+def map_of(projected: Tensor, heads: int) -> Tensor:
+    """A projection (B, H, W, C) as a map (B, heads, C / heads, H, W), a view."""
+    return projected.unflatten(-1, (heads, -1)).permute(0, 3, 4, 1, 2)
+
+
 def channels_last(out: Tensor) -> Tensor:
     """(B, heads, head_dim, H, W) as (B, H, W, C), a view of what the ops return for such maps."""
     return out.permute(0, 3, 4, 1, 2).flatten(-2)
@@ -55,6 +64,64 @@ def channels_last(out: Tensor) -> Tensor:
 def gathered(biases: Tensor, index: Tensor) -> Tensor:
     """(heads, offsets) at an index (N, M) -> (heads, N, M). As ``biases[:, index]``, at a quarter of its time."""
     return biases.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps whose products are the scaled cosines between queries and keys; ``logit_scale`` (heads, 1, 1): a logarithm.
+
+    (Swin Transformer V2, arXiv 2111.09883, equation 2: at most 100.)
+    """
+    factor = torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
+    return normalize(query, dim=2) * factor[None, :, :, :, None], normalize(key, dim=2)
+
+
+def attend_in_windows(
+    x: Tensor,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    project: Callable[[Tensor], Sequence[Tensor]],
+    bias: Tensor,
+    out: Callable[[Tensor], Tensor],
+    *,
+    scale: float | None = None,
+    logit_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention in the windows of a map x (B, H, W, C), padded to whole windows, for all but timm's.
+
+    ``project`` gives the maps of query, key and value; ``out`` takes what attention makes of them, (B, H, W, C). With
+    ``logit_scale`` the scores are cosines, as in Swin V2.
+    """
+
+    def attend(x: Tensor) -> Tensor:
+        query, key, value = project(x)
+        if logit_scale is not None:
+            query, key = cosine(query, key, logit_scale)
+        # Under autocast norms are float32, and so are the parameters that the biases are made of.
+        attended = window_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            window,
+            shift=shift,
+            bias=bias.to(value.dtype),
+            scale=scale if logit_scale is None else 1.0,
+            backend=backend,
+        )
+        return out(channels_last(attended))
+
+    return on_whole_windows(x, window, shift, attend)
+
+
+def other_windows(window: tuple[Any, ...], shift: tuple[Any, ...], index: Tensor) -> str:
+    """Windows that the position biases are not for (the originals raise then), or that attention cannot have."""
+    if not all(isinstance(n, int) for n in (*window, *shift)):
+        return f"its window {window} or its shift {shift} is not made of ints"
+    if not all(0 <= by < size for by, size in zip(shift, window)):
+        return f"its shift {shift} is not less than its window {window}"
+    if index.numel() != math.prod(window) ** 2:
+        return f"its window is {window}, but its position biases are for another"
+    return ""
 
 
 def other_mask(block: Any, x: Tensor) -> str:

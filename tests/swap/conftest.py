@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,13 @@ def quiet_log():
     """Each test sees its own warnings: they are given once a process."""
     eligibility._logged.clear()
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def falls_back(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What swapped modules said when they ran their original forward."""
+    caplog.set_level(logging.WARNING, logger="mvkernels")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "mvkernels"]
 
 
 def output(result: Any) -> torch.Tensor:

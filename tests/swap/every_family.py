@@ -18,6 +18,8 @@ from tests.swap import (
     test_mobile_former,
     test_timm_attention,
     timm_windows,
+    torchvision_windows,
+    transformers_windows,
 )
 from tests.swap.conftest import timm_block, transformers_block
 
@@ -69,7 +71,11 @@ EVERY = {
     "authors_efficientvit": Example(linear_attention.mit_attention, _map(16, 5, 6), "authors_efficientvit", {}),
     "cvnets_mobilevit": Example(test_cvnets.block, _map(12, 8, 8), "cvnets_mobilevit", {"stochastic": 0.5}),
     "authors_cpubone": Example(test_cpubone.attention, _map(16, 4, 6), "authors_cpubone", {}),
-    **{name: Example(*parts) for name, parts in timm_windows.EVERY.items()},
+    **{
+        name: Example(*parts)
+        for each in (timm_windows, transformers_windows, torchvision_windows)
+        for name, parts in each.EVERY.items()
+    },
 }
 
 assert {e.adapter for e in EVERY.values()} == {f.adapter for f in (*engine.FAMILIES, *engine.STRUCTURES)}

@@ -118,12 +118,14 @@ def test_transformers(kind):
         model = transformers.AutoModel.from_config(config).eval()
     found = find(model)
     assert found and not any(module is model or isinstance(module, nn.ModuleList) for _, module, _ in found)
-    assert all("attention" in type(module).__name__.lower() for _, module, _ in found)
+    # A block of a family is listed whole, and of others their attention.
+    assert all(family or "attention" in type(module).__name__.lower() for _, module, family in found)
     if kind != "detr":  # looks at the values of a mask
         ran = softmax_runs_in(
             model, torch.empty(1, 3, 256 if "v2" in kind else 224, 256 if "v2" in kind else 224, device="meta")
         )
-        assert {id(module) for _, module, _ in found} == ran
+        listed = [{id(part) for part in module.modules()} for _, module, _ in found]
+        assert ran and all(parts & ran for parts in listed) and ran <= set().union(*listed)
 
 
 @pytest.mark.parametrize("make", LISTED, ids=lambda make: getattr(make, "__name__", "partial"))

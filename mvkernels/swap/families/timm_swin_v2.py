@@ -5,13 +5,12 @@ Queries and keys are normalized, and biases come from an MLP of the offsets; bot
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 from mvkernels.ops.window_attention import window_attention
 from mvkernels.swap.eligibility import (
@@ -24,7 +23,7 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.windows import channels_last, gathered, maps_of, on_whole_windows, other_mask
+from mvkernels.swap.windows import channels_last, cosine, gathered, maps_of, on_whole_windows, other_mask
 
 
 def why_not(block: Any) -> str:
@@ -40,15 +39,6 @@ def why_not(block: Any) -> str:
         or not_plain(attention.proj, nn.Linear, "attn.proj")
         or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
     )
-
-
-def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps whose products are the scaled cosines between queries and keys; ``logit_scale`` (heads, 1, 1): a logarithm.
-
-    (Swin Transformer V2, arXiv 2111.09883, equation 2: at most 100.)
-    """
-    factor = torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
-    return normalize(query, dim=2) * factor[None, :, :, :, None], normalize(key, dim=2)
 
 
 class SwappedBlock(Swapped):

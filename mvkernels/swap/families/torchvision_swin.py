@@ -1,0 +1,96 @@
+"""``ShiftedWindowAttention`` and ``ShiftedWindowAttentionV2`` of torchvision: their windows, in place.
+
+The original hands the weights of ``qkv`` and ``proj`` to a function and never calls these modules, so that their hooks
+do not run. That is so here too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
+
+from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_its_own, replaced, unusual_call
+from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_windows
+
+
+def why_not(module: Any) -> str:
+    """Why the fused form cannot replace this attention in its current state; empty if it can."""
+    kind = module.mvk_original if isinstance(module, Swapped) else type(module)
+    return replaced(kind, "forward", "get_relative_position_bias") or not_its_own(module, "get_relative_position_bias")
+
+
+def _declines(self: Any, x: Tensor) -> str:
+    reason = unusual_call(x) or asked(why_not, self) or drops_attention(self, self.attention_dropout)
+    reason = reason or other_windows(tuple(self.window_size), _shift(self, x), self.relative_position_index)
+    if reason:
+        log_once(self, reason)
+    return reason
+
+
+def _shift(self: Any, x: Tensor) -> tuple[int, ...]:
+    """The shift on a map x (B, H, W, C): none along an axis where one window holds the padded map."""
+    return tuple(
+        0 if side <= window else shift for side, window, shift in zip(x.shape[1:3], self.window_size, self.shift_size)
+    )
+
+
+def _attend(self: Any, x: Tensor, bias: Tensor | None, biases: Tensor, logit_scale: Tensor | None = None) -> Tensor:
+    """``bias`` is that of the projections, ``biases`` (heads, N, N) are those of the positions."""
+    return attend_in_windows(
+        x,
+        tuple(self.window_size),  # type: ignore[arg-type]
+        _shift(self, x),  # type: ignore[arg-type]
+        lambda x: maps_of(linear(x, self.qkv.weight, bias), self.num_heads),
+        biases,
+        lambda x: dropout(linear(x, self.proj.weight, self.proj.bias), self.dropout, self.training),
+        logit_scale=logit_scale,
+        backend=self.mvk_backend,
+    )
+
+
+def _gathered(self: Any, table: Tensor) -> Tensor:
+    """Position biases (heads, N, N) of a table (offsets, heads)."""
+    size = math.prod(self.window_size)
+    return gathered(table.t(), self.relative_position_index.view(size, size))
+
+
+class SwappedAttention(Swapped):
+    """A ``ShiftedWindowAttention`` that calls :func:`mvkernels.window_attention`: without roll, partition and mask."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        if _declines(self, x):
+            return ShiftedWindowAttention.forward(self, x)
+        return _attend(self, x, self.qkv.bias, _gathered(self, self.relative_position_bias_table))
+
+
+class SwappedAttentionV2(Swapped):
+    """A ``ShiftedWindowAttentionV2`` that calls :func:`mvkernels.window_attention`."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        if _declines(self, x):
+            return ShiftedWindowAttentionV2.forward(self, x)  # type: ignore[no-any-return]
+        bias = self.qkv.bias
+        if bias is not None:  # keys have none, whatever the parameter says
+            query, key, value = bias.chunk(3)
+            bias = torch.cat((query, torch.zeros_like(key), value))
+        table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
+        return _attend(self, x, bias, 16 * torch.sigmoid(_gathered(self, table)), self.logit_scale)
+
+
+_FORMS: dict[type, type[Swapped]] = {
+    ShiftedWindowAttention: SwappedAttention,
+    ShiftedWindowAttentionV2: SwappedAttentionV2,
+}
+
+
+def form(module: Any) -> type[Swapped]:
+    """The fused form of a module of one of these classes."""
+    return _FORMS[type(module)]
