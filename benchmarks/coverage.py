@@ -130,11 +130,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     some = [row for row in rows if int(row["swapped"])]
     parts = [
         "# Coverage\n",
-        "See how many of the attention modules in timm's, torchvision's and transformers' image models `mvkernels.swap` "
-        "swaps, and why it leaves the others.\n",
-        "Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. "
-        "Every model of up to 100 M parameters is built without weights and swapped. A family has a row if a model of it has "
-        "attention.\n",
+        "See how many of the attention modules in timm's, torchvision's and transformers' image models are swapped by "
+        "`mvkernels.swap`, and why the others are not.\n",
+        "Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. Every "
+        "model of up to 100 M parameters is built without weights and swapped. A family has a row if one of its models "
+        "has attention.\n",
     ]
     for package in dict.fromkeys(row["package"] for row in rows):
         mine = [row for row in rows if row["package"] == package]
@@ -143,8 +143,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         first, known, everything = mine[0], of_total(done), of_total(mine)
         parts.append(
             f"{package} {first['version']}, {first['date']}, commit `{first['commit']}`: {total(mine, 'models')} "
-            f"models with attention. In the {len(done)} families with a fused form {known} attention modules are swapped, of "
-            f"all {len(mine)} families {everything}.\n"
+            f"models with attention. In the {len(done)} families with a fused form {known} attention modules are "
+            f"swapped, of all {len(mine)} families {everything}.\n"
         )
         lines = ["| family | models | attention modules | swapped | left as they are |", "| --- " * 5 + "|"]
         for row in sorted(mine, key=lambda row: (-int(row["swapped"]), -int(row["modules"]), row["family"])):

@@ -18,33 +18,6 @@ from torch.nn.functional import normalize, pad
 from mvkernels.ops.window_attention import window_attention
 
 
-def on_whole_windows(
-    x: Tensor,
-    window: Sequence[int],
-    shift: Sequence[int],
-    attend: Callable[[Tensor], Tensor],
-    *,
-    roll_first: bool = False,
-) -> Tensor:
-    """``attend`` on a map x (B, H, W, C) that is padded with zeros to whole windows, and the result cut to H x W.
-
-    The pixels that are added take part, as in the originals. timm's Swin rolls the map before it is padded
-    (``roll_first``), so that what was rolled under stands before the padding; the others pad it first.
-    """
-    height, width = x.shape[1:3]
-    below, beside = -height % window[0], -width % window[1]
-    if not below and not beside:
-        return attend(x)
-    forth, back = tuple(shift), tuple(-by for by in shift)
-    roll_first = roll_first and any(shift)
-    if roll_first:
-        x = x.roll(back, (1, 2))
-    x = pad(x, (0, 0, 0, beside, 0, below))
-    if roll_first:
-        return attend(x.roll(forth, (1, 2))).roll(back, (1, 2))[:, :height, :width].roll(forth, (1, 2))
-    return attend(x)[:, :height, :width]
-
-
 def maps_of(packed: Tensor, heads: int) -> Sequence[Tensor]:
     """query, key and value as maps (B, heads, head_dim, H, W), views of a packed qkv (B, H, W, q | k | v)."""
     # By its parts and not by view(): behind a graph break a compiled projection may have other strides.
@@ -75,19 +48,45 @@ def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Ten
     return normalize(query, dim=2) * factor[None, :, :, :, None], normalize(key, dim=2)
 
 
+def _on_whole_windows(
+    x: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+    attend: Callable[[Tensor], Tensor],
+    roll_first: bool,
+) -> Tensor:
+    """``attend`` on a map x (B, H, W, C) that is padded with zeros to whole windows, and the result cut to H x W."""
+    height, width = x.shape[1:3]
+    below, beside = -height % window[0], -width % window[1]
+    if not below and not beside:
+        return attend(x)
+    forth, back = tuple(shift), tuple(-by for by in shift)
+    roll_first = roll_first and any(shift)
+    if roll_first:
+        x = x.roll(back, (1, 2))
+    x = pad(x, (0, 0, 0, beside, 0, below))
+    if roll_first:
+        return attend(x.roll(forth, (1, 2))).roll(back, (1, 2))[:, :height, :width].roll(forth, (1, 2))
+    return attend(x)[:, :height, :width]
+
+
 def attend_in_windows(
     x: Tensor,
-    window: tuple[int, int],
-    shift: tuple[int, int],
+    window: Sequence[int],
+    shift: Sequence[int],
     project: Callable[[Tensor], Sequence[Tensor]],
     bias: Tensor,
     out: Callable[[Tensor], Tensor],
     *,
     scale: float | None = None,
     logit_scale: Tensor | None = None,
+    roll_first: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention in the windows of a map x (B, H, W, C), padded to whole windows, for all but timm's.
+    """Attention in the windows of a map x (B, H, W, C), padded with zeros to whole windows.
+
+    The pixels that are added take part, as in the originals. timm's Swin rolls the map before it is padded
+    (``roll_first``), so that what was rolled under stands before the padding; the others pad it first.
 
     ``project`` gives the maps of query, key and value; ``out`` takes what attention makes of them, (B, H, W, C). With
     ``logit_scale`` the scores are cosines, as in Swin V2.
@@ -102,15 +101,15 @@ def attend_in_windows(
             query.to(value.dtype),
             key.to(value.dtype),
             value,
-            window,
-            shift=shift,
+            (window[0], window[1]),
+            shift=(shift[0], shift[1]),
             bias=bias.to(value.dtype),
             scale=scale if logit_scale is None else 1.0,
             backend=backend,
         )
         return out(channels_last(attended))
 
-    return on_whole_windows(x, window, shift, attend)
+    return _on_whole_windows(x, window, shift, attend, roll_first)
 
 
 def other_windows(window: tuple[Any, ...], shift: tuple[Any, ...], index: Tensor) -> str:

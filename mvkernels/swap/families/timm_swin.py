@@ -10,7 +10,6 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from mvkernels.ops.window_attention import window_attention
 from mvkernels.swap.eligibility import (
     asked,
     drops_attention,
@@ -21,7 +20,7 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.windows import channels_last, gathered, maps_of, on_whole_windows, other_mask
+from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
 
 
 def why_not(block: Any) -> str:
@@ -55,23 +54,17 @@ class SwappedBlock(Swapped):
         if reason:
             log_once(self, reason)
             return SwinTransformerBlock._attn(self, x)
-
-        def attend(x: Tensor) -> Tensor:
-            query, key, value = maps_of(attention.qkv(x), attention.num_heads)
-            bias = gathered(attention.relative_position_bias_table.t(), attention.relative_position_index)
-            out = window_attention(
-                query,
-                key,
-                value,
-                tuple(self.window_size),
-                shift=tuple(self.shift_size),
-                bias=bias.to(query.dtype),
-                scale=None if attention.fused_attn else attention.scale,  # of fused attention timm uses the default
-                backend=self.mvk_backend,
-            )
-            return attention.proj_drop(attention.proj(channels_last(out)))
-
-        return on_whole_windows(x, self.window_size, self.shift_size, attend, roll_first=True)
+        return attend_in_windows(
+            x,
+            self.window_size,
+            self.shift_size,
+            lambda x: maps_of(attention.qkv(x), attention.num_heads),
+            gathered(attention.relative_position_bias_table.t(), attention.relative_position_index),
+            lambda x: attention.proj_drop(attention.proj(x)),
+            scale=None if attention.fused_attn else attention.scale,  # of fused attention timm uses the default
+            roll_first=True,
+            backend=self.mvk_backend,
+        )
 
 
 SWAPPED = SwappedBlock

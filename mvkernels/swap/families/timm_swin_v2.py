@@ -12,7 +12,6 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttent
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mvkernels.ops.window_attention import window_attention
 from mvkernels.swap.eligibility import (
     asked,
     drops_attention,
@@ -23,7 +22,7 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.windows import channels_last, cosine, gathered, maps_of, on_whole_windows, other_mask
+from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
 
 
 def why_not(block: Any) -> str:
@@ -55,27 +54,20 @@ class SwappedBlock(Swapped):
         if reason:
             log_once(self, reason)
             return SwinTransformerV2Block._attn(self, x)
-
-        def attend(x: Tensor) -> Tensor:
-            parts = (attention.q_bias, attention.k_bias, attention.v_bias)
-            packed = linear(x, attention.qkv.weight, None if parts[0] is None else torch.cat(parts))
-            query, key, value = maps_of(packed, attention.num_heads)
-            query, key = cosine(query, key, attention.logit_scale)
-            table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads).t()
-            bias = 16 * torch.sigmoid(gathered(table, attention.relative_position_index))
-            out = window_attention(
-                query.to(value.dtype),
-                key.to(value.dtype),
-                value,
-                tuple(self.window_size),
-                shift=tuple(self.shift_size),
-                bias=bias.to(value.dtype),
-                scale=1.0,
-                backend=self.mvk_backend,
-            )
-            return attention.proj_drop(attention.proj(channels_last(out)))
-
-        return on_whole_windows(x, self.window_size, self.shift_size, attend, roll_first=True)
+        parts = (attention.q_bias, attention.k_bias, attention.v_bias)
+        projections = None if parts[0] is None else torch.cat(parts)
+        table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads).t()
+        return attend_in_windows(
+            x,
+            self.window_size,
+            self.shift_size,
+            lambda x: maps_of(linear(x, attention.qkv.weight, projections), attention.num_heads),
+            gathered(16 * torch.sigmoid(table), attention.relative_position_index),
+            lambda x: attention.proj_drop(attention.proj(x)),
+            logit_scale=attention.logit_scale,
+            roll_first=True,
+            backend=self.mvk_backend,
+        )
 
 
 SWAPPED = SwappedBlock

@@ -12,10 +12,9 @@ from typing import Any
 from timm.models.tiny_vit import Attention, TinyVitBlock
 from torch import Tensor, nn
 
-from mvkernels.ops.window_attention import window_attention
 from mvkernels.swap.eligibility import asked, log_once, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.windows import channels_last, gathered, on_whole_windows
+from mvkernels.swap.windows import attend_in_windows, gathered, map_of
 
 
 def why_not(block: Any) -> str:
@@ -41,19 +40,20 @@ class SwappedTinyVitBlock(Swapped):
         if reason:
             log_once(self, reason)
             return TinyVitBlock.forward(self, x)
-        attention, window = self.attn, (self.window_size, self.window_size)
-
-        def attend(x: Tensor) -> Tensor:
-            sizes = (attention.key_dim, attention.key_dim, attention.val_dim)
-            packed = attention.qkv(attention.norm(x)).unflatten(-1, (attention.num_heads, -1)).permute(0, 3, 4, 1, 2)
-            query, key, value = packed.split(sizes, dim=2)
-            bias = gathered(attention.attention_biases, attention.attention_bias_idxs).to(query.dtype)
-            scale = None if attention.fused_attn else attention.scale
-            out = window_attention(query, key, value, window, bias=bias, scale=scale, backend=self.mvk_backend)
-            return attention.proj(channels_last(out))
-
+        attention = self.attn
+        sizes = (attention.key_dim, attention.key_dim, attention.val_dim)
+        attended = attend_in_windows(
+            x,
+            (self.window_size, self.window_size),
+            (0, 0),
+            lambda x: map_of(attention.qkv(attention.norm(x)), attention.num_heads).split(sizes, dim=2),
+            gathered(attention.attention_biases, attention.attention_bias_idxs),
+            attention.proj,
+            scale=None if attention.fused_attn else attention.scale,
+            backend=self.mvk_backend,
+        )
         batch, height, width, channels = x.shape
-        x = x + self.drop_path1(on_whole_windows(x, window, (0, 0), attend))
+        x = x + self.drop_path1(attended)
         x = self.local_conv(x.permute(0, 3, 1, 2)).reshape(batch, channels, -1).transpose(1, 2)
         x = x + self.drop_path2(self.mlp(x))
         return x.view(batch, height, width, channels)
