@@ -32,6 +32,12 @@ MODELS = {  # and the sides of their pictures
     "timm:efficientvit_b1": 256,
     "timm:efficientformer_l1": 224,
     "timm:coatnet_0_224": 224,
+    "timm:swin_tiny_patch4_window7_224": 224,
+    "timm:swinv2_tiny_window8_256": 256,
+    "timm:maxvit_tiny_tf_224": 224,
+    "timm:tiny_vit_5m_224": 224,
+    "timm:levit_256": 224,
+    "timm:mobilenetv4_hybrid_medium": 256,
     "diffusers:dc-ae-f32c32-sana-1.0": 256,
 }
 RUNTIMES = ("freezing", "onnx", "openvino")
