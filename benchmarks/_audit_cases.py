@@ -12,9 +12,9 @@ from triton.backends.compiler import GPUTarget
 from mvkernels.ops.former_to_mobile.triton import plan as former_to_mobile
 from mvkernels.ops.mobile_to_former.triton import plan as mobile_to_former
 from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale_linear_attention
-from mvkernels.ops.patch_attention.triton import plan as patch_attention
 from mvkernels.ops.patch_transformer_layer.triton import plan as patch_transformer_layer
 from mvkernels.ops.relu_linear_attention.triton import plan as relu_linear_attention
+from mvkernels.triton.attention import plan as attention
 from mvkernels.triton.bridge.plan import BridgeProblem
 from mvkernels.triton.configs import Device
 from mvkernels.triton.problem import Problem
@@ -50,8 +50,8 @@ class Case:
     op = "patch_attention"
 
     def launches(self, batch: int, name: str, device: Device) -> list[Any]:
-        forward = patch_attention.forward_launches(problem_of(self, batch, name, device, False))
-        return forward + patch_attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
+        forward = attention.forward_launches(problem_of(self, batch, name, device, False))
+        return forward + attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
 
     def columns(self) -> dict[str, Any]:
         return {
@@ -316,12 +316,13 @@ def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool
     names = "qkvg" if backward else "qkv"
     strides = strides_of(case)
     tokens = math.ceil(case.size / case.patch) ** 2
-    return patch_attention.PatchProblem(
+    return attention.AttentionProblem(
         (batch, case.heads, case.d, case.size, case.size),
         tuple((map_, strides[map_]) for map_ in names),
         dtype,
         "tf32" if name == "tf32" else "ieee",
         device,
+        case.op,
         case.dv,
         (tokens * tokens, tokens, 1) if case.bias else None,
         dtype.itemsize,

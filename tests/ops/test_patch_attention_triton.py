@@ -19,7 +19,7 @@ from mvkernels.triton import configs
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 kernels = pytest.importorskip("mvkernels.ops.patch_attention.triton.launcher")
-plan = pytest.importorskip("mvkernels.ops.patch_attention.triton.plan")
+plan = pytest.importorskip("mvkernels.triton.attention.plan")
 
 in_interpreter = [
     pytest.mark.interpreter,
@@ -243,7 +243,9 @@ def problem(
 ) -> Any:
     device = configs.Device("none", "sm_90", units)
     maps = tuple((name, strides) for name in "qkvg")
-    return plan.PatchProblem(shape, maps, dtype, "ieee", device, shape[2], None, 1, (patch, patch))
+    return plan.AttentionProblem(
+        shape, maps, dtype, "ieee", device, "patch_attention", shape[2], None, 1, (patch, patch)
+    )
 
 
 def test_launches_of_a_packed_map():

@@ -1,4 +1,4 @@
-"""Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
+"""Default launch configurations of the Triton kernels of patch_attention and window_attention. Needs no Triton.
 
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for all above),
 ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
@@ -9,21 +9,49 @@ fit shared memory on every architecture it compiles for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heuristic
-from mvkernels.triton.maps import width
+from mvkernels.triton.maps import Geometry, lanes, width
+from mvkernels.triton.problem import Problem
 
-OP = "patch_attention"
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPS = ("patch_attention", "window_attention")
+
+
+def _of_each(register: Callable[[str, str], Callable[[F], F]], kernel: str) -> Callable[[F], F]:
+    """``register`` for both ops."""
+
+    def registered(function: F) -> F:
+        for op in OPS:
+            register(op, kernel)(function)
+        return function
+
+    return registered
+
+
+def key_of(problem: Problem, geometry: Geometry, value_dim: int, bias: bool) -> Config:
+    """What configurations of a call depend on, but for the device."""
+    inputs = [geometry.maps[name] for name in "qkv"]
+    return {
+        "n": min(512, lanes(max(geometry.tokens, geometry.keys))),
+        "d": problem.shape[2],
+        "dv": value_dim,
+        "bias": int(bias),
+        "dtype": problem.key_dtype,
+        "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
+        "arch": problem.device.arch,
+    }
 
 
 def _wide(key: Mapping[str, Any]) -> int:
     return max(width(key["d"]), width(key["dv"]))
 
 
-@heuristic(OP, "forward_packed")
-@heuristic(OP, "backward_packed")
+@_of_each(heuristic, "forward_packed")
+@_of_each(heuristic, "backward_packed")
 def _packed(key: Mapping[str, Any]) -> Config:
     tokens, wide = min(key["n"], 32), _wide(key)
     if exact(key):
@@ -34,7 +62,7 @@ def _packed(key: Mapping[str, Any]) -> Config:
     return {"UNITS": units, "TOKENS": tokens, "num_warps": warps, "num_stages": 1}
 
 
-@heuristic(OP, "forward_rows")
+@_of_each(heuristic, "forward_rows")
 def _forward_rows(key: Mapping[str, Any]) -> Config:
     n, wide = key["n"], _wide(key)
     config = {"BLOCK_M": 64, "BLOCK_N": 64, "Q_BLOCKS": 1, "num_warps": 4, "num_stages": 1}
@@ -54,7 +82,7 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
     return {**config, "BLOCK_N": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 2 if wide <= 128 else 1}
 
 
-@heuristic(OP, "backward_unit")
+@_of_each(heuristic, "backward_unit")
 def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
     wide, nvidia = _wide(key), key["arch"].startswith("sm_")
@@ -65,7 +93,7 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
 
 
-@heuristic(OP, "backward_blocks")
+@_of_each(heuristic, "backward_blocks")
 def _backward_blocks(key: Mapping[str, Any]) -> Config:
     # FUSED_TOKENS: up to this many tokens, one program takes both phases of a unit if units fill the machine.
     wide = _wide(key)
@@ -105,7 +133,7 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     return config
 
 
-@heuristic(OP, "bias_partials")
+@_of_each(heuristic, "bias_partials")
 def _bias_partials(key: Mapping[str, Any]) -> Config:
     wide = _wide(key)
     if key["dtype"] == "tf32" and wide > 64:
@@ -116,13 +144,13 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
-@candidates(OP, "forward_packed")
-@candidates(OP, "backward_packed")
+@_of_each(candidates, "forward_packed")
+@_of_each(candidates, "backward_packed")
 def _packed_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{"UNITS": units, "num_warps": warps} for units in (1, 2, 4, 8) for warps in (1, 2, 4) if warps <= 2 * units]
 
 
-@candidates(OP, "forward_rows")
+@_of_each(candidates, "forward_rows")
 def _forward_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     n = min(key["n"], 256)
     found = [
@@ -136,7 +164,7 @@ def _forward_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [config for index, config in enumerate(found) if config not in found[:index]]
 
 
-@candidates(OP, "backward_unit")
+@_of_each(candidates, "backward_unit")
 def _backward_unit_candidates(key: Mapping[str, Any]) -> list[Config]:
     if key["n"] not in (64, 128):
         return []
@@ -144,7 +172,7 @@ def _backward_unit_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{**block, "num_warps": warps} for warps in (2, 4, 8)] + [{"MAX_TOKENS": 0}]
 
 
-@candidates(OP, "backward_blocks")
+@_of_each(candidates, "backward_blocks")
 def _backward_blocks_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [
         {"Q_BLOCK_M": qm, "Q_BLOCK_N": qn, "K_BLOCK_M": km, "K_BLOCK_N": kn, "FUSED_TOKENS": fused,
@@ -157,6 +185,6 @@ def _backward_blocks_candidates(key: Mapping[str, Any]) -> list[Config]:
     ]  # fmt: skip
 
 
-@candidates(OP, "bias_partials")
+@_of_each(candidates, "bias_partials")
 def _bias_partials_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m in (32, 64) for n in (32, 64) for w in (4, 8)]
