@@ -6,6 +6,9 @@ import math
 
 INT32 = 2**31
 
+# KIND of the groups of pixels that attend to each other: see :mod:`mvkernels.triton.attention.groups`.
+PATCHES, UNEQUAL, WINDOWS, CLIPPED = range(4)
+
 Shape = tuple[int, ...]
 
 
@@ -103,24 +106,23 @@ class Geometry:
         of = {name: partners if partners and name in "kv" else (height, width) for name, _ in strides}
         seen = {name: needed(stride, (batch, heads, dv if name in "vg" else d, *of[name])) for name, stride in strides}
         starts = (0, 0)
-        self.kind = "patches"
-        """Of groups: "patches", "windows", "clipped" windows, or of one map attending to another, "unequal"."""
+        self.kind = PATCHES
         if shift is None:
             gh, gw = min(group[0], height), min(group[1], width)
         else:
             (gh, sy), (gw, sx) = (window_of(*axis, bias is None) for axis in zip((height, width), group, shift))
             starts = sy, sx
-            self.kind = "clipped" if sy or sx or height % gh or width % gw else "windows"
+            self.kind = CLIPPED if sy or sx or height % gh or width % gw else WINDOWS
             if (gh, gw, sy, sx) == (height, width, 0, 0):  # of one window: as patches of one pixel
                 gh = gw = 1
-                self.kind = "patches"
+                self.kind = PATCHES
         partners = partners or (height, width)
         areas = {name: math.prod(size) for name, size in of.items()}
         extents = [max(height * width, math.prod(partners)) * heads * max(d, dv)]
         for name, (_, _, sd, sy, sx) in seen.items():
             extents.append(max(d, dv) * abs(sd) + of[name][0] * abs(sy) + of[name][1] * abs(sx))
         self.wide = max(extents) >= INT32
-        self.linear = self.kind == "patches" and gh == gw == 1
+        self.linear = self.kind == PATCHES and gh == gw == 1
         self.linear &= all(s[3] == of[name][1] * s[4] or min(of[name]) == 1 for name, s in seen.items())
         sizes = (height, width), partners, *(((gh, gw),) if shift else ())
         self.wide |= not self.linear and not all(divides(*size) for size in sizes)
@@ -129,12 +131,12 @@ class Geometry:
                 seen[name] = (sb, sh, sd, 0, sx if of[name][1] > 1 else sy)
             (height, width), partners = (1, height * width), (1, math.prod(partners))
         if partners != (height, width):
-            self.kind = "unequal"
-        windows = self.kind in ("windows", "clipped")
+            self.kind = UNEQUAL
+        windows = self.kind >= WINDOWS
         across, down = -(-(width - starts[1]) // gw), -(-(height - starts[0]) // gh)
         self.tokens = gh * gw if windows else down * across
         """Of the largest group; of windows places, inside the map or not."""
-        self.keys = math.prod(partners) if self.kind == "unequal" else self.tokens
+        self.keys = math.prod(partners) if self.kind == UNEQUAL else self.tokens
         self.units = batch * heads * (down * across if windows else gh * gw)
         self.strides = seen
         self.sizes = (heads, height, width, gh, gw)

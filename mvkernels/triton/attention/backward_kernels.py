@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 
 from mvkernels.triton.attention.forward_kernels import bias_tile, in_bias, load_bias
-from mvkernels.triton.attention.groups import SIZES, count_of, extent_of, group_of, span_of, tokens_of
+from mvkernels.triton.attention.groups import (
+    CLIPPED,
+    SIZES,
+    UNEQUAL,
+    WINDOWS,
+    count_of,
+    extent_of,
+    group_of,
+    keys_map,
+    span_of,
+    tokens_of,
+)
 from mvkernels.triton.attention.row_kernels import (
     ROWS,
     load_rows,
@@ -39,11 +50,11 @@ GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
 
 
 @triton.jit
-def equal_groups(H, W, ph, pw, KH, KW, KIND: tl.constexpr):
+def equal_groups(H, W, ph, pw, KH, KW, N_ALIGN: tl.constexpr, KIND: tl.constexpr):
     # (queries, keys) of each group where there is a bias.
-    rows, columns = (ph, pw) if KIND == "windows" or KIND == "clipped" else (H // ph, W // pw)
-    queries = rows * columns
-    return queries, KH * KW if KIND == "unequal" else queries
+    rows, columns = (ph, pw) if KIND >= WINDOWS else (H // ph, W // pw)
+    queries = tl.multiple_of(rows * columns, N_ALIGN)
+    return queries, tl.multiple_of(KH * KW, N_ALIGN) if KIND == UNEQUAL else queries
 
 
 # One program, units of one head in turn, each of at most BLOCK tokens, all in one tile: scores are computed once, each
@@ -63,12 +74,13 @@ def backward_unit(
     KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
+    KH, KW = keys_map(H, W, KH, KW, KIND)
     head = tl.program_id(0) % heads
     part = tl.program_id(0) // heads
     n = tl.arange(0, BLOCK)
     bias = tl.zeros([BLOCK, BLOCK], bias_ptr.dtype.element_ty)
     if BIAS:  # all groups are equal
-        queries, keys = equal_groups(H, W, ph, pw, KH, KW, KIND)
+        queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
         inside = (n < queries)[:, None] & (n < keys)[None, :]
         bias = load_bias(bias_ptr, head.to(tl.int64), n, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
     dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -87,7 +99,7 @@ def backward_unit(
             keep = keep & (item < items)
         keys = count_of(tokens, y0, x0, H, W, ph, pw, KIND)
         ny, nx, keep_n = y, x, keep
-        if KIND == "unequal":
+        if KIND == UNEQUAL:
             keys = tl.multiple_of(KH * KW, N_ALIGN)
             ny, nx, keep_n = tokens_of(n, keys, divider(KW), group, KIND, LINEAR, WIDE)
             if BIAS:
@@ -139,7 +151,7 @@ def backward_unit(
         store_tile(dq_at, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ, AD, WIDE)
         store_tile(dk_at, dk0, dk1, dk_rows, keep_n, dkd, D, D0, D1, DLK, AD, WIDE)
     if DBIAS:
-        queries, keys = equal_groups(H, W, ph, pw, KH, KW, KIND)
+        queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
         partial_ptr += (part * heads + head).to(tl.int64) * queries * keys
         inside = (n < queries)[:, None] & (n < keys)[None, :]
         tl.store(partial_ptr + n[:, None] * keys + n[None, :], dbias, mask=inside)
@@ -311,6 +323,7 @@ def backward_blocks(
     Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
     LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
 ):  # fmt: skip
+    KH, KW = keys_map(H, W, KH, KW, KIND)
     pid = tl.program_id(0)
     unit = pid // PROGRAMS_PER_UNIT
     block = pid - unit * PROGRAMS_PER_UNIT
@@ -323,7 +336,7 @@ def backward_blocks(
     width = divider(columns)
     keys = end
     key_width = width
-    if KIND == "unequal":
+    if KIND == UNEQUAL:
         keys = tl.multiple_of(KH * KW, N_ALIGN)
         key_width = divider(KW)
     q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
@@ -341,12 +354,13 @@ def backward_blocks(
         dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
         first = block * Q_BLOCK_M
         last = tl.minimum(first + Q_BLOCK_M, end) if PHASES == 1 else end
-        if KIND == "clipped":
+        if KIND == CLIPPED:
             first = tl.maximum(first, begin // Q_BLOCK_M * Q_BLOCK_M)
         while first < last:
             _queries(
                 first, tokens, span, keys, width, key_width, group, area, head,
-                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr, scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
+                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
+                scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLQ, AD, BIAS, BIAS_ALIGN,
                 KIND, LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
             )  # fmt: skip
@@ -360,13 +374,13 @@ def backward_blocks(
         dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
         first = block * K_BLOCK_N
         last = tl.minimum(first + K_BLOCK_N, keys) if PHASES == 2 else keys
-        if KIND == "clipped":
+        if KIND == CLIPPED:
             first = tl.maximum(first, begin // K_BLOCK_N * K_BLOCK_N)
         while first < last:
             _keys(
                 first, tokens, span, keys, width, key_width, group, area, head,
-                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
-                bsh, bsm, bsn,
+                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
+                scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
                 KIND, LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
             )  # fmt: skip

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mvkernels.triton.attention.backward_kernels import GRAD, INPUTS, equal_groups
 from mvkernels.triton.attention.forward_kernels import bias_tile
-from mvkernels.triton.attention.groups import SIZES, group_of, span_of, tokens_of
+from mvkernels.triton.attention.groups import CLIPPED, SIZES, UNEQUAL, WINDOWS, group_of, span_of, tokens_of
 from mvkernels.triton.attention.row_kernels import ROWS, load_rows, masked
 from mvkernels.triton.tiles import (
     divider,
@@ -38,15 +38,10 @@ def bias_partials(
     m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = pid // m_blocks
     # All groups are equal where there is a bias.
-    queries, keys = equal_groups(H, W, ph, pw, KH, KW, KIND)
-    queries = tl.multiple_of(queries, N_ALIGN)
-    keys = tl.multiple_of(keys, N_ALIGN)
-    if KIND == "windows" or KIND == "clipped":
-        width = divider(pw)
-    else:
-        width = divider(W // pw)
+    queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
+    width = divider(pw if KIND >= WINDOWS else W // pw)
     key_width = width
-    if KIND == "unequal":
+    if KIND == UNEQUAL:
         key_width = divider(KW)
     of_keys = n < keys
     inside = (m < queries)[:, None] & of_keys[None, :]
@@ -59,9 +54,9 @@ def bias_partials(
         _, end = span_of(queries, y0, H, ph, pw, KIND)
         my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE)
         keep_m = keep_m & (item < items)
-        ny, nx, keep_n = tokens_of(n, end if KIND == "clipped" else keys, key_width, group, KIND, LINEAR, WIDE)
+        ny, nx, keep_n = tokens_of(n, end if KIND == CLIPPED else keys, key_width, group, KIND, LINEAR, WIDE)
         here = inside
-        if KIND == "clipped":
+        if KIND == CLIPPED:
             here = inside & keep_n[None, :]
         at = rows_ptr + (batch * heads + head) * ROWS * H * W + (mx if LINEAR else my * W + mx)
         top, share, delta, rest, peak = load_rows(at, H * W, keep_m)

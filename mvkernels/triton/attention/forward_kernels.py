@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from mvkernels.triton.attention.groups import SIZES, extent_of, group_of, keys3, span_of, tokens3, tokens_of
+from mvkernels.triton.attention.groups import (
+    CLIPPED,
+    SIZES,
+    UNEQUAL,
+    extent_of,
+    group_of,
+    keys3,
+    span_of,
+    tokens3,
+    tokens_of,
+)
 from mvkernels.triton.tiles import (
     LOG2E,
     dense_strides,
@@ -47,11 +57,10 @@ def bias_tile(bias_ptr, head, m, n, keep, bsh, bsm, bsn, BIAS_ALIGN: tl.constexp
 def in_bias(keep_m, keep_n, m, n, tokens, KIND: tl.constexpr):
     # Where a tile of the bias may be read. It has an entry for the places of a clipped window outside the map as well:
     # what is read there is not used, and a mask of whole runs leaves loads wide.
-    if KIND == "clipped":
-        inside = (m < tokens)[:, None] & (n < tokens)[None, :]
-    else:
-        inside = keep_m[:, None] & keep_n[None, :]
-    return inside
+    if KIND == CLIPPED:
+        keep_m = m < tokens
+        keep_n = n < tokens
+    return keep_m[:, None] & keep_n[None, :]
 
 
 # One program takes Q_BLOCKS blocks of BLOCK_M queries of one unit. With ONE_PASS all keys and values
@@ -81,13 +90,13 @@ def forward_rows(
     begin, end = span_of(tokens, y0, H, ph, pw, KIND)
     if first >= end:
         return
-    if KIND == "clipped" and first + Q_BLOCKS * BLOCK_M <= begin:
+    if KIND == CLIPPED and first + Q_BLOCKS * BLOCK_M <= begin:
         return
     group = (y0, x0, ph, pw, W)
     width = divider(columns)
     last = end
     key_width = width
-    if KIND == "unequal":
+    if KIND == UNEQUAL:
         last = tl.multiple_of(KH * KW, N_ALIGN)
         key_width = divider(KW)
     osb, osh, osd, osy, osx = dense_strides(heads, DV, H, W, LO)
@@ -180,7 +189,7 @@ def forward_packed(
     n = tl.arange(0, TOKENS)[None, :]
     y, x, keep, _ = tokens3(n, unit < units, y0, x0, H, W, ph, pw, KIND)
     ny, nx, keep_n = y, x, keep
-    if KIND == "unequal":
+    if KIND == UNEQUAL:
         ny, nx, keep_n = keys3(n, unit < units, KH, KW)
 
     q_rows = rows3(batch * qsb + head * qsh, y, x, qsy, qsx, LQ, AQ)

@@ -12,7 +12,7 @@ Between maps of unequal sizes the larger number counts. A bias's gradient is a s
 dtype alone is a :class:`~mvkernels.triton.launch.Launch`, made once and cached: a call costs a look-up, its allocations
 and the launches. The static audit compiles the very same Launches.
 
-An op's own launcher says what its arguments are: ``group`` is the size of its patches, or with ``shift`` of its windows.
+An op's own launcher gives its arguments as these: ``group``, the size of patches, or with ``shift`` of windows.
 """
 
 from __future__ import annotations

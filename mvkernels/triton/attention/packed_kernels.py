@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mvkernels.triton.attention.backward_kernels import GRAD, INPUTS
-from mvkernels.triton.attention.groups import SIZES, count_of, group_of, keys3, tokens3
+from mvkernels.triton.attention.groups import SIZES, UNEQUAL, count_of, group_of, keys3, keys_map, tokens3
 from mvkernels.triton.attention.row_kernels import (
     ROWS,
     masked,
@@ -37,13 +37,14 @@ def backward_packed(
     BIAS: tl.constexpr, KIND: tl.constexpr, STORE_ROWS: tl.constexpr, PRECISION: tl.constexpr,
     UNITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
+    KH, KW = keys_map(H, W, KH, KW, KIND)
     unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
     batch, head, y0, x0 = group_of(unit, heads, H, W, ph, pw, sy, sx, KIND)
     n = tl.arange(0, TOKENS)[None, :]
     y, x, keep, tokens = tokens3(n, unit < units, y0, x0, H, W, ph, pw, KIND)
     keys = count_of(tokens, y0, x0, H, W, ph, pw, KIND)
     ny, nx, keep_n = y, x, keep
-    if KIND == "unequal":
+    if KIND == UNEQUAL:
         keys = KH * KW + tl.zeros_like(tokens)
         ny, nx, keep_n = keys3(n, unit < units, KH, KW)
     inside = keep[:, :, None] & keep_n[:, None, :]

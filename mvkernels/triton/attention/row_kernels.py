@@ -1,5 +1,4 @@
-"""Rows of the softmax in the backward: probabilities P, and dS = P * (dP - delta), with delta the row sum
-of P * dP.
+"""Rows of the softmax in the backward: probabilities P, and dS = P * (dP - delta), with delta the row sum of P * dP.
 
 delta is not taken from out * dout. Where one key has nearly all of a row, its dP is nearly delta, and what is left of
 their difference would be a rounding error, which large queries multiply. So a row is told by its key with the highest
@@ -25,7 +24,7 @@ def scores_of(
     q0, q1, k0, k1, scale2, inside, in_bias, bias_ptr, head, m, n, bsh, bsm, bsn,
     D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the queries m and the keys n in base 2, (queries, keys); -inf outside. ``in_bias``: what of it has a bias."""
+    """Scores of the queries m and the keys n in base 2, (queries, keys); -inf outside."""
     scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     if BIAS:
         scores += bias_tile(bias_ptr, head, m, n, in_bias, bsh, bsm, bsn, BIAS_ALIGN)
