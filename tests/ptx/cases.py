@@ -140,8 +140,9 @@ def _windows(*shape: int, window: int, shift: int, strides: str = "packed", bias
 
 
 def _unequal(query: tuple[int, ...], value: tuple[int, ...], strides: str, bias: bool) -> More:
-    (heads, dim, height, width), (_, dv, *partners) = query, value
-    name = f"{heads}x{dim}/{dv} {height}x{width} to {partners[0]}x{partners[1]}{' bias' if bias else ''}"
+    (heads, dim, *size), (_, dv, *partners) = query, value
+    sizes = " to ".join(f"{height}x{width}" for height, width in (size, partners))
+    name = f"{heads}x{dim}/{dv} {sizes}{' bias' if bias else ''}"
     return name, strides, (_attention, (1, *query), (1, *value), strides, {"patch_size": 1}, bias)
 
 
@@ -163,9 +164,9 @@ MORE: dict[str, tuple[More, ...]] = {
     "mobile_to_former": (_WIDE,),
     "former_to_mobile": (_WIDE,),
 }
-"""Groups of unequal sizes with more tokens than one tile; maps of unequal sizes; small, large and clipped windows; heads
-too wide for one tile: (name, strides of the maps, sizes of maps and of tokens by their number of dimensions, or what
-makes the arguments)."""
+"""Groups of unequal sizes with more tokens than one tile; maps of unequal sizes; small, large and clipped windows;
+heads too wide for one tile: (name, strides of the maps, sizes of maps and of tokens by their number of dimensions, or
+what makes the arguments)."""
 
 
 FEW = {

@@ -3,8 +3,9 @@
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for all above),
 ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
 float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at least 8 bytes at a time: narrower loads take a
-register for every address) and ``arch``. The choices here are those that `make audit` shows to need no spills and to
-fit shared memory on every architecture it compiles for.
+register for every address) and ``arch``; of window_attention also ``clipped`` (1 if some windows reach beyond the
+map). The choices here are those that `make audit` shows to need no spills and to fit shared memory on every
+architecture it compiles for.
 """
 
 from __future__ import annotations
@@ -13,37 +14,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heuristic
-from mvkernels.triton.maps import Geometry, lanes, width
-from mvkernels.triton.problem import Problem
+from mvkernels.triton.maps import width
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-OPS = ("patch_attention", "window_attention")
+PATCH, WINDOW = "patch_attention", "window_attention"
 
 
 def _of_each(register: Callable[[str, str], Callable[[F], F]], kernel: str) -> Callable[[F], F]:
     """``register`` for both ops."""
 
     def registered(function: F) -> F:
-        for op in OPS:
+        for op in (PATCH, WINDOW):
             register(op, kernel)(function)
         return function
 
     return registered
-
-
-def key_of(problem: Problem, geometry: Geometry, value_dim: int, bias: bool) -> Config:
-    """What configurations of a call depend on, but for the device."""
-    inputs = [geometry.maps[name] for name in "qkv"]
-    return {
-        "n": min(512, lanes(max(geometry.tokens, geometry.keys))),
-        "d": problem.shape[2],
-        "dv": value_dim,
-        "bias": int(bias),
-        "dtype": problem.key_dtype,
-        "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
-        "arch": problem.device.arch,
-    }
 
 
 def _wide(key: Mapping[str, Any]) -> int:
@@ -59,6 +45,8 @@ def _packed(key: Mapping[str, Any]) -> Config:
     else:
         units = 4 if tokens * wide <= 16 * 64 else 2 if tokens * wide <= 32 * 64 else 1
         warps = 4 if tokens * wide >= 32 * 128 or wide > 128 else units
+        if tokens == 32 and not key["wide"]:
+            units, warps = 1, 4
     return {"UNITS": units, "TOKENS": tokens, "num_warps": warps, "num_stages": 1}
 
 
@@ -90,7 +78,10 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     # A bias and its gradient are two tiles more; narrow loads take a register for every address.
     cramped |= bool(key["bias"]) and (key["arch"] not in ROOMY or (nvidia and (wide > 64 or not key["wide"])))
     cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in ROOMY)
-    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+    # Which tokens of a clipped window lie inside the map takes registers too.
+    masked = nvidia and bool(key["bias"] and key.get("clipped"))
+    cramped |= masked and wide > 32
+    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 8 if masked else 4, "num_stages": 1}
 
 
 @_of_each(heuristic, "backward_blocks")
@@ -128,7 +119,8 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     elif not key["arch"].startswith("gfx"):
         if key["arch"] not in ROOMY or key["bias"] or (wide > 32 and not key["wide"]):
             config |= {"Q_BLOCK_N": 32}
-        if (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
+        narrow = not key["wide"] and (wide > 32 or (key["bias"] and key.get("clipped")))
+        if narrow or (key["bias"] and key["arch"] not in ROOMY):
             config |= {"K_BLOCK_M": 16}
     return config
 

@@ -10,9 +10,9 @@ import torch
 
 from mvkernels.triton import configs
 from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
-from mvkernels.triton.attention.configs import key_of
+from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.launch import PARTS_BYTES, Launch
-from mvkernels.triton.maps import Geometry, Shape, pieces
+from mvkernels.triton.maps import CLIPPED, Geometry, Shape, lanes, pieces
 from mvkernels.triton.problem import Problem
 
 
@@ -58,8 +58,22 @@ def _geometry(problem: AttentionProblem) -> Geometry:
     )  # fmt: skip
 
 
+def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:
+    inputs = [geometry.maps[name] for name in "qkv"]
+    key = {
+        "n": min(512, lanes(max(geometry.tokens, geometry.keys))),
+        "d": problem.shape[2],
+        "dv": problem.value_dim,
+        "bias": int(problem.bias is not None),
+        "dtype": problem.key_dtype,
+        "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
+        "arch": problem.device.arch,
+    }
+    return key | {"clipped": int(geometry.kind == CLIPPED)} if problem.op == WINDOW else key
+
+
 def _split(kernel: str, problem: AttentionProblem, geometry: Geometry) -> tuple[dict[str, Any], dict[str, int]]:
-    return problem.split(problem.op, kernel, key_of(problem, geometry, problem.value_dim, problem.bias is not None))
+    return problem.split(problem.op, kernel, _key(problem, geometry))
 
 
 def _common(problem: AttentionProblem, geometry: Geometry, names: str) -> dict[str, Any]:
