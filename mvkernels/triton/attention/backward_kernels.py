@@ -104,7 +104,6 @@ def backward_unit(
             ny, nx, keep_n = tokens_of(n, keys, divider(KW), group, KIND, LINEAR, WIDE)
             if BIAS:
                 keep_n = keep_n & (item < items)
-        inside = keep[:, None] & keep_n[None, :]
         g_rows = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
         q_rows = row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR)
         k_rows = row_offsets(ny, nx, ksy, ksx, LK, AK, LINEAR)
@@ -121,11 +120,14 @@ def backward_unit(
         if BIAS:
             scores += bias.to(tl.float32) * LOG2E
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        found = whole_rows(masked(scores, inside), dp, inside, n[None, :], 1)
+        if KIND == CLIPPED:  # what a key without weight adds to its row is 0: two vectors in place of a whole mask
+            scores = masked(scores, keep_n[None, :])
+        within = keep[:, None] if KIND == CLIPPED else keep[:, None] & keep_n[None, :]
+        found = whole_rows(masked(scores, within), dp, within, n[None, :], 1)
         p = found[0]
         ds = found[1]
         if DBIAS:
-            dbias += ds
+            dbias += tl.where(keep_n[None, :], ds, 0.0) if KIND == CLIPPED else ds
         pt = tl.trans(round_tf32(p.to(g0.dtype), PRECISION))
         dv0 = tl.dot(pt, g0, input_precision=PRECISION)
         dv1 = dv0

@@ -36,6 +36,11 @@ def _wide(key: Mapping[str, Any]) -> int:
     return max(width(key["d"]), width(key["dv"]))
 
 
+def _clipped(key: Mapping[str, Any]) -> bool:
+    # With a bias that takes no notice of it.
+    return bool(key["bias"] and key.get("clipped"))
+
+
 @_of_each(heuristic, "forward_packed")
 @_of_each(heuristic, "backward_packed")
 def _packed(key: Mapping[str, Any]) -> Config:
@@ -46,7 +51,7 @@ def _packed(key: Mapping[str, Any]) -> Config:
         units = 4 if tokens * wide <= 16 * 64 else 2 if tokens * wide <= 32 * 64 else 1
         warps = 4 if tokens * wide >= 32 * 128 or wide > 128 else units
         if tokens == 32 and not key["wide"]:
-            units, warps = 1, 4
+            units, warps = 1, 4 if key["arch"] in ROOMY else 8
     return {"UNITS": units, "TOKENS": tokens, "num_warps": warps, "num_stages": 1}
 
 
@@ -78,10 +83,10 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     # A bias and its gradient are two tiles more; narrow loads take a register for every address.
     cramped |= bool(key["bias"]) and (key["arch"] not in ROOMY or (nvidia and (wide > 64 or not key["wide"])))
     cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in ROOMY)
-    # Which tokens of a clipped window lie inside the map takes registers too.
-    masked = nvidia and bool(key["bias"] and key.get("clipped"))
-    cramped |= masked and wide > 32
-    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 8 if masked else 4, "num_stages": 1}
+    # Which tokens of a window lie where, and inside the map, takes registers too.
+    cramped |= nvidia and _clipped(key) and wide > 32
+    warps = 8 if key["bias"] and "clipped" in key and key["arch"] in ("sm_100", "sm_103") else 4
+    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": warps, "num_stages": 1}
 
 
 @_of_each(heuristic, "backward_blocks")
@@ -107,6 +112,8 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
                 "num_warps": 8,
             }
         )
+        if _clipped(key):
+            config["K_BLOCK_M"] = 16
     elif wide > 128:
         rows, keys = (16, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
@@ -114,13 +121,13 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
         rows, keys = (64, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": 16, "num_warps": 8}
         config |= {"K_BLOCK_N": 32} if key["bias"] else {}
-    elif key["bias"] and not key["wide"] and key["arch"] not in ROOMY:
+    elif key["bias"] and key["arch"] not in ROOMY and (not key["wide"] or (_clipped(key) and wide > 32)):
         config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
         if key["arch"] not in ROOMY or key["bias"] or (wide > 32 and not key["wide"]):
             config |= {"Q_BLOCK_N": 32}
-        narrow = not key["wide"] and (wide > 32 or (key["bias"] and key.get("clipped")))
-        if narrow or (key["bias"] and key["arch"] not in ROOMY):
+        tight = _clipped(key) and (wide > 32 or not key["wide"] or key["arch"] != "sm_90")
+        if tight or (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
             config |= {"K_BLOCK_M": 16}
     return config
 
