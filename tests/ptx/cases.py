@@ -152,6 +152,7 @@ MORE: dict[str, tuple[More, ...]] = {
         ("2x36 21x19", "packed", ({5: (1, 2, 36, 21, 19)},)),
         _unequal((4, 64, 16, 16), (1, 64, 8, 8), "channels_last", bias=False),
         _unequal((2, 16, 7, 7), (2, 64, 14, 14), "packed", bias=True),
+        _unequal((2, 32, 7, 8), (1, 32, 3, 3), "packed", bias=True),
         _unequal((2, 20, 4, 5), (2, 20, 3, 3), "transposed", bias=True),
     ),
     "window_attention": (
@@ -178,7 +179,8 @@ FEW = {
         "8x32/128 7x7",
         "to 8x8",
         "to 14x14",
-        "to 3x3",
+        "4x5 to 3x3",
+        "7x8 to 3x3",
     ),
     "window_attention": ("3x32 9x7", "14x14_w7s3", "9x10 w4s2", "13x14 w12s6"),
     "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256"),

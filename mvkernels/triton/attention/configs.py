@@ -3,9 +3,9 @@
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for all above),
 ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
 float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at least 8 bytes at a time: narrower loads take a
-register for every address) and ``arch``; of window_attention also ``clipped`` (1 if some windows reach beyond the
-map). The choices here are those that `make audit` shows to need no spills and to fit shared memory on every
-architecture it compiles for.
+register for every address) and ``arch``; of window_attention also ``clipped`` (1 if some windows reach beyond the map),
+and between maps of unequal sizes ``unequal`` (1). The choices here are those that `make audit` shows to need no spills
+and to fit shared memory on every architecture it compiles for.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def _packed(key: Mapping[str, Any]) -> Config:
     tokens, wide = min(key["n"], 32), _wide(key)
     if exact(key):
         units, warps = (4, 4) if tokens * wide <= 16 * 16 else (1, 2) if tokens * wide <= 16 * 64 else (1, 8)
+        if tokens == wide == 32:
+            warps = 4
     else:
         units = 4 if tokens * wide <= 16 * 64 else 2 if tokens * wide <= 32 * 64 else 1
         warps = 4 if tokens * wide >= 32 * 128 or wide > 128 else units
@@ -112,7 +114,7 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
                 "num_warps": 8,
             }
         )
-        if _clipped(key):
+        if _clipped(key) or "unequal" in key:
             config["K_BLOCK_M"] = 16
     elif wide > 128:
         rows, keys = (16, 16) if key["arch"].startswith("gfx") else (32, 32)

@@ -12,7 +12,7 @@ from mvkernels.triton import configs
 from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
 from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.launch import PARTS_BYTES, Launch
-from mvkernels.triton.maps import CLIPPED, Geometry, Shape, lanes, pieces
+from mvkernels.triton.maps import CLIPPED, UNEQUAL, Geometry, Shape, lanes, pieces
 from mvkernels.triton.problem import Problem
 
 
@@ -60,7 +60,7 @@ def _geometry(problem: AttentionProblem) -> Geometry:
 
 def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:
     inputs = [geometry.maps[name] for name in "qkv"]
-    key = {
+    key: dict[str, Any] = {
         "n": min(512, lanes(max(geometry.tokens, geometry.keys))),
         "d": problem.shape[2],
         "dv": problem.value_dim,
@@ -69,7 +69,9 @@ def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:
         "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
         "arch": problem.device.arch,
     }
-    return key | {"clipped": int(geometry.kind == CLIPPED)} if problem.op == WINDOW else key
+    if problem.op == WINDOW:
+        key["clipped"] = int(geometry.kind == CLIPPED)
+    return key | {"unequal": 1} if geometry.kind == UNEQUAL else key
 
 
 def _split(kernel: str, problem: AttentionProblem, geometry: Geometry) -> tuple[dict[str, Any], dict[str, int]]:
