@@ -12,9 +12,9 @@ from triton.backends.compiler import GPUTarget
 from mvkernels.ops.former_to_mobile.triton import plan as former_to_mobile
 from mvkernels.ops.mobile_to_former.triton import plan as mobile_to_former
 from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale_linear_attention
-from mvkernels.ops.patch_attention.triton import plan as patch_attention
 from mvkernels.ops.patch_transformer_layer.triton import plan as patch_transformer_layer
 from mvkernels.ops.relu_linear_attention.triton import plan as relu_linear_attention
+from mvkernels.triton.attention import plan as attention
 from mvkernels.triton.bridge.plan import BridgeProblem
 from mvkernels.triton.configs import Device
 from mvkernels.triton.problem import Problem
@@ -28,13 +28,13 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32,
           "fp64": torch.float64}  # fmt: skip
 """tf32: float32 maps whose products the user has allowed to round."""
-OPS = ["patch_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
+OPS = ["patch_attention", "window_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
        "multiscale_linear_attention", "patch_transformer_layer"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of patch_attention's suite."""
+    """One shape of patch_attention or, with ``shift``, of window_attention."""
 
     heads: int
     d: int
@@ -44,20 +44,35 @@ class Case:
     bias: bool
     layout: str
     """``last``: slices of a packed channels-last qkv; ``per_head``: the same, [q|k|v] by head; ``first``; ``odd``:
-    channels-last with strides that nothing divides, the slow path."""
+    channels-last with strides that nothing divides, the slow path; ``one_head``: keys and values that heads share."""
     dtypes: tuple[str, ...]
+    shift: int | None = None
+    """Where windows of the size ``patch`` begin."""
+    partners: int = 0
+    """Side of the key and value maps, if it is another."""
 
-    op = "patch_attention"
+    @property
+    def op(self) -> str:
+        return "patch_attention" if self.shift is None else "window_attention"
+
+    @property
+    def queries_and_keys(self) -> tuple[int, int]:
+        """Of a group."""
+        if self.shift is not None:
+            return self.patch**2, self.patch**2
+        queries = math.ceil(self.size / self.patch) ** 2
+        return queries, self.partners**2 or queries
 
     def launches(self, batch: int, name: str, device: Device) -> list[Any]:
-        forward = patch_attention.forward_launches(problem_of(self, batch, name, device, False))
-        return forward + patch_attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
+        forward = attention.forward_launches(problem_of(self, batch, name, device, False))
+        return forward + attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
 
     def columns(self) -> dict[str, Any]:
+        other = f" to {self.partners}x{self.partners}" if self.partners else ""
         return {
-            "heads": self.heads, "head_dim": self.d, "value_dim": self.dv, "map": f"{self.size}x{self.size}",
-            "patch": self.patch, "tokens": math.ceil(self.size / self.patch) ** 2, "bias": int(self.bias),
-            "layout": self.layout,
+            "heads": self.heads, "head_dim": self.d, "value_dim": self.dv, "map": f"{self.size}x{self.size}{other}",
+            "patch": f"{self.patch} at {self.shift}" if self.shift else self.patch,
+            "tokens": max(self.queries_and_keys), "bias": int(self.bias), "layout": self.layout,
         }  # fmt: skip
 
 
@@ -210,8 +225,8 @@ Every = Case | Bridge | Linear | Multiscale | Layer
 
 def suite(ops: list[str]) -> list[Every]:
     """The shapes of the ops."""
-    found: list[Every] = patches() if "patch_attention" in ops else []  # type: ignore[assignment]
-    return found + [case for case in [*bridges(), *linears(), *multiscales(), *layers()] if case.op in ops]
+    every = [*patches(), *windows(), *bridges(), *linears(), *multiscales(), *layers()]
+    return [case for case in every if case.op in ops]
 
 
 def layers() -> list[Layer]:
@@ -292,22 +307,47 @@ def patches() -> list[Case]:
     cases += [Case(4, 128, 128, size, 2, False, "last", half) for size in (8, 16)]
     cases += [Case(4, 128, 128, 64, 2, False, "last", both), Case(4, 256, 256, 8, 2, False, "last", both)]
     cases += [Case(4, 256, 256, 64, 2, False, "last", both)]
+    # Between maps of unequal sizes: MobileNetV4's attention to a smaller map, LeViT's downsampling, and a small one.
+    cases.append(Case(4, 64, 64, 16, 1, False, "one_head", every, partners=8))
+    cases += [Case(8, 16, 64, 7, 1, True, "per_head", every, partners=14)]
+    cases += [Case(8, 16, 64, 7, 1, True, layout, half, partners=14) for layout in ("first", "odd")]
+    cases += [Case(4, 32, 32, 4, 1, True, "per_head", both, partners=5)]
     return cases
+
+
+def windows() -> list[Case]:
+    """The shapes of Swin, SwinV2, MaxViT and TinyViT, whole windows and clipped ones, and small windows beyond them."""
+    every, both, half = ("bf16", "fp16", "fp32", "tf32"), ("bf16", "fp32"), ("bf16",)
+    shapes = [(3, 56, 7, 0, "last", both), (3, 56, 7, 3, "last", every), (12, 14, 7, 0, "last", half)]
+    shapes += [(12, 14, 7, 3, "last", both), (24, 7, 7, 0, "last", half), (3, 64, 8, 0, "last", half)]
+    shapes += [(3, 64, 8, 4, "last", both), (6, 96, 12, 0, "last", half), (6, 96, 12, 6, "last", every)]
+    shapes += [(6, 64, 16, 0, "last", both), (6, 64, 16, 8, "last", half), (4, 96, 24, 12, "last", half)]
+    shapes += [(4, 28, 7, 0, "per_head", both), (2, 56, 7, 0, "first", half), (2, 56, 7, 3, "first", both)]
+    shapes += [(3, 56, 7, 3, "odd", half), (6, 96, 12, 6, "first", half), (6, 64, 16, 8, "odd", half)]
+    shapes += [(3, 16, 4, 0, "last", half), (3, 10, 4, 2, "last", both), (3, 10, 5, 2, "first", half)]
+    cases = [Case(heads, 32, 32, size, window, True, layout, dtypes, shift)
+             for heads, size, window, shift, layout, dtypes in shapes]  # fmt: skip
+    return [*cases, *(Case(3, 32, 32, 56, 7, False, "last", both, shift) for shift in (0, 3)),
+            Case(3, 64, 64, 56, 7, True, "last", half, 3)]  # fmt: skip
 
 
 def strides_of(case: Case) -> dict[str, tuple[int, ...]]:
     """Strides (batch, head, channel, y, x) of q, k, v, out and its gradient."""
-    h, d, dv, n = case.heads, case.d, case.dv, case.size
+    h, d, dv, n, m = case.heads, case.d, case.dv, case.size, case.partners or case.size
     if case.layout == "first":
-        q = (h * d * n * n, d * n * n, n * n, n, 1)
-        v = (h * dv * n * n, dv * n * n, n * n, n, 1)
-        return {"q": q, "k": q, "v": v, "g": v, "o": v}
-    row = h * (2 * d + dv) + (1 if case.layout == "odd" else 0)
-    by_head = case.layout == "per_head"
-    q = (n * n * row, 2 * d + dv if by_head else d, 1, n * row, row)
-    v = (n * n * row, 2 * d + dv if by_head else dv, 1, n * row, row)
-    o = (n * n * h * dv, dv, 1, n * h * dv, h * dv)
-    return {"q": q, "k": q, "v": v, "g": o}
+        q, k, v, o = ((h * c * s * s, c * s * s, s * s, s, 1) for c, s in ((d, n), (d, m), (dv, m), (dv, n)))
+        return {"q": q, "k": k, "v": v, "g": o, "o": o}
+
+    def last(side: int, channels: int, per_head: int) -> tuple[int, ...]:
+        return (side * side * channels, per_head, 1, side * channels, channels)
+
+    odd, by_head, o = int(case.layout == "odd"), case.layout == "per_head", last(n, h * dv, dv)
+    each = d + dv if case.partners else 2 * d + dv  # of a head in the map that v is a slice of
+    row = h * each + odd
+    k, v = last(m, row, each if by_head else d), last(m, row, each if by_head else dv)
+    if case.layout == "one_head":  # keys and values that all heads share
+        k, v = last(m, d, 0), last(m, dv, 0)
+    return {"q": last(n, h * d + odd, d) if case.partners else k, "k": k, "v": v, "g": o}
 
 
 def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool) -> Any:
@@ -315,17 +355,20 @@ def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool
     dtype = DTYPES[name]
     names = "qkvg" if backward else "qkv"
     strides = strides_of(case)
-    tokens = math.ceil(case.size / case.patch) ** 2
-    return patch_attention.PatchProblem(
+    queries, keys = case.queries_and_keys
+    return attention.AttentionProblem(
         (batch, case.heads, case.d, case.size, case.size),
         tuple((map_, strides[map_]) for map_ in names),
         dtype,
         "tf32" if name == "tf32" else "ieee",
         device,
+        case.op,
         case.dv,
-        (tokens * tokens, tokens, 1) if case.bias else None,
+        (queries * keys, keys, 1) if case.bias else None,
         dtype.itemsize,
         (case.patch, case.patch),
+        None if case.shift is None else (case.shift, case.shift),
+        (case.partners, case.partners) if case.partners else None,
     )
 
 

@@ -15,11 +15,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 SHAPES = (
     "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x12_", "294m@224 2x24_",
     "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32",
-    "efficientvit_b3@224",
+    "efficientvit_b3@224", "swin_tiny@224 3x32_56x56", "swin_large@384 6x32_96x96",
 )  # fmt: skip
 """The shapes, with channels last, at which times are taken and for which configurations are searched."""
-TUNED = ("patch_attention", "multiscale_linear_attention", "mobile_to_former", "relu_linear_attention",
-         "former_to_mobile", "patch_transformer_layer")  # fmt: skip
+TUNED = ("patch_attention", "window_attention", "multiscale_linear_attention", "mobile_to_former",
+         "relu_linear_attention", "former_to_mobile", "patch_transformer_layer")  # fmt: skip
 """The ops for which configurations are searched, in this order."""
 COMPILED = ("mobilevit_s@256", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32", "294m@224 2x24_")
 """The shapes at which torch.compile is a peer too: to compile takes most of the time."""
@@ -27,6 +27,7 @@ LARGE = "sana_1600m"
 """A model whose maps are too large for a batch of 128."""
 COUNTED = {
     "patch_attention": ("channels_last", "4x36_32", "4x48_16", "4x60_8", "24x32"),
+    "window_attention": ("channels_last", "3x32_56x56_w7s3", "6x32_96x96_w12"),
     "mobile_to_former": ("channels_last", "2x24_28x28_m6"),
     "former_to_mobile": ("channels_last", "2x24_28x28_m6"),
     "relu_linear_attention": ("channels_last", "16x16_32x32"),

@@ -125,10 +125,11 @@ def asked(batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
                 of = Candidate(op.name, case, layout, "", "", "", {})
                 arguments = of.arguments(batch)
-                if "patch_size" in arguments:
-                    tokens = math.prod(next(iter(testing.tensors_in(arguments).values())).shape[-2:])
-                    if tokens // math.prod(arguments["patch_size"]) > TOKENS:
-                        continue
+                tokens = math.prod(next(iter(testing.tensors_in(arguments).values())).shape[-2:])
+                if "patch_size" in arguments and tokens // math.prod(arguments["patch_size"]) > TOKENS:
+                    continue
+                if math.prod(arguments.get("window_size", ())) > TOKENS:
+                    continue
                 with torch.no_grad():
                     cotangent = torch.empty_like(op.function(**arguments, backend="triton"))
                 for name, call in tune.calls(arguments, op.function, cotangent).items():

@@ -23,8 +23,9 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def jitted(op: str) -> set[str]:
     """The names of an op's kernels that are launched: the decorated ones whose first argument is a pointer to a tensor
-    and that nothing else calls."""
-    text = "\n".join(path.read_text() for path in (ROOT / "mvkernels" / "ops" / op).glob("triton/*.py"))
+    and that nothing else calls; those that it shares with others too."""
+    folders = (ROOT / "mvkernels" / "ops" / op / "triton", *(ROOT / "mvkernels" / "triton").iterdir())
+    text = "\n".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     return set(re.findall(r"kernels\.(\w+), \"", text)) | set(re.findall(r'Launch\(\s*[\w.]+,\s*"(\w+)"', text))
 
 

@@ -31,7 +31,7 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_search_refuses_wrong_candidates_and_is_told_once(monkeypatch):
     from mvkernels.ops.patch_attention import OP
-    from mvkernels.ops.patch_attention.triton import configs as of_the_op
+    from mvkernels.triton.attention import configs as of_the_op
 
     assert of_the_op  # its import registers candidates, which would take the place of these
 
@@ -63,7 +63,7 @@ def test_the_file_is_merged_and_read(tmp_path, monkeypatch):
         tune.save(path, "other_op", [], device)
         configs.forget()
         assert path.name == "some_gpu_80gb.json" and json.loads(path.read_text())["device"] == device.name
-        pytest.importorskip("mvkernels.ops.patch_attention.triton.configs")
+        pytest.importorskip("mvkernels.triton.attention.configs")
         assert configs.config("patch_attention", "forward_rows", device.name, key)["num_warps"] == 8
         tune.save(path, "patch_attention", [finding({})], device)
         assert json.loads(path.read_text())["configs"] == {}
@@ -76,7 +76,7 @@ KEY = {"bias": 0, "d": 36, "dtype": "bf16", "dv": 36, "n": 256, "wide": 1, "arch
 
 
 def test_what_is_listed_is_tried_and_else_what_is_near(monkeypatch):
-    pytest.importorskip("mvkernels.ops.patch_attention.triton.configs")
+    pytest.importorskip("mvkernels.triton.attention.configs")
     of = "patch_attention", "forward_rows"
     listed = [{"num_warps": 2}, {"num_warps": 1}]
     content = {"sm_90": {"patch_attention.forward_rows": {configs.class_of(KEY): listed}}}

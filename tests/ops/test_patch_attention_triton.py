@@ -19,7 +19,7 @@ from mvkernels.triton import configs
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 kernels = pytest.importorskip("mvkernels.ops.patch_attention.triton.launcher")
-plan = pytest.importorskip("mvkernels.ops.patch_attention.triton.plan")
+plan = pytest.importorskip("mvkernels.triton.attention.plan")
 
 in_interpreter = [
     pytest.mark.interpreter,
@@ -161,6 +161,52 @@ def test_bias_of_any_strides():
 
 
 @interpreter
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    d=st.sampled_from([3, 8, 20, 36]),
+    dv=st.sampled_from([5, 8, 40]),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    partners=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    bias=st.booleans(),
+    strides=st.sampled_from(testing.STRIDES),
+    one_head=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_maps_of_unequal_sizes(d, dv, size, partners, bias, strides, one_head, dtype, seed):
+    check_unequal((2, 2, d, *size), partners, dv, bias, strides, dtype, one_head, seed)
+
+
+@interpreter
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize(
+    ("size", "partners"), [((3, 3), (5, 6)), ((7, 8), (3, 3)), ((5, 5), (12, 12)), ((10, 10), (5, 5))],
+    ids=["packed", "unit", "few and many", "many and few"],
+)  # fmt: skip
+def test_maps_of_unequal_sizes_on_each_kernel(size, partners, bias):
+    check_unequal((1, 2, 8, *size), partners, 16, bias, "packed", torch.float16, True, 0)
+
+
+def check_unequal(shape, partners, dv, bias, strides, dtype, one_head, seed):  # type: ignore[no-untyped-def]
+    """With one head, the keys and values of all heads are that head's, read in place."""
+    generator = torch.Generator().manual_seed(seed)
+    b, h, d, *size = shape
+    query = make_map(shape, strides, dtype, generator=generator)
+    key, value = (
+        make_map((b, 1 if one_head else h, each, *partners), strides, dtype, generator=generator).expand(
+            b, h, -1, -1, -1
+        )
+        for each in (d, dv)
+    )
+    arguments = {"query": query, "key": key, "value": value, "patch_size": 1}
+    if bias:
+        n, m = math.prod(size), math.prod(partners)
+        arguments["bias"] = torch.randn(h, n, m, generator=generator).to(dtype)
+    for comparison in testing.check(OPS["patch_attention"], arguments, "triton"):
+        assert comparison.ok, str(comparison)
+
+
+@interpreter
 @pytest.mark.parametrize(
     ("size", "patch", "strides"),
     [((32, 16), (1, 2), "packed"), ((25, 24), (1, 1), "contiguous"), ((17, 37), (1, 2), "contiguous")],
@@ -243,7 +289,9 @@ def problem(
 ) -> Any:
     device = configs.Device("none", "sm_90", units)
     maps = tuple((name, strides) for name in "qkvg")
-    return plan.PatchProblem(shape, maps, dtype, "ieee", device, shape[2], None, 1, (patch, patch))
+    return plan.AttentionProblem(
+        shape, maps, dtype, "ieee", device, "patch_attention", shape[2], None, 1, (patch, patch)
+    )
 
 
 def test_launches_of_a_packed_map():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ EXPLAINED = {
     ("multiscale_linear_attention", "4x16 7x8, batch 2", "tf32"): ("dqkv", "ddepthwise[0]", "dpointwise[0]"),
 }
 """Gradients that may be beyond what is allowed, by a factor of two: of an op, shape and dtype."""
+More = tuple[str, str, tuple[Any, ...]]
 DEVICES = (("sm_90", 132), ("sm_90", 2), ("sm_80", 108), ("sm_80", 2))
 """Architecture and number of processors."""
 
@@ -92,19 +94,8 @@ def cases() -> Iterator[Case]:
 def of_op(op: Op) -> Iterator[tuple[str, str, verify.Maker]]:
     """(shape, strides, function that makes the arguments): verify's, and MORE."""
     yield from verify.inputs(op, "small")
-    if op.name in MORE:
-        shape, strides, sizes = MORE[op.name]
-        yield shape, strides, partial(_sized, op, strides, sizes)
-
-
-_WIDE = "2x256 7x7", "contiguous", {5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)}
-MORE = {
-    "patch_attention": ("2x36 21x19", "packed", {5: (1, 2, 36, 21, 19)}),
-    "mobile_to_former": _WIDE,
-    "former_to_mobile": _WIDE,
-}
-"""Groups of unequal sizes with more tokens than one tile; heads too wide for one tile: (name,
-strides of the maps, sizes of maps and of tokens by their number of dimensions)."""
+    for shape, strides, more in MORE.get(op.name, ()):
+        yield shape, strides, partial(*more) if callable(more[0]) else partial(_sized, op, strides, *more)
 
 
 def _sized(
@@ -121,8 +112,77 @@ def _sized(
     return testing.with_tensors(example, tensors)
 
 
+def _attention(
+    query: tuple[int, ...],
+    value: tuple[int, ...],
+    strides: str,
+    sizes: Mapping[str, Any],
+    bias: bool,
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, Any]:
+    """Of a query map and a value map of these shapes; keys and values of one head are those of all."""
+    generator = torch.Generator().manual_seed(0)
+    heads, partners = query[1], value[3:]
+    shapes = query, (*value[:2], query[2], *partners), value
+    tensors = (testing.make_map(shape, strides, dtype, device, generator) for shape in shapes)
+    named = dict(zip(("query", "key", "value"), (tensor.expand(-1, heads, -1, -1, -1) for tensor in tensors)))
+    places = [math.prod(sizes.get("window_size", side)) for side in (query[3:], partners)]
+    if bias:
+        named["bias"] = torch.randn(heads, *places, generator=generator).to(device, dtype)
+    return {**named, **sizes}
+
+
+def _windows(*shape: int, window: int, shift: int, strides: str = "packed", bias: bool = True) -> More:
+    sizes = {"window_size": (window, window), "shift": (shift, shift)}
+    name = f"{shape[0]}x{shape[1]} {shape[2]}x{shape[3]} w{window}s{shift}{' bias' if bias else ''}"
+    return name, strides, (_attention, (1, *shape), (1, *shape), strides, sizes, bias)
+
+
+def _unequal(query: tuple[int, ...], value: tuple[int, ...], strides: str, bias: bool) -> More:
+    (heads, dim, *size), (_, dv, *partners) = query, value
+    sizes = " to ".join(f"{height}x{width}" for height, width in (size, partners))
+    name = f"{heads}x{dim}/{dv} {sizes}{' bias' if bias else ''}"
+    return name, strides, (_attention, (1, *query), (1, *value), strides, {"patch_size": 1}, bias)
+
+
+_WIDE = ("2x256 7x7", "contiguous", ({5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)},))
+MORE: dict[str, tuple[More, ...]] = {
+    "patch_attention": (
+        ("2x36 21x19", "packed", ({5: (1, 2, 36, 21, 19)},)),
+        _unequal((4, 64, 16, 16), (1, 64, 8, 8), "channels_last", bias=False),
+        _unequal((2, 16, 7, 7), (2, 64, 14, 14), "packed", bias=True),
+        _unequal((2, 32, 7, 8), (1, 32, 3, 3), "packed", bias=True),
+        _unequal((2, 20, 4, 5), (2, 20, 3, 3), "transposed", bias=True),
+    ),
+    "window_attention": (
+        _windows(2, 20, 9, 10, window=4, shift=2),
+        _windows(2, 32, 8, 9, window=5, shift=0, strides="transposed", bias=False),
+        _windows(2, 32, 16, 13, window=8, shift=3, strides="contiguous", bias=False),
+        _windows(2, 32, 13, 14, window=12, shift=6),
+        _windows(1, 36, 20, 17, window=16, shift=5, strides="transposed"),
+    ),
+    "mobile_to_former": (_WIDE,),
+    "former_to_mobile": (_WIDE,),
+}
+"""Groups of unequal sizes with more tokens than one tile; maps of unequal sizes; small, large and clipped windows;
+heads too wide for one tile: (name, strides of the maps, sizes of maps and of tokens by their number of dimensions, or
+what makes the arguments)."""
+
+
 FEW = {
-    "patch_attention": ("4x36 9x7", "4x36 3x17", "4x48_16x16", "2x36 21x19", "8x32/128 7x7"),
+    "patch_attention": (
+        "4x36 9x7",
+        "4x36 3x17",
+        "4x48_16x16",
+        "2x36 21x19",
+        "8x32/128 7x7",
+        "to 8x8",
+        "to 14x14",
+        "4x5 to 3x3",
+        "7x8 to 3x3",
+    ),
+    "window_attention": ("3x32 9x7", "14x14_w7s3", "9x10 w4s2", "13x14 w12s6"),
     "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),

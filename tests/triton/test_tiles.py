@@ -9,8 +9,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale  # noqa: E402
-from mvkernels.ops.patch_attention.triton import plan  # noqa: E402
 from mvkernels.triton import configs  # noqa: E402
+from mvkernels.triton.attention import plan  # noqa: E402
 from mvkernels.triton.maps import divides  # noqa: E402
 from mvkernels.triton.tiles import divider, pixel_of  # noqa: E402
 from tests.ops.bridges import interpreter  # noqa: E402
@@ -46,9 +46,9 @@ def test_where_a_product_would_not_do_it_is_a_division():
     device = configs.Device("A Device", "sm_90", 100)
     for side, wide in ((64, False), (2_000, True)):
         strides = (side * side * 96, 16, 1, side * 96, 96)
-        problem = plan.PatchProblem(
+        problem = plan.AttentionProblem(
             (1, 2, 16, side, side), tuple((name, strides) for name in "qkv"), torch.float16, "ieee", device,
-            16, None, 1, (2, 2),
+            "patch_attention", 16, None, 1, (2, 2),
         )  # fmt: skip
         assert plan.forward_launches(problem)[0].meta["WIDE"] == wide
         maps = (("g", strides), ("x", strides))

@@ -1,1 +1,1 @@
-"""patch_attention on Triton: which kernels run a call, with what, and the kernels."""
+"""patch_attention on Triton: how its arguments reach the kernels that it shares."""

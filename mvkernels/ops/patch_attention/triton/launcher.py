@@ -1,17 +1,4 @@
-"""patch_attention on Triton: which kernel runs a call, and with what.
-
-| tokens of the largest group | forward | backward |
-| --- | --- | --- |
-| up to 32 | ``forward_packed``: several units a program | ``backward_packed`` |
-| up to 64 | ``forward_rows``, the score row whole | ``backward_unit``: one program a unit, one tile |
-| up to 256 | the same | ``backward_blocks``, both phases in one program |
-| more (and float32, and wide heads) | ``forward_rows``, running maximum | ``backward_blocks``, a launch per phase |
-
-A bias's gradient is a sum of parts (``bias_sum``), which ``backward_unit`` makes itself and for the others
-``bias_partials``. Everything that follows from shapes, strides and dtype alone is a
-:class:`~mvkernels.triton.launch.Launch`, made once and cached: a call costs a look-up, its allocations and the
-launches. The static audit compiles the very same Launches.
-"""
+"""patch_attention on Triton: the kernels are those of :mod:`mvkernels.triton.attention`, on patches."""
 
 from __future__ import annotations
 
@@ -19,22 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mvkernels.dispatch.checks import empty_map
-from mvkernels.ops.patch_attention.triton import row_kernels
-from mvkernels.ops.patch_attention.triton.plan import PatchProblem, backward_launches, forward_launches
-from mvkernels.triton.launch import INTERPRETED, LOG2E, parts, run, why_not_triton, why_too_large
-from mvkernels.triton.maps import INT32
+from mvkernels.triton.attention import launcher
 
-_MOST = dict.fromkeys(("float32", "float16", "bfloat16", "tf32"), 256)
-
-
-def _problem(
-    maps: Sequence[tuple[str, torch.Tensor]], bias: torch.Tensor | None, patch: tuple[int, int]
-) -> PatchProblem:
-    return PatchProblem.of(
-        maps[0][1], maps, INTERPRETED, value_dim=maps[2][1].shape[2], patch=patch,
-        bias=None if bias is None else bias.stride(), bias_itemsize=1 if bias is None else bias.element_size(),
-    )  # fmt: skip
+_NAME = "patch_attention"
 
 
 def why_not(
@@ -46,14 +20,7 @@ def why_not(
     scale: float | None,
 ) -> str | None:
     """Why these kernels cannot run a call, or None. Takes the op's checked arguments; never raises."""
-    batch, heads, d, height, width = query.shape
-    widest = max(d, value.shape[2])
-    reason = why_not_triton(query, widest, _MOST) or why_too_large(width, heads * widest, height * width)
-    if reason is None and bias is not None and bias.shape[1] * max(map(abs, bias.stride()[1:])) * 2 >= INT32:
-        reason = "a head's bias spans 2**31 elements"
-    if reason is None and batch * heads * height * width >= INT32:
-        reason = "batch * heads * pixels passes 2**31"
-    return reason
+    return launcher.why_not(query, key, value, bias)
 
 
 def forward(
@@ -65,16 +32,8 @@ def forward(
     bias: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) or None -> out (B, h, Dv, H, W).
-
-    out is in query's dtype, dense in query's order. Inputs are read in place, whatever their strides.
-    """
-    problem = _problem((("q", query), ("k", key), ("v", value)), bias, (patch_h, patch_w))
-    out = empty_map(query, value.shape[2])
-    # Without a bias its pointer is not read; any tensor will do.
-    tensors = {"q": query, "k": key, "v": value, "o": out, "bias": out if bias is None else bias}
-    run(forward_launches(problem), tensors, {"scale2": scale * LOG2E})
-    return out
+    """The output: see the shared launcher's ``forward``."""
+    return launcher.forward(_NAME, query, key, value, (patch_h, patch_w), None, bias, scale)
 
 
 def backward(
@@ -88,14 +47,8 @@ def backward(
     scale: float,
     need_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dquery, dkey, dvalue, dbias), each dense in the order of its own input.
-
-    grad (B, h, Dv, H, W) with any strides; dbias is (h, N, N), contiguous,
-    in bias's dtype, or an empty (0,) without ``need_bias``. No atomics: the same bits in every run.
-    """
-    dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
-    dbias = backward_into((dq, dk, dv), grad, query, key, value, patch_h, patch_w, bias, scale, need_bias)
-    return dq, dk, dv, dbias
+    """(dquery, dkey, dvalue, dbias): see the shared launcher's ``backward``."""
+    return launcher.backward(_NAME, grad, query, key, value, (patch_h, patch_w), None, bias, scale, need_bias)
 
 
 def backward_into(
@@ -111,24 +64,7 @@ def backward_into(
     need_bias: bool,
     packed: int = 1,
 ) -> torch.Tensor:
-    """Write dquery, dkey, dvalue to ``grads`` and return dbias, as :func:`backward`.
-
-    ``grads`` lie as their inputs do, dense; or, with ``packed`` 3, they are the thirds of one dense (B, H, W, 3C).
-    """
-    maps = (("q", query), ("k", key), ("v", value), ("g", grad))
-    problem = _problem(maps, bias, (patch_h, patch_w))
-    launches, uses_rows, slices = backward_launches(problem, need_bias, packed)
-    # Pointers that are not read or written must be some: any tensor will do.
-    tensors = dict(maps) | {"bias": query if bias is None else bias, "rows": query}
-    tensors |= dict(zip(("dq", "dk", "dv"), grads))
-    if uses_rows:
-        batch, heads, _, height, width = query.shape
-        shape = (batch, heads, row_kernels.ROWS.value, height, width)
-        tensors["rows"] = query.new_empty(shape, dtype=torch.float32)
-    if need_bias and bias is not None:
-        tensors["dbias"] = bias.new_empty(bias.shape)
-        tensors["partial"] = parts(slices, query, bias.shape)
-    else:
-        tensors["dbias"] = query.new_empty((0,))
-    run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
-    return tensors["dbias"]
+    """Write dquery, dkey, dvalue to ``grads`` and return dbias: see the shared launcher's ``backward_into``."""
+    return launcher.backward_into(
+        _NAME, grads, grad, query, key, value, (patch_h, patch_w), None, bias, scale, need_bias, packed
+    )

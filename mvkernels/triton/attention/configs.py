@@ -1,40 +1,63 @@
-"""Default launch configurations of patch_attention's Triton kernels. Needs no Triton.
+"""Default launch configurations of the Triton kernels of patch_attention and window_attention. Needs no Triton.
 
 A key has ``n`` (tokens of the largest group, rounded up to a power of two, 16 to 512; 512 stands for all above),
 ``d`` and ``dv`` (head dimensions), ``bias`` (1 if there is one), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
 float32 products, ``tf32``), ``wide`` (1 if q, k and v are read at least 8 bytes at a time: narrower loads take a
-register for every address) and ``arch``. The choices here are those that `make audit` shows to need no spills and to
-fit shared memory on every architecture it compiles for.
+register for every address) and ``arch``; of window_attention also ``clipped`` (1 if some windows reach beyond the map),
+and between maps of unequal sizes ``unequal`` (1). The choices here are those that `make audit` shows to need no spills
+and to fit shared memory on every architecture it compiles for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heuristic
 from mvkernels.triton.maps import width
 
-OP = "patch_attention"
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATCH, WINDOW = "patch_attention", "window_attention"
+
+
+def _of_each(register: Callable[[str, str], Callable[[F], F]], kernel: str) -> Callable[[F], F]:
+    """``register`` for both ops."""
+
+    def registered(function: F) -> F:
+        for op in (PATCH, WINDOW):
+            register(op, kernel)(function)
+        return function
+
+    return registered
 
 
 def _wide(key: Mapping[str, Any]) -> int:
     return max(width(key["d"]), width(key["dv"]))
 
 
-@heuristic(OP, "forward_packed")
-@heuristic(OP, "backward_packed")
+def _clipped(key: Mapping[str, Any]) -> bool:
+    # With a bias that takes no notice of it.
+    return bool(key["bias"] and key.get("clipped"))
+
+
+@_of_each(heuristic, "forward_packed")
+@_of_each(heuristic, "backward_packed")
 def _packed(key: Mapping[str, Any]) -> Config:
     tokens, wide = min(key["n"], 32), _wide(key)
     if exact(key):
         units, warps = (4, 4) if tokens * wide <= 16 * 16 else (1, 2) if tokens * wide <= 16 * 64 else (1, 8)
+        if tokens == wide == 32:
+            warps = 4
     else:
         units = 4 if tokens * wide <= 16 * 64 else 2 if tokens * wide <= 32 * 64 else 1
         warps = 4 if tokens * wide >= 32 * 128 or wide > 128 else units
+        if tokens == 32 and not key["wide"]:
+            units, warps = 1, 4 if key["arch"] in ROOMY else 8
     return {"UNITS": units, "TOKENS": tokens, "num_warps": warps, "num_stages": 1}
 
 
-@heuristic(OP, "forward_rows")
+@_of_each(heuristic, "forward_rows")
 def _forward_rows(key: Mapping[str, Any]) -> Config:
     n, wide = key["n"], _wide(key)
     config = {"BLOCK_M": 64, "BLOCK_N": 64, "Q_BLOCKS": 1, "num_warps": 4, "num_stages": 1}
@@ -54,7 +77,7 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
     return {**config, "BLOCK_N": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 2 if wide <= 128 else 1}
 
 
-@heuristic(OP, "backward_unit")
+@_of_each(heuristic, "backward_unit")
 def _backward_unit(key: Mapping[str, Any]) -> Config:
     # MAX_TOKENS: the largest group that this kernel takes; backward_blocks takes the others.
     wide, nvidia = _wide(key), key["arch"].startswith("sm_")
@@ -62,10 +85,13 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     # A bias and its gradient are two tiles more; narrow loads take a register for every address.
     cramped |= bool(key["bias"]) and (key["arch"] not in ROOMY or (nvidia and (wide > 64 or not key["wide"])))
     cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in ROOMY)
-    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": 4, "num_stages": 1}
+    # Which tokens of a window lie where, and inside the map, takes registers too.
+    cramped |= nvidia and _clipped(key) and wide > 32
+    warps = 8 if key["bias"] and "clipped" in key and key["arch"] in ("sm_100", "sm_103") else 4
+    return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": warps, "num_stages": 1}
 
 
-@heuristic(OP, "backward_blocks")
+@_of_each(heuristic, "backward_blocks")
 def _backward_blocks(key: Mapping[str, Any]) -> Config:
     # FUSED_TOKENS: up to this many tokens, one program takes both phases of a unit if units fill the machine.
     wide = _wide(key)
@@ -88,6 +114,8 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
                 "num_warps": 8,
             }
         )
+        if _clipped(key) or "unequal" in key:
+            config["K_BLOCK_M"] = 16
     elif wide > 128:
         rows, keys = (16, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
@@ -95,17 +123,18 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
         rows, keys = (64, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": 16, "num_warps": 8}
         config |= {"K_BLOCK_N": 32} if key["bias"] else {}
-    elif key["bias"] and not key["wide"] and key["arch"] not in ROOMY:
+    elif key["bias"] and key["arch"] not in ROOMY and (not key["wide"] or (_clipped(key) and wide > 32)):
         config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
         if key["arch"] not in ROOMY or key["bias"] or (wide > 32 and not key["wide"]):
             config |= {"Q_BLOCK_N": 32}
-        if (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
+        tight = _clipped(key) and (wide > 32 or not key["wide"] or key["arch"] != "sm_90")
+        if tight or (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
             config |= {"K_BLOCK_M": 16}
     return config
 
 
-@heuristic(OP, "bias_partials")
+@_of_each(heuristic, "bias_partials")
 def _bias_partials(key: Mapping[str, Any]) -> Config:
     wide = _wide(key)
     if key["dtype"] == "tf32" and wide > 64:
@@ -116,13 +145,13 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
-@candidates(OP, "forward_packed")
-@candidates(OP, "backward_packed")
+@_of_each(candidates, "forward_packed")
+@_of_each(candidates, "backward_packed")
 def _packed_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{"UNITS": units, "num_warps": warps} for units in (1, 2, 4, 8) for warps in (1, 2, 4) if warps <= 2 * units]
 
 
-@candidates(OP, "forward_rows")
+@_of_each(candidates, "forward_rows")
 def _forward_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     n = min(key["n"], 256)
     found = [
@@ -136,7 +165,7 @@ def _forward_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [config for index, config in enumerate(found) if config not in found[:index]]
 
 
-@candidates(OP, "backward_unit")
+@_of_each(candidates, "backward_unit")
 def _backward_unit_candidates(key: Mapping[str, Any]) -> list[Config]:
     if key["n"] not in (64, 128):
         return []
@@ -144,7 +173,7 @@ def _backward_unit_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{**block, "num_warps": warps} for warps in (2, 4, 8)] + [{"MAX_TOKENS": 0}]
 
 
-@candidates(OP, "backward_blocks")
+@_of_each(candidates, "backward_blocks")
 def _backward_blocks_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [
         {"Q_BLOCK_M": qm, "Q_BLOCK_N": qn, "K_BLOCK_M": km, "K_BLOCK_N": kn, "FUSED_TOKENS": fused,
@@ -157,6 +186,6 @@ def _backward_blocks_candidates(key: Mapping[str, Any]) -> list[Config]:
     ]  # fmt: skip
 
 
-@candidates(OP, "bias_partials")
+@_of_each(candidates, "bias_partials")
 def _bias_partials_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m in (32, 64) for n in (32, 64) for w in (4, 8)]

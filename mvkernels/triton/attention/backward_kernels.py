@@ -1,9 +1,9 @@
-"""Backward Triton kernels of patch_attention. launcher.py says which runs when.
+"""Backward Triton kernels. launcher.py says which runs when, groups.py what the tokens of a group are.
 
 With P the probabilities, dP = dout V^T and delta the row sums of P * dP:
 dV = P^T dout, dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = sum of dS.
 row_kernels.py says how a row's P and dS are made so that large queries do not multiply rounding errors.
-Where a row or key lies outside its group, P and dS are set to 0 by selection, never by a product:
+Where a row or key lies outside its group or the map, P and dS are set to 0 by selection, never by a product:
 NaN and Inf stay in the unit that they came in.
 PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map, 1 or 3.
 """
@@ -11,8 +11,20 @@ PACKED: dq, dk and dv are each one of so many equal parts of a channels-last map
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton.forward_kernels import bias_tile, load_bias
-from mvkernels.ops.patch_attention.triton.row_kernels import (
+from mvkernels.triton.attention.forward_kernels import bias_tile, in_bias, load_bias
+from mvkernels.triton.attention.groups import (
+    CLIPPED,
+    SIZES,
+    UNEQUAL,
+    WINDOWS,
+    count_of,
+    extent_of,
+    group_of,
+    keys_map,
+    span_of,
+    tokens_of,
+)
+from mvkernels.triton.attention.row_kernels import (
     ROWS,
     load_rows,
     masked,
@@ -26,92 +38,107 @@ from mvkernels.triton.tiles import (
     dense_strides,
     divider,
     dot_nt,
-    group_extent,
     load_tile,
-    pixel_of,
     plane,
     round_tf32,
     row_offsets,
     store_tile,
-    unit_of,
 )
 
-_INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
-_GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
-_SIZES = ["heads", "H", "W", "ph", "pw", "bsh", "bsm", "bsn"]
+INPUTS = ["qsb", "qsh", "qsd", "qsy", "qsx", "ksb", "ksh", "ksd", "ksy", "ksx", "vsb", "vsh", "vsd", "vsy", "vsx"]
+GRAD = ["gsb", "gsh", "gsd", "gsy", "gsx"]
+
+
+@triton.jit
+def equal_groups(H, W, ph, pw, KH, KW, N_ALIGN: tl.constexpr, KIND: tl.constexpr):
+    # (queries, keys) of each group where there is a bias.
+    rows, columns = (ph, pw) if KIND >= WINDOWS else (H // ph, W // pw)
+    queries = tl.multiple_of(rows * columns, N_ALIGN)
+    return queries, tl.multiple_of(KH * KW, N_ALIGN) if KIND == UNEQUAL else queries
 
 
 # One program, units of one head in turn, each of at most BLOCK tokens, all in one tile: scores are computed once, each
 # of q, k, v, dout is read once, each of dq, dk, dv written once, and delta needs no pass of its own. With a bias it has
 # several units: the bias is read once for all of them, and with DBIAS they are summed up in registers, in their order,
 # and written once to partial[part].
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES + ["steps", "items"])
+@triton.jit(do_not_specialize=INPUTS + GRAD + SIZES + ["steps", "items"])
 def backward_unit(
     q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn, steps, items,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, KH, KW, sy, sx, bsh, bsm, bsn, steps, items,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DBIAS: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
+    KH, KW = keys_map(H, W, KH, KW, KIND)
     head = tl.program_id(0) % heads
     part = tl.program_id(0) // heads
     n = tl.arange(0, BLOCK)
     bias = tl.zeros([BLOCK, BLOCK], bias_ptr.dtype.element_ty)
     if BIAS:  # all groups are equal
-        of_all = n < (H // ph) * (W // pw)
-        inside = of_all[:, None] & of_all[None, :]
+        queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
+        inside = (n < queries)[:, None] & (n < keys)[None, :]
         bias = load_bias(bias_ptr, head.to(tl.int64), n, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
     dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
     dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
-    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
-    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
+    dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, KH, KW, DLK)
+    dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, KH, KW, DLV)
     for step in range(0, steps if LOOP == 0 else LOOP):
         item = part * steps + step
-        batch, wide_head, gy, gx = unit_of(item * heads + head, heads, ph, pw)
-        wg = group_extent(gx, W, pw)
-        width = divider(wg)
-        tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
-        keep = n < tokens
+        batch, wide_head, y0, x0 = group_of(item * heads + head, heads, H, W, ph, pw, sy, sx, KIND)
+        rows, columns = extent_of(y0, x0, H, W, ph, pw, KIND)
+        tokens = tl.multiple_of(rows * columns, N_ALIGN)
+        _, end = span_of(tokens, y0, H, ph, pw, KIND)
+        group = (y0, x0, ph, pw, W)
+        y, x, keep = tokens_of(n, end, divider(columns), group, KIND, LINEAR, WIDE)
         if BIAS:
             keep = keep & (item < items)
-        inside = keep[:, None] & keep[None, :]
-        y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+        keys = count_of(tokens, y0, x0, H, W, ph, pw, KIND)
+        ny, nx, keep_n = y, x, keep
+        if KIND == UNEQUAL:
+            keys = tl.multiple_of(KH * KW, N_ALIGN)
+            ny, nx, keep_n = tokens_of(n, keys, divider(KW), group, KIND, LINEAR, WIDE)
+            if BIAS:
+                keep_n = keep_n & (item < items)
         g_rows = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
         q_rows = row_offsets(y, x, qsy, qsx, LQ, AQ, LINEAR)
-        k_rows = row_offsets(y, x, ksy, ksx, LK, AK, LINEAR)
-        v_rows = row_offsets(y, x, vsy, vsx, LV, AV, LINEAR)
+        k_rows = row_offsets(ny, nx, ksy, ksx, LK, AK, LINEAR)
+        v_rows = row_offsets(ny, nx, vsy, vsx, LV, AV, LINEAR)
         g0, g1 = load_tile(g_ptr + plane(batch, wide_head, gsb, gsh, LG, AG), g_rows, keep, gsd, DV, V0, V1,
                            LG, AG, WIDE, PRECISION)  # fmt: skip
         q0, q1 = load_tile(q_ptr + plane(batch, wide_head, qsb, qsh, LQ, AQ), q_rows, keep, qsd, D, D0, D1,
                            LQ, AQ, WIDE, PRECISION)  # fmt: skip
-        k0, k1 = load_tile(k_ptr + plane(batch, wide_head, ksb, ksh, LK, AK), k_rows, keep, ksd, D, D0, D1,
+        k0, k1 = load_tile(k_ptr + plane(batch, wide_head, ksb, ksh, LK, AK), k_rows, keep_n, ksd, D, D0, D1,
                            LK, AK, WIDE, PRECISION)  # fmt: skip
-        v0, v1 = load_tile(v_ptr + plane(batch, wide_head, vsb, vsh, LV, AV), v_rows, keep, vsd, DV, V0, V1,
+        v0, v1 = load_tile(v_ptr + plane(batch, wide_head, vsb, vsh, LV, AV), v_rows, keep_n, vsd, DV, V0, V1,
                            LV, AV, WIDE, PRECISION)  # fmt: skip
         scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
         if BIAS:
             scores += bias.to(tl.float32) * LOG2E
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
-        found = whole_rows(masked(scores, inside), dp, inside, n[None, :], 1)
+        if KIND == CLIPPED:  # what a key without weight adds to its row is 0: two vectors in place of a whole mask
+            scores = masked(scores, keep_n[None, :])
+        within = keep[:, None] if KIND == CLIPPED else keep[:, None] & keep_n[None, :]
+        found = whole_rows(masked(scores, within), dp, within, n[None, :], 1)
         p = found[0]
         ds = found[1]
         if DBIAS:
-            dbias += ds
+            dbias += tl.where(keep_n[None, :], ds, 0.0) if KIND == CLIPPED else ds
         pt = tl.trans(round_tf32(p.to(g0.dtype), PRECISION))
         dv0 = tl.dot(pt, g0, input_precision=PRECISION)
         dv1 = dv0
         if V1 > 0:
             dv1 = tl.dot(pt, g1, input_precision=PRECISION)
-        dv_rows = row_offsets(y, x, dvy, dvx, DLV, ADV, LINEAR)
+        dv_rows = row_offsets(ny, nx, dvy, dvx, DLV, ADV, LINEAR)
         dv_at = dv_ptr + plane(batch, wide_head, dvb, dvh, DLV, ADV)
-        store_tile(dv_at, dv0, dv1, dv_rows, keep, dvd, DV, V0, V1, DLV, ADV, WIDE)
+        store_tile(dv_at, dv0, dv1, dv_rows, keep_n, dvd, DV, V0, V1, DLV, ADV, WIDE)
         ds = round_tf32(ds.to(k0.dtype), PRECISION)
         dst = tl.trans(ds)
-        over = 1.0 / tokens.to(tl.float32)
+        over = 1.0 / keys.to(tl.float32)
         dq0 = without_mean_key(tl.dot(ds, k0, input_precision=PRECISION), ds, k0, over, 1) * scale
         dk0 = tl.dot(dst, q0, input_precision=PRECISION) * scale
         dq1 = dq0
@@ -120,16 +147,16 @@ def backward_unit(
             dq1 = without_mean_key(tl.dot(ds, k1, input_precision=PRECISION), ds, k1, over, 1) * scale
             dk1 = tl.dot(dst, q1, input_precision=PRECISION) * scale
         dq_rows = row_offsets(y, x, dqy, dqx, DLQ, AD, LINEAR)
-        dk_rows = row_offsets(y, x, dky, dkx, DLK, AD, LINEAR)
+        dk_rows = row_offsets(ny, nx, dky, dkx, DLK, AD, LINEAR)
         dq_at = dq_ptr + plane(batch, wide_head, dqb, dqh, DLQ, AD)
         dk_at = dk_ptr + plane(batch, wide_head, dkb, dkh, DLK, AD)
         store_tile(dq_at, dq0, dq1, dq_rows, keep, dqd, D, D0, D1, DLQ, AD, WIDE)
-        store_tile(dk_at, dk0, dk1, dk_rows, keep, dkd, D, D0, D1, DLK, AD, WIDE)
+        store_tile(dk_at, dk0, dk1, dk_rows, keep_n, dkd, D, D0, D1, DLK, AD, WIDE)
     if DBIAS:
-        tokens = (H // ph) * (W // pw)
-        of_all = n < tokens
-        partial_ptr += (part * heads + head).to(tl.int64) * tokens * tokens
-        tl.store(partial_ptr + n[:, None] * tokens + n[None, :], dbias, mask=of_all[:, None] & of_all[None, :])
+        queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
+        partial_ptr += (part * heads + head).to(tl.int64) * queries * keys
+        inside = (n < queries)[:, None] & (n < keys)[None, :]
+        tl.store(partial_ptr + n[:, None] * keys + n[None, :], dbias, mask=inside)
 
 
 # dQ of one block of queries, while all keys pass by with a running peak: when another key becomes the peak, sums of
@@ -137,18 +164,18 @@ def backward_unit(
 # (y, x, channel). What the keys' pass has to know of the rows is left on the way.
 @triton.jit
 def _queries(
-    first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
+    first, tokens, span, keys, width, key_width, group, area, head,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
     scale, scale2, qs, ks, vs, gs, dqs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     m = first + tl.arange(0, BLOCK_M)
-    keep_m = m < tokens
-    my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
+    my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE)
     g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
                        DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
@@ -167,17 +194,16 @@ def _queries(
     ones = tl.full([BLOCK_N, SUMS], 1.0, k_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_M, SUMS], tl.float32)
     rest = tl.zeros([BLOCK_M, SUMS], tl.float32)
-    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_N):
+    for start in range(span[0] // BLOCK_N * BLOCK_N if LOOP == 0 else 0, keys if LOOP == 0 else LOOP, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        keep_n = n < tokens
-        y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+        y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE)
         inside = keep_m[:, None] & keep_n[None, :]
         k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
                            D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
         v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
                            DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
-        scores = scores_of(q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
-                           D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+        scores = scores_of(q0, q1, k0, k1, scale2, inside, in_bias(keep_m, keep_n, m, n, tokens, KIND), bias_ptr, head,
+                           m, n, bsh, bsm, bsn, D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
         highest, column = tl.max(scores, 1, return_indices=True)
         higher = highest > top
@@ -215,7 +241,7 @@ def _queries(
     rest = tl.max(rest, 1)
     share = 1.0 / total
     rest *= share
-    store_rows(rows_ptr + (mx if LINEAR else my * W + mx), area, keep_m, top, share, base + rest, rest, peak)
+    store_rows(rows_ptr + (mx if LINEAR else my * group[4] + mx), area, keep_m, top, share, base + rest, rest, peak)
     share = (share * scale)[:, None]
     dq0 = (dq0 - rest[:, None] * pk0) * share
     if D1 > 0:
@@ -228,17 +254,17 @@ def _queries(
 # rows), so that P^T and dS^T are operands as they come.
 @triton.jit
 def _keys(
-    first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
+    first, tokens, span, keys, width, key_width, group, area, head,
+    q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
     scale, scale2, qs, ks, vs, gs, dks, dvs, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
-    BIAS: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
-    keep_n = n < tokens
-    y, x = pixel_of(n, width, gy, gx, ph, pw, LINEAR, WIDE)
+    y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
                        D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
@@ -247,12 +273,11 @@ def _keys(
     dk1 = tl.zeros([BLOCK_N, D1 if D1 > 0 else 1], tl.float32)
     dv0 = tl.zeros([BLOCK_N, V0], tl.float32)
     dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 1], tl.float32)
-    for start in range(0, tokens if LOOP == 0 else LOOP, BLOCK_M):
+    for start in range(span[0] // BLOCK_M * BLOCK_M if LOOP == 0 else 0, span[1] if LOOP == 0 else LOOP, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        keep_m = m < tokens
-        my, mx = pixel_of(m, width, gy, gx, ph, pw, LINEAR, WIDE)
+        my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE)
         inside = keep_n[:, None] & keep_m[None, :]
-        at = rows_ptr + (mx if LINEAR else my * W + mx)
+        at = rows_ptr + (mx if LINEAR else my * group[4] + mx)
         top, share, delta, rest, peak = load_rows(at, area, keep_m)
         q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
                            D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
@@ -260,7 +285,8 @@ def _keys(
                            DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
         scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
         if BIAS:
-            scores += bias_tile(bias_ptr, head, n, m, inside, bsh, bsn, bsm, 0)
+            within = in_bias(keep_n, keep_m, n, m, tokens, KIND)
+            scores += bias_tile(bias_ptr, head, n, m, within, bsh, bsn, bsm, 0)
         pt = tl.exp2(masked(scores, inside) - top[None, :]) * share[None, :]
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
         beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
@@ -285,27 +311,36 @@ def _keys(
 # are computed twice, but no accumulator of the whole unit has to live in registers, and what the second
 # phase reads is still in cache: memory sees each map once. PHASES 1 and 2: one program takes one block,
 # of queries or of keys; for large groups, and when units are too few to fill the machine.
-@triton.jit(do_not_specialize=_INPUTS + _GRAD + _SIZES)
+@triton.jit(do_not_specialize=INPUTS + GRAD + SIZES)
 def backward_blocks(
     q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, dk_ptr, dv_ptr, rows_ptr, scale, scale2,
     qsb, qsh, qsd, qsy, qsx, ksb, ksh, ksd, ksy, ksx, vsb, vsh, vsd, vsy, vsx,
-    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, bsh, bsm, bsn,
+    gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, KH, KW, sy, sx, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
     Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
     LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
 ):  # fmt: skip
+    KH, KW = keys_map(H, W, KH, KW, KIND)
     pid = tl.program_id(0)
     unit = pid // PROGRAMS_PER_UNIT
     block = pid - unit * PROGRAMS_PER_UNIT
-    batch, head, gy, gx = unit_of(unit, heads, ph, pw)
-    wg = group_extent(gx, W, pw)
-    width = divider(wg)
-    tokens = tl.multiple_of(group_extent(gy, H, ph) * wg, N_ALIGN)
+    batch, head, y0, x0 = group_of(unit, heads, H, W, ph, pw, sy, sx, KIND)
+    rows, columns = extent_of(y0, x0, H, W, ph, pw, KIND)
+    tokens = tl.multiple_of(rows * columns, N_ALIGN)
+    begin, end = span_of(tokens, y0, H, ph, pw, KIND)
+    span = (begin, end)
+    group = (y0, x0, ph, pw, W)
+    width = divider(columns)
+    keys = end
+    key_width = width
+    if KIND == UNEQUAL:
+        keys = tl.multiple_of(KH * KW, N_ALIGN)
+        key_width = divider(KW)
     q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)
     k_ptr += plane(batch, head, ksb, ksh, LK, AK)
     v_ptr += plane(batch, head, vsb, vsh, LV, AV)
@@ -320,30 +355,35 @@ def backward_blocks(
         dqb, dqh, dqd, dqy, dqx = dense_strides(heads * PACKED, D, H, W, DLQ)
         dq_ptr += plane(batch, head, dqb, dqh, DLQ, AD)
         first = block * Q_BLOCK_M
-        last = tl.minimum(first + Q_BLOCK_M, tokens) if PHASES == 1 else tokens
+        last = tl.minimum(first + Q_BLOCK_M, end) if PHASES == 1 else end
+        if KIND == CLIPPED:
+            first = tl.maximum(first, begin // Q_BLOCK_M * Q_BLOCK_M)
         while first < last:
             _queries(
-                first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr,
-                rows_ptr, scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
+                first, tokens, span, keys, width, key_width, group, area, head,
+                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
+                scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLQ, AD, BIAS, BIAS_ALIGN,
-                LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
+                KIND, LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
             )  # fmt: skip
             first += Q_BLOCK_M
     if PHASES == 3:
         tl.debug_barrier()  # the rows, written above by other threads of this program, are read below
     if PHASES != 1:
-        dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, H, W, DLK)
-        dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, H, W, DLV)
+        dkb, dkh, dkd, dky, dkx = dense_strides(heads * PACKED, D, KH, KW, DLK)
+        dvb, dvh, dvd, dvy, dvx = dense_strides(heads * PACKED, DV, KH, KW, DLV)
         dk_ptr += plane(batch, head, dkb, dkh, DLK, AD)
         dv_ptr += plane(batch, head, dvb, dvh, DLV, ADV)
         first = block * K_BLOCK_N
-        last = tl.minimum(first + K_BLOCK_N, tokens) if PHASES == 2 else tokens
+        last = tl.minimum(first + K_BLOCK_N, keys) if PHASES == 2 else keys
+        if KIND == CLIPPED:
+            first = tl.maximum(first, begin // K_BLOCK_N * K_BLOCK_N)
         while first < last:
             _keys(
-                first, tokens, width, gy, gx, ph, pw, W, area, head, q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr,
-                dv_ptr, rows_ptr, scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd),
-                bsh, bsm, bsn,
+                first, tokens, span, keys, width, key_width, group, area, head,
+                q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
+                scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
-                LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
+                KIND, LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
             )  # fmt: skip
             first += K_BLOCK_N

@@ -1,42 +1,67 @@
-"""Which kernels run a call of patch_attention, with what: all that follows from shapes, strides and dtype alone."""
+"""Which kernels run a call, with what: all that follows from shapes, strides and dtype alone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mvkernels.ops.patch_attention.triton import backward_kernels, bias_kernels, forward_kernels, packed_kernels
-from mvkernels.ops.patch_attention.triton.configs import OP
 from mvkernels.triton import configs
+from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
+from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.launch import PARTS_BYTES, Launch
-from mvkernels.triton.maps import Geometry, Shape, lanes, pieces
+from mvkernels.triton.maps import CLIPPED, UNEQUAL, Geometry, Shape, lanes, pieces
 from mvkernels.triton.problem import Problem
 
 
 @dataclass(frozen=True)
-class PatchProblem(Problem):
-    """A call of patch_attention. Strides are of ``q``, ``k``, ``v`` and, in the backward, ``g``."""
+class AttentionProblem(Problem):
+    """A call of ``op``. Strides are of ``q``, ``k``, ``v`` and, in the backward, ``g``."""
 
+    op: str
     value_dim: int
     bias: Shape | None
     """Strides of the bias."""
     bias_itemsize: int
-    patch: tuple[int, int]
+    group: tuple[int, int]
+    """The size of a patch, or with ``shift`` of a window."""
+    shift: tuple[int, int] | None = None
+    partners: tuple[int, int] | None = None
+    """Height and width of the key and value maps, if they are not the query's."""
+
+    @classmethod
+    def of_call(
+        cls,
+        op: str,
+        maps: Sequence[tuple[str, torch.Tensor]],
+        bias: torch.Tensor | None,
+        group: tuple[int, int],
+        shift: tuple[int, int] | None,
+        interpreted: bool,
+    ) -> AttentionProblem:
+        """Of a call on the maps q, k, v and perhaps g, in this order."""
+        (_, query), (_, key), (_, value), *_ = maps
+        partners = tuple(key.shape[3:])
+        return cls.of(
+            query, maps, interpreted, op=op, value_dim=value.shape[2], group=group, shift=shift,
+            bias=None if bias is None else bias.stride(), bias_itemsize=1 if bias is None else bias.element_size(),
+            partners=None if partners == query.shape[3:] else partners,
+        )  # fmt: skip
 
 
-def _geometry(problem: PatchProblem) -> Geometry:
+def _geometry(problem: AttentionProblem) -> Geometry:
     return Geometry(
-        problem.shape, problem.strides, problem.dtype.itemsize, problem.value_dim, problem.patch, problem.bias,
-        problem.bias_itemsize,
+        problem.shape, problem.strides, problem.dtype.itemsize, problem.value_dim, problem.group, problem.bias,
+        problem.bias_itemsize, problem.shift, problem.partners,
     )  # fmt: skip
 
 
-def _key(problem: PatchProblem, geometry: Geometry) -> dict[str, Any]:
+def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:
     inputs = [geometry.maps[name] for name in "qkv"]
-    return {
-        "n": min(512, lanes(geometry.tokens)),
+    key: dict[str, Any] = {
+        "n": min(512, lanes(max(geometry.tokens, geometry.keys))),
         "d": problem.shape[2],
         "dv": problem.value_dim,
         "bias": int(problem.bias is not None),
@@ -44,36 +69,43 @@ def _key(problem: PatchProblem, geometry: Geometry) -> dict[str, Any]:
         "wide": int(all(layout == 1 and align * problem.dtype.itemsize >= 8 for layout, align in inputs)),
         "arch": problem.device.arch,
     }
+    if problem.op == WINDOW:
+        key["clipped"] = int(geometry.kind == CLIPPED)
+    return key | {"unequal": 1} if geometry.kind == UNEQUAL else key
 
 
-def _split(kernel: str, problem: PatchProblem, geometry: Geometry) -> tuple[dict[str, Any], dict[str, int]]:
-    return problem.split(OP, kernel, _key(problem, geometry))
+def _split(kernel: str, problem: AttentionProblem, geometry: Geometry) -> tuple[dict[str, Any], dict[str, int]]:
+    return problem.split(problem.op, kernel, _key(problem, geometry))
 
 
-def _common(problem: PatchProblem, geometry: Geometry, names: str) -> dict[str, Any]:
+def _common(problem: AttentionProblem, geometry: Geometry, names: str) -> dict[str, Any]:
     exact = problem.dtype == torch.float32 and problem.precision == "ieee"
     d0, d1 = pieces(problem.shape[2], exact)
     v0, v1 = pieces(problem.value_dim, exact)
     meta: dict[str, Any] = {"D": problem.shape[2], "D0": d0, "D1": d1, "DV": problem.value_dim, "V0": v0, "V1": v1}
     for name in names:
         meta["L" + name.upper()], meta["A" + name.upper()] = geometry.maps[name]
-    return meta | {"PRECISION": problem.precision}
+    return meta | {"KIND": geometry.kind, "PRECISION": problem.precision}
 
 
-def _is_last(problem: PatchProblem, name: str) -> bool:
+def _ints(geometry: Geometry, names: str) -> Shape:
+    return geometry.ints(names) + geometry.sizes + geometry.partners + geometry.starts + geometry.bias
+
+
+def _is_last(problem: AttentionProblem, name: str) -> bool:
     return dict(problem.strides)[name][2] == 1
 
 
 @configs.memo
-def forward_launches(problem: PatchProblem) -> list[Launch]:
+def forward_launches(problem: AttentionProblem) -> list[Launch]:
     """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``."""
     geometry = _geometry(problem)
     meta = _common(problem, geometry, "qkv")
     meta["LO"], meta["AO"] = geometry.dense(_is_last(problem, "q"), problem.value_dim)
     meta["BIAS"] = problem.bias is not None
     pointers = ("q", "k", "v", "o", "bias")
-    ints = geometry.ints("qkv") + geometry.sizes + geometry.bias
-    if geometry.tokens <= 32:
+    ints = _ints(geometry, "qkv")
+    if max(geometry.tokens, geometry.keys) <= 32:
         blocks, options = _split("forward_packed", problem, geometry)
         grid = -(-geometry.units // blocks["UNITS"])
         return [Launch(forward_kernels.forward_packed, "forward_packed", grid, pointers, ("scale2",),
@@ -90,30 +122,30 @@ def forward_launches(problem: PatchProblem) -> list[Launch]:
         "BIAS_ALIGN": geometry.bias_align,
         "LINEAR": geometry.linear,
         "WIDE": geometry.wide,
-        "ONE_PASS": geometry.tokens <= blocks["BLOCK_N"],
+        "ONE_PASS": geometry.keys <= blocks["BLOCK_N"],
         "PROGRAMS_PER_UNIT": programs,
-        "LOOP": problem.loop(geometry.tokens),
+        "LOOP": problem.loop(geometry.keys),
     }
     return [Launch(forward_kernels.forward_rows, "forward_rows", geometry.units * programs, pointers, ("scale2",),
                    ints, meta | blocks, options)]  # fmt: skip
 
 
-def _parts_of(problem: PatchProblem, geometry: Geometry, items: int) -> tuple[int, int]:
+def _parts_of(problem: AttentionProblem, geometry: Geometry, items: int) -> tuple[int, int]:
     """(parts, steps) of the units of a head, which share a bias: programs for every processor, and few partial sums."""
-    size = 4 * problem.shape[1] * geometry.tokens**2
+    size = 4 * problem.shape[1] * geometry.tokens * geometry.keys
     parts = max(1, min(8 * problem.device.processors // problem.shape[1], items, PARTS_BYTES // size))
     steps = -(-items // parts)
     return -(-items // steps), steps
 
 
-def _bias_sum(problem: PatchProblem, size: int, slices: int) -> Launch:
+def _bias_sum(problem: AttentionProblem, size: int, slices: int) -> Launch:
     meta, options = {"BLOCK": 256, "LOOP": problem.loop(slices)}, {"num_warps": 4, "num_stages": 1}
     return Launch(bias_kernels.bias_sum, "bias_sum", -(-size // 256), ("partial", "dbias"), (), (size, slices), meta,
                   options)  # fmt: skip
 
 
 @configs.memo
-def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
+def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
     """(launches, whether they use ``rows``, slices of the bias's partial sums).
 
     With ``packed`` 3, dq, dk and dv are the thirds of one channels-last map.
@@ -123,10 +155,11 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
     geometry = _geometry(problem)
     d, dv = problem.shape[2], problem.value_dim
     unit_blocks, unit_options = _split("backward_unit", problem, geometry)
-    in_one = geometry.tokens <= max(32, unit_blocks.pop("MAX_TOKENS"))
+    most = max(geometry.tokens, geometry.keys)
+    in_one = most <= max(32, unit_blocks.pop("MAX_TOKENS"))
     meta = _common(problem, geometry, "qkvg") | {"BIAS": problem.bias is not None, "PACKED": packed}
     for name, channels in ("q", d), ("k", d), ("v", dv):
-        meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels)
+        meta["DL" + name.upper()], align = geometry.dense(_is_last(problem, name), channels, name != "q")
         # One alignment serves dq and dk: the smaller of theirs.
         which = "ADV" if name == "v" else "AD"
         meta[which] = min(align, meta.get(which, align))
@@ -139,10 +172,10 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
     inputs = ("q", "k", "v", "g")
     every = (*inputs, "bias", "dq", "dk", "dv", "rows")
     scales = ("scale", "scale2")
-    ints = geometry.ints("qkvg") + geometry.sizes + geometry.bias
+    ints = _ints(geometry, "qkvg")
     launches = []
     uses_rows = need_bias
-    if geometry.tokens <= 32:
+    if most <= 32:
         blocks, options = _split("backward_packed", problem, geometry)
         launches.append(
             Launch(
@@ -175,15 +208,15 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
             )
         )
         if need_bias:
-            launches.append(_bias_sum(problem, heads * geometry.tokens**2, parts))
+            launches.append(_bias_sum(problem, heads * geometry.tokens * geometry.keys, parts))
             return launches, False, parts
     else:
         uses_rows = True
         blocks, options = _split("backward_blocks", problem, geometry)
-        fused = geometry.tokens <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
-        meta |= flat | blocks | {"LOOP": problem.loop(geometry.tokens)}
-        for phases, size in ((3, geometry.tokens),) if fused else ((1, blocks["Q_BLOCK_M"]), (2, blocks["K_BLOCK_N"])):
-            programs = -(-geometry.tokens // size)
+        fused = most <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
+        meta |= flat | blocks | {"LOOP": problem.loop(most)}
+        q_blocks, k_blocks = -(-geometry.tokens // blocks["Q_BLOCK_M"]), -(-geometry.keys // blocks["K_BLOCK_N"])
+        for phases, programs in ((3, 1),) if fused else ((1, q_blocks), (2, k_blocks)):
             mine = {"PHASES": phases, "PROGRAMS_PER_UNIT": programs}
             launches.append(
                 Launch(
@@ -202,8 +235,8 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
         blocks, options = _split("bias_partials", problem, geometry)
         heads = problem.shape[1]
         m_blocks = -(-geometry.tokens // blocks["BLOCK_M"])
-        n_blocks = -(-geometry.tokens // blocks["BLOCK_N"])
-        size = heads * geometry.tokens**2
+        n_blocks = -(-geometry.keys // blocks["BLOCK_N"])
+        size = heads * geometry.tokens * geometry.keys
         items = geometry.units // heads
         slices = -(-4 * problem.device.processors // (heads * m_blocks * n_blocks))
         slices = max(1, min(slices, items, PARTS_BYTES // (4 * size)))
@@ -214,7 +247,7 @@ def backward_launches(problem: PatchProblem, need_bias: bool, packed: int = 1) -
                 heads * m_blocks * n_blocks * slices,
                 (*inputs, "bias", "rows", "partial"),
                 ("scale2",),
-                (*geometry.ints("qkvg"), *geometry.sizes, *geometry.bias, slices, items, m_blocks, n_blocks),
+                (*ints, slices, items, m_blocks, n_blocks),
                 _common(problem, geometry, "qkvg") | flat | {"LOOP": problem.loop(-(-items // slices))} | blocks,
                 options,
             )

@@ -1,5 +1,4 @@
-"""Rows of the softmax in patch_attention's backward: probabilities P, and dS = P * (dP - delta), with delta the row sum
-of P * dP.
+"""Rows of the softmax in the backward: probabilities P, and dS = P * (dP - delta), with delta the row sum of P * dP.
 
 delta is not taken from out * dout. Where one key has nearly all of a row, its dP is nearly delta, and what is left of
 their difference would be a rounding error, which large queries multiply. So a row is told by its key with the highest
@@ -13,7 +12,7 @@ peak, and leaves what the keys' pass has to know of a row: :func:`store_rows`.
 import triton
 import triton.language as tl
 
-from mvkernels.ops.patch_attention.triton.forward_kernels import bias_tile
+from mvkernels.triton.attention.forward_kernels import bias_tile
 from mvkernels.triton.tiles import dot_nt
 
 ROWS = tl.constexpr(5)
@@ -22,13 +21,13 @@ ROWS = tl.constexpr(5)
 
 @triton.jit
 def scores_of(
-    q0, q1, k0, k1, scale2, inside, bias_ptr, head, m, n, bsh, bsm, bsn,
+    q0, q1, k0, k1, scale2, inside, in_bias, bias_ptr, head, m, n, bsh, bsm, bsn,
     D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of the queries m and the keys n in base 2, (queries, keys); -inf outside."""
     scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
     if BIAS:
-        scores += bias_tile(bias_ptr, head, m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
+        scores += bias_tile(bias_ptr, head, m, n, in_bias, bsh, bsm, bsn, BIAS_ALIGN)
     return masked(scores, inside)
 
 

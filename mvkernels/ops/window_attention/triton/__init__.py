@@ -1,0 +1,1 @@
+"""window_attention on Triton: how its arguments reach the kernels that it shares."""

@@ -1,0 +1,1 @@
+"""What the Triton kernels of softmax attention inside groups of pixels share: by patches, by windows, between maps."""
