@@ -35,6 +35,26 @@ if not _operators_load():
         _torchvision.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def _products_alike() -> None:
+    """Let a product in Triton's interpreter and that of its transposes have the same bits, as on a GPU.
+
+    Kernels rely on it: they make scores again, with keys for rows. NumPy's product of float32 sums in an order of its
+    own for each, on some processors; summed in float64 the order leaves no trace.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    _products_alike()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--one-a-file",
