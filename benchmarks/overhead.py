@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def tiny() -> dict[str, dict[str, Any]]:
     weights = {"depthwise": [torch.randn(12, 1, 3, 3)], "pointwise": [torch.randn(12, 4, 1, 1)]}
     return {
         "patch_attention": {"query": a, "key": b, "value": c, "patch_size": 2},
+        "window_attention": {"query": a, "key": b, "value": c, "window_size": 2},
         "mobile_to_former": {"query": tokens, "x": a},
         "former_to_mobile": {"x": a, "key": tokens, "value": more},
         "relu_linear_attention": {"query": a, "key": b, "value": c},
@@ -77,8 +79,13 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
         sizes = [arguments[each].shape for each in ("x", "key", "value")]
     else:
         sizes = [arguments[each].shape for each in ("query", "key", "value")]
-    patch = arguments.get("patch_size", 1)
-    groups = patch * patch if isinstance(patch, int) else patch[0] * patch[1]
+
+    def area(of_one: Any) -> int:
+        return of_one * of_one if isinstance(of_one, int) else math.prod(of_one)
+
+    groups = area(arguments.get("patch_size", 1))
+    if "window_size" in arguments:
+        groups = math.prod(sizes[0][3:]) // area(arguments["window_size"])
     return [of(shape, groups) for shape in sizes]
 
 

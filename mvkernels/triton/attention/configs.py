@@ -145,8 +145,9 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
-@_of_each(candidates, "forward_packed")
-@_of_each(candidates, "backward_packed")
+# Windows of up to 32 pixels are in no model.
+@candidates(PATCH, "forward_packed")
+@candidates(PATCH, "backward_packed")
 def _packed_candidates(key: Mapping[str, Any]) -> list[Config]:
     return [{"UNITS": units, "num_warps": warps} for units in (1, 2, 4, 8) for warps in (1, 2, 4) if warps <= 2 * units]
 
