@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-# A patch as large as the map or larger makes every pixel its own group; beyond this, kernels' integers would overflow.
-_LARGEST = 2**31 - 1
+# A patch as large as the map makes every pixel its own group, a larger one too; and likewise with windows. With more
+# than this, kernels' integers would overflow.
+LARGEST = 2**31 - 1
 
 any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 """Whether autocast is on for any device."""
@@ -102,8 +103,8 @@ def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
             raise ValueError(f"{op}: {name} is {shape(value)}: {axis_name} is 0, want at least 1")
 
 
-def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
-    """The pair that ``value`` stands for: an int or a pair of ints, each at least ``least``."""
+def pair(op: str, name: str, value: Any, least: int = 1, most: int | None = LARGEST) -> tuple[int, int]:
+    """The pair that ``value`` stands for: an int or a pair of ints, each at least ``least``, cut to ``most``."""
     both = (value, value) if isinstance(value, int) else value
     if not isinstance(both, (tuple, list)) and isinstance(value, Integral):  # NumPy's
         both = (int(value), int(value))
@@ -111,12 +112,13 @@ def pair(op: str, name: str, value: Any, least: int = 1) -> tuple[int, int]:
         kind = TypeError if not isinstance(both, (tuple, list)) else ValueError
         raise kind(f"{op}: {name} is {value!r}, want an int or a pair of ints")
     for part in both:
-        if not isinstance(part, int) or isinstance(part, bool):
+        if not isinstance(part, (int, Integral)) or isinstance(part, bool):
             raise TypeError(f"{op}: {name} is {value!r}, want an int or a pair of ints")
         if part < least:
             raise ValueError(f"{op}: {name} is {value!r}, want at least {least}")
     # index(): a compiler takes a number that says what to compute as it is, and does not leave it open.
-    return min(index(both[0]), _LARGEST), min(index(both[1]), _LARGEST)
+    first, second = index(both[0]), index(both[1])
+    return (first, second) if most is None else (min(first, most), min(second, most))
 
 
 def sequence(op: str, name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -63,6 +63,18 @@ def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     if type(module) is not kind:
         return f"{what} is a {class_name(type(module))}, want a plain {class_name(kind)}"
     return replaced(kind, "forward") or not_hooked(module, what)
+
+
+def not_plain_parts(module: Any, parts: Mapping[str, type[nn.Module]]) -> str:
+    """Each of these parts, named as in ``attn.qkv``, must be a plain one of its class: see :func:`not_plain`."""
+    for name, kind in parts.items():
+        part = module
+        for step in name.split("."):
+            part = getattr(part, step)
+        reason = not_plain(part, kind, name)
+        if reason:
+            return reason
+    return ""
 
 
 def not_exactly(module: nn.Module, original: type[nn.Module]) -> str:

@@ -47,7 +47,11 @@ BAD = {
         r"want \(heads, N, N\) = \(2, 9, 9\)",
         lambda: ((_map(*M),) * 3, {"bias": _map(2, 9, 8)}),
     ),
-    "unequal maps": (ValueError, "differ along axis 4", lambda: ((_map(*M), *[_map(1, 2, 4, 6, 4)] * 2), {})),
+    "unequal maps": (
+        ValueError,
+        r"another H x W needs patch_size 1, but patch_size is \(2, 2\)",
+        lambda: ((_map(*M), *[_map(1, 2, 4, 6, 4)] * 2), {}),
+    ),
     "unequal values": (
         ValueError,
         r"value is \(1, 2, 4, 6, 6\), key is \(1, 2, 4, 6, 4\)",

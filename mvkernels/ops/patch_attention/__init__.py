@@ -106,7 +106,9 @@ def _check(
     scale: float | None = None,
 ) -> tuple[Any, ...]:
     ph, pw = checks.pair(_NAME, "patch_size", patch_size)
-    query, key, value, bias = check(_NAME, query, key, value, bias, unequal=ph == pw == 1)
+    unequal = ph == pw == 1
+    why = "" if unequal else f"another H x W needs patch_size 1, but patch_size is ({ph}, {pw})"
+    query, key, value, bias = check(_NAME, query, key, value, bias, unequal=unequal, why_equal=why)
     if bias is not None:
         (h, _, height, width), partners = query.shape[1:], key.shape[3:]
         if height % ph or width % pw:

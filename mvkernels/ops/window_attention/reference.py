@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.dispatch.checks import known, lay_as, without_autocast
 from mvkernels.ops.common.groups import attention, partition, reverse
 
 
@@ -35,15 +35,15 @@ def window_attention(
     """
     (wh, ww), (sy, sx), (height, width) = window_size, shift, query.shape[-2:]
     if bias is None:  # larger windows make the same groups
-        wh, ww = min(wh, height), min(ww, width)
-        sy, sx = sy if sy < wh else 0, sx if sx < ww else 0
+        (wh, sy), (ww, sx) = _fitting(height, wh, sy), _fitting(width, ww, sx)
     scale = query.shape[2] ** -0.5 if scale is None else scale
     half = query.dtype in (torch.float16, torch.bfloat16)
     dtype = compute_dtype or (torch.float32 if half else query.dtype)
     bias = None if bias is None else bias.to(dtype)
     top, left = -sy % wh, -sx % ww
-    lacking = (left, -(left + width) % ww, top, -(top + height) % wh)  # pixels that the windows have outside the map
-    whole = not any(lacking)
+    high, wide = (top + height + wh - 1) // wh * wh, (left + width + ww - 1) // ww * ww
+    lacking = (left, wide - left - width, top, high - top - height)  # pixels that the windows have outside the map
+    whole = known(sum(lacking) == 0)
 
     def windows(x: Tensor) -> Tensor:
         return partition(x if whole else pad(x, lacking), wh, ww)
@@ -52,5 +52,11 @@ def window_attention(
         q, k, v = (windows(m.to(dtype)) for m in (query, key, value))
         inside = None if whole else windows(torch.ones_like(query[:1, :1, :1]))[..., 0] > 0
         out = attention(q, k, v, bias, scale, inside)
-        out = reverse(out, wh, ww, lacking[2] + height + lacking[3], lacking[0] + width + lacking[1])
+        out = reverse(out, wh, ww, high, wide)
     return lay_as(out[..., top : top + height, left : left + width].to(query.dtype), query)
+
+
+def _fitting(size: int, window: int, shift: int) -> tuple[int, int]:
+    if not known(size < window):
+        return window, shift
+    return size, shift if known(shift < size) else 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import qkv_of, scale_of
 
 _STEPS = ("_reshape_input", "_reshape_projected_query", "_reshape_output")
 
@@ -45,9 +46,7 @@ class SwappedMultiQueryAttention2d(Swapped):
             return MultiQueryAttention2d.forward(self, x, attn_mask)
         query = self.query(x).unflatten(1, (self.num_heads, -1))
         key, value = (m(x).unsqueeze(1).expand(-1, self.num_heads, -1, -1, -1) for m in (self.key, self.value))
-        # Where timm calls scaled_dot_product_attention it does not use its own scale.
-        scale = None if self.fused_attn else self.scale
-        out = patch_attention(query, key, value, 1, scale=scale, backend=self.mvk_backend)
+        out = patch_attention(query, key, value, 1, scale=scale_of(self), backend=self.mvk_backend)
         return self.output(out.flatten(1, 2))
 
 
@@ -58,11 +57,7 @@ class SwappedAttention2d(Swapped):
         """x (B, C, H, W) -> (B, C_out, H, W)."""
         if _declines(self, x, attn_mask):
             return Attention2d.forward(self, x, attn_mask)
-        packed = self.qkv(x)
-        if self.head_first:
-            query, key, value = packed.unflatten(1, (self.num_heads, -1)).chunk(3, dim=2)
-        else:
-            query, key, value = packed.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        query, key, value = qkv_of(self.qkv(x), self.num_heads, self.head_first)
         out = patch_attention(query, key, value, 1, backend=self.mvk_backend)
         return self.proj_drop(self.proj(out.flatten(1, 2)))
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_plain, replaced, unusual_call
-from mvkernels.swap.families.timm_maxvit import bias_of, not_position
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import bias_of, not_position, qkv_of, scale_of
 
 
 def why_not(module: Any) -> str:
@@ -34,15 +34,9 @@ class SwappedAttention2d(Swapped):
         if reason:
             log_once(self, reason)
             return Attention2d.forward(self, x, shared_rel_pos)
-        packed = self.qkv(x)
-        if self.head_first:
-            query, key, value = packed.unflatten(1, (self.num_heads, -1)).chunk(3, dim=2)
-        else:
-            query, key, value = packed.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        query, key, value = qkv_of(self.qkv(x), self.num_heads, self.head_first)
         bias = bias_of(self.rel_pos, query.dtype)
-        # Where timm calls scaled_dot_product_attention it does not use its own scale.
-        scale = None if self.fused_attn else self.scale
-        out = patch_attention(query, key, value, 1, bias=bias, scale=scale, backend=self.mvk_backend)
+        out = patch_attention(query, key, value, 1, bias=bias, scale=scale_of(self), backend=self.mvk_backend)
         return self.proj_drop(self.proj(out.flatten(1, 2)))
 
 

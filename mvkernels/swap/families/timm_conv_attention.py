@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from mvkernels.swap.conv_attention import fused
 from mvkernels.swap.eligibility import asked, log_once, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import scale_of
 
 
 def why_not(module: Any) -> str:
@@ -34,8 +35,7 @@ class SwappedConvAttention(Swapped):
         if getattr(self, "small_kernels", False) and self.att_stride > 1:
             below, beside = -height % self.att_stride, -width % self.att_stride
             x = pad(x, (0, beside, 0, below)) if below or beside else x
-        # Where timm calls scaled_dot_product_attention it does not use its own scale.
-        return fused(self, x, None if self.fused_attn else self.scale)[..., :height, :width]
+        return fused(self, x, scale_of(self))[..., :height, :width]
 
 
 SWAPPED = SwappedConvAttention

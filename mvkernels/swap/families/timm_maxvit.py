@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from timm.models.maxxvit import (
     Attention2d,
     AttentionCl,
@@ -26,39 +25,14 @@ from mvkernels.swap.eligibility import (
     asked,
     drops_attention,
     log_once,
-    not_hooked,
     not_its_own,
-    not_plain,
+    not_plain_parts,
     replaced,
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import bias_of, not_position, qkv_of, scale_of
 from mvkernels.swap.windows import channels_last
-
-POSITIONS = (RelPosBias, RelPosBiasTf, RelPosMlp)
-
-
-def not_position(position: Any, what: str) -> str:
-    """None, or a module of biases for pixels only, whose ``get_bias`` is called."""
-    if position is None:
-        return ""
-    kind = type(position)
-    if kind not in POSITIONS:
-        return not_plain(position, RelPosBias, what)
-    reason = replaced(kind, "forward", "get_bias") or not_hooked(position, what)
-    if not reason and "get_bias" in position.__dict__:
-        reason = f"{what} has a replaced get_bias"
-    if not reason and vars(position).get("prefix_tokens"):
-        reason = f"{what} has biases for {position.prefix_tokens} prefix tokens, want biases for pixels only"
-    return reason
-
-
-def bias_of(position: Any, dtype: torch.dtype) -> Tensor | None:
-    """(heads, N, N); some classes have a first axis of 1 besides."""
-    if position is None:
-        return None
-    bias: Tensor = position.get_bias()
-    return bias.flatten(0, -3).to(dtype)
 
 
 def why_not(block: Any) -> str:
@@ -67,16 +41,10 @@ def why_not(block: Any) -> str:
     attention_kind, projection = (Attention2d, nn.Conv2d) if kind is PartitionAttention2d else (AttentionCl, nn.Linear)
     reason = replaced(kind, "forward", "_partition_attn") or not_its_own(block, "_partition_attn")
     for name in ("attn_block", "attn_grid") if kind is ParallelPartitionAttention else ("attn",):
-        attention = getattr(block, name)
-        reason = (
-            reason
-            or not_plain(attention, attention_kind, name)
-            or not_plain(attention.qkv, projection, f"{name}.qkv")
-            or not_position(attention.rel_pos, f"{name}.rel_pos")
-            or not_plain(attention.attn_drop, nn.Dropout, f"{name}.attn_drop")
-            or not_plain(attention.proj, projection, f"{name}.proj")
-            or not_plain(attention.proj_drop, nn.Dropout, f"{name}.proj_drop")
-        )
+        parts = {"qkv": projection, "attn_drop": nn.Dropout, "proj": projection, "proj_drop": nn.Dropout}
+        kinds = {name: attention_kind, **{f"{name}.{part}": each for part, each in parts.items()}}
+        reason = reason or not_plain_parts(block, kinds)
+        reason = reason or not_position(getattr(block, name).rel_pos, f"{name}.rel_pos")
     return reason
 
 
@@ -84,12 +52,8 @@ def _attend(attention: Any, x: Tensor, size: tuple[int, int], block: bool, last:
     """One attention on a whole map, (B, H, W, C) if ``last``, else (B, C, H, W)."""
     packed = attention.qkv(x)
     packed = packed.permute(0, 3, 1, 2) if last else packed
-    if attention.head_first:
-        query, key, value = packed.unflatten(1, (attention.num_heads, -1)).chunk(3, dim=2)
-    else:
-        query, key, value = packed.unflatten(1, (3, attention.num_heads, -1)).unbind(1)
-    # Where timm calls scaled_dot_product_attention it does not use its own scale.
-    settings: dict[str, Any] = {"scale": None if attention.fused_attn else attention.scale, "backend": backend}
+    query, key, value = qkv_of(packed, attention.num_heads, attention.head_first)
+    settings: dict[str, Any] = {"scale": scale_of(attention), "backend": backend}
     bias = bias_of(attention.rel_pos, query.dtype)
     if block:
         out = window_attention(query, key, value, size, bias=bias, **settings)

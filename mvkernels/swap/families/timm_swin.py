@@ -8,35 +8,30 @@ from __future__ import annotations
 from typing import Any
 
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvkernels.swap.eligibility import (
     asked,
     drops_attention,
     log_once,
     not_its_own,
-    not_plain,
+    not_plain_parts,
     replaced,
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import WINDOW_PARTS, scale_of
 from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
 
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``SwinTransformerBlock`` in its current state; empty if it can."""
-    attention = block.attn
     return (
         replaced(SwinTransformerBlock, "forward", "_attn", "get_attn_mask")
         or not_its_own(block, "_attn", "get_attn_mask")
-        or not_plain(attention, WindowAttention, "attn")
+        or not_plain_parts(block, {"attn": WindowAttention, **WINDOW_PARTS})
         or replaced(WindowAttention, "_get_rel_pos_bias")
-        or not_its_own(attention, "_get_rel_pos_bias")
-        or not_plain(attention.qkv, nn.Linear, "attn.qkv")
-        or not_plain(attention.softmax, nn.Softmax, "attn.softmax")
-        or not_plain(attention.attn_drop, nn.Dropout, "attn.attn_drop")
-        or not_plain(attention.proj, nn.Linear, "attn.proj")
-        or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
+        or not_its_own(block.attn, "_get_rel_pos_bias")
     )
 
 
@@ -61,7 +56,7 @@ class SwappedBlock(Swapped):
             lambda x: maps_of(attention.qkv(x), attention.num_heads),
             gathered(attention.relative_position_bias_table.t(), attention.relative_position_index),
             lambda x: attention.proj_drop(attention.proj(x)),
-            scale=None if attention.fused_attn else attention.scale,  # of fused attention timm uses the default
+            scale=scale_of(attention),
             roll_first=True,
             backend=self.mvk_backend,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
 from mvkernels.swap.eligibility import (
@@ -17,26 +17,21 @@ from mvkernels.swap.eligibility import (
     drops_attention,
     log_once,
     not_its_own,
-    not_plain,
+    not_plain_parts,
     replaced,
     unusual_call,
 )
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import WINDOW_PARTS
 from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
 
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``SwinTransformerV2Block`` in its current state; empty if it can."""
-    attention = block.attn
     return (
         replaced(SwinTransformerV2Block, "forward", "_attn", "get_attn_mask")
         or not_its_own(block, "_attn", "get_attn_mask")
-        or not_plain(attention, WindowAttention, "attn")
-        or not_plain(attention.qkv, nn.Linear, "attn.qkv")
-        or not_plain(attention.softmax, nn.Softmax, "attn.softmax")
-        or not_plain(attention.attn_drop, nn.Dropout, "attn.attn_drop")
-        or not_plain(attention.proj, nn.Linear, "attn.proj")
-        or not_plain(attention.proj_drop, nn.Dropout, "attn.proj_drop")
+        or not_plain_parts(block, {"attn": WindowAttention, **WINDOW_PARTS})
     )
 
 

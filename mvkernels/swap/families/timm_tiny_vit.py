@@ -12,22 +12,20 @@ from typing import Any
 from timm.models.tiny_vit import Attention, TinyVitBlock
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import asked, log_once, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import asked, log_once, not_its_own, not_plain_parts, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.timm_parts import scale_of
 from mvkernels.swap.windows import attend_in_windows, gathered, map_of
 
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``TinyVitBlock`` in its current state; empty if it can."""
-    attention = block.attn
+    parts = {"attn": Attention, "attn.norm": nn.LayerNorm, "attn.qkv": nn.Linear, "attn.proj": nn.Linear}
     return (
         replaced(TinyVitBlock, "forward")
-        or not_plain(attention, Attention, "attn")
+        or not_plain_parts(block, parts)
         or replaced(Attention, "get_attention_biases")
-        or not_its_own(attention, "get_attention_biases")
-        or not_plain(attention.norm, nn.LayerNorm, "attn.norm")
-        or not_plain(attention.qkv, nn.Linear, "attn.qkv")
-        or not_plain(attention.proj, nn.Linear, "attn.proj")
+        or not_its_own(block.attn, "get_attention_biases")
     )
 
 
@@ -49,7 +47,7 @@ class SwappedTinyVitBlock(Swapped):
             lambda x: map_of(attention.qkv(attention.norm(x)), attention.num_heads).split(sizes, dim=2),
             gathered(attention.attention_biases, attention.attention_bias_idxs),
             attention.proj,
-            scale=None if attention.fused_attn else attention.scale,
+            scale=scale_of(attention),
             backend=self.mvk_backend,
         )
         batch, height, width, channels = x.shape

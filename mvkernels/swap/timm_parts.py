@@ -1,0 +1,57 @@
+"""What timm's attention modules have in common: packed projections, scales, and position biases of MaxViT's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
+from torch import Tensor, nn
+
+from mvkernels.swap.eligibility import not_hooked, not_plain, replaced
+
+WINDOW_PARTS = {
+    "attn.qkv": nn.Linear,
+    "attn.softmax": nn.Softmax,
+    "attn.attn_drop": nn.Dropout,
+    "attn.proj": nn.Linear,
+    "attn.proj_drop": nn.Dropout,
+}
+"""What a Swin block's attention calls in windows, and its fused form on the whole map, or not at all."""
+
+
+def qkv_of(packed: Tensor, heads: int, head_first: bool) -> Sequence[Tensor]:
+    """query, key and value of a packed map (B, C, H, W), whose channels have the heads first or the three parts."""
+    if head_first:
+        return packed.unflatten(1, (heads, -1)).chunk(3, dim=2)
+    return packed.unflatten(1, (3, heads, -1)).unbind(1)
+
+
+def scale_of(attention: Any) -> float | None:
+    """Where timm calls scaled_dot_product_attention it does not use its own scale."""
+    scale: float | None = None if attention.fused_attn else attention.scale
+    return scale
+
+
+def not_position(position: Any, what: str) -> str:
+    """It must be None, or a module of biases for pixels only, whose ``get_bias`` is called."""
+    if position is None:
+        return ""
+    kind = type(position)
+    if kind not in (RelPosBias, RelPosBiasTf, RelPosMlp):
+        return not_plain(position, RelPosBias, what)
+    reason = replaced(kind, "forward", "get_bias") or not_hooked(position, what)
+    if not reason and "get_bias" in position.__dict__:
+        reason = f"{what} has a replaced get_bias"
+    if not reason and vars(position).get("prefix_tokens"):
+        reason = f"{what} has biases for {position.prefix_tokens} prefix tokens, want biases for pixels only"
+    return reason
+
+
+def bias_of(position: Any, dtype: torch.dtype) -> Tensor | None:
+    """(heads, N, N); some classes have a first axis of 1 besides."""
+    if position is None:
+        return None
+    bias: Tensor = position.get_bias()
+    return bias.flatten(0, -3).to(dtype)
