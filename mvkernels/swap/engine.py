@@ -120,7 +120,10 @@ DECLINED = {
         "Attention2d",
     ): "it mixes scores and probabilities between heads (talking heads)",
     ("timm.models.mobilevit", "LinearSelfAttention"): "its scores are one number a pixel: attention is a weighted sum",
-    ("timm.models.swin_transformer_v2_cr", "WindowMultiHeadAttention"): "no fused form of timm's own Swin V2 is known",
+    (
+        "timm.models.swin_transformer_v2_cr",
+        "WindowMultiHeadAttention",
+    ): "no fused form of the swinv2_cr models is known",
 }
 STRUCTURES = (
     Structure(

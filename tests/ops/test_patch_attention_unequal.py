@@ -131,3 +131,17 @@ def test_compile_with_both_sizes_open(backend):
         expected.square().sum().backward()
         for a, b in zip(ours, plain):
             torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_an_export_with_both_sizes_open_takes_equal_ones_too():
+    class Model(torch.nn.Module):
+        def forward(self, q, k):
+            return mvkernels.patch_attention(q, k, k, 1)
+
+    q, k = torch.randn(2, 2, 4, 5, 6), torch.randn(2, 2, 4, 3, 4)
+    dims = {name: torch.export.Dim(name, min=2, max=99) for name in ("h", "w", "kh", "kw")}
+    shapes = {"q": {3: dims["h"], 4: dims["w"]}, "k": {3: dims["kh"], 4: dims["kw"]}}
+    exported = torch.export.export(Model(), (q, k), dynamic_shapes=shapes).module()
+    for size, other in (((5, 6), (3, 4)), ((3, 4), (3, 4)), ((7, 2), (8, 9))):
+        q, k = torch.randn(2, 2, 4, *size), torch.randn(2, 2, 4, *other)
+        torch.testing.assert_close(exported(q, k), mvkernels.patch_attention(q, k, k, 1))

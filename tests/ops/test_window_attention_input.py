@@ -96,3 +96,19 @@ def test_the_raw_operator_checks_what_it_indexes():
     ):
         with pytest.raises(RuntimeError):
             forward(*arguments)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_export_with_open_sizes(shift, with_bias):
+    bias = torch.randn(2, 49, 49) if with_bias else None
+
+    class Model(torch.nn.Module):
+        def forward(self, q):
+            return mvkernels.window_attention(q, q, q, 7, shift=shift, bias=bias)
+
+    any_size = torch.export.Dim.DYNAMIC
+    exported = torch.export.export(Model(), (_map(2, 2, 4, 15, 20),), dynamic_shapes=({3: any_size, 4: any_size},))
+    for size in ((15, 20), (14, 21), (9, 30)):
+        q = _map(2, 2, 4, *size)
+        torch.testing.assert_close(exported.module()(q), mvkernels.window_attention(q, q, q, 7, shift=shift, bias=bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,6 +129,15 @@ def test_heads_of_a_width_of_their_own_and_fused_attention():
     separate = swin_v2()
     separate.attn.qkv_bias_separate = True
     agree(separate, a_map(1, 8, 12, 12))
+
+
+def test_windows_of_numpys_numbers(falls_back):
+    four = np.int64(4)
+    agree(swin(window_size=(four, four)), a_map(1, 8, 12, 12))
+    agree(swin_v2(window_size=(four, four)), a_map(1, 8, 12, 12))
+    agree(tiny_vit(window_size=four), a_map(1, 7, 8, 12))
+    agree(maxvit(window_size=(four, np.int64(3))), a_map(1, 8, 6, 16))
+    assert not falls_back()
 
 
 @pytest.mark.core
