@@ -107,8 +107,13 @@ def test_an_export_with_open_sizes(shift, with_bias):
         def forward(self, q):
             return mvkernels.window_attention(q, q, q, 7, shift=shift, bias=bias)
 
-    any_size = torch.export.Dim.DYNAMIC
-    exported = torch.export.export(Model(), (_map(2, 2, 4, 15, 20),), dynamic_shapes=({3: any_size, 4: any_size},))
-    for size in ((15, 20), (14, 21), (9, 30)):
-        q = _map(2, 2, 4, *size)
-        torch.testing.assert_close(exported.module()(q), mvkernels.window_attention(q, q, q, 7, shift=shift, bias=bias))
+    any_size, sevens = torch.export.Dim.DYNAMIC, [7 * torch.export.Dim(name, min=2, max=9) for name in ("h", "w")]
+    for (height, width), dims, sizes in (
+        ((15, 20), (any_size, any_size), ((16, 25), (9, 30))),
+        ((14, 21), sevens, ((21, 28), (49, 14))),
+    ):
+        shapes = ({3: dims[0], 4: dims[1]},)
+        exported = torch.export.export(Model(), (_map(2, 2, 4, height, width),), dynamic_shapes=shapes).module()
+        for size in sizes:
+            q = _map(2, 2, 4, *size)
+            torch.testing.assert_close(exported(q), mvkernels.window_attention(q, q, q, 7, shift=shift, bias=bias))
