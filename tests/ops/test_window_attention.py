@@ -144,7 +144,7 @@ def test_cpp_on_windows_of_several_blocks_of_keys(instruction_set, window, shift
     n = window[0] * window[1]
     bias = torch.randn(2, n, n, generator=generator)
     bias[:, : n // 2, : n - 3] = -math.inf
-    for more in ({}, {"bias": torch.randn(2, n, n, generator=generator)}):
+    for more in ({}, {"bias": torch.randn(2, n, n, generator=generator)}, {"bias": bias}):
         arguments = {"query": 6 * q, "key": k, "value": v, "window_size": window, "shift": shift, **more}
         assert_ok(testing.check(OP, arguments, "cpp"))
 

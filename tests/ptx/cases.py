@@ -157,6 +157,9 @@ MORE: dict[str, tuple[More, ...]] = {
     ),
     "window_attention": (
         _windows(2, 20, 9, 10, window=4, shift=2),
+        _windows(2, 20, 8, 12, window=4, shift=0, bias=False),
+        _windows(2, 32, 8, 16, window=8, shift=0),
+        _windows(1, 36, 24, 12, window=12, shift=0, strides="transposed", bias=False),
         _windows(2, 32, 8, 9, window=5, shift=0, strides="transposed", bias=False),
         _windows(2, 32, 16, 13, window=8, shift=3, strides="contiguous", bias=False),
         _windows(2, 32, 13, 14, window=12, shift=6),
@@ -182,7 +185,7 @@ FEW = {
         "4x5 to 3x3",
         "7x8 to 3x3",
     ),
-    "window_attention": ("3x32 9x7", "14x14_w7s3", "9x10 w4s2", "13x14 w12s6"),
+    "window_attention": ("3x32 9x7", "14x14_w7s3", "8x16 w8", "9x10 w4s2", "13x14 w12s6"),
     "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),

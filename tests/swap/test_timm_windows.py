@@ -310,7 +310,7 @@ def test_hooks_inside_see_windows(make, falls_back):
     assert falls_back()
 
 
-def test_bias_edits_and_half_types():
+def test_autocast_and_half_types():
     for make in (swin, swin_v2, maxvit, tiny_vit):
         block = make()
         x = torch.randn(1, 8, 12, 16 if make is maxvit else 12)

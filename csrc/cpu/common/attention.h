@@ -57,7 +57,7 @@ struct Attention : Groups {
   // Backward only.
   Map grad, dquery, dkey, dvalue;
   void*
-      dbias_partial;  // [slices][heads][key place][query place, padded] in the type of the sums; null if there is one item
+      dbias_partial;  // [slices][heads][key place][query place, padded] in the type of the sums; null for one whole item
   void* partial;      // [units][partial_size()]: each chunk's share of dkey and dvalue if chunks > 1, else null
   void* dbias;        // (heads, places, key_places), contiguous
 

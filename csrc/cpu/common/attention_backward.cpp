@@ -88,7 +88,7 @@ static int64_t* row_offsets(int64_t count, int64_t stride) {
   return offset;
 }
 
-// dbias[place of a key][place of a query] (+)= ds, which has kBlock columns. What is stored past a row's last query is never read.
+// dbias[place of a key][place of a query] (+)= ds, which has kBlock columns. What is stored past a row's last query does not reach the gradient.
 template <class T>
 static void add_to_dbias(
     const Attention& a, const Group& g, int64_t key, int64_t keys, int64_t row, int64_t rows, const T* ds, T* dbias,

@@ -82,7 +82,7 @@ struct Ahead {
     const char* base;
     const int64_t* offset;
     int64_t item, bytes;
-  } maps[6];
+  } maps[4];
   int some = 0;
   int64_t next = 0, count = 0, panel = 0;  // tokens: reached, all, and for one panel of queries
   Ahead(const Group& now, const Group* after, int64_t panel) : panel(panel) {

@@ -37,7 +37,7 @@ def _wide(key: Mapping[str, Any]) -> int:
 
 
 def _clipped(key: Mapping[str, Any]) -> bool:
-    # With a bias that takes no notice of it.
+    # The mask of a clipped window takes registers beside a tile of the bias; without a bias they suffice.
     return bool(key["bias"] and key.get("clipped"))
 
 
@@ -87,7 +87,8 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     cramped |= wide > 128 or (wide > 64 and nvidia and key["arch"] not in ROOMY)
     # Which tokens of a window lie where, and inside the map, takes registers too.
     cramped |= nvidia and _clipped(key) and wide > 32
-    warps = 8 if key["bias"] and "clipped" in key and key["arch"] in ("sm_100", "sm_103") else 4
+    windows = "clipped" in key  # of patches and of two maps it is not a part of the key
+    warps = 8 if key["bias"] and windows and key["arch"] in ("sm_100", "sm_103") else 4
     return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": warps, "num_stages": 1}
 
 

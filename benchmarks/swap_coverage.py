@@ -132,9 +132,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Coverage\n",
         "See how many of the attention modules in timm's, torchvision's and transformers' image models are swapped by "
         "`mvkernels.swap`, and why the others are not.\n",
-        "Written by `benchmarks/coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. Every "
-        "model of up to 100 M parameters is built without weights and swapped. A family has a row if one of its models "
-        "has attention.\n",
+        "Written by `benchmarks/swap_coverage.py` from `benchmarks/results/coverage.csv`; no number is typed by hand. "
+        "Every "
+        "model of up to 100 M parameters is built without weights and swapped; those that cannot be, for they need "
+        "another package or copy weights as they are built, are left out. A family has a row if one of its models has "
+        "attention.\n",
     ]
     for package in dict.fromkeys(row["package"] for row in rows):
         mine = [row for row in rows if row["package"] == package]
@@ -171,8 +173,8 @@ def main() -> int:
     options = parser.parse_args()
     if not options.page and not options.check:
         write(measure(), FILE)
-    return files_are({PAGE: page(read(FILE))}, options.check, "benchmarks/coverage.py")
+    return files_are({PAGE: page(read(FILE))}, options.check, "benchmarks/swap_coverage.py")
 
 
 if __name__ == "__main__":
-    sys.exit(command.run("coverage", main))
+    sys.exit(command.run("swap_coverage", main))
