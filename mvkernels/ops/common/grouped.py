@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch import checks, extension, flops, library
 from mvkernels.dispatch.backend import prepare
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
@@ -87,6 +87,11 @@ def check(
     if bias is not None:
         checks.rank(op, "bias", bias, "(heads, N, M)" if unequal else "(heads, N, N)")
     return query, key, value, bias
+
+
+def why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    """Why the C++ kernels cannot run an op's checked arguments, or None."""
+    return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
 
 
 class Derivative:

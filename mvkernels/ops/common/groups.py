@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
+
+from mvkernels.dispatch.registry import Cost
 
 Sizes = tuple[int, int]
 
@@ -69,3 +73,19 @@ def window_pairs(sizes: Sizes, window: Sizes, shift: Sizes) -> int:
         whole, last = divmod(size - first, extent)
         count *= first**2 + whole * extent**2 + last**2
     return count
+
+
+def attention_cost(arguments: Mapping[str, Any], pairs: int, backward: bool) -> Cost:
+    """Floor of an op on ``query``, ``key``, ``value`` and maybe ``bias``, with so many pairs in a map.
+
+    The backward alone reads q, k, v, out and dout, and writes dq, dk and dv. What heads share is moved once.
+    """
+    query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
+    (b, h, d, *size), (dv, *partner) = query.shape, value.shape[2:]
+    shared = value.stride(1) == 0
+    pixels = h * math.prod(size) + (1 if shared else h) * math.prod(partner)
+    bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
+    moved = b * (d + dv) * pixels * query.element_size() + bias_bytes
+    if backward:
+        return Cost(2 * moved, b * h * pairs * (6 * d + 4 * dv), b * h * pairs)
+    return Cost(moved, b * h * pairs * 2 * (d + dv), b * h * pairs)

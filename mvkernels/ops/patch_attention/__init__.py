@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
-from mvkernels.ops.common.grouped import check
+from mvkernels.ops.common.grouped import check, why_not_cpp
 from mvkernels.ops.patch_attention import suite
 from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, launcher
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
@@ -123,10 +123,6 @@ def _check(
     return query, key, value, (ph, pw), bias, scale
 
 
-def _why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
-
-
 def backward_into(*arguments: Any, **settings: Any) -> Tensor:
     """The Triton backward for other ops: see the launcher's ``backward_into``."""
     dbias: Tensor = launcher().backward_into(*arguments, **settings)
@@ -142,7 +138,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
+        why_not={"cpp": why_not_cpp, "triton": why_not_triton},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
+from mvkernels.ops.common.groups import attention, attention_cost, fold, patch_pairs, unfold
 from mvkernels.ops.common.maps import qkv
 
 
@@ -100,17 +100,9 @@ def _make(
 
 
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
-    """Floor of the forward, or of the backward alone (which reads q, k, v, out, dout and writes dq, dk, dv)."""
-    query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
-    b, h, d, height, width = query.shape
-    dv, pixels, partners = value.shape[2], height * width, value.shape[3] * value.shape[4]
-    pairs = patch_pairs(query.shape[3:], value.shape[3:], arguments["patch_size"])
-    bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
-    if backward:
-        moved = 2 * b * h * (d + dv) * (pixels + partners) * query.element_size() + 2 * bias_bytes
-        return Cost(moved, b * h * pairs * (6 * d + 4 * dv), b * h * pairs)
-    moved = b * h * (d + dv) * (pixels + partners) * query.element_size() + bias_bytes
-    return Cost(moved, b * h * pairs * 2 * (d + dv), b * h * pairs)
+    """Floor of the forward, or of the backward alone."""
+    pairs = patch_pairs(arguments["query"].shape[3:], arguments["value"].shape[3:], arguments["patch_size"])
+    return attention_cost(arguments, pairs, backward)
 
 
 def eager(

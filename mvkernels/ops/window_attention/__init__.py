@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, extension, library
+from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
-from mvkernels.ops.common.grouped import check
+from mvkernels.ops.common.grouped import check, why_not_cpp
 from mvkernels.ops.window_attention import suite
 from mvkernels.ops.window_attention.autograd import KERNELS, WindowAttentionFunction, launcher
 from mvkernels.ops.window_attention.reference import window_attention as reference
@@ -119,10 +119,6 @@ def _check(
     return query, key, value, (wh, ww), (sy, sx), bias, scale
 
 
-def _why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
-
-
 OP = register(
     Op(
         name=_NAME,
@@ -130,7 +126,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": _why_not_cpp, "triton": library.why_not_triton(launcher)},
+        why_not={"cpp": why_not_cpp, "triton": library.why_not_triton(launcher)},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

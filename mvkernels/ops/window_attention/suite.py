@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mvkernels.dispatch.registry import Case, Cost, NotOffered
-from mvkernels.ops.common.groups import attention, partition, reverse, window_pairs
+from mvkernels.ops.common.groups import attention, attention_cost, partition, reverse, window_pairs
 from mvkernels.ops.common.maps import qkv
 
 Pair = tuple[int, int]
@@ -71,17 +71,9 @@ def _make(
 
 
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
-    """Floor of the forward, or of the backward alone (which reads q, k, v, out, dout and writes dq, dk, dv)."""
-    query, value, bias = arguments["query"], arguments["value"], arguments.get("bias")
-    b, h, d, height, width = query.shape
-    dv, pixels = value.shape[2], height * width
-    pairs = window_pairs((height, width), arguments["window_size"], arguments.get("shift", (0, 0)))
-    bias_bytes = 0 if bias is None else bias.numel() * bias.element_size()
-    if backward:
-        moved = b * h * (4 * d + 4 * dv) * pixels * query.element_size() + 2 * bias_bytes
-        return Cost(moved, b * h * pairs * (6 * d + 4 * dv), b * h * pairs)
-    moved = b * h * (2 * d + 2 * dv) * pixels * query.element_size() + bias_bytes
-    return Cost(moved, b * h * pairs * 2 * (d + dv), b * h * pairs)
+    """Floor of the forward, or of the backward alone."""
+    window, shift = arguments["window_size"], arguments.get("shift", (0, 0))
+    return attention_cost(arguments, window_pairs(arguments["query"].shape[3:], window, shift), backward)
 
 
 @cache
