@@ -25,7 +25,7 @@ struct InstructionSet {
 };
 
 #define MVK_KERNELS(isa)                                                                                \
-  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,        \
+  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,              \
       &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
       &isa::elementwise_kernels
 const InstructionSet kInstructionSets[] = {
