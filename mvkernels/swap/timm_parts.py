@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_hooked, not_plain, replaced
+from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
 
 WINDOW_PARTS = {
     "attn.qkv": nn.Linear,
@@ -19,6 +19,23 @@ WINDOW_PARTS = {
     "attn.proj_drop": nn.Dropout,
 }
 """What a Swin block's attention calls in windows, and its fused form on the whole map, or not at all."""
+
+
+def _other_mask(block: Any, x: Tensor) -> str:
+    """A mask made for one size says of a map of another size nothing that windows could say."""
+    size, shifted = tuple(x.shape[1:3]), any(block.shift_size)
+    if shifted and not block.dynamic_mask and size != tuple(block.input_resolution):
+        return f"its mask is for maps of {tuple(block.input_resolution)}, but the map is {size}"
+    return ""
+
+
+def declines(block: Any, why_not: Callable[[Any], str], x: Tensor) -> str:
+    """Why a Swin block's call on x (B, H, W, C) needs its original attention; empty if it does not."""
+    reason = unusual_call(x) or asked(why_not, block) or _other_mask(block, x)
+    reason = reason or drops_attention(block.attn, block.attn.attn_drop)
+    if reason:
+        log_once(block, reason)
+    return reason
 
 
 def qkv_of(packed: Tensor, heads: int, head_first: bool) -> Sequence[Tensor]:

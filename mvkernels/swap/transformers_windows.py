@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import asked, drops_attention, not_plain, unusual_call
+from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_plain, unusual_call
 from mvkernels.swap.windows import attend_in_windows, gathered, map_of, other_windows
 
 
@@ -40,14 +40,30 @@ def declines(
     tokens: Any,
     size: tuple[int, int],
     *,
+    given: str = "",
     resize: bool = False,
     parts: Callable[[Any], tuple[Any, Any, Tensor]] = _parts,
 ) -> str:
     """Why a call needs the layer's original forward; empty if it does not.
 
-    ``resize``: the original fits its window and its shift to this map, and they stay so for later calls; so this does
-    it too. ``parts`` gives the module that attends, its dropout of probabilities and the index of its position biases.
+    ``given``: an argument that only the original can serve. ``resize``: the original fits its window and its
+    shift to this map, and they stay so for later calls; so this does it too. ``parts`` gives the module that attends,
+    its dropout of probabilities and the index of its position biases.
     """
+    reason = f"{given} is given" if given else _declines(layer, why_not, tokens, size, resize, parts)
+    if reason:
+        log_once(layer, reason)
+    return reason
+
+
+def _declines(
+    layer: Any,
+    why_not: Callable[[Any], str],
+    tokens: Any,
+    size: tuple[int, int],
+    resize: bool,
+    parts: Callable[[Any], tuple[Any, Any, Tensor]],
+) -> str:
     reason = unusual_call(tokens, axes=3) or asked(why_not, layer)
     if reason:
         return reason

@@ -121,11 +121,3 @@ def other_windows(window: tuple[Any, ...], shift: tuple[Any, ...], index: Tensor
     if index.numel() != math.prod(window) ** 2:
         return f"its window is {window}, but its position biases are for another"
     return ""
-
-
-def other_mask(block: Any, x: Tensor) -> str:
-    """A mask made for one size says of a map of another size nothing that windows could say."""
-    size, shifted = tuple(x.shape[1:3]), any(block.shift_size)
-    if shifted and not block.dynamic_mask and size != tuple(block.input_resolution):
-        return f"its mask is for maps of {tuple(block.input_resolution)}, but the map is {size}"
-    return ""

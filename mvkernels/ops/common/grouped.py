@@ -99,19 +99,12 @@ class Derivative:
 
     Args:
         name: the op.
-        reference: takes query, key, value, ``groups`` and bias, scale.
+        reference: takes query, key, value, ``groups``, which are pairs that say which pixels are a group, bias, scale.
         kernels: :func:`operators` of the op.
-        flat: ``groups``, what says which pixels are a group as the op takes it, as the operators take it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable[..., Tensor],
-        kernels: dict[str, Pair],
-        flat: Callable[..., tuple[int, ...]],
-    ) -> None:
-        self.name, self.reference, self.kernels, self.flat = name, reference, kernels, flat
+    def __init__(self, name: str, reference: Callable[..., Tensor], kernels: dict[str, Pair]) -> None:
+        self.name, self.reference, self.kernels = name, reference, kernels
 
     def forward(
         self,
@@ -131,7 +124,9 @@ class Derivative:
         ctx.save_for_backward(*maps, bias)
         if backend == "reference":
             return self.reference(*maps, *groups, bias, scale)
-        out: Tensor = (kernel or self.kernels[backend][0])(*maps, *self.flat(*groups), bias, scale)
+        out: Tensor = (kernel or self.kernels[backend][0])(
+            *maps, *(number for pair in groups for number in pair), bias, scale
+        )
         return out
 
     def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,7 +143,9 @@ class Derivative:
         else:
             *maps, bias = saved
             with library.not_recording():
-                found = self.kernels[backend][1](grad, *maps, *self.flat(*groups), bias, scale, wanted[3])
+                found = self.kernels[backend][1](
+                    grad, *maps, *(number for pair in groups for number in pair), bias, scale, wanted[3]
+                )
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
                 grads = library.refuse_second_derivative(self.name, grads, (grad, *saved))

@@ -25,12 +25,8 @@ def _pairs(sizes: Any, partners: Any, *patch: int) -> int:
     return patch_pairs(sizes, partners, patch)  # type: ignore[arg-type]
 
 
-def _flat(patch_size: tuple[int, int]) -> tuple[int, ...]:
-    return patch_size
-
-
 KERNELS = grouped.operators(_NAME, "int patch_h, int patch_w", _pairs, launcher)
-_DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS, _flat)
+_DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS)
 
 
 class PatchAttentionFunction(torch.autograd.Function):

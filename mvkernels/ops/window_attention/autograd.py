@@ -25,12 +25,8 @@ def _pairs(sizes: Any, _: Any, *numbers: int) -> int:
     return window_pairs(sizes, numbers[:2], numbers[2:])  # type: ignore[arg-type]
 
 
-def _flat(window_size: tuple[int, int], shift: tuple[int, int]) -> tuple[int, ...]:
-    return (*window_size, *shift)
-
-
 KERNELS = grouped.operators(_NAME, "int window_h, int window_w, int shift_h, int shift_w", _pairs, launcher)
-_DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS, _flat)
+_DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS)
 
 
 class WindowAttentionFunction(torch.autograd.Function):

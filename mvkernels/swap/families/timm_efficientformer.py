@@ -11,16 +11,15 @@ from typing import Any
 from timm.models.efficientformer import Attention
 from torch import Tensor
 
-from mvkernels.ops.patch_attention import patch_attention
-from mvkernels.swap.eligibility import asked, log_once, replaced, unusual_call
+from mvkernels.swap.eligibility import asked, log_once, not_its_own, replaced, unusual_call
+from mvkernels.swap.position_biases import as_map, attend
 from mvkernels.swap.swapped import Swapped
+from mvkernels.swap.windows import channels_last
 
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this ``Attention`` in its current state; empty if it can."""
-    reason = replaced(Attention, "forward", "get_attention_biases")
-    if not reason and "get_attention_biases" in module.__dict__:
-        reason = "it has a replaced get_attention_biases"
+    reason = replaced(Attention, "forward", "get_attention_biases") or not_its_own(module, "get_attention_biases")
     if reason:
         return reason
     heads, biases = module.num_heads, module.attention_biases
@@ -46,12 +45,9 @@ class SwappedAttention(Swapped):
         if reason:
             log_once(self, reason)
             return Attention.forward(self, x, *args, **kwargs)
-        # (B, N, heads * (q | k | v)) as maps (B, heads, size, 1, N): the position of a pixel does not matter here.
-        packed = self.qkv(x).unflatten(-1, (self.num_heads, -1))[:, None].permute(0, 3, 4, 1, 2)
-        query, key, value = packed.split((self.key_dim, self.key_dim, self.val_dim), dim=2)
-        bias = self.attention_biases[:, index].to(query.dtype)
-        out = patch_attention(query, key, value, 1, bias=bias, scale=self.scale, backend=self.mvk_backend)
-        return self.proj(out.permute(0, 3, 4, 1, 2).flatten(-2)[:, 0])
+        packed = as_map(self.qkv(x), self.num_heads)
+        out = attend(self, *packed.split((self.key_dim, self.key_dim, self.val_dim), dim=2))
+        return self.proj(channels_last(out)[:, 0])
 
 
 SWAPPED = SwappedAttention

@@ -12,10 +12,9 @@ from typing import Any
 from timm.models.efficientformer_v2 import Attention2dDownsample
 from torch import Tensor
 
-from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.eligibility import asked, log_once, not_its_own, replaced, unusual_call
+from mvkernels.swap.position_biases import attend
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.windows import gathered
 
 
 def why_not(module: Any) -> str:
@@ -37,9 +36,7 @@ class SwappedAttention2dDownsample(Swapped):
             return Attention2dDownsample.forward(self, x)
         query, key, value = self.q(x), self.k(x), self.v(x)
         local = self.v_local(value)
-        query, key, value = (m.unflatten(1, (self.num_heads, -1)) for m in (query, key, value))
-        bias = gathered(self.attention_biases, self.attention_bias_idxs).to(query.dtype)
-        out = patch_attention(query, key, value, 1, bias=bias, scale=self.scale, backend=self.mvk_backend)
+        out = attend(self, *(m.unflatten(1, (self.num_heads, -1)) for m in (query, key, value)))
         return self.proj(self.act(out.flatten(1, 2) + local))
 
 

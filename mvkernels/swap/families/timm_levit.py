@@ -7,7 +7,7 @@ from typing import Any
 from timm.models.levit import Attention, AttentionDownsample
 from torch import Tensor
 
-from mvkernels.swap.levit import as_map, attend, declines, why_not
+from mvkernels.swap.position_biases import as_map, attend, declines, why_not
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.windows import channels_last
 

@@ -10,18 +10,10 @@ from typing import Any
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor
 
-from mvkernels.swap.eligibility import (
-    asked,
-    drops_attention,
-    log_once,
-    not_its_own,
-    not_plain_parts,
-    replaced,
-    unusual_call,
-)
+from mvkernels.swap.eligibility import not_its_own, not_plain_parts, replaced
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.timm_parts import WINDOW_PARTS, scale_of
-from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
+from mvkernels.swap.timm_parts import WINDOW_PARTS, declines, scale_of
+from mvkernels.swap.windows import attend_in_windows, gathered, maps_of
 
 
 def why_not(block: Any) -> str:
@@ -43,12 +35,9 @@ class SwappedBlock(Swapped):
         return SwinTransformerBlock.forward(self, x)
 
     def _attn(self: Any, x: Tensor) -> Tensor:
-        reason = unusual_call(x) or asked(why_not, self) or other_mask(self, x)
-        attention = self.attn
-        reason = reason or drops_attention(attention, attention.attn_drop)
-        if reason:
-            log_once(self, reason)
+        if declines(self, why_not, x):
             return SwinTransformerBlock._attn(self, x)
+        attention = self.attn
         return attend_in_windows(
             x,
             self.window_size,

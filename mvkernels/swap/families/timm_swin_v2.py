@@ -12,18 +12,10 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttent
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mvkernels.swap.eligibility import (
-    asked,
-    drops_attention,
-    log_once,
-    not_its_own,
-    not_plain_parts,
-    replaced,
-    unusual_call,
-)
+from mvkernels.swap.eligibility import not_its_own, not_plain_parts, replaced
 from mvkernels.swap.swapped import Swapped
-from mvkernels.swap.timm_parts import WINDOW_PARTS
-from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_mask
+from mvkernels.swap.timm_parts import WINDOW_PARTS, declines
+from mvkernels.swap.windows import attend_in_windows, gathered, maps_of
 
 
 def why_not(block: Any) -> str:
@@ -43,12 +35,9 @@ class SwappedBlock(Swapped):
         return SwinTransformerV2Block.forward(self, x)
 
     def _attn(self: Any, x: Tensor) -> Tensor:
-        reason = unusual_call(x) or asked(why_not, self) or other_mask(self, x)
-        attention = self.attn
-        reason = reason or drops_attention(attention, attention.attn_drop)
-        if reason:
-            log_once(self, reason)
+        if declines(self, why_not, x):
             return SwinTransformerV2Block._attn(self, x)
+        attention = self.attn
         parts = (attention.q_bias, attention.k_bias, attention.v_bias)
         projections = None if parts[0] is None else torch.cat(parts)
         table = attention.cpb_mlp(attention.relative_coords_table).view(-1, attention.num_heads).t()

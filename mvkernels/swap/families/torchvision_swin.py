@@ -82,7 +82,7 @@ class SwappedAttentionV2(Swapped):
             query, key, value = bias.chunk(3)
             bias = torch.cat((query, torch.zeros_like(key), value))
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
-        return _attend(self, x, bias, 16 * torch.sigmoid(_gathered(self, table)), self.logit_scale)
+        return _attend(self, x, bias, _gathered(self, 16 * torch.sigmoid(table)), self.logit_scale)
 
 
 _FORMS: dict[type, type[Swapped]] = {

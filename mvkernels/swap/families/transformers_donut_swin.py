@@ -15,7 +15,7 @@ from transformers.models.donut.modeling_donut_swin import (
     DonutSwinSelfOutput,
 )
 
-from mvkernels.swap.eligibility import log_once, not_its_own, replaced
+from mvkernels.swap.eligibility import not_its_own, replaced
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.transformers_windows import before_norm, declines, not_attention
 
@@ -43,10 +43,8 @@ class SwappedLayer(Swapped):
         always_partition: Any = False,
     ) -> Any:
         """hidden_states (B, H * W, C) -> a tuple of the same."""
-        reason = "output_attentions is given" if output_attentions else ""
-        reason = reason or declines(self, why_not, hidden_states, input_dimensions, resize=not always_partition)
-        if reason:
-            log_once(self, reason)
+        given = "output_attentions" if output_attentions else ""
+        if declines(self, why_not, hidden_states, input_dimensions, given=given, resize=not always_partition):
             return DonutSwinLayer.forward(self, hidden_states, input_dimensions, output_attentions, always_partition)
         return before_norm(self, hidden_states, input_dimensions)
 

@@ -12,7 +12,7 @@ from transformers.models.maskformer.modeling_maskformer_swin import (
     MaskFormerSwinSelfOutput,
 )
 
-from mvkernels.swap.eligibility import log_once, not_its_own, replaced
+from mvkernels.swap.eligibility import not_its_own, replaced
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.transformers_windows import before_norm, declines, not_attention
 
@@ -35,10 +35,8 @@ class SwappedLayer(Swapped):
         self: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: Any = False
     ) -> Any:
         """hidden_states (B, H * W, C) -> a tuple of the same."""
-        reason = "output_attentions is given" if output_attentions else ""
-        reason = reason or declines(self, why_not, hidden_states, input_dimensions)
-        if reason:
-            log_once(self, reason)
+        given = "output_attentions" if output_attentions else ""
+        if declines(self, why_not, hidden_states, input_dimensions, given=given):
             return MaskFormerSwinLayer.forward(self, hidden_states, input_dimensions, output_attentions)
         return before_norm(self, hidden_states, input_dimensions)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.swin import modeling_swin
 from transformers.models.swin.modeling_swin import SwinLayer
 
-from mvkernels.swap.eligibility import log_once, not_its_own, not_plain, replaced
+from mvkernels.swap.eligibility import not_its_own, not_plain, replaced
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.transformers_windows import attend, declines
 from mvkernels.swap.windows import gathered
@@ -60,12 +60,9 @@ class SwappedLayer(Swapped):
     ) -> Any:
         """hidden_states (B, H * W, C) -> (the same, None)."""
         asked_for = [name for name, value in kwargs.items() if value is not None and value is not False]
-        reason = f"{asked_for[0]} is given" if asked_for else ""
-        reason = reason or declines(
-            self, why_not, hidden_states, input_dimensions, resize=not always_partition, parts=_parts
-        )
-        if reason:
-            log_once(self, reason)
+        given = asked_for[0] if asked_for else ""
+        resize = not always_partition
+        if declines(self, why_not, hidden_states, input_dimensions, given=given, resize=resize, parts=_parts):
             return SwinLayer.forward(self, hidden_states, input_dimensions, always_partition, **kwargs)
         attention = self.attention
         biases = attention.relative_position_bias

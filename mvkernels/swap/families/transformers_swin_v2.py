@@ -17,7 +17,7 @@ from transformers.models.swinv2.modeling_swinv2 import (
     Swinv2SelfOutput,
 )
 
-from mvkernels.swap.eligibility import log_once, not_its_own, replaced
+from mvkernels.swap.eligibility import not_its_own, replaced
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.transformers_windows import attend_with_parts, declines, not_attention
 from mvkernels.swap.windows import gathered
@@ -41,14 +41,12 @@ class SwappedLayer(Swapped):
         self: Any, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: Any = False
     ) -> Any:
         """hidden_states (B, H * W, C) -> a tuple of the same."""
-        reason = "output_attentions is given" if output_attentions else ""
-        reason = reason or declines(self, why_not, hidden_states, input_dimensions)
-        if reason:
-            log_once(self, reason)
+        given = "output_attentions" if output_attentions else ""
+        if declines(self, why_not, hidden_states, input_dimensions, given=given):
             return Swinv2Layer.forward(self, hidden_states, input_dimensions, output_attentions)
         inner = self.attention.self
         table = inner.continuous_position_bias_mlp(inner.relative_coords_table).flatten(0, 2).t()
-        bias = 16 * torch.sigmoid(gathered(table, inner.relative_position_index))
+        bias = gathered(16 * torch.sigmoid(table), inner.relative_position_index)
         attended = attend_with_parts(self, hidden_states, input_dimensions, bias, inner.logit_scale)
         hidden_states = hidden_states + self.drop_path(self.layernorm_before(attended))
         out = self.layernorm_after(self.output(self.intermediate(hidden_states)))

@@ -1,7 +1,7 @@
-"""What LeViT's attention modules of timm and of transformers share: eligibility, and what is between their projections.
+"""Attention with position biases that are gathered, of LeViT (timm, transformers) and of both EfficientFormers.
 
-Downsampling is attention from a smaller map to the whole one. In eval mode the originals cache the gathered biases, and
-a change of the parameter does not update the cache; here they are gathered in every call.
+Where they make the map smaller it is attention from the smaller map to the whole one. In eval mode the originals cache
+the gathered biases, and a change of the parameter does not update the cache; here they are gathered in every call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def heads_of(module: Any) -> int:
 
 
 def why_not(module: Any) -> str:
-    """Why the fused form cannot replace this attention in its current state; empty if it can."""
+    """Why the fused form cannot replace this attention of LeViT in its current state; empty if it can."""
     kind = module.mvk_original if isinstance(module, Swapped) else type(module)
     reason = replaced(kind, "forward", "get_attention_biases") or not_its_own(module, "get_attention_biases")
     biases, index, heads = module.attention_biases, module.attention_bias_idxs, heads_of(module)
@@ -33,7 +33,7 @@ def why_not(module: Any) -> str:
 
 
 def declines(module: Any, x: Tensor, axes: int = 3) -> str:
-    """Why a call on tokens (B, N, C), or with four axes on a map (B, C, H, W), needs the original forward."""
+    """Why a call of LeViT on tokens (B, N, C), or with four axes on a map (B, C, H, W), needs the original forward."""
     reason = unusual_call(x, axes) or asked(why_not, module)
     if not reason:
         tokens = x.shape[1] if axes == 3 else x.shape[2] * x.shape[3]
