@@ -13,17 +13,22 @@ from mvkernels.swap import eligibility
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights, norm weights and norm statistics: default initialisation hides errors. In eval mode."""
+    """Random weights, norm weights and norm statistics, and position biases and logit scales that count: default
+    initialisation hides errors. In eval mode."""
     generator = torch.Generator().manual_seed(seed)
+    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d)
     for module in model.modules():
-        norm = isinstance(module, (nn.LayerNorm, nn.BatchNorm2d))
+        norm = isinstance(module, (nn.LayerNorm, *batch_norms))
         for name, parameter in module.named_parameters(recurse=False):
             value = 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.data.copy_(value + 1 if norm and name == "weight" else value)
-        if isinstance(module, nn.BatchNorm2d):
+            if "table" in name or "attention_biases" in name:
+                value *= 5.0
+            parameter.data.copy_(value + {"weight": 1.0 if norm else 0.0, "logit_scale": 2.0}.get(name, 0.0))
+        if isinstance(module, batch_norms):
             module.running_mean.normal_(0, 0.1, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
+    model.eval()  # which returns nothing where LeViT's kind overrides train()
+    return model
 
 
 def transformers_config(**changes: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mvkernels.swap import swap, verify_swap
-from tests.swap.conftest import compiles_for_all_sizes
+from tests.swap.conftest import compiles_for_all_sizes, randomise
 from tests.swap.timm_windows import (
     attention2d,
     conv_attention,
@@ -19,7 +19,6 @@ from tests.swap.timm_windows import (
     levit,
     maxvit,
     multi_query,
-    random,
     swin,
     swin_v2,
     tiny_vit,
@@ -352,7 +351,7 @@ def test_whole_models(name):
 
     kind, module, settings, count = MODELS[name]
     sizes = {"num_heads": (2, 3), "window_size": 4 if name == "swin_v2" else 7, "num_classes": 5, **settings}
-    model = random(getattr(importlib.import_module(f"timm.models.{module}"), kind)(**sizes))
+    model = randomise(getattr(importlib.import_module(f"timm.models.{module}"), kind)(**sizes))
     result = verify_swap(model, torch.randn(1, 3, sizes["img_size"], sizes["img_size"]))
     assert result.ok and result.swapped == count, str(result)
 

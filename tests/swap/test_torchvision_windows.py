@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from mvkernels.swap import swap, verify_swap
-from tests.swap.conftest import compiles_for_all_sizes
+from tests.swap.conftest import compiles_for_all_sizes, randomise
 from tests.swap.torchvision_windows import attention
-from tests.swap.transformers_windows import agree, drawn, pair, random
+from tests.swap.transformers_windows import agree, drawn, pair
 
 KINDS = ("ShiftedWindowAttention", "ShiftedWindowAttentionV2")
 
@@ -131,7 +131,7 @@ def model(version: int) -> nn.Module:
     block, downsample = made[version]
     settings = {"patch_size": [2, 2], "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": [4, 4]}
     settings |= {"stochastic_depth_prob": 0.0, "num_classes": 5}
-    return random(home.SwinTransformer(**settings, block=block, downsample_layer=downsample))
+    return randomise(home.SwinTransformer(**settings, block=block, downsample_layer=downsample))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

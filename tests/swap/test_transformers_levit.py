@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mvkernels.swap import swap, verify_swap
-from tests.swap.conftest import compiles_for_all_sizes
-from tests.swap.transformers_windows import agree, drawn, levit, pair, random
+from tests.swap.conftest import compiles_for_all_sizes, randomise
+from tests.swap.transformers_windows import agree, drawn, levit, pair
 
 
 def fresh(module: nn.Module) -> nn.Module:
@@ -62,7 +62,7 @@ def test_models_of_levit(training):
     settings = {"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 2, 1]}
     settings |= {"key_dim": [4, 4, 4], "drop_path_rate": 0}
     settings["down_ops"] = [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]]
-    model = random(LevitModel(LevitConfig(**settings)))
+    model = randomise(LevitModel(LevitConfig(**settings)))
     model.train(training)
     result = verify_swap(model, torch.randn(2, 3, 64, 64))
     assert result.ok and result.swapped == 6, str(result)

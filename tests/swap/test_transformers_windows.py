@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from mvkernels.swap import swap, verify_swap
-from tests.swap.conftest import compiles_for_all_sizes
-from tests.swap.transformers_windows import SWIN, agree, config, drawn, layer, layer_of_tokens, named, pair, random
+from tests.swap.conftest import compiles_for_all_sizes, randomise
+from tests.swap.transformers_windows import SWIN, agree, config, drawn, layer, layer_of_tokens, named, pair
 
 RESIZING = ("swin", "donut")  # whose window and shift a call may change, for good
 
@@ -258,7 +258,7 @@ SMALL = {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2, 2], "
 @pytest.mark.parametrize("family", SWIN)
 def test_models(family, training):
     settings = {**SMALL, "mlp_ratio": 2.0, "drop_path_rate": 0.0, "hidden_dropout_prob": 0.0}
-    model = random(named(family, "Model")(config(family, **settings)))
+    model = randomise(named(family, "Model")(config(family, **settings)))
     model.train(training)
     images = torch.randn(2, 3, 40, 36)
     result = verify_swap(model, images)
@@ -288,7 +288,7 @@ def test_models(family, training):
 def test_backbones(home, name, setup, falls_back):
     home = importlib.import_module(f"transformers.models.{home}")
     model = getattr(home, name)(getattr(home, setup)(**SMALL, out_features=["stage1", "stage2"]))
-    random(model).double()
+    randomise(model).double()
     twin = copy.deepcopy(model)
     assert swap(model).count == 4
     for size in ((32, 32), (16, 16), (40, 44)):
@@ -300,7 +300,7 @@ def test_backbones(home, name, setup, falls_back):
 
 
 def test_gradient_checkpointing(falls_back):
-    model = random(named("swin", "Model")(config("swin", **SMALL, drop_path_rate=0.0))).double()
+    model = randomise(named("swin", "Model")(config("swin", **SMALL, drop_path_rate=0.0))).double()
     twin = copy.deepcopy(model)
     swap(model)
     gradients = []

@@ -14,28 +14,18 @@ from tests.swap.conftest import randomise
 pytest.importorskip("timm")
 
 
-def random(module: nn.Module) -> nn.Module:
-    randomise(module)  # whose result is None where eval() returns nothing
-    for name, parameter in module.named_parameters():
-        if name.endswith("logit_scale"):
-            parameter.data += 2.0
-        if "table" in name or "attention_biases" in name:
-            parameter.data *= 5.0
-    return module
-
-
 def swin(**settings: Any) -> nn.Module:
     from timm.models.swin_transformer import SwinTransformerBlock
 
     sizes = {"dim": 12, "input_resolution": (8, 12), "num_heads": 3, "window_size": 4, "shift_size": 2}
-    return random(SwinTransformerBlock(**{**sizes, **settings}))
+    return randomise(SwinTransformerBlock(**{**sizes, **settings}))
 
 
 def swin_v2(**settings: Any) -> nn.Module:
     from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
     sizes = {"dim": 12, "input_resolution": (8, 12), "num_heads": 3, "window_size": 4, "shift_size": 2}
-    return random(SwinTransformerV2Block(**{**sizes, **settings}))
+    return randomise(SwinTransformerV2Block(**{**sizes, **settings}))
 
 
 def maxvit(kind: str = "PartitionAttentionCl", partition: str = "block", **settings: Any) -> nn.Module:
@@ -46,13 +36,13 @@ def maxvit(kind: str = "PartitionAttentionCl", partition: str = "block", **setti
     config |= {name: settings.pop(name) for name in list(settings) if name in names}
     cfg = maxxvit.MaxxVitTransformerCfg(**config)
     first = {} if kind == "ParallelPartitionAttention" else {"partition_type": partition}
-    return random(getattr(maxxvit, kind)(16, **first, cfg=cfg, **settings))
+    return randomise(getattr(maxxvit, kind)(16, **first, cfg=cfg, **settings))
 
 
 def tiny_vit(**settings: Any) -> nn.Module:
     from timm.models.tiny_vit import TinyVitBlock
 
-    return random(TinyVitBlock(**{"dim": 12, "num_heads": 3, "window_size": 4, **settings}))
+    return randomise(TinyVitBlock(**{"dim": 12, "num_heads": 3, "window_size": 4, **settings}))
 
 
 def levit(kind: str = "Attention", **settings: Any) -> nn.Module:
@@ -60,33 +50,33 @@ def levit(kind: str = "Attention", **settings: Any) -> nn.Module:
 
     sizes: dict[str, Any] = {"key_dim": 4, "num_heads": 3, "attn_ratio": 2.0, "resolution": (3, 5)}
     sizes |= {"dim": 12} if kind == "Attention" else {"in_dim": 12, "out_dim": 16}
-    return random(getattr(levit, kind)(**{**sizes, **settings}))
+    return randomise(getattr(levit, kind)(**{**sizes, **settings}))
 
 
 def efficientformer_v2(**settings: Any) -> nn.Module:
     from timm.models.efficientformer_v2 import Attention2dDownsample
 
     sizes = {"dim": 12, "key_dim": 4, "num_heads": 3, "attn_ratio": 2, "resolution": (5, 6)}
-    return random(Attention2dDownsample(**{**sizes, **settings}))
+    return randomise(Attention2dDownsample(**{**sizes, **settings}))
 
 
 def multi_query(**settings: Any) -> nn.Module:
     from timm.layers.attention2d import MultiQueryAttention2d
 
-    return random(MultiQueryAttention2d(**{"dim": 12, "num_heads": 3, "key_dim": 5, "kv_stride": 2, **settings}))
+    return randomise(MultiQueryAttention2d(**{"dim": 12, "num_heads": 3, "key_dim": 5, "kv_stride": 2, **settings}))
 
 
 def attention2d(**settings: Any) -> nn.Module:
     from timm.layers.attention2d import Attention2d
 
-    return random(Attention2d(**{"dim": 12, "num_heads": 3, **settings}))
+    return randomise(Attention2d(**{"dim": 12, "num_heads": 3, **settings}))
 
 
 def conv_attention(package: str = "cpubone", **settings: Any) -> nn.Module:
     from timm.models import cpubone, lowformer
 
     kind = {"cpubone": cpubone, "lowformer": lowformer}[package].ConvAttention
-    return random(kind(**{"input_dim": 60, "att_stride": 2, "att_kernel": 3, **settings}))
+    return randomise(kind(**{"input_dim": 60, "att_stride": 2, "att_kernel": 3, **settings}))
 
 
 def drawn(*shape: int) -> Any:

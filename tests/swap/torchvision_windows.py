@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.swap.transformers_windows import random
+from tests.swap.conftest import randomise
 
 pytest.importorskip("torchvision")
 
@@ -21,7 +21,7 @@ def attention(
     from torchvision.models import swin_transformer
 
     made = getattr(swin_transformer, kind)(12, [*window], [*shift], 3, **settings)
-    return random(made)
+    return randomise(made)
 
 
 def drawn(batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:

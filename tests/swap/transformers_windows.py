@@ -26,22 +26,6 @@ SWIN = {
 """The folder, the module and the beginning of the class names of each of Swin's kind."""
 
 
-def random(module: nn.Module) -> nn.Module:
-    """With tables, scales and statistics that count."""
-    randomise(module)
-    for name, parameter in module.named_parameters():
-        if name.endswith("logit_scale"):
-            parameter.data += 2.0
-        if "table" in name or "attention_biases" in name:
-            parameter.data *= 5.0
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm1d):
-            part.weight.data += 1.0
-            part.running_mean.normal_(0, 0.1)
-            part.running_var.uniform_(0.5, 1.5)
-    return module
-
-
 def named(family: str, name: str) -> Any:
     folder, module, prefix = SWIN[family]
     return getattr(importlib.import_module(f"transformers.models.{folder}.{module}"), prefix + name)
@@ -66,7 +50,7 @@ def layer(
         drop_path_rate=drop_path,
         shift_size=shift,
     )
-    return random(made)
+    return randomise(made)
 
 
 def layer_of_tokens(family: str, **settings: Any) -> nn.Module:
@@ -88,7 +72,7 @@ def levit(kind: str = "LevitAttention", **settings: Any) -> nn.Module:
         sizes |= {"hidden_sizes": 12, "resolution": 5}
     else:
         sizes |= {"input_dim": 12, "output_dim": 16, "stride": 2, "resolution_in": 5, "resolution_out": 3}
-    return random(getattr(modeling_levit, kind)(**{**sizes, **settings}))
+    return randomise(getattr(modeling_levit, kind)(**{**sizes, **settings}))
 
 
 def tokens(count: int) -> Any:
