@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from tests.swap.random_models import DRAW, Draw, Drawn, Model
+from tests.swap.drawn import Draw, Drawn, Model
+from tests.swap.random_models import DRAW
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -222,7 +223,9 @@ class Case:
 
     def draws(self, block: nn.Module) -> bool:
         """Whether random numbers may be drawn: other ones in another dtype."""
-        rates = [(m, getattr(m, name, None)) for m in block.modules() for name in ("p", "drop_prob")]
+        rates = [
+            (m, getattr(m, name, None)) for m in block.modules() for name in ("p", "drop_prob", "attention_dropout")
+        ]
         return any(m.training for m in block.modules()) and any(isinstance(r, float) and r > 0 for _, r in rates)
 
     def _ambiguous(self) -> bool:

@@ -3,84 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
-from mvkernels.swap import eligibility
-from mvkernels.swap.report import original_of
 from tests import cvnets_layout, efficientvit_layout, mobile_former_layout
-from tests.swap.conftest import randomise, timm_block, transformers_config
+from tests.swap import random_windows
+from tests.swap.conftest import timm_block, transformers_config
+from tests.swap.drawn import Draw, Drawn, sides
 from tests.swap.linear_attention import dc_ae_attention, sana_attention, timm_attention
-
-Draw = Callable[[st.SearchStrategy], Any]
-
-
-class Model(nn.Module):
-    """A block after a layer and a norm, as models have it: the block's input has a gradient of its own."""
-
-    def __init__(self, stem: nn.Module, block: nn.Module) -> None:
-        super().__init__()
-        self.stem, self.block = stem, block
-
-    def forward(self, x: Tensor, *more: Tensor) -> Any:
-        x = self.stem(x)
-        result = self.block((x, *more)) if more else self.block(x)
-        if x.requires_grad and (original_of(self.block) is None or eligibility._logged):
-            # PyTorch's batch norm is wrong on some layouts of the gradient of one sample, which the originals return.
-            x.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
-        return result
-
-
-@dataclass(repr=False)
-class Drawn:
-    """A block, the channels of its input, and the shapes of what goes in beside the batch."""
-
-    block: nn.Module
-    channels: int
-    sides: tuple[int, ...]
-    """Of the map, or one number of tokens."""
-    tokens: tuple[int, int] | None = None
-    """For bridges: number and width of the tokens that come with the map."""
-    rounds: bool = False
-    """Whether the original attends in float32, whatever the dtype."""
-    free: tuple[str, ...] = ()
-    """The parts that the fused form calls as they are, whatever is done to them."""
-
-    def __repr__(self) -> str:
-        settings = {n: v for n, v in self.block.__dict__.items() if isinstance(v, (int, float, str, tuple))}
-        return f"{type(self.block).__name__}({settings}), {self.channels} channels, {self.sides}, tokens {self.tokens}"
-
-    def model(self, dtype: torch.dtype) -> Model:
-        if len(self.sides) == 1:
-            stem = nn.Sequential(nn.Linear(5, self.channels), nn.LayerNorm(self.channels))
-        else:
-            stem = nn.Sequential(nn.Conv2d(3, self.channels, 1, bias=False), nn.BatchNorm2d(self.channels))
-        model = Model(stem, self.block)
-        randomise(model)
-        return model.to(dtype)
-
-    def inputs(self, batch: int, dtype: torch.dtype, channels_last: bool, seed: int = 1) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        if len(self.sides) == 1:
-            return [normal(batch, *self.sides, 5)]
-        x = normal(batch, 3, *self.sides)
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return [x] if self.tokens is None else [x, normal(self.tokens[0], batch, self.tokens[1])]
-
-
-def sides(draw: Draw, least: int = 1) -> tuple[int, int]:
-    return draw(st.integers(least, 8)), draw(st.integers(least, 8))
 
 
 def transformers_mobilevit(draw: Draw) -> Drawn:
@@ -217,5 +149,6 @@ DRAW = {
         authors_mobile_former,
         authors_efficientvit,
         cvnets_mobilevit,
+        *random_windows.DRAWN,
     )
 }

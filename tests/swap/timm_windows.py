@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -28,15 +29,15 @@ def swin_v2(**settings: Any) -> nn.Module:
     return randomise(SwinTransformerV2Block(**{**sizes, **settings}))
 
 
-def maxvit(kind: str = "PartitionAttentionCl", partition: str = "block", **settings: Any) -> nn.Module:
+def maxvit(kind: str = "PartitionAttentionCl", partition: str = "block", dim: int = 16, **settings: Any) -> nn.Module:
     from timm.models import maxxvit
 
-    names = {"attn_drop", "head_first", "rel_pos_type", "window_size", "grid_size", "proj_drop", "init_values"}
+    names = {field.name for field in dataclasses.fields(maxxvit.MaxxVitTransformerCfg)}
     config = {"dim_head": 4, "window_size": (4, 3), "grid_size": (4, 3), "rel_pos_dim": 8}
     config |= {name: settings.pop(name) for name in list(settings) if name in names}
     cfg = maxxvit.MaxxVitTransformerCfg(**config)
     first = {} if kind == "ParallelPartitionAttention" else {"partition_type": partition}
-    return randomise(getattr(maxxvit, kind)(16, **first, cfg=cfg, **settings))
+    return randomise(getattr(maxxvit, kind)(dim, **first, cfg=cfg, **settings))
 
 
 def tiny_vit(**settings: Any) -> nn.Module:

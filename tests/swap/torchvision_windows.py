@@ -16,12 +16,15 @@ pytest.importorskip("torchvision")
 
 
 def attention(
-    kind: str = "ShiftedWindowAttention", window: Sequence[int] = (4, 4), shift: Sequence[int] = (2, 2), **settings: Any
+    kind: str = "ShiftedWindowAttention",
+    window: Sequence[int] = (4, 4),
+    shift: Sequence[int] = (2, 2),
+    heads: int = 3,
+    **settings: Any,
 ) -> nn.Module:
     from torchvision.models import swin_transformer
 
-    made = getattr(swin_transformer, kind)(12, [*window], [*shift], 3, **settings)
-    return randomise(made)
+    return randomise(getattr(swin_transformer, kind)(12, [*window], [*shift], heads, **settings))
 
 
 def drawn(batch: int = 2, dtype: torch.dtype = torch.float32) -> torch.Tensor:

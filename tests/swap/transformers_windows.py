@@ -39,14 +39,19 @@ def config(family: str, **settings: Any) -> Any:
 
 
 def layer(
-    family: str, size: tuple[int, int] = (8, 12), shift: int = 2, drop_path: float = 0.0, **settings: Any
+    family: str,
+    size: tuple[int, int] = (8, 12),
+    shift: int = 2,
+    drop_path: float = 0.0,
+    heads: int = 3,
+    **settings: Any,
 ) -> nn.Module:
     """A layer with windows of 4 for maps of ``size``, which it is given beside the tokens in each call."""
     made = named(family, "Layer")(
         config(family, **{"window_size": 4, "mlp_ratio": 2.0, **settings}),
         dim=12,
         input_resolution=size,
-        num_heads=3,
+        num_heads=heads,
         drop_path_rate=drop_path,
         shift_size=shift,
     )
