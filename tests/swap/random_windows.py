@@ -88,7 +88,8 @@ def timm_maxvit(draw: Draw) -> Drawn:
     )
     block = sdpa_or_not(draw, block)
     whole = size[0] * draw(st.integers(1, 3)), size[1] * draw(st.integers(1, 3))  # others raise
-    free = (*BESIDE, *(f"{attention}.rel_pos.mlp" for attention in ("attn", "attn_block", "attn_grid")))
+    positions = [f"{attention}.rel_pos" for attention in ("attn", "attn_block", "attn_grid")]
+    free = (*BESIDE, *(f"{position}.{part}" for position in positions for part in ("mlp", "bias_act")))
     if kind == "PartitionAttention2d":
         return Drawn(block, 12, whole, free=free)
     return _with_windows(draw, block, 12, whole, *free)
