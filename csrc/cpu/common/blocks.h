@@ -16,47 +16,68 @@ struct LatticeOf {
   explicit LatticeOf(const Lattice& m) : data(m.data.as<S>()), offset(m.offset), d(m.d), step(m.step) {}
 };
 
-// Whether tokens n .. n + count - 1, at most W of them, lie side by side.
+// Whether the tokens are taken by runs of neighbours, a line of a window for example, which rarely fills a vector; else one by one.
+template <class S>
+MVK_INLINE bool in_runs(const LatticeOf<S>& m) {
+  return kLanesAtOnce<S> && m.step == 1;
+}
+
+// f(lane, token, count) for the runs among tokens n .. n + tokens - 1, at most W of them.
+template <class S, class F>
+MVK_INLINE void runs(const LatticeOf<S>& m, int64_t n, int tokens, const F& f) {
+  for (int i = 0, count = 1; i < tokens; i += count, count = 1) {
+    while (i + count < tokens && m.offset[n + i + count] - m.offset[n + i] == count) ++count;
+    f(i, n + i, count);
+  }
+}
+
+// Whether tokens n .. n + W - 1 are one run.
 template <class T, class S>
-MVK_INLINE bool side_by_side(const LatticeOf<S>& m, int64_t n, int count) {
-  return m.step == 1 && m.offset[n + count - 1] - m.offset[n] == count - 1;
+MVK_INLINE bool one_run(const LatticeOf<S>& m, int64_t n, int tokens) {
+  return tokens == W<T> && m.step == 1 && m.offset[n + W<T> - 1] - m.offset[n] == W<T> - 1;
 }
 
 // block[j] = tokens n .. n + tokens of dim d + j, for `dims` of them, zeros elsewhere. For any strides.
 template <class T, class S>
 MVK_INLINE void load_by_dim(const LatticeOf<S>& m, int64_t n, int tokens, int64_t d, int dims, vec<T>* block) {
-  const bool together = side_by_side<T>(m, n, tokens), whole = together && tokens >= W<T>;
+  const S* first = m.data + d * m.d;
+  if (one_run<T>(m, n, tokens)) {
 #pragma GCC unroll 16
-  for (int j = 0; j < W<T>; ++j) {
-    vec<T> v = {};
-    if (j < dims) {
-      const S* p = m.data + (d + j) * m.d;
-      if (whole) {
-        v = load<T>(p + m.offset[n]);
-      } else if (together) {
-        v = load_partial<T>(p + m.offset[n], tokens);
-      } else {
-        T lanes[W<T>] = {};
-        for (int i = 0; i < tokens && i < W<T>; ++i) lanes[i] = to_float(p[m.offset[n + i]]);
-        v = load<T>(lanes);
-      }
+    for (int j = 0; j < W<T>; ++j) block[j] = j < dims ? load<T>(first + j * m.d + m.offset[n]) : vec<T>{};
+  } else if (in_runs(m)) {
+#pragma GCC unroll 16
+    for (int j = 0; j < W<T>; ++j) block[j] = vec<T>{};
+    runs(m, n, tokens, [&](int lane, int64_t token, int count) __attribute__((always_inline)) {
+      const S* p = first + m.offset[token];
+#pragma GCC unroll 16
+      for (int j = 0; j < W<T>; ++j)
+        if (j < dims) block[j] = load_lanes<T>(block[j], p + j * m.d, lane, count);
+    });
+  } else {
+#pragma GCC unroll 16
+    for (int j = 0; j < W<T>; ++j) {
+      T lanes[W<T>] = {};
+      for (int i = 0; j < dims && i < tokens && i < W<T>; ++i) lanes[i] = to_float(first[j * m.d + m.offset[n + i]]);
+      block[j] = load<T>(lanes);
     }
-    block[j] = v;
   }
 }
 
 // block[j] (dims d + j, tokens n ..) into the map.
 template <class T, class S>
 MVK_INLINE void store_by_dim(const LatticeOf<S>& m, int64_t n, int tokens, int64_t d, int dims, const vec<T>* block) {
-  const bool whole = tokens == W<T> && side_by_side<T>(m, n, tokens);
-  for (int j = 0; j < dims; ++j) {
-    S* p = m.data + (d + j) * m.d;
-    if (whole) {
-      store_as<T>(p + m.offset[n], block[j]);
-    } else {
+  S* first = m.data + d * m.d;
+  if (one_run<T>(m, n, tokens)) {
+    for (int j = 0; j < dims; ++j) store_as<T>(first + j * m.d + m.offset[n], block[j]);
+  } else if (in_runs(m)) {
+    runs(m, n, tokens, [&](int lane, int64_t token, int count) __attribute__((always_inline)) {
+      for (int j = 0; j < dims; ++j) store_lanes<T>(first + j * m.d + m.offset[token], block[j], lane, count);
+    });
+  } else {
+    for (int j = 0; j < dims; ++j) {
       T lanes[W<T>];
       store<T>(lanes, block[j]);
-      for (int i = 0; i < tokens; ++i) from_float(lanes[i], p + m.offset[n + i]);
+      for (int i = 0; i < tokens; ++i) from_float(lanes[i], first + j * m.d + m.offset[n + i]);
     }
   }
 }

@@ -208,41 +208,76 @@ MVK_INLINE void store_as(S* p, vec<T> v) {
   }
 }
 
-// The first n < W lanes; the others are 0, and memory past them is not touched.
-template <class T, class S>
-MVK_INLINE vec<T> load_partial(const S* p, int n) {
+// Whether some lanes of S in memory are one instruction.
+template <class S>
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float>) return (vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+constexpr bool kLanesAtOnce = true;
+#elif defined(__AVX2__)
+constexpr bool kLanesAtOnce = std::is_same_v<S, float>;
+#else
+constexpr bool kLanesAtOnce = false;
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+MVK_INLINE __m256i lanes_mask(int first, int count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lanes), _mm256_cmpgt_epi32(_mm256_set1_epi32(first + count), lanes));
+}
+#endif
+
+// v with p[0], ..., p[count - 1] in the lanes from `first` on; no other memory is touched.
+template <class T, class S>
+MVK_INLINE vec<T> load_lanes(vec<T> v, const S* p, int first, int count) {
+#if defined(__AVX512F__)
+  const auto mask = __mmask16(((1u << count) - 1) << first);
+  if constexpr (std::is_same_v<S, float>) return (vec<T>)_mm512_mask_loadu_ps((__m512)v, mask, p - first);
+  if constexpr (std::is_same_v<S, double>) return (vec<T>)_mm512_mask_loadu_pd((__m512d)v, __mmask8(mask), p - first);
+  if constexpr (sizeof(S) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, p - first);
+    if constexpr (std::is_same_v<S, half>) return (vec<T>)_mm512_mask_cvtph_ps((__m512)v, mask, bits);
+    return (vec<T>)_mm512_mask_slli_epi32((__m512i)v, mask, _mm512_maskz_cvtepu16_epi32(mask, bits), 16);
+  }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<S, float>) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return (vec<T>)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
+    const __m256i mask = lanes_mask(first, count);
+    return (vec<T>)_mm256_blendv_ps((__m256)v, _mm256_maskload_ps(p - first, mask), (__m256)mask);
   }
 #endif
-  vec<T> out = {};
   for (int i = 0; i < W<T>; ++i) {
-    if (i < n) out[i] = to_float(p[i]);
+    if (i >= first && i < first + count) v[i] = to_float(p[i - first]);
   }
-  return out;
+  return v;
 }
 
+// The lanes of v from `first` on into p[0], ..., p[count - 1].
 template <class T, class S>
-MVK_INLINE void store_partial(S* p, vec<T> v, int n) {
+MVK_INLINE void store_lanes(S* p, vec<T> v, int first, int count) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<S, float>) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-    return;
+  const auto mask = __mmask16(((1u << count) - 1) << first);
+  if constexpr (std::is_same_v<S, float>) return _mm512_mask_storeu_ps(p - first, mask, (__m512)v);
+  if constexpr (std::is_same_v<S, double>) return _mm512_mask_storeu_pd(p - first, __mmask8(mask), (__m512d)v);
+  if constexpr (sizeof(S) == 2) {
+    S lanes[W<T>];
+    store_as<T>(lanes, v);
+    return _mm256_mask_storeu_epi16(p - first, mask, _mm256_loadu_si256((const __m256i*)lanes));
   }
 #elif defined(__AVX2__)
-  if constexpr (std::is_same_v<S, float>) {
-    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes), (__m256)v);
-    return;
-  }
+  if constexpr (std::is_same_v<S, float>) return _mm256_maskstore_ps(p - first, lanes_mask(first, count), (__m256)v);
 #endif
   for (int i = 0; i < W<T>; ++i) {
-    if (i < n) from_float(v[i], p + i);
+    if (i >= first && i < first + count) from_float(v[i], p + (i - first));
   }
+}
+
+// The first n <= W lanes; the others are 0.
+template <class T, class S>
+MVK_INLINE vec<T> load_partial(const S* p, int n) {
+  return load_lanes<T>(vec<T>{}, p, 0, n);
+}
+template <class T, class S>
+MVK_INLINE void store_partial(S* p, vec<T> v, int n) {
+  store_lanes<T>(p, v, 0, n);
 }
 
 // ---- arithmetic across lanes ----
