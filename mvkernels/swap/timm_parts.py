@@ -10,6 +10,7 @@ from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_hooked, not_plain, replaced, unusual_call
+from mvkernels.swap.windows import other_windows
 
 WINDOW_PARTS = {
     "attn.qkv": nn.Linear,
@@ -29,9 +30,13 @@ def _other_mask(block: Any, x: Tensor) -> str:
     return ""
 
 
+def _other_windows(block: Any) -> str:
+    return other_windows(tuple(block.window_size), tuple(block.shift_size), block.attn.relative_position_index)
+
+
 def declines(block: Any, why_not: Callable[[Any], str], x: Tensor) -> str:
     """Why a Swin block's call on x (B, H, W, C) needs its original attention; empty if it does not."""
-    reason = unusual_call(x) or asked(why_not, block) or _other_mask(block, x)
+    reason = unusual_call(x) or asked(why_not, block) or _other_mask(block, x) or _other_windows(block)
     reason = reason or drops_attention(block.attn, block.attn.attn_drop)
     if reason:
         log_once(block, reason)

@@ -82,6 +82,12 @@ def test_windows_of_any_map(make, size, window, shift, falls_back):
 
 
 @pytest.mark.parametrize("make", [swin, swin_v2])
+def test_a_shift_of_a_window_is_the_originals(make, falls_back):
+    agree(make(shift_size=4), a_map(1, 8, 12, 12))
+    assert "its shift (4, 4) is not less than its window (4, 4)" in falls_back()[0]
+
+
+@pytest.mark.parametrize("make", [swin, swin_v2])
 def test_a_mask_made_for_each_map(make, falls_back):
     block = make(dynamic_mask=True)
     for size in ((8, 12), (4, 8), (9, 7), (3, 3)):

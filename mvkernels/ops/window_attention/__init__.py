@@ -109,12 +109,12 @@ def _check(
     sy, sx = checks.pair(_NAME, "shift", shift, least=0, most=None)
     if sy >= wh or sx >= ww:
         raise ValueError(f"{_NAME}: shift is {shift!r}, want less than window_size ({wh}, {ww})")
-    # No map is so large: what is less stays less.
-    wh, ww, sy, sx = (*(min(n, checks.LARGEST) for n in (wh, ww)), *(min(n, checks.LARGEST - 1) for n in (sy, sx)))
     query, key, value, bias = check(_NAME, query, key, value, bias)
     if bias is not None and bias.shape != (query.shape[1], wh * ww, wh * ww):
         wanted = f"want (heads, N, N) = ({query.shape[1]}, {wh * ww}, {wh * ww})"
         raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, {wanted}")
+    # No map is so large: what is less stays less.
+    wh, ww, sy, sx = (*(min(n, checks.LARGEST) for n in (wh, ww)), *(min(n, checks.LARGEST - 1) for n in (sy, sx)))
     scale = checks.number(_NAME, "scale", scale, query.shape[2] ** -0.5)
     return query, key, value, (wh, ww), (sy, sx), bias, scale
 
