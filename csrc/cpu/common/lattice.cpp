@@ -2,6 +2,7 @@
 #include "common/lattice.h"
 
 #include "common/blocks.h"
+#include "common/transpose.h"
 
 namespace mvk {
 namespace MVK_ISA {

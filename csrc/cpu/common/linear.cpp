@@ -2,6 +2,7 @@
 #include "common/linear.h"
 
 #include "common/blocks.h"
+#include "common/transpose.h"
 
 namespace mvk {
 namespace MVK_ISA {

@@ -7,6 +7,7 @@
 
 #include "common/lattice.h"
 #include "common/linear_attention.h"
+#include "common/transpose.h"
 
 namespace mvk {
 namespace MVK_ISA {

@@ -1,6 +1,8 @@
 // The products of few tokens with many pixels that are lanes.
 #include "common/pixels.h"
 
+#include "common/transpose.h"
+
 namespace mvk {
 namespace MVK_ISA {
 namespace {

@@ -5,6 +5,8 @@
 // convolutions into the gradient of qkv. Sums for the weights are kept for each unit, and added up in order: no atomics.
 #include "multiscale_linear_attention/multiscale_shared.h"
 
+#include "common/transpose.h"
+
 namespace mvk {
 namespace MVK_ISA {
 namespace {
