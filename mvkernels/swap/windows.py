@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def attend_in_windows(
 
 def other_windows(window: tuple[Any, ...], shift: tuple[Any, ...], index: Tensor) -> str:
     """Windows that the position biases are not for (the originals raise then), or that attention cannot have."""
-    if not all(isinstance(n, int) for n in (*window, *shift)):
+    if not all(isinstance(n, Integral) for n in (*window, *shift)):
         return f"its window {window} or its shift {shift} is not made of ints"
     if not all(0 <= by < size for by, size in zip(shift, window)):
         return f"its shift {shift} is not less than its window {window}"
