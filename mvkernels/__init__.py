@@ -2,6 +2,7 @@
 
 from mvkernels.dispatch.backend import BackendUnavailable, can_run, use_backend
 from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mobile
+from mvkernels.ops.inverted_residual import inverted_residual, pack_inverted_residual
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
 from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
@@ -25,9 +26,11 @@ __all__ = [
     "__version__",
     "can_run",
     "former_to_mobile",
+    "inverted_residual",
     "mobile_to_former",
     "multiscale_linear_attention",
     "nn",
+    "pack_inverted_residual",
     "patch_attention",
     "patch_transformer_layer",
     "relu_linear_attention",

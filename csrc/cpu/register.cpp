@@ -11,6 +11,7 @@
 #include "common/linear_attention_op.h"
 #include "common/mobile_former_op.h"
 #include "elementwise/elementwise_op.h"
+#include "inverted_residual/inverted_residual_op.h"
 #include "multiscale_linear_attention/multiscale_op.h"
 #include "patch_attention/patch_attention_op.h"
 #include "window_attention/window_attention_op.h"
@@ -87,6 +88,8 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("multiscale_linear_attention", &mvk::multiscale_linear_attention_forward<false>);
   m.impl("multiscale_linear_attention_forward", &mvk::multiscale_linear_attention_forward<true>);
   m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
+  m.impl("inverted_residual", &mvk::inverted_residual);
+  m.impl("inverted_residual_pack", &mvk::inverted_residual_pack);
   m.impl("norm_activation", &mvk::norm_activation);
   m.impl("norm_activation_", &mvk::norm_activation_);
   m.impl("pooled_difference", &mvk::pooled_difference);

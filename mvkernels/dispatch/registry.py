@@ -78,6 +78,8 @@ class Op:
     third_party: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     """Like ``peers``, but these need another package or a device. They import the package when they are called. They
     raise ImportError if it is missing, and NotOffered if it does not support the arguments."""
+    differentiable: bool = True
+    """Whether its kernels have a backward; else a call that records a gradient is the reference's."""
     composed: Composed | None = None
     """The same computation from other ops, if modules choose between the two."""
 

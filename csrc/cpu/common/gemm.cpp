@@ -48,6 +48,15 @@ static void tile(
   if (end.factor)
     each([&](vec<T>& x, const T*, int v) __attribute__((always_inline)) { x *= load<T>(end.factor + v * W<T>); });
   if (end.rectified) each([](vec<T>& x, const T*, int) __attribute__((always_inline)) { x = relu<T>(x); });
+  if (end.bias)
+    each([&](vec<T>& x, const T*, int v) __attribute__((always_inline)) { x += load<T>(end.bias + v * W<T>); });
+  if (end.plus) {
+    const T* row = end.plus;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m, row += end.ldp)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[m][v] += load<T>(row + v * W<T>);
+  }
   each([](vec<T>& x, T* row, int v) __attribute__((always_inline)) { store<T>(row + v * W<T>, x); });
   if (end.top) {
     vec<T> most[V];

@@ -10,15 +10,26 @@ namespace MVK_ISA {
 enum class Start { zero, from };  // a product adds to 0 or to what is there
 constexpr Start start_if(bool there) { return there ? Start::from : Start::zero; }
 
-// What is done to a product as it is stored.
+// What is done to a product as it is stored, in this order.
 template <class T>
 struct End {
   Start start = Start::zero;
   const T* factor = nullptr;  // column n is multiplied by factor[n]
   bool rectified = false;     // relu; NaN stays
   T* top = nullptr;           // top[n] becomes at least every element of column n
+  const T* bias = nullptr;    // bias[n] is added to column n
+  const T* plus = nullptr;    // plus[m * ldp + n] is added to row m, column n
+  int64_t ldp = 0;
 
-  End at(int64_t col) const { return {start, factor ? factor + col : nullptr, rectified, top ? top + col : nullptr}; }
+  End at(int64_t col) const {
+    auto from = [&](auto* p) { return p ? p + col : nullptr; };
+    return {start, from(factor), rectified, from(top), from(bias), from(plus), ldp};
+  }
+  End below(int64_t row) const {
+    End end = *this;
+    if (plus) end.plus += row * ldp;
+    return end;
+  }
 };
 
 // c[m][n] = end(sum_k a[m * am + k * ak] * b[k * ldb + n]) for the rows and vectors of a tile; am is 1 if Adjacent, else ak is.
@@ -78,7 +89,7 @@ static void product_rows(
   const Tiles tiles(rows, rows_of_tile(vectors));
   Tile<T>* const* tile = TilesByWidth<T, false>::of[vectors - 1] - 1;
   tiles.each([&](int r, int64_t m) {
-    tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, end);
+    tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, end.below(m));
     between.between_tiles(tiles.count);
   });
 }

@@ -3,13 +3,11 @@
 
 #include <cstdint>
 
+#include "common/activations.h"
 #include "common/each_isa.h"
 #include "common/map.h"
 
 namespace mvk {
-
-// As _ACTIVATIONS in mvkernels/swap/folding/elementwise.py.
-enum class Activation : int64_t { identity, relu, silu, hardswish, gelu };
 
 // A dense float32 map (B, C, H, W) and its like.
 struct Maps {

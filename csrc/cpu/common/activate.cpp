@@ -1,0 +1,47 @@
+// Activations of rows in scratch memory, for kernels that have just written them and keep them in L1.
+#include "common/activate.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+template <Activation f>
+MVK_INLINE void activate_rows_of(float* p, int64_t rows, int64_t vectors, int64_t ld) {
+  if (rows > 1 && ld == vectors * W<float>) vectors *= rows, rows = 1;
+  for (; rows > 0; --rows, p += ld) {
+    int64_t v = 0;
+    auto some = [&](auto count) __attribute__((always_inline)) {
+      constexpr int U = decltype(count)::value;
+      vf x[U];
+      for (int u = 0; u < U; ++u) x[u] = load<float>(p + (v + u) * W<float>);
+      activate<f, U>(x);
+      for (int u = 0; u < U; ++u) store<float>(p + (v + u) * W<float>, x[u]);
+      v += U;
+    };
+    while (v + 4 <= vectors) some(std::integral_constant<int, 4>{});
+    while (v + 2 <= vectors) some(std::integral_constant<int, 2>{});
+    if (v < vectors) some(std::integral_constant<int, 1>{});
+  }
+}
+
+}  // namespace
+
+void activate_rows(Activation f, float* p, int64_t rows, int64_t vectors, int64_t ld) {
+  switch (f) {
+    case Activation::relu:
+      return activate_rows_of<Activation::relu>(p, rows, vectors, ld);
+    case Activation::silu:
+      return activate_rows_of<Activation::silu>(p, rows, vectors, ld);
+    case Activation::hardswish:
+      return activate_rows_of<Activation::hardswish>(p, rows, vectors, ld);
+    case Activation::gelu:
+      return activate_rows_of<Activation::gelu>(p, rows, vectors, ld);
+    case Activation::relu6:
+      return activate_rows_of<Activation::relu6>(p, rows, vectors, ld);
+    case Activation::identity:
+      return;
+  }
+}
+
+}  // namespace MVK_ISA
+}  // namespace mvk

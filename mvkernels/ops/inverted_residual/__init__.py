@@ -1,0 +1,220 @@
+"""The inverted residual of MobileNetV2 at inference: expansion, depthwise convolution and projection in one kernel."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.registry import Op, register
+from mvkernels.ops.common import activations
+from mvkernels.ops.inverted_residual import operators, suite
+from mvkernels.ops.inverted_residual.reference import Weights
+from mvkernels.ops.inverted_residual.reference import inverted_residual as reference
+
+__all__ = ["OP", "inverted_residual", "pack_inverted_residual"]
+
+_NAME = "inverted_residual"
+_KERNELS = (3, 5)
+
+
+def inverted_residual(
+    x: Tensor,
+    expand: Weights | None,
+    depthwise: Weights,
+    project: Weights,
+    *,
+    stride: int = 1,
+    activation: str | None = "silu",
+    residual: bool = False,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A 1 x 1 convolution to more channels, a depthwise one of them and a 1 x 1 convolution to few, at inference.
+
+    The block of MobileNetV2 (arXiv 1801.04381, section 3.3), with its norms folded into the convolutions::
+
+        hidden = f(depthwise(f(expand(x))))
+        out = project(hidden)  (+ x)
+
+    The hidden map, several times as large as x, stays in the processor's cache. There is no backward: a call that
+    records a gradient is the reference's.
+
+    Args:
+        x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
+            read in place; others are copied once.
+        expand: (weight, bias) of the expansion, (C_hidden, C, 1, 1) and (C_hidden,) or None; or None where the
+            depthwise convolution is the first one.
+        depthwise: weight (C_hidden, 1, k, k) with an odd k, and bias (C_hidden,) or None. Its padding is k // 2.
+        project: weight (C_out, C_hidden, 1, 1) and bias (C_out,) or None.
+        stride: of the depthwise convolution, 1 or 2.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None, after the first two convolutions.
+        residual: whether x is added to the result: for a stride of 1, and C_out = C.
+        packed: what :func:`pack_inverted_residual` made of the same weights, for the C++ backend, which packs them in
+            every call otherwise.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
+
+    Returns:
+        Feature map (B, C_out, ceil(H / stride), ceil(W / stride)) in the dtype of the inputs (float32, float16,
+        bfloat16 or float64), dense: channels-last if the stride of x over its channels is 1, else channels-first. Sums
+        are computed in float32 or higher.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, C, H or W is 0, the kernel is even, the stride is
+            not 1 or 2, the activation is unknown, or the residual does not fit.
+        BackendUnavailable: the backend that was asked for cannot run this call.
+    """
+    arguments = _check(x, expand, depthwise, project, stride, activation, residual, packed)
+    if choose(OP, backend, arguments) == "reference":
+        return reference(*arguments)
+    x, expand, depthwise, project, stride, activation, residual, packed = arguments
+    if packed is None:
+        packed = _pack(expand, depthwise, project)
+    hidden, kernel = depthwise[0].shape[0], depthwise[0].shape[-1]
+    settings = (expand is not None, stride, activations.CODES[activation], residual)
+    pixels = x if checks.channels_last(x) else x.contiguous(memory_format=torch.channels_last)
+    out: Tensor = operators.forward(pixels, packed, hidden, project[0].shape[0], kernel, *settings)
+    return out if pixels is x else checks.lay_as(out, x)
+
+
+def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
+    """The weights of :func:`mvkernels.inverted_residual` as its C++ kernel reads them, for its argument ``packed``.
+
+    It is a copy: pack again when a weight has changed. What it holds is for this process only, since it depends on the
+    processor's instruction set.
+
+    Args:
+        expand, depthwise, project: as in :func:`mvkernels.inverted_residual`, float32 on a CPU.
+
+    Returns:
+        A tensor of one axis, float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`mvkernels.inverted_residual`.
+        BackendUnavailable: there is no C++ kernel for these weights.
+    """
+    _, expand, depthwise, project = _tensors(None, expand, depthwise, project)
+    _shapes(expand, depthwise, project)
+    reason = _why_not_packed(expand, depthwise, project)
+    if reason:
+        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
+    return _pack(expand, depthwise, project)
+
+
+def _pack(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
+    given = [None if t is None else t.contiguous() for pair in (expand or (None, None), depthwise, project) for t in pair]
+    packed: Tensor = operators.pack(*given)
+    return packed
+
+
+def _check(
+    x: Tensor,
+    expand: Any,
+    depthwise: Any,
+    project: Any,
+    stride: Any = 1,
+    activation: Any = "silu",
+    residual: Any = False,
+    packed: Tensor | None = None,
+) -> tuple[Any, ...]:
+    x, expand, depthwise, project = _tensors(x, expand, depthwise, project)
+    if not isinstance(stride, int) or isinstance(stride, bool):
+        raise TypeError(f"{_NAME}: stride is {stride!r}, want 1 or 2")
+    if stride not in (1, 2):
+        raise ValueError(f"{_NAME}: stride is {stride}, want 1 or 2")
+    if not isinstance(residual, bool):
+        raise TypeError(f"{_NAME}: residual is {residual!r}, want a bool")
+    if packed is not None and not isinstance(packed, Tensor):
+        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
+    activations.check(_NAME, activation)
+    checks.rank(_NAME, "x", x, "(B, C, H, W)")
+    checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
+    inputs, outputs = _shapes(expand, depthwise, project)
+    if x.shape[1] != inputs:
+        raise ValueError(f"{_NAME}: x has {x.shape[1]} channels, its first weight is for {inputs}")
+    if residual and (stride != 1 or inputs != outputs):
+        found = f"stride is {stride} and channels go from {inputs} to {outputs}"
+        raise ValueError(f"{_NAME}: a residual needs a stride of 1 and as many channels as before, but {found}")
+    return x, expand, depthwise, project, index(stride), activation, residual, packed
+
+
+def _tensors(x: Any, expand: Any, depthwise: Any, project: Any) -> tuple[Any, ...]:
+    """All of them after autocast; x may be missing."""
+    named: dict[str, Any] = {} if x is None else {"x": x}
+    pairs = {"expand": expand, "depthwise": depthwise, "project": project}
+    for name, pair in pairs.items():
+        if pair is None and name == "expand":
+            continue
+        if not isinstance(pair, (tuple, list)):
+            raise TypeError(f"{_NAME}: {name} is a {type(pair).__name__}, want a pair (weight, bias)")
+        if len(pair) != 2:
+            raise ValueError(f"{_NAME}: {name} has {len(pair)} parts, want (weight, bias)")
+        named |= {f"{name}[{i}]": part for i, part in enumerate(pair) if i == 0 or part is not None}
+    cast = dict(zip(named, checks.autocast(*named.values())))
+    if not checks.alike(*cast.values()):
+        checks.tensors(_NAME, **cast)
+    found = [None if pair is None else (cast[f"{n}[0]"], cast.get(f"{n}[1]")) for n, pair in pairs.items()]
+    return (cast.get("x"), *found)
+
+
+def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tuple[int, int]:
+    """Channels before and after the block whose weights these are."""
+    for name, pair in (("expand", expand), ("depthwise", depthwise), ("project", project)):
+        if pair is not None:
+            checks.rank(_NAME, f"{name}[0]", pair[0], "(C_out, C_in, k, k)")
+    hidden, _, kernel, _ = depthwise[0].shape
+    outputs = project[0].shape[0]
+    inputs = hidden if expand is None else expand[0].shape[1]
+    if kernel % 2 == 0 or 0 in (hidden, inputs, outputs):
+        raise ValueError(
+            f"{_NAME}: depthwise[0] is {checks.shape(depthwise[0])}, project[0] {checks.shape(project[0])}, "
+            "want an odd kernel and no channels of 0"
+        )
+    wanted = {
+        "expand": (expand, (hidden, inputs, 1, 1)),
+        "depthwise": (depthwise, (hidden, 1, kernel, kernel)),
+        "project": (project, (outputs, hidden, 1, 1)),
+    }
+    for name, (pair, shape) in wanted.items():
+        for i, size in enumerate((shape, shape[:1])):
+            if pair is not None and pair[i] is not None and pair[i].shape != size:
+                raise ValueError(f"{_NAME}: {name}[{i}] is {checks.shape(pair[i])}, want {size}")
+    return inputs, outputs
+
+
+def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights) -> str | None:
+    weight = depthwise[0]
+    if weight.dtype != torch.float32:
+        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
+    if weight.shape[-1] not in _KERNELS:
+        return f"the depthwise kernel is {weight.shape[-1]}, want 3 or 5"
+    return extension.why_not(weight)
+
+
+def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *_: Any) -> str | None:
+    tensors = [x, *(expand or ()), *depthwise, *project]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "a gradient is recorded, and the C++ kernel has no backward"
+    return _why_not_packed(expand, depthwise, project)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=inverted_residual,
+        reference=reference,
+        check=_check,
+        maps=("x",),
+        why_not={"cpp": _why_not_cpp},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+        differentiable=False,
+    )
+)

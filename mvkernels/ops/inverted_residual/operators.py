@@ -1,0 +1,57 @@
+"""The inverted residual and the packing of its weights as torch operators of the C++ extension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mvkernels.dispatch import flops, library
+
+_NAME = "inverted_residual"
+_WIDEST = 32
+"""Columns of the widest panel of an instruction set: packed weights have one size on all of them."""
+_HEADER = 16
+
+
+def _fake_pack(
+    expand: Tensor | None,
+    expand_bias: Tensor | None,
+    depthwise: Tensor,
+    depthwise_bias: Tensor | None,
+    project: Tensor,
+    project_bias: Tensor | None,
+) -> Tensor:
+    def wide(channels: int) -> int:
+        return (channels + _WIDEST - 1) // _WIDEST * _WIDEST
+
+    hidden, outputs, taps = depthwise.shape[0], project.shape[0], depthwise.shape[2] ** 2
+    size = _HEADER + wide(hidden) * (taps + 1) + wide(outputs) * (hidden + 1)
+    return depthwise.new_empty(size + (0 if expand is None else wide(hidden) * (expand.shape[1] + 1)))
+
+
+def _size(x: Any, stride: int) -> tuple[int, int, int]:
+    """Batch and sides of the result, for the size of a map."""
+    b, _, height, width = x
+    return b, (height - 1) // stride + 1, (width - 1) // stride + 1
+
+
+def _fake(x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any) -> Tensor:
+    return x.new_empty((*_size(x.shape, stride), outputs)).permute(0, 3, 1, 2)
+
+
+def _count(
+    x: flops.Shape, packed: Any, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any
+) -> int:
+    b, height, width = _size(x, stride)
+    expansion = b * x[2] * x[3] * hidden * x[1] if expands else 0
+    return 2 * (expansion + b * height * width * hidden * (kernel**2 + outputs))
+
+
+_WEIGHTS = "(Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor project, "
+_WEIGHTS += "Tensor? project_bias) -> Tensor"
+pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
+
+_CALL = "(Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, "
+_CALL += "bool residual) -> Tensor"
+forward = library.define("cpp", _NAME, _CALL, _fake, count=_count)
