@@ -19,7 +19,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 8;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 9;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
