@@ -39,6 +39,7 @@ class Tensor {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+  AtenTensorHandle handle() const { return handle_; }
   explicit operator bool() const { return handle_; }
 
   void* data() const {
@@ -118,6 +119,26 @@ Tensor empty_map(const Tensor& like, int64_t dim) {
   auto at_least_1 = [](int64_t size) { return std::max<int64_t>(size, 1); };
   const int64_t x = at_least_1(n[1]) * at_least_1(dim), y = x * at_least_1(n[4]), b = y * at_least_1(n[3]);
   return empty(sizes, {b, at_least_1(dim), 1, y, x}, like.dtype());
+}
+
+// Elements of one dtype and shape. The storages are asked for first, for PyTorch's own copy reads one that was freed.
+void copy(const Tensor& from, const Tensor& to) {
+  from.data(), to.data();
+  check(aoti_torch_copy_(to.handle(), from.handle(), 0));
+}
+
+// The tensor, or a contiguous copy of it.
+Tensor contiguous(Tensor t) {
+  int64_t size = 1;
+  bool already = true;
+  for (int64_t i = t.dim(); i--;) {
+    already = already && (t.sizes()[i] == 1 || t.strides()[i] == size);
+    size *= t.sizes()[i];
+  }
+  if (already) return t;
+  Tensor out = empty({t.sizes(), t.sizes() + t.dim()}, t.dtype());
+  copy(t, out);
+  return out;
 }
 
 Map map(const Tensor& t) {

@@ -34,6 +34,8 @@ static void pack_bias(const float* from, int64_t columns, float* to) {
 static void pack(const InvertedResidualWeights& w) {
   const InvertedResidualSizes& s = w.sizes;
   static_assert(sizeof s <= s.kHeader * sizeof(float));
+  memset(w.packed, 0, s.kHeader * sizeof(float));
+  memset(w.packed + s.end(), 0, (s.count() - s.end()) * sizeof(float));
   memcpy(w.packed, &s, sizeof s);
   if (s.expands) {
     pack_panels(w.expand, s.hidden, s.inputs, w.packed + s.expand());

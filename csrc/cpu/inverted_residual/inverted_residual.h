@@ -24,7 +24,7 @@ struct InvertedResidualSizes {
   MVK_SHARED int64_t project() const { return depthwise_bias() + panels(hidden) * panel; }
   MVK_SHARED int64_t project_bias() const { return project() + panels(outputs) * panel * hidden; }
   MVK_SHARED int64_t end() const { return project_bias() + panels(outputs) * panel; }
-  // Elements of packed weights: the same for all instruction sets, as _fake_pack in mvkernels/ops/inverted_residual/operators.py.
+  // Elements of packed weights: the same for all instruction sets, as packed_size in mvkernels/ops/inverted_residual/operators.py.
   MVK_SHARED int64_t count() const {
     InvertedResidualSizes widest = *this;
     widest.panel = 32;

@@ -69,6 +69,7 @@ def inverted_residual(
         ValueError: shapes do not match, dtypes or devices differ, C, H or W is 0, the kernel is even, the stride is
             not 1 or 2, the activation is unknown, or the residual does not fit.
         BackendUnavailable: the backend that was asked for cannot run this call.
+        RuntimeError: ``packed`` is of weights of other sizes, or was packed under another instruction set.
     """
     arguments = _check(x, expand, depthwise, project, stride, activation, residual, packed)
     if choose(OP, backend, arguments) == "reference":
@@ -78,9 +79,8 @@ def inverted_residual(
         packed = _pack(expand, depthwise, project)
     hidden, kernel = depthwise[0].shape[0], depthwise[0].shape[-1]
     settings = (expand is not None, stride, activations.CODES[activation], residual)
-    pixels = x if checks.channels_last(x) else x.contiguous(memory_format=torch.channels_last)
-    out: Tensor = operators.forward(pixels, packed, hidden, project[0].shape[0], kernel, *settings)
-    return out if pixels is x else checks.lay_as(out, x)
+    out: Tensor = operators.forward(x, packed, hidden, project[0].shape[0], kernel, *settings)
+    return out
 
 
 def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
@@ -99,7 +99,7 @@ def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: 
         TypeError, ValueError: as :func:`mvkernels.inverted_residual`.
         BackendUnavailable: there is no C++ kernel for these weights.
     """
-    _, expand, depthwise, project = _tensors(None, expand, depthwise, project)
+    expand, depthwise, project = _tensors({}, expand, depthwise, project)
     _shapes(expand, depthwise, project)
     reason = _why_not_packed(expand, depthwise, project)
     if reason:
@@ -108,8 +108,7 @@ def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: 
 
 
 def _pack(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
-    given = [None if t is None else t.contiguous() for pair in (expand or (None, None), depthwise, project) for t in pair]
-    packed: Tensor = operators.pack(*given)
+    packed: Tensor = operators.pack(*(expand or (None, None)), *depthwise, *project)
     return packed
 
 
@@ -123,15 +122,13 @@ def _check(
     residual: Any = False,
     packed: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    x, expand, depthwise, project = _tensors(x, expand, depthwise, project)
+    x, expand, depthwise, project = _tensors({"x": x}, expand, depthwise, project)
     if not isinstance(stride, int) or isinstance(stride, bool):
         raise TypeError(f"{_NAME}: stride is {stride!r}, want 1 or 2")
     if stride not in (1, 2):
         raise ValueError(f"{_NAME}: stride is {stride}, want 1 or 2")
     if not isinstance(residual, bool):
         raise TypeError(f"{_NAME}: residual is {residual!r}, want a bool")
-    if packed is not None and not isinstance(packed, Tensor):
-        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
     activations.check(_NAME, activation)
     checks.rank(_NAME, "x", x, "(B, C, H, W)")
     checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
@@ -141,12 +138,25 @@ def _check(
     if residual and (stride != 1 or inputs != outputs):
         found = f"stride is {stride} and channels go from {inputs} to {outputs}"
         raise ValueError(f"{_NAME}: a residual needs a stride of 1 and as many channels as before, but {found}")
+    if packed is not None:
+        _check_packed(packed, x, expand, depthwise, project)
     return x, expand, depthwise, project, index(stride), activation, residual, packed
 
 
-def _tensors(x: Any, expand: Any, depthwise: Any, project: Any) -> tuple[Any, ...]:
-    """All of them after autocast; x may be missing."""
-    named: dict[str, Any] = {} if x is None else {"x": x}
+def _check_packed(packed: Any, x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights) -> None:
+    """As far as that can be seen from outside: the kernel compares what is written in it."""
+    checks.tensors(_NAME, packed=packed)
+    if packed.dtype != torch.float32:
+        raise TypeError(f"{_NAME}: packed has dtype {checks.short(packed.dtype)}, want float32")
+    size = operators.packed_size(expand and expand[0], depthwise[0], project[0])
+    if packed.device != x.device or packed.shape != (size,) or packed.stride(0) != 1:
+        found = f"{checks.shape(packed)} on {packed.device}"
+        raise ValueError(f"{_NAME}: packed is {found}, want what pack_inverted_residual makes of these weights")
+
+
+def _tensors(maps: dict[str, Any], expand: Any, depthwise: Any, project: Any) -> tuple[Any, ...]:
+    """All of them after autocast."""
+    named = dict(maps)
     pairs = {"expand": expand, "depthwise": depthwise, "project": project}
     for name, pair in pairs.items():
         if pair is None and name == "expand":
@@ -160,7 +170,7 @@ def _tensors(x: Any, expand: Any, depthwise: Any, project: Any) -> tuple[Any, ..
     if not checks.alike(*cast.values()):
         checks.tensors(_NAME, **cast)
     found = [None if pair is None else (cast[f"{n}[0]"], cast.get(f"{n}[1]")) for n, pair in pairs.items()]
-    return (cast.get("x"), *found)
+    return (*(cast[name] for name in maps), *found)
 
 
 def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tuple[int, int]:

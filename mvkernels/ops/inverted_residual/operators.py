@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvkernels.dispatch import flops, library
+from mvkernels.dispatch import checks, flops, library
 
 _NAME = "inverted_residual"
 _WIDEST = 32
@@ -14,20 +14,21 @@ _WIDEST = 32
 _HEADER = 16
 
 
-def _fake_pack(
-    expand: Tensor | None,
-    expand_bias: Tensor | None,
-    depthwise: Tensor,
-    depthwise_bias: Tensor | None,
-    project: Tensor,
-    project_bias: Tensor | None,
-) -> Tensor:
+def packed_size(expand: Tensor | None, depthwise: Tensor, project: Tensor) -> int:
+    """Elements of these weights packed: as ``count`` in csrc/cpu/inverted_residual/inverted_residual.h."""
+
     def wide(channels: int) -> int:
         return (channels + _WIDEST - 1) // _WIDEST * _WIDEST
 
     hidden, outputs, taps = depthwise.shape[0], project.shape[0], depthwise.shape[2] ** 2
     size = _HEADER + wide(hidden) * (taps + 1) + wide(outputs) * (hidden + 1)
-    return depthwise.new_empty(size + (0 if expand is None else wide(hidden) * (expand.shape[1] + 1)))
+    return size if expand is None else size + wide(hidden) * (expand.shape[1] + 1)
+
+
+def _fake_pack(
+    expand: Tensor | None, expand_bias: Any, depthwise: Tensor, depthwise_bias: Any, project: Tensor, project_bias: Any
+) -> Tensor:
+    return depthwise.new_empty(packed_size(expand, depthwise, project))
 
 
 def _size(x: Any, stride: int) -> tuple[int, int, int]:
@@ -37,7 +38,10 @@ def _size(x: Any, stride: int) -> tuple[int, int, int]:
 
 
 def _fake(x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any) -> Tensor:
-    return x.new_empty((*_size(x.shape, stride), outputs)).permute(0, 3, 1, 2)
+    b, height, width = _size(x.shape, stride)
+    if checks.channels_last(x):
+        return x.new_empty((b, height, width, outputs)).permute(0, 3, 1, 2)
+    return x.new_empty((b, outputs, height, width))
 
 
 def _count(
