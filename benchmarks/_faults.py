@@ -83,9 +83,9 @@ def _pixel(func: Any, first: Tensor, second: Any, **kwargs: Any) -> Tensor:
 FAULTS: dict[str, tuple[str, Sequence[Any], Callable[..., Any]]] = {
     "term": ("one term of a sum is left out", _SUMS, _term),
     "half": ("a sum ends up in float16", _SUMS, _each(lambda t: t.half().to(t.dtype))),
-    "tf32": ("the operands of a product have 11 bits", _PRODUCTS, _tf32),
+    "tf32": ("the operands of a product have 11 bits", (*_PRODUCTS, *_CONVOLUTIONS), _tf32),
     "scale": ("a sum is 1.0001 times too large", _SUMS, _each(lambda t: t * (1 + 1e-4))),
-    "row": ("the last row of a product is its neighbour's", _PRODUCTS, _each(_neighbour)),
+    "row": ("the last row of a product is its neighbour's", (*_PRODUCTS, *_CONVOLUTIONS), _each(_neighbour)),
     "pixel": ("an addition (of a bias, or the residual) misses one element", (_aten.add.Tensor,), _pixel),
     "delta": (
         "the row's sum is not subtracted in the gradient of softmax",

@@ -142,6 +142,13 @@ def check_backends(op: str, backends: Sequence[str], device: str) -> None:
             raise UsageError(f"{op}: backend {backend} cannot run: {reason}")
 
 
+def ops_with(backends: Sequence[str]) -> list[str]:
+    """The ops that are meant where none is named: those with a kernel on each of these backends; all if none has."""
+    from mvkernels.dispatch.registry import OPS
+
+    return [n for n, op in OPS.items() if all(b == "reference" or b in op.why_not for b in backends)] or list(OPS)
+
+
 def version_of(package: str) -> str:
     """The version of an installed package; empty if it is not installed."""
     try:

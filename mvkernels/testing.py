@@ -287,14 +287,14 @@ def check(
         op: the op, an entry of ``mvkernels.dispatch.registry.OPS``.
         arguments: the op's arguments by name, without ``backend``.
         backend: name of the backend.
-        backward: whether to compare the gradients too.
+        backward: whether to compare the gradients too, where the op has a backward on this backend.
         function: function to call in place of the op's own, such as a compiled one.
 
     Returns:
         A list of :class:`Comparison`, the output first. Kernels run on buffers filled with NaN (:func:`poisoned`).
     """
     arguments = normalised(op, arguments)
-    wanted = list(tensors_in(arguments)) if backward else []
+    wanted = list(tensors_in(arguments)) if backward and op.has_backward(backend) else []
     call = function or op.function
     held, cotangent = yardstick(op, arguments, wanted)
     with poisoned():

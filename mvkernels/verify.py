@@ -86,10 +86,10 @@ def verify(
     suite: str = "small",
     device: str = "cpu",
 ) -> Result:
-    """Check the outputs and gradients of ops against the float64 reference.
+    """Check the outputs of ops, and the gradients where there is a backward, against the float64 reference.
 
     Args:
-        ops: names of ops; none for all.
+        ops: names of ops; none for all that have kernels on these backends.
         backends: names of backends; none for all that can run.
         dtypes: names of dtypes: "float32", "float16", "bfloat16", "float64".
         suite: shapes to run: "small" or "full".
@@ -105,12 +105,13 @@ def verify(
         if name not in OPS:
             raise report.UsageError(f"unknown op {name!r}, want one of {', '.join(OPS)}")
     report.check_device(device)
-    for name in ops or OPS:
+    ops = ops or report.ops_with(backends)
+    for name in ops:
         report.check_backends(name, backends, device)
     result = Result()
     work = [
         (OPS[name], backend, dtype, shape, strides, make)
-        for name in ops or OPS
+        for name in ops
         for shape, strides, make in inputs(OPS[name], suite)
         for dtype in dtypes
         for backend in backends or BACKENDS

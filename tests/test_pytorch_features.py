@@ -17,8 +17,11 @@ from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
 from mvkernels.swap import swap
 from tests.ops import test_contract_all as contract
-from tests.ops.test_contract_all import NATIVE, tensors_of
+from tests.ops.test_contract_all import differentiable, native, tensors_of
 from tests.swap.conftest import randomise, timm_block, transformers_block
+
+
+NATIVE, NATIVE64 = differentiable(native()), differentiable(native(torch.float64))
 
 
 def example(name, dtype=torch.float32, batch=2, size=(4, 6)):
@@ -26,7 +29,7 @@ def example(name, dtype=torch.float32, batch=2, size=(4, 6)):
     arguments = contract.example(name, dtype, batch, size)
     for key, value in arguments.items():
         if isinstance(value, (list, tuple)):
-            arguments[key] = [v.to(dtype) if isinstance(v, torch.Tensor) else v for v in value]
+            arguments[key] = type(value)(v.to(dtype) if isinstance(v, torch.Tensor) else v for v in value)
         elif isinstance(value, torch.Tensor) and key in OPS[name].maps and value.dim() == 4:
             generator = torch.Generator().manual_seed(0)
             arguments[key] = torch.randn(batch, value.shape[1], *size, generator=generator).to(dtype)
@@ -50,7 +53,7 @@ COTANGENTS = {
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("name", "backend"), NATIVE)
+@pytest.mark.parametrize(("name", "backend"), NATIVE64)
 def test_cotangents_of_any_strides(name, backend):
     arguments = example(name, torch.float64)
     inputs = leaves(arguments)
@@ -119,7 +122,7 @@ def test_a_scaled_step_under_autocast(name, backend, dtype):
     assert any(not torch.equal(before[key], value) for key, value in inputs.items())
 
 
-@pytest.mark.parametrize(("name", "backend"), NATIVE)
+@pytest.mark.parametrize(("name", "backend"), NATIVE64)
 def test_mixed_requires_grad(name, backend):
     """Every subset of two: gradients for these, none for the others, the same as when all are wanted."""
     arguments = example(name, torch.float64)
@@ -136,9 +139,14 @@ def test_mixed_requires_grad(name, backend):
                 torch.testing.assert_close(value.grad, every[key].grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_no_recompilation_past_the_first_dynamic_one(name):
-    """Sizes that change without being announced: one static graph, one dynamic graph, and no more."""
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [(name, True) for name in OPS] + [(name, False) for name in OPS if not OPS[name].differentiable],
+)
+def test_no_recompilation_past_the_first_dynamic_one(name, recorded):
+    """Sizes that change without being announced: one static graph, one dynamic graph, and no more.
+
+    Without a gradient too where the kernel is taken only then."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(
@@ -146,6 +154,9 @@ def test_no_recompilation_past_the_first_dynamic_one(name):
     )
     for batch, size in ((5, (10, 8)), (3, (12, 14)), (4, (6, 16)), (7, (18, 10))):
         arguments = example(name, batch=batch, size=size)
+        if not recorded:
+            compiled(arguments)
+            continue
         compiled(testing.with_tensors(arguments, leaves(arguments))).square().sum().backward()
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
@@ -169,9 +180,10 @@ class _NoQuestions(TorchDispatchMode):
 def test_no_op_waits_for_the_device(name, backend):
     arguments = example(name, batch=1, size=(2, 4))
     inputs = leaves(arguments)
-    with _NoQuestions():
+    with _NoQuestions(), torch.set_grad_enabled(OPS[name].has_backward(backend)):
         out = call(name, testing.with_tensors(arguments, inputs), backend)
-        torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
+        if out.requires_grad:
+            torch.autograd.grad(out, list(inputs.values()), torch.ones_like(out))
     with pytest.raises(AssertionError, match="waits for the device"), _NoQuestions():
         out.sum().item()
 

@@ -52,7 +52,8 @@ class Result:
     rows: list[Row] = field(default_factory=list)
     rates: dict[str, timing.Rates] = field(default_factory=dict)
     not_run: dict[str, str] = field(default_factory=dict)
-    """Backends that were not asked for by name and cannot run, with the reason."""
+    """What is not measured, with the reason: backends that were not asked for by name and cannot run; and modes that
+    need a backward, and backends that were asked for, where an op's kernels have none."""
 
     @property
     def wrong(self) -> list[Row]:
@@ -70,7 +71,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
         raise report.UsageError("no shape of the suite matches the options")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    result, progress = Result(), report.Progress(len(cases))
+    result, progress = Result(not_run=_left_out(options)), report.Progress(len(cases))
     try:
         where, triton = report.machine(options.device), report.version_of("triton")
         for op, case, layout, batch, name, mode in cases:
@@ -91,7 +92,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
                 "triton": triton,
             }
             arguments = case.make(batch=batch, dtype=getattr(torch, name), device=options.device, layout=layout)
-            backends, reasons = _backends(op, arguments, options)
+            backends, reasons = _backends(op, arguments, options, mode)
             result.not_run.update(reasons)
             if mode != "fwd":
                 for value in testing.tensors_in(arguments).values():
@@ -112,10 +113,17 @@ Item = tuple[Op, Case, str, int, str, str]
 
 
 def work(options: Options) -> Iterator[Item]:
-    """What there is to measure, whatever is named twice once. Raises UsageError for an op that is not known."""
-    for name in dict.fromkeys(options.ops or OPS):
+    """What there is to measure, whatever is named twice once.
+
+    Of an op whose kernels have no backward, only the forward, unless the reference is asked for by name. Raises
+    UsageError for an op that is not known, and for one of which the modes leave nothing.
+    """
+    for name in _asked(options):
         if name not in OPS:
             raise report.UsageError(f"bench: unknown op {name!r}, want one of {', '.join(OPS)}")
+        modes = [mode for mode in dict.fromkeys(options.modes) if _measured(OPS[name], mode, options)]
+        if options.ops and not modes:
+            raise report.UsageError(f"bench: {name}: {_NO_BACKWARD}, want --mode fwd, or --backend reference")
         for case in OPS[name].suite(options.suite):
             if options.labels and not any(part in f"{case.model} {case.label}" for part in options.labels):
                 continue
@@ -124,8 +132,26 @@ def work(options: Options) -> Iterator[Item]:
                     continue
                 for batch in dict.fromkeys(options.batches):
                     for dtype in dict.fromkeys(options.dtypes):
-                        for mode in dict.fromkeys(options.modes):
+                        for mode in modes:
                             yield OPS[name], case, layout, batch, dtype, mode
+
+
+_NO_BACKWARD = "its kernels have no backward"
+
+
+def _asked(options: Options) -> list[str]:
+    return list(dict.fromkeys(options.ops or report.ops_with(options.backends)))
+
+
+def _measured(op: Op, mode: str, options: Options) -> bool:
+    """Whether any backend that is asked for, or any kernel, has what the mode needs."""
+    return mode == "fwd" or op.differentiable or any(op.has_backward(b) for b in options.backends)
+
+
+def _left_out(options: Options) -> dict[str, str]:
+    """The modes of ops that :func:`work` passes over."""
+    pairs = ((name, mode) for name in _asked(options) for mode in dict.fromkeys(options.modes))
+    return {f"{name} {mode}": _NO_BACKWARD for name, mode in pairs if not _measured(OPS[name], mode, options)}
 
 
 def _measure_case(
@@ -190,10 +216,12 @@ def _memory(work: Callable[[], Any], device: str) -> tuple[int | None, int | Non
     return peak, timing.peak_resident(work) if torch.device(device).type == "cpu" else None
 
 
-def _backends(op: Op, arguments: Mapping[str, Any], options: Options) -> tuple[list[str], dict[str, str]]:
+def _backends(op: Op, arguments: Mapping[str, Any], options: Options, mode: str) -> tuple[list[str], dict[str, str]]:
     """Who of this library runs: those named, else every kernel that can, else the reference; and why not the others."""
     if options.backends:
-        return list(dict.fromkeys(options.backends)), {}
+        named = dict.fromkeys(options.backends)
+        without = {b: f"{op.name}: {_NO_BACKWARD}" for b in named if mode != "fwd" and not op.has_backward(b)}
+        return [b for b in named if b not in without], without
     checked = op.check(**arguments)
     reasons = {b: reason_against(op, b, checked) for b in BACKENDS if b in op.why_not}
     able = [b for b, reason in reasons.items() if not reason]
@@ -202,9 +230,9 @@ def _backends(op: Op, arguments: Mapping[str, Any], options: Options) -> tuple[l
 
 def candidates(item: Item, options: Options) -> list[str]:
     """The backends of this library that are measured on one shape."""
-    op, case, layout, batch, dtype, _ = item
-    return _backends(op, case.make(batch=batch, dtype=getattr(torch, dtype), device=options.device, layout=layout),
-                     options)[0]  # fmt: skip
+    op, case, layout, batch, dtype, mode = item
+    arguments = case.make(batch=batch, dtype=getattr(torch, dtype), device=options.device, layout=layout)
+    return _backends(op, arguments, options, mode)[0]
 
 
 def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:

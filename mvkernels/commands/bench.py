@@ -151,7 +151,7 @@ def check(options: Options) -> None:
         if mode not in MODES:
             raise report.UsageError(f"unknown mode {mode!r}, want some of {', '.join(MODES)}")
     report.check_device(options.device)
-    for name in options.ops or OPS:
+    for name in options.ops or report.ops_with(options.backends):
         report.check_backends(name, options.backends, options.device)
 
 

@@ -83,6 +83,10 @@ class Op:
     composed: Composed | None = None
     """The same computation from other ops, if modules choose between the two."""
 
+    def has_backward(self, backend: str) -> bool:
+        """Whether a call on this backend can be differentiated: the reference's always can."""
+        return self.differentiable or backend == "reference"
+
 
 OPS: dict[str, Op] = {}
 

@@ -23,7 +23,8 @@ from mvkernels.dispatch import extension
 from mvkernels.dispatch.registry import OPS
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
-DIRECT = [name for name, op in OPS.items() if "cpp" in op.why_not]
+MODULES = {name: importlib.import_module(f"mvkernels.ops.{name}") for name in OPS}
+DIRECT = [name for name, module in MODULES.items() if hasattr(module, "direct")]
 
 
 class Subclass(torch.Tensor):
@@ -155,6 +156,10 @@ def assert_both_ways_alike(name: str, arguments: dict[str, Any]) -> None:
     assert found == wanted
 
 
+def test_every_op_with_a_backward_on_cpp_has_the_short_way() -> None:
+    assert set(DIRECT) == {name for name, op in OPS.items() if "cpp" in op.why_not and op.differentiable}
+
+
 @pytest.mark.parametrize("name", DIRECT)
 def test_both_ways_accept_the_same_and_say_the_same(name: str) -> None:
     arguments = {"backend": None, **plain(name)}
@@ -200,8 +205,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in DIRECT:
         op = OPS[name]
-        module = importlib.import_module(f"mvkernels.ops.{name}")
-        monkeypatch.setattr(module, "_check", lambda *a, name=name, check=op.check: (seen.append(name), check(*a))[1])
+        monkeypatch.setattr(MODULES[name], "_check", lambda *a, name=name, check=op.check: (seen.append(name), check(*a))[1])
     monkeypatch.delenv("MVKERNELS_BACKEND", raising=False)
     return seen
 
