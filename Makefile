@@ -68,6 +68,7 @@ bench: setup
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/relu_linear_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/multiscale_linear_attention.py --suite $(SUITE)
+	$(BIN)/python benchmarks/inverted_residual.py --suite $(SUITE)
 	$(BIN)/python benchmarks/swapped.py --runtimes freezing
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/threads.py

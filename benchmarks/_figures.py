@@ -23,6 +23,7 @@ OPS = (
     ("former_to_mobile", "layout", "layout", LAYOUTS),
     ("relu_linear_attention", "layout", "layout", LAYOUTS),
     ("multiscale_linear_attention", "layout", "layout", LAYOUTS),
+    ("inverted_residual", "layout", "layout", LAYOUTS),
 )
 OURS = ("cpp", "triton", "cuda")
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}

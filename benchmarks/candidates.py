@@ -45,7 +45,7 @@ import triton
 from _audit_code import occupancy, taken
 from triton.runtime.errors import OutOfResources
 
-from mvkernels import files, testing, tune
+from mvkernels import files, report, testing, tune
 from mvkernels.commands import command
 from mvkernels.dispatch.registry import OPS, Case
 from mvkernels.report import commit, table
@@ -121,7 +121,7 @@ def asked(batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
     unlaunched = mock.patch.object(RepeatedLaunch, "__call__", lambda *_: None)
     unwritten = mock.patch.object(launches.Memory, "allocated", lambda *_: None)
     with launches.executed(ARCH, processors), unlaunched, unwritten:
-        for op in OPS.values():
+        for op in (OPS[name] for name in report.ops_with(["triton"])):
             for case, layout in ((each, layout) for each in op.suite("full") for layout in each.layouts):
                 of = Candidate(op.name, case, layout, "", "", "", {})
                 arguments = of.arguments(batch)

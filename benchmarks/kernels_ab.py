@@ -32,11 +32,13 @@ _libraries: list[torch.library.Library] = []  # what they define goes with them
 
 
 def operators(op: Op, case: Case, layout: str, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
-    """(mode, operator, arguments) of a call without gradients and of the backward of one."""
+    """(mode, operator, arguments) of a call without gradients, and of the backward of one if there is any."""
     arguments = case.make(batch=batch, dtype=dtype, device="cpu", layout=layout)
     with Recorded() as recorded, torch.no_grad():
         op.function(**arguments, backend="cpp")
-    yield ("fwd", *recorded.calls[0])
+    yield ("fwd", *recorded.calls[-1])  # one before it packs weights
+    if not op.differentiable:
+        return
     leaves = [v.requires_grad_() for v in testing.tensors_in(arguments).values()]
     with Recorded() as recorded:
         out = op.function(**arguments, backend="cpp")
@@ -62,7 +64,7 @@ def load(path: Path) -> None:
 
 def main() -> int:
     """Measure, print the table and the geometric means."""
-    ours = [name for name in OPS if hasattr(getattr(torch.ops, HERE), f"{name}_backward")]
+    ours = report.ops_with(["cpp"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
     parser.add_argument("--op", nargs="+", choices=ours, default=ours)

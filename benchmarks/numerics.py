@@ -28,11 +28,12 @@ def measure(op: Op, dtype: str, suite: str, device: str) -> list[dict[str, Any]]
     shapes: dict[str, int] = {}
     for case in op.suite(suite):
         arguments = testing.normalised(op, case.make(batch=1, dtype=getattr(torch, dtype), device=device))
-        wanted = list(testing.tensors_in(arguments))
-        held, cotangent = testing.yardstick(op, arguments, wanted)
+        every = list(testing.tensors_in(arguments))
+        held, cotangent = testing.yardstick(op, arguments, every)
         for backend in ("reference", *op.why_not):
             if not can_run(op.name, backend, **arguments)[0]:
                 continue
+            wanted = every if op.has_backward(backend) else []
             shapes[backend] = shapes.get(backend, 0) + 1
             with testing.poisoned():
                 actual = testing.run(partial(op.function, backend=backend), arguments, wanted, cotangent)
@@ -46,6 +47,7 @@ def measure(op: Op, dtype: str, suite: str, device: str) -> list[dict[str, Any]]
     return [
         {"op": op.name, "dtype": dtype, "backend": backend, "shapes": shapes[backend]}
         | {f"{what}_{c}": f"{value:.3g}" for what, values in found.items() for c, value in zip(columns, values)}
+        | ({} if "grad" in found else {f"grad_{c}": "" for c in columns})
         for backend, found in worst.items()
     ]
 

@@ -19,7 +19,7 @@ from mvkernels.dispatch.registry import OPS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--op", nargs="+", choices=list(OPS), help="default: those with a Triton kernel")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--suite", default="full", choices=("small", "full"))
     parser.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
@@ -33,7 +33,7 @@ def main() -> int:
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise report.UsageError("there is no CUDA device")
     asked = bench.Options(
-        ops=options.op, suite=options.suite, labels=options.shape, batches=options.batch, modes=options.mode,
+        ops=options.op or report.ops_with(["triton"]), suite=options.suite, labels=options.shape, batches=options.batch, modes=options.mode,
         dtypes=options.dtype, layouts=options.layout, against=options.against.split(","), device=options.device,
         min_time=options.min_time,
     )  # fmt: skip

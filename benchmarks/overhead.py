@@ -22,9 +22,10 @@ from _results import folder, replace, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvkernels import can_run, report
+from mvkernels import can_run, pack_inverted_residual, report
 from mvkernels.bench import timing
 from mvkernels.commands import command
+from mvkernels.dispatch import extension
 from mvkernels.dispatch.registry import OPS, Op
 
 Arguments = Mapping[str, Any]
@@ -45,7 +46,16 @@ def tiny() -> dict[str, dict[str, Any]]:
         "former_to_mobile": {"x": a, "key": tokens, "value": more},
         "relu_linear_attention": {"query": a, "key": b, "value": c},
         "multiscale_linear_attention": {"qkv": torch.randn(1, 12, 2, 2), "head_dim": 4, **weights},
+        "inverted_residual": block(),
     }
+
+
+def block() -> dict[str, Any]:
+    """Weights of an inverted residual, packed once as a model does, and a map."""
+    shapes = {"expand": (8, 4, 1, 1), "depthwise": (8, 1, 3, 3), "project": (4, 8, 1, 1)}
+    weights = {name: (torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
+    packed = pack_inverted_residual(**weights) if extension.module else None
+    return {"x": torch.randn(1, 2, 2, 4).permute(0, 3, 1, 2), **weights, "packed": packed}
 
 
 def tensors(arguments: Arguments) -> list[Tensor]:
@@ -68,6 +78,10 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
             return torch.randn(shape)
         batch, heads, dim, height, width = shape
         return torch.randn(batch * groups, heads, height * width // groups, dim)
+
+    if name == "inverted_residual":
+        batch, channels, height, width = arguments["x"].shape
+        return [torch.randn(batch, 1, height * width, channels) for _ in range(3)]
 
     if name == "multiscale_linear_attention":
         batch, channels, height, width = arguments["qkv"].shape
@@ -99,6 +113,11 @@ def operator(op: Op, arguments: Arguments) -> Call | None:
     return lambda: kernel(*given)
 
 
+def states(op: Op) -> tuple[str, ...]:
+    """Those that an op is timed in: without a backward, one records no gradient on its kernels."""
+    return STATES if op.differentiable else STATES[:1]
+
+
 def in_state(function: Callable[..., Tensor], arguments: Arguments, state: str) -> Call:
     """The call of ``function(**arguments)`` without a gradient, recording one, or with its backward."""
     if state == STATES[0]:
@@ -106,7 +125,7 @@ def in_state(function: Callable[..., Tensor], arguments: Arguments, state: str) 
 
     def leaf(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [leaf(each) for each in value]
+            return type(value)(leaf(each) for each in value)
         return value.detach().requires_grad_() if isinstance(value, Tensor) else value
 
     arguments = {name: value if name == "patch_size" else leaf(value) for name, value in arguments.items()}
@@ -169,12 +188,12 @@ def main() -> int:
     torch.set_num_threads(1)
     shapes = {name: (("tiny", tiny()[name]), smallest(OPS[name])) for name in options.op}
     modes = [False] if options.no_compile else [False, True]
-    progress = report.Progress(len(shapes) * 2 * len(STATES) * len(modes))
+    progress = report.Progress(2 * len(modes) * sum(len(states(OPS[name])) for name in shapes))
     rows = []
     for name, cases in shapes.items():
         if not can_run(name, "cpp", **cases[0][1])[0]:
             print(f"{name}: not on cpp, so these are times of the reference", file=sys.stderr)
-        for (shape, arguments), compiled, state in itertools.product(cases, modes, STATES):
+        for (shape, arguments), compiled, state in itertools.product(cases, modes, states(OPS[name])):
             progress.step(f"{name}, {shape}, {state}")
             rows += measure(OPS[name], shape, arguments, state, compiled, options.min_time)
     progress.close()

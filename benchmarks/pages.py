@@ -15,6 +15,7 @@ import _gpu_page
 from _figures import MODE, OPS, RESULTS, ROOT, Row, files_are, geomean, machines, op_table, read, where
 
 from mvkernels.commands import command
+from mvkernels.dispatch import registry
 
 BEGIN, END = "<!-- {}: begin (written by benchmarks/pages.py) -->\n", "<!-- {}: end -->"
 WRITTEN = """
@@ -46,7 +47,9 @@ def performance(results: Path) -> dict[str, str]:
 def op_page(results: Path, op: str) -> str:
     """An op's tables of every machine: by class of shapes, then shape by shape."""
     classes = next(rest for name, *rest in OPS if name == op)
-    opening = f"No times of `{op}` are committed yet. Values and gradients checked on a GPU: [GPU](../gpu.md)."
+    opening = f"No times of `{op}` are committed yet."
+    if "triton" in registry.OPS[op].why_not:
+        opening += " Values and gradients checked on a GPU: [GPU](../gpu.md)."
     tables: list[str] = []
     for folder in machines(results):
         for file in sorted(folder.glob(f"{op}*.csv")):
@@ -214,6 +217,9 @@ def errors(results: Path) -> str:
         for r in rows:
             cells = [r["op"], r["dtype"], r["backend"]]
             for what in ("out", "grad"):
+                if not r[f"{what}_error"]:  # of a kernel without a backward
+                    cells += ["–"] * 4
+                    continue
                 cells += [
                     f"{float(r[f'{what}_{which}']):.1e}" for which in ("error", "error_pytorch", "error_expected")
                 ]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from mvkernels import files
+from mvkernels import files, report
 from mvkernels.commands import command
 from mvkernels.report import UsageError
 from tests.devices import PRETENDED
@@ -110,7 +110,7 @@ def pretend(arch: str, key: str | None) -> None:
     if key is not None:
         cache.triton_key = lambda: key
     configs.device_of = lambda *_: PRETENDED[arch]  # type: ignore[assignment]
-    for op in OPS.values():
+    for op in (OPS[name] for name in report.ops_with(["triton"])):
         op.why_not["triton"] = lambda *_, **__: None  # type: ignore[index]
 
     def empty(*size: Any, generator: Any = None, **how: Any) -> torch.Tensor:
@@ -136,8 +136,8 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         testing.run(function, arguments, list(testing.tensors_in(arguments)), torch.empty_like(out))
 
     done: set[tuple[str, str]] = set()
-    timed = bench.Options(suite="full", batches=(128, 1), dtypes=("bfloat16",), layouts=("channels_last",),
-                          labels=plan.SHAPES)  # fmt: skip
+    timed = bench.Options(report.ops_with(["triton"]), "full", batches=(128, 1), dtypes=("bfloat16",),
+                          layouts=("channels_last",), labels=plan.SHAPES)  # fmt: skip
     for op, case, layout, batch, dtype, _ in bench.work(timed):
         make = partial(case.make, batch=batch, dtype=getattr(torch, dtype), layout=layout)
         yield f"time {op.name} {case.label} {batch}", partial(call, op, make)
@@ -145,7 +145,7 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
             few = partial(case.make, batch=32, dtype=torch.bfloat16, layout=layout)
             yield f"tune {op.name} {case.label}", lambda op=op, few=few: tune.compile_case(op, few(), done)
     for name in plan.DTYPES:
-        for op in OPS.values():
+        for op in (OPS[each] for each in report.ops_with(["triton"])):
             for shape, strides, verified in verify.inputs(op, "small"):
                 make = partial(verified, getattr(torch, name), "cpu")
                 yield f"verify {op.name} {shape} {strides} {name}", partial(call, op, make)

@@ -30,7 +30,7 @@ def main() -> int:
     options = parser.parse_args()
     keep_pages()
     rows = []
-    for op in OPS.values():
+    for op in (OPS[name] for name in report.ops_with(["cpp"])):
         for case in op.suite(options.suite):
             for batch in options.batch:
                 arguments = case.make(batch=batch)

@@ -69,7 +69,7 @@ def test_its_steps_need_no_installed_package(tmp_path: Path) -> None:
 def test_it_can_be_listed_without_one() -> None:
     found = python("--dry-run")
     assert found.returncode == 0, found.stderr
-    for op in OPS:
+    for op in (name for name, op in OPS.items() if "triton" in op.why_not):
         for what in ("verify", "counters"):
             assert f"{what} {op}" in found.stdout
     assert "tune" in found.stdout and "times" in found.stdout

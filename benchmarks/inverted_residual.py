@@ -1,0 +1,8 @@
+"""inverted_residual against eager and torch.compile at every shape of the suite."""
+
+import sys
+
+from _op import run
+
+if __name__ == "__main__":
+    sys.exit(run("inverted_residual", __doc__))
