@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from mvkernels import testing
 from mvkernels.dispatch import extension
+from mvkernels.ops.common import activations
 from mvkernels.swap.folding import elementwise
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason="the C++ extension is not built")
 
-ACTIVATIONS = [lambda x: x, F.relu, F.silu, F.hardswish, F.gelu]  # by number
+ACTIVATIONS = list(activations.ACTIVATIONS.values())  # by number
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 INSTRUCTION_SETS = extension.module.instruction_sets() if extension.module else []
 
@@ -44,7 +45,7 @@ def maps(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(maps(), st.integers(0, 4), st.sampled_from(INSTRUCTION_SETS), st.tuples(*[st.booleans()] * 3))
+@given(maps(), st.integers(0, len(ACTIVATIONS) - 1), st.sampled_from(INSTRUCTION_SETS), st.tuples(*[st.booleans()] * 3))
 def test_norm_and_activation(made, activation, instruction_set, given_parameters):
     x, generator = made
     mean, weight, bias, conv_bias = torch.randn(4, x.shape[1], generator=generator)
@@ -72,7 +73,7 @@ def test_pooled_difference(made, instruction_set):
     assert testing.max_error(out, wanted) <= 3e-6
 
 
-@pytest.mark.parametrize("activation", range(5))
+@pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_values_at_the_edge(activation, instruction_set):
     """NaN and infinity come out as from PyTorch, or as the limit where that gives NaN; nothing reaches a neighbour."""

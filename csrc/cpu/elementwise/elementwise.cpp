@@ -70,6 +70,8 @@ static void norm_activation(const NormActivation& a, int64_t begin, int64_t end)
       return norm_activation_of<Activation::hardswish>(a, begin, end);
     case Activation::gelu:
       return norm_activation_of<Activation::gelu>(a, begin, end);
+    case Activation::relu6:
+      return norm_activation_of<Activation::relu6>(a, begin, end);
     default:
       return norm_activation_of<Activation::identity>(a, begin, end);
   }

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
+from mvkernels.ops.common.activations import CODES
 from mvkernels.swap.eligibility import not_plain, replaced
 
-# As Activation in csrc/cpu/elementwise/elementwise.h.
-_IDENTITY, _RELU, _SILU, _HARDSWISH, _GELU = range(5)
 _ACTIVATIONS = {
-    ("torch.nn.modules.linear", "Identity"): _IDENTITY,
-    ("torch.nn.modules.dropout", "Dropout"): _IDENTITY,  # at rest
-    ("torch.nn.modules.activation", "ReLU"): _RELU,
-    ("torch.nn.modules.activation", "SiLU"): _SILU,
-    ("torch.nn.modules.activation", "Hardswish"): _HARDSWISH,
-    ("torch.nn.modules.activation", "GELU"): _GELU,
-    ("timm.layers.activations", "GELU"): _GELU,
-    ("transformers.activations", "SiLUActivation"): _SILU,
-    ("transformers.activations", "GELUActivation"): _GELU,
+    ("torch.nn.modules.linear", "Identity"): None,
+    ("torch.nn.modules.dropout", "Dropout"): None,  # at rest
+    ("torch.nn.modules.activation", "ReLU"): "relu",
+    ("torch.nn.modules.activation", "SiLU"): "silu",
+    ("torch.nn.modules.activation", "Hardswish"): "hardswish",
+    ("torch.nn.modules.activation", "GELU"): "gelu",
+    ("timm.layers.activations", "GELU"): "gelu",
+    ("transformers.activations", "SiLUActivation"): "silu",
+    ("transformers.activations", "GELUActivation"): "gelu",
 }
+"""Names of ``mvkernels.ops.common.activations``."""
 
 
 def _like(x: Tensor, *_: Any) -> Tensor:
@@ -80,18 +80,21 @@ def not_fit(x: Tensor) -> str:
 
 def activation_of(modules: Iterable[Any]) -> int | None:
     """The number of the one activation that these modules, called in turn, are; None if they are something else."""
-    found = _IDENTITY
+    found: str | None = None
     for module in modules:
         kind = type(module)
-        known = _ACTIVATIONS.get((kind.__module__, kind.__qualname__))
-        if known is None or not_plain(module, kind, "it") or (known and found):
+        name = (kind.__module__, kind.__qualname__)
+        if name not in _ACTIVATIONS or not_plain(module, kind, "it"):
+            return None
+        known = _ACTIVATIONS[name]
+        if known and found:
             return None
         if isinstance(module, nn.Dropout) and module.training:
             return None
-        if known == _GELU and not _is_exact(module):
+        if known == "gelu" and not _is_exact(module):
             return None
         found = found or known
-    return found
+    return CODES[found]
 
 
 def _is_exact(gelu: Any) -> bool:
