@@ -43,7 +43,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise report.UsageError("needs a CUDA or ROCm device, and there is none")
     asked = bench.Options(
-        ops=options.op or report.ops_with(["triton"]), suite=options.suite, labels=options.shape, batches=options.batch, dtypes=options.dtype,
+        ops=options.op or report.ops_with(["triton"]),
+        suite=options.suite, labels=options.shape, batches=options.batch, dtypes=options.dtype,
         layouts=options.layout, device="cuda", modes=("fwd", "full"),
     )  # fmt: skip
     rates: dict[str, timing.Rates] = {}

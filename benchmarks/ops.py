@@ -33,7 +33,8 @@ def main() -> int:
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise report.UsageError("there is no CUDA device")
     asked = bench.Options(
-        ops=options.op or report.ops_with(["triton"]), suite=options.suite, labels=options.shape, batches=options.batch, modes=options.mode,
+        ops=options.op or report.ops_with(["triton"]),
+        suite=options.suite, labels=options.shape, batches=options.batch, modes=options.mode,
         dtypes=options.dtype, layouts=options.layout, against=options.against.split(","), device=options.device,
         min_time=options.min_time,
     )  # fmt: skip

@@ -20,7 +20,6 @@ from tests.ops import test_contract_all as contract
 from tests.ops.test_contract_all import differentiable, native, tensors_of
 from tests.swap.conftest import randomise, timm_block, transformers_block
 
-
 NATIVE, NATIVE64 = differentiable(native()), differentiable(native(torch.float64))
 
 

@@ -59,7 +59,9 @@ def differentiable(params):
 
 NATIVE = native()
 ALL = NATIVE + [
-    pytest.param(name, "triton", id=f"{name}-triton", marks=INTERPRETER) for name in OPS if "triton" in OPS[name].why_not
+    pytest.param(name, "triton", id=f"{name}-triton", marks=INTERPRETER)
+    for name in OPS
+    if "triton" in OPS[name].why_not
 ]
 KERNELS = [param for param in ALL if "reference" not in param.id]
 TRAINED = [name for name in OPS if OPS[name].differentiable]

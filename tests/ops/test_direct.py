@@ -205,7 +205,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     for name in DIRECT:
         op = OPS[name]
-        monkeypatch.setattr(MODULES[name], "_check", lambda *a, name=name, check=op.check: (seen.append(name), check(*a))[1])
+        monkeypatch.setattr(
+            MODULES[name], "_check", lambda *a, name=name, check=op.check: (seen.append(name), check(*a))[1]
+        )
     monkeypatch.delenv("MVKERNELS_BACKEND", raising=False)
     return seen
 

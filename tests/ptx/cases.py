@@ -82,8 +82,8 @@ def run(case: Case, skewed: bool = False) -> Outcome:
 
 
 def cases() -> Iterator[Case]:
-    """All that have a Triton kernel: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and one without; and one
-    that is small: there a program has as much to do as a large batch gives it on a large one."""
+    """All of those with a Triton kernel: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and
+    one without; and one that is small: there a program has as much to do as a large batch gives it on a large one."""
     for op in (OPS[name] for name in report.ops_with(["triton"])):
         for shape, strides, make in of_op(op):
             for dtype in DTYPES:

@@ -93,7 +93,7 @@ def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: 
         expand, depthwise, project: as in :func:`mvkernels.inverted_residual`, float32 on a CPU.
 
     Returns:
-        A tensor of one axis, float32.
+        A tensor of one axis, float32, without a gradient.
 
     Raises:
         TypeError, ValueError: as :func:`mvkernels.inverted_residual`.
@@ -104,7 +104,8 @@ def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: 
     reason = _why_not_packed(expand, depthwise, project)
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    return _pack(expand, depthwise, project)
+    with torch.no_grad():
+        return _pack(expand, depthwise, project)
 
 
 def _pack(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
@@ -207,8 +208,8 @@ def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights
     return extension.why_not(weight)
 
 
-def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *_: Any) -> str | None:
-    tensors = [x, *(expand or ()), *depthwise, *project]
+def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *rest: Any) -> str | None:
+    tensors = [x, *(expand or ()), *depthwise, *project, *(value for value in rest if isinstance(value, Tensor))]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return "a gradient is recorded, and the C++ kernel has no backward"
     return _why_not_packed(expand, depthwise, project)

@@ -37,7 +37,9 @@ def _size(x: Any, stride: int) -> tuple[int, int, int]:
     return b, (height - 1) // stride + 1, (width - 1) // stride + 1
 
 
-def _fake(x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any) -> Tensor:
+def _fake(
+    x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any
+) -> Tensor:
     b, height, width = _size(x.shape, stride)
     if checks.channels_last(x):
         return x.new_empty((b, height, width, outputs)).permute(0, 3, 1, 2)
