@@ -124,3 +124,29 @@ def test_the_interpreter_runs_only_when_it_is_named(monkeypatch: pytest.MonkeyPa
     result = verify.verify(ops=(NAME,), backends=("triton",), dtypes=("float32",))
     assert {row.backend for row in result.rows} == {"triton"}
     assert "pixels" in result.not_run[NAME, "triton"]
+
+
+def test_of_kernels_without_a_backward_the_output_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's gradients still are."""
+    right = OPS[NAME].function
+
+    def function(*args: Any, backend: str, **kw: Any) -> Tensor:
+        assert backend == "reference" or not torch.is_grad_enabled()
+        return right(*args, backend="reference", **kw)
+
+    change(
+        monkeypatch, differentiable=False, why_not={"cpp": lambda *_: None}, function=functools.wraps(right)(function)
+    )
+    result = verify.verify(ops=(NAME,), dtypes=("float32",))
+    assert result.ok and {row.backend for row in result.rows} == {"reference", "cpp"}
+    assert {row.worst for row in result.rows if row.backend == "cpp"} == {"out"}
+    assert {row.worst for row in result.rows if row.backend == "reference"} > {"out"}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_ops_that_are_not_named_are_those_with_the_kernel(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(verify.report, "check_backends", lambda name, *_: asked.append(name))
+    monkeypatch.setattr(verify, "inputs", lambda *_: iter(()))
+    verify.verify(backends=(backend,))
+    assert asked == [name for name, op in OPS.items() if backend in op.why_not] and len(asked) < len(OPS)

@@ -71,6 +71,33 @@ def test_every_mode_is_measured(mode: str) -> None:
     assert all(row.peak_bytes for row in rows)
 
 
+def test_of_kernels_without_a_backward_the_forward_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch, differentiable=False, why_not={"cpp": lambda *_: None})
+    reference = OPS[NAME].reference
+    change(monkeypatch, function=lambda backend, **kw: reference(**kw))
+    without = f"{NAME} full"
+    found = bench.measure(dataclasses.replace(QUICK, modes=("fwd", "full"), backends=()))
+    assert {(row.mode, row.provider) for row in found.rows} == {("fwd", "cpp"), ("fwd", "eager")}
+    assert found.not_run == {without: "its kernels have no backward"}
+    assert f"not run: {without}: its kernels have no backward" in bench_report.text(found)
+    for backends in ((), ("cpp",)):
+        with pytest.raises(report.UsageError, match=f"{NAME}: its kernels have no backward, want --mode fwd"):
+            bench.measure(dataclasses.replace(QUICK, modes=("bwd", "full"), backends=backends))
+    found = bench.measure(dataclasses.replace(QUICK, modes=("full",), backends=("cpp", "reference")))
+    assert {row.provider for row in found.rows} == {"reference", "eager"} and all(row.ok for row in found.rows)
+    assert found.not_run == {"cpp": f"{NAME}: its kernels have no backward"}
+    item = next(bench.work(dataclasses.replace(QUICK, modes=("full",), backends=("cpp", "reference"))))
+    assert bench.candidates(item, dataclasses.replace(QUICK, backends=("cpp", "reference"))) == ["reference"]
+
+
+def test_ops_that_are_not_named_are_those_with_the_kernel() -> None:
+    every = {op.name for op, *_ in bench.work(bench.Options(backends=("triton",)))}
+    assert every == {name for name, op in OPS.items() if "triton" in op.why_not} and len(every) < len(OPS)
+    assert {op.name for op, *_ in bench.work(bench.Options(backends=("reference",)))} == set(OPS)
+    modes = {mode for op, *_, mode in bench.work(bench.Options(modes=bench.MODES)) if not op.differentiable}
+    assert modes == {"fwd"}
+
+
 def test_the_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     bench.measure(QUICK)

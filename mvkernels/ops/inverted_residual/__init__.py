@@ -193,9 +193,9 @@ def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tup
         "project": (project, (outputs, hidden, 1, 1)),
     }
     for name, (pair, shape) in wanted.items():
-        for i, size in enumerate((shape, shape[:1])):
-            if pair is not None and pair[i] is not None and pair[i].shape != size:
-                raise ValueError(f"{_NAME}: {name}[{i}] is {checks.shape(pair[i])}, want {size}")
+        for i, (part, size) in enumerate(zip(pair or (), (shape, shape[:1]))):
+            if part is not None and part.shape != size:
+                raise ValueError(f"{_NAME}: {name}[{i}] is {checks.shape(part)}, want {size}")
     return inputs, outputs
 
 
