@@ -3,9 +3,8 @@
 // What the forward's convolutions gave is made again, band by band. Per head: gradients of q, and of the sums over pixels, which
 // those of k and v need; through the pointwise convolution into planes; and at last, channel by channel, through all depthwise
 // convolutions into the gradient of qkv. Sums for the weights are kept for each unit, and added up in order: no atomics.
-#include "multiscale_linear_attention/multiscale_shared.h"
-
 #include "common/transpose.h"
+#include "multiscale_linear_attention/multiscale_shared.h"
 
 namespace mvk {
 namespace MVK_ISA {
