@@ -1,6 +1,7 @@
 """Fused attention kernels for mobile vision models."""
 
 from mvkernels.dispatch.backend import BackendUnavailable, can_run, use_backend
+from mvkernels.ops.conv3x3 import conv3x3, pack_conv3x3
 from mvkernels.ops.former_to_mobile import FormerToMobileFunction, former_to_mobile
 from mvkernels.ops.inverted_residual import inverted_residual, pack_inverted_residual
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
@@ -25,11 +26,13 @@ __all__ = [
     "WindowAttentionFunction",
     "__version__",
     "can_run",
+    "conv3x3",
     "former_to_mobile",
     "inverted_residual",
     "mobile_to_former",
     "multiscale_linear_attention",
     "nn",
+    "pack_conv3x3",
     "pack_inverted_residual",
     "patch_attention",
     "patch_transformer_layer",

@@ -10,6 +10,7 @@
 #include "build_info.h"
 #include "common/linear_attention_op.h"
 #include "common/mobile_former_op.h"
+#include "conv3x3/conv3x3_op.h"
 #include "elementwise/elementwise_op.h"
 #include "inverted_residual/inverted_residual_op.h"
 #include "multiscale_linear_attention/multiscale_op.h"
@@ -90,6 +91,8 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("multiscale_linear_attention_backward", &mvk::multiscale_linear_attention_backward);
   m.impl("inverted_residual", &mvk::inverted_residual);
   m.impl("inverted_residual_pack", &mvk::inverted_residual_pack);
+  m.impl("conv3x3", &mvk::conv3x3);
+  m.impl("conv3x3_pack", &mvk::conv3x3_pack);
   m.impl("norm_activation", &mvk::norm_activation);
   m.impl("norm_activation_", &mvk::norm_activation_);
   m.impl("pooled_difference", &mvk::pooled_difference);

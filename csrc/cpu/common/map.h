@@ -17,4 +17,10 @@ struct Map {
   int64_t b, h, d, y, x;
 };
 
+// A float32 map (B, C, H, W): strides in elements.
+struct PixelMap {
+  float* data;
+  int64_t b, c, y, x;
+};
+
 }  // namespace mvk

@@ -9,27 +9,16 @@
 
 #include "common/activate.h"
 #include "common/arena.h"
-#include "common/gemm.h"
+#include "common/packed.h"
 
 namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-constexpr int64_t P = kPanel<float>;
 constexpr int64_t kRows = 64;         // pixels of a strip, at least: rows of the products
 constexpr int64_t kRing = 512 << 10;  // bytes of all rings, at most, if a strip has more than one row
 constexpr int64_t kGroup = 64 << 10;  // bytes of a group of panels before the projection
 constexpr int64_t kChannels = 256;    // and channels of it, one chain of sums
-
-// [column][row] of a (columns, rows) matrix as [panel][row][column]; columns that fill the last panel are 0.
-static void pack_panels(const float* from, int64_t columns, int64_t rows, float* to) {
-  for (int64_t first = 0; first < columns; first += P, to += rows * P)
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < P; ++i) to[row * P + i] = first + i < columns ? from[(first + i) * rows + row] : 0;
-}
-static void pack_bias(const float* from, int64_t columns, float* to) {
-  for (int64_t i = 0; i < round_up(columns, P); ++i) to[i] = from && i < columns ? from[i] : 0;
-}
 
 static void pack(const InvertedResidualWeights& w) {
   const InvertedResidualSizes& s = w.sizes;
@@ -101,14 +90,12 @@ struct Block {
     lda = leading<float>(group * P);
   }
   int64_t rows_of(int64_t outputs) const { return (outputs - 1) * a.stride + s.kernel; }
-  // Vectors of a panel that hold channels.
-  int64_t vectors(int64_t channels, int64_t panel) const { return channels - panel * P > W<float> ? 2 : 1; }
 };
 
 // Row y of the input, expanded and activated, or as it is, into the ring of a panel.
 static void expand_row(const Block& k, const float* x, int64_t panel, float* to) {
   const InvertedResidualSizes& s = k.s;
-  const int64_t vectors = k.vectors(s.hidden, panel);
+  const int64_t vectors = vectors_of(s.hidden, panel);
   if (!s.expands) {
     const int64_t channels = s.hidden - panel * P;
     for (int64_t i = 0; i < k.a.W; ++i)
@@ -126,7 +113,7 @@ static void depthwise(const Block& k, const float* const* from, int64_t panel, f
   const InvertedResidualSizes& s = k.s;
   const float* w = k.a.packed + s.depthwise() + panel * P * s.kernel * s.kernel;
   const float* bias = k.a.packed + s.depthwise_bias() + panel * P;
-  const int64_t vectors = k.vectors(s.hidden, panel);
+  const int64_t vectors = vectors_of(s.hidden, panel);
   for (int64_t v = 0; v < vectors; ++v) {
     const float* rows[5];
     for (int64_t i = 0; i < s.kernel; ++i) rows[i] = from[i] + v * W<float>;

@@ -40,12 +40,6 @@ struct InvertedResidualWeights {
   float* packed;
 };
 
-// A map (B, H, W, C), channels side by side: strides in elements.
-struct PixelMap {
-  float* data;
-  int64_t b, y, x;
-};
-
 struct InvertedResidual {
   InvertedResidualSizes sizes;
   const float* packed;

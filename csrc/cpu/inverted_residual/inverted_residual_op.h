@@ -1,7 +1,7 @@
 // The inverted residual as boxed torch operators. Included by register.cpp alone.
 #pragma once
 
-#include "common/tensor.h"
+#include "common/convolution_op.h"
 #include "instruction_sets.h"
 #include "inverted_residual/inverted_residual.h"
 
@@ -9,18 +9,6 @@ namespace mvk {
 namespace {
 
 constexpr const char* kInvertedResidual = "inverted_residual";
-
-// The elements of a float32 tensor of so many, which becomes contiguous; or null if it is not given.
-const float* weight(Tensor& t, int64_t count, bool optional = false) {
-  if (!t && optional) return nullptr;
-  int64_t size = 1;
-  for (int64_t i = t.dim(); i--;) size *= t.sizes()[i];
-  require(
-      size == count && t.dtype() == aoti_torch_dtype_float32(), kInvertedResidual,
-      "a weight is not float32 of the size wanted");
-  t = contiguous(std::move(t));
-  return static_cast<const float*>(t.data());
-}
 
 // (Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor project, Tensor? project_bias) -> Tensor
 void inverted_residual_pack(StableIValue* stack, uint64_t, uint64_t) {
@@ -32,26 +20,20 @@ void inverted_residual_pack(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t hidden = depthwise.sizes()[0], outputs = project.sizes()[0], side = depthwise.sizes()[2];
   const int64_t inputs = expand ? expand.sizes()[1] : hidden;
   InvertedResidualWeights w{{kernels.panel, inputs, hidden, outputs, side, bool(expand)}};
-  w.expand = weight(expand, hidden * inputs, true), w.expand_bias = weight(expand_bias, hidden, true);
-  w.depthwise = weight(depthwise, hidden * side * side), w.depthwise_bias = weight(depthwise_bias, hidden, true);
-  w.project = weight(project, outputs * hidden), w.project_bias = weight(project_bias, outputs, true);
+  w.expand = weight(kInvertedResidual, expand, hidden * inputs, true),
+  w.expand_bias = weight(kInvertedResidual, expand_bias, hidden, true);
+  w.depthwise = weight(kInvertedResidual, depthwise, hidden * side * side),
+  w.depthwise_bias = weight(kInvertedResidual, depthwise_bias, hidden, true);
+  w.project = weight(kInvertedResidual, project, outputs * hidden),
+  w.project_bias = weight(kInvertedResidual, project_bias, outputs, true);
   Tensor packed = empty({w.sizes.count()}, aoti_torch_dtype_float32());
   w.packed = static_cast<float*>(packed.data());
   kernels.pack(w);
   give(stack, packed);
 }
 
-PixelMap pixel_map(const Tensor& x) {
-  const int64_t* s = x.strides();
-  return {static_cast<float*>(x.data()), s[0], s[2], s[3]};
-}
-
-// A new channels-last map.
-Tensor empty_pixels(int64_t b, int64_t c, int64_t h, int64_t w) {
-  return empty({b, c, h, w}, {h * w * c, 1, w * c, c}, aoti_torch_dtype_float32());
-}
-
-// (Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, bool residual) -> Tensor
+// (Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, bool residual) -> Tensor,
+// channels-last
 void inverted_residual(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Tensor x = take(stack[0]), packed = take(stack[1]);
@@ -63,14 +45,7 @@ void inverted_residual(StableIValue* stack, uint64_t, uint64_t) {
              to<int64_t>(stack[3]), to<int64_t>(stack[4]), to<bool>(stack[5])};
   a.stride = to<int64_t>(stack[6]), a.activation = Activation(to<int64_t>(stack[7]));
   a.residual = to<bool>(stack[8]), a.poison = poison;
-  require(
-      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == a.sizes.count() &&
-          packed.strides()[0] == 1,
-      kInvertedResidual, "packed weights of these sizes are wanted");
-  a.packed = static_cast<const float*>(packed.data());
-  require(
-      !std::memcmp(a.packed, &a.sizes, sizeof a.sizes), kInvertedResidual,
-      "the weights were packed for other sizes, or for another instruction set");
+  a.packed = packed_weights(kInvertedResidual, packed, a.sizes);
   const int64_t *n = x.sizes(), k = a.sizes.kernel;
   a.B = n[0], a.H = n[2], a.W = n[3];
   require(
@@ -79,20 +54,13 @@ void inverted_residual(StableIValue* stack, uint64_t, uint64_t) {
       kInvertedResidual, "map, weights and stride do not fit");
   a.Ho = (a.H - 1) / a.stride + 1, a.Wo = (a.W - 1) / a.stride + 1;
   require(!a.residual || (a.stride == 1 && n[1] == a.sizes.outputs), kInvertedResidual, "no residual fits");
-  Tensor pixels, out = empty_pixels(a.B, a.sizes.outputs, a.Ho, a.Wo);
-  const bool channels_last = x.strides()[1] == 1;
-  if (!channels_last) copy(x, pixels = empty_pixels(a.B, n[1], a.H, a.W));
-  a.in = pixel_map(channels_last ? x : pixels), a.out = pixel_map(out);
+  Tensor room, out = empty_pixels(a.B, a.sizes.outputs, a.Ho, a.Wo);
+  a.in = pixel_rows(kInvertedResidual, x, room), a.out = pixel_map(kInvertedResidual, out);
   const double pixel = 2.0 * double(a.sizes.hidden) * double(a.sizes.outputs + k * k + a.stride * a.stride * n[1]);
   const double flops = pixel * double(a.Ho * a.Wo);
   a.chunks = chunks(a.B, flops, a.Ho / 2);
   if (a.B)
     parallel(a.B * a.chunks, grain(flops / double(a.chunks)), [&](int64_t i, int64_t j) { kernels.forward(a, i, j); });
-  if (!channels_last) {  // the result lies as the map does
-    Tensor planes = empty({a.B, a.sizes.outputs, a.Ho, a.Wo}, aoti_torch_dtype_float32());
-    copy(out, planes);
-    out = std::move(planes);
-  }
   give(stack, out);
 }
 

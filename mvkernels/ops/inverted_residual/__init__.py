@@ -80,7 +80,9 @@ def inverted_residual(
     hidden, kernel = depthwise[0].shape[0], depthwise[0].shape[-1]
     settings = (expand is not None, stride, activations.CODES[activation], residual)
     out: Tensor = operators.forward(x, packed, hidden, project[0].shape[0], kernel, *settings)
-    return out
+    return checks.lay_as(out, x)
+
+
 
 
 def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:

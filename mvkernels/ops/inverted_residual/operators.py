@@ -6,22 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mvkernels.dispatch import checks, flops, library
+from mvkernels.dispatch import flops, library
+from mvkernels.ops.common.packed import HEADER, wide
 
 _NAME = "inverted_residual"
-_WIDEST = 32
-"""Columns of the widest panel of an instruction set: packed weights have one size on all of them."""
-_HEADER = 16
 
 
 def packed_size(expand: Tensor | None, depthwise: Tensor, project: Tensor) -> int:
     """Elements of these weights packed: as ``count`` in csrc/cpu/inverted_residual/inverted_residual.h."""
-
-    def wide(channels: int) -> int:
-        return (channels + _WIDEST - 1) // _WIDEST * _WIDEST
-
     hidden, outputs, taps = depthwise.shape[0], project.shape[0], depthwise.shape[2] ** 2
-    size = _HEADER + wide(hidden) * (taps + 1) + wide(outputs) * (hidden + 1)
+    size = HEADER + wide(hidden) * (taps + 1) + wide(outputs) * (hidden + 1)
     return size if expand is None else size + wide(hidden) * (expand.shape[1] + 1)
 
 
@@ -40,10 +34,7 @@ def _size(x: Any, stride: int) -> tuple[int, int, int]:
 def _fake(
     x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any
 ) -> Tensor:
-    b, height, width = _size(x.shape, stride)
-    if checks.channels_last(x):
-        return x.new_empty((b, height, width, outputs)).permute(0, 3, 1, 2)
-    return x.new_empty((b, outputs, height, width))
+    return x.new_empty((*_size(x.shape, stride), outputs)).permute(0, 3, 1, 2)
 
 
 def _count(

@@ -1,0 +1,56 @@
+// Maps and weights of convolutions, for the registration. Included by register.cpp alone.
+#pragma once
+
+#include "common/tensor.h"
+#include "instruction_sets.h"
+
+namespace mvk {
+namespace {
+
+// The elements of a float32 tensor of so many, which becomes contiguous; or null if it is not given.
+const float* weight(const char* op, Tensor& t, int64_t count, bool optional = false) {
+  if (!t && optional) return nullptr;
+  int64_t size = 1;
+  for (int64_t i = t.dim(); i--;) size *= t.sizes()[i];
+  require(
+      size == count && t.dtype() == aoti_torch_dtype_float32(), op, "a weight is not float32 of the size wanted");
+  t = contiguous(std::move(t));
+  return static_cast<const float*>(t.data());
+}
+
+PixelMap pixel_map(const char* op, const Tensor& x) {
+  require(x.dim() == 4 && x.dtype() == aoti_torch_dtype_float32(), op, "a float32 map of 4 axes is wanted");
+  const int64_t* s = x.strides();
+  return {static_cast<float*>(x.data()), s[0], s[1], s[2], s[3]};
+}
+
+// A new channels-last map.
+Tensor empty_pixels(int64_t b, int64_t c, int64_t h, int64_t w) {
+  return empty({b, c, h, w}, {h * w * c, 1, w * c, c}, aoti_torch_dtype_float32());
+}
+
+// A map whose channels are side by side: this one, or a copy, which `room` then owns.
+PixelMap pixel_rows(const char* op, const Tensor& x, Tensor& room) {
+  const PixelMap map = pixel_map(op, x);
+  if (map.c == 1) return map;
+  const int64_t* n = x.sizes();
+  copy(x, room = empty_pixels(n[0], n[1], n[2], n[3]));
+  return pixel_map(op, room);
+}
+
+// Packed weights for these sizes, with which they begin.
+template <class Sizes>
+const float* packed_weights(const char* op, const Tensor& packed, const Sizes& sizes) {
+  require(
+      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == sizes.count() &&
+          packed.strides()[0] == 1,
+      op, "packed weights of these sizes are wanted");
+  const auto* data = static_cast<const float*>(packed.data());
+  require(
+      !std::memcmp(data, &sizes, sizeof sizes), op,
+      "the weights were packed for other sizes, or for another instruction set");
+  return data;
+}
+
+}  // namespace
+}  // namespace mvk

@@ -1,0 +1,28 @@
+// Weights of convolutions in panels of columns, as products read them.
+#pragma once
+
+#include "common/arena.h"
+#include "common/gemm.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+constexpr int64_t P = kPanel<float>;
+
+// [column][row] of a (columns, rows) matrix as [panel][row][column]; columns that fill the last panel are 0.
+MVK_INLINE void pack_panels(const float* from, int64_t columns, int64_t rows, float* to) {
+  for (int64_t first = 0; first < columns; first += P, to += rows * P)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < P; ++i) to[row * P + i] = first + i < columns ? from[(first + i) * rows + row] : 0;
+}
+MVK_INLINE void pack_bias(const float* from, int64_t columns, float* to) {
+  for (int64_t i = 0; i < round_up(columns, P); ++i) to[i] = from && i < columns ? from[i] : 0;
+}
+
+// How many of the vectors of a panel hold some of the channels.
+MVK_INLINE int vectors_of(int64_t channels, int64_t panel) { return channels - panel * P > W<float> ? 2 : 1; }
+
+}  // namespace
+}  // namespace MVK_ISA
+}  // namespace mvk

@@ -1,0 +1,265 @@
+// Dense 3x3 convolution on CPUs, on maps whose channels are side by side: by Winograd's algorithm, or direct.
+//
+// Winograd: for a block of tiles the inputs are transformed, V [point][tile][channel], multiplied by the weights' transforms, point by
+// point, M [point][tile][channel], and transformed back. V and M stay in L2; the weights are read once for each block, input and
+// output once. Direct: for a strip of output rows the input rows are copied, with zeros around and both maps' channels together,
+// so that the three taps of a row are one run of 3 C factors.
+#include "conv3x3/conv3x3.h"
+
+#include "common/activate.h"
+#include "common/packed.h"
+#include "conv3x3/winograd.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 512 << 10;  // bytes of V and M
+constexpr int64_t kRows = 64;          // pixels of a strip, at least
+constexpr int64_t kJoined = 64;        // taps times channels that are gathered into one row
+
+template <int m>
+static void transform_weights(const Conv3x3Sizes& s, const float* weight, float* packed) {
+  constexpr int n = m + 2;
+  double g[n][3];
+  of_weights<m>(g);
+  for (int64_t o = 0; o < s.panels() * P; ++o)
+    for (int64_t c = 0; c < s.inputs; ++c) {
+      const float* w = weight + (o * s.inputs + c) * 9;
+      double half[n][3];
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < 3; ++j) {
+          half[i][j] = 0;
+          for (int k = 0; k < 3 && o < s.outputs; ++k) half[i][j] += g[i][k] * double(w[k * 3 + j]);
+        }
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < n; ++j) {
+          double sum = 0;
+          for (int k = 0; k < 3; ++k) sum += half[i][k] * g[j][k];
+          packed[(((i * n + j) * s.panels() + o / P) * s.inputs + c) * P + o % P] = float(sum);
+        }
+    }
+}
+
+static void pack(const Conv3x3Sizes& s, const float* weight, const float* bias, float* packed) {
+  static_assert(sizeof s <= s.kHeader * sizeof(float));
+  memcpy(packed, &s, sizeof s);
+  pack_bias(bias, s.outputs, packed + s.bias());
+  float* to = packed + s.weights();
+  if (s.tile == 2) return transform_weights<2>(s, weight, to);
+  if (s.tile == 4) return transform_weights<4>(s, weight, to);
+  for (int64_t o = 0; o < s.panels() * P; ++o)
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t c = 0; c < s.inputs; ++c)
+        to[((o / P * 9 + tap) * s.inputs + c) * P + o % P] = o < s.outputs ? weight[(o * s.inputs + c) * 9 + tap] : 0;
+}
+
+// One picture of a call.
+struct Picture {
+  const Conv3x3& a;
+  const float *in, *beside, *residual;
+  float* out;
+  Picture(const Conv3x3& a, int64_t b)
+      : a(a),
+        in(a.in.data + b * a.in.b),
+        beside(a.beside.data ? a.beside.data + b * a.beside.b : nullptr),
+        residual(a.residual.data ? a.residual.data + b * a.residual.b : nullptr),
+        out(a.out.data + b * a.out.b) {}
+
+  // Channels `from` .. of a pixel of the output, from scratch memory with whole vectors.
+  void put(int64_t y, int64_t x, int64_t from, int64_t count, const float* values) const {
+    float* to = out + y * a.out.y + x * a.out.x + from;
+    const float* plus = residual ? residual + y * a.residual.y + x * a.residual.x + from : nullptr;
+    int64_t c = 0;
+    for (; c + W<float> <= count; c += W<float>) {
+      vf v = load<float>(values + c);
+      if (plus) v += load<float>(plus + c);
+      store<float>(to + c, v);
+    }
+    if (c == count) return;
+    vf v = load<float>(values + c);
+    if (plus) v += load_partial<float>(plus + c, int(count - c));
+    store_partial<float>(to + c, v, int(count - c));
+  }
+};
+
+// ---- Winograd ----
+
+// Transforms the inputs of one tile whose first is (y, x): `channels` of a map, to[point * ld] for each vector of them.
+template <int m>
+static void transform_inputs(
+    const PixelMap& map, const float* from, int64_t channels, int64_t height, int64_t width, int64_t y, int64_t x,
+    float* to, int64_t ld) {
+  constexpr int n = m + 2;
+  const bool inside = y >= 0 && x >= 0 && y + n <= height && x + n <= width;
+  for (int64_t c = 0; c < channels; c += W<float>) {
+    const int some = at_most<float>(channels - c);
+    vf d[n][n], column[n], result[n];
+    for (int i = 0; i < n; ++i) {
+      vf row[n];
+      for (int j = 0; j < n; ++j) {
+        const bool there = inside || (y + i >= 0 && y + i < height && x + j >= 0 && x + j < width);
+        const float* p = from + (y + i) * map.y + (x + j) * map.x + c;
+        row[j] = !there ? vf{} : some == W<float> ? load<float>(p) : load_partial<float>(p, some);
+      }
+      of_inputs<m>(row, d[i]);
+    }
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < n; ++i) column[i] = d[i][j];
+      of_inputs<m>(column, result);
+      for (int i = 0; i < n; ++i) store<float>(to + (i * n + j) * ld + c, result[i]);
+    }
+  }
+}
+
+// The outputs of one tile, [pixel][channel], from its products, [point * ld][channel].
+template <int m>
+static void transform_products(
+    int64_t channels, const float* from, int64_t ld, const float* bias, float* to, int64_t ldo) {
+  constexpr int n = m + 2;
+  for (int64_t c = 0; c < channels; c += W<float>) {
+    const vf b = load<float>(bias + c);
+    vf d[m][n], column[n], result[m];
+    for (int j = 0; j < n; ++j) {
+      for (int i = 0; i < n; ++i) column[i] = load<float>(from + (i * n + j) * ld + c);
+      of_products<m>(column, result);
+      for (int i = 0; i < m; ++i) d[i][j] = result[i];
+    }
+    for (int i = 0; i < m; ++i) {
+      of_products<m>(d[i], result);
+      for (int j = 0; j < m; ++j) store<float>(to + (i * m + j) * ldo + c, result[j] + b);
+    }
+  }
+}
+
+template <int m>
+static void winograd(const Conv3x3& a, int64_t begin, int64_t end) {
+  constexpr int n = m + 2;
+  const Conv3x3Sizes& s = a.sizes;
+  const int64_t high = (a.H + m - 1) / m, wide = (a.W + m - 1) / m, tiles = high * wide;
+  const int64_t ldv = leading<float>(s.inputs + W<float>), ldm = leading<float>(s.panels() * P);
+  int64_t block = kBlock / (n * n * (ldv + ldm) * int64_t(sizeof(float)));
+  if (block < 12) block = 12;
+  const int64_t most = (tiles + a.chunks - 1) / a.chunks;
+  const int64_t blocks = (most + block - 1) / block;
+  block = (most + blocks - 1) / blocks;
+  arena.reset(
+      Arena::bytes<float>(n * n * block * ldv) + Arena::bytes<float>(n * n * block * ldm) +
+          Arena::bytes<float>(m * m * ldm),
+      a.poison);
+  float* v = arena.take<float>(n * n * block * ldv);
+  float* products = arena.take<float>(n * n * block * ldm);
+  float* pixels = arena.take<float>(m * m * ldm);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Picture picture(a, unit / a.chunks);
+    const int64_t chunk = unit % a.chunks, last = tiles * (chunk + 1) / a.chunks;
+    for (int64_t t0 = tiles * chunk / a.chunks; t0 < last; t0 += block) {
+      const int64_t count = t0 + block < last ? block : last - t0;
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t y = (t0 + t) / wide * m - 1, x = (t0 + t) % wide * m - 1;
+        float* to = v + t * ldv;
+        transform_inputs<m>(a.in, picture.in, a.first, a.H, a.W, y, x, to, block * ldv);
+        if (picture.beside)
+          transform_inputs<m>(a.beside, picture.beside, s.inputs - a.first, a.H, a.W, y, x, to + a.first, block * ldv);
+      }
+      for (int64_t point = 0; point < n * n; ++point)
+        for (int64_t panel = 0; panel < s.panels(); ++panel)
+          product_in_parts<float>(
+              vectors_of(s.outputs, panel), count, s.inputs, v + point * block * ldv, ldv,
+              a.packed + s.weights() + (point * s.panels() + panel) * s.inputs * P, P,
+              products + point * block * ldm + panel * P, ldm, {});
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t y = (t0 + t) / wide * m, x = (t0 + t) % wide * m;
+        transform_products<m>(s.outputs, products + t * ldm, block * ldm, a.packed + s.bias(), pixels, ldm);
+        activate_rows(a.activation, pixels, m * m, (s.outputs + W<float> - 1) / W<float>, ldm);
+        for (int i = 0; i < m && y + i < a.H; ++i)
+          for (int j = 0; j < m && x + j < a.W; ++j)
+            picture.put(y + i, x + j, 0, s.outputs, pixels + (i * m + j) * ldm);
+      }
+    }
+  }
+}
+
+// ---- direct ----
+
+// A row of the input between zeros, all channels of a pixel side by side; zeros if there is no such row.
+static void copy_row(const Picture& picture, int64_t y, float* to) {
+  const Conv3x3& a = picture.a;
+  const int64_t C = a.sizes.inputs;
+  if (y < 0 || y >= a.H) {
+    memset(to, 0, (a.W + 2) * C * sizeof(float));
+    return;
+  }
+  memset(to, 0, C * sizeof(float));
+  memset(to + (a.W + 1) * C, 0, C * sizeof(float));
+  auto copy = [&](const PixelMap& map, const float* from, int64_t channels, float* dst) {
+    from += y * map.y;
+    for (int64_t c = 0; map.c != 1 && c < channels; ++c)
+      for (int64_t x = 0; x < a.W; ++x) dst[x * C + c] = from[x * map.x + c * map.c];
+    for (int64_t x = 0; map.c == 1 && x < a.W; ++x) memcpy(dst + x * C, from + x * map.x, channels * sizeof(float));
+  };
+  copy(a.in, picture.in, a.first, to + C);
+  if (picture.beside) copy(a.beside, picture.beside, C - a.first, to + C + a.first);
+}
+
+static void direct(const Conv3x3& a, int64_t begin, int64_t end) {
+  const Conv3x3Sizes& s = a.sizes;
+  const int64_t C = s.inputs, line = (a.W + 2) * C, taps = 3 * C;
+  int64_t strip = (kRows + a.Wo - 1) / a.Wo;
+  if (strip > a.Ho) strip = a.Ho;
+  const int64_t lines = (strip - 1) * a.stride + 3;
+  // Few channels: all nine taps of a pixel become one row.
+  const bool joined = 3 * taps <= kJoined;
+  arena.reset(
+      Arena::bytes<float>(lines * line) + Arena::bytes<float>(joined ? a.Wo * 3 * taps + W<float> : 0) +
+          Arena::bytes<float>(a.Wo * P),
+      a.poison);
+  float* rows = arena.take<float>(lines * line);
+  float* row = arena.take<float>(joined ? a.Wo * 3 * taps + W<float> : 0);
+  float* result = arena.take<float>(a.Wo * P);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Picture picture(a, unit / a.chunks);
+    const int64_t chunk = unit % a.chunks, last = a.Ho * (chunk + 1) / a.chunks;
+    for (int64_t y0 = a.Ho * chunk / a.chunks; y0 < last; y0 += strip) {
+      const int64_t y1 = y0 + strip < last ? y0 + strip : last;
+      for (int64_t i = 0; i < (y1 - y0 - 1) * a.stride + 3; ++i)
+        copy_row(picture, y0 * a.stride - 1 + i, rows + i * line);
+      for (int64_t y = y0; y < y1; ++y) {
+        const float* first = rows + (y - y0) * a.stride * line;
+        for (int64_t x = 0; joined && x < a.Wo; ++x)
+          for (int64_t i = 0; i < 3; ++i)
+            take_row<float>(first + i * line + x * a.stride * C, taps, row + (x * 3 + i) * taps);
+        for (int64_t panel = 0; panel < s.panels(); ++panel) {
+          const float* w = a.packed + s.weights() + panel * 9 * C * P;
+          const int64_t channels = s.outputs - panel * P < P ? s.outputs - panel * P : P;
+          const int vectors = vectors_of(s.outputs, panel);
+          End<float> sum, biased;
+          biased.bias = a.packed + s.bias() + panel * P;
+          if (joined) product_rows<float>(vectors, a.Wo, 3 * taps, row, 3 * taps, w, P, result, P, biased);
+          for (int64_t i = 0; !joined && i < 3; ++i) {
+            sum.start = biased.start = start_if(i > 0);
+            product_in_parts<float>(
+                vectors, a.Wo, taps, first + i * line, a.stride * C, w + i * taps * P, P, result, P,
+                i == 2 ? biased : sum);
+          }
+          activate_rows(a.activation, result, a.Wo, vectors, P);
+          for (int64_t x = 0; x < a.Wo; ++x) picture.put(y, x, panel * P, channels, result + x * P);
+        }
+      }
+    }
+  }
+}
+
+static void forward(const Conv3x3& a, int64_t begin, int64_t end) {
+  return a.sizes.tile == 4   ? winograd<4>(a, begin, end)
+         : a.sizes.tile == 2 ? winograd<2>(a, begin, end)
+                             : direct(a, begin, end);
+}
+
+}  // namespace
+
+extern const Conv3x3Kernels conv3x3_kernels;
+const Conv3x3Kernels conv3x3_kernels = {P, pack, forward};
+
+}  // namespace MVK_ISA
+}  // namespace mvk

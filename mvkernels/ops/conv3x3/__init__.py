@@ -1,0 +1,212 @@
+"""The dense 3 x 3 convolution at inference: by Winograd's algorithm, with activation and what is added in one kernel."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.registry import Op, register
+from mvkernels.ops.common import activations
+from mvkernels.ops.conv3x3 import operators, suite
+from mvkernels.ops.conv3x3.reference import conv3x3 as reference
+
+__all__ = ["OP", "conv3x3", "pack_conv3x3"]
+
+_NAME = "conv3x3"
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    stride: int = 1,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A dense 3 x 3 convolution padded by 1, its activation, and a map that is added, at inference.
+
+    ``out = f(conv(x | beside) + bias) + residual``. With a stride of 1 and at least 16 channels on both sides it is
+    Winograd's algorithm (arXiv 1509.09308): F(4 x 4, 3 x 3) where both sides of the map are at least 16, else
+    F(2 x 2, 3 x 3). F(2 x 2) is more exact than the usual sum over 9 C products; F(4 x 4) errs about three times as
+    much as it. There is no backward: a call that records a gradient is the reference's.
+
+    Args:
+        x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
+            read in place; others are copied once, but for those of the direct algorithm.
+        weight: (C_out, C, 3, 3); with ``beside``, C is the sum of both maps' channels, those of x first.
+        bias: (C_out,), or None.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None.
+        residual: map of the result's size that is added after the activation, or None.
+        beside: a second map (B, C2, H, W) whose channels follow those of x, in place of a concatenation, or None.
+        stride: 1 or 2.
+        packed: what :func:`pack_conv3x3` made of the same weight and bias for maps of this size, for the C++ backend,
+            which packs them in every call otherwise.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
+
+    Returns:
+        Feature map (B, C_out, ceil(H / stride), ceil(W / stride)) in the dtype of the inputs (float32, float16,
+        bfloat16 or float64), dense: channels-last if the stride of x over its channels is 1, else channels-first. Sums
+        are computed in float32 or higher.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, C, C_out, H or W is 0, the stride is not 1 or 2, or
+            the activation is unknown.
+        BackendUnavailable: the backend that was asked for cannot run this call.
+    """
+    arguments = _check(x, weight, bias, activation, residual, beside, stride, packed)
+    if choose(OP, backend, arguments) == "reference":
+        return reference(*arguments)
+    x, weight, bias, activation, residual, beside, stride, packed = arguments
+    outputs, inputs = weight.shape[:2]
+    tile = operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
+    if packed is None:
+        packed = _pack(weight, bias, tile)
+    maps = [x, beside] if tile == 0 else [_pixels(x), _pixels(beside)]
+    settings = (outputs, tile, stride, activations.CODES[activation], _pixels(residual))
+    out: Tensor = operators.forward(*maps, packed, *settings)
+    return checks.lay_as(out, x)
+
+
+def pack_conv3x3(
+    weight: Tensor, bias: Tensor | None = None, *, size: tuple[int, int] = (16, 16), stride: int = 1
+) -> Tensor:
+    """The weights of :func:`mvkernels.conv3x3` as its C++ kernel reads them, for its argument ``packed``.
+
+    It is a copy: pack again when a weight has changed. What it holds is for this process only, since it depends on the
+    processor's instruction set.
+
+    Args:
+        weight, bias, stride: as in :func:`mvkernels.conv3x3`, float32 on a CPU.
+        size: H and W of the maps, which decide on the algorithm; all sizes from 16 on are packed alike, and all that
+            have a smaller side.
+
+    Returns:
+        A tensor of one axis, float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`mvkernels.conv3x3`.
+        BackendUnavailable: there is no C++ kernel for these weights.
+    """
+    named = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    checks.tensors(_NAME, **named)
+    outputs, inputs = _shapes(weight, bias)
+    stride, (height, width) = _check_stride(stride), checks.pair(_NAME, "size", size)
+    reason = _why_not_packed(weight)
+    if reason:
+        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
+    return _pack(weight, bias, operators.tile_of(inputs, outputs, stride, height, width))
+
+
+def _pixels(x: Tensor | None) -> Tensor | None:
+    """The map with its channels side by side."""
+    if x is None or checks.channels_last(x):
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    packed: Tensor = operators.pack(weight.contiguous(), None if bias is None else bias.contiguous(), tile)
+    return packed
+
+
+def _check_stride(stride: Any) -> int:
+    if not isinstance(stride, int) or isinstance(stride, bool):
+        raise TypeError(f"{_NAME}: stride is {stride!r}, want 1 or 2")
+    if stride not in (1, 2):
+        raise ValueError(f"{_NAME}: stride is {stride}, want 1 or 2")
+    return index(stride)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Any = None,
+    residual: Tensor | None = None,
+    beside: Tensor | None = None,
+    stride: Any = 1,
+    packed: Tensor | None = None,
+) -> tuple[Any, ...]:
+    optional = {"bias": bias, "residual": residual, "beside": beside}
+    named: dict[str, Any] = {"x": x, "weight": weight, **{n: t for n, t in optional.items() if t is not None}}
+    named = dict(zip(named, checks.autocast(*named.values())))
+    if not checks.alike(*named.values()):
+        checks.tensors(_NAME, **named)
+    x, weight = named["x"], named["weight"]
+    bias, residual, beside = (named.get(n) for n in optional)
+    stride = _check_stride(stride)
+    activations.check(_NAME, activation)
+    if packed is not None and not isinstance(packed, Tensor):
+        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
+    checks.rank(_NAME, "x", x, "(B, C, H, W)")
+    checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
+    outputs, inputs = _shapes(weight, bias)
+    channels = x.shape[1]
+    if beside is not None:
+        checks.rank(_NAME, "beside", beside, "(B, C2, H, W)")
+        checks.same(_NAME, "beside", beside, "x", x, (0, 2, 3))
+        checks.not_empty(_NAME, "beside", beside, C2=1)
+        channels += beside.shape[1]
+    if channels != inputs:
+        raise ValueError(f"{_NAME}: the maps have {channels} channels, the weight is for {inputs}")
+    if residual is not None:
+        b, _, height, width = x.shape
+        wanted = (b, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
+        checks.rank(_NAME, "residual", residual, "(B, C_out, H_out, W_out)")
+        if residual.shape != wanted:
+            raise ValueError(f"{_NAME}: residual is {checks.shape(residual)}, want {wanted}")
+    return x, weight, bias, activation, residual, beside, stride, packed
+
+
+def _shapes(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """C_out and C of the weight."""
+    checks.rank(_NAME, "weight", weight, "(C_out, C, 3, 3)")
+    outputs, inputs, *taps = weight.shape
+    if taps != [3, 3] or 0 in (outputs, inputs):
+        raise ValueError(f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C, 3, 3) with channels of at least 1")
+    if bias is not None and bias.shape != (outputs,):
+        checks.rank(_NAME, "bias", bias, "(C_out)")
+        raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (C_out) = ({outputs},)")
+    return outputs, inputs
+
+
+def _why_not_packed(weight: Tensor) -> str | None:
+    if weight.dtype != torch.float32:
+        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
+    return extension.why_not(weight)
+
+
+def _why_not_cpp(
+    x: Tensor, weight: Tensor, bias: Any, activation: Any, residual: Any, beside: Any, *_: Any
+) -> str | None:
+    tensors = (x, weight, bias, residual, beside)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "a gradient is recorded, and the C++ kernel has no backward"
+    return _why_not_packed(weight)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=conv3x3,
+        reference=reference,
+        check=_check,
+        maps=("x",),
+        why_not={"cpp": _why_not_cpp},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+        differentiable=False,
+    )
+)
