@@ -10,6 +10,7 @@
 #include "elementwise/elementwise.h"
 #include "inverted_residual/inverted_residual.h"
 #include "multiscale_linear_attention/multiscale.h"
+#include "pointwise/pointwise.h"
 
 namespace mvk {
 namespace {
@@ -26,12 +27,13 @@ struct InstructionSet {
   const ElementwiseKernels* elementwise;
   const InvertedResidualKernels* inverted_residual;
   const Conv3x3Kernels* conv3x3;
+  const PointwiseKernels* pointwise;
 };
 
 #define MVK_KERNELS(isa)                                                                                \
   &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,              \
       &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
-      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels
+      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels, &isa::pointwise_kernels
 const InstructionSet kInstructionSets[] = {
 // best first
 #if defined(MVK_AVX512)

@@ -15,6 +15,7 @@
 #include "inverted_residual/inverted_residual_op.h"
 #include "multiscale_linear_attention/multiscale_op.h"
 #include "patch_attention/patch_attention_op.h"
+#include "pointwise/pointwise_op.h"
 #include "window_attention/window_attention_op.h"
 
 namespace mvk {
@@ -93,6 +94,8 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("inverted_residual_pack", &mvk::inverted_residual_pack);
   m.impl("conv3x3", &mvk::conv3x3);
   m.impl("conv3x3_pack", &mvk::conv3x3_pack);
+  m.impl("pointwise", &mvk::pointwise);
+  m.impl("pointwise_pack", &mvk::pointwise_pack);
   m.impl("norm_activation", &mvk::norm_activation);
   m.impl("norm_activation_", &mvk::norm_activation_);
   m.impl("pooled_difference", &mvk::pooled_difference);

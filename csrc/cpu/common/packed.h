@@ -23,6 +23,20 @@ MVK_INLINE void pack_bias(const float* from, int64_t columns, float* to) {
 // How many of the vectors of a panel hold some of the channels.
 MVK_INLINE int vectors_of(int64_t channels, int64_t panel) { return channels - panel * P > W<float> ? 2 : 1; }
 
+// The channels of a pixel from scratch memory, which has whole vectors, into a map, added to those at `plus` if it is not null.
+MVK_INLINE void put_channels(const float* values, int64_t count, const float* plus, float* to) {
+  int64_t c = 0;
+  for (; c + W<float> <= count; c += W<float>) {
+    vec<float> v = load<float>(values + c);
+    if (plus) v += load<float>(plus + c);
+    store<float>(to + c, v);
+  }
+  if (c == count) return;
+  vec<float> v = load<float>(values + c);
+  if (plus) v += load_partial<float>(plus + c, int(count - c));
+  store_partial<float>(to + c, v, int(count - c));
+}
+
 }  // namespace
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = 512 << 10;  // bytes of V and M
 constexpr int64_t kRows = 64;          // pixels of a strip, at least
-constexpr int64_t kJoined = 64;        // taps times channels that are gathered into one row
+constexpr int64_t kFew = 64;           // taps times channels of one sum, at most
 
 template <int m>
 static void transform_weights(const Conv3x3Sizes& s, const float* weight, float* packed) {
@@ -66,20 +66,10 @@ struct Picture {
         residual(a.residual.data ? a.residual.data + b * a.residual.b : nullptr),
         out(a.out.data + b * a.out.b) {}
 
-  // Channels `from` .. of a pixel of the output, from scratch memory with whole vectors.
+  // Channels `from` .. of a pixel of the output.
   void put(int64_t y, int64_t x, int64_t from, int64_t count, const float* values) const {
-    float* to = out + y * a.out.y + x * a.out.x + from;
     const float* plus = residual ? residual + y * a.residual.y + x * a.residual.x + from : nullptr;
-    int64_t c = 0;
-    for (; c + W<float> <= count; c += W<float>) {
-      vf v = load<float>(values + c);
-      if (plus) v += load<float>(plus + c);
-      store<float>(to + c, v);
-    }
-    if (c == count) return;
-    vf v = load<float>(values + c);
-    if (plus) v += load_partial<float>(plus + c, int(count - c));
-    store_partial<float>(to + c, v, int(count - c));
+    put_channels(values, count, plus, out + y * a.out.y + x * a.out.x + from);
   }
 };
 
@@ -182,64 +172,121 @@ static void winograd(const Conv3x3& a, int64_t begin, int64_t end) {
 
 // ---- direct ----
 
-// A row of the input between zeros, all channels of a pixel side by side; zeros if there is no such row.
-static void copy_row(const Picture& picture, int64_t y, float* to) {
+// How a row of the input, between zeros, lies in scratch memory: channel c of the pixel x at x * pixel + c * channel.
+struct Line {
+  int64_t size, pixel, channel;
+  // Planes stay planes, if they are few.
+  explicit Line(const Conv3x3& a) : size((a.W + 2) * a.sizes.inputs) {
+    const bool planes = a.in.c != 1 && !a.beside.data && 9 * a.sizes.inputs <= kFew;
+    pixel = planes ? 1 : a.sizes.inputs, channel = planes ? a.W + 2 : 1;
+  }
+};
+
+// Row y of the input, or zeros if there is no such row.
+static void copy_row(const Picture& picture, const Line& line, int64_t y, float* to) {
   const Conv3x3& a = picture.a;
-  const int64_t C = a.sizes.inputs;
   if (y < 0 || y >= a.H) {
-    memset(to, 0, (a.W + 2) * C * sizeof(float));
+    memset(to, 0, line.size * sizeof(float));
     return;
   }
-  memset(to, 0, C * sizeof(float));
-  memset(to + (a.W + 1) * C, 0, C * sizeof(float));
+  const int64_t C = a.sizes.inputs, right = (a.W + 1) * line.pixel;
+  if (line.channel == 1) {
+    memset(to, 0, C * sizeof(float));
+    memset(to + right, 0, C * sizeof(float));
+  }
+  for (int64_t c = 0; line.channel != 1 && c < C; ++c) to[c * line.channel] = to[c * line.channel + right] = 0;
   auto copy = [&](const PixelMap& map, const float* from, int64_t channels, float* dst) {
     from += y * map.y;
-    for (int64_t c = 0; map.c != 1 && c < channels; ++c)
-      for (int64_t x = 0; x < a.W; ++x) dst[x * C + c] = from[x * map.x + c * map.c];
-    for (int64_t x = 0; map.c == 1 && x < a.W; ++x) memcpy(dst + x * C, from + x * map.x, channels * sizeof(float));
+    if (map.c == 1 && line.channel == 1) {
+      for (int64_t x = 0; x < a.W; ++x) memcpy(dst + x * line.pixel, from + x * map.x, channels * sizeof(float));
+      return;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* p = from + c * map.c;
+      float* q = dst + c * line.channel;
+      if (map.x == 1 && line.pixel == 1)
+        memcpy(q, p, a.W * sizeof(float));
+      else
+        for (int64_t x = 0; x < a.W; ++x) q[x * line.pixel] = p[x * map.x];
+    }
   };
-  copy(a.in, picture.in, a.first, to + C);
-  if (picture.beside) copy(a.beside, picture.beside, C - a.first, to + C + a.first);
+  copy(a.in, picture.in, a.first, to + line.pixel);
+  if (picture.beside) copy(a.beside, picture.beside, C - a.first, to + line.pixel + a.first * line.channel);
+}
+
+// M pixels, `step` apart, by V vectors of outputs: the taps of a pixel are at the offsets.
+template <int M, int V>
+static void gathered(
+    const float* from, int64_t step, int64_t taps, const int64_t* offsets, const float* w, const float* bias,
+    float* to) {
+  vf sum[M][V];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) sum[m][v] = load<float>(bias + v * W<float>);
+  for (int64_t k = 0; k < taps; ++k, w += P) {
+    const float* p = from + offsets[k];
+    vf b[V];
+    for (int v = 0; v < V; ++v) b[v] = load<float>(w + v * W<float>);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const vf x = splat(p[m * step]);
+      for (int v = 0; v < V; ++v) sum[m][v] += x * b[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) store<float>(to + m * P + v * W<float>, sum[m][v]);
+}
+template <int V>
+static void gathered_row(
+    const float* from, int64_t step, int64_t taps, const int64_t* offsets, const float* w, const float* bias,
+    int64_t width, float* to) {
+  constexpr int M = V == 1 ? 12 : kTileRows;
+  int64_t x = 0;
+  for (; x + M <= width; x += M) gathered<M, V>(from + x * step, step, taps, offsets, w, bias, to + x * P);
+  for (; x < width; ++x) gathered<1, V>(from + x * step, step, taps, offsets, w, bias, to + x * P);
 }
 
 static void direct(const Conv3x3& a, int64_t begin, int64_t end) {
   const Conv3x3Sizes& s = a.sizes;
-  const int64_t C = s.inputs, line = (a.W + 2) * C, taps = 3 * C;
+  const Line line(a);
+  const int64_t C = s.inputs, taps = 3 * C;
+  // Of few channels, the products of a pixel's taps are one sum over a table of offsets.
+  const bool few = 3 * taps <= kFew;
   int64_t strip = (kRows + a.Wo - 1) / a.Wo;
   if (strip > a.Ho) strip = a.Ho;
   const int64_t lines = (strip - 1) * a.stride + 3;
-  // Few channels: all nine taps of a pixel become one row.
-  const bool joined = 3 * taps <= kJoined;
   arena.reset(
-      Arena::bytes<float>(lines * line) + Arena::bytes<float>(joined ? a.Wo * 3 * taps + W<float> : 0) +
-          Arena::bytes<float>(a.Wo * P),
+      Arena::bytes<float>(lines * line.size) + Arena::bytes<float>(a.Wo * P) + Arena::bytes<int64_t>(3 * taps),
       a.poison);
-  float* rows = arena.take<float>(lines * line);
-  float* row = arena.take<float>(joined ? a.Wo * 3 * taps + W<float> : 0);
+  float* rows = arena.take<float>(lines * line.size);
   float* result = arena.take<float>(a.Wo * P);
+  int64_t* offsets = arena.take<int64_t>(3 * taps);
+  for (int64_t k = 0; k < 3 * taps; ++k)
+    offsets[k] = k / taps * line.size + k / C % 3 * line.pixel + k % C * line.channel;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Picture picture(a, unit / a.chunks);
     const int64_t chunk = unit % a.chunks, last = a.Ho * (chunk + 1) / a.chunks;
     for (int64_t y0 = a.Ho * chunk / a.chunks; y0 < last; y0 += strip) {
       const int64_t y1 = y0 + strip < last ? y0 + strip : last;
       for (int64_t i = 0; i < (y1 - y0 - 1) * a.stride + 3; ++i)
-        copy_row(picture, y0 * a.stride - 1 + i, rows + i * line);
+        copy_row(picture, line, y0 * a.stride - 1 + i, rows + i * line.size);
       for (int64_t y = y0; y < y1; ++y) {
-        const float* first = rows + (y - y0) * a.stride * line;
-        for (int64_t x = 0; joined && x < a.Wo; ++x)
-          for (int64_t i = 0; i < 3; ++i)
-            take_row<float>(first + i * line + x * a.stride * C, taps, row + (x * 3 + i) * taps);
+        const float* first = rows + (y - y0) * a.stride * line.size;
         for (int64_t panel = 0; panel < s.panels(); ++panel) {
           const float* w = a.packed + s.weights() + panel * 9 * C * P;
           const int64_t channels = s.outputs - panel * P < P ? s.outputs - panel * P : P;
           const int vectors = vectors_of(s.outputs, panel);
           End<float> sum, biased;
           biased.bias = a.packed + s.bias() + panel * P;
-          if (joined) product_rows<float>(vectors, a.Wo, 3 * taps, row, 3 * taps, w, P, result, P, biased);
-          for (int64_t i = 0; !joined && i < 3; ++i) {
+          if (few) {
+            auto row = vectors == 1 ? gathered_row<1> : gathered_row<2>;
+            row(first, a.stride * line.pixel, 3 * taps, offsets, w, biased.bias, a.Wo, result);
+          }
+          for (int64_t i = 0; !few && i < 3; ++i) {
             sum.start = biased.start = start_if(i > 0);
             product_in_parts<float>(
-                vectors, a.Wo, taps, first + i * line, a.stride * C, w + i * taps * P, P, result, P,
+                vectors, a.Wo, taps, first + i * line.size, a.stride * C, w + i * taps * P, P, result, P,
                 i == 2 ? biased : sum);
           }
           activate_rows(a.activation, result, a.Wo, vectors, P);

@@ -158,11 +158,8 @@ static void project(
       product_rows<float>(1, pixels, channels, in, k.lda, w + at, P, left, W<float>, end.at(at));
       if (!last) continue;
       const int count = int(s.outputs - whole);
-      for (int64_t i = 0; i < pixels; ++i) {
-        vf v = load<float>(left + i * W<float>);
-        if (a.residual) v += load_partial<float>(same + i * a.in.x + at, count);
-        store_partial<float>(to + i * a.out.x + at, v, count);
-      }
+      for (int64_t i = 0; i < pixels; ++i)
+        put_channels(left + i * W<float>, count, a.residual ? same + i * a.in.x + at : nullptr, to + i * a.out.x + at);
     }
   }
 }

@@ -1,0 +1,77 @@
+// Products of pixels, as rows of channels, with packed weights: what 1x1 convolutions and linear layers are made of.
+#pragma once
+
+#include <cmath>
+
+#include "common/activate.h"
+#include "common/packed.h"
+
+namespace mvk {
+namespace MVK_ISA {
+namespace {
+
+// (x - mean) / sqrt(variance + eps) of each of `count` rows: what a LayerNorm does but for its weight and bias, which are folded
+// into the product behind it.
+static void normalise_rows(
+    const float* from, int64_t step, int64_t count, int64_t channels, float eps, float* to, int64_t ld) {
+  const int64_t whole = channels / W<float> * W<float>;
+  const int left = int(channels - whole);
+  for (int64_t n = 0; n < count; ++n, from += step, to += ld) {
+    vf sum[2] = {};
+    int64_t c = 0;
+    for (; c + 2 * W<float> <= whole; c += 2 * W<float>)
+      sum[0] += load<float>(from + c), sum[1] += load<float>(from + c + W<float>);
+    for (; c < whole; c += W<float>) sum[0] += load<float>(from + c);
+    if (left) sum[1] += load_partial<float>(from + whole, left);
+    const vf mean = splat(lane_sum<float>(sum[0] + sum[1]) / float(channels));
+    sum[0] = sum[1] = vf{};
+    for (c = 0; c < whole; c += W<float>) {
+      const vf d = load<float>(from + c) - mean;
+      store<float>(to + c, d);
+      sum[0] += d * d;
+    }
+    if (left) {
+      // Lanes past the last channel would count as -mean.
+      const vf d = load_partial<float>(from + whole, left) - mean;
+      store<float>(to + whole, d);
+      vf rest = load_partial<float>(to + whole, left);
+      sum[1] += rest * rest;
+    }
+    const vf scale = splat(1 / std::sqrt(lane_sum<float>(sum[0] + sum[1]) / float(channels) + eps));
+    for (c = 0; c < channels; c += W<float>) store<float>(to + c, load<float>(to + c) * scale);
+  }
+}
+
+// Rows of pixels in a map, `step` apart.
+struct PixelRows {
+  float* data;
+  int64_t step;
+};
+
+// out = f(a B + bias) + residual for `count` rows of a, `lda` apart, and `outputs` columns of B, packed in panels of K rows. Whole
+// vectors go straight to the map where nothing but the residual is to be added; else by the way of `panel`, [row][P].
+static void rows_product(
+    int64_t count, int64_t K, int64_t outputs, const float* a, int64_t lda, const float* weights, const float* bias,
+    Activation activation, PixelRows out, PixelRows residual, float* panel) {
+  for (int64_t first = 0; first < outputs; first += P, weights += K * P) {
+    const int64_t columns = outputs - first < P ? outputs - first : P;
+    const int vectors = columns > W<float> ? 2 : 1;
+    End<float> end;
+    end.bias = bias + first;
+    if (activation == Activation::identity && columns == vectors * W<float>) {
+      if (residual.data) end.plus = residual.data + first, end.ldp = residual.step;
+      product_in_parts<float>(vectors, count, K, a, lda, weights, P, out.data + first, out.step, end);
+      continue;
+    }
+    product_in_parts<float>(vectors, count, K, a, lda, weights, P, panel, P, end);
+    activate_rows(activation, panel, count, vectors, P);
+    for (int64_t n = 0; n < count; ++n)
+      put_channels(
+          panel + n * P, columns, residual.data ? residual.data + n * residual.step + first : nullptr,
+          out.data + n * out.step + first);
+  }
+}
+
+}  // namespace
+}  // namespace MVK_ISA
+}  // namespace mvk

@@ -1,0 +1,61 @@
+// What the registration and the kernels of the 1x1 convolution share: plain data, no torch.
+#pragma once
+
+#include "common/activations.h"
+#include "common/each_isa.h"
+#include "common/map.h"
+
+namespace mvk {
+
+// The sizes of a product's weights, which packed weights begin with.
+struct PointwiseSizes {
+  int64_t panel;  // columns of a panel: of an instruction set
+  int64_t inputs, outputs;
+  int64_t normed;  // whether a LayerNorm stands before, whose weight and bias are folded in
+
+  MVK_SHARED int64_t panels() const { return (outputs + panel - 1) / panel; }
+  static constexpr int64_t kHeader = 16;
+  // [panel][input][column], then the bias [column].
+  MVK_SHARED int64_t weights() const { return kHeader; }
+  MVK_SHARED int64_t bias() const { return weights() + panels() * panel * inputs; }
+  MVK_SHARED int64_t end() const { return bias() + panels() * panel; }
+  // Elements of packed weights: the same for all instruction sets, as _fake_pack in mvkernels/ops/pointwise/operators.py.
+  MVK_SHARED int64_t count() const {
+    PointwiseSizes widest = *this;
+    widest.panel = 32;
+    return widest.end();
+  }
+};
+
+// Weights as PyTorch has them, contiguous: (outputs, inputs) and (outputs,), and the norm's, (inputs,). All but `weight` may be null.
+struct PointwiseWeights {
+  PointwiseSizes sizes;
+  const float *weight, *bias, *norm_weight, *norm_bias;
+  float* packed;
+};
+
+struct Pointwise {
+  PointwiseSizes sizes;
+  const float* packed;
+  PixelMap in, out, residual;  // residual: data are null without
+  int64_t H, W;
+  double eps;  // of the norm
+  Activation activation;
+  // Pixels that are equally far apart in all maps are one line: of the whole call, of a picture, or of its rows. A unit of work is
+  // a block of a line.
+  int64_t lines, length, block;
+  bool poison;  // fill scratch memory with NaN (tests)
+
+  MVK_SHARED int64_t blocks() const { return (length + block - 1) / block; }
+};
+
+// One set for each instruction set; the range is over units.
+struct PointwiseKernels {
+  int64_t panel;
+  void (*pack)(const PointwiseWeights&);
+  void (*forward)(const Pointwise&, int64_t begin, int64_t end);
+};
+
+MVK_EACH_ISA(PointwiseKernels, pointwise_kernels)
+
+}  // namespace mvk

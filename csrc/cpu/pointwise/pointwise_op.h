@@ -1,0 +1,79 @@
+// The 1x1 convolution as boxed torch operators. Included by register.cpp alone.
+#pragma once
+
+#include "common/convolution_op.h"
+#include "pointwise/pointwise.h"
+
+namespace mvk {
+namespace {
+
+constexpr const char* kPointwise = "pointwise";
+
+// (Tensor weight, Tensor? bias, bool normed, Tensor? norm_weight, Tensor? norm_bias) -> Tensor
+void pointwise_pack(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor weights = take(stack[0]), bias = take_optional(stack[1]);
+  const bool normed = torch::stable::detail::to<bool>(stack[2]);
+  Tensor norm_weight = take_optional(stack[3]), norm_bias = take_optional(stack[4]);
+  require(weights.dim() >= 2, kPointwise, "a weight (C_out, C) is wanted");
+  const int64_t outputs = weights.sizes()[0], inputs = weights.sizes()[1];
+  PointwiseWeights w{{current->pointwise->panel, inputs, outputs, normed}};
+  w.weight = weight(kPointwise, weights, outputs * inputs), w.bias = weight(kPointwise, bias, outputs, true);
+  w.norm_weight = weight(kPointwise, norm_weight, inputs, true);
+  w.norm_bias = weight(kPointwise, norm_bias, inputs, true);
+  Tensor packed = empty({w.sizes.count()}, aoti_torch_dtype_float32());
+  w.packed = static_cast<float*>(packed.data());
+  current->pointwise->pack(w);
+  give(stack, packed);
+}
+
+// Whether all maps' pixels are equally far apart in a picture, and in the whole batch.
+bool joined(const PixelMap& map, int64_t height, int64_t width) {
+  return !map.data || map.y == width * map.x || height == 1;
+}
+bool joined(const PixelMap& map, int64_t batch, int64_t height, int64_t width) {
+  return joined(map, height, width) && (!map.data || batch == 1 || map.b == height * width * map.x);
+}
+
+// (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual) -> Tensor
+void pointwise(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::to;
+  Tensor x = take(stack[0]), packed = take(stack[1]), plus = take_optional(stack[6]);
+  const PointwiseKernels& kernels = *current->pointwise;
+  Pointwise a{};
+  a.in = pixel_rows(kPointwise, x);
+  const int64_t* n = x.sizes();
+  a.H = n[2], a.W = n[3];
+  a.sizes = {kernels.panel, n[1], to<int64_t>(stack[2]), to<bool>(stack[3])};
+  a.eps = to<double>(stack[4]), a.activation = Activation(to<int64_t>(stack[5])), a.poison = poison;
+  require(
+      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == a.sizes.count(),
+      kPointwise, "packed weights of these sizes are wanted");
+  a.packed = static_cast<const float*>(packed.data());
+  require(
+      !std::memcmp(a.packed, &a.sizes, sizeof a.sizes), kPointwise,
+      "the weights were packed for other sizes, or for another instruction set");
+  require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
+  Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
+  a.out = pixel_map(kPointwise, out);
+  if (plus) {
+    a.residual = pixel_rows(kPointwise, plus);
+    require(same_sizes(plus, out, {0, 1, 2, 3}), kPointwise, "the residual does not fit");
+  }
+  if (n[0]) {
+    const bool picture = joined(a.in, a.H, a.W) && joined(a.residual, a.H, a.W);
+    const bool all = joined(a.in, n[0], a.H, a.W) && joined(a.residual, n[0], a.H, a.W);
+    // Rows of pictures that are lines of their own have a height; otherwise one line is as high as a picture.
+    a.lines = all ? 1 : picture ? n[0] : n[0] * a.H;
+    a.length = n[0] * a.H * a.W / a.lines;
+    if (picture || all) a.H = 1;
+    constexpr int64_t kMost = 192, kLeast = 48;  // pixels
+    const int64_t share = (n[0] * n[2] * n[3] + threads() - 1) / threads();
+    a.block = std::min(std::clamp(share, kLeast, kMost), a.length);
+    const double flops = 2.0 * double(a.block) * double(n[1]) * double(a.sizes.outputs);
+    parallel(a.lines * a.blocks(), grain(flops), [&](int64_t i, int64_t j) { kernels.forward(a, i, j); });
+  }
+  give(stack, out);
+}
+
+}  // namespace
+}  // namespace mvk
