@@ -8,6 +8,7 @@ from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_for
 from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
 from mvkernels.ops.patch_transformer_layer import PatchTransformerLayerFunction, patch_transformer_layer
+from mvkernels.ops.pointwise import pack_pointwise, pointwise
 from mvkernels.ops.relu_linear_attention import ReLULinearAttentionFunction, relu_linear_attention
 from mvkernels.ops.window_attention import WindowAttentionFunction, window_attention
 from mvkernels.swap import swap, verify_swap
@@ -34,8 +35,10 @@ __all__ = [
     "nn",
     "pack_conv3x3",
     "pack_inverted_residual",
+    "pack_pointwise",
     "patch_attention",
     "patch_transformer_layer",
+    "pointwise",
     "relu_linear_attention",
     "swap",
     "testing",

@@ -72,8 +72,8 @@ def conv3x3(
     tile = operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
     if packed is None:
         packed = _pack(weight, bias, tile)
-    maps = [x, beside] if tile == 0 else [_pixels(x), _pixels(beside)]
-    settings = (outputs, tile, stride, activations.CODES[activation], _pixels(residual))
+    maps = [x, beside] if tile == 0 else [checks.pixels(x), checks.pixels(beside)]
+    settings = (outputs, tile, stride, activations.CODES[activation], checks.pixels(residual))
     out: Tensor = operators.forward(*maps, packed, *settings)
     return checks.lay_as(out, x)
 
@@ -106,13 +106,6 @@ def pack_conv3x3(
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
     return _pack(weight, bias, operators.tile_of(inputs, outputs, stride, height, width))
-
-
-def _pixels(x: Tensor | None) -> Tensor | None:
-    """The map with its channels side by side."""
-    if x is None or checks.channels_last(x):
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
@@ -174,7 +167,9 @@ def _shapes(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     checks.rank(_NAME, "weight", weight, "(C_out, C, 3, 3)")
     outputs, inputs, *taps = weight.shape
     if taps != [3, 3] or 0 in (outputs, inputs):
-        raise ValueError(f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C, 3, 3) with channels of at least 1")
+        raise ValueError(
+            f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C, 3, 3) with channels of at least 1"
+        )
     if bias is not None and bias.shape != (outputs,):
         checks.rank(_NAME, "bias", bias, "(C_out)")
         raise ValueError(f"{_NAME}: bias is {checks.shape(bias)}, want (C_out) = ({outputs},)")

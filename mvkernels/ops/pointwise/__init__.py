@@ -1,0 +1,195 @@
+"""The 1 x 1 convolution, or linear layer, at inference: LayerNorm, product, activation and residual in one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.registry import Op, register
+from mvkernels.ops.common import activations
+from mvkernels.ops.pointwise import operators, suite
+from mvkernels.ops.pointwise.reference import Norm
+from mvkernels.ops.pointwise.reference import pointwise as reference
+
+__all__ = ["OP", "pack_pointwise", "pointwise"]
+
+_NAME = "pointwise"
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A 1 x 1 convolution, or a linear layer of every pixel, with what stands around it in transformers, at inference.
+
+    ``out = f(W norm(x) + bias) + residual``, with a LayerNorm over the channels. There is no backward: a call that
+    records a gradient is the reference's. Tokens (B, N, C) are the map ``tokens.transpose(1, 2).unsqueeze(2)``.
+
+    Args:
+        x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
+            read in place; others are copied once.
+        weight: (C_out, C) or (C_out, C, 1, 1).
+        bias: (C_out,), or None.
+        norm: (weight, bias) of the LayerNorm, each (C,) or None; or None if there is no norm.
+        eps: epsilon of the norm.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None.
+        residual: map (B, C_out, H, W) that is added after the activation, or None.
+        packed: what :func:`pack_pointwise` made of the same weight, bias and norm, for the C++ backend, which packs
+            them in every call otherwise.
+        backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
+            :mod:`mvkernels.dispatch.backend`).
+
+    Returns:
+        Feature map (B, C_out, H, W) in the dtype of the inputs (float32, float16, bfloat16 or float64), dense:
+        channels-last if the stride of x over its channels is 1, else channels-first. Sums are computed in float32 or
+        higher.
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
+        ValueError: shapes do not match, dtypes or devices differ, C, C_out, H or W is 0, or the activation is unknown.
+        BackendUnavailable: the backend that was asked for cannot run this call.
+    """
+    arguments = _check(x, weight, bias, norm, eps, activation, residual, packed)
+    if choose(OP, backend, arguments) == "reference":
+        return reference(*arguments)
+    x, weight, bias, norm, eps, activation, residual, packed = arguments
+    if packed is None:
+        packed = _pack(weight, bias, norm)
+    settings = (weight.shape[0], norm is not None, eps, activations.CODES[activation])
+    out: Tensor = operators.forward(checks.pixels(x), packed, *settings, checks.pixels(residual))
+    return checks.lay_as(out, x)
+
+
+def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | None = None) -> Tensor:
+    """The weights of :func:`mvkernels.pointwise` as its C++ kernel reads them, for its argument ``packed``.
+
+    It is a copy: pack again when a weight has changed. What it holds is for this process only, since it depends on the
+    processor's instruction set. The norm's weight and bias are folded into the others.
+
+    Args:
+        weight, bias, norm: as in :func:`mvkernels.pointwise`, float32 on a CPU.
+
+    Returns:
+        A tensor of one axis, float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`mvkernels.pointwise`.
+        BackendUnavailable: there is no C++ kernel for these weights.
+    """
+    _, weight, bias, norm, _ = _tensors(None, weight, bias, norm, None)
+    _shapes(weight, bias, norm)
+    reason = _why_not_packed(weight)
+    if reason:
+        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
+    return _pack(weight, bias, norm)
+
+
+def _pack(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
+    tensors = [None if t is None else t.contiguous() for t in (weight, bias, *(norm or (None, None)))]
+    packed: Tensor = operators.pack(*tensors[:2], norm is not None, *tensors[2:])
+    return packed
+
+
+def _tensors(x: Any, weight: Any, bias: Any, norm: Any, residual: Any) -> tuple[Any, ...]:
+    """All of them after autocast; x may be missing."""
+    if norm is not None and not isinstance(norm, (tuple, list)):
+        raise TypeError(f"{_NAME}: norm is a {type(norm).__name__}, want a pair (weight, bias)")
+    if norm is not None and len(norm) != 2:
+        raise ValueError(f"{_NAME}: norm has {len(norm)} parts, want (weight, bias)")
+    factor, shift = norm or (None, None)
+    given = {"x": x, "weight": weight, "bias": bias, "norm[0]": factor, "norm[1]": shift, "residual": residual}
+    wanted = {"weight"} if x is None else {"x", "weight"}
+    given = {name: value for name, value in given.items() if value is not None or name in wanted}
+    cast = dict(zip(given, checks.autocast(*given.values())))
+    if not checks.alike(*cast.values()):
+        checks.tensors(_NAME, **cast)
+    pair = None if norm is None else (cast.get("norm[0]"), cast.get("norm[1]"))
+    return cast.get("x"), cast["weight"], cast.get("bias"), pair, cast.get("residual")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Any = None,
+    eps: float = 1e-5,
+    activation: Any = None,
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
+) -> tuple[Any, ...]:
+    if x is None:
+        raise TypeError(f"{_NAME}: x is a NoneType, want a torch.Tensor")
+    x, weight, bias, norm, residual = _tensors(x, weight, bias, norm, residual)
+    eps = checks.number(_NAME, "eps", eps, 1e-5)
+    activations.check(_NAME, activation)
+    if packed is not None and not isinstance(packed, Tensor):
+        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
+    checks.rank(_NAME, "x", x, "(B, C, H, W)")
+    checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
+    outputs, inputs = _shapes(weight, bias, norm)
+    if x.shape[1] != inputs:
+        raise ValueError(f"{_NAME}: x has {x.shape[1]} channels, the weight is for {inputs}")
+    if residual is not None:
+        wanted = (x.shape[0], outputs, *x.shape[2:])
+        checks.rank(_NAME, "residual", residual, "(B, C_out, H, W)")
+        if residual.shape != wanted:
+            raise ValueError(f"{_NAME}: residual is {checks.shape(residual)}, want {wanted}")
+    return x, weight, bias, norm, eps, activation, residual, packed
+
+
+def _shapes(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[int, int]:
+    """C_out and C of the weight."""
+    if weight.dim() != 4:
+        checks.rank(_NAME, "weight", weight, "(C_out, C)")
+    outputs, inputs, *taps = weight.shape
+    if taps not in ([], [1, 1]) or 0 in (outputs, inputs):
+        raise ValueError(f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C) with channels of at least 1")
+    named = {"bias": (bias, outputs), "norm[0]": (norm and norm[0], inputs), "norm[1]": (norm and norm[1], inputs)}
+    for name, (value, size) in named.items():
+        if value is not None and value.shape != (size,):
+            checks.rank(_NAME, name, value, "(C)")
+            raise ValueError(f"{_NAME}: {name} is {checks.shape(value)}, want ({size},)")
+    return outputs, inputs
+
+
+def _why_not_packed(weight: Tensor) -> str | None:
+    if weight.dtype != torch.float32:
+        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
+    return extension.why_not(weight)
+
+
+def _why_not_cpp(
+    x: Tensor, weight: Tensor, bias: Any, norm: Any, eps: Any, activation: Any, residual: Any, *_: Any
+) -> str | None:
+    tensors = (x, weight, bias, residual, *(norm or ()))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "a gradient is recorded, and the C++ kernel has no backward"
+    return _why_not_packed(weight)
+
+
+OP = register(
+    Op(
+        name=_NAME,
+        function=pointwise,
+        reference=reference,
+        check=_check,
+        maps=("x",),
+        why_not={"cpp": _why_not_cpp},
+        suite=suite.cases,
+        peers=suite.PEERS,
+        cost=suite.cost,
+        differentiable=False,
+    )
+)

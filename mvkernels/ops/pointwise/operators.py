@@ -1,0 +1,32 @@
+"""The 1 x 1 convolution and the packing of its weights as torch operators of the C++ extension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mvkernels.dispatch import flops, library
+from mvkernels.ops.common.packed import HEADER, wide
+
+_NAME = "pointwise"
+
+
+def _fake_pack(weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty(HEADER + wide(weight.shape[0]) * (weight.shape[1] + 1))
+
+
+def _fake(x: Tensor, packed: Tensor, outputs: int, *_: Any) -> Tensor:
+    b, _, height, width = x.shape
+    return x.new_empty((b, height, width, outputs)).permute(0, 3, 1, 2)
+
+
+def _count(x: flops.Shape, packed: Any, outputs: int, *_: Any) -> int:
+    return 2 * x[0] * x[1] * x[2] * x[3] * outputs
+
+
+_WEIGHTS = "(Tensor weight, Tensor? bias, bool normed, Tensor? norm_weight, Tensor? norm_bias) -> Tensor"
+pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
+
+_CALL = "(Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual) -> Tensor"
+forward = library.define("cpp", _NAME, _CALL, _fake, count=_count)
