@@ -18,7 +18,7 @@ from mvkernels.swap.attention import children, mixes_tokens
 from mvkernels.swap.eligibility import asked, class_name, not_exactly, not_hooked, sharded
 from mvkernels.swap.folding import fold
 from mvkernels.swap.report import SwapEntry, SwapReport, note_choice, note_swap, original_of, restore_module
-from mvkernels.swap.swapped import swapped_class
+from mvkernels.swap.swapped import packing, swapped_class
 
 Only = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -144,7 +144,11 @@ STRUCTURES = (
 
 
 def swap(
-    model: nn.Module, only: Only | None = None, backend: str | None = None, fold_norms: bool = False
+    model: nn.Module,
+    only: Only | None = None,
+    backend: str | None = None,
+    fold_norms: bool = False,
+    inference: bool = False,
 ) -> SwapReport:
     """Make the attention blocks of ``model`` run on the fused ops, in place.
 
@@ -195,15 +199,16 @@ def swap(
         elif family is None:
             reason, swapped = _unknown(module), False
         else:
-            reason, change = _exchange(module, model, family)
+            reason, change = _exchange(module, model, family, inference)
             swapped = not reason
             if swapped:
                 change()
                 note_swap(module, report._call, backend)
                 report._changed[name] = module
         report.entries.append(SwapEntry(name, kind.__name__, swapped, reason))
-    if fold_norms:
-        report._folded += fold(model, [(module, _adapter(family)) for _, module, family in found if family is not None])
+    if fold_norms or inference:
+        blocks = [(module, _adapter(family)) for _, module, family in found if family is not None]
+        report._folded += fold(model, blocks, packs=inference)
     return report
 
 
@@ -213,13 +218,13 @@ def unswap(model: nn.Module) -> None:
         restore_module(module)
 
 
-def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily) -> tuple[str, Callable[[], None]]:
+def _exchange(module: nn.Module, model: nn.Module, family: AnyFamily, packs: bool) -> tuple[str, Callable[[], None]]:
     """Why a module of ``model`` may not be swapped (empty if it may), and what swaps it."""
     adapter = _adapter(family)
 
     def class_() -> None:
         form = adapter.form(module) if hasattr(adapter, "form") else adapter.SWAPPED
-        module.__class__ = swapped_class(type(module), form)
+        module.__class__ = swapped_class(type(module), packing(form) if packs else form)
 
     def processor() -> None:
         module.set_processor(adapter.FUSED(module.processor))  # type: ignore[operator]

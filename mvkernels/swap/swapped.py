@@ -26,6 +26,8 @@ class Swapped:
     mvk_original: type[nn.Module]
     mvk_form: type
     mvk_backend: str | None = None
+    mvk_packs: bool = False
+    """Whether products run on packed weights at inference, where an op can do their work."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script: a shallow copy of the module with its original class."""
@@ -39,6 +41,16 @@ class Swapped:
             # Found by its name it would be the original.
             how, of = _blank, (self.mvk_original, self.mvk_form)
         return how, of, *rest
+
+
+_packing: dict[type, type] = {}
+
+
+def packing(form: type) -> type:
+    """The form that also packs weights. The same form gives the same class."""
+    if form not in _packing:
+        _packing[form] = type(form.__name__, (form,), {"mvk_packs": True, "__doc__": form.__doc__})
+    return _packing[form]
 
 
 def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:

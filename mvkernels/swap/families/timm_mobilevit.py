@@ -15,13 +15,18 @@ from mvkernels.swap.eligibility import (
     drops_attention,
     drops_path,
     not_elementwise,
+    not_hooked,
     not_layer_norm,
     not_linear,
     not_plain,
     not_pointwise_conv,
     replaced,
 )
+from mvkernels.swap.folding.forms import packs_now, rests
+from mvkernels.swap.folding.timm import FoldingConvNormAct, after
 from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.packing import layers as ops
+from mvkernels.swap.packing import mobilevit as packed
 from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
@@ -102,6 +107,11 @@ class SwappedMobileVitBlock(Swapped):
             return MobileVitBlock.forward(self, x, *args, **kwargs)
 
         projection: Any = self.conv_proj
+        activation = self._mvk_packs_with(x, layers)
+        if activation is not None:
+            settings = (projection.conv, projection.bn, activation, self.patch_size, self.mvk_backend)
+            y = packed.transform(self.conv_kxk(x), self.conv_1x1, layers, self.norm, *settings)
+            return y if self.conv_fusion is None else _fused(self.conv_fusion, x, y)
         y = transform(
             self.conv_kxk(x), self.conv_1x1, layers, self.norm, projection.conv, self.patch_size, self.mvk_backend
         )
@@ -111,6 +121,23 @@ class SwappedMobileVitBlock(Swapped):
         if self.conv_fusion is not None:
             y = self.conv_fusion(torch.cat((x, y), dim=1))
         return y
+
+    def _mvk_packs_with(self: Any, x: Tensor, layers: Any) -> int | None:
+        """The activation of the projection, if the call runs on packed weights; else None."""
+        projection: Any = self.conv_proj
+        if not packs_now(self, x) or not packed.rests(layers) or projection.aa is not None:
+            return None
+        return rests(projection.conv, projection.bn, after(projection.bn))
+
+
+def _fused(convolution: Any, x: Tensor, beside: Tensor) -> Tensor:
+    """timm's ``ConvNormAct`` on two maps whose channels follow each other."""
+    conv, norm = convolution.conv, convolution.bn
+    plain = isinstance(convolution, FoldingConvNormAct) and not not_hooked(convolution, "it") and convolution.aa is None
+    activation = rests(conv, norm, after(norm)) if plain else None
+    out = None if activation is None else ops.convolve(conv, norm, activation, x, beside)
+    joined: Tensor = convolution(torch.cat((x, beside), dim=1)) if out is None else out
+    return joined
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

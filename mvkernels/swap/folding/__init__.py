@@ -17,7 +17,7 @@ from torch import nn
 
 from mvkernels.swap.eligibility import not_its_own, replaced
 from mvkernels.swap.folding.forms import Folding
-from mvkernels.swap.swapped import Swapped, swapped_class
+from mvkernels.swap.swapped import Swapped, packing, swapped_class
 
 # Classes that call a convolution and directly after it the norm. Another one needs a class in the file and a line here.
 _CALLERS = {
@@ -29,28 +29,39 @@ _CALLERS = {
     ("timm.models.efficientformer", "Pooling"): "timm",
     ("timm.layers.norm_act", "BatchNormAct2d"): "timm",
 }
+# Blocks that are one op on packed weights: for ``swap(model, inference=True)``.
+_PACKED = {
+    ("timm.models.byobnet", "BottleneckBlock"): "timm",
+    ("timm.models.efficientvit_mit", "MBConv"): "timm",
+    ("timm.models.efficientvit_mit", "DSConv"): "timm",
+}
 
 
-def fold(model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]]) -> list[tuple[nn.Module, type[nn.Module]]]:
+def fold(
+    model: nn.Module, blocks: Iterable[tuple[nn.Module, Any]], packs: bool = False
+) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Give each of these callers in ``model`` its folding class. Returns the changed modules with their old classes.
 
-    ``blocks``: modules that are swapped or can be, and their adapters.
+    ``blocks``: modules that are swapped or can be, and their adapters. ``packs``: whether weights are packed too.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     claimed = _claimed(blocks)
     for module in model.modules():  # a caller comes before what it calls
         kind = type(module)
-        adapter = _CALLERS.get((kind.__module__, kind.__qualname__))
+        name = (kind.__module__, kind.__qualname__)
+        adapter = f"folding.{_CALLERS[name]}" if name in _CALLERS else None
+        if packs and name in _PACKED:
+            adapter = f"packing.{_PACKED[name]}"
         if adapter is not None and not (
             isinstance(module, Swapped)
             or module in claimed
             or replaced(kind, "forward")
             or not_its_own(module, "forward")
         ):
-            folding = importlib.import_module(f"mvkernels.swap.folding.{adapter}").FOLDING[kind]
-            if folding.mvk_why_not(module):
+            form = importlib.import_module(f"mvkernels.swap.{adapter}").FORMS[kind]
+            if form.mvk_why_not(module):
                 continue
-            module.__class__ = swapped_class(kind, folding)
+            module.__class__ = swapped_class(kind, packing(form) if packs else form)
             changed.append((module, kind))
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)

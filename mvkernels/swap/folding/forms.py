@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
+from mvkernels.swap.packing import layers
 from mvkernels.swap.swapped import Swapped
 
 _DTYPES = (torch.float32, torch.float64)
@@ -73,6 +74,9 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
         return None
     activation = elementwise.activation_of(after)
     if activation is not None and x.is_cpu and x.dtype == torch.float32 and not elementwise.not_now():
+        packed = layers.convolve(conv, norm, activation, x) if caller.mvk_packs else None
+        if packed is not None:
+            return packed
         out = conv._conv_forward(x, conv.weight, None)
         if not elementwise.not_fit(out):
             return elementwise.normalised(out, *_settings(norm), conv.bias, norm.eps, activation, in_place=True)
@@ -85,6 +89,29 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
     for module in after:
         out = module(out)
     return out
+
+
+def rests(conv: Any, norm: Any, after: Any) -> int | None:
+    """The number of the activation of a convolution that may run on packed weights with its norm, if it has one; or
+    None."""
+    reason = why_not(conv, norm) or norm.training if norm is not None else not_plain(conv, nn.Conv2d, "the convolution")
+    if reason or {t.dtype for t in layers.tensors_of(conv, norm) if t is not None} != {torch.float32}:
+        return None
+    return elementwise.activation_of(after)
+
+
+def packs_now(caller: Any, x: Any) -> bool:
+    """Whether a call of a packing form can run on packed weights, as far as the caller and the input decide."""
+    return bool(
+        caller.mvk_packs
+        and not elementwise.not_now()
+        and not unusual_call(x)
+        and not replaced(caller.mvk_original, "forward")
+        and x.dtype == torch.float32
+        and x.is_cpu
+        and x.numel()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:

@@ -21,7 +21,7 @@ class FoldingConvNormAct(Folding):
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         norm: Any = self.bn
-        out = both(self, self.conv, norm, x, *_after(norm))
+        out = both(self, self.conv, norm, x, *after(norm))
         if out is None:
             return ConvNormAct.forward(self, x)
         return out if self.aa is None else self.aa(out)
@@ -35,7 +35,7 @@ class FoldingEfficientVitConvNormAct(Folding):
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         rests = not (self.dropout.training or not_plain(self.dropout, nn.Dropout, "dropout"))
-        out = both(self, self.conv, self.norm, x, *_after(self.norm), self.act) if rests else None
+        out = both(self, self.conv, self.norm, x, *after(self.norm), self.act) if rests else None
         return efficientvit_mit.ConvNormAct.forward(self, x) if out is None else out
 
 
@@ -46,10 +46,10 @@ class FoldingConvMlpWithNorm(Folding):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        hidden = both(self, self.fc1, self.norm1, x, *_after(self.norm1), self.act, self.drop)
+        hidden = both(self, self.fc1, self.norm1, x, *after(self.norm1), self.act, self.drop)
         if hidden is None:
             return efficientformer.ConvMlpWithNorm.forward(self, x)
-        out = both(self, self.fc2, self.norm2, hidden, *_after(self.norm2), self.drop)
+        out = both(self, self.fc2, self.norm2, hidden, *after(self.norm2), self.drop)
         return self.drop(self.norm2(self.fc2(hidden))) if out is None else out
 
 
@@ -60,7 +60,7 @@ class FoldingDownsample(Folding):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        out = both(self, self.conv, self.norm, x, *_after(self.norm))
+        out = both(self, self.conv, self.norm, x, *after(self.norm))
         return efficientformer.Downsample.forward(self, x) if out is None else out
 
 
@@ -90,20 +90,20 @@ class FoldingBatchNormAct2d(Folding):
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module has nothing to fold; empty if it has."""
-        return "" if elementwise.activation_of(_after(module)) else "it has no activation known here"
+        return "" if elementwise.activation_of(after(module)) else "it has no activation known here"
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        out = alone(self, x, *_after(self))
+        out = alone(self, x, *after(self))
         return BatchNormAct2d.forward(self, x) if out is None else out
 
 
-def _after(norm: Any) -> tuple[Any, ...]:
+def after(norm: Any) -> tuple[Any, ...]:
     """What timm's ``BatchNormAct2d`` calls once it has normalised; a plain batch norm does nothing more."""
     return (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
 
 
-FOLDING = {
+FORMS = {
     ConvNormAct: FoldingConvNormAct,
     efficientvit_mit.ConvNormAct: FoldingEfficientVitConvNormAct,
     efficientformer.ConvMlpWithNorm: FoldingConvMlpWithNorm,

@@ -22,4 +22,4 @@ class FoldingConvLayer(Folding):
         return MobileViTConvLayer.forward(self, features) if out is None else out
 
 
-FOLDING = {MobileViTConvLayer: FoldingConvLayer}
+FORMS = {MobileViTConvLayer: FoldingConvLayer}

@@ -1,0 +1,135 @@
+"""Convolutions with the norms after them, and linear layers with the norms before them, on packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.dispatch import checks
+from mvkernels.ops import conv3x3, inverted_residual, pointwise
+from mvkernels.swap.packing.weights import packed
+
+
+def of_convolution(conv: Any) -> str:
+    """The op that does the work of this convolution: "pointwise", "conv3x3", "depthwise" (a part of
+    "inverted_residual"); empty if there is none."""
+    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return ""
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if stride[0] != stride[1] or stride[0] not in (1, 2) or padding != (kernel[0] // 2,) * 2 or kernel[0] != kernel[1]:
+        return ""
+    if conv.groups == 1 and kernel == (1, 1) and stride == (1, 1):
+        return "pointwise"
+    if conv.groups == 1 and kernel == (3, 3):
+        return "conv3x3"
+    if conv.groups == conv.in_channels == conv.out_channels and kernel[0] in (3, 5):
+        return "depthwise"
+    return ""
+
+
+def tensors_of(conv: Any, norm: Any) -> list[Tensor | None]:
+    """All that the weights of a convolution with the batch norm behind it are made of."""
+    of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return [conv.weight, conv.bias, *of_norm]
+
+
+def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that does the work of both, computed in float64."""
+    weight, bias = conv.weight, conv.bias
+    if norm is None:
+        return weight, bias
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
+    shift = shift * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return (weight.double() * factor.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def eps_of(norm: Any) -> float | None:
+    """A setting that packed weights depend on."""
+    return None if norm is None else norm.eps
+
+
+def convolve(conv: Any, norm: Any, activation: int, x: Tensor, beside: Tensor | None = None) -> Tensor | None:
+    """``activation(norm(conv(x)))``, or of x and ``beside`` as one map; None if there is no op for the convolution.
+
+    All are plain modules at rest, and everything is float32 on a CPU.
+    """
+    op = of_convolution(conv)
+    tensors = tensors_of(conv, norm)
+    if op == "pointwise" and beside is None:
+        weights = packed(
+            *(conv, op, tensors, (eps_of(norm),)),
+            lambda: pointwise.operators.pack(*_contiguous(*folded(conv, norm)), False, None, None),
+        )
+        return pointwise.operators.forward(checks.pixels(x), weights, conv.out_channels, False, 0.0, activation, None)
+    if op == "conv3x3":
+        stride = conv.stride[0]
+        tile = conv3x3.operators.tile_of(conv.in_channels, conv.out_channels, stride, *x.shape[-2:])
+        weights = packed(
+            *(conv, f"{op} {tile}", tensors, (eps_of(norm),)),
+            lambda: conv3x3.operators.pack(*_contiguous(*folded(conv, norm)), tile),
+        )
+        maps = (x, beside) if tile == 0 else (checks.pixels(x), checks.pixels(beside))
+        return conv3x3.operators.forward(*maps, weights, conv.out_channels, tile, stride, activation, None)
+    return None
+
+
+def invert(pairs: Any, activation: int, x: Tensor, residual: bool) -> Tensor:
+    """The inverted residual of three convolutions with their norms; the first may be None."""
+    (expand, norm1), (depthwise, norm2), (project, norm3) = pairs
+    tensors = [t for conv, norm in pairs if conv is not None for t in tensors_of(conv, norm)]
+
+    def pack() -> Tensor:
+        each = [(None, None) if conv is None else _contiguous(*folded(conv, norm)) for conv, norm in pairs]
+        return inverted_residual.operators.pack(*(t for pair in each for t in pair))
+
+    weights = packed(project, "inverted_residual", tensors, (eps_of(norm1), eps_of(norm2), eps_of(norm3)), pack)
+    sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expand is not None)
+    return inverted_residual.operators.forward(
+        checks.pixels(x), weights, *sizes, depthwise.stride[0], activation, residual
+    )
+
+
+def multiply(
+    linear: Any,
+    x: Tensor,
+    norm: nn.LayerNorm | None = None,
+    activation: int = 0,
+    residual: Tensor | None = None,
+    after: Any = None,
+) -> Tensor:
+    """``activation(linear(norm(x))) + residual`` of a map: a Linear, or a 1 x 1 convolution with the batch norm ``after`` it."""
+    before = (None, None) if norm is None else (norm.weight, norm.bias)
+    weights = packed(
+        *(linear, "pointwise", [*tensors_of(linear, after), *before], (eps_of(after), norm is None)),
+        lambda: pointwise.operators.pack(*_contiguous(*folded(linear, after)), norm is not None, *_contiguous(*before)),
+    )
+    eps = 0.0 if norm is None else norm.eps
+    return pointwise.operators.forward(
+        checks.pixels(x), weights, linear.weight.shape[0], norm is not None, eps, activation, checks.pixels(residual)
+    )
+
+
+def joined(linears: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The outputs of several Linears on ``norm(x)``, one behind the other in channels."""
+
+    def pack() -> Tensor:
+        biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in linears]
+        return pointwise.operators.pack(
+            torch.cat([m.weight for m in linears]), torch.cat(biases), True, *_contiguous(norm.weight, norm.bias)
+        )
+
+    tensors = [*(t for m in linears for t in (m.weight, m.bias)), norm.weight, norm.bias]
+    weights = packed(linears[0], "joined", tensors, (), pack)
+    outputs = sum(m.weight.shape[0] for m in linears)
+    return pointwise.operators.forward(checks.pixels(x), weights, outputs, True, norm.eps, 0, None)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
