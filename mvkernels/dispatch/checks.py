@@ -182,13 +182,6 @@ def channels_last(value: torch.Tensor) -> bool:
     return known(value.stride(-3) == 1)
 
 
-def pixels(value: torch.Tensor | None) -> torch.Tensor | None:
-    """A map (B, C, H, W) with its channels innermost: as it is, or a copy."""
-    if value is None or channels_last(value):
-        return value
-    return value.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
 def empty_map(like: torch.Tensor, head_dim: int) -> torch.Tensor:
     """An uninitialised map of ``like``'s sizes and memory layout, with another head_dim.
 

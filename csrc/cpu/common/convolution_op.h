@@ -12,8 +12,7 @@ const float* weight(const char* op, Tensor& t, int64_t count, bool optional = fa
   if (!t && optional) return nullptr;
   int64_t size = 1;
   for (int64_t i = t.dim(); i--;) size *= t.sizes()[i];
-  require(
-      size == count && t.dtype() == aoti_torch_dtype_float32(), op, "a weight is not float32 of the size wanted");
+  require(size == count && t.dtype() == aoti_torch_dtype_float32(), op, "a weight is not float32 of the size wanted");
   t = contiguous(std::move(t));
   return static_cast<const float*>(t.data());
 }

@@ -23,7 +23,8 @@ void conv3x3_pack(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, packed);
 }
 
-// (Tensor x, Tensor? beside, Tensor packed, int outputs, int tile, int stride, int activation, Tensor? residual) -> Tensor
+// (Tensor x, Tensor? beside, Tensor packed, int outputs, int tile, int stride, int activation, Tensor? residual) -> Tensor,
+// channels-last
 void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Tensor x = take(stack[0]), beside = take_optional(stack[1]), packed = take(stack[2]), plus = take_optional(stack[7]);
@@ -38,24 +39,19 @@ void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   }
   a.sizes = {kernels.panel, a.first + (beside ? beside.sizes()[1] : 0), to<int64_t>(stack[3]), to<int64_t>(stack[4])};
   a.stride = to<int64_t>(stack[5]), a.activation = Activation(to<int64_t>(stack[6])), a.poison = poison;
-  require(
-      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == a.sizes.count(),
-      kConv3x3, "packed weights of these sizes are wanted");
-  a.packed = static_cast<const float*>(packed.data());
-  require(
-      !std::memcmp(a.packed, &a.sizes, sizeof a.sizes), kConv3x3,
-      "the weights were packed for other sizes, or for another instruction set");
+  a.packed = packed_weights(kConv3x3, packed, a.sizes);
   require(
       a.H > 0 && a.W > 0 && (a.stride == 1 || (a.stride == 2 && !a.sizes.tile)), kConv3x3,
       "map, weights and stride do not fit");
-  require(
-      !a.sizes.tile || (a.in.c == 1 && (!beside || a.beside.c == 1)), kConv3x3,
-      "maps with their channels side by side are wanted");
+  // The direct algorithm reads maps as they are.
+  Tensor room, room_beside, room_plus;
+  if (a.sizes.tile) a.in = pixel_rows(kConv3x3, x, room);
+  if (a.sizes.tile && beside) a.beside = pixel_rows(kConv3x3, beside, room_beside);
   a.Ho = (a.H - 1) / a.stride + 1, a.Wo = (a.W - 1) / a.stride + 1;
   Tensor out = empty_pixels(a.B, a.sizes.outputs, a.Ho, a.Wo);
   if (plus) {
-    a.residual = pixel_rows(kConv3x3, plus);
-    require(same_sizes(plus, out, {0, 1, 2, 3}), kConv3x3, "the residual does not fit");
+    require(plus.dim() == 4 && same_sizes(plus, out, {0, 1, 2, 3}), kConv3x3, "the residual does not fit");
+    a.residual = pixel_rows(kConv3x3, plus, room_plus);
   }
   a.out = pixel_map(kConv3x3, out);
   const int64_t tile = std::max<int64_t>(a.sizes.tile, 1), side = tile + (a.sizes.tile ? 2 : 0);

@@ -34,30 +34,25 @@ bool joined(const PixelMap& map, int64_t batch, int64_t height, int64_t width) {
   return joined(map, height, width) && (!map.data || batch == 1 || map.b == height * width * map.x);
 }
 
-// (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual) -> Tensor
+// (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual) -> Tensor, channels-last
 void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Tensor x = take(stack[0]), packed = take(stack[1]), plus = take_optional(stack[6]);
   const PointwiseKernels& kernels = *current->pointwise;
   Pointwise a{};
-  a.in = pixel_rows(kPointwise, x);
+  Tensor room, room_plus;
+  a.in = pixel_rows(kPointwise, x, room);
   const int64_t* n = x.sizes();
   a.H = n[2], a.W = n[3];
   a.sizes = {kernels.panel, n[1], to<int64_t>(stack[2]), to<bool>(stack[3])};
   a.eps = to<double>(stack[4]), a.activation = Activation(to<int64_t>(stack[5])), a.poison = poison;
-  require(
-      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == a.sizes.count(),
-      kPointwise, "packed weights of these sizes are wanted");
-  a.packed = static_cast<const float*>(packed.data());
-  require(
-      !std::memcmp(a.packed, &a.sizes, sizeof a.sizes), kPointwise,
-      "the weights were packed for other sizes, or for another instruction set");
+  a.packed = packed_weights(kPointwise, packed, a.sizes);
   require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
   Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
   a.out = pixel_map(kPointwise, out);
   if (plus) {
-    a.residual = pixel_rows(kPointwise, plus);
-    require(same_sizes(plus, out, {0, 1, 2, 3}), kPointwise, "the residual does not fit");
+    require(plus.dim() == 4 && same_sizes(plus, out, {0, 1, 2, 3}), kPointwise, "the residual does not fit");
+    a.residual = pixel_rows(kPointwise, plus, room_plus);
   }
   if (n[0]) {
     const bool picture = joined(a.in, a.H, a.W) && joined(a.residual, a.H, a.W);

@@ -1,6 +1,13 @@
-"""Sizes of packed weights, as the C++ kernels lay them."""
+"""Packed weights, as the C++ kernels lay them: their sizes, and what an op asks of those that it is given."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvkernels.dispatch import checks
 
 HEADER = 16
 """Elements before the weights, which say what they were packed for."""
@@ -11,3 +18,23 @@ _WIDEST = 32
 def wide(channels: int) -> int:
     """Channels in whole panels."""
     return (channels + _WIDEST - 1) // _WIDEST * _WIDEST
+
+
+def check(op: str, packed: Any, x: Tensor, size: int) -> None:
+    """``packed`` may be ``pack_<op>`` of weights that have this size packed; the kernel compares what is written in it.
+
+    Raises TypeError or ValueError.
+    """
+    checks.tensors(op, packed=packed)
+    if packed.dtype != torch.float32:
+        raise TypeError(f"{op}: packed has dtype {checks.short(packed.dtype)}, want float32")
+    if packed.device != x.device or packed.shape != (size,) or packed.stride(0) != 1:
+        found = f"{checks.shape(packed)} on {packed.device}"
+        raise ValueError(f"{op}: packed is {found}, want what pack_{op} makes of these weights")
+
+
+def why_not_recorded(*tensors: Any) -> str:
+    """Why a kernel without a backward cannot run on these tensors now; empty if it can."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        return "a gradient is recorded, and the C++ kernel has no backward"
+    return ""

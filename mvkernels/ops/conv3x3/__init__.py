@@ -1,4 +1,4 @@
-"""The dense 3 x 3 convolution at inference: by Winograd's algorithm, with activation and what is added in one kernel."""
+"""The dense 3 x 3 convolution at inference, by Winograd's algorithm, with its activation and what is added to it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mvkernels.dispatch import checks, extension
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
+from mvkernels.ops.common import packed as weights
 from mvkernels.ops.conv3x3 import operators, suite
 from mvkernels.ops.conv3x3.reference import conv3x3 as reference
 
@@ -63,6 +64,7 @@ def conv3x3(
         ValueError: shapes do not match, dtypes or devices differ, C, C_out, H or W is 0, the stride is not 1 or 2, or
             the activation is unknown.
         BackendUnavailable: the backend that was asked for cannot run this call.
+        RuntimeError: ``packed`` is of weights of other sizes, or was packed under another instruction set.
     """
     arguments = _check(x, weight, bias, activation, residual, beside, stride, packed)
     if choose(OP, backend, arguments) == "reference":
@@ -72,9 +74,8 @@ def conv3x3(
     tile = operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
     if packed is None:
         packed = _pack(weight, bias, tile)
-    maps = [x, beside] if tile == 0 else [checks.pixels(x), checks.pixels(beside)]
-    settings = (outputs, tile, stride, activations.CODES[activation], checks.pixels(residual))
-    out: Tensor = operators.forward(*maps, packed, *settings)
+    settings = (outputs, tile, stride, activations.CODES[activation], residual)
+    out: Tensor = operators.forward(x, beside, packed, *settings)
     return checks.lay_as(out, x)
 
 
@@ -92,7 +93,7 @@ def pack_conv3x3(
             have a smaller side.
 
     Returns:
-        A tensor of one axis, float32.
+        A tensor of one axis, float32, without a gradient.
 
     Raises:
         TypeError, ValueError: as :func:`mvkernels.conv3x3`.
@@ -105,11 +106,12 @@ def pack_conv3x3(
     reason = _why_not_packed(weight)
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    return _pack(weight, bias, operators.tile_of(inputs, outputs, stride, height, width))
+    with torch.no_grad():
+        return _pack(weight, bias, operators.tile_of(inputs, outputs, stride, height, width))
 
 
 def _pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-    packed: Tensor = operators.pack(weight.contiguous(), None if bias is None else bias.contiguous(), tile)
+    packed: Tensor = operators.pack(weight, bias, tile)
     return packed
 
 
@@ -140,8 +142,6 @@ def _check(
     bias, residual, beside = (named.get(n) for n in optional)
     stride = _check_stride(stride)
     activations.check(_NAME, activation)
-    if packed is not None and not isinstance(packed, Tensor):
-        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
     checks.rank(_NAME, "x", x, "(B, C, H, W)")
     checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
     outputs, inputs = _shapes(weight, bias)
@@ -153,6 +153,9 @@ def _check(
         channels += beside.shape[1]
     if channels != inputs:
         raise ValueError(f"{_NAME}: the maps have {channels} channels, the weight is for {inputs}")
+    if packed is not None:
+        tile = operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
+        weights.check(_NAME, packed, x, operators.packed_size(weight, tile))
     if residual is not None:
         b, _, height, width = x.shape
         wanted = (b, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
@@ -182,13 +185,8 @@ def _why_not_packed(weight: Tensor) -> str | None:
     return extension.why_not(weight)
 
 
-def _why_not_cpp(
-    x: Tensor, weight: Tensor, bias: Any, activation: Any, residual: Any, beside: Any, *_: Any
-) -> str | None:
-    tensors = (x, weight, bias, residual, beside)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "a gradient is recorded, and the C++ kernel has no backward"
-    return _why_not_packed(weight)
+def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    return weights.why_not_recorded(x, weight, *rest) or _why_not_packed(weight)
 
 
 OP = register(

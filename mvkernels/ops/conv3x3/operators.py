@@ -25,9 +25,14 @@ def tile_of(inputs: int, outputs: int, stride: int, height: int, width: int) -> 
     return 4 if height >= _LARGE and width >= _LARGE else 2
 
 
-def _fake_pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+def packed_size(weight: Tensor, tile: int) -> int:
+    """Elements of this weight packed: as ``count`` in csrc/cpu/conv3x3/conv3x3.h."""
     points = (tile + 2) ** 2 if tile else 9
-    return weight.new_empty(HEADER + wide(weight.shape[0]) * (points * weight.shape[1] + 1))
+    return HEADER + wide(weight.shape[0]) * (points * weight.shape[1] + 1)
+
+
+def _fake_pack(weight: Tensor, bias: Any, tile: int) -> Tensor:
+    return weight.new_empty(packed_size(weight, tile))
 
 
 def _size(x: Any, stride: int) -> tuple[int, int, int]:

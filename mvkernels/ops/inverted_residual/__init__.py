@@ -12,6 +12,7 @@ from mvkernels.dispatch import checks, extension
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
+from mvkernels.ops.common import packed as weights
 from mvkernels.ops.inverted_residual import operators, suite
 from mvkernels.ops.inverted_residual.reference import Weights
 from mvkernels.ops.inverted_residual.reference import inverted_residual as reference
@@ -83,8 +84,6 @@ def inverted_residual(
     return checks.lay_as(out, x)
 
 
-
-
 def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
     """The weights of :func:`mvkernels.inverted_residual` as its C++ kernel reads them, for its argument ``packed``.
 
@@ -142,19 +141,9 @@ def _check(
         found = f"stride is {stride} and channels go from {inputs} to {outputs}"
         raise ValueError(f"{_NAME}: a residual needs a stride of 1 and as many channels as before, but {found}")
     if packed is not None:
-        _check_packed(packed, x, expand, depthwise, project)
+        size = operators.packed_size(expand and expand[0], depthwise[0], project[0])
+        weights.check(_NAME, packed, x, size)
     return x, expand, depthwise, project, index(stride), activation, residual, packed
-
-
-def _check_packed(packed: Any, x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights) -> None:
-    """As far as that can be seen from outside: the kernel compares what is written in it."""
-    checks.tensors(_NAME, packed=packed)
-    if packed.dtype != torch.float32:
-        raise TypeError(f"{_NAME}: packed has dtype {checks.short(packed.dtype)}, want float32")
-    size = operators.packed_size(expand and expand[0], depthwise[0], project[0])
-    if packed.device != x.device or packed.shape != (size,) or packed.stride(0) != 1:
-        found = f"{checks.shape(packed)} on {packed.device}"
-        raise ValueError(f"{_NAME}: packed is {found}, want what pack_inverted_residual makes of these weights")
 
 
 def _tensors(maps: dict[str, Any], expand: Any, depthwise: Any, project: Any) -> tuple[Any, ...]:
@@ -211,10 +200,8 @@ def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights
 
 
 def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *rest: Any) -> str | None:
-    tensors = [x, *(expand or ()), *depthwise, *project, *(value for value in rest if isinstance(value, Tensor))]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "a gradient is recorded, and the C++ kernel has no backward"
-    return _why_not_packed(expand, depthwise, project)
+    reason = weights.why_not_recorded(x, *(expand or ()), *depthwise, *project, *rest)
+    return reason or _why_not_packed(expand, depthwise, project)
 
 
 OP = register(

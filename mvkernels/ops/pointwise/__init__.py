@@ -11,6 +11,7 @@ from mvkernels.dispatch import checks, extension
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
+from mvkernels.ops.common import packed as weights
 from mvkernels.ops.pointwise import operators, suite
 from mvkernels.ops.pointwise.reference import Norm
 from mvkernels.ops.pointwise.reference import pointwise as reference
@@ -60,6 +61,7 @@ def pointwise(
         TypeError: an argument is not a dense floating-point tensor, or a setting has the wrong type.
         ValueError: shapes do not match, dtypes or devices differ, C, C_out, H or W is 0, or the activation is unknown.
         BackendUnavailable: the backend that was asked for cannot run this call.
+        RuntimeError: ``packed`` is of weights of other sizes, or was packed under another instruction set.
     """
     arguments = _check(x, weight, bias, norm, eps, activation, residual, packed)
     if choose(OP, backend, arguments) == "reference":
@@ -68,7 +70,7 @@ def pointwise(
     if packed is None:
         packed = _pack(weight, bias, norm)
     settings = (weight.shape[0], norm is not None, eps, activations.CODES[activation])
-    out: Tensor = operators.forward(checks.pixels(x), packed, *settings, checks.pixels(residual))
+    out: Tensor = operators.forward(x, packed, *settings, residual)
     return checks.lay_as(out, x)
 
 
@@ -82,7 +84,7 @@ def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | N
         weight, bias, norm: as in :func:`mvkernels.pointwise`, float32 on a CPU.
 
     Returns:
-        A tensor of one axis, float32.
+        A tensor of one axis, float32, without a gradient.
 
     Raises:
         TypeError, ValueError: as :func:`mvkernels.pointwise`.
@@ -93,12 +95,12 @@ def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | N
     reason = _why_not_packed(weight)
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    return _pack(weight, bias, norm)
+    with torch.no_grad():
+        return _pack(weight, bias, norm)
 
 
 def _pack(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
-    tensors = [None if t is None else t.contiguous() for t in (weight, bias, *(norm or (None, None)))]
-    packed: Tensor = operators.pack(*tensors[:2], norm is not None, *tensors[2:])
+    packed: Tensor = operators.pack(weight, bias, norm is not None, *(norm or (None, None)))
     return packed
 
 
@@ -134,13 +136,13 @@ def _check(
     x, weight, bias, norm, residual = _tensors(x, weight, bias, norm, residual)
     eps = checks.number(_NAME, "eps", eps, 1e-5)
     activations.check(_NAME, activation)
-    if packed is not None and not isinstance(packed, Tensor):
-        raise TypeError(f"{_NAME}: packed is a {type(packed).__name__}, want a torch.Tensor or None")
     checks.rank(_NAME, "x", x, "(B, C, H, W)")
     checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
     outputs, inputs = _shapes(weight, bias, norm)
     if x.shape[1] != inputs:
         raise ValueError(f"{_NAME}: x has {x.shape[1]} channels, the weight is for {inputs}")
+    if packed is not None:
+        weights.check(_NAME, packed, x, operators.packed_size(weight))
     if residual is not None:
         wanted = (x.shape[0], outputs, *x.shape[2:])
         checks.rank(_NAME, "residual", residual, "(B, C_out, H, W)")
@@ -170,13 +172,9 @@ def _why_not_packed(weight: Tensor) -> str | None:
     return extension.why_not(weight)
 
 
-def _why_not_cpp(
-    x: Tensor, weight: Tensor, bias: Any, norm: Any, eps: Any, activation: Any, residual: Any, *_: Any
-) -> str | None:
-    tensors = (x, weight, bias, residual, *(norm or ()))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "a gradient is recorded, and the C++ kernel has no backward"
-    return _why_not_packed(weight)
+def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    norm = rest[1] or ()
+    return weights.why_not_recorded(x, weight, *rest, *norm) or _why_not_packed(weight)
 
 
 OP = register(

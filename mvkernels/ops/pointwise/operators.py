@@ -12,17 +12,23 @@ from mvkernels.ops.common.packed import HEADER, wide
 _NAME = "pointwise"
 
 
+def packed_size(weight: Tensor) -> int:
+    """Elements of this weight packed: as ``count`` in csrc/cpu/pointwise/pointwise.h."""
+    return HEADER + wide(weight.shape[0]) * (weight.shape[1] + 1)
+
+
 def _fake_pack(weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty(HEADER + wide(weight.shape[0]) * (weight.shape[1] + 1))
+    return weight.new_empty(packed_size(weight))
 
 
-def _fake(x: Tensor, packed: Tensor, outputs: int, *_: Any) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, outputs: int, *rest: Any) -> Tensor:
     b, _, height, width = x.shape
     return x.new_empty((b, height, width, outputs)).permute(0, 3, 1, 2)
 
 
 def _count(x: flops.Shape, packed: Any, outputs: int, *_: Any) -> int:
-    return 2 * x[0] * x[1] * x[2] * x[3] * outputs
+    b, channels, height, width = x
+    return 2 * b * height * width * channels * outputs
 
 
 _WEIGHTS = "(Tensor weight, Tensor? bias, bool normed, Tensor? norm_weight, Tensor? norm_bias) -> Tensor"

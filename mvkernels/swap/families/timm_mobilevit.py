@@ -131,9 +131,9 @@ class SwappedMobileVitBlock(Swapped):
 
 
 def _fused(convolution: Any, x: Tensor, beside: Tensor) -> Tensor:
-    """timm's ``ConvNormAct`` on two maps whose channels follow each other."""
+    """A ``ConvNormAct`` of two maps whose channels follow each other."""
+    plain = issubclass(type(convolution), FoldingConvNormAct) and not not_hooked(convolution, "it") and convolution.aa is None
     conv, norm = convolution.conv, convolution.bn
-    plain = isinstance(convolution, FoldingConvNormAct) and not not_hooked(convolution, "it") and convolution.aa is None
     activation = rests(conv, norm, after(norm)) if plain else None
     out = None if activation is None else ops.convolve(conv, norm, activation, x, beside)
     joined: Tensor = convolution(torch.cat((x, beside), dim=1)) if out is None else out

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.dispatch import checks
 from mvkernels.ops import conv3x3, inverted_residual, pointwise
 from mvkernels.swap.packing.weights import packed
 
@@ -65,18 +64,17 @@ def convolve(conv: Any, norm: Any, activation: int, x: Tensor, beside: Tensor | 
     if op == "pointwise" and beside is None:
         weights = packed(
             *(conv, op, tensors, (eps_of(norm),)),
-            lambda: pointwise.operators.pack(*_contiguous(*folded(conv, norm)), False, None, None),
+            lambda: pointwise.operators.pack(*folded(conv, norm), False, None, None),
         )
-        return pointwise.operators.forward(checks.pixels(x), weights, conv.out_channels, False, 0.0, activation, None)
+        return pointwise.operators.forward(x, weights, conv.out_channels, False, 0.0, activation, None)
     if op == "conv3x3":
         stride = conv.stride[0]
         tile = conv3x3.operators.tile_of(conv.in_channels, conv.out_channels, stride, *x.shape[-2:])
         weights = packed(
             *(conv, f"{op} {tile}", tensors, (eps_of(norm),)),
-            lambda: conv3x3.operators.pack(*_contiguous(*folded(conv, norm)), tile),
+            lambda: conv3x3.operators.pack(*folded(conv, norm), tile),
         )
-        maps = (x, beside) if tile == 0 else (checks.pixels(x), checks.pixels(beside))
-        return conv3x3.operators.forward(*maps, weights, conv.out_channels, tile, stride, activation, None)
+        return conv3x3.operators.forward(x, beside, weights, conv.out_channels, tile, stride, activation, None)
     return None
 
 
@@ -86,14 +84,12 @@ def invert(pairs: Any, activation: int, x: Tensor, residual: bool) -> Tensor:
     tensors = [t for conv, norm in pairs if conv is not None for t in tensors_of(conv, norm)]
 
     def pack() -> Tensor:
-        each = [(None, None) if conv is None else _contiguous(*folded(conv, norm)) for conv, norm in pairs]
+        each = [(None, None) if conv is None else folded(conv, norm) for conv, norm in pairs]
         return inverted_residual.operators.pack(*(t for pair in each for t in pair))
 
     weights = packed(project, "inverted_residual", tensors, (eps_of(norm1), eps_of(norm2), eps_of(norm3)), pack)
     sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expand is not None)
-    return inverted_residual.operators.forward(
-        checks.pixels(x), weights, *sizes, depthwise.stride[0], activation, residual
-    )
+    return inverted_residual.operators.forward(x, weights, *sizes, depthwise.stride[0], activation, residual)
 
 
 def multiply(
@@ -104,16 +100,17 @@ def multiply(
     residual: Tensor | None = None,
     after: Any = None,
 ) -> Tensor:
-    """``activation(linear(norm(x))) + residual`` of a map: a Linear, or a 1 x 1 convolution with the batch norm ``after`` it."""
+    """``activation(linear(norm(x))) + residual`` of a map.
+
+    ``linear`` is a Linear, or a 1 x 1 convolution with the batch norm ``after`` it.
+    """
     before = (None, None) if norm is None else (norm.weight, norm.bias)
     weights = packed(
         *(linear, "pointwise", [*tensors_of(linear, after), *before], (eps_of(after), norm is None)),
-        lambda: pointwise.operators.pack(*_contiguous(*folded(linear, after)), norm is not None, *_contiguous(*before)),
+        lambda: pointwise.operators.pack(*folded(linear, after), norm is not None, *before),
     )
     eps = 0.0 if norm is None else norm.eps
-    return pointwise.operators.forward(
-        checks.pixels(x), weights, linear.weight.shape[0], norm is not None, eps, activation, checks.pixels(residual)
-    )
+    return pointwise.operators.forward(x, weights, linear.weight.shape[0], norm is not None, eps, activation, residual)
 
 
 def joined(linears: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -122,14 +119,10 @@ def joined(linears: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
     def pack() -> Tensor:
         biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in linears]
         return pointwise.operators.pack(
-            torch.cat([m.weight for m in linears]), torch.cat(biases), True, *_contiguous(norm.weight, norm.bias)
+            torch.cat([m.weight for m in linears]), torch.cat(biases), True, norm.weight, norm.bias
         )
 
     tensors = [*(t for m in linears for t in (m.weight, m.bias)), norm.weight, norm.bias]
     weights = packed(linears[0], "joined", tensors, (), pack)
     outputs = sum(m.weight.shape[0] for m in linears)
-    return pointwise.operators.forward(checks.pixels(x), weights, outputs, True, norm.eps, 0, None)
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return pointwise.operators.forward(x, weights, outputs, True, norm.eps, 0, None)

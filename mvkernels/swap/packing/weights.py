@@ -44,9 +44,13 @@ def packed(
     entry = None if known is None else known.get(role)
     marks = [None if t is None else (t.data_ptr(), _version(t), t.dtype) for t in tensors]
     settings = (*settings, extension.instruction_set())
-    if entry is not None and entry.marks == marks and entry.settings == settings:
-        if all(r is None if t is None else r is not None and r() is t for r, t in zip(entry.tensors, tensors)):
-            return entry.weights
+    if (
+        entry is not None
+        and entry.marks == marks
+        and entry.settings == settings
+        and all(r is None if t is None else r is not None and r() is t for r, t in zip(entry.tensors, tensors))
+    ):
+        return entry.weights
     with torch.no_grad():
         weights = pack()
     held = [None if t is None else ref(t) for t in tensors]
