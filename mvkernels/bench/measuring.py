@@ -123,7 +123,7 @@ def work(options: Options) -> Iterator[Item]:
             raise report.UsageError(f"bench: unknown op {name!r}, want one of {', '.join(OPS)}")
         modes = [mode for mode in dict.fromkeys(options.modes) if _measured(OPS[name], mode, options)]
         if options.ops and not modes:
-            raise report.UsageError(f"bench: {name}: {_NO_BACKWARD}, want --mode fwd, or --backend reference")
+            raise report.UsageError(f"{name}: {_NO_BACKWARD}, want --mode fwd, or --backend reference")
         for case in OPS[name].suite(options.suite):
             if options.labels and not any(part in f"{case.model} {case.label}" for part in options.labels):
                 continue
