@@ -165,6 +165,9 @@ def swap(
             None swaps all.
         backend: backend of the fused ops in these blocks; None chooses at each call. For blocks that were swapped
             before, a new backend replaces theirs ("auto" chooses at each call again), and None keeps theirs.
+        inference: whether calls that record no gradient also run on weights that are packed for them, in the whole
+            model, whatever ``only`` is: convolutions with the norms and activations around them, inverted residuals and
+            linear layers, on a CPU in float32. It includes ``fold_norms``. See :mod:`mvkernels.swap.packing`.
         fold_norms: whether batch norms are also folded at inference, into the convolution before or the activation
             after them. This applies to the whole model, whatever ``only`` is (see :mod:`mvkernels.swap.folding`).
 
@@ -206,10 +209,23 @@ def swap(
                 note_swap(module, report._call, backend)
                 report._changed[name] = module
         report.entries.append(SwapEntry(name, kind.__name__, swapped, reason))
+    if inference:
+        report._packed += _pack(model)
     if fold_norms or inference:
         blocks = [(module, _adapter(family)) for _, module, family in found if family is not None]
         report._folded += fold(model, blocks, packs=inference)
     return report
+
+
+def _pack(model: nn.Module) -> list[tuple[nn.Module, type, type]]:
+    """Give modules that were swapped before forms that pack weights. Returns them, their classes and the new ones."""
+    changed = []
+    for module in model.modules():
+        kind: Any = type(module)
+        if "mvk_form" in kind.__dict__ and not kind.mvk_packs:
+            module.__class__ = swapped_class(kind.mvk_original, packing(kind.mvk_form))
+            changed.append((module, kind, type(module)))
+    return changed
 
 
 def unswap(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from mvkernels.swap.packing import weights
 from mvkernels.swap.swapped import without_form
 
 
@@ -40,6 +41,8 @@ class SwapReport:
     _before: dict[str, nn.Module] = field(default_factory=dict, repr=False)
     """Modules that were swapped before this call, by name."""
     _folded: list[tuple[nn.Module, Any]] = field(default_factory=list, repr=False)
+    _packed: list[tuple[nn.Module, type, type]] = field(default_factory=list, repr=False)
+    """Modules swapped before that this call gave a class that packs weights: with the class before, and that class."""
 
     @property
     def count(self) -> int:
@@ -51,14 +54,38 @@ class SwapReport:
         """Number of modules in which this call folded batch norms (``fold_norms=True``)."""
         return len(self._folded)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the weights that calls have packed so far (``inference=True``), beside the model's own."""
+        return sum(weights.size(module) for module in self._of_this_call())
+
+    def refresh(self) -> None:
+        """Have the weights of the modules of this call packed again by the next call of each.
+
+        It is needed after a change that leaves no trace on a parameter: one written through ``.data`` in place, or
+        through a NumPy array that shares its memory.
+        """
+        for module in self._of_this_call():
+            weights.forget(module)
+
+    def _of_this_call(self) -> list[nn.Module]:
+        """The modules that this call has changed and that are in no other one."""
+        changed = [*self._changed.values(), *(m for m, _ in self._folded), *(m for m, *_ in self._packed)]
+        inside = {id(part) for module in changed for part in module.modules() if part is not module}
+        return [*{id(m): m for m in changed if id(m) not in inside}.values()]
+
     def restore(self) -> None:
         """Undo the swap: the modules get their original class or processor back. A second ``restore()`` does nothing.
 
         Later changes to a module stay. If other code derived a class from the swapped class (``fully_shard``, a
         parametrization), this class is rebuilt on the original one. The modules' entries get the reason "restored".
         """
+        self.refresh()
         for module in self._before.values():
             _forget_choice(module, self._call)
+        for module, before, after in self._packed:
+            if type(module) is after:
+                module.__class__ = before
         for module in self._changed.values():
             if _calls.get(module, [(None, None)])[0][0] is self._call:
                 restore_module(module)
@@ -69,6 +96,7 @@ class SwapReport:
         self._changed.clear()
         self._before.clear()
         self._folded.clear()
+        self._packed.clear()
 
     def _restored(self, entry: SwapEntry) -> SwapEntry:
         module = (self._changed | self._before).get(entry.name)
@@ -80,6 +108,8 @@ class SwapReport:
 
     def __str__(self) -> str:
         folded = f"; norms folded in {self.folded} modules" if self._folded else ""
+        if self.packed_bytes:
+            folded += f"; {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         if not self.entries:
             return "nothing to swap: no attention module was found in the model" + folded
         rows = [(e.name or "(the model)", e.module_class, "yes" if e.swapped else "no", e.reason) for e in self.entries]

@@ -39,7 +39,8 @@ class Swapped:
         how, of, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
         if type(self) is _made.get((self.mvk_original, self.mvk_form)):
             # Found by its name it would be the original.
-            how, of = _blank, (self.mvk_original, self.mvk_form)
+            form = self.mvk_form
+            how, of = _blank, (self.mvk_original, form.__bases__[0] if self.mvk_packs else form, self.mvk_packs)
         return how, of, *rest
 
 
@@ -79,9 +80,9 @@ def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:
     return made
 
 
-def _blank(original: type[nn.Module], form: type) -> nn.Module:
+def _blank(original: type[nn.Module], form: type, packs: bool = False) -> nn.Module:
     """An instance without state, with which unpickling and copying begin."""
-    kind = swapped_class(original, form)
+    kind = swapped_class(original, packing(form) if packs else form)
     return kind.__new__(kind)
 
 

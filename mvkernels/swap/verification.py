@@ -73,7 +73,8 @@ def verify_swap(
     times as large, because a deep model amplifies rounding errors by different amounts. For the gradient of a
     parameter, the limit also includes the same factor times the median error of all parameters, and uses their median
     magnitude if that is larger. Below these limits an error cannot be told from rounding. In half types the limits are
-    a few percent, so verify in float32 if you can.
+    a few percent, so verify in float32 if you can. If ``model`` was swapped with ``inference=True``, calls that record
+    no gradient are compared too, in rows of their own.
 
     Args:
         model: swapped or not, with floating-point parameters, on any device.
@@ -112,6 +113,11 @@ def verify_swap(
         _run(swapped, args, kwargs, _formed_later(swapped)),
     ]
     results.rows += _compare("", runs, _WHOLE_MODEL, rtol)
+    packs = any(getattr(type(module), "mvk_packs", False) for module in swapped.modules())
+    if packs:
+        given = [(_cast(args, torch.float64), _cast(kwargs, torch.float64)), (args, kwargs), (args, kwargs)]
+        runs = [_infer(m, *each, _formed_later(swapped)) for m, each in zip((exact, original, swapped), given)]
+        results.rows += _compare("inference: ", runs, _WHOLE_MODEL, rtol)
     for name in names:
         if name == "" or name not in captured:  # the model itself, or a block that this input does not reach
             continue
@@ -121,6 +127,10 @@ def verify_swap(
         runs = [_run(blocks[0], _cast(inputs, torch.float64), {}, skip)]
         runs += [_run(block, inputs, {}, skip) for block in blocks[1:]]
         results.rows += _compare(name + ": ", runs, 1.0, rtol)
+        if packs:
+            cast = [_cast(inputs, torch.float64), inputs, inputs]
+            runs = [_infer(block, each, {}, skip) for block, each in zip(blocks, cast)]
+            results.rows += _compare(f"inference: {name}: ", runs, 1.0, rtol)
     return results
 
 
@@ -220,6 +230,16 @@ def _run(
             if grad is not None:
                 found.setdefault(group, {})[name] = grad.cpu()
     return found
+
+
+def _infer(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], skip: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """{"output": …} of a call that records no gradient, which may run on packed weights."""
+    _forget(model)
+    with torch.no_grad():
+        result = model(*args, **kwargs)
+    return {"output": {name: t.cpu() for name, t in _tensors("", result) if name not in skip}}
 
 
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -15,17 +15,15 @@ from mvkernels.swap.eligibility import (
     drops_attention,
     drops_path,
     not_elementwise,
-    not_hooked,
     not_layer_norm,
     not_linear,
     not_plain,
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.folding.forms import packs_now, rests
-from mvkernels.swap.folding.timm import FoldingConvNormAct, after
+from mvkernels.swap.folding.forms import beside, packs_now, rests
+from mvkernels.swap.folding.timm import after
 from mvkernels.swap.mobilevit import layers_for_call, transform
-from mvkernels.swap.packing import layers as ops
 from mvkernels.swap.packing import mobilevit as packed
 from mvkernels.swap.swapped import Swapped
 
@@ -111,7 +109,8 @@ class SwappedMobileVitBlock(Swapped):
         if activation is not None:
             settings = (projection.conv, projection.bn, activation, self.patch_size, self.mvk_backend)
             y = packed.transform(self.conv_kxk(x), self.conv_1x1, layers, self.norm, *settings)
-            return y if self.conv_fusion is None else _fused(self.conv_fusion, x, y)
+            fusion = self.conv_fusion
+            return y if fusion is None else beside(fusion, fusion.conv, fusion.bn, after(fusion.bn), x, y)
         y = transform(
             self.conv_kxk(x), self.conv_1x1, layers, self.norm, projection.conv, self.patch_size, self.mvk_backend
         )
@@ -128,16 +127,6 @@ class SwappedMobileVitBlock(Swapped):
         if not packs_now(self, x) or not packed.rests(layers) or projection.aa is not None:
             return None
         return rests(projection.conv, projection.bn, after(projection.bn))
-
-
-def _fused(convolution: Any, x: Tensor, beside: Tensor) -> Tensor:
-    """A ``ConvNormAct`` of two maps whose channels follow each other."""
-    plain = issubclass(type(convolution), FoldingConvNormAct) and not not_hooked(convolution, "it") and convolution.aa is None
-    conv, norm = convolution.conv, convolution.bn
-    activation = rests(conv, norm, after(norm)) if plain else None
-    out = None if activation is None else ops.convolve(conv, norm, activation, x, beside)
-    joined: Tensor = convolution(torch.cat((x, beside), dim=1)) if out is None else out
-    return joined
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -34,6 +34,7 @@ _PACKED = {
     ("timm.models.byobnet", "BottleneckBlock"): "timm",
     ("timm.models.efficientvit_mit", "MBConv"): "timm",
     ("timm.models.efficientvit_mit", "DSConv"): "timm",
+    ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
 }
 
 

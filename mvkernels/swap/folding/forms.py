@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import not_dense, not_hooked, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.swapped import Swapped
@@ -95,7 +95,8 @@ def rests(conv: Any, norm: Any, after: Any) -> int | None:
     """The number of the activation of a convolution that may run on packed weights with its norm, if it has one; or
     None."""
     reason = why_not(conv, norm) or norm.training if norm is not None else not_plain(conv, nn.Conv2d, "the convolution")
-    if reason or {t.dtype for t in layers.tensors_of(conv, norm) if t is not None} != {torch.float32}:
+    given = layers.tensors_of(conv, norm)
+    if reason or any(t is not None and t.is_floating_point() and t.dtype != torch.float32 for t in given):
         return None
     return elementwise.activation_of(after)
 
@@ -112,6 +113,23 @@ def packs_now(caller: Any, x: Any) -> bool:
         and x.numel()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def beside(caller: Any, conv: Any, norm: Any, after: Any, x: Tensor, other: Tensor) -> Tensor:
+    """``caller`` on two maps whose channels follow each other: in place of their concatenation, if it packs weights.
+
+    ``conv``, ``norm`` and ``after`` are what a folding caller calls.
+    """
+    plain = getattr(type(caller), "mvk_packs", False) and not (not_hooked(caller, "it") or replaced_in(caller))
+    activation = rests(conv, norm, after) if plain else None
+    out = None if activation is None else layers.convolve(conv, norm, activation, x, other)
+    joined: Tensor = caller(torch.cat((x, other), dim=1)) if out is None else out
+    return joined
+
+
+def replaced_in(caller: Any) -> str:
+    """Whether a caller with a folding form has another forward than its class."""
+    return replaced(caller.mvk_original, "forward") or not_its_own(caller, "forward")
 
 
 def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:

@@ -17,9 +17,13 @@ class FoldingConvLayer(Folding):
 
     def forward(self: Any, features: Tensor) -> Tensor:
         """As the original's."""
-        after = () if self.activation is None else (self.activation,)
-        out = both(self, self.convolution, self.normalization, features, *after)
+        out = both(self, self.convolution, self.normalization, features, *after(self))
         return MobileViTConvLayer.forward(self, features) if out is None else out
+
+
+def after(layer: Any) -> tuple[Any, ...]:
+    """What a ``MobileViTConvLayer`` calls once it has normalised."""
+    return () if layer.activation is None else (layer.activation,)
 
 
 FORMS = {MobileViTConvLayer: FoldingConvLayer}

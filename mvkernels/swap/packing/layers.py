@@ -29,8 +29,13 @@ def of_convolution(conv: Any) -> str:
 
 
 def tensors_of(conv: Any, norm: Any) -> list[Tensor | None]:
-    """All that the weights of a convolution with the batch norm behind it are made of."""
-    of_norm = (None,) * 4 if norm is None else (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    """All that the weights of a convolution with the batch norm behind it are made of.
+
+    A training step changes the running statistics without a trace on themselves, and counts in ``num_batches_tracked``.
+    """
+    of_norm: tuple[Tensor | None, ...] = ()
+    if norm is not None:
+        of_norm = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked)
     return [conv.weight, conv.bias, *of_norm]
 
 

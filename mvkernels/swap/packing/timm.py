@@ -8,13 +8,11 @@ from timm.layers import ConvNormAct, DropPath
 from timm.models import byobnet, efficientvit_mit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_hooked, not_plain, replaced
-from mvkernels.swap.folding.forms import Folding, packs_now, rests
+from mvkernels.swap.eligibility import not_plain
+from mvkernels.swap.folding.forms import Folding, packs_now
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.packing import layers
-
-_Part = tuple[Any, Any, tuple[Any, ...]]
-"""A convolution, its norm, and what is called after them."""
+from mvkernels.swap.packing.blocks import Part, inverted, not_own, resting
 
 
 class PackingBottleneckBlock(Folding):
@@ -23,12 +21,12 @@ class PackingBottleneckBlock(Folding):
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module is no inverted residual; empty if it is."""
-        return "" if _inverted(_of_bottleneck(module)) else "it is no inverted residual"
+        return "" if inverted(_of_bottleneck(module)) else "it is no inverted residual"
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         parts = _of_bottleneck(self) if packs_now(self, x) else []
-        activation = _resting(parts)
+        activation = resting(parts)
         if activation is None:
             return byobnet.BottleneckBlock.forward(self, x)
         return layers.invert([part[:2] for part in parts], activation, x, self.shortcut is not None)
@@ -40,12 +38,12 @@ class PackingMBConv(Folding):
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module is no inverted residual; empty if it is."""
-        return "" if _inverted(_of_mbconv(module)) else "it is no inverted residual"
+        return "" if inverted(_of_mbconv(module)) else "it is no inverted residual"
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         parts = _of_mbconv(self) if packs_now(self, x) else []
-        activation = _resting(parts)
+        activation = resting(parts)
         if activation is None:
             return efficientvit_mit.MBConv.forward(self, x)
         return layers.invert([part[:2] for part in parts], activation, x, False)
@@ -57,18 +55,18 @@ class PackingDSConv(Folding):
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module is no separable convolution; empty if it is."""
-        return "" if _inverted(_of_dsconv(module)) else "it is no separable convolution"
+        return "" if inverted(_of_dsconv(module)) else "it is no separable convolution"
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         parts = _of_dsconv(self) if packs_now(self, x) else []
-        activation = _resting(parts)
+        activation = resting(parts)
         if activation is None:
             return efficientvit_mit.DSConv.forward(self, x)
         return layers.invert([(None, None), *(part[:2] for part in parts)], activation, x, False)
 
 
-def _of_bottleneck(block: Any) -> list[_Part]:
+def _of_bottleneck(block: Any) -> list[Part]:
     """The parts of a block that is those of an inverted residual and nothing else; empty if it is more."""
     identities = [block.conv2b_kxk, block.attn, block.attn_last, block.act]
     if block.shortcut is not None:
@@ -79,21 +77,21 @@ def _of_bottleneck(block: Any) -> list[_Part]:
     if not_plain(path, type(path) if type(path) in (nn.Identity, DropPath) else nn.Identity, "it") or path.training:
         return []
     parts = [block.conv1_1x1, block.conv2_kxk, block.conv3_1x1]
-    if any(_not_own(part, ConvNormAct) or part.aa is not None for part in parts):
+    if any(not_own(part, ConvNormAct) or part.aa is not None for part in parts):
         return []
     return [(part.conv, part.bn, after(part.bn)) for part in parts]
 
 
-def _of_mbconv(block: Any) -> list[_Part]:
+def _of_mbconv(block: Any) -> list[Part]:
     return _of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
 
 
-def _of_dsconv(block: Any) -> list[_Part]:
+def _of_dsconv(block: Any) -> list[Part]:
     return _of_efficientvit(block.depth_conv, block.point_conv)
 
 
-def _of_efficientvit(*parts: Any) -> list[_Part]:
-    if any(_not_own(part, efficientvit_mit.ConvNormAct) for part in parts):
+def _of_efficientvit(*parts: Any) -> list[Part]:
+    if any(not_own(part, efficientvit_mit.ConvNormAct) for part in parts):
         return []
     if any(part.dropout.training or not_plain(part.dropout, nn.Dropout, "it") for part in parts):
         return []
@@ -102,28 +100,6 @@ def _of_efficientvit(*parts: Any) -> list[_Part]:
 
 def _norm(norm: Any) -> Any:
     return None if type(norm) is nn.Identity else norm
-
-
-def _not_own(part: Any, kind: type[nn.Module]) -> str:
-    """The part must be of this class, perhaps with a folding form, and have its forward and no hooks."""
-    if getattr(type(part), "mvk_original", type(part)) is not kind:
-        return "it is of another class"
-    return replaced(kind, "forward") or not_hooked(part, "it") or ("forward" in part.__dict__ and "replaced") or ""
-
-
-def _inverted(parts: list[_Part]) -> bool:
-    """Whether the convolutions are those of an inverted residual."""
-    kinds = [layers.of_convolution(conv) for conv, _, _ in parts]
-    return kinds[-2:] == ["depthwise", "pointwise"] and kinds[:-2] in ([], ["pointwise"])
-
-
-def _resting(parts: list[_Part]) -> int | None:
-    """The activation of the first convolutions, if all can run on packed weights, and the last has none."""
-    if not parts or not _inverted(parts):
-        return None
-    found = [rests(conv, norm, called) for conv, norm, called in parts]
-    *first, last = found
-    return first[0] if last == 0 and len(set(first)) == 1 else None
 
 
 FORMS = {

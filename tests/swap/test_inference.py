@@ -1,0 +1,307 @@
+"""swap(model, inference=True): packed weights, what follows their changes, and when they are not used."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import mvkernels
+from mvkernels.dispatch import extension
+from mvkernels.swap import swap, verify_swap
+from mvkernels.swap.engine import unswap
+from mvkernels.swap.packing import layers, weights
+from tests.swap.conftest import randomise
+
+pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
+timm = pytest.importorskip("timm")
+
+MODELS = ("mobilevit_xxs", "efficientvit_b0", "efficientformer_l1", "transformers")
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "transformers":
+        from transformers import MobileViTConfig, MobileViTForImageClassification
+
+        config = MobileViTConfig(hidden_sizes=[32, 48, 64], neck_hidden_sizes=[16, 24, 32, 48, 48, 64, 160])
+        return randomise(MobileViTForImageClassification(config)).eval()
+    model = randomise(timm.create_model(name, num_classes=10))
+    model.eval()
+    return model
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture
+def small():
+    return make("mobilevit_xxs")
+
+
+def picture(model: nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
+    """Of a size that the model takes: EfficientFormer's position biases are for one."""
+    side = 224 if "EfficientFormer" in type(model).__name__ else side
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def packings(model: nn.Module, x: torch.Tensor) -> int:
+    """How many weights a call packs."""
+    count = 0
+    pack = weights.packed
+
+    def counting(module, role, tensors, settings, make):
+        def counted():
+            nonlocal count
+            count += 1
+            return make()
+
+        return pack(module, role, tensors, settings, counted)
+
+    with mock.patch.object(layers, "packed", counting):
+        logits(model, x)
+    return count
+
+
+@pytest.mark.core
+def test_whole_models_and_their_blocks_are_as_exact_as_the_original(model):
+    report = swap(model, inference=True)
+    assert report.folded and packings(model, picture(model)) > 5
+    result = verify_swap(model, picture(model))
+    assert result.ok, str(result)
+    assert any(row.name.startswith("inference: output") for row in result.rows)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("side", [60, 96])
+def test_other_sizes(small, side, batch):
+    """A side of 60 is resized in the blocks; the algorithm of some convolutions depends on the size."""
+    x = picture(small, side, batch)
+    exact = logits(copy.deepcopy(small).double(), x.double())
+    plain = logits(small, x)
+    swap(small, inference=True)
+    found = logits(small, x)
+    assert (found - exact).abs().max() <= 4 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+def test_weights_are_packed_once_and_nothing_of_the_model_shows_it(model):
+    names = list(model.state_dict())
+    attributes = [sorted(module.__dict__) for module in model.modules()]
+    report = swap(model, inference=True)
+    x = picture(model)
+    assert packings(model, x) and not packings(model, x)
+    assert report.packed_bytes > 0 and "MiB of packed weights" in str(report)
+    assert list(model.state_dict()) == names
+    assert [sorted(module.__dict__) for module in model.modules()] == attributes
+
+
+def step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model(picture(model)).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def load(model):
+    model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+
+
+def average(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.lerp_(torch.ones_like(p), 0.01)
+
+
+def exchange(model):
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach() * 0.9)
+
+
+def assign(model):
+    for p in model.parameters():
+        p.data = p.data * 1.1
+
+
+def statistics(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += 0.1
+            module.running_var.mul_(1.3)
+
+
+def train(model):
+    model.train()
+    model(picture(model, batch=2))
+    model.eval()
+
+
+def epsilon(model):
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            module.eps = 0.1
+
+
+def there_and_back(model):
+    model.double().float()
+
+
+def rows(model):
+    """A norm of tokens, and the weight of one product of a layer."""
+    layer = model.stages[2][1].transformer[0]
+    with torch.no_grad():
+        layer.norm1.bias.add_(0.3)
+        layer.attn.qkv.weight.mul_(1.2)
+
+
+@pytest.mark.parametrize(
+    "change", [step, load, average, exchange, assign, statistics, train, epsilon, there_and_back, rows]
+)
+def test_every_change_is_followed(small, change):
+    x = picture(small)
+    swap(small, inference=True)
+    before = logits(small, x)
+    change(small)
+    plain = copy.deepcopy(small)
+    unswap(plain)
+    found, wanted = logits(small, x), logits(plain, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    if change is not there_and_back:
+        assert not torch.allclose(found, before, rtol=1e-3)
+    assert not packings(small, x)
+
+
+def test_what_leaves_no_trace_needs_refresh(small):
+    report = swap(small, inference=True)
+    x = picture(small)
+    before = logits(small, x)
+    small.stem.conv.weight.data.mul_(1.5)  # in place, by the way of .data: no version counter sees it
+    assert torch.equal(logits(small, x), before)
+    report.refresh()
+    plain = copy.deepcopy(small)
+    unswap(plain)
+    wanted = logits(plain, x)
+    torch.testing.assert_close(logits(small, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_another_instruction_set(small):
+    swap(small, inference=True)
+    x = picture(small)
+    wanted = logits(small, x)
+    sets = extension.module.instruction_sets()
+    before = extension.module.set_instruction_set(sets[-1])
+    try:
+        torch.testing.assert_close(logits(small, x), wanted, rtol=1e-3, atol=1e-4)
+    finally:
+        extension.module.set_instruction_set(before)
+
+
+def test_copies_and_pickles_pack_for_themselves(small):
+    swap(small, inference=True)
+    x = picture(small)
+    wanted = logits(small, x)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert weights.size(other) == 0
+        assert torch.equal(logits(other, x), wanted) and weights.size(other) > 0
+        with torch.no_grad():
+            next(other.parameters()).mul_(2)
+        assert not torch.equal(logits(other, x), wanted)
+        assert torch.equal(logits(small, x), wanted)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_restored_it_is_what_it_was_and_holds_nothing(small, order):
+    """Also where another call has swapped before."""
+    kinds = [type(module) for module in small.modules()]
+    x = picture(small)
+    plain = logits(small, x)
+    reports = [swap(small), swap(small, inference=True)]
+    fused = [type(module) for module in small.modules()]
+    assert swap(small, inference=True).folded == 0 and [type(module) for module in small.modules()] == fused
+    assert packings(small, x) > 5
+    for i in order:
+        reports[i].restore()
+    assert [type(module) for module in small.modules()] == kinds
+    assert weights.size(small) == 0 and torch.equal(logits(small, x), plain)
+
+
+def test_a_gradient_training_autocast_and_other_dtypes_take_the_originals(small):
+    x = picture(small)
+    plain = copy.deepcopy(small)
+    swap(plain, fold_norms=True)
+    swap(small, inference=True)
+
+    def nothing_packed(call):
+        with mock.patch.object(layers, "packed", side_effect=AssertionError):
+            found = call(small)
+        wanted = call(plain)
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+
+    nothing_packed(lambda m: m(x))
+
+    def autocast(m):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return m(x)
+
+    nothing_packed(autocast)
+    nothing_packed(lambda m: logits(m.double(), x.double()))
+    nothing_packed(lambda m: logits(m.bfloat16(), x.bfloat16()))
+    small.float(), plain.float()
+    with mvkernels.use_backend("reference"):
+        nothing_packed(lambda m: logits(m, x))
+
+
+def test_hooks_are_called_and_see_the_originals_maps(small):
+    swap(small, inference=True)
+    x = picture(small)
+    before = logits(small, x)
+    seen = []
+    parts = [small.stages[0][0].conv2_kxk, small.stages[0][0].conv1_1x1.conv, small.stages[2][1].transformer[0].mlp]
+    handles = [part.register_forward_hook(lambda m, given, out: seen.append(out.shape)) for part in parts]
+    torch.testing.assert_close(logits(small, x), before, rtol=1e-3, atol=1e-4)
+    assert len(seen) == len(parts)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(logits(small, x), before)
+
+
+def test_the_export_is_the_plain_graph(small):
+    swap(small, inference=True)
+    x = picture(small)
+    with torch.no_grad():
+        exported = torch.export.export(small, (x,))
+    assert not [n for n in exported.graph.nodes if "mvkernels" in str(n.target)]
+    torch.testing.assert_close(exported.module()(x), logits(small, x), rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_it_is_the_original(small):
+    swap(small, inference=True)
+    x = picture(small)
+    compiled = torch.compile(small, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, x), logits(small, x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_bits_on_threads_and_in_a_batch(small):
+    swap(small, inference=True)
+    x = picture(small, batch=3)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(logits(small, x))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
