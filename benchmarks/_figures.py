@@ -188,6 +188,8 @@ def summary(folder: Path) -> list[str]:
         ("swapped", "original", "the original"),
         ("swapped, compiled", "original, compiled", "the original, compiled"),
         ("swapped", "original, onnx", "the original in ONNX Runtime"),
+        ("swapped, inference", "original", "the original"),
+        ("swapped, inference", "original, onnx", "the original in ONNX Runtime"),
     ):
         cells = [f"whole models, {who}", shown, ""]
         count = 0

@@ -18,7 +18,8 @@ from mvkernels.commands import command
 BEGIN = "<!-- figures: begin (written by benchmarks/readme.py) -->\n"
 END = "<!-- figures: end -->"
 COLOURS = {"light": svg.LIGHT, "dark": svg.DARK}
-WHO = (("swapped", "swapped"), ("swapped, compiled", "swapped, compiled"),
+WHO = (("swapped", "swapped"), ("swapped, inference", "swapped, inference=True"),
+       ("swapped, compiled", "swapped, compiled"),
        ("original, compiled", "original, torch.compile"), ("original, onnx", "original, ONNX Runtime"))  # fmt: skip
 
 

@@ -127,6 +127,8 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
                 if mode == "fwd":
                     models["swapped, norms folded"] = copy.deepcopy(original)
                     swap(models["swapped, norms folded"], backend=options.backend, fold_norms=True)
+                    models["swapped, inference"] = copy.deepcopy(original)
+                    swap(models["swapped, inference"], backend=options.backend, inference=True)
                     for who in ("original", "swapped") if "freezing" in options.runtimes else ():
                         models[f"{who}, freezing"] = Compiled(copy.deepcopy(models[who]), frozen_for=image)
                     for runtime in [name for name in options.runtimes if name != "freezing"]:
