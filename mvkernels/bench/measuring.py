@@ -97,7 +97,7 @@ def measure(options: Options, after_each: Callable[[Result], None] | None = None
             if mode != "fwd":
                 for value in testing.tensors_in(arguments).values():
                     value.requires_grad_()
-            providers = [*(Provider(b, _on(op, b)) for b in backends), *_peers(op, options.against)]
+            providers = [*(Provider(b, _on(op, b, arguments)) for b in backends), *_peers(op, options.against)]
             gate = Gate(op, arguments, mode)
             result.rows += _measure_case(gate, providers, shared, options, result.rates[name])
             if after_each is not None:
@@ -245,5 +245,7 @@ def _peers(op: Op, wanted: Sequence[str]) -> Iterator[Provider]:
         yield from (Provider(name, peer) for name, peer in op.third_party.items())
 
 
-def _on(op: Op, backend: str) -> Callable[..., Tensor]:
-    return lambda **arguments: op.function(**arguments, backend=backend)
+def _on(op: Op, backend: str, arguments: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """The op on a backend, with what callers make once of the weights."""
+    packed = {"packed": op.pack(arguments)} if op.pack is not None and backend == "cpp" else {}
+    return lambda **arguments: op.function(**arguments, **packed, backend=backend)

@@ -80,6 +80,8 @@ class Op:
     raise ImportError if it is missing, and NotOffered if it does not support the arguments."""
     differentiable: bool = True
     """Whether its kernels have a backward; else a call that records a gradient is the reference's."""
+    pack: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
+    """The weights among these arguments as the argument ``packed``, which callers make once; bench gives it to cpp."""
     composed: Composed | None = None
     """The same computation from other ops, if modules choose between the two."""
 

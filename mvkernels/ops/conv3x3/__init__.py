@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import index
 from typing import Any
 
@@ -189,6 +190,11 @@ def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     return weights.why_not_recorded(x, weight, *rest) or _why_not_packed(weight)
 
 
+def _packed(arguments: Mapping[str, Any]) -> Tensor:
+    size, stride = tuple(arguments["x"].shape[-2:]), arguments.get("stride", 1)
+    return pack_conv3x3(arguments["weight"], arguments.get("bias"), size=size, stride=stride)
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -201,5 +207,6 @@ OP = register(
         peers=suite.PEERS,
         cost=suite.cost,
         differentiable=False,
+        pack=_packed,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import index
 from typing import Any
 
@@ -204,6 +205,10 @@ def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project:
     return reason or _why_not_packed(expand, depthwise, project)
 
 
+def _packed(arguments: Mapping[str, Any]) -> Tensor:
+    return pack_inverted_residual(*(arguments[name] for name in ("expand", "depthwise", "project")))
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -216,5 +221,6 @@ OP = register(
         peers=suite.PEERS,
         cost=suite.cost,
         differentiable=False,
+        pack=_packed,
     )
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -177,6 +178,10 @@ def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     return weights.why_not_recorded(x, weight, *rest, *norm) or _why_not_packed(weight)
 
 
+def _packed(arguments: Mapping[str, Any]) -> Tensor:
+    return pack_pointwise(arguments["weight"], arguments.get("bias"), norm=arguments.get("norm"))
+
+
 OP = register(
     Op(
         name=_NAME,
@@ -189,5 +194,6 @@ OP = register(
         peers=suite.PEERS,
         cost=suite.cost,
         differentiable=False,
+        pack=_packed,
     )
 )
