@@ -34,17 +34,21 @@ def why_not(conv: Any, norm: Any) -> str:
     if not isinstance(norm, nn.BatchNorm2d):
         return "there is no batch norm"
     own = nn.BatchNorm2d if type(norm) is nn.BatchNorm2d else _batch_norm_with_activation()
-    reason = (
-        not_plain(conv, nn.Conv2d, "the convolution")
-        or replaced(nn.Conv2d, "_conv_forward")
-        or not_its_own(conv, "_conv_forward")
-        or not_plain(norm, own, "the norm")
-    )
+    reason = _not_plain_convolution(conv) or not_plain(norm, own, "the norm")
     if reason:
         return reason
     if norm.running_mean is None or norm.running_var is None or norm.num_features != conv.out_channels:
         return "the norm has no running statistics, or not the convolution's channels"
-    return not_dense(conv.weight, "the convolution")
+    return ""
+
+
+def _not_plain_convolution(conv: Any) -> str:
+    return (
+        not_plain(conv, nn.Conv2d, "the convolution")
+        or replaced(nn.Conv2d, "_conv_forward")
+        or not_its_own(conv, "_conv_forward")
+        or not_dense(conv.weight, "the convolution")
+    )
 
 
 def _batch_norm_with_activation() -> type[nn.Module]:
@@ -74,7 +78,7 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
         return None
     activation = elementwise.activation_of(after)
     if activation is not None and x.is_cpu and x.dtype == torch.float32 and not elementwise.not_now():
-        packed = layers.convolve(conv, norm, activation, x) if caller.mvk_packs else None
+        packed = layers.convolve(conv, norm, activation, x) if caller.mvk_packs and x.numel() else None
         if packed is not None:
             return packed
         out = conv._conv_forward(x, conv.weight, None)
@@ -92,9 +96,9 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
 
 
 def rests(conv: Any, norm: Any, after: Any) -> int | None:
-    """The number of the activation of a convolution that may run on packed weights with its norm, if it has one; or
-    None."""
-    reason = why_not(conv, norm) or norm.training if norm is not None else not_plain(conv, nn.Conv2d, "the convolution")
+    """The number of the activation of a convolution that may run on packed weights, with the norm if there is one; None
+    if it may not."""
+    reason = _not_plain_convolution(conv) if norm is None else why_not(conv, norm) or norm.training
     given = layers.tensors_of(conv, norm)
     if reason or any(t is not None and t.is_floating_point() and t.dtype != torch.float32 for t in given):
         return None

@@ -12,8 +12,8 @@ from mvkernels.swap.packing.weights import packed
 
 
 def of_convolution(conv: Any) -> str:
-    """The op that does the work of this convolution: "pointwise", "conv3x3", "depthwise" (a part of
-    "inverted_residual"); empty if there is none."""
+    """The op that does the work of this convolution, "pointwise" or "conv3x3"; "depthwise" for a part of
+    "inverted_residual"; empty if there is none."""
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return ""
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
