@@ -10,6 +10,14 @@ namespace {
 
 constexpr int64_t P = kPanel<float>;
 
+// What packed weights begin with, and zeros in what this instruction set leaves unused: the same weights have the same bits.
+template <class Sizes>
+MVK_INLINE void pack_sizes(const Sizes& s, float* packed) {
+  static_assert(sizeof s <= s.kHeader * sizeof(float));
+  memset(packed, 0, s.kHeader * sizeof(float));
+  memset(packed + s.end(), 0, (s.count() - s.end()) * sizeof(float));
+  memcpy(packed, &s, sizeof s);
+}
 // [column][row] of a (columns, rows) matrix as [panel][row][column]; columns that fill the last panel are 0.
 MVK_INLINE void pack_panels(const float* from, int64_t columns, int64_t rows, float* to) {
   for (int64_t first = 0; first < columns; first += P, to += rows * P)

@@ -42,8 +42,7 @@ static void transform_weights(const Conv3x3Sizes& s, const float* weight, float*
 }
 
 static void pack(const Conv3x3Sizes& s, const float* weight, const float* bias, float* packed) {
-  static_assert(sizeof s <= s.kHeader * sizeof(float));
-  memcpy(packed, &s, sizeof s);
+  pack_sizes(s, packed);
   pack_bias(bias, s.outputs, packed + s.bias());
   float* to = packed + s.weights();
   if (s.tile == 2) return transform_weights<2>(s, weight, to);

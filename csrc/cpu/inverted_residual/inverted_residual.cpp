@@ -22,10 +22,7 @@ constexpr int64_t kChannels = 256;    // and channels of it, one chain of sums
 
 static void pack(const InvertedResidualWeights& w) {
   const InvertedResidualSizes& s = w.sizes;
-  static_assert(sizeof s <= s.kHeader * sizeof(float));
-  memset(w.packed, 0, s.kHeader * sizeof(float));
-  memset(w.packed + s.end(), 0, (s.count() - s.end()) * sizeof(float));
-  memcpy(w.packed, &s, sizeof s);
+  pack_sizes(s, w.packed);
   if (s.expands) {
     pack_panels(w.expand, s.hidden, s.inputs, w.packed + s.expand());
     pack_bias(w.expand_bias, s.hidden, w.packed + s.expand_bias());

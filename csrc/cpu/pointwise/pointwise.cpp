@@ -12,8 +12,7 @@ namespace {
 
 static void pack(const PointwiseWeights& w) {
   const PointwiseSizes& s = w.sizes;
-  static_assert(sizeof s <= s.kHeader * sizeof(float));
-  memcpy(w.packed, &s, sizeof s);
+  pack_sizes(s, w.packed);
   float *weights = w.packed + s.weights(), *bias = w.packed + s.bias();
   pack_panels(w.weight, s.outputs, s.inputs, weights);
   pack_bias(w.bias, s.outputs, bias);
