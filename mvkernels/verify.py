@@ -122,7 +122,7 @@ def verify(
         arguments = make(getattr(torch, dtype), device)
         able, reason = can_run(op.name, backend, **arguments)
         if able and backend == "triton":
-            reason = _too_slow([arguments[name] for name in op.maps], named=bool(backends))
+            reason = _too_slow([arguments[name] for name in op.maps if name in arguments], named=bool(backends))
         if reason:
             result.not_run.setdefault((op.name, backend), reason)
             continue

@@ -66,7 +66,7 @@ class Op:
     check: Callable[..., tuple[Any, ...]]
     """Checks the op's arguments, in order, and returns them normalised; raises TypeError, ValueError."""
     maps: tuple[str, ...]
-    """The arguments that are maps, (B, heads, head_dim, H, W) or (B, C, H, W)."""
+    """The arguments that are maps, (B, heads, head_dim, H, W) or (B, C, H, W). The first is always given."""
     why_not: Mapping[str, Callable[..., str | None]]
     """For each backend with a kernel: why it cannot run these checked arguments, or None."""
     suite: Callable[[str], list[Case]]

@@ -41,11 +41,12 @@ def test_the_operators_of_a_call_are_recorded(kernels_ab: Any, name: str) -> Non
     torch.testing.assert_close(tree_leaves(found)[0], want, rtol=1e-3, atol=1e-3)
 
 
-def test_of_a_kernel_without_a_backward_the_forward_is_recorded(kernels_ab: Any) -> None:
-    op = OPS["inverted_residual"]
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if not op.differentiable])
+def test_of_a_kernel_without_a_backward_the_forward_is_recorded(kernels_ab: Any, name: str) -> None:
+    op = OPS[name]
     case = op.suite("small")[0]
     ((mode, forward, arguments),) = kernels_ab.operators(op, case, "channels_last", 1, torch.float32)
-    assert (mode, forward.__name__) == ("fwd", "inverted_residual.default")
+    assert (mode, forward.__name__) == ("fwd", f"{name}.default")
     want = op.function(**case.make(layout="channels_last"), backend="reference")
     torch.testing.assert_close(forward(*arguments), want, rtol=1e-3, atol=1e-3)
 

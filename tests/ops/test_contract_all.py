@@ -298,7 +298,7 @@ def test_the_same_bits_in_every_run(name, backend):
         assert all(torch.equal(a, b) for a, b in zip(first, once()))
 
 
-OPTIONAL = ("qkv_bias", "bias", "expand[1]", "depthwise[1]", "project[1]")
+OPTIONAL = ("qkv_bias", "bias", "expand[1]", "depthwise[1]", "project[1]", "norm[0]", "norm[1]")
 WRONG = {
     "list": (TypeError, "{0} is a list", lambda t: [1.0]),
     "none": (TypeError, "{0} is a NoneType", lambda t: None),

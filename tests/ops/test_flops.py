@@ -77,6 +77,12 @@ def other_settings():
     block = {"depthwise": (some(18, 1, 5, 5), None), "project": (some(7, 18, 1, 1), some(7))}
     yield "inverted_residual", {"x": some(2, 5, 6, 7), "expand": (some(18, 5, 1, 1), some(18)), **block, "stride": 2}
     yield "inverted_residual", {"x": some(2, 18, 6, 7), "expand": None, **block, "activation": None}
+    yield "conv3x3", {"x": some(2, 5, 6, 7), "weight": some(18, 5, 3, 3), "stride": 2, "residual": some(2, 18, 3, 4)}
+    more = {"beside": some(1, 4, 17, 18), "residual": some(1, 18, 17, 18)}
+    yield "conv3x3", {"x": some(1, 16, 17, 18), "weight": some(18, 20, 3, 3), "bias": some(18), **more}
+    norm = {"norm": (some(5), None), "residual": some(2, 18, 6, 7)}
+    yield "pointwise", {"x": some(2, 5, 6, 7), "weight": some(18, 5), "bias": some(18), **norm}
+    yield "pointwise", {"x": some(2, 5, 6, 7), "weight": some(18, 5, 1, 1), "activation": "gelu"}
 
 
 @pytest.mark.parametrize("case", other_settings(), ids=lambda case: case[0])

@@ -40,7 +40,7 @@ def convolves(name):
 def leaves(name, dtype=torch.float64, **settings):
     arguments = example(name, dtype, **settings)
     inputs = {key: value.detach().clone().requires_grad_() for key, value in tensors_of(arguments).items()}
-    for key in OPS[name].maps:  # a clone is dense, a map keeps its strides
+    for key in set(OPS[name].maps) & set(inputs):  # a clone is dense, a map keeps its strides
         inputs[key] = arguments[key].detach().requires_grad_()
     return testing.with_tensors(arguments, inputs), list(inputs.values())
 
