@@ -1,8 +1,5 @@
 """inverted_residual on any block and map: its kernel against float64, and its contract."""
 
-import math
-import re
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,48 +8,16 @@ from torch.nn.functional import hardtanh
 
 import mvkernels
 from mvkernels import testing
-from mvkernels.dispatch import checks
 from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.common.activations import ACTIVATIONS
-from tests.ops import bridges
-from tests.ops.bridges import INSTRUCTION_SETS, assert_ok
+from tests.ops import inference
+from tests.ops.bridges import assert_ok
+from tests.ops.inference import CHANNELS, SEEDS, STRIDES, everywhere, needs_cpp
+from tests.ops.inference import inverted_residual as example
 
 OP = OPS["inverted_residual"]
-needs_cpp = bridges.needs_cpp(OP.name)
-STRIDES = (*testing.STRIDES, "some channels")
 # Hidden channels too that are taken in more than one group.
 HIDDEN = st.sampled_from([257, 288, 400, 530])
-CHANNELS = st.one_of(st.integers(1, 170), st.sampled_from([8, 16, 24, 32, 48, 64, 80, 96, 128, 160]))
-
-
-def make_map(shape, kind, generator):
-    """As testing.make_map, or a slice of the channels of a larger channels-last map."""
-    if kind != "some channels":
-        return testing.make_map(shape, kind, generator=generator)
-    b, c, height, width = shape
-    room = torch.full((b, height, width, c + 8), float("nan"))[..., 3 : 3 + c].permute(0, 3, 1, 2)
-    return room.copy_(torch.randn(shape, generator=generator))
-
-
-def block(inputs=8, hidden=24, outputs=8, kernel=3, expands=True, biases=(True,) * 3, generator=None):
-    """Weights whose convolutions keep the variance of a map."""
-    shapes = {
-        "expand": (hidden, inputs, 1, 1),
-        "depthwise": (hidden, 1, kernel, kernel),
-        "project": (outputs, hidden, 1, 1),
-    }
-    found = {}
-    for (name, shape), has_bias in zip(shapes.items(), biases):
-        weight = torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5
-        found[name] = weight, torch.randn(shape[0], generator=generator) if has_bias else None
-    return found if expands else found | {"expand": None}
-
-
-def example(batch=2, size=(6, 7), **sizes):
-    generator = torch.Generator().manual_seed(0)
-    weights = block(**sizes, generator=generator)
-    inputs = weights["depthwise"][0].shape[0] if weights["expand"] is None else weights["expand"][0].shape[1]
-    return {"x": make_map((batch, inputs, *size), "channels_last", generator), **weights}
 
 
 @st.composite
@@ -61,31 +26,24 @@ def problems(draw):
     expands, residual = draw(st.booleans()), draw(st.booleans())
     hidden = draw(st.one_of(CHANNELS, HIDDEN) if expands else CHANNELS)
     inputs = draw(CHANNELS) if expands else hidden
-    sizes = {"inputs": inputs, "hidden": hidden, "outputs": inputs if residual else draw(CHANNELS)}
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    biases = [draw(st.booleans()) for _ in range(3)]
-    weights = block(**sizes, kernel=draw(st.sampled_from([3, 5])), expands=expands, biases=biases, generator=generator)
-    shape = draw(st.integers(1, 3)), inputs, draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    arguments = example(
+        batch=draw(st.integers(1, 3)),
+        size=(draw(st.integers(1, 20)), draw(st.integers(1, 20))),
+        inputs=inputs,
+        hidden=hidden,
+        outputs=inputs if residual else draw(CHANNELS),
+        kernel=draw(st.sampled_from([3, 5])),
+        expands=expands,
+        biases=[draw(st.booleans()) for _ in range(3)],
+        kind=draw(st.sampled_from(STRIDES)),
+        seed=draw(SEEDS),
+    )
     return {
-        "x": make_map(shape, draw(st.sampled_from(STRIDES)), generator),
-        **weights,
+        **arguments,
         "stride": 1 if residual else draw(st.sampled_from([1, 2])),
         "activation": draw(st.sampled_from(list(ACTIVATIONS))),
         "residual": residual,
     }
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def everywhere(test):
-    """Under every instruction set that is built and runs here."""
-    return needs_cpp(pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)(test))
 
 
 @pytest.mark.core
@@ -100,23 +58,7 @@ def test_cpp_on_any_block_map_and_strides(instruction_set, arguments):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(arguments=problems())
 def test_the_result_is_the_same_on_two_threads_in_any_batch_and_with_packed_weights(instruction_set, arguments):
-    weights = {name: arguments[name] for name in ("expand", "depthwise", "project")}
-    packed = mvkernels.pack_inverted_residual(**weights)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            with testing.poisoned():
-                found += [OP.function(**arguments, packed=given, backend="cpp") for given in (None, packed)]
-                found.append(
-                    torch.cat([OP.function(**arguments | {"x": x[None]}, packed=packed) for x in arguments["x"]])
-                )
-    finally:
-        torch.set_num_threads(before)
-    assert found[0].isfinite().all()
-    for other in found[1:]:
-        assert torch.equal(other, found[0])
+    inference.assert_the_same_on_threads_in_batches_and_packed(OP, arguments)
 
 
 def test_the_reference_is_the_definition():
@@ -185,12 +127,6 @@ def test_large_small_and_constant_maps(instruction_set, activation):
 
 
 @needs_cpp
-@pytest.mark.parametrize("case", OP.suite("full"), ids=lambda case: f"{case.model} {case.label}")
-def test_cpp_on_the_suite(case):
-    assert_ok(testing.check(OP, case.make(), "cpp"))
-
-
-@needs_cpp
 def test_a_map_that_threads_divide(threads):
     """Large enough for chunks of rows, with a height that nothing divides."""
     for kernel, stride in ((3, 1), (5, 2)):
@@ -252,11 +188,7 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_wrong_arguments_are_one_line(kind):
-    change, error, message = WRONG[kind]
-    with pytest.raises(error, match=re.escape(message)) as caught:
-        OP.function(**example() | change)
-    assert str(caught.value).startswith("inverted_residual: ") and "\n" not in str(caught.value)
-    assert not mvkernels.can_run(OP.name, "cpp", **example() | change)[0]
+    inference.assert_refused(OP, example(), *WRONG[kind])
 
 
 def test_a_residual_needs_as_many_channels():
@@ -264,57 +196,14 @@ def test_a_residual_needs_as_many_channels():
         OP.function(**example(outputs=9), residual=True)
 
 
-@needs_cpp
-@pytest.mark.parametrize("which", testing.tensors_in(example()))
-def test_a_recorded_gradient_is_the_references(which):
-    arguments = example()
-    tensors = testing.tensors_in(arguments)
-    tensors[which] = tensors[which].clone().requires_grad_()
-    recorded = testing.with_tensors(arguments, tensors)
-    out = OP.function(**recorded)
-    (found,) = torch.autograd.grad(out.square().sum(), tensors[which])
-    (wanted,) = torch.autograd.grad(OP.reference(**recorded).square().sum(), tensors[which])
-    assert torch.equal(found, wanted)
-    assert not mvkernels.can_run(OP.name, "cpp", **recorded)[0]
-    with pytest.raises(
-        mvkernels.BackendUnavailable, match="a gradient is recorded, and the C\\+\\+ kernel has no backward"
-    ):
-        OP.function(**recorded, backend="cpp")
-    kernel = OP.function(**arguments, backend="cpp")
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            assert torch.equal(OP.function(**recorded), kernel)
-
-
-def test_the_gradients_of_the_reference_are_right():
+def test_the_gradients_of_the_reference_with_a_stride_are_right():
     assert_ok(testing.check(OP, example(hidden=33, outputs=5) | {"stride": 2}, "reference"))
-    assert {each.name for each in testing.check(OP, example(), "reference")} == {
-        "out", "dx", *(f"d{name}[{i}]" for name in ("expand", "depthwise", "project") for i in (0, 1)),
-    }  # fmt: skip
-
-
-def takes_the_reference(arguments, reason):
-    assert torch.equal(OP.function(**arguments), OP.reference(**arguments))
-    with pytest.raises(mvkernels.BackendUnavailable, match=reason):
-        OP.function(**arguments, backend="cpp")
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=checks.short)
-def test_other_dtypes_take_the_reference(dtype):
-    tensors = {key: value.to(dtype) for key, value in testing.tensors_in(example()).items()}
-    arguments = testing.with_tensors(example(), tensors)
-    takes_the_reference(arguments, f"for float32, but these tensors are {checks.short(dtype)}")
-    with pytest.raises(
-        mvkernels.BackendUnavailable, match="weights cannot be packed: the C\\+\\+ kernel is for float32"
-    ):
-        mvkernels.pack_inverted_residual(**{name: arguments[name] for name in ("expand", "depthwise", "project")})
 
 
 @needs_cpp
 @pytest.mark.parametrize("kernel", [1, 7, 9])
 def test_other_kernels_take_the_reference(kernel):
     arguments = example(kernel=kernel)
-    takes_the_reference(arguments, f"the depthwise kernel is {kernel}, want 3 or 5")
+    inference.assert_takes_the_reference(OP, arguments, f"the depthwise kernel is {kernel}, want 3 or 5")
     with pytest.raises(mvkernels.BackendUnavailable, match=f"the depthwise kernel is {kernel}"):
-        mvkernels.pack_inverted_residual(**{name: arguments[name] for name in ("expand", "depthwise", "project")})
+        inference.pack(OP.name, arguments)
