@@ -69,6 +69,8 @@ bench: setup
 	$(BIN)/python benchmarks/relu_linear_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/multiscale_linear_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/inverted_residual.py --suite $(SUITE)
+	$(BIN)/python benchmarks/conv3x3.py --suite $(SUITE)
+	$(BIN)/python benchmarks/pointwise.py --suite $(SUITE)
 	$(BIN)/python benchmarks/swapped.py --runtimes freezing
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/threads.py

@@ -24,6 +24,8 @@ OPS = (
     ("relu_linear_attention", "layout", "layout", LAYOUTS),
     ("multiscale_linear_attention", "layout", "layout", LAYOUTS),
     ("inverted_residual", "layout", "layout", LAYOUTS),
+    ("conv3x3", "layout", "layout", LAYOUTS),
+    ("pointwise", "layout", "layout", LAYOUTS),
 )
 OURS = ("cpp", "triton", "cuda")
 MODE = {"fwd": "forward", "bwd": "backward", "full": "forward + backward"}

@@ -22,7 +22,8 @@ from _results import folder, replace, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mvkernels import can_run, pack_inverted_residual, report
+import mvkernels
+from mvkernels import can_run, report
 from mvkernels.bench import timing
 from mvkernels.commands import command
 from mvkernels.dispatch import extension
@@ -46,16 +47,23 @@ def tiny() -> dict[str, dict[str, Any]]:
         "former_to_mobile": {"x": a, "key": tokens, "value": more},
         "relu_linear_attention": {"query": a, "key": b, "value": c},
         "multiscale_linear_attention": {"qkv": torch.randn(1, 12, 2, 2), "head_dim": 4, **weights},
-        "inverted_residual": block(),
+        "inverted_residual": packed("inverted_residual", block()),
+        "conv3x3": packed("conv3x3", {"weight": torch.randn(4, 4, 3, 3), "bias": torch.randn(4)}),
+        "pointwise": packed("pointwise", {"weight": torch.randn(4, 4), "bias": torch.randn(4)}),
     }
 
 
 def block() -> dict[str, Any]:
-    """Weights of an inverted residual, packed once as a model does, and a map."""
+    """Weights of an inverted residual."""
     shapes = {"expand": (8, 4, 1, 1), "depthwise": (8, 1, 3, 3), "project": (4, 8, 1, 1)}
-    weights = {name: (torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
-    packed = pack_inverted_residual(**weights) if extension.module else None
-    return {"x": torch.randn(1, 2, 2, 4).permute(0, 3, 1, 2), **weights, "packed": packed}
+    return {name: (torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
+
+
+def packed(name: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """These weights, packed once as a model does, and a map."""
+    pack = getattr(mvkernels, f"pack_{name}")
+    x = torch.randn(1, 2, 2, 4).permute(0, 3, 1, 2)
+    return {"x": x, **weights, "packed": pack(**weights) if extension.module else None}
 
 
 def tensors(arguments: Arguments) -> list[Tensor]:
@@ -79,7 +87,7 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
         batch, heads, dim, height, width = shape
         return torch.randn(batch * groups, heads, height * width // groups, dim)
 
-    if name == "inverted_residual":
+    if not OPS[name].differentiable:
         batch, channels, height, width = arguments["x"].shape
         return [torch.randn(batch, 1, height * width, channels) for _ in range(3)]
 
