@@ -142,6 +142,12 @@ def example(name: str, **sizes: Any) -> Arguments:
     return _EXAMPLES[name](**sizes)
 
 
+def full(name: str, **sizes: Any) -> Arguments:
+    """Arguments with all the tensors that an op takes."""
+    more = {"conv3x3": {"beside": 5, "residual": "channels_last"}, "pointwise": {"residual": "channels_last"}}
+    return example(name, **more.get(name, {}), **sizes)
+
+
 def weights_of(name: str, arguments: Arguments) -> Arguments:
     """What ``pack_<op>`` takes of the op's arguments."""
     if name == "inverted_residual":

@@ -8,20 +8,14 @@ from mvkernels import testing
 from mvkernels.dispatch import checks
 from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import assert_ok
-from tests.ops.inference import NAMES, assert_takes_the_reference, example, needs_cpp, pack
+from tests.ops.inference import NAMES, assert_takes_the_reference, full, needs_cpp, pack
 
 CASES = [
     pytest.param(name, case, id=f"{name} {case.model} {case.label}")
     for name in NAMES
     for case in OPS[name].suite("full")
 ]
-FULL = {
-    "inverted_residual": {},
-    "conv3x3": {"beside": 5, "residual": "channels_last"},
-    "pointwise": {"residual": "channels_last"},
-}
-"""By op, the sizes that give it all its tensors."""
-TENSORS = [(name, which) for name in NAMES for which in testing.tensors_in(example(name, **FULL[name]))]
+TENSORS = [(name, which) for name in NAMES for which in testing.tensors_in(full(name))]
 
 
 @needs_cpp
@@ -33,7 +27,7 @@ def test_cpp_on_the_suite(name, case):
 @needs_cpp
 @pytest.mark.parametrize(("name", "which"), TENSORS)
 def test_a_recorded_gradient_is_the_references(name, which):
-    op, arguments = OPS[name], example(name, **FULL[name])
+    op, arguments = OPS[name], full(name)
     tensors = testing.tensors_in(arguments)
     tensors[which] = tensors[which].clone().requires_grad_()
     recorded = testing.with_tensors(arguments, tensors)
@@ -54,7 +48,7 @@ def test_a_recorded_gradient_is_the_references(name, which):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradients_of_the_reference_are_right(name):
-    arguments = example(name, **FULL[name])
+    arguments = full(name)
     found = testing.check(OPS[name], arguments, "reference")
     assert_ok(found)
     assert {each.name for each in found} == {"out", *(f"d{which}" for which in testing.tensors_in(arguments))}
@@ -64,7 +58,7 @@ def test_the_gradients_of_the_reference_are_right(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=checks.short)
 def test_other_dtypes_take_the_reference(name, dtype):
-    arguments = example(name, **FULL[name])
+    arguments = full(name)
     tensors = {key: value.to(dtype) for key, value in testing.tensors_in(arguments).items()}
     arguments = testing.with_tensors(arguments, tensors)
     assert_takes_the_reference(OPS[name], arguments, f"for float32, but these tensors are {checks.short(dtype)}")
@@ -78,7 +72,7 @@ def test_other_dtypes_take_the_reference(name, dtype):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("strides", testing.STRIDES)
 def test_other_dtypes_lie_as_the_kernels_result_does(name, strides):
-    arguments = example(name, **FULL[name], kind=strides)
+    arguments = full(name, kind=strides)
     doubles = {key: value.double() for key, value in testing.tensors_in(arguments).items()}
     doubles["x"] = testing.make_map(arguments["x"].shape, strides, torch.float64)
     found = OPS[name].function(**arguments, backend="cpp")

@@ -12,7 +12,7 @@ from mvkernels.ops.conv3x3 import operators as conv3x3
 from mvkernels.ops.inverted_residual import operators as inverted_residual
 from mvkernels.ops.pointwise import operators as pointwise
 from tests.ops.bridges import INSTRUCTION_SETS
-from tests.ops.inference import NAMES, example, needs_cpp, pack, weights_of
+from tests.ops.inference import NAMES, example, full, needs_cpp, pack, weights_of
 
 pytestmark = needs_cpp
 EACH = pytest.mark.parametrize("name", NAMES)
@@ -206,19 +206,30 @@ def test_packing_wants_one_dtype_and_one_device(name):
 @pytest.mark.parametrize("strides", ["channels_last", "contiguous"])
 def test_compiled_as_one_graph(name, packs, strides):
     torch._dynamo.reset()
-    op, arguments = OPS[name], example(name)
+    op, arguments = OPS[name], full(name)
     packed = pack(name, arguments) if packs else None
     compiled = torch.compile(
-        lambda x: op.function(**arguments | {"x": x}, packed=packed).sin(),
+        lambda maps: op.function(**arguments | maps, packed=packed).sin(),
         fullgraph=True,
         dynamic=True,
         backend="aot_eager",
     )
     for batch, size in ((2, (6, 7)), (3, (9, 4))):
-        x = testing.make_map((batch, arguments["x"].shape[1], *size), strides)
-        wanted = op.function(**arguments | {"x": x}, backend="cpp")
-        found = compiled(x)
+        given = full(name, batch=batch, size=size, kind=strides)
+        maps = {key: given[key] for key in op.maps if isinstance(given.get(key), torch.Tensor)}
+        wanted = op.function(**arguments | maps, backend="cpp")
+        found = compiled(maps)
         assert torch.equal(found, wanted.sin()) and found.stride() == wanted.stride()
+
+
+@EACH
+def test_autocast_takes_the_reference(name):
+    op, arguments = OPS[name], full(name)
+    packed = pack(name, arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(op.function(**arguments, packed=packed), op.function(**arguments, backend="reference"))
+        with pytest.raises(mvkernels.BackendUnavailable, match=r"weights cannot be packed: .* are bfloat16"):
+            pack(name, arguments)
 
 
 @pytest.mark.parametrize(("batch", "strides"), BATCHES)

@@ -101,8 +101,10 @@ def pack_conv3x3(
         TypeError, ValueError: as :func:`mvkernels.conv3x3`.
         BackendUnavailable: there is no C++ kernel for these weights.
     """
-    named = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    named: dict[str, Any] = {"weight": weight, **({} if bias is None else {"bias": bias})}
+    named = dict(zip(named, checks.autocast(*named.values())))
     checks.tensors(_NAME, **named)
+    weight, bias = named["weight"], named.get("bias")
     outputs, inputs = _shapes(weight, bias)
     stride, (height, width) = _check_stride(stride), checks.pair(_NAME, "size", size)
     reason = _why_not_packed(weight)
