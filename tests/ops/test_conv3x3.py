@@ -20,9 +20,9 @@ from tests.ops.inference import conv3x3 as example
 OP = OPS["conv3x3"]
 TILES = (0, 2, 4)
 MANY = st.one_of(st.integers(16, 170), st.sampled_from([16, 32, 48, 64, 80, 96, 128, 160]))
-FACTOR = {0: 1.0, 2: 1.0, 4: 2.5}
+FACTOR = {0: 1.0, 2: 1.0, 4: 1.5}
 """What the criterion's limit is multiplied by: F(4 x 4) multiplies rounding errors (docs/conv3x3.md)."""
-PEAKED = {0: 1.0, 2: 2.0, 4: 4.0}
+PEAKED = {0: 1.0, 2: 2.0, 4: 5.0}
 """The same where one value is far above all others: Winograd's algorithm adds it to its neighbours and takes it off."""
 
 each_tile = pytest.mark.parametrize("tile", TILES)
@@ -37,6 +37,8 @@ def taken(arguments):
 def by(tile, **sizes):
     """An example that takes this algorithm: small, with a border that cuts tiles."""
     usual = {4: {"size": (18, 17)}, 2: {"size": (7, 10)}, 0: {"size": (9, 8), "inputs": 9}}[tile]
+    if tile == 4:
+        sizes["inputs"] = max(sizes.get("inputs", 0), 97)
     arguments = example(**usual | sizes)
     assert taken(arguments) == tile
     return arguments
@@ -54,7 +56,8 @@ def problems(draw, tile):
     else:
         size = draw(small), draw(st.one_of(small, large))
     stride = draw(st.sampled_from([1, 2])) if tile == 0 else 1
-    inputs, outputs = draw(MANY if tile else CHANNELS), draw(MANY if tile else CHANNELS)
+    inputs = draw({0: CHANNELS, 2: MANY, 4: st.integers(96, 200)}[tile])
+    outputs = draw(MANY if tile else CHANNELS)
     if tile == 0 and stride == 1 and outputs > 15:
         inputs = draw(st.integers(1, 15))
     beside = draw(st.integers(0, inputs - 1)) if draw(st.booleans()) else 0
@@ -98,8 +101,9 @@ def test_the_result_is_the_same_on_two_threads_in_any_batch_and_with_packed_weig
 
 
 def test_which_algorithm_is_taken():
-    assert tile_of(16, 16, 1, 16, 16) == 4
-    assert tile_of(16, 16, 1, 15, 200) == tile_of(16, 16, 1, 200, 15) == tile_of(16, 16, 1, 1, 1) == 2
+    assert tile_of(96, 16, 1, 16, 16) == 4
+    assert tile_of(96, 16, 1, 15, 200) == tile_of(96, 16, 1, 200, 15) == tile_of(96, 16, 1, 1, 1) == 2
+    assert tile_of(16, 16, 1, 16, 16) == tile_of(95, 500, 1, 99, 99) == 2
     for few in ((15, 16, 1), (16, 15, 1), (16, 16, 2), (3, 64, 1)):
         assert tile_of(*few, 64, 64) == tile_of(*few, 7, 7) == 0
 
@@ -250,11 +254,11 @@ def test_a_second_map_is_a_concatenation(tile):
 @needs_cpp
 def test_f2_errs_less_than_one_sum_and_f4_a_few_times_as_much():
     """As docs/conv3x3.md says, against a sum of all products one by one."""
-    arguments = example(batch=1, size=(64, 64), inputs=64, outputs=64, bias=False)
+    arguments = example(batch=1, size=(64, 64), inputs=96, outputs=64, bias=False)
     exact = OP.reference(**testing.with_tensors(arguments, {k: arguments[k].double() for k in ("x", "weight")}))
     padded = torch.nn.functional.pad(arguments["x"], (1, 1, 1, 1))
     direct = torch.zeros_like(exact, dtype=torch.float32)
-    for c in range(64):
+    for c in range(96):
         for i in range(3):
             for j in range(3):
                 direct += padded[:, c, None, i : i + 64, j : j + 64] * arguments["weight"][None, :, c, i, j, None, None]

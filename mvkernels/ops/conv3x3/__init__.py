@@ -37,10 +37,10 @@ def conv3x3(
     """A dense 3 x 3 convolution padded by 1, its activation, and a map that is added, at inference.
 
     ``out = f(conv(x | beside) + bias) + residual``. With a stride of 1 and at least 16 channels on both sides it is
-    Winograd's algorithm (arXiv 1509.09308): F(4 x 4, 3 x 3) where both sides of the map are at least 16, else
-    F(2 x 2, 3 x 3). F(2 x 2) is more exact than one sum over 9 C products; F(4 x 4) errs about three times as much as
-    F(2 x 2). By either, a NaN or an infinity reaches all pixels of the tiles, 2 x 2 or 4 x 4, whose inputs it is among.
-    There is no backward: a call that records a gradient is the reference's.
+    Winograd's algorithm (arXiv 1509.09308): F(4 x 4, 3 x 3) where C is at least 96 and both sides of the map are at
+    least 16, else F(2 x 2, 3 x 3). F(2 x 2) is more exact than one sum over 9 C products; F(4 x 4) errs about three
+    times as much as it. By either, a NaN or an infinity reaches all pixels of the tiles, 2 x 2 or 4 x 4, whose inputs it
+    is among. There is no backward: a call that records a gradient is the reference's.
 
     Args:
         x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
@@ -91,8 +91,8 @@ def pack_conv3x3(
 
     Args:
         weight, bias, stride: as in :func:`mvkernels.conv3x3`, float32 on a CPU.
-        size: H and W of the maps, which decide on the algorithm; all sizes from 16 on are packed alike, and all that
-            have a smaller side.
+        size: H and W of the maps, which decide on the algorithm where C is at least 96; all sizes from 16 on are packed
+            alike, and all that have a smaller side.
 
     Returns:
         A tensor of one axis, float32, without a gradient.

@@ -10,8 +10,10 @@ from mvkernels.dispatch import flops, library
 from mvkernels.ops.common.packed import HEADER, wide
 
 _NAME = "conv3x3"
-_LARGE = 16
-"""Sides from which Winograd's F(4 x 4) is taken, and channels from which Winograd's algorithm is."""
+_FEW = 16
+"""Channels from which Winograd's algorithm is taken."""
+_LARGE, _MANY = 16, 96
+"""Sides and channels from which it is F(4 x 4): the errors that it multiplies are near those of one long sum then."""
 
 
 def tile_of(inputs: int, outputs: int, stride: int, height: int, width: int) -> int:
@@ -20,10 +22,10 @@ def tile_of(inputs: int, outputs: int, stride: int, height: int, width: int) -> 
     A tile of 4 saves the most products; on small maps much of it hangs over, and the weights' transforms, four times
     as large as the weights, are what has to be read.
     """
-    if stride != 1 or inputs < _LARGE or outputs < _LARGE:
+    if stride != 1 or inputs < _FEW or outputs < _FEW:
         return 0
     large = (height >= _LARGE) & (width >= _LARGE)  # one question, not two: one guard of torch.compile
-    return 4 if large else 2
+    return 4 if inputs >= _MANY and large else 2
 
 
 def packed_size(weight: Tensor, tile: int) -> int:
