@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,7 +77,17 @@ def not_scale(depthwise: Any, pointwise: Any, channels: int, head_dim: int, what
     return ""
 
 
-def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
+Project = Callable[[Any, Any, Tensor], Tensor]
+"""Calls a projection of a module."""
+
+
+def as_module(module: Any, projection: Any, x: Tensor) -> Tensor:
+    """With its norm and dropout."""
+    out: Tensor = projection(x)
+    return out
+
+
+def forward(module: Any, x: Any, more: bool, reason: str, project: Project = as_module) -> Tensor | None:
     """The result of the fused forward. None if the original forward has to run; the reason is then logged once.
 
     ``more``: whether the call has other arguments than the map. ``reason``: a reason that the caller has found.
@@ -86,11 +97,11 @@ def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
     if reason:
         log_once(module, reason)
         return None
-    return fused(module, x)
+    return fused(module, x, project)
 
 
-def fused(module: Any, x: Tensor) -> Tensor:
-    """x (B, C, H, W) -> (B, C_out, H, W). The projections are called as modules, with their norms and dropouts."""
-    qkv = module.qkv(x)
+def fused(module: Any, x: Tensor, project: Project = as_module) -> Tensor:
+    """x (B, C, H, W) -> (B, C_out, H, W)."""
+    qkv = project(module, module.qkv, x)
     out = aggregate_and_attend(qkv, module.aggreg, module.dim, module.eps, module.mvk_backend)
-    return module.proj(out)
+    return project(module, module.proj, out)

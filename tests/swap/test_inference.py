@@ -107,6 +107,20 @@ def test_weights_are_packed_once_and_nothing_of_the_model_shows_it(model):
     assert [sorted(module.__dict__) for module in model.modules()] == attributes
 
 
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "efficientvit_b0"])
+def test_all_dense_convolutions_are_packed(name):
+    model = make(name)
+    swap(model, inference=True)
+    seen = []
+    pack = weights.packed
+    with mock.patch.object(layers, "packed", lambda *given: seen.extend(given[2]) or pack(*given)):
+        logits(model, picture(model))
+    packed = {id(t) for t in seen}
+    for where, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            assert id(module.weight) in packed, where
+
+
 def step(model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     model(picture(model)).mean().backward()

@@ -83,14 +83,15 @@ def _of_bottleneck(block: Any) -> list[Part]:
 
 
 def _of_mbconv(block: Any) -> list[Part]:
-    return _of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
+    return of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
 
 
 def _of_dsconv(block: Any) -> list[Part]:
-    return _of_efficientvit(block.depth_conv, block.point_conv)
+    return of_efficientvit(block.depth_conv, block.point_conv)
 
 
-def _of_efficientvit(*parts: Any) -> list[Part]:
+def of_efficientvit(*parts: Any) -> list[Part]:
+    """What EfficientViT's ``ConvNormAct`` modules are made of; empty if one is more than that now."""
     if any(not_own(part, efficientvit_mit.ConvNormAct) for part in parts):
         return []
     if any(part.dropout.training or not_plain(part.dropout, nn.Dropout, "it") for part in parts):
