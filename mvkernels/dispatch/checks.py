@@ -121,6 +121,15 @@ def pair(op: str, name: str, value: Any, least: int = 1, most: int | None = LARG
     return (first, second) if most is None else (min(first, most), min(second, most))
 
 
+def stride(op: str, value: Any) -> int:
+    """The stride of a convolution, 1 or 2."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: stride is {value!r}, want 1 or 2")
+    if value not in (1, 2):
+        raise ValueError(f"{op}: stride is {value}, want 1 or 2")
+    return index(value)
+
+
 def sequence(op: str, name: str, value: Any) -> None:
     """A list, a tuple or another sequence of tensors, such as a ParameterList; not a single tensor."""
     if isinstance(value, (torch.Tensor, str, bytes, dict)) or not (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks
+from mvkernels.dispatch import checks, extension
 
 HEADER = 16
 """Elements before the weights, which say what they were packed for."""
@@ -38,3 +38,10 @@ def why_not_recorded(*tensors: Any) -> str:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         return "a gradient is recorded, and the C++ kernel has no backward"
     return ""
+
+
+def why_not(weight: Tensor) -> str | None:
+    """Why there are no kernels on packed weights for this one, or None if there are."""
+    if weight.dtype != torch.float32:
+        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
+    return extension.why_not(weight)

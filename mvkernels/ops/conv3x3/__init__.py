@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
@@ -106,8 +105,8 @@ def pack_conv3x3(
     checks.tensors(_NAME, **named)
     weight, bias = named["weight"], named.get("bias")
     outputs, inputs = _shapes(weight, bias)
-    stride, (height, width) = _check_stride(stride), checks.pair(_NAME, "size", size)
-    reason = _why_not_packed(weight)
+    stride, (height, width) = checks.stride(_NAME, stride), checks.pair(_NAME, "size", size)
+    reason = weights.why_not(weight)
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
     with torch.no_grad():
@@ -117,14 +116,6 @@ def pack_conv3x3(
 def _pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
     packed: Tensor = operators.pack(weight, bias, tile)
     return packed
-
-
-def _check_stride(stride: Any) -> int:
-    if not isinstance(stride, int) or isinstance(stride, bool):
-        raise TypeError(f"{_NAME}: stride is {stride!r}, want 1 or 2")
-    if stride not in (1, 2):
-        raise ValueError(f"{_NAME}: stride is {stride}, want 1 or 2")
-    return index(stride)
 
 
 def _check(
@@ -144,7 +135,7 @@ def _check(
         checks.tensors(_NAME, **named)
     x, weight = named["x"], named["weight"]
     bias, residual, beside = (named.get(n) for n in optional)
-    stride = _check_stride(stride)
+    stride = checks.stride(_NAME, stride)
     activations.check(_NAME, activation)
     checks.rank(_NAME, "x", x, "(B, C, H, W)")
     checks.not_empty(_NAME, "x", x, C=1, H=2, W=3)
@@ -183,14 +174,8 @@ def _shapes(weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
     return outputs, inputs
 
 
-def _why_not_packed(weight: Tensor) -> str | None:
-    if weight.dtype != torch.float32:
-        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
-    return extension.why_not(weight)
-
-
 def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return weights.why_not_recorded(x, weight, *rest) or _why_not_packed(weight)
+    return weights.why_not_recorded(x, weight, *rest) or weights.why_not(weight)
 
 
 def _packed(arguments: Mapping[str, Any]) -> Tensor:

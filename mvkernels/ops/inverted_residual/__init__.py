@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
@@ -126,10 +125,7 @@ def _check(
     packed: Tensor | None = None,
 ) -> tuple[Any, ...]:
     x, expand, depthwise, project = _tensors({"x": x}, expand, depthwise, project)
-    if not isinstance(stride, int) or isinstance(stride, bool):
-        raise TypeError(f"{_NAME}: stride is {stride!r}, want 1 or 2")
-    if stride not in (1, 2):
-        raise ValueError(f"{_NAME}: stride is {stride}, want 1 or 2")
+    stride = checks.stride(_NAME, stride)
     if not isinstance(residual, bool):
         raise TypeError(f"{_NAME}: residual is {residual!r}, want a bool")
     activations.check(_NAME, activation)
@@ -144,7 +140,7 @@ def _check(
     if packed is not None:
         size = operators.packed_size(expand and expand[0], depthwise[0], project[0])
         weights.check(_NAME, packed, x, size)
-    return x, expand, depthwise, project, index(stride), activation, residual, packed
+    return x, expand, depthwise, project, stride, activation, residual, packed
 
 
 def _tensors(maps: dict[str, Any], expand: Any, depthwise: Any, project: Any) -> tuple[Any, ...]:
@@ -193,11 +189,10 @@ def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tup
 
 def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights) -> str | None:
     weight = depthwise[0]
-    if weight.dtype != torch.float32:
-        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
-    if weight.shape[-1] not in _KERNELS:
-        return f"the depthwise kernel is {weight.shape[-1]}, want 3 or 5"
-    return extension.why_not(weight)
+    reason = weights.why_not(weight)
+    if not reason and weight.shape[-1] not in _KERNELS:
+        reason = f"the depthwise kernel is {weight.shape[-1]}, want 3 or 5"
+    return reason
 
 
 def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *rest: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import BackendUnavailable, choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
@@ -93,7 +93,7 @@ def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | N
     """
     _, weight, bias, norm, _ = _tensors(None, weight, bias, norm, None)
     _shapes(weight, bias, norm)
-    reason = _why_not_packed(weight)
+    reason = weights.why_not(weight)
     if reason:
         raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
     with torch.no_grad():
@@ -167,15 +167,9 @@ def _shapes(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[int
     return outputs, inputs
 
 
-def _why_not_packed(weight: Tensor) -> str | None:
-    if weight.dtype != torch.float32:
-        return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
-    return extension.why_not(weight)
-
-
 def _why_not_cpp(x: Tensor, weight: Tensor, *rest: Any) -> str | None:
     norm = rest[1] or ()
-    return weights.why_not_recorded(x, weight, *rest, *norm) or _why_not_packed(weight)
+    return weights.why_not_recorded(x, weight, *rest, *norm) or weights.why_not(weight)
 
 
 def _packed(arguments: Mapping[str, Any]) -> Tensor:
