@@ -96,6 +96,13 @@ def same(op: str, name: str, value: torch.Tensor, other_name: str, other: torch.
             )
 
 
+def exactly(op: str, name: str, value: torch.Tensor, axes: str, size: Sequence[int]) -> None:
+    """The tensor has these axes, as "(B, C, H, W)" names them, of this size."""
+    rank(op, name, value, axes)
+    if value.shape != torch.Size(size):
+        raise ValueError(f"{op}: {name} is {shape(value)}, want {tuple(size)}")
+
+
 def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
     """The named axes (``H=3``) are not of size 0."""
     for axis_name, axis in axes.items():

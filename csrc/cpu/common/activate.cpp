@@ -27,20 +27,8 @@ MVK_INLINE void activate_rows_of(float* p, int64_t rows, int64_t vectors, int64_
 }  // namespace
 
 void activate_rows(Activation f, float* p, int64_t rows, int64_t vectors, int64_t ld) {
-  switch (f) {
-    case Activation::relu:
-      return activate_rows_of<Activation::relu>(p, rows, vectors, ld);
-    case Activation::silu:
-      return activate_rows_of<Activation::silu>(p, rows, vectors, ld);
-    case Activation::hardswish:
-      return activate_rows_of<Activation::hardswish>(p, rows, vectors, ld);
-    case Activation::gelu:
-      return activate_rows_of<Activation::gelu>(p, rows, vectors, ld);
-    case Activation::relu6:
-      return activate_rows_of<Activation::relu6>(p, rows, vectors, ld);
-    case Activation::identity:
-      return;
-  }
+  if (f == Activation::identity) return;
+  with_activation(f, [&](auto known) { activate_rows_of<known()>(p, rows, vectors, ld); });
 }
 
 }  // namespace MVK_ISA

@@ -64,6 +64,25 @@ MVK_INLINE void activate(vf* x) {
   }
 }
 
+// call(std::integral_constant<Activation, f>()) for the activation.
+template <class Call>
+MVK_INLINE void with_activation(Activation f, const Call& call) {
+  switch (f) {
+    case Activation::relu:
+      return call(std::integral_constant<Activation, Activation::relu>{});
+    case Activation::silu:
+      return call(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::hardswish:
+      return call(std::integral_constant<Activation, Activation::hardswish>{});
+    case Activation::gelu:
+      return call(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::relu6:
+      return call(std::integral_constant<Activation, Activation::relu6>{});
+    default:
+      return call(std::integral_constant<Activation, Activation::identity>{});
+  }
+}
+
 }  // namespace
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -37,11 +37,18 @@ PixelMap pixel_rows(const char* op, const Tensor& x, Tensor& room) {
   return pixel_map(op, room);
 }
 
+// The map that is added to a result, if there is one.
+PixelMap residual_rows(const char* op, const Tensor& residual, const Tensor& out, Tensor& room) {
+  if (!residual) return {};
+  require(residual.dim() == 4 && same_sizes(residual, out, {0, 1, 2, 3}), op, "the residual does not fit");
+  return pixel_rows(op, residual, room);
+}
+
 // Packed weights for these sizes, with which they begin.
 template <class Sizes>
 const float* packed_weights(const char* op, const Tensor& packed, const Sizes& sizes) {
   require(
-      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == sizes.count() &&
+      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == packed_count(sizes) &&
           packed.strides()[0] == 1,
       op, "packed weights of these sizes are wanted");
   const auto* data = static_cast<const float*>(packed.data());

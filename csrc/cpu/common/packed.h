@@ -13,9 +13,9 @@ constexpr int64_t P = kPanel<float>;
 // What packed weights begin with, and zeros in what this instruction set leaves unused: the same weights have the same bits.
 template <class Sizes>
 MVK_INLINE void pack_sizes(const Sizes& s, float* packed) {
-  static_assert(sizeof s <= s.kHeader * sizeof(float));
-  memset(packed, 0, s.kHeader * sizeof(float));
-  memset(packed + s.end(), 0, (s.count() - s.end()) * sizeof(float));
+  static_assert(sizeof s <= kPackedHeader * sizeof(float));
+  memset(packed, 0, kPackedHeader * sizeof(float));
+  memset(packed + s.end(), 0, (packed_count(s) - s.end()) * sizeof(float));
   memcpy(packed, &s, sizeof s);
 }
 // [column][row] of a (columns, rows) matrix as [panel][row][column]; columns that fill the last panel are 0.

@@ -4,6 +4,7 @@
 #include "common/activations.h"
 #include "common/each_isa.h"
 #include "common/map.h"
+#include "common/packed_sizes.h"
 
 namespace mvk {
 
@@ -15,17 +16,10 @@ struct Conv3x3Sizes {
 
   MVK_SHARED int64_t panels() const { return (outputs + panel - 1) / panel; }
   MVK_SHARED int64_t points() const { return tile ? (tile + 2) * (tile + 2) : 9; }
-  static constexpr int64_t kHeader = 16;
   // Winograd's [point][panel][input][column], or [panel][tap][input][column], then the bias [column].
-  MVK_SHARED int64_t weights() const { return kHeader; }
+  MVK_SHARED int64_t weights() const { return kPackedHeader; }
   MVK_SHARED int64_t bias() const { return weights() + points() * panels() * panel * inputs; }
   MVK_SHARED int64_t end() const { return bias() + panels() * panel; }
-  // Elements of packed weights: the same for all instruction sets, as _fake_pack in mvkernels/ops/conv3x3/operators.py.
-  MVK_SHARED int64_t count() const {
-    Conv3x3Sizes widest = *this;
-    widest.panel = 32;
-    return widest.end();
-  }
 };
 
 struct Conv3x3 {

@@ -18,7 +18,7 @@ void conv3x3_pack(StableIValue* stack, uint64_t, uint64_t) {
   const Conv3x3Sizes sizes = {current->conv3x3->panel, n[1], n[0], tile};
   const float* w = weight(kConv3x3, weights, n[0] * n[1] * 9);
   const float* b = weight(kConv3x3, bias, n[0], true);
-  Tensor packed = empty({sizes.count()}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(sizes)}, aoti_torch_dtype_float32());
   current->conv3x3->pack(sizes, w, b, static_cast<float*>(packed.data()));
   give(stack, packed);
 }
@@ -49,10 +49,7 @@ void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   if (a.sizes.tile && beside) a.beside = pixel_rows(kConv3x3, beside, room_beside);
   a.Ho = (a.H - 1) / a.stride + 1, a.Wo = (a.W - 1) / a.stride + 1;
   Tensor out = empty_pixels(a.B, a.sizes.outputs, a.Ho, a.Wo);
-  if (plus) {
-    require(plus.dim() == 4 && same_sizes(plus, out, {0, 1, 2, 3}), kConv3x3, "the residual does not fit");
-    a.residual = pixel_rows(kConv3x3, plus, room_plus);
-  }
+  a.residual = residual_rows(kConv3x3, plus, out, room_plus);
   a.out = pixel_map(kConv3x3, out);
   const int64_t tile = std::max<int64_t>(a.sizes.tile, 1), side = tile + (a.sizes.tile ? 2 : 0);
   const double products = a.sizes.tile ? double(side * side) / double(tile * tile) : 9.0;

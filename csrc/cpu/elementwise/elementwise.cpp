@@ -61,20 +61,7 @@ static void norm_activation_of(const NormActivation& a, int64_t begin, int64_t e
 }
 
 static void norm_activation(const NormActivation& a, int64_t begin, int64_t end) {
-  switch (a.activation) {
-    case Activation::relu:
-      return norm_activation_of<Activation::relu>(a, begin, end);
-    case Activation::silu:
-      return norm_activation_of<Activation::silu>(a, begin, end);
-    case Activation::hardswish:
-      return norm_activation_of<Activation::hardswish>(a, begin, end);
-    case Activation::gelu:
-      return norm_activation_of<Activation::gelu>(a, begin, end);
-    case Activation::relu6:
-      return norm_activation_of<Activation::relu6>(a, begin, end);
-    default:
-      return norm_activation_of<Activation::identity>(a, begin, end);
-  }
+  with_activation(a.activation, [&](auto known) { norm_activation_of<known()>(a, begin, end); });
 }
 
 // Elements [begin, end) of a row of the picture, all with the same neighbours: those of `lines` rows, itself among them,

@@ -4,6 +4,7 @@
 #include "common/activations.h"
 #include "common/each_isa.h"
 #include "common/map.h"
+#include "common/packed_sizes.h"
 
 namespace mvk {
 
@@ -16,20 +17,13 @@ struct InvertedResidualSizes {
   MVK_SHARED int64_t panels(int64_t channels) const { return (channels + panel - 1) / panel; }
   // Where the parts of packed weights begin: expansion [panel][input][column] and its bias [column], depthwise weights
   // [panel][tap][column] and bias, projection [panel][hidden][column] and bias.
-  static constexpr int64_t kHeader = 16;
-  MVK_SHARED int64_t expand() const { return kHeader; }
+  MVK_SHARED int64_t expand() const { return kPackedHeader; }
   MVK_SHARED int64_t expand_bias() const { return expand() + expands * panels(hidden) * panel * inputs; }
   MVK_SHARED int64_t depthwise() const { return expand_bias() + expands * panels(hidden) * panel; }
   MVK_SHARED int64_t depthwise_bias() const { return depthwise() + panels(hidden) * panel * kernel * kernel; }
   MVK_SHARED int64_t project() const { return depthwise_bias() + panels(hidden) * panel; }
   MVK_SHARED int64_t project_bias() const { return project() + panels(outputs) * panel * hidden; }
   MVK_SHARED int64_t end() const { return project_bias() + panels(outputs) * panel; }
-  // Elements of packed weights: the same for all instruction sets, as packed_size in mvkernels/ops/inverted_residual/operators.py.
-  MVK_SHARED int64_t count() const {
-    InvertedResidualSizes widest = *this;
-    widest.panel = 32;
-    return widest.end();
-  }
 };
 
 // Weights of convolutions as PyTorch has them, contiguous: (hidden, inputs), (hidden, kernel * kernel), (outputs, hidden); biases may

@@ -26,7 +26,7 @@ void inverted_residual_pack(StableIValue* stack, uint64_t, uint64_t) {
   w.depthwise_bias = weight(kInvertedResidual, depthwise_bias, hidden, true);
   w.project = weight(kInvertedResidual, project, outputs * hidden),
   w.project_bias = weight(kInvertedResidual, project_bias, outputs, true);
-  Tensor packed = empty({w.sizes.count()}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(w.sizes)}, aoti_torch_dtype_float32());
   w.packed = static_cast<float*>(packed.data());
   kernels.pack(w);
   give(stack, packed);

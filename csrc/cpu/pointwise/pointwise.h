@@ -4,6 +4,7 @@
 #include "common/activations.h"
 #include "common/each_isa.h"
 #include "common/map.h"
+#include "common/packed_sizes.h"
 
 namespace mvk {
 
@@ -14,17 +15,10 @@ struct PointwiseSizes {
   int64_t normed;  // whether a LayerNorm stands before, whose weight and bias are folded in
 
   MVK_SHARED int64_t panels() const { return (outputs + panel - 1) / panel; }
-  static constexpr int64_t kHeader = 16;
   // [panel][input][column], then the bias [column].
-  MVK_SHARED int64_t weights() const { return kHeader; }
+  MVK_SHARED int64_t weights() const { return kPackedHeader; }
   MVK_SHARED int64_t bias() const { return weights() + panels() * panel * inputs; }
   MVK_SHARED int64_t end() const { return bias() + panels() * panel; }
-  // Elements of packed weights: the same for all instruction sets, as _fake_pack in mvkernels/ops/pointwise/operators.py.
-  MVK_SHARED int64_t count() const {
-    PointwiseSizes widest = *this;
-    widest.panel = 32;
-    return widest.end();
-  }
 };
 
 // Weights as PyTorch has them, contiguous: (outputs, inputs) and (outputs,), and the norm's, (inputs,). All but `weight` may be null.

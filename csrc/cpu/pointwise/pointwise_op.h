@@ -20,7 +20,7 @@ void pointwise_pack(StableIValue* stack, uint64_t, uint64_t) {
   w.weight = weight(kPointwise, weights, outputs * inputs), w.bias = weight(kPointwise, bias, outputs, true);
   w.norm_weight = weight(kPointwise, norm_weight, inputs, true);
   w.norm_bias = weight(kPointwise, norm_bias, inputs, true);
-  Tensor packed = empty({w.sizes.count()}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(w.sizes)}, aoti_torch_dtype_float32());
   w.packed = static_cast<float*>(packed.data());
   current->pointwise->pack(w);
   give(stack, packed);
@@ -50,10 +50,7 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
   Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
   a.out = pixel_map(kPointwise, out);
-  if (plus) {
-    require(plus.dim() == 4 && same_sizes(plus, out, {0, 1, 2, 3}), kPointwise, "the residual does not fit");
-    a.residual = pixel_rows(kPointwise, plus, room_plus);
-  }
+  a.residual = residual_rows(kPointwise, plus, out, room_plus);
   if (n[0]) {
     const bool picture = joined(a.in, a.H, a.W) && joined(a.residual, a.H, a.W);
     const bool all = joined(a.in, n[0], a.H, a.W) && joined(a.residual, n[0], a.H, a.W);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -124,9 +125,7 @@ class Derivative:
         ctx.save_for_backward(*maps, bias)
         if backend == "reference":
             return self.reference(*maps, *groups, bias, scale)
-        out: Tensor = (kernel or self.kernels[backend][0])(
-            *maps, *(number for pair in groups for number in pair), bias, scale
-        )
+        out: Tensor = (kernel or self.kernels[backend][0])(*maps, *chain(*groups), bias, scale)
         return out
 
     def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,9 +142,7 @@ class Derivative:
         else:
             *maps, bias = saved
             with library.not_recording():
-                found = self.kernels[backend][1](
-                    grad, *maps, *(number for pair in groups for number in pair), bias, scale, wanted[3]
-                )
+                found = self.kernels[backend][1](grad, *maps, *chain(*groups), bias, scale, wanted[3])
             grads = [g if w else None for g, w in zip(found, wanted)]
             if torch.is_grad_enabled():
                 grads = library.refuse_second_derivative(self.name, grads, (grad, *saved))

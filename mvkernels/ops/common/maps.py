@@ -40,3 +40,24 @@ def qkv(
         packed = packed.contiguous()
     parts = packed.split((heads * dim, heads * dim, heads * value_dim), dim=1)
     return dict(zip(("query", "key", "value"), (part.unflatten(1, (heads, -1)) for part in parts)))
+
+
+class Drawn:
+    """Random weights and maps of one call, drawn one after the other."""
+
+    def __init__(
+        self, shape: Mapping[str, Any], batch: int, dtype: torch.dtype, device: torch.device | str, seed: int
+    ) -> None:
+        self._size = (batch, shape["height"], shape["width"])
+        self._dtype, self._device = dtype, device
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *size: int, spread: float = 1.0, mean: float = 0.0) -> Tensor:
+        """Normally distributed numbers."""
+        drawn = torch.randn(*size, generator=self._generator) * spread + mean
+        return drawn.to(device=self._device, dtype=self._dtype)
+
+    def pixels(self, channels: int, layout: str | None = None) -> Tensor:
+        """A map (B, channels, H, W), channels-last unless the layout says "channels_first"."""
+        x = self.normal(*self._size, channels).permute(0, 3, 1, 2)
+        return x.contiguous() if layout == "channels_first" else x

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvkernels.dispatch import checks, extension
+from mvkernels.dispatch.backend import BackendUnavailable
 
 HEADER = 16
 """Elements before the weights, which say what they were packed for."""
@@ -45,3 +47,11 @@ def why_not(weight: Tensor) -> str | None:
     if weight.dtype != torch.float32:
         return f"the C++ kernel is for float32, but these tensors are {checks.short(weight.dtype)}"
     return extension.why_not(weight)
+
+
+def pack(op: str, reason: str | None, operator: Callable[..., Tensor], *given: Any) -> Tensor:
+    """What the operator makes of weights. Raises BackendUnavailable if there is a reason against it."""
+    if reason:
+        raise BackendUnavailable(f"{op}: weights cannot be packed: {reason}")
+    with torch.no_grad():
+        return operator(*given)

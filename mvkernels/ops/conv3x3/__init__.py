@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvkernels.dispatch import checks
-from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.backend import choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
 from mvkernels.ops.common import packed as weights
@@ -74,7 +73,7 @@ def conv3x3(
     outputs, inputs = weight.shape[:2]
     tile = operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
     if packed is None:
-        packed = _pack(weight, bias, tile)
+        packed = operators.pack(weight, bias, tile)
     settings = (outputs, tile, stride, activations.CODES[activation], residual)
     out: Tensor = operators.forward(x, beside, packed, *settings)
     return checks.lay_as(out, x)
@@ -106,16 +105,8 @@ def pack_conv3x3(
     weight, bias = named["weight"], named.get("bias")
     outputs, inputs = _shapes(weight, bias)
     stride, (height, width) = checks.stride(_NAME, stride), checks.pair(_NAME, "size", size)
-    reason = weights.why_not(weight)
-    if reason:
-        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    with torch.no_grad():
-        return _pack(weight, bias, operators.tile_of(inputs, outputs, stride, height, width))
-
-
-def _pack(weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-    packed: Tensor = operators.pack(weight, bias, tile)
-    return packed
+    tile = operators.tile_of(inputs, outputs, stride, height, width)
+    return weights.pack(_NAME, weights.why_not(weight), operators.pack, weight, bias, tile)
 
 
 def _check(
@@ -154,9 +145,7 @@ def _check(
     if residual is not None:
         b, _, height, width = x.shape
         wanted = (b, outputs, (height - 1) // stride + 1, (width - 1) // stride + 1)
-        checks.rank(_NAME, "residual", residual, "(B, C_out, H_out, W_out)")
-        if residual.shape != wanted:
-            raise ValueError(f"{_NAME}: residual is {checks.shape(residual)}, want {wanted}")
+        checks.exactly(_NAME, "residual", residual, "(B, C_out, H_out, W_out)", wanted)
     return x, weight, bias, activation, residual, beside, stride, packed
 
 

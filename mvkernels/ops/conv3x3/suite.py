@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d
 
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.conv3x3.operators import tile_of
 
 # model, its activation, its convolutions as (channels, channels of a second map, channels after, stride, map side)
@@ -69,25 +70,17 @@ def _make(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments as a trained layer has them: every channel of every map of about unit variance."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs, beside, outputs, stride = (shape[name] for name in ("inputs", "beside", "outputs", "stride"))
-    height, width = shape["height"], shape["width"]
-
-    def draw(*size: int, spread: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * spread).to(device=device, dtype=dtype)
-
-    def map_of(channels: int) -> Tensor:
-        x = draw(batch, height, width, channels).permute(0, 3, 1, 2)
-        return x.contiguous() if (layout or ("channels_first" if inputs == 3 else "")) == "channels_first" else x
-
+    inputs, beside, outputs = (shape[name] for name in ("inputs", "beside", "outputs"))
+    layout = layout or ("channels_first" if inputs == 3 else None)
+    drawn = Drawn(shape, batch, dtype, device, seed)
     arguments: dict[str, Any] = {
-        "x": map_of(inputs),
-        "weight": draw(outputs, inputs + beside, 3, 3, spread=(9 * (inputs + beside)) ** -0.5),
-        "bias": draw(outputs, spread=0.3),
+        "x": drawn.pixels(inputs, layout),
+        "weight": drawn.normal(outputs, inputs + beside, 3, 3, spread=(9 * (inputs + beside)) ** -0.5),
+        "bias": drawn.normal(outputs, spread=0.3),
         "activation": shape["activation"],
-        "stride": stride,
+        "stride": shape["stride"],
     }
-    return arguments | ({"beside": map_of(beside)} if beside else {})
+    return arguments | ({"beside": drawn.pixels(beside, layout)} if beside else {})
 
 
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:

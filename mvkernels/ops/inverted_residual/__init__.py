@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvkernels.dispatch import checks
-from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.backend import choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
 from mvkernels.ops.common import packed as weights
@@ -77,7 +76,7 @@ def inverted_residual(
         return reference(*arguments)
     x, expand, depthwise, project, stride, activation, residual, packed = arguments
     if packed is None:
-        packed = _pack(expand, depthwise, project)
+        packed = operators.pack(*(expand or (None, None)), *depthwise, *project)
     hidden, kernel = depthwise[0].shape[0], depthwise[0].shape[-1]
     settings = (expand is not None, stride, activations.CODES[activation], residual)
     out: Tensor = operators.forward(x, packed, hidden, project[0].shape[0], kernel, *settings)
@@ -103,15 +102,7 @@ def pack_inverted_residual(expand: Weights | None, depthwise: Weights, project: 
     expand, depthwise, project = _tensors({}, expand, depthwise, project)
     _shapes(expand, depthwise, project)
     reason = _why_not_packed(expand, depthwise, project)
-    if reason:
-        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    with torch.no_grad():
-        return _pack(expand, depthwise, project)
-
-
-def _pack(expand: Weights | None, depthwise: Weights, project: Weights) -> Tensor:
-    packed: Tensor = operators.pack(*(expand or (None, None)), *depthwise, *project)
-    return packed
+    return weights.pack(_NAME, reason, operators.pack, *(expand or (None, None)), *depthwise, *project)
 
 
 def _check(

@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d
 
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.inverted_residual.reference import Weights
 
 # model, its activation, its blocks as (channels, hidden, channels after, kernel, stride, map side)
@@ -81,19 +82,15 @@ def _make(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments as a trained block has them: every channel of every map of about unit variance."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int, spread: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * spread).to(device=device, dtype=dtype)
+    drawn = Drawn(shape, batch, dtype, device, seed)
 
     def weights(outputs: int, inputs: int, kernel: int) -> tuple[Tensor, Tensor]:
         spread = (inputs * kernel**2) ** -0.5
-        return draw(outputs, inputs, kernel, kernel, spread=spread), draw(outputs, spread=0.3)
+        return drawn.normal(outputs, inputs, kernel, kernel, spread=spread), drawn.normal(outputs, spread=0.3)
 
     inputs, hidden, outputs = shape["inputs"], shape["hidden"], shape["outputs"]
-    x = draw(batch, shape["height"], shape["width"], inputs).permute(0, 3, 1, 2)
     return {
-        "x": x.contiguous() if layout == "channels_first" else x,
+        "x": drawn.pixels(inputs, layout),
         "expand": weights(hidden, inputs, 1),
         "depthwise": weights(hidden, 1, shape["kernel"]),
         "project": weights(outputs, hidden, 1),

@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
+from mvkernels.ops.common.maps import Drawn
 
 # model, its stages as (channels, map side); four heads, a hidden layer of twice the channels, patches of 2
 _MODELS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (
@@ -44,15 +45,11 @@ def _make(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments as a trained layer has them: rows of the products of about unit length."""
-    generator = torch.Generator().manual_seed(seed)
+    drawn = Drawn(shape, batch, dtype, device, seed)
+    draw = partial(drawn.normal, spread=0.1)
     c, f = shape["channels"], 2 * shape["channels"]
-
-    def draw(*size: int, spread: float = 0.1, mean: float = 0.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * spread + mean).to(device=device, dtype=dtype)
-
-    x = draw(batch, shape["height"], shape["width"], c, spread=1.0).permute(0, 3, 1, 2)
     return {
-        "x": x.contiguous() if layout == "channels_first" else x,
+        "x": drawn.pixels(c, layout),
         "norm1_weight": draw(c, mean=1.0),
         "norm1_bias": draw(c),
         "qkv_weight": draw(3 * c, c, spread=c**-0.5),

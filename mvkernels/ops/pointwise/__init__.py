@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvkernels.dispatch import checks
-from mvkernels.dispatch.backend import BackendUnavailable, choose
+from mvkernels.dispatch.backend import choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
 from mvkernels.ops.common import packed as weights
@@ -69,7 +68,7 @@ def pointwise(
         return reference(*arguments)
     x, weight, bias, norm, eps, activation, residual, packed = arguments
     if packed is None:
-        packed = _pack(weight, bias, norm)
+        packed = operators.pack(*_of_pack(weight, bias, norm))
     settings = (weight.shape[0], norm is not None, eps, activations.CODES[activation])
     out: Tensor = operators.forward(x, packed, *settings, residual)
     return checks.lay_as(out, x)
@@ -93,16 +92,12 @@ def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | N
     """
     _, weight, bias, norm, _ = _tensors(None, weight, bias, norm, None)
     _shapes(weight, bias, norm)
-    reason = weights.why_not(weight)
-    if reason:
-        raise BackendUnavailable(f"{_NAME}: weights cannot be packed: {reason}")
-    with torch.no_grad():
-        return _pack(weight, bias, norm)
+    return weights.pack(_NAME, weights.why_not(weight), operators.pack, *_of_pack(weight, bias, norm))
 
 
-def _pack(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> Tensor:
-    packed: Tensor = operators.pack(weight, bias, norm is not None, *(norm or (None, None)))
-    return packed
+def _of_pack(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[Any, ...]:
+    """The arguments of the operator that packs."""
+    return weight, bias, norm is not None, *(norm or (None, None))
 
 
 def _tensors(x: Any, weight: Any, bias: Any, norm: Any, residual: Any) -> tuple[Any, ...]:
@@ -145,10 +140,7 @@ def _check(
     if packed is not None:
         weights.check(_NAME, packed, x, operators.packed_size(weight))
     if residual is not None:
-        wanted = (x.shape[0], outputs, *x.shape[2:])
-        checks.rank(_NAME, "residual", residual, "(B, C_out, H, W)")
-        if residual.shape != wanted:
-            raise ValueError(f"{_NAME}: residual is {checks.shape(residual)}, want {wanted}")
+        checks.exactly(_NAME, "residual", residual, "(B, C_out, H, W)", (x.shape[0], outputs, *x.shape[2:]))
     return x, weight, bias, norm, eps, activation, residual, packed
 
 
@@ -161,9 +153,8 @@ def _shapes(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[int
         raise ValueError(f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C) with channels of at least 1")
     named = {"bias": (bias, outputs), "norm[0]": (norm and norm[0], inputs), "norm[1]": (norm and norm[1], inputs)}
     for name, (value, size) in named.items():
-        if value is not None and value.shape != (size,):
-            checks.rank(_NAME, name, value, "(C)")
-            raise ValueError(f"{_NAME}: {name} is {checks.shape(value)}, want ({size},)")
+        if value is not None:
+            checks.exactly(_NAME, name, value, "(C)", (size,))
     return outputs, inputs
 
 

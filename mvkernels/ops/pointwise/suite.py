@@ -12,6 +12,7 @@ from torch.nn.functional import layer_norm, linear
 
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.pointwise.reference import Norm
 
 # model, its layers as (channels, channels after, whether normed, activation, whether something is added, map side)
@@ -81,25 +82,17 @@ def _make(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Arguments as a trained layer has them: every channel of every map of about unit variance."""
-    generator = torch.Generator().manual_seed(seed)
     inputs, outputs = shape["inputs"], shape["outputs"]
-
-    def draw(*size: int, spread: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * spread + mean).to(device=device, dtype=dtype)
-
-    def map_of(channels: int) -> Tensor:
-        x = draw(batch, shape["height"], shape["width"], channels).permute(0, 3, 1, 2)
-        return x.contiguous() if layout == "channels_first" else x
-
+    drawn = Drawn(shape, batch, dtype, device, seed)
     arguments: dict[str, Any] = {
-        "x": map_of(inputs),
-        "weight": draw(outputs, inputs, spread=inputs**-0.5),
-        "bias": draw(outputs, spread=0.3),
+        "x": drawn.pixels(inputs, layout),
+        "weight": drawn.normal(outputs, inputs, spread=inputs**-0.5),
+        "bias": drawn.normal(outputs, spread=0.3),
         "activation": shape["activation"],
     }
     if shape["normed"]:
-        arguments["norm"] = (draw(inputs, spread=0.1, mean=1.0), draw(inputs, spread=0.1))
-    return arguments | ({"residual": map_of(outputs)} if shape["adds"] else {})
+        arguments["norm"] = (drawn.normal(inputs, spread=0.1, mean=1.0), drawn.normal(inputs, spread=0.1))
+    return arguments | ({"residual": drawn.pixels(outputs, layout)} if shape["adds"] else {})
 
 
 def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:

@@ -21,7 +21,7 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.folding.forms import beside, packs_now, rests
+from mvkernels.swap.folding.forms import beside
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.mobilevit import layers_for_call, transform
 from mvkernels.swap.packing import mobilevit as packed
@@ -105,9 +105,10 @@ class SwappedMobileVitBlock(Swapped):
             return MobileVitBlock.forward(self, x, *args, **kwargs)
 
         projection: Any = self.conv_proj
-        activation = self._mvk_packs_with(x, layers)
-        if activation is not None:
-            settings = (projection.conv, projection.bn, activation, self.patch_size, self.mvk_backend)
+        out = (projection.conv, projection.bn)
+        activation = packed.activation_now(self, x, layers, *out, after(projection.bn))
+        if activation is not None and projection.aa is None:
+            settings = (*out, activation, self.patch_size, self.mvk_backend)
             y = packed.transform(self.conv_kxk(x), self.conv_1x1, layers, self.norm, *settings)
             fusion = self.conv_fusion
             return y if fusion is None else beside(fusion, fusion.conv, fusion.bn, after(fusion.bn), x, y)
@@ -120,13 +121,6 @@ class SwappedMobileVitBlock(Swapped):
         if self.conv_fusion is not None:
             y = self.conv_fusion(torch.cat((x, y), dim=1))
         return y
-
-    def _mvk_packs_with(self: Any, x: Tensor, layers: Any) -> int | None:
-        """The activation of the projection, if the call runs on packed weights; else None."""
-        projection: Any = self.conv_proj
-        if not packs_now(self, x) or not packed.rests(layers) or projection.aa is not None:
-            return None
-        return rests(projection.conv, projection.bn, after(projection.bn))
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

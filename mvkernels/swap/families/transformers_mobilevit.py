@@ -28,7 +28,7 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.folding.forms import beside, packs_now, rests
+from mvkernels.swap.folding.forms import beside
 from mvkernels.swap.folding.transformers import after
 from mvkernels.swap.mobilevit import layers_for_call, transform
 from mvkernels.swap.packing import mobilevit as packed
@@ -117,10 +117,10 @@ class SwappedMobileViTLayer(Swapped):
             features = self.downsampling_layer(features)
         residual = features
         projection = self.conv_projection
-        activation = _packs_with(self, features, layers)
+        out = (projection.convolution, projection.normalization)
+        activation = packed.activation_now(self, features, layers, *out, after(projection))
         if activation is not None:
             settings: Any = (activation, (self.patch_height, self.patch_width), self.mvk_backend)
-            out = (projection.convolution, projection.normalization)
             into = self.conv_1x1.convolution
             features = packed.transform(self.conv_kxk(features), into, layers, self.layernorm, *out, *settings)
             fusion = self.fusion
@@ -139,14 +139,6 @@ class SwappedMobileViTLayer(Swapped):
         if projection.activation is not None:
             features = projection.activation(features)
         return self.fusion(torch.cat((residual, features), dim=1))
-
-
-def _packs_with(block: Any, features: Tensor, layers: Any) -> int | None:
-    """The activation of the projection, if the call runs on packed weights; else None."""
-    projection: Any = block.conv_projection
-    if not packs_now(block, features) or not packed.rests(layers):
-        return None
-    return rests(projection.convolution, projection.normalization, after(projection))
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -124,16 +124,13 @@ def beside(caller: Any, conv: Any, norm: Any, after: Any, x: Tensor, other: Tens
 
     ``conv``, ``norm`` and ``after`` are what a folding caller calls.
     """
-    plain = getattr(type(caller), "mvk_packs", False) and not (not_hooked(caller, "it") or replaced_in(caller))
+    plain = getattr(type(caller), "mvk_packs", False) and not (
+        not_hooked(caller, "it") or replaced(caller.mvk_original, "forward") or not_its_own(caller, "forward")
+    )
     activation = rests(conv, norm, after) if plain else None
     out = None if activation is None else layers.convolve(conv, norm, activation, x, other)
     joined: Tensor = caller(torch.cat((x, other), dim=1)) if out is None else out
     return joined
-
-
-def replaced_in(caller: Any) -> str:
-    """Whether a caller with a folding form has another forward than its class."""
-    return replaced(caller.mvk_original, "forward") or not_its_own(caller, "forward")
 
 
 def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,17 +84,18 @@ def convolve(conv: Any, norm: Any, activation: int, x: Tensor, beside: Tensor | 
     return None
 
 
-def invert(pairs: Any, activation: int, x: Tensor, residual: bool) -> Tensor:
-    """The inverted residual of three convolutions with their norms; the first may be None."""
-    (expand, norm1), (depthwise, norm2), (project, norm3) = pairs
-    tensors = [t for conv, norm in pairs if conv is not None for t in tensors_of(conv, norm)]
+def invert(pairs: Sequence[tuple[Any, Any]], activation: int, x: Tensor, residual: bool) -> Tensor:
+    """The inverted residual of three convolutions with their norms, or of two, without the expansion."""
+    (depthwise, _), (project, _) = pairs[-2:]
+    expands = len(pairs) == 3
+    tensors = [t for pair in pairs for t in tensors_of(*pair)]
 
     def pack() -> Tensor:
-        each = [(None, None) if conv is None else folded(conv, norm) for conv, norm in pairs]
-        return inverted_residual.operators.pack(*(t for pair in each for t in pair))
+        each = [] if expands else [None, None]
+        return inverted_residual.operators.pack(*each, *(t for pair in pairs for t in folded(*pair)))
 
-    weights = packed(project, "inverted_residual", tensors, (eps_of(norm1), eps_of(norm2), eps_of(norm3)), pack)
-    sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expand is not None)
+    weights = packed(project, "inverted_residual", tensors, tuple(eps_of(norm) for _, norm in pairs), pack)
+    sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expands)
     return inverted_residual.operators.forward(x, weights, *sizes, depthwise.stride[0], activation, residual)
 
 

@@ -10,16 +10,24 @@ from torch.nn import functional as F
 
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.folding import elementwise
+from mvkernels.swap.folding.forms import packs_now, rests
 from mvkernels.swap.packing import layers
 
 
-def rests(block_layers: Sequence[dict[str, Any]]) -> bool:
-    """Whether the layers of a block that was examined have known activations and nothing that drops."""
-    return all(
-        elementwise.activation_of((layer["activation"],)) is not None
-        and elementwise.activation_of([d for d in _dropouts(layer) if d is not None]) == 0
+def activation_now(
+    block: Any, x: Tensor, block_layers: Sequence[dict[str, Any]], conv: Any, norm: Any, after: Any
+) -> int | None:
+    """The activation of a block's projection (``conv``, ``norm``, then ``after``), if the call runs on packed weights.
+
+    Then its layers, which were examined, have known activations and drop nothing. None if it does not.
+    """
+    if not packs_now(block, x) or any(
+        elementwise.activation_of((layer["activation"],)) is None
+        or elementwise.activation_of([d for d in _dropouts(layer) if d is not None]) != 0
         for layer in block_layers
-    )
+    ):
+        return None
+    return rests(conv, norm, after)
 
 
 def _dropouts(layer: dict[str, Any]) -> tuple[Any, ...]:

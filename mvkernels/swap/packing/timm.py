@@ -9,61 +9,50 @@ from timm.models import byobnet, efficientvit_mit
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_plain
-from mvkernels.swap.folding.forms import Folding, packs_now
 from mvkernels.swap.folding.timm import after
-from mvkernels.swap.packing import layers
-from mvkernels.swap.packing.blocks import Part, inverted, not_own, resting
+from mvkernels.swap.packing.blocks import InvertedResidual, Part, not_own
 
 
-class PackingBottleneckBlock(Folding):
+class PackingBottleneckBlock(InvertedResidual):
     """A ``BottleneckBlock`` that is an inverted residual, as in MobileViT, in one kernel."""
 
-    @classmethod
-    def mvk_why_not(cls, module: nn.Module) -> str:
-        """Why such a module is no inverted residual; empty if it is."""
-        return "" if inverted(_of_bottleneck(module)) else "it is no inverted residual"
+    @staticmethod
+    def mvk_parts(block: Any) -> list[Part]:
+        """Empty if it is more than an inverted residual."""
+        return _of_bottleneck(block)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        parts = _of_bottleneck(self) if packs_now(self, x) else []
-        activation = resting(parts)
-        if activation is None:
-            return byobnet.BottleneckBlock.forward(self, x)
-        return layers.invert([part[:2] for part in parts], activation, x, self.shortcut is not None)
+        out = self.mvk_fused(x, adds=self.shortcut is not None)
+        return byobnet.BottleneckBlock.forward(self, x) if out is None else out
 
 
-class PackingMBConv(Folding):
+class PackingMBConv(InvertedResidual):
     """EfficientViT's ``MBConv`` in one kernel."""
 
-    @classmethod
-    def mvk_why_not(cls, module: nn.Module) -> str:
-        """Why such a module is no inverted residual; empty if it is."""
-        return "" if inverted(_of_mbconv(module)) else "it is no inverted residual"
+    @staticmethod
+    def mvk_parts(block: Any) -> list[Part]:
+        """Empty if a part is more than a convolution with a norm and an activation."""
+        return of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        parts = _of_mbconv(self) if packs_now(self, x) else []
-        activation = resting(parts)
-        if activation is None:
-            return efficientvit_mit.MBConv.forward(self, x)
-        return layers.invert([part[:2] for part in parts], activation, x, False)
+        out = self.mvk_fused(x)
+        return efficientvit_mit.MBConv.forward(self, x) if out is None else out
 
 
-class PackingDSConv(Folding):
+class PackingDSConv(InvertedResidual):
     """EfficientViT's ``DSConv`` in one kernel."""
 
-    @classmethod
-    def mvk_why_not(cls, module: nn.Module) -> str:
-        """Why such a module is no separable convolution; empty if it is."""
-        return "" if inverted(_of_dsconv(module)) else "it is no separable convolution"
+    @staticmethod
+    def mvk_parts(block: Any) -> list[Part]:
+        """Empty if a part is more than a convolution with a norm and an activation."""
+        return of_efficientvit(block.depth_conv, block.point_conv)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        parts = _of_dsconv(self) if packs_now(self, x) else []
-        activation = resting(parts)
-        if activation is None:
-            return efficientvit_mit.DSConv.forward(self, x)
-        return layers.invert([(None, None), *(part[:2] for part in parts)], activation, x, False)
+        out = self.mvk_fused(x)
+        return efficientvit_mit.DSConv.forward(self, x) if out is None else out
 
 
 def _of_bottleneck(block: Any) -> list[Part]:
@@ -80,14 +69,6 @@ def _of_bottleneck(block: Any) -> list[Part]:
     if any(not_own(part, ConvNormAct) or part.aa is not None for part in parts):
         return []
     return [(part.conv, part.bn, after(part.bn)) for part in parts]
-
-
-def _of_mbconv(block: Any) -> list[Part]:
-    return of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
-
-
-def _of_dsconv(block: Any) -> list[Part]:
-    return of_efficientvit(block.depth_conv, block.point_conv)
 
 
 def of_efficientvit(*parts: Any) -> list[Part]:
