@@ -126,6 +126,18 @@ def test_large_small_and_constant_maps(instruction_set, activation, norm):
 
 
 @everywhere
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation_of_any_value(instruction_set, activation):
+    """Of the values themselves: a layer that copies its one channel to several."""
+    near, far = torch.linspace(-12, 12, 20001), torch.logspace(-45, 38, 1001, dtype=torch.float64).float()
+    ends = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.cat((near, near * 10, far, -far, ends))
+    out = mvkernels.pointwise(x.view(1, 1, 1, -1), torch.ones(19, 1), activation=activation, backend="cpp")
+    wanted = ACTIVATIONS[activation](x.double())
+    torch.testing.assert_close(out[0, :, 0].double(), wanted.expand(19, -1), rtol=5e-7, atol=2e-7, equal_nan=True)
+
+
+@everywhere
 @pytest.mark.parametrize("inputs", [1, 2, 3, 7, 17, 48, 100, 144, 600])
 @pytest.mark.parametrize("mean", [1.0, 0.1, -3.3, 1e3, 1e6, 1e10])
 def test_rows_of_one_value_normalise_to_nothing(instruction_set, inputs, mean):

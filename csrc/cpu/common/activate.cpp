@@ -13,9 +13,9 @@ MVK_INLINE void activate_rows_of(float* p, int64_t rows, int64_t vectors, int64_
     auto some = [&](auto count) __attribute__((always_inline)) {
       constexpr int U = decltype(count)::value;
       vf x[U];
-      for (int u = 0; u < U; ++u) x[u] = load<float>(p + (v + u) * W<float>);
+      MVK_EACH x[u] = load<float>(p + (v + u) * W<float>);
       activate<f, U>(x);
-      for (int u = 0; u < U; ++u) store<float>(p + (v + u) * W<float>, x[u]);
+      MVK_EACH store<float>(p + (v + u) * W<float>, x[u]);
       v += U;
     };
     while (v + 4 <= vectors) some(std::integral_constant<int, 4>{});

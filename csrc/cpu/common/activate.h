@@ -14,53 +14,48 @@ namespace {
 
 typedef vec<float> vf;
 
-// exp(-|x|)
+// x / (1 + 2^t), which for -infinity is NaN, as PyTorch's. Dividing is no slower than refining an estimate of the reciprocal: the
+// divider works beside the multipliers.
 template <int U>
-MVK_INLINE void decay(const vf* x, vf* out) {
-  for (int u = 0; u < U; ++u) out[u] = maximum<float>(x[u], -x[u]) * splat(-1.44269504f);
-  exp2_nonpositive<U>(out);
+MVK_INLINE void over_one_and_exp2(vf* x, vf* t) {
+  exp2_any<U>(t);
+  MVK_EACH x[u] = x[u] / (splat(1.0f) + t[u]);
 }
 
-// x / (1 + exp(-x)), by the exponential that does not overflow.
+// x / (1 + exp(-x))
 template <int U>
 MVK_INLINE void silu(vf* x) {
-  vf e[U];
-  decay<U>(x, e);
-  for (int u = 0; u < U; ++u) x[u] = x[u] * (x[u] < vf{} ? e[u] : splat(1.0f)) / (splat(1.0f) + e[u]);
+  vf t[U];
+  MVK_EACH t[u] = x[u] * splat(-1.44269504f);
+  over_one_and_exp2<U>(x, t);
 }
 
-// x (1 + erf(x / sqrt 2)) / 2. The complement of erf by Abramowitz and Stegun 7.1.26, 1.5e-7 of 1.
+// x F(x) with the normal distribution F = (1 + erf(x / sqrt 2)) / 2, as x / (1 + 2^(x q(x^2))): the logarithm of (1 - F) / F is odd
+// and smooth, and an error of it is multiplied by F (1 - F). q is fitted up to |x| = 5.3, with the weight of that in x F(x), whose
+// error it leaves at 8e-8; from there on the logarithm is a line, steep enough.
 template <int U>
 MVK_INLINE void gelu(vf* x) {
-  vf e[U], t[U], p[U];
-  for (int u = 0; u < U; ++u) e[u] = x[u] * x[u] * splat(-0.72134752f);
-  exp2_nonpositive<U>(e);
-  for (int u = 0; u < U; ++u)
-    t[u] = splat(1.0f) / (splat(1.0f) + splat(0.3275911f * 0.70710678f) * maximum<float>(x[u], -x[u]));
-  for (int u = 0; u < U; ++u) {
-    p[u] = splat(1.061405429f) * t[u] + splat(-1.453152027f);
-    p[u] = p[u] * t[u] + splat(1.421413741f);
-    p[u] = p[u] * t[u] + splat(-0.284496736f);
-    p[u] = p[u] * t[u] + splat(0.254829592f);
-    const vf rest = splat(0.5f) * p[u] * t[u] * e[u];  // half of 1 - erf |x / sqrt 2|
-    x[u] = x[u] * (x[u] < vf{} ? rest : splat(1.0f) - rest);
-  }
+  vf s[U], t[U];
+  MVK_EACH s[u] = minimum<float>(splat(5.3f * 5.3f), x[u] * x[u]);
+  MVK_EACH t[u] = splat(-5.20101784e-09f) * s[u] + splat(3.84683772e-07f);
+  MVK_EACH t[u] = t[u] * s[u] + splat(-1.14470995e-05f);
+  MVK_EACH t[u] = t[u] * s[u] + splat(1.59353680e-04f);
+  MVK_EACH t[u] = t[u] * s[u] + splat(9.57040076e-05f);
+  MVK_EACH t[u] = t[u] * s[u] + splat(-1.04838726e-01f);
+  MVK_EACH t[u] = t[u] * s[u] + splat(-2.30220715f);
+  MVK_EACH t[u] *= x[u];
+  over_one_and_exp2<U>(x, t);
 }
 
 template <Activation f, int U>
 MVK_INLINE void activate(vf* x) {
   if constexpr (f == Activation::silu) silu<U>(x);
   if constexpr (f == Activation::gelu) gelu<U>(x);
-  for (int u = 0; u < U; ++u) {
-    if constexpr (f == Activation::relu) x[u] = x[u] < vf{} ? vf{} : x[u];
-    if constexpr (f == Activation::relu6) {
-      const vf low = x[u] < vf{} ? vf{} : x[u];
-      x[u] = low > splat(6.0f) ? splat(6.0f) : low;
-    }
-    if constexpr (f == Activation::hardswish) {
-      const vf up = x[u] + splat(3.0f), low = up < vf{} ? vf{} : up;
-      x[u] = x[u] * ((low > splat(6.0f) ? splat(6.0f) : low) * splat(1.0f / 6));  // 6 (1 / 6) rounds to 1
-    }
+  MVK_EACH {
+    if constexpr (f == Activation::relu) x[u] = relu<float>(x[u]);
+    if constexpr (f == Activation::relu6) x[u] = minimum<float>(splat(6.0f), relu<float>(x[u]));
+    if constexpr (f == Activation::hardswish)  // 6 (1 / 6) rounds to 1
+      x[u] *= minimum<float>(splat(6.0f), relu<float>(x[u] + splat(3.0f))) * splat(1.0f / 6);
   }
 }
 

@@ -75,6 +75,19 @@ MVK_INLINE vec<T> maximum(vec<T> a, vec<T> b) {
   return a > b ? a : b;
 }
 
+// As minps in the same way.
+template <class T>
+MVK_INLINE vec<T> minimum(vec<T> a, vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  if constexpr (std::is_same_v<T, float>) return (vec<T>)_mm_min_ps((__m128)a, (__m128)b);
+#endif
+  return a < b ? a : b;
+}
+
 template <class T>
 MVK_INLINE vec<T> relu(vec<T> x) {
   return maximum<T>(vec<T>{}, x);  // NaN stays
@@ -299,6 +312,9 @@ MVK_INLINE T lane_max(vec<T> v) {
   return out[0];
 }
 
+// Unrolled, since at -O2 a loop over few vectors is left a loop, and the vectors go through memory.
+#define MVK_EACH _Pragma("GCC unroll 8") for (int u = 0; u < U; ++u)
+
 // x[i] = 2^x[i] for x <= 0 (and a little above), to 1e-7 relative. Below 2^-126.5 exactly 0, as masked scores need;
 // NaN stays NaN. Round x to n by adding 1.5 * 2^23, which leaves n + 127 in the low bits: shifted by 23 they
 // are the float 2^n. The polynomial is the minimax of degree 6 for 2^f on [-1/2, 1/2]. Several vectors go in step, since
@@ -308,7 +324,6 @@ MVK_INLINE void exp2_nonpositive(vec<float>* x) {
   typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
   const vec<float> magic = splat(12582912.0f + 127.0f);
   vec<float> n[U], p[U];
-#define MVK_EACH _Pragma("GCC unroll 8") for (int u = 0; u < U; ++u)
   MVK_EACH x[u] = maximum<float>(splat(-127.0f), x[u]);
   MVK_EACH n[u] = x[u] + magic;
   MVK_EACH x[u] -= n[u] - magic;
@@ -319,12 +334,40 @@ MVK_INLINE void exp2_nonpositive(vec<float>* x) {
   MVK_EACH p[u] = p[u] * x[u] + splat(6.93147206e-01f);
   MVK_EACH p[u] = p[u] * x[u] + splat(1.0f);
   MVK_EACH x[u] = p[u] * (vec<float>)((ints)n[u] << 23);
-#undef MVK_EACH
 }
 template <int U>
 MVK_INLINE void exp2_nonpositive(vec<double>* x) {
   for (int u = 0; u < U; ++u)
     for (int i = 0; i < W<double>; ++i) x[u][i] = __builtin_exp2(x[u][i]);
+}
+
+// x[i] = 2^x[i] for any x, to 2e-7 relative, what is past the ends of the exponents 0 or infinity. The polynomials are the minimax
+// of degree 5: AVX-512, which scales by a power of 2 and knows the ends, takes 2^f on [0, 1), the others on [-1/2, 1/2].
+template <int U>
+MVK_INLINE void exp2_any(vec<float>* x) {
+  vec<float> p[U], f[U];
+#if defined(__AVX512F__)
+  MVK_EACH f[u] = (vec<float>)_mm512_maskz_reduce_ps(0xffff, (__m512)x[u], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  MVK_EACH p[u] = splat(1.87757667e-03f) * f[u] + splat(8.98934009e-03f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(5.58263181e-02f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(2.40153617e-01f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(6.93153073e-01f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(9.99999925e-01f);
+  MVK_EACH x[u] = (vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)p[u], (__m512)x[u]);
+#else
+  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
+  const vec<float> magic = splat(12582912.0f + 127.0f);
+  vec<float> n[U];
+  MVK_EACH x[u] = minimum<float>(splat(128.0f), maximum<float>(splat(-127.0f), x[u]));
+  MVK_EACH n[u] = x[u] + magic;
+  MVK_EACH f[u] = x[u] - (n[u] - magic);
+  MVK_EACH p[u] = splat(1.32764720e-03f) * f[u] + splat(9.67554133e-03f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(5.55071327e-02f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(2.40221197e-01f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(6.93146967e-01f);
+  MVK_EACH p[u] = p[u] * f[u] + splat(1.00000007f);
+  MVK_EACH x[u] = p[u] * (vec<float>)((ints)n[u] << 23);
+#endif
 }
 }  // namespace
 }  // namespace MVK_ISA

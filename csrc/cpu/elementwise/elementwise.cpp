@@ -19,12 +19,12 @@ MVK_INLINE void row(const float* in, float* out, const float* scale, const float
   vf x[U];
   int64_t i = 0;
   for (; i + U * W<float> <= count; i += U * W<float>) {
-    for (int u = 0; u < U; ++u) {
+    MVK_EACH {
       const int64_t at = i + u * W<float>;
       x[u] = load<float>(in + at) * (one ? a : load<float>(scale + at)) + (one ? b : load<float>(shift + at));
     }
     activate<f, U>(x);
-    for (int u = 0; u < U; ++u) store<float>(out + i + u * W<float>, x[u]);
+    MVK_EACH store<float>(out + i + u * W<float>, x[u]);
   }
   for (; i < count; i += W<float>) {
     const int n = int(count - i < W<float> ? count - i : W<float>);
