@@ -33,10 +33,10 @@ static void pack(const InvertedResidualWeights& w) {
   pack_bias(w.project_bias, s.outputs, w.packed + s.project_bias());
 }
 
-// One row of the depthwise convolution for one vector of channels: `from` are the K rows that it reads, pixels P apart,
-// weights P apart; results are `ld` apart.
-template <int K, int S>
-MVK_INLINE void depthwise_row(
+// One row of the depthwise convolution, activated, for one vector of channels: `from` are the K rows that it reads, pixels P
+// apart, weights P apart; results are `ld` apart.
+template <int K, int S, Activation f>
+static void depthwise_row(
     const float* const* from, const float* weights, vf bias, int64_t width, float* to, int64_t ld) {
   constexpr int U = K == 3 ? 4 : kVectorBytes == 64 ? 8 : 6;  // pixels at a time: sums that stay in registers
   vf w[K * K];
@@ -59,6 +59,7 @@ MVK_INLINE void depthwise_row(
         for (int u = 0; u < n; ++u) sum[u] += load<float>(p + (u * S + j) * P) * tap;
       }
     }
+    activate<f, n>(sum);
 #pragma GCC unroll 8
     for (int u = 0; u < n; ++u) store<float>(to + (x + u) * ld, sum[u]);
   };
@@ -111,14 +112,19 @@ static void depthwise(const Block& k, const float* const* from, int64_t panel, f
   const float* w = k.a.packed + s.depthwise() + panel * P * s.kernel * s.kernel;
   const float* bias = k.a.packed + s.depthwise_bias() + panel * P;
   const int64_t vectors = vectors_of(s.hidden, panel);
-  for (int64_t v = 0; v < vectors; ++v) {
-    const float* rows[5];
-    for (int64_t i = 0; i < s.kernel; ++i) rows[i] = from[i] + v * W<float>;
-    auto row = s.kernel == 3 ? (k.a.stride == 1 ? depthwise_row<3, 1> : depthwise_row<3, 2>)
-                             : (k.a.stride == 1 ? depthwise_row<5, 1> : depthwise_row<5, 2>);
-    row(rows, w + v * W<float>, load<float>(bias + v * W<float>), k.a.Wo, to + v * W<float>, k.lda);
-  }
-  activate_rows(k.a.activation, to, k.a.Wo, vectors, k.lda);
+  with_activation(k.a.activation, [&](auto known) {
+    // With 16 registers the weights and an exponential's vectors push each other out: then it has its own pass.
+    constexpr bool many = kVectorBytes == 64 || (known() != Activation::silu && known() != Activation::gelu);
+    constexpr Activation f = many ? known() : Activation::identity;
+    auto row = s.kernel == 3 ? (k.a.stride == 1 ? depthwise_row<3, 1, f> : depthwise_row<3, 2, f>)
+                             : (k.a.stride == 1 ? depthwise_row<5, 1, f> : depthwise_row<5, 2, f>);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const float* rows[5];
+      for (int64_t i = 0; i < s.kernel; ++i) rows[i] = from[i] + v * W<float>;
+      row(rows, w + v * W<float>, load<float>(bias + v * W<float>), k.a.Wo, to + v * W<float>, k.lda);
+    }
+    if (!many) activate_rows(k.a.activation, to, k.a.Wo, vectors, k.lda);
+  });
 }
 
 // Output rows y0 .. y1 (+)= the panels g0 .. g1 of the hidden channels times their rows of the projection. Whole vectors of
