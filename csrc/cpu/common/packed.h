@@ -1,6 +1,7 @@
-// Weights of convolutions in panels of columns, as products read them.
+// Weights of convolutions in panels of columns, as products read them, and the products' way into maps.
 #pragma once
 
+#include "common/activate.h"
 #include "common/arena.h"
 #include "common/gemm.h"
 
@@ -43,6 +44,58 @@ MVK_INLINE void put_channels(const float* values, int64_t count, const float* pl
   vec<float> v = load<float>(values + c);
   if (plus) v += load_partial<float>(plus + c, int(count - c));
   store_partial<float>(to + c, v, int(count - c));
+}
+
+// Rows of pixels in a map, `step` apart.
+struct PixelRows {
+  float* data;  // null if there is no map
+  int64_t step;
+  PixelRows at(int64_t channel) const { return {data ? data + channel : nullptr, step}; }
+  PixelRows from(int64_t row) const { return at(row * step); }
+};
+
+// f of the first V vectors of R rows of a panel, plus those of the residual, into the map: of the last vector `last` channels.
+template <Activation f, int R, int V>
+MVK_INLINE void put_rows(const float* panel, int last, PixelRows residual, PixelRows out) {
+  constexpr int U = R * V;
+  vf x[U];
+  MVK_EACH x[u] = load<float>(panel + u / V * P + u % V * W<float>);
+  activate<f, U>(x);
+  MVK_EACH {
+    const int64_t at = u % V * W<float>;
+    float* to = out.data + u / V * out.step + at;
+    const float* plus = residual.data ? residual.data + u / V * residual.step + at : nullptr;
+    if (u % V < V - 1 || last == W<float>) {
+      store<float>(to, plus ? x[u] + load<float>(plus) : x[u]);
+    } else {
+      store_partial<float>(to, plus ? x[u] + load_partial<float>(plus, last) : x[u], last);
+    }
+  }
+}
+
+// The same of any rows: four vectors at a time.
+template <Activation f, int V>
+static void put_vectors(const float* panel, int64_t count, int last, PixelRows residual, PixelRows out) {
+  constexpr int R = 4 / V;
+  int64_t n = 0;
+  for (; n + R <= count; n += R) put_rows<f, R, V>(panel + n * P, last, residual.from(n), out.from(n));
+  for (; n < count; ++n) put_rows<f, 1, V>(panel + n * P, last, residual.from(n), out.from(n));
+}
+
+// The first `columns` of `count` rows of a panel, activated, plus the residual, into the map.
+MVK_INLINE void put_panel(
+    Activation activation, float* panel, int64_t count, int64_t columns, PixelRows residual, PixelRows out) {
+  const int vectors = columns > W<float> ? 2 : 1, last = int(columns) - (vectors - 1) * W<float>;
+  if (residual.data) {
+    // By itself: a compiler would fuse Hardswish's product and the sum, in some places and not in others.
+    activate_rows(activation, panel, count, vectors, P);
+    activation = Activation::identity;
+  }
+  with_activation(activation, [&](auto known) {
+    constexpr Activation f = known();
+    const PixelRows plus = f == Activation::identity ? residual : PixelRows{};
+    (vectors == 1 ? put_vectors<f, 1> : put_vectors<f, 2>)(panel, count, last, plus, out);
+  });
 }
 
 }  // namespace

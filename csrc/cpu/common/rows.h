@@ -3,7 +3,6 @@
 
 #include <cmath>
 
-#include "common/activate.h"
 #include "common/packed.h"
 
 namespace mvk {
@@ -42,33 +41,30 @@ static void normalise_rows(
   }
 }
 
-// Rows of pixels in a map, `step` apart.
-struct PixelRows {
-  float* data;
-  int64_t step;
-};
+// Rows of a product at a time: what is yet to be activated stays in L1, beside a panel of the weights.
+constexpr int64_t kPart = 48;
 
 // out = f(a B + bias) + residual for `count` rows of a, `lda` apart, and `outputs` columns of B, packed in panels of K rows. Whole
-// vectors go straight to the map where nothing but the residual is to be added; else by the way of `panel`, [row][P].
+// vectors go straight to the map where nothing but the residual is to be added; else by the way of `panel`, [kPart][P].
 static void rows_product(
     int64_t count, int64_t K, int64_t outputs, const float* a, int64_t lda, const float* weights, const float* bias,
     Activation activation, PixelRows out, PixelRows residual, float* panel) {
   for (int64_t first = 0; first < outputs; first += P, weights += K * P) {
     const int64_t columns = outputs - first < P ? outputs - first : P;
     const int vectors = columns > W<float> ? 2 : 1;
+    const PixelRows to = out.at(first), plus = residual.at(first);
     End<float> end;
     end.bias = bias + first;
     if (activation == Activation::identity && columns == vectors * W<float>) {
-      if (residual.data) end.plus = residual.data + first, end.ldp = residual.step;
-      product_in_parts<float>(vectors, count, K, a, lda, weights, P, out.data + first, out.step, end);
+      end.plus = plus.data, end.ldp = plus.step;
+      product_in_parts<float>(vectors, count, K, a, lda, weights, P, to.data, to.step, end);
       continue;
     }
-    product_in_parts<float>(vectors, count, K, a, lda, weights, P, panel, P, end);
-    activate_rows(activation, panel, count, vectors, P);
-    for (int64_t n = 0; n < count; ++n)
-      put_channels(
-          panel + n * P, columns, residual.data ? residual.data + n * residual.step + first : nullptr,
-          out.data + n * out.step + first);
+    for (int64_t n = 0; n < count; n += kPart) {
+      const int64_t some = count - n < kPart ? count - n : kPart;
+      product_in_parts<float>(vectors, some, K, a + n * lda, lda, weights, P, panel, P, end);
+      put_panel(activation, panel, some, columns, plus.from(n), to.from(n));
+    }
   }
 }
 

@@ -297,6 +297,22 @@ MVK_INLINE void store_partial(S* p, vec<T> v, int n) {
 
 template <class T>
 MVK_INLINE T lane_sum(vec<T> v) {
+#if defined(__SSE2__)
+  // By halves as below, but in registers.
+  if constexpr (std::is_same_v<T, float>) {
+#if defined(__AVX512F__)
+    const __m256 half =
+        _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0) + _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+    __m128 sum = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#elif defined(__AVX2__)
+    __m128 sum = _mm256_castps256_ps128((__m256)v) + _mm256_extractf128_ps((__m256)v, 1);
+#else
+    __m128 sum = (__m128)v;
+#endif
+    sum += _mm_movehl_ps(sum, sum);
+    return sum[0] + sum[1];
+  }
+#endif
   T out[W<T>];
   store<T>(out, v);
   for (int step = W<T> / 2; step; step /= 2)

@@ -6,7 +6,6 @@
 // so that the three taps of a row are one run of 3 C factors.
 #include "conv3x3/conv3x3.h"
 
-#include "common/activate.h"
 #include "common/packed.h"
 #include "conv3x3/winograd.h"
 
@@ -56,8 +55,8 @@ static void pack(const Conv3x3Sizes& s, const float* weight, const float* bias, 
 // One picture of a call.
 struct Picture {
   const Conv3x3& a;
-  const float *in, *beside, *residual;
-  float* out;
+  const float *in, *beside;
+  float *residual, *out;
   Picture(const Conv3x3& a, int64_t b)
       : a(a),
         in(a.in.data + b * a.in.b),
@@ -65,10 +64,10 @@ struct Picture {
         residual(a.residual.data ? a.residual.data + b * a.residual.b : nullptr),
         out(a.out.data + b * a.out.b) {}
 
-  // Channels `from` .. of a pixel of the output.
-  void put(int64_t y, int64_t x, int64_t from, int64_t count, const float* values) const {
-    const float* plus = residual ? residual + y * a.residual.y + x * a.residual.x + from : nullptr;
-    put_channels(values, count, plus, out + y * a.out.y + x * a.out.x + from);
+  // The pixels of the output, and of the residual, from this one on.
+  PixelRows to(int64_t y, int64_t x) const { return {out + y * a.out.y + x * a.out.x, a.out.x}; }
+  PixelRows plus(int64_t y, int64_t x) const {
+    return {residual ? residual + y * a.residual.y + x * a.residual.x : nullptr, a.residual.x};
   }
 };
 
@@ -163,7 +162,8 @@ static void winograd(const Conv3x3& a, int64_t begin, int64_t end) {
         activate_rows(a.activation, pixels, m * m, (s.outputs + W<float> - 1) / W<float>, ldm);
         for (int i = 0; i < m && y + i < a.H; ++i)
           for (int j = 0; j < m && x + j < a.W; ++j)
-            picture.put(y + i, x + j, 0, s.outputs, pixels + (i * m + j) * ldm);
+            put_channels(
+                pixels + (i * m + j) * ldm, s.outputs, picture.plus(y + i, x + j).data, picture.to(y + i, x + j).data);
       }
     }
   }
@@ -288,8 +288,8 @@ static void direct(const Conv3x3& a, int64_t begin, int64_t end) {
                 vectors, a.Wo, taps, first + i * line.size, a.stride * C, w + i * taps * P, P, result, P,
                 i == 2 ? biased : sum);
           }
-          activate_rows(a.activation, result, a.Wo, vectors, P);
-          for (int64_t x = 0; x < a.Wo; ++x) picture.put(y, x, panel * P, channels, result + x * P);
+          put_panel(
+              a.activation, result, a.Wo, channels, picture.plus(y, 0).at(panel * P), picture.to(y, 0).at(panel * P));
         }
       }
     }

@@ -31,9 +31,9 @@ static void pack(const PointwiseWeights& w) {
 static void forward(const Pointwise& a, int64_t begin, int64_t end) {
   const PointwiseSizes& s = a.sizes;
   const int64_t ld = leading<float>(s.inputs);
-  arena.reset(Arena::bytes<float>(s.normed ? a.block * ld : 0) + Arena::bytes<float>(a.block * P), a.poison);
+  arena.reset(Arena::bytes<float>(s.normed ? a.block * ld : 0) + Arena::bytes<float>(kPart * P), a.poison);
   float* normed = arena.take<float>(s.normed ? a.block * ld : 0);
-  float* panel = arena.take<float>(a.block * P);
+  float* panel = arena.take<float>(kPart * P);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t line = unit / a.blocks(), block = unit % a.blocks();
     // Nearly equal blocks.
