@@ -13,6 +13,7 @@
 #include "conv3x3/conv3x3_op.h"
 #include "elementwise/elementwise_op.h"
 #include "inverted_residual/inverted_residual_op.h"
+#include "module_state.h"
 #include "multiscale_linear_attention/multiscale_op.h"
 #include "patch_attention/patch_attention_op.h"
 #include "pointwise/pointwise_op.h"
@@ -21,7 +22,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 9;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 10;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -67,6 +68,10 @@ PyMethodDef kMethods[] = {
      "set_instruction_set(name) -> str: use another; returns the one before."},
     {"set_poison", set_poison, METH_O,
      "set_poison(on) -> bool: fill fresh buffers with NaN; returns the setting before."},
+    {"module_state", module_state, METH_VARARGS,
+     "module_state(module, parts) -> tuple: the objects that are the attributes of a module and of its parts."},
+    {"has_module_state", has_module_state, METH_VARARGS,
+     "has_module_state(module, parts, state) -> bool: whether they are the same objects still."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

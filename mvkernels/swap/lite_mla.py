@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,17 +76,7 @@ def not_scale(depthwise: Any, pointwise: Any, channels: int, head_dim: int, what
     return ""
 
 
-Project = Callable[[Any, Any, Tensor], Tensor]
-"""Calls a projection of a module."""
-
-
-def as_module(module: Any, projection: Any, x: Tensor) -> Tensor:
-    """With its norm and dropout."""
-    out: Tensor = projection(x)
-    return out
-
-
-def forward(module: Any, x: Any, more: bool, reason: str, project: Project = as_module) -> Tensor | None:
+def forward(module: Any, x: Any, more: bool, reason: str) -> Tensor | None:
     """The result of the fused forward. None if the original forward has to run; the reason is then logged once.
 
     ``more``: whether the call has other arguments than the map. ``reason``: a reason that the caller has found.
@@ -97,11 +86,11 @@ def forward(module: Any, x: Any, more: bool, reason: str, project: Project = as_
     if reason:
         log_once(module, reason)
         return None
-    return fused(module, x, project)
+    return fused(module, x)
 
 
-def fused(module: Any, x: Tensor, project: Project = as_module) -> Tensor:
+def fused(module: Any, x: Tensor) -> Tensor:
     """x (B, C, H, W) -> (B, C_out, H, W)."""
-    qkv = project(module, module.qkv, x)
-    out = aggregate_and_attend(qkv, module.aggreg, module.dim, module.eps, module.mvk_backend)
-    return project(module, module.proj, out)
+    out = aggregate_and_attend(module.qkv(x), module.aggreg, module.dim, module.eps, module.mvk_backend)
+    projected: Tensor = module.proj(out)
+    return projected

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from mvkernels.swap.packing import weights
+from mvkernels.swap.packing import plans
 from mvkernels.swap.swapped import without_form
 
 
@@ -57,7 +57,7 @@ class SwapReport:
     @property
     def packed_bytes(self) -> int:
         """Memory of the weights that calls have packed so far (``inference=True``), beside the model's own."""
-        return sum(weights.size(module) for module in self._of_this_call())
+        return sum(plans.size(module) for module in self._of_this_call())
 
     def refresh(self) -> None:
         """Have the weights of the modules of this call packed again by the next call of each.
@@ -66,7 +66,7 @@ class SwapReport:
         through a NumPy array that shares its memory.
         """
         for module in self._of_this_call():
-            weights.forget(module)
+            plans.forget(module)
 
     def _of_this_call(self) -> list[nn.Module]:
         """The modules that this call has changed and that are in no other one."""

@@ -13,6 +13,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from mvkernels.swap.packing.plans import Keep, Run, run_of
+
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
 
@@ -27,7 +29,15 @@ class Swapped:
     mvk_form: type
     mvk_backend: str | None = None
     mvk_packs: bool = False
-    """Whether products run on packed weights at inference, where an op can do their work."""
+    """Whether calls run on packed weights at inference, where ``mvk_plan`` can make a plan for them."""
+    mvk_axes: int = 4
+    """Axes of the input of such calls."""
+    mvk_methods: tuple[str, ...] = ("_conv_forward",)
+    """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
+
+    def mvk_plan(self, keep: Keep) -> Run | None:
+        """What the calls of the module do on packed weights, in the state that it is in; None if they cannot."""
+        return None
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For torch.jit.script: a shallow copy of the module with its original class."""
@@ -50,7 +60,14 @@ _packing: dict[type, type] = {}
 def packing(form: type) -> type:
     """The form that also packs weights. The same form gives the same class."""
     if form not in _packing:
-        _packing[form] = type(form.__name__, (form,), {"mvk_packs": True, "__doc__": form.__doc__})
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            run = run_of(self, args[0]) if len(args) == 1 and not kwargs else None
+            return form.forward(self, *args, **kwargs) if run is None else run(args[0])  # type: ignore[attr-defined]
+
+        plans = form.mvk_plan is not Swapped.mvk_plan  # type: ignore[attr-defined]
+        namespace = {"mvk_packs": True, "__doc__": form.__doc__, **({"forward": forward} if plans else {})}
+        _packing[form] = type(form.__name__, (form,), namespace)
     return _packing[form]
 
 

@@ -9,12 +9,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mvkernels
 from mvkernels.dispatch import extension
 from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.engine import unswap
-from mvkernels.swap.packing import layers, weights
+from mvkernels.swap.packing import plans
 from tests.swap.conftest import randomise
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
@@ -59,20 +60,9 @@ def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def packings(model: nn.Module, x: torch.Tensor) -> int:
     """How many weights a call packs."""
-    count = 0
-    pack = weights.packed
-
-    def counting(module, role, tensors, settings, make):
-        def counted():
-            nonlocal count
-            count += 1
-            return make()
-
-        return pack(module, role, tensors, settings, counted)
-
-    with mock.patch.object(layers, "packed", counting):
+    with mock.patch.object(plans.Plan, "_keep", autospec=True, side_effect=plans.Plan._keep) as keep:
         logits(model, x)
-    return count
+    return keep.call_count
 
 
 @pytest.mark.core
@@ -111,14 +101,18 @@ def test_weights_are_packed_once_and_nothing_of_the_model_shows_it(model):
 def test_all_dense_convolutions_are_packed(name):
     model = make(name)
     swap(model, inference=True)
-    seen = []
-    pack = weights.packed
-    with mock.patch.object(layers, "packed", lambda *given: seen.extend(given[2]) or pack(*given)):
+
+    class Convolutions(TorchDispatchMode):
+        dense = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.convolution.default and args[8] == 1:
+                self.dense += 1
+            return func(*args, **(kwargs or {}))
+
+    with Convolutions() as mode:
         logits(model, picture(model))
-    packed = {id(t) for t in seen}
-    for where, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            assert id(module.weight) in packed, where
+    assert mode.dense == 0
 
 
 def step(model):
@@ -227,8 +221,8 @@ def test_copies_and_pickles_pack_for_themselves(small):
     x = picture(small)
     wanted = logits(small, x)
     for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
-        assert weights.size(other) == 0
-        assert torch.equal(logits(other, x), wanted) and weights.size(other) > 0
+        assert plans.size(other) == 0
+        assert torch.equal(logits(other, x), wanted) and plans.size(other) > 0
         with torch.no_grad():
             next(other.parameters()).mul_(2)
         assert not torch.equal(logits(other, x), wanted)
@@ -248,7 +242,7 @@ def test_restored_it_is_what_it_was_and_holds_nothing(small, order):
     for i in order:
         reports[i].restore()
     assert [type(module) for module in small.modules()] == kinds
-    assert weights.size(small) == 0 and torch.equal(logits(small, x), plain)
+    assert plans.size(small) == 0 and torch.equal(logits(small, x), plain)
 
 
 def test_a_gradient_training_autocast_and_other_dtypes_take_the_originals(small):
@@ -258,7 +252,7 @@ def test_a_gradient_training_autocast_and_other_dtypes_take_the_originals(small)
     swap(small, inference=True)
 
     def nothing_packed(call):
-        with mock.patch.object(layers, "packed", side_effect=AssertionError):
+        with mock.patch.object(plans, "Plan", side_effect=AssertionError):
             found = call(small)
         wanted = call(plain)
         assert torch.equal(found, wanted) and found.dtype == wanted.dtype

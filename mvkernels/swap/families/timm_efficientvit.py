@@ -10,10 +10,11 @@ from typing import Any
 from timm.models.efficientvit_mit import ConvNormAct, LiteMLA
 from torch import Tensor
 
+from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap import lite_mla
 from mvkernels.swap.eligibility import asked, not_its_own, not_plain, replaced
-from mvkernels.swap.folding.forms import packs_now, rests
 from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.timm import of_efficientvit
 from mvkernels.swap.swapped import Swapped
 
@@ -35,18 +36,23 @@ def _of_timm(module: Any) -> str:
 class SwappedLiteMLA(Swapped):
     """A ``LiteMLA`` that calls :func:`mvkernels.multiscale_linear_attention` between its projections."""
 
+    mvk_methods = ("_conv_forward", "_attn")
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        projections = of_efficientvit(self.qkv, self.proj)
+        if why_not(self) or not projections:
+            return None
+        into, out = (layers.convolution(part, keep) for part in projections)
+        if into is None or out is None:
+            return None
+        settings = (self.aggreg, self.dim, self.eps, self.mvk_backend)
+        return lambda x: out(aggregate_and_attend(into(x), *settings))
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""
-        out = lite_mla.forward(self, x, bool(args or kwargs), asked(_of_timm, self), _project)
+        out = lite_mla.forward(self, x, bool(args or kwargs), asked(_of_timm, self))
         return LiteMLA.forward(self, x, *args, **kwargs) if out is None else out
-
-
-def _project(module: Any, projection: Any, x: Tensor) -> Tensor:
-    """A projection with its norm, on packed weights where the call may have them."""
-    parts = of_efficientvit(projection) if packs_now(module, x) else []
-    activation = rests(*parts[0]) if parts else None
-    out = None if activation is None else layers.convolve(*parts[0][:2], activation, x)
-    return lite_mla.as_module(module, projection, x) if out is None else out
 
 
 SWAPPED = SwappedLiteMLA

@@ -21,10 +21,12 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.folding.forms import beside
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.mobilevit import layers_for_call, transform
 from mvkernels.swap.packing import mobilevit as packed
+from mvkernels.swap.packing.blocks import not_own
+from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("conv_1x1", "transformer", "norm", "conv_proj")
@@ -98,6 +100,17 @@ def _why_not_now(block: Any) -> str:
 class SwappedMobileVitBlock(Swapped):
     """A ``MobileVitBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        reason, layers = _examine(self)
+        projection, fusion = self.conv_proj, self.conv_fusion
+        if reason or projection.aa is not None:
+            return None
+        plain = fusion is not None and not not_own(fusion, ConvNormAct) and fusion.aa is None
+        fused = _part(fusion) if plain else None
+        around = (self.conv_kxk, self.conv_1x1, layers, self.norm, _part(projection), fusion, fused)
+        return packed.plan(self, keep, *around, self.patch_size)
+
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
         layers = layers_for_call(self, x, bool(args or kwargs), _WATCHED, _examine)
@@ -105,13 +118,6 @@ class SwappedMobileVitBlock(Swapped):
             return MobileVitBlock.forward(self, x, *args, **kwargs)
 
         projection: Any = self.conv_proj
-        out = (projection.conv, projection.bn)
-        activation = packed.activation_now(self, x, layers, *out, after(projection.bn))
-        if activation is not None and projection.aa is None:
-            settings = (*out, activation, self.patch_size, self.mvk_backend)
-            y = packed.transform(self.conv_kxk(x), self.conv_1x1, layers, self.norm, *settings)
-            fusion = self.conv_fusion
-            return y if fusion is None else beside(fusion, fusion.conv, fusion.bn, after(fusion.bn), x, y)
         y = transform(
             self.conv_kxk(x), self.conv_1x1, layers, self.norm, projection.conv, self.patch_size, self.mvk_backend
         )
@@ -121,6 +127,10 @@ class SwappedMobileVitBlock(Swapped):
         if self.conv_fusion is not None:
             y = self.conv_fusion(torch.cat((x, y), dim=1))
         return y
+
+
+def _part(module: Any) -> Part:
+    return module.conv, module.bn, after(module.bn)
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -28,10 +28,12 @@ from mvkernels.swap.eligibility import (
     not_pointwise_conv,
     replaced,
 )
-from mvkernels.swap.folding.forms import beside
 from mvkernels.swap.folding.transformers import after
 from mvkernels.swap.mobilevit import layers_for_call, transform
 from mvkernels.swap.packing import mobilevit as packed
+from mvkernels.swap.packing.blocks import not_own
+from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("conv_1x1", "transformer", "layernorm", "conv_projection")
@@ -107,6 +109,19 @@ def _why_not_layer(layer: Any, like: Tensor) -> str:
 class SwappedMobileViTLayer(Swapped):
     """A ``MobileViTLayer`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
+    mvk_methods = ("_conv_forward", "unfolding", "folding")
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        reason, layers = _examine(self)
+        if reason:
+            return None
+        projection, fusion, downsampling = self.conv_projection, self.fusion, self.downsampling_layer
+        fused = None if not_own(fusion, MobileViTConvLayer) else _part(fusion)
+        around = (self.conv_kxk, self.conv_1x1.convolution, layers, self.layernorm, _part(projection), fusion, fused)
+        run = packed.plan(self, keep, *around, (self.patch_height, self.patch_width))
+        return run if run is None or downsampling is None else lambda features: run(downsampling(features))
+
     def forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """features (B, C, H, W) -> (B, C_out, H / stride, W / stride)."""
         layers = layers_for_call(self, features, bool(args or kwargs), _WATCHED, _examine)
@@ -117,14 +132,6 @@ class SwappedMobileViTLayer(Swapped):
             features = self.downsampling_layer(features)
         residual = features
         projection = self.conv_projection
-        out = (projection.convolution, projection.normalization)
-        activation = packed.activation_now(self, features, layers, *out, after(projection))
-        if activation is not None:
-            settings: Any = (activation, (self.patch_height, self.patch_width), self.mvk_backend)
-            into = self.conv_1x1.convolution
-            features = packed.transform(self.conv_kxk(features), into, layers, self.layernorm, *out, *settings)
-            fusion = self.fusion
-            return beside(fusion, fusion.convolution, fusion.normalization, after(fusion), residual, features)
         features = transform(
             self.conv_kxk(features),
             self.conv_1x1.convolution,
@@ -139,6 +146,10 @@ class SwappedMobileViTLayer(Swapped):
         if projection.activation is not None:
             features = projection.activation(features)
         return self.fusion(torch.cat((residual, features), dim=1))
+
+
+def _part(layer: Any) -> Part:
+    return layer.convolution, layer.normalization, after(layer)
 
 
 def _examine(block: Any) -> tuple[str, list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """What surrounds attention at inference on a CPU, in one pass each: norm with activation, EfficientFormer's pooling.
 
-Operators of the C++ extension; :func:`not_now` and :func:`not_fit` say when they may not stand in
-for modules, who then run as they are.
+Operators of the C++ extension; :func:`not_fit` and ``not_now`` of the plans say when they may not stand in for modules,
+who then run as they are.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.dispatch import extension, library
-from mvkernels.dispatch.backend import requested
+from mvkernels.dispatch import library
 from mvkernels.ops.common.activations import CODES
 from mvkernels.swap.eligibility import not_plain, replaced
 
@@ -57,17 +56,6 @@ def normalised(x: Tensor, *settings: Any, in_place: bool = False) -> Tensor | No
         return x
     except RuntimeError:
         return None
-
-
-def not_now() -> str:
-    """Why the operators are not to be used, whatever the map; empty if they are."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return "the compiler fuses by itself"
-    if torch.is_grad_enabled():
-        return "a gradient may be needed"
-    if extension.module is None or requested(None) not in ("auto", "cpp"):
-        return "it is for the C++ backend"
-    return ""
 
 
 def not_fit(x: Tensor) -> str:

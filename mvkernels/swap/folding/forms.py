@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_dense, not_hooked, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
-from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.plans import not_now
 from mvkernels.swap.swapped import Swapped
 
 _DTYPES = (torch.float32, torch.float64)
@@ -34,7 +34,7 @@ def why_not(conv: Any, norm: Any) -> str:
     if not isinstance(norm, nn.BatchNorm2d):
         return "there is no batch norm"
     own = nn.BatchNorm2d if type(norm) is nn.BatchNorm2d else _batch_norm_with_activation()
-    reason = _not_plain_convolution(conv) or not_plain(norm, own, "the norm")
+    reason = not_plain_convolution(conv) or not_plain(norm, own, "the norm")
     if reason:
         return reason
     if norm.running_mean is None or norm.running_var is None or norm.num_features != conv.out_channels:
@@ -42,7 +42,8 @@ def why_not(conv: Any, norm: Any) -> str:
     return ""
 
 
-def _not_plain_convolution(conv: Any) -> str:
+def not_plain_convolution(conv: Any) -> str:
+    """A plain ``Conv2d`` of a plain tensor."""
     return (
         not_plain(conv, nn.Conv2d, "the convolution")
         or replaced(nn.Conv2d, "_conv_forward")
@@ -77,10 +78,7 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
     ):
         return None
     activation = elementwise.activation_of(after)
-    if activation is not None and x.is_cpu and x.dtype == torch.float32 and not elementwise.not_now():
-        packed = layers.convolve(conv, norm, activation, x) if caller.mvk_packs and x.numel() else None
-        if packed is not None:
-            return packed
+    if activation is not None and x.is_cpu and x.dtype == torch.float32 and not not_now():
         out = conv._conv_forward(x, conv.weight, None)
         if not elementwise.not_fit(out):
             return elementwise.normalised(out, *_settings(norm), conv.bias, norm.eps, activation, in_place=True)
@@ -95,49 +93,11 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
     return out
 
 
-def rests(conv: Any, norm: Any, after: Any) -> int | None:
-    """The number of the activation of a convolution that may run on packed weights, with the norm if there is one; None
-    if it may not."""
-    reason = _not_plain_convolution(conv) if norm is None else why_not(conv, norm) or norm.training
-    given = layers.tensors_of(conv, norm)
-    if reason or any(t is not None and t.is_floating_point() and t.dtype != torch.float32 for t in given):
-        return None
-    return elementwise.activation_of(after)
-
-
-def packs_now(caller: Any, x: Any) -> bool:
-    """Whether a call of a packing form can run on packed weights, as far as the caller and the input decide."""
-    return bool(
-        caller.mvk_packs
-        and not elementwise.not_now()
-        and not unusual_call(x)
-        and not replaced(caller.mvk_original, "forward")
-        and x.dtype == torch.float32
-        and x.is_cpu
-        and x.numel()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def beside(caller: Any, conv: Any, norm: Any, after: Any, x: Tensor, other: Tensor) -> Tensor:
-    """``caller`` on two maps whose channels follow each other: in place of their concatenation, if it packs weights.
-
-    ``conv``, ``norm`` and ``after`` are what a folding caller calls.
-    """
-    plain = getattr(type(caller), "mvk_packs", False) and not (
-        not_hooked(caller, "it") or replaced(caller.mvk_original, "forward") or not_its_own(caller, "forward")
-    )
-    activation = rests(conv, norm, after) if plain else None
-    out = None if activation is None else layers.convolve(conv, norm, activation, x, other)
-    joined: Tensor = caller(torch.cat((x, other), dim=1)) if out is None else out
-    return joined
-
-
 def alone(norm: Any, x: Any, *after: Any) -> Tensor | None:
     """``norm(x)`` without its activation, then the modules ``after``, in one pass; None where its own forward runs."""
     if (
         norm.training
-        or elementwise.not_now()
+        or not_now()
         or unusual_call(x)
         or elementwise.not_fit(x)
         or replaced(norm.mvk_original, "forward")

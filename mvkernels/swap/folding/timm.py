@@ -11,12 +11,19 @@ from torch import Tensor, nn
 from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, alone, both
+from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.plans import Keep, Run, not_now
 
 
 class FoldingConvNormAct(Folding):
     """A ``ConvNormAct`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("conv", "bn"),)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        run, aa = layers.convolution((self.conv, self.bn, after(self.bn)), keep), self.aa
+        return run if run is None or aa is None else lambda x: aa(run(x))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
@@ -32,6 +39,11 @@ class FoldingEfficientVitConvNormAct(Folding):
 
     mvk_pairs = (("conv", "norm"),)
 
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        part = part_of_efficientvit(self)
+        return None if part is None else layers.convolution(part, keep)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         rests = not (self.dropout.training or not_plain(self.dropout, nn.Dropout, "dropout"))
@@ -43,6 +55,12 @@ class FoldingConvMlpWithNorm(Folding):
     """EfficientFormer's ``ConvMlpWithNorm`` whose convolutions do the work of their norms."""
 
     mvk_pairs = (("fc1", "norm1"), ("fc2", "norm2"))
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        widen = layers.convolution((self.fc1, self.norm1, (*after(self.norm1), self.act, self.drop)), keep)
+        narrow = layers.convolution((self.fc2, self.norm2, (*after(self.norm2), self.drop)), keep)
+        return None if widen is None or narrow is None else lambda x: narrow(widen(x))
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
@@ -57,6 +75,10 @@ class FoldingDownsample(Folding):
     """EfficientFormer's ``Downsample`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("conv", "norm"),)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        return layers.convolution((self.conv, self.norm, after(self.norm)), keep)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
@@ -75,7 +97,7 @@ class FoldingPooling(Folding):
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
         reason = (
-            elementwise.not_now()
+            not_now()
             or unusual_call(x)
             or elementwise.not_fit(x)
             or elementwise.not_neighbours(self.pool)
@@ -101,6 +123,14 @@ class FoldingBatchNormAct2d(Folding):
 def after(norm: Any) -> tuple[Any, ...]:
     """What timm's ``BatchNormAct2d`` calls once it has normalised; a plain batch norm does nothing more."""
     return (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
+
+
+def part_of_efficientvit(module: Any) -> layers.Part | None:
+    """What EfficientViT's ``ConvNormAct`` is made of; None if it drops something now."""
+    if module.dropout.training or not_plain(module.dropout, nn.Dropout, "it"):
+        return None
+    norm = None if type(module.norm) is nn.Identity else module.norm
+    return module.conv, norm, (*after(norm), module.act)
 
 
 FORMS = {

@@ -8,12 +8,18 @@ from torch import Tensor
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer
 
 from mvkernels.swap.folding.forms import Folding, both
+from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.plans import Keep, Run
 
 
 class FoldingConvLayer(Folding):
     """A ``MobileViTConvLayer`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("convolution", "normalization"),)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        return layers.convolution((self.convolution, self.normalization, after(self)), keep)
 
     def forward(self: Any, features: Tensor) -> Tensor:
         """As the original's."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvkernels.ops import conv3x3, inverted_residual, pointwise
-from mvkernels.swap.packing.weights import packed
+from mvkernels.swap.folding import elementwise
+from mvkernels.swap.folding.forms import not_plain_convolution, why_not
+from mvkernels.swap.packing.plans import Keep
+
+Part = tuple[Any, Any, tuple[Any, ...]]
+"""A convolution, its norm or None, and what is called after them."""
+Convolve = Callable[..., Tensor]
+"""Of a map, or of two maps whose channels follow each other."""
+Multiply = Callable[..., Tensor]
+"""Of a map, and perhaps another that is added to the result."""
 
 
 def of_convolution(conv: Any) -> str:
@@ -29,17 +38,6 @@ def of_convolution(conv: Any) -> str:
     return ""
 
 
-def tensors_of(conv: Any, norm: Any) -> list[Tensor | None]:
-    """All that the weights of a convolution with the batch norm behind it are made of.
-
-    A training step changes the running statistics without a trace on themselves, and counts in ``num_batches_tracked``.
-    """
-    of_norm: tuple[Tensor | None, ...] = ()
-    if norm is not None:
-        of_norm = (norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.num_batches_tracked)
-    return [conv.weight, conv.bias, *of_norm]
-
-
 def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that does the work of both, computed in float64."""
     weight, bias = conv.weight, conv.bias
@@ -55,81 +53,83 @@ def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
     return (weight.double() * factor.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
 
 
-def eps_of(norm: Any) -> float | None:
-    """A setting that packed weights depend on."""
-    return None if norm is None else norm.eps
+def resting(conv: Any, norm: Any, after: Iterable[Any]) -> int | None:
+    """The number of the activation of a convolution that may run on packed weights, with the norm if there is one; None
+    if it may not."""
+    reason = not_plain_convolution(conv) if norm is None else why_not(conv, norm) or norm.training
+    tensors = [conv.weight, conv.bias]
+    if norm is not None:
+        tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    if reason or any(t is not None and t.dtype != torch.float32 for t in tensors):
+        return None
+    return elementwise.activation_of(after)
 
 
-def convolve(conv: Any, norm: Any, activation: int, x: Tensor, beside: Tensor | None = None) -> Tensor | None:
-    """``activation(norm(conv(x)))``, or of x and ``beside`` as one map; None if there is no op for the convolution.
+def convolution(part: Part, keep: Keep) -> Convolve | None:
+    """``activation(norm(conv(x)))`` on packed weights; None if there is no op for it, or not for its present state."""
+    conv, norm, after = part
+    op = of_convolution(conv) if isinstance(conv, nn.Conv2d) else ""
+    activation = resting(conv, norm, after) if op in ("pointwise", "conv3x3") else None
+    if activation is None:
+        return None
+    outputs, stride = conv.out_channels, conv.stride[0]
+    if op == "pointwise":
+        product = linear(conv, keep, activation, after=norm)
+        return lambda x, beside=None: product(x if beside is None else torch.cat((x, beside), dim=1))
+    of_tile: dict[int, Tensor] = {}
 
-    All are plain modules at rest, and everything is float32 on a CPU.
-    """
-    op = of_convolution(conv)
-    tensors = tensors_of(conv, norm)
-    if op == "pointwise" and beside is None:
-        weights = packed(
-            *(conv, op, tensors, (eps_of(norm),)),
-            lambda: pointwise.operators.pack(*folded(conv, norm), False, None, None),
-        )
-        return pointwise.operators.forward(x, weights, conv.out_channels, False, 0.0, activation, None)
-    if op == "conv3x3":
-        stride = conv.stride[0]
-        tile = conv3x3.operators.tile_of(conv.in_channels, conv.out_channels, stride, *x.shape[-2:])
-        weights = packed(
-            *(conv, f"{op} {tile}", tensors, (eps_of(norm),)),
-            lambda: conv3x3.operators.pack(*folded(conv, norm), tile),
-        )
-        return conv3x3.operators.forward(x, beside, weights, conv.out_channels, tile, stride, activation, None)
-    return None
+    def run(x: Tensor, beside: Tensor | None = None) -> Tensor:
+        tile = conv3x3.operators.tile_of(conv.in_channels, outputs, stride, *x.shape[-2:])
+        weights = of_tile.get(tile)
+        if weights is None:
+            weights = of_tile[tile] = keep(conv3x3.operators.pack(*folded(conv, norm), tile))
+        return conv3x3.operators.forward(x, beside, weights, outputs, tile, stride, activation, None)
+
+    return run
 
 
-def invert(pairs: Sequence[tuple[Any, Any]], activation: int, x: Tensor, residual: bool) -> Tensor:
-    """The inverted residual of three convolutions with their norms, or of two, without the expansion."""
-    (depthwise, _), (project, _) = pairs[-2:]
-    expands = len(pairs) == 3
-    tensors = [t for pair in pairs for t in tensors_of(*pair)]
-
-    def pack() -> Tensor:
-        each = [] if expands else [None, None]
-        return inverted_residual.operators.pack(*each, *(t for pair in pairs for t in folded(*pair)))
-
-    weights = packed(project, "inverted_residual", tensors, tuple(eps_of(norm) for _, norm in pairs), pack)
+def inverted_residual_of(parts: Sequence[Part], adds: bool, keep: Keep) -> Callable[[Tensor], Tensor] | None:
+    """The inverted residual of three convolutions with their norms, or of two, without the expansion; None if they are
+    none, or cannot run on packed weights now. ``adds``: whether the input is added."""
+    if not parts or not inverted(parts):
+        return None
+    *first, last = (resting(*part) for part in parts)
+    if last != 0 or len({*first}) != 1 or first[0] is None:
+        return None
+    activation, expands = first[0], len(parts) == 3
+    (depthwise, _, _), (project, _, _) = parts[-2:]
+    each = [] if expands else [None, None]
+    weights = keep(inverted_residual.operators.pack(*each, *(t for part in parts for t in folded(*part[:2]))))
     sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expands)
-    return inverted_residual.operators.forward(x, weights, *sizes, depthwise.stride[0], activation, residual)
+    settings = (*sizes, depthwise.stride[0], activation, adds)
+    return lambda x: inverted_residual.operators.forward(x, weights, *settings)
 
 
-def multiply(
-    linear: Any,
-    x: Tensor,
-    norm: nn.LayerNorm | None = None,
-    activation: int = 0,
-    residual: Tensor | None = None,
-    after: Any = None,
-) -> Tensor:
-    """``activation(linear(norm(x))) + residual`` of a map.
+def inverted(parts: Sequence[Part]) -> bool:
+    """Whether the convolutions are those of an inverted residual, with or without the first one."""
+    kinds = [of_convolution(conv) for conv, _, _ in parts]
+    return kinds[-2:] == ["depthwise", "pointwise"] and kinds[:-2] in ([], ["pointwise"])
 
-    ``linear`` is a Linear, or a 1 x 1 convolution with the batch norm ``after`` it.
+
+def linear(
+    layer: Any, keep: Keep, activation: int = 0, norm: nn.LayerNorm | None = None, after: Any = None
+) -> Multiply:
+    """``activation(after(layer(norm(x)))) + residual`` of a map x and, if it is given, a residual.
+
+    ``layer`` is a Linear, or a 1 x 1 convolution with the batch norm ``after`` it.
     """
-    before = (None, None) if norm is None else (norm.weight, norm.bias)
-    weights = packed(
-        *(linear, "pointwise", [*tensors_of(linear, after), *before], (eps_of(after), norm is None)),
-        lambda: pointwise.operators.pack(*folded(linear, after), norm is not None, *before),
-    )
-    eps = 0.0 if norm is None else norm.eps
-    return pointwise.operators.forward(x, weights, linear.weight.shape[0], norm is not None, eps, activation, residual)
+    return _product(*folded(layer, after), keep, activation, norm)
 
 
-def joined(linears: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def joined(linears: Sequence[Any], keep: Keep, norm: nn.LayerNorm) -> Multiply:
     """The outputs of several Linears on ``norm(x)``, one behind the other in channels."""
+    biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in linears]
+    return _product(torch.cat([m.weight for m in linears]), torch.cat(biases), keep, 0, norm)
 
-    def pack() -> Tensor:
-        biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in linears]
-        return pointwise.operators.pack(
-            torch.cat([m.weight for m in linears]), torch.cat(biases), True, norm.weight, norm.bias
-        )
 
-    tensors = [*(t for m in linears for t in (m.weight, m.bias)), norm.weight, norm.bias]
-    weights = packed(linears[0], "joined", tensors, (), pack)
-    outputs = sum(m.weight.shape[0] for m in linears)
-    return pointwise.operators.forward(x, weights, outputs, True, norm.eps, 0, None)
+def _product(weight: Tensor, bias: Tensor | None, keep: Keep, activation: int, norm: nn.LayerNorm | None) -> Multiply:
+    normed = norm is not None
+    of_norm = (norm.weight, norm.bias) if norm is not None else (None, None)
+    weights = keep(pointwise.operators.pack(weight, bias, normed, *of_norm))
+    settings = (weight.shape[0], normed, 0.0 if norm is None else norm.eps, activation)
+    return lambda x, residual=None: pointwise.operators.forward(x, weights, *settings, residual)

@@ -2,78 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.ops.patch_attention import patch_attention
 from mvkernels.swap.folding import elementwise
-from mvkernels.swap.folding.forms import packs_now, rests
 from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.plans import Keep, Run
 
 
-def activation_now(
-    block: Any, x: Tensor, block_layers: Sequence[dict[str, Any]], conv: Any, norm: Any, after: Any
-) -> int | None:
-    """The activation of a block's projection (``conv``, ``norm``, then ``after``), if the call runs on packed weights.
-
-    Then its layers, which were examined, have known activations and drop nothing. None if it does not.
-    """
-    if not packs_now(block, x) or any(
-        elementwise.activation_of((layer["activation"],)) is None
-        or elementwise.activation_of([d for d in _dropouts(layer) if d is not None]) != 0
-        for layer in block_layers
-    ):
-        return None
-    return rests(conv, norm, after)
-
-
-def _dropouts(layer: dict[str, Any]) -> tuple[Any, ...]:
-    return layer.get("proj_dropout"), layer.get("hidden_dropout"), layer.get("out_dropout")
-
-
-def transform(
-    features: Tensor,
-    conv_in: Any,
+def plan(
+    block: Any,
+    keep: Keep,
+    conv_kxk: Any,
+    conv_in: nn.Conv2d,
     block_layers: Sequence[dict[str, Any]],
     norm: nn.LayerNorm,
-    conv_out: Any,
-    norm_out: Any,
-    activation: int,
+    projection: Part,
+    fusion: Any,
+    fusion_part: Part | None,
     patch_size: tuple[int, int],
-    backend: str | None,
-) -> Tensor:
-    """features (B, C, H, W) -> (B, C_out, H, W): convolution, layers, LayerNorm, convolution, batch norm, activation.
+) -> Run | None:
+    """A whole block on (B, C, H, W): the convolutions ``conv_kxk`` and ``conv_in``, layers, LayerNorm, projection, and
+    the ``fusion`` of the result with the block's input, if there is one.
 
-    A map that the patch does not divide is resized before the layers and back after the norm, as MobileViT does.
+    ``block_layers``: the arguments of :func:`mvkernels.nn.patch_transformer_layer`. ``fusion_part``: the convolution of
+    ``fusion`` if this has no more in it. A map that the patch does not divide is resized before the layers and back
+    after the norm, as MobileViT does. None if an activation is not known, or something drops now.
     """
-    height, width = features.shape[-2:]
-    size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
-    x = layers.multiply(conv_in, features)
-    if size == (height, width):
-        for layer in block_layers:
-            x = _layer(x, layer, patch_size, backend)
-        return layers.multiply(conv_out, x, norm=norm, activation=activation, after=norm_out)
-    x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    for layer in block_layers:
-        x = _layer(x, layer, patch_size, backend)
-    x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
-    return layers.multiply(conv_out, x, activation=activation, after=norm_out)
+    activation = layers.resting(*projection)
+    if activation is None:
+        return None
+    each = [_layer(layer, patch_size, block.mvk_backend, keep) for layer in block_layers]
+    if not all(each):
+        return None
+    conv_out, norm_out, _ = projection
+    into = layers.linear(conv_in, keep)
+    out = layers.linear(conv_out, keep, activation, norm, norm_out)
+    resized_out: list[layers.Multiply] = []  # packed once a map needs it: the norm is not in it
+    fused = None if fusion_part is None else layers.convolution(fusion_part, keep)
+
+    def transform(x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        size = (-(-height // patch_size[0]) * patch_size[0], -(-width // patch_size[1]) * patch_size[1])
+        resized = size != (height, width)
+        x = into(x)
+        if resized:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+        for layer in each:
+            x = layer(x)  # type: ignore[misc]
+        if not resized:
+            return out(x)
+        if not resized_out:
+            resized_out.append(layers.linear(conv_out, keep, activation, after=norm_out))
+        x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+        return resized_out[0](x)
+
+    def run(x: Tensor) -> Tensor:
+        y = transform(conv_kxk(x))
+        if fusion is None:
+            return y
+        joined: Tensor = fusion(torch.cat((x, y), dim=1)) if fused is None else fused(x, y)
+        return joined
+
+    return run
 
 
-def _layer(x: Tensor, layer: dict[str, Any], patch_size: tuple[int, int], backend: str | None) -> Tensor:
-    """One transformer layer on a channels-last map (B, C, H, W)."""
-    heads, qkv = layer["heads"], layer["qkv"]
-    if isinstance(qkv, tuple):
-        joined = layers.joined(qkv, x, layer["norm1"])
-    else:
-        joined = layers.multiply(qkv, x, norm=layer["norm1"])
-    query, key, value = joined.unflatten(1, (3, heads, -1)).unbind(1)
-    out = patch_attention(query, key, value, patch_size, scale=layer.get("scale"), backend=backend)
-    x = layers.multiply(layer["proj"], out.flatten(1, 2), residual=x)
-    activation = elementwise.activation_of((layer["activation"],)) or 0
-    hidden = layers.multiply(layer["fc1"], x, norm=layer["norm2"], activation=activation)
-    return layers.multiply(layer["fc2"], hidden, residual=x)
+def _layer(
+    layer: dict[str, Any], patch_size: tuple[int, int], backend: str | None, keep: Keep
+) -> Callable[[Tensor], Tensor] | None:
+    """One transformer layer on a channels-last map (B, C, H, W); None if it cannot run on packed weights now."""
+    dropouts = (layer.get("proj_dropout"), layer.get("hidden_dropout"), layer.get("out_dropout"))
+    activation = elementwise.activation_of((layer["activation"],))
+    if activation is None or elementwise.activation_of([d for d in dropouts if d is not None]) != 0:
+        return None
+    heads, qkv, scale = layer["heads"], layer["qkv"], layer.get("scale")
+    norm1 = layer["norm1"]
+    queries = layers.joined(qkv, keep, norm1) if isinstance(qkv, tuple) else layers.linear(qkv, keep, norm=norm1)
+    projection = layers.linear(layer["proj"], keep)
+    widen = layers.linear(layer["fc1"], keep, activation, layer["norm2"])
+    narrow = layers.linear(layer["fc2"], keep)
+
+    def run(x: Tensor) -> Tensor:
+        query, key, value = queries(x).unflatten(1, (3, heads, -1)).unbind(1)
+        attended = patch_attention(query, key, value, patch_size, scale=scale, backend=backend)
+        x = projection(attended.flatten(1, 2), x)
+        return narrow(widen(x), x)
+
+    return run

@@ -9,8 +9,9 @@ from timm.models import byobnet, efficientvit_mit
 from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_plain
-from mvkernels.swap.folding.timm import after
-from mvkernels.swap.packing.blocks import InvertedResidual, Part, not_own
+from mvkernels.swap.folding.timm import after, part_of_efficientvit
+from mvkernels.swap.packing.blocks import InvertedResidual, not_own
+from mvkernels.swap.packing.layers import Part
 
 
 class PackingBottleneckBlock(InvertedResidual):
@@ -21,10 +22,14 @@ class PackingBottleneckBlock(InvertedResidual):
         """Empty if it is more than an inverted residual."""
         return _of_bottleneck(block)
 
+    @staticmethod
+    def mvk_adds(block: Any) -> bool:
+        """Where it has a shortcut."""
+        return block.shortcut is not None
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        out = self.mvk_fused(x, adds=self.shortcut is not None)
-        return byobnet.BottleneckBlock.forward(self, x) if out is None else out
+        return byobnet.BottleneckBlock.forward(self, x)
 
 
 class PackingMBConv(InvertedResidual):
@@ -37,8 +42,7 @@ class PackingMBConv(InvertedResidual):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        out = self.mvk_fused(x)
-        return efficientvit_mit.MBConv.forward(self, x) if out is None else out
+        return efficientvit_mit.MBConv.forward(self, x)
 
 
 class PackingDSConv(InvertedResidual):
@@ -51,8 +55,7 @@ class PackingDSConv(InvertedResidual):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
-        out = self.mvk_fused(x)
-        return efficientvit_mit.DSConv.forward(self, x) if out is None else out
+        return efficientvit_mit.DSConv.forward(self, x)
 
 
 def _of_bottleneck(block: Any) -> list[Part]:
@@ -75,13 +78,8 @@ def of_efficientvit(*parts: Any) -> list[Part]:
     """What EfficientViT's ``ConvNormAct`` modules are made of; empty if one is more than that now."""
     if any(not_own(part, efficientvit_mit.ConvNormAct) for part in parts):
         return []
-    if any(part.dropout.training or not_plain(part.dropout, nn.Dropout, "it") for part in parts):
-        return []
-    return [(part.conv, _norm(part.norm), (*after(part.norm), part.act)) for part in parts]
-
-
-def _norm(norm: Any) -> Any:
-    return None if type(norm) is nn.Identity else norm
+    found = [part_of_efficientvit(part) for part in parts]
+    return [part for part in found if part is not None] if None not in found else []
 
 
 FORMS = {

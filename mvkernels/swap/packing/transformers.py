@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer, MobileViTInvertedResidual
 
 from mvkernels.swap.folding.transformers import after
-from mvkernels.swap.packing.blocks import InvertedResidual, Part, not_own
+from mvkernels.swap.packing.blocks import InvertedResidual, not_own
+from mvkernels.swap.packing.layers import Part
 
 
 class PackingInvertedResidual(InvertedResidual):
@@ -22,10 +23,14 @@ class PackingInvertedResidual(InvertedResidual):
             return []
         return [(part.convolution, part.normalization, after(part)) for part in parts]
 
+    @staticmethod
+    def mvk_adds(block: Any) -> bool:
+        """Where it has a residual."""
+        return bool(block.use_residual)
+
     def forward(self: Any, features: Tensor) -> Tensor:
         """As the original's."""
-        out = self.mvk_fused(features, adds=self.use_residual)
-        return MobileViTInvertedResidual.forward(self, features) if out is None else out
+        return MobileViTInvertedResidual.forward(self, features)
 
 
 FORMS = {MobileViTInvertedResidual: PackingInvertedResidual}

@@ -1,0 +1,125 @@
+"""Plans: what the call of a module on packed weights will do, found out once and kept while nothing has changed.
+
+Examining a module and packing its weights takes from a tenth of a millisecond to several. So both are done once, and
+before each call a few comparisons show whether the module, one of its parts or a tensor has changed since. Plans are
+kept outside of the modules: neither a state_dict nor a copy or a pickle of a model has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.dispatch import extension
+from mvkernels.dispatch.backend import requested
+from mvkernels.swap.eligibility import unusual_call
+
+Run = Callable[[Tensor], Tensor]
+"""The work of a module on packed weights. It may refer to parts of the module, which the plan looks after, and not to
+the module itself, which it would keep alive."""
+Keep = Callable[[Tensor], Tensor]
+"""Notes a packed tensor as one of the plan's, and returns it."""
+
+_data_ptr, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Plan:
+    """What a module's calls do, with the weights packed for it and the state of the module that it is right for."""
+
+    def __init__(self, module: Any) -> None:
+        self.weights: list[Tensor] = []
+        self._parts = tuple(part for part in module.modules() if part is not module)
+        assert extension.module is not None
+        self._objects = extension.module.module_state(module, self._parts)
+        self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        self._methods = [
+            (kind, name, getattr(kind, name))
+            for kind in {module.mvk_original, *map(type, self._parts)}
+            for name in ("forward", *module.mvk_methods)
+            if hasattr(kind, name)
+        ]
+        self._set = extension.instruction_set()
+        self._marks = self._marks_now()
+        self.run: Run | None = module.mvk_plan(self._keep)
+
+    def _keep(self, weights: Tensor) -> Tensor:
+        self.weights.append(weights)
+        return weights
+
+    def _marks_now(self) -> Any:
+        """What shows a change of a tensor that is the same object: other memory (``.data``, ``.to``), its version
+        counter (an optimizer's step, ``load_state_dict``, ``copy_``). None if one has no such counter."""
+        try:
+            return [*map(_data_ptr, self._tensors)], [*map(_version, self._tensors)]
+        except RuntimeError:  # made under torch.inference_mode
+            return None
+
+    def holds(self, module: Any) -> bool:
+        """Whether nothing has changed since: no attribute, hook, parameter, buffer or method of the module and its parts.
+
+        What is not seen: values written through ``.data``, a NumPy view or another tensor made by ``detach()`` under
+        ``torch.inference_mode``; :func:`forget` is for these.
+        """
+        marks = self._marks_now()
+        return (
+            marks is not None
+            and marks == self._marks
+            and extension.module is not None
+            and extension.module.has_module_state(module, self._parts, self._objects)
+            and all(getattr(kind, name) is method for kind, name, method in self._methods)
+            and self._set == extension.instruction_set()
+        )
+
+
+_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def run_of(module: Any, x: Any) -> Run | None:
+    """What does the work of ``module`` on packed weights for the input x; None if its own forward has to run."""
+    if (
+        not_now()
+        or unusual_call(x, axes=module.mvk_axes)
+        or x.dtype != torch.float32
+        or not x.is_cpu
+        or not x.numel()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    plan = _plans.get(module)
+    if plan is not None and plan.holds(module):
+        return plan.run
+    with torch.no_grad():
+        plan = Plan(module)
+    # One without a run is not kept: whatever replaced a forward may refer to the module.
+    if plan.run is None:
+        _plans.pop(module, None)
+    else:
+        _plans[module] = plan
+    return plan.run
+
+
+def not_now() -> str:
+    """Why the operators of the C++ extension are not to be used, whatever the input; empty if they are."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return "the compiler fuses by itself"
+    if torch.is_grad_enabled():
+        return "a gradient may be needed"
+    if extension.module is None or requested(None) not in ("auto", "cpp"):
+        return "it is for the C++ backend"
+    return ""
+
+
+def forget(model: nn.Module) -> None:
+    """Drop the plans of all modules of ``model`` with their weights: they are made again in the next call."""
+    for module in model.modules():
+        _plans.pop(module, None)
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of the packed weights of ``model``."""
+    plans = [_plans[module] for module in model.modules() if module in _plans]
+    return sum(w.numel() * w.element_size() for plan in plans for w in plan.weights)
