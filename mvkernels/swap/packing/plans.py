@@ -59,7 +59,7 @@ class Plan:
             return None
 
     def holds(self, module: Any) -> bool:
-        """Whether nothing has changed since: no attribute, hook, parameter, buffer or method of the module and its parts.
+        """Whether nothing has changed since: no attribute, hook, tensor or method of the module and its parts.
 
         What is not seen: values written through ``.data``, a NumPy view or another tensor made by ``detach()`` under
         ``torch.inference_mode``; :func:`forget` is for these.
