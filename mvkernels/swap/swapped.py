@@ -11,8 +11,10 @@ import functools
 from types import CellType, FunctionType
 from typing import Any, cast
 
+import torch
 from torch import nn
 
+from mvkernels.swap.packing import compiled
 from mvkernels.swap.packing.plans import Keep, Run, run_of
 
 _made: dict[tuple[type, type], type[nn.Module]] = {}
@@ -30,6 +32,8 @@ class Swapped:
     mvk_backend: str | None = None
     mvk_packs: bool = False
     """Whether calls run on packed weights at inference, where ``mvk_plan`` can make a plan for them."""
+    mvk_unpacked: type
+    """The form of which it is the variant that packs weights."""
     mvk_axes: int = 4
     """Axes of the input of such calls."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
@@ -37,6 +41,13 @@ class Swapped:
 
     def mvk_plan(self, keep: Keep) -> Run | None:
         """What the calls of the module do on packed weights, in the state that it is in; None if they cannot."""
+        return None
+
+    def mvk_sizes(self) -> tuple[int, int] | None:
+        """The channels of the result and the stride, by which the sides of a map are divided and rounded up.
+
+        None if they are not known: graphs of torch.compile then have the module's own operations in them.
+        """
         return None
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -50,7 +61,7 @@ class Swapped:
         if type(self) is _made.get((self.mvk_original, self.mvk_form)):
             # Found by its name it would be the original.
             form = self.mvk_form
-            how, of = _blank, (self.mvk_original, form.__bases__[0] if self.mvk_packs else form, self.mvk_packs)
+            how, of = _blank, (self.mvk_original, form.mvk_unpacked if self.mvk_packs else form, self.mvk_packs)
         return how, of, *rest
 
 
@@ -62,11 +73,24 @@ def packing(form: type) -> type:
     if form not in _packing:
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            run = run_of(self, args[0]) if len(args) == 1 and not kwargs else None
-            return form.forward(self, *args, **kwargs) if run is None else run(args[0])  # type: ignore[attr-defined]
+            if len(args) == 1 and not kwargs:
+                if torch.compiler.is_compiling():
+                    out = compiled.call(self, args[0])
+                    if out is not None:
+                        return out
+                else:
+                    run = run_of(self, args[0])
+                    if run is not None:
+                        return run(args[0])
+            return form.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
         plans = form.mvk_plan is not Swapped.mvk_plan  # type: ignore[attr-defined]
-        namespace = {"mvk_packs": True, "__doc__": form.__doc__, **({"forward": forward} if plans else {})}
+        namespace = {
+            "mvk_packs": True,
+            "mvk_unpacked": form,
+            "__doc__": form.__doc__,
+            **({"forward": forward} if plans else {}),
+        }
         _packing[form] = type(form.__name__, (form,), namespace)
     return _packing[form]
 

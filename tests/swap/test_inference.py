@@ -294,11 +294,62 @@ def test_the_export_is_the_plain_graph(small):
     torch.testing.assert_close(exported.module()(x), logits(small, x), rtol=1e-3, atol=1e-4)
 
 
-def test_compiled_it_is_the_original(small):
+def targets(model, x):
+    """The operators in the graphs that torch.compile makes of a call without gradients, and the compiled model."""
+    seen = []
+
+    def note(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=note, fullgraph=True)
+    logits(compiled, x)
+    return seen, compiled
+
+
+def test_compiled_the_graph_calls_what_an_eager_call_does_and_follows_every_change(model):
+    x = picture(model)
+    report = swap(model, inference=True)
+    plain = copy.deepcopy(model)
+    unswap(plain)
+    seen, compiled = targets(model, x)
+    assert len([t for t in seen if "packed" in t]) > 5 and not [t for t in seen if "pack." in t]
+    torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-4, atol=1e-4)
+    assert report.packed_bytes
+    for change in (average, statistics):
+        change(model), change(plain)
+        found, wanted = logits(compiled, x), logits(plain, x)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "transformers"])
+def test_compiled_by_inductor_for_any_size(name):
+    model = make(name)
+    plain = copy.deepcopy(model)
+    swap(model, inference=True)
+    compiled = torch.compile(model, dynamic=True)
+    for side in (64, 96, 60):
+        x = picture(model, side)
+        wanted = logits(plain, x)
+        torch.testing.assert_close(logits(compiled, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_hook_is_called_in_a_compiled_model_too(small):
+    swap(small, inference=True)
+    x = picture(small)
+    _, compiled = targets(small, x)
+    seen = []
+    with small.stages[0][0].conv2_kxk.register_forward_hook(lambda m, given, out: seen.append(out.shape)):
+        logits(compiled, x)
+    assert seen
+
+
+def test_compiled_with_gradients_it_is_the_original(small):
     swap(small, inference=True)
     x = picture(small)
     compiled = torch.compile(small, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, x), logits(small, x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled(x), small(x), rtol=1e-3, atol=1e-4)
 
 
 def test_the_same_bits_on_threads_and_in_a_batch(small):

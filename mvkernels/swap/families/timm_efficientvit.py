@@ -38,6 +38,10 @@ class SwappedLiteMLA(Swapped):
 
     mvk_methods = ("_conv_forward", "_attn")
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The projection's channels."""
+        return self.proj.conv.out_channels, 1
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
         projections = of_efficientvit(self.qkv, self.proj)

@@ -100,6 +100,11 @@ def _why_not_now(block: Any) -> str:
 class SwappedMobileVitBlock(Swapped):
     """A ``MobileVitBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
+    def mvk_sizes(self: Any) -> tuple[int, int] | None:
+        """The last convolution's channels, if the first one keeps the sides."""
+        last: Any = self.conv_proj if self.conv_fusion is None else self.conv_fusion
+        return (last.conv.out_channels, 1) if self.conv_kxk.conv.stride == (1, 1) else None
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
         reason, layers = _examine(self)

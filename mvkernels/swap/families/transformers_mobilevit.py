@@ -10,6 +10,7 @@ from transformers.models.mobilevit.modeling_mobilevit import (
     MobileViTAttention,
     MobileViTConvLayer,
     MobileViTIntermediate,
+    MobileViTInvertedResidual,
     MobileViTLayer,
     MobileViTOutput,
     MobileViTSelfAttention,
@@ -110,6 +111,14 @@ class SwappedMobileViTLayer(Swapped):
     """A ``MobileViTLayer`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
     mvk_methods = ("_conv_forward", "unfolding", "folding")
+
+    def mvk_sizes(self: Any) -> tuple[int, int] | None:
+        """The fusion's channels, the stride of the block at the beginning."""
+        down = self.downsampling_layer
+        known = down is None or not not_own(down, MobileViTInvertedResidual)
+        if self.conv_kxk.convolution.stride != (1, 1) or not known:
+            return None
+        return self.fusion.convolution.out_channels, 1 if down is None else down.conv_3x3.convolution.stride[0]
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""

@@ -22,6 +22,13 @@ class Folding(Swapped):
     mvk_pairs: tuple[tuple[str, str], ...] = ()
     """The names of convolutions with those of the norms after them."""
 
+    def mvk_sizes(self) -> tuple[int, int] | None:
+        """Those of the one convolution."""
+        if len(self.mvk_pairs) != 1:
+            return None
+        conv: Any = getattr(self, self.mvk_pairs[0][0])
+        return conv.out_channels, conv.stride[0]
+
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module has nothing to fold; empty if it has."""

@@ -56,6 +56,10 @@ class FoldingConvMlpWithNorm(Folding):
 
     mvk_pairs = (("fc1", "norm1"), ("fc2", "norm2"))
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Those of the second convolution, after a first one of stride 1."""
+        return self.fc2.out_channels, 1
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
         widen = layers.convolution((self.fc1, self.norm1, (*after(self.norm1), self.act, self.drop)), keep)

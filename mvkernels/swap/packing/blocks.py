@@ -38,6 +38,11 @@ class InvertedResidual(Folding):
         """Why such a module is no inverted residual; empty if it is."""
         return "" if layers.inverted(cls.mvk_parts(module)) else "it is no inverted residual"
 
+    def mvk_sizes(self) -> tuple[int, int]:
+        """The last convolution's channels, the depthwise one's stride."""
+        (depthwise, _, _), (project, _, _) = self.mvk_parts(self)[-2:]
+        return project.out_channels, depthwise.stride[0]
+
     def mvk_plan(self, keep: Keep) -> Run | None:
         """The block in one kernel."""
         return layers.inverted_residual_of(self.mvk_parts(self), self.mvk_adds(self), keep)

@@ -89,6 +89,11 @@ def run_of(module: Any, x: Any) -> Run | None:
         or torch.is_autocast_enabled("cpu")
     ):
         return None
+    return run_for_now(module)
+
+
+def run_for_now(module: Any) -> Run | None:
+    """:func:`run_of` for an input that it takes."""
     plan = _plans.get(module)
     if plan is not None and plan.holds(module):
         return plan.run
