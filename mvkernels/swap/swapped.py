@@ -60,7 +60,7 @@ class Swapped:
         how, of, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(max(int(protocol), 2)))
         if type(self) is _made.get((self.mvk_original, self.mvk_form)):
             # Found by its name it would be the original.
-            form = self.mvk_form
+            form: Any = self.mvk_form
             how, of = _blank, (self.mvk_original, form.mvk_unpacked if self.mvk_packs else form, self.mvk_packs)
         return how, of, *rest
 
