@@ -58,8 +58,8 @@ PyObject* has_module_state(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "OO!O!", &module, &PyTuple_Type, &parts, &PyTuple_Type, &state)) return nullptr;
   const Py_ssize_t size = PyTuple_Size(state);
   Py_ssize_t i = 0;
-  const bool same = see_modules(
-      module, parts, [&](PyObject* object) { return i < size && PyTuple_GetItem(state, i++) == object; });
+  const bool same =
+      see_modules(module, parts, [&](PyObject* object) { return i < size && PyTuple_GetItem(state, i++) == object; });
   if (PyErr_Occurred()) return nullptr;
   return PyBool_FromLong(same && i == size);
 }

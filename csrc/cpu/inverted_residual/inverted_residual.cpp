@@ -4,7 +4,7 @@
 // is kept: the rows that the next few output rows need, with the padding's zeros at both ends, so that the tiles of the
 // expansion write it and the depthwise convolution reads it contiguously. What the convolution gives for some panels is the
 // left factor of the projection, which sums over such groups of panels in the output. The hidden map, four or six times as
-// large as the block's input, never leaves L2; input and output move once, weights once for each strip of rows.
+// large as the block's input, never leaves L2, unless there is no projection and it is the result; input and output move once, weights once for each strip of rows.
 #include "inverted_residual/inverted_residual.h"
 
 #include "common/activate.h"
@@ -90,8 +90,32 @@ struct Block {
   int64_t rows_of(int64_t outputs) const { return (outputs - 1) * a.stride + s.kernel; }
 };
 
+// Dynamic ReLU: max(slope 0 * x, slope 1 * x) of a panel's rows. The slopes of all channels follow each other, those of each kind
+// in whole panels.
+static void bend_rows(const Block& k, const float* slopes, int64_t panel, float* p, int64_t rows, int64_t ld) {
+  const float *first = slopes + panel * P, *second = first + k.panels * P;
+  for (int64_t v = 0; v < vectors_of(k.s.hidden, panel); ++v) {
+    const vf a = load<float>(first + v * W<float>), b = load<float>(second + v * W<float>);
+    float* at = p + v * W<float>;
+    for (int64_t i = 0; i < rows; ++i, at += ld) {
+      const vf x = load<float>(at);
+      store<float>(at, maximum<float>(a * x, b * x));
+    }
+  }
+}
+
+// The slopes of a picture, (2, hidden), with zeros after the last channels.
+static const float* padded_slopes(const Block& k, const float* slopes, int64_t picture, float* to) {
+  if (!slopes) return nullptr;
+  const int64_t ld = k.panels * P;
+  memset(to, 0, 2 * ld * sizeof(float));
+  for (int64_t i = 0; i < 2; ++i)
+    memcpy(to + i * ld, slopes + (picture * 2 + i) * k.s.hidden, k.s.hidden * sizeof(float));
+  return to;
+}
+
 // Row y of the input, expanded and activated, or as it is, into the ring of a panel.
-static void expand_row(const Block& k, const float* x, int64_t panel, float* to) {
+static void expand_row(const Block& k, const float* x, int64_t panel, const float* slopes, float* to) {
   const InvertedResidualSizes& s = k.s;
   const int64_t vectors = vectors_of(s.hidden, panel);
   if (!s.expands) {
@@ -104,10 +128,13 @@ static void expand_row(const Block& k, const float* x, int64_t panel, float* to)
   End<float> end;
   end.bias = k.a.packed + s.expand_bias() + panel * P;
   product_in_parts<float>(int(vectors), k.a.W, s.inputs, x, k.a.in.x, w, P, to, P, end);
-  activate_rows(k.a.activation, to, k.a.W, vectors, P);
+  activate_rows(k.a.before, to, k.a.W, vectors, P);
+  if (slopes) bend_rows(k, slopes, panel, to, k.a.W, P);
 }
 
-static void depthwise(const Block& k, const float* const* from, int64_t panel, float* to) {
+// One row of the output for a panel, whose pixels are `ld` apart.
+static void depthwise(
+    const Block& k, const float* const* from, int64_t panel, const float* slopes, float* to, int64_t ld) {
   const InvertedResidualSizes& s = k.s;
   const float* w = k.a.packed + s.depthwise() + panel * P * s.kernel * s.kernel;
   const float* bias = k.a.packed + s.depthwise_bias() + panel * P;
@@ -121,10 +148,21 @@ static void depthwise(const Block& k, const float* const* from, int64_t panel, f
     for (int64_t v = 0; v < vectors; ++v) {
       const float* rows[5];
       for (int64_t i = 0; i < s.kernel; ++i) rows[i] = from[i] + v * W<float>;
-      row(rows, w + v * W<float>, load<float>(bias + v * W<float>), k.a.Wo, to + v * W<float>, k.lda);
+      row(rows, w + v * W<float>, load<float>(bias + v * W<float>), k.a.Wo, to + v * W<float>, ld);
     }
-    if (!many) activate_rows(k.a.activation, to, k.a.Wo, vectors, k.lda);
+    if (!many) activate_rows(k.a.activation, to, k.a.Wo, vectors, ld);
   });
+  if (slopes) bend_rows(k, slopes, panel, to, k.a.Wo, ld);
+}
+
+// The same into a map that has the hidden channels, by the way of `row` where they do not fill the panel's vectors.
+static void depthwise_to_map(
+    const Block& k, const float* const* from, int64_t panel, const float* slopes, float* row, float* to) {
+  const int64_t channels = k.s.hidden - panel * P, some = channels < P ? channels : P;
+  to += panel * P;
+  if (some == vectors_of(k.s.hidden, panel) * W<float>) return depthwise(k, from, panel, slopes, to, k.a.out.x);
+  depthwise(k, from, panel, slopes, row, k.lda);
+  for (int64_t i = 0; i < k.a.Wo; ++i) put_channels(row + i * k.lda, some, nullptr, to + i * k.a.out.x);
 }
 
 // Output rows y0 .. y1 (+)= the panels g0 .. g1 of the hidden channels times their rows of the projection. Whole vectors of
@@ -173,12 +211,13 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
   const int64_t rings = k.panels * k.ring_rows * k.row_size, pixels = k.strip * a.Wo;
   arena.reset(
       Arena::bytes<float>(k.row_size) + Arena::bytes<float>(rings) + Arena::bytes<float>(pixels * k.lda) +
-          Arena::bytes<float>(pixels * W<float>),
+          Arena::bytes<float>(pixels * W<float>) + Arena::bytes<float>(4 * k.panels * P),
       a.poison);
   float* zeros = arena.take<float>(k.row_size);
   float* ring = arena.take<float>(rings);
   float* group = arena.take<float>(pixels * k.lda);
   float* rest = arena.take<float>(pixels * W<float>);
+  float* slopes = arena.take<float>(4 * k.panels * P);
   memset(zeros, 0, k.row_size * sizeof(float));
   for (int64_t i = 0; i < k.panels * k.ring_rows; ++i) {
     memset(ring + i * k.row_size, 0, k.pad * P * sizeof(float));
@@ -188,6 +227,8 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
     const int64_t picture = unit / a.chunks, chunk = unit % a.chunks;
     const int64_t first = a.Ho * chunk / a.chunks, last = a.Ho * (chunk + 1) / a.chunks;
     const float* x = a.in.data + picture * a.in.b;
+    const float* slopes_before = padded_slopes(k, a.slopes_before, picture, slopes);
+    const float* slopes_after = padded_slopes(k, a.slopes, picture, slopes + 2 * k.panels * P);
     float* out = a.out.data + picture * a.out.b;
     int64_t done = first * a.stride - k.pad;  // the rows before this one are in the rings, if they are needed
     if (done < 0) done = 0;
@@ -200,17 +241,20 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
         for (int64_t panel = g; panel < g1; ++panel) {
           float* rows = ring + panel * k.ring_rows * k.row_size;
           for (int64_t y = done; y < need; ++y)
-            expand_row(k, x + y * a.in.y, panel, rows + y % k.ring_rows * k.row_size + k.pad * P);
+            expand_row(k, x + y * a.in.y, panel, slopes_before, rows + y % k.ring_rows * k.row_size + k.pad * P);
           for (int64_t y = y0; y < y1; ++y) {
             const float* from[5];
             for (int64_t i = 0; i < s.kernel; ++i) {
               const int64_t at = y * a.stride - k.pad + i;
               from[i] = at < 0 || at >= a.H ? zeros : rows + at % k.ring_rows * k.row_size;
             }
-            depthwise(k, from, panel, group + (y - y0) * a.Wo * k.lda + (panel - g) * P);
+            if (s.outputs)
+              depthwise(k, from, panel, slopes_after, group + (y - y0) * a.Wo * k.lda + (panel - g) * P, k.lda);
+            else
+              depthwise_to_map(k, from, panel, slopes_after, group, out + y * a.out.y);
           }
         }
-        project(k, g, g1, y0, y1, x, group, rest, out);
+        if (s.outputs) project(k, g, g1, y0, y1, x, group, rest, out);
       }
       done = need;
     }

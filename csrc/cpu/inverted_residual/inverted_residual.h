@@ -11,7 +11,9 @@ namespace mvk {
 // The sizes of a block's weights, which packed weights begin with.
 struct InvertedResidualSizes {
   int64_t panel;  // columns of a panel: of an instruction set
-  int64_t inputs, hidden, outputs, kernel;
+  int64_t inputs, hidden;
+  int64_t outputs;  // 0 if there is no projection: the result is the hidden map
+  int64_t kernel;
   int64_t expands;  // 1, or 0 if the depthwise convolution is the first
 
   MVK_SHARED int64_t panels(int64_t channels) const { return (channels + panel - 1) / panel; }
@@ -39,7 +41,9 @@ struct InvertedResidual {
   const float* packed;
   PixelMap in, out;
   int64_t B, H, W, Ho, Wo, stride;
-  Activation activation;
+  Activation before, activation;  // after the expansion and after the depthwise convolution
+  // Of a dynamic ReLU after each of the two, in place of its activation, (B, 2, hidden): max(slope 0 * x, slope 1 * x). May be null.
+  const float *slopes_before, *slopes;
   bool residual;
   int64_t chunks;  // of the rows of a picture of the output; a unit of work is one (picture, chunk)
   bool poison;     // fill scratch memory with NaN (tests)

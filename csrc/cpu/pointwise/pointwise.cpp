@@ -1,6 +1,6 @@
 // The 1x1 convolution, or linear layer, on CPUs, with a LayerNorm before and an activation and a residual after it.
 //
-// A unit is a block of pixels, rows of channels. They are normalised into scratch memory, if there is a norm, and multiplied by the
+// A unit is a block of pixels, rows of channels. They are normalised, or gated, into scratch memory and multiplied by the
 // weights, panel by panel: a panel stays in L1 while the rows pass. Input and output move once, weights once for each block.
 #include "pointwise/pointwise.h"
 
@@ -28,11 +28,23 @@ static void pack(const PointwiseWeights& w) {
   }
 }
 
+// The rows times a gate.
+static void gate_rows(PixelRows from, int64_t count, int64_t channels, const float* gate, float* to, int64_t ld) {
+  const int64_t whole = channels / W<float> * W<float>;
+  for (int64_t n = 0; n < count; ++n, to += ld) {
+    const float* row = from.from(n).data;
+    for (int64_t c = 0; c < whole; c += W<float>) store<float>(to + c, load<float>(row + c) * load<float>(gate + c));
+    if (const int left = int(channels - whole))
+      store<float>(to + whole, load_partial<float>(row + whole, left) * load_partial<float>(gate + whole, left));
+  }
+}
+
 static void forward(const Pointwise& a, int64_t begin, int64_t end) {
   const PointwiseSizes& s = a.sizes;
   const int64_t ld = leading<float>(s.inputs);
-  arena.reset(Arena::bytes<float>(s.normed ? a.block * ld : 0) + Arena::bytes<float>(kPart * P), a.poison);
-  float* normed = arena.take<float>(s.normed ? a.block * ld : 0);
+  const int64_t changed = s.normed || a.gate ? a.block * ld : 0;
+  arena.reset(Arena::bytes<float>(changed) + Arena::bytes<float>(kPart * P), a.poison);
+  float* rows = arena.take<float>(changed);
   float* panel = arena.take<float>(kPart * P);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t line = unit / a.blocks(), block = unit % a.blocks();
@@ -42,10 +54,9 @@ static void forward(const Pointwise& a, int64_t begin, int64_t end) {
       return PixelRows{map.data ? map.data + line / a.H * map.b + line % a.H * map.y + first * map.x : nullptr, map.x};
     };
     PixelRows in = at(a.in);
-    if (s.normed) {
-      normalise_rows(in.data, in.step, count, s.inputs, float(a.eps), normed, ld);
-      in = {normed, ld};
-    }
+    if (s.normed) normalise_rows(in.data, in.step, count, s.inputs, float(a.eps), rows, ld);
+    if (a.gate) gate_rows(in, count, s.inputs, a.gate + line / a.H * s.inputs, rows, ld);
+    if (changed) in = {rows, ld};
     rows_product(
         count, s.inputs, s.outputs, in.data, in.step, a.packed + s.weights(), a.packed + s.bias(), a.activation,
         at(a.out), at(a.residual), panel);

@@ -32,6 +32,7 @@ struct Pointwise {
   PointwiseSizes sizes;
   const float* packed;
   PixelMap in, out, residual;  // residual: data are null without
+  const float* gate;           // (B, inputs): factors of the input's channels; may be null
   int64_t H, W;
   double eps;  // of the norm
   Activation activation;

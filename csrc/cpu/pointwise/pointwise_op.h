@@ -34,10 +34,12 @@ bool joined(const PixelMap& map, int64_t batch, int64_t height, int64_t width) {
   return joined(map, height, width) && (!map.data || batch == 1 || map.b == height * width * map.x);
 }
 
-// (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual) -> Tensor, channels-last
+// (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual, Tensor? gate) -> Tensor,
+// channels-last
 void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   using torch::stable::detail::to;
   Tensor x = take(stack[0]), packed = take(stack[1]), plus = take_optional(stack[6]);
+  Tensor gate = take_optional(stack[7]);
   const PointwiseKernels& kernels = *current->pointwise;
   Pointwise a{};
   Tensor room, room_plus;
@@ -48,12 +50,15 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   a.eps = to<double>(stack[4]), a.activation = Activation(to<int64_t>(stack[5])), a.poison = poison;
   a.packed = packed_weights(kPointwise, packed, a.sizes);
   require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
+  require(!gate || !a.sizes.normed, kPointwise, "a gate stands in the place of a norm");
+  a.gate = weight(kPointwise, gate, n[0] * n[1], true);
   Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
   a.out = pixel_map(kPointwise, out);
   a.residual = residual_rows(kPointwise, plus, out, room_plus);
   if (n[0]) {
     const bool picture = joined(a.in, a.H, a.W) && joined(a.residual, a.H, a.W);
-    const bool all = joined(a.in, n[0], a.H, a.W) && joined(a.residual, n[0], a.H, a.W);
+    // A gate is a picture's.
+    const bool all = (!a.gate || n[0] == 1) && joined(a.in, n[0], a.H, a.W) && joined(a.residual, n[0], a.H, a.W);
     // Rows of pictures that are lines of their own have a height; otherwise one line is as high as a picture.
     a.lines = all ? 1 : picture ? n[0] : n[0] * a.H;
     a.length = n[0] * a.H * a.W / a.lines;

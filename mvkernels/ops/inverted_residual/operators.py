@@ -12,15 +12,15 @@ from mvkernels.ops.common.packed import HEADER, wide
 _NAME = "inverted_residual"
 
 
-def packed_size(expand: Tensor | None, depthwise: Tensor, project: Tensor) -> int:
+def packed_size(expand: Tensor | None, depthwise: Tensor, project: Tensor | None) -> int:
     """Elements of these weights packed: as ``count`` in csrc/cpu/inverted_residual/inverted_residual.h."""
-    hidden, outputs, taps = depthwise.shape[0], project.shape[0], depthwise.shape[2] ** 2
+    hidden, outputs, taps = depthwise.shape[0], 0 if project is None else project.shape[0], depthwise.shape[2] ** 2
     size = HEADER + wide(hidden) * (taps + 1) + wide(outputs) * (hidden + 1)
     return size if expand is None else size + wide(hidden) * (expand.shape[1] + 1)
 
 
 def _fake_pack(
-    expand: Tensor | None, expand_bias: Any, depthwise: Tensor, depthwise_bias: Any, project: Tensor, project_bias: Any
+    expand: Tensor | None, expand_bias: Any, depthwise: Tensor, depthwise_bias: Any, project: Tensor | None, *_: Any
 ) -> Tensor:
     return depthwise.new_empty(packed_size(expand, depthwise, project))
 
@@ -34,7 +34,7 @@ def _size(x: Any, stride: int) -> tuple[int, int, int]:
 def _fake(
     x: Tensor, packed: Tensor, hidden: int, outputs: int, kernel: int, expands: bool, stride: int, *_: Any
 ) -> Tensor:
-    return x.new_empty((*_size(x.shape, stride), outputs)).permute(0, 3, 1, 2)
+    return x.new_empty((*_size(x.shape, stride), outputs or hidden)).permute(0, 3, 1, 2)
 
 
 def _count(
@@ -45,10 +45,13 @@ def _count(
     return 2 * (expansion + b * height * width * hidden * (kernel**2 + outputs))
 
 
-_WEIGHTS = "(Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor project, "
+_WEIGHTS = "(Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor? project, "
 _WEIGHTS += "Tensor? project_bias) -> Tensor"
 pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
 
+# outputs is 0 without a projection: the result is the activated map of the depthwise convolution. `before` is the
+# activation of the expansion, -1 for the same. Slopes (B, 2, hidden) are those of a dynamic ReLU after the expansion and
+# after the depthwise convolution, max(slopes[:, 0] x, slopes[:, 1] x), in addition to the activations.
 _CALL = "(Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, "
-_CALL += "bool residual) -> Tensor"
+_CALL += "bool residual, int before=-1, Tensor? slopes_before=None, Tensor? slopes=None) -> Tensor"
 forward = library.define("cpp", _NAME, _CALL, _fake, count=_count)
