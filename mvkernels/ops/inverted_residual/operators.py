@@ -50,7 +50,7 @@ _WEIGHTS += "Tensor? project_bias) -> Tensor"
 pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
 
 # outputs is 0 without a projection: the result is the activated map of the depthwise convolution. `before` is the
-# activation of the expansion, -1 for the same. Slopes (B, 2, hidden) are those of a dynamic ReLU after the expansion and
+# activation of the expansion, -1 for the same. Slopes (B, 2, hidden) are of a dynamic ReLU after the expansion and
 # after the depthwise convolution, max(slopes[:, 0] x, slopes[:, 1] x), in addition to the activations.
 _CALL = "(Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, "
 _CALL += "bool residual, int before=-1, Tensor? slopes_before=None, Tensor? slopes=None) -> Tensor"
