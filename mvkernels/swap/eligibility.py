@@ -54,13 +54,22 @@ def class_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def class_of(module: Any) -> type:
+    """The class of the module, of a swapped one its original: that computes the same.
+
+    A class that other code has derived from a swapped one (a parametrization, ``fully_shard``) is a class of its own.
+    """
+    kind = type(module)
+    return kind.mvk_original if getattr(kind, "mvk_class", None) is kind else kind
+
+
 def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     """``module`` must be exactly a ``kind``, with its class's own forward and no hooks.
 
     Subclasses, parametrizations, adapters and quantized layers have another type; the old weight_norm
     and pruning work through hooks.
     """
-    if type(module) is not kind:
+    if class_of(module) is not kind:
         return f"{what} is a {class_name(type(module))}, want a plain {class_name(kind)}"
     return replaced(kind, "forward") or not_hooked(module, what)
 

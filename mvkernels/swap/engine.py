@@ -32,7 +32,8 @@ class Family:
     class_name: str
     adapter: str
     """The file of families/ that has ``SWAPPED``, the fused form, or ``form(module)`` for several classes, and
-    ``why_not(module) -> str``."""
+    ``why_not(module) -> str``; and ``CALLS_PARTS = True`` if the form calls the parts of the module as the original
+    does, so that these may have forms of their own."""
     parameters: tuple[str, ...] | None = None
     """The names of the forward's parameters after self, if it has more than one."""
 

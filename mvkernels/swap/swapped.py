@@ -29,13 +29,17 @@ class Swapped:
 
     mvk_original: type[nn.Module]
     mvk_form: type
+    mvk_class: type[nn.Module]
+    """The class that a swap made, also in classes derived from it."""
     mvk_backend: str | None = None
     mvk_packs: bool = False
     """Whether calls run on packed weights at inference, where ``mvk_plan`` can make a plan for them."""
     mvk_unpacked: type
     """The form of which it is the variant that packs weights."""
-    mvk_axes: int = 4
-    """Axes of the input of such calls."""
+    mvk_axes: int | None = 4
+    """Axes of the input of such calls; None for any number from two on."""
+    mvk_calls: tuple[str, ...] = ()
+    """The parts that such calls run as modules. They do the work of all others themselves."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
     """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
 
@@ -118,6 +122,7 @@ def swapped_class(original: type[nn.Module], form: type) -> type[nn.Module]:
     }
     meta: Any = type(original)
     made = _made[original, form] = meta(original.__name__, (form, original), namespace)
+    made.mvk_class = made
     return made
 
 

@@ -17,6 +17,8 @@ from mvkernels.swap.timm_parts import qkv_of, scale_of
 
 _STEPS = ("_reshape_input", "_reshape_projected_query", "_reshape_output")
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this attention in its current state; empty if it can."""

@@ -15,6 +15,8 @@ from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_pla
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import bias_of, not_position, qkv_of, scale_of
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this ``Attention2d`` in its current state; empty if it can."""

@@ -12,6 +12,8 @@ from mvkernels.swap.eligibility import asked, log_once, replaced, unusual_call
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import scale_of
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this ``ConvAttention`` in its current state; empty if it can."""

@@ -16,6 +16,8 @@ from mvkernels.swap.position_biases import as_map, attend
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.windows import channels_last
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this ``Attention`` in its current state; empty if it can."""

@@ -16,6 +16,8 @@ from mvkernels.swap.eligibility import asked, log_once, not_its_own, replaced, u
 from mvkernels.swap.position_biases import attend
 from mvkernels.swap.swapped import Swapped
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused form cannot replace this ``Attention2dDownsample`` in its current state; empty if it can."""

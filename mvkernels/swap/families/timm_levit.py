@@ -13,6 +13,8 @@ from mvkernels.swap.windows import channels_last
 
 __all__ = ["form", "why_not"]
 
+CALLS_PARTS = True
+
 
 def _maps(self: Any, projected: Tensor) -> Tensor:
     return projected.unflatten(1, (self.num_heads, -1)) if self.use_conv else as_map(projected, self.num_heads)

@@ -34,6 +34,8 @@ from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import bias_of, not_position, qkv_of, scale_of
 from mvkernels.swap.windows import channels_last
 
+CALLS_PARTS = True
+
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this block in its current state; empty if it can."""

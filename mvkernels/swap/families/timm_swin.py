@@ -15,6 +15,8 @@ from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import WINDOW_PARTS, declines, scale_of
 from mvkernels.swap.windows import attend_in_windows, gathered, maps_of
 
+CALLS_PARTS = True
+
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``SwinTransformerBlock`` in its current state; empty if it can."""

@@ -17,6 +17,8 @@ from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import WINDOW_PARTS, declines
 from mvkernels.swap.windows import attend_in_windows, gathered, maps_of
 
+CALLS_PARTS = True
+
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``SwinTransformerV2Block`` in its current state; empty if it can."""

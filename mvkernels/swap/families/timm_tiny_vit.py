@@ -17,6 +17,8 @@ from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import scale_of
 from mvkernels.swap.windows import attend_in_windows, gathered, map_of
 
+CALLS_PARTS = True
+
 
 def why_not(block: Any) -> str:
     """Why the fused form cannot replace this ``TinyVitBlock`` in its current state; empty if it can."""

@@ -22,6 +22,8 @@ from mvkernels.swap.transformers_windows import before_norm, declines, not_atten
 _KINDS = (DonutSwinAttention, DonutSwinSelfAttention, DonutSwinSelfOutput)
 _METHODS = ("set_shift_and_window_size", "get_attn_mask", "maybe_pad")
 
+CALLS_PARTS = True
+
 
 def why_not(layer: Any) -> str:
     """Why the fused form cannot replace this ``DonutSwinLayer`` in its current state; empty if it can."""

@@ -13,6 +13,8 @@ from mvkernels.swap.windows import channels_last
 
 __all__ = ["form", "why_not"]
 
+CALLS_PARTS = True
+
 
 def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return self.projection(self.activation(channels_last(attend(self, query, key, value))[:, 0]))

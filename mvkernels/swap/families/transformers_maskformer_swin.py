@@ -18,6 +18,8 @@ from mvkernels.swap.transformers_windows import before_norm, declines, not_atten
 
 _KINDS = (MaskFormerSwinAttention, MaskFormerSwinSelfAttention, MaskFormerSwinSelfOutput)
 
+CALLS_PARTS = True
+
 
 def why_not(layer: Any) -> str:
     """Why the fused form cannot replace this ``MaskFormerSwinLayer`` in its current state; empty if it can."""

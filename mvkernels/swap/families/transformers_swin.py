@@ -19,6 +19,8 @@ from mvkernels.swap.windows import gathered
 
 _METHODS = ("set_shift_and_window_size", "get_attn_mask", "maybe_pad", "cyclic_shift")
 
+CALLS_PARTS = True
+
 
 def why_not(layer: Any) -> str:
     """Why the fused form cannot replace this ``SwinLayer`` in its current state; empty if it can."""

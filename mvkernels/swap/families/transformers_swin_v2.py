@@ -24,6 +24,8 @@ from mvkernels.swap.windows import gathered
 
 _KINDS = (Swinv2Attention, Swinv2SelfAttention, Swinv2SelfOutput)
 
+CALLS_PARTS = True
+
 
 def why_not(layer: Any) -> str:
     """Why the fused form cannot replace this ``Swinv2Layer`` in its current state; empty if it can."""

@@ -29,7 +29,7 @@ _CALLERS = {
     ("timm.models.efficientformer", "Pooling"): "timm",
     ("timm.layers.norm_act", "BatchNormAct2d"): "timm",
 }
-# Blocks that are one op on packed weights: for ``swap(model, inference=True)``.
+# Blocks that run on packed weights: for ``swap(model, inference=True)``.
 _PACKED = {
     ("timm.models.byobnet", "BottleneckBlock"): "timm",
     ("timm.models.efficientvit_mit", "MBConv"): "timm",
@@ -53,27 +53,57 @@ def fold(
         adapter = f"folding.{_CALLERS[name]}" if name in _CALLERS else None
         if packs and name in _PACKED:
             adapter = f"packing.{_PACKED[name]}"
-        if adapter is not None and not (
-            isinstance(module, Swapped)
-            or module in claimed
-            or replaced(kind, "forward")
-            or not_its_own(module, "forward")
-        ):
-            form = importlib.import_module(f"mvkernels.swap.{adapter}").FORMS[kind]
-            if form.mvk_why_not(module):
-                continue
-            module.__class__ = swapped_class(kind, packing(form) if packs else form)
-            changed.append((module, kind))
+        if adapter is not None and module not in claimed and not isinstance(module, Swapped):
+            _give(module, importlib.import_module(f"mvkernels.swap.{adapter}").FORMS[kind], packs, changed)
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
+    if packs:
+        claimed |= _computed(model)
+        for module, package in _packages(model).items():
+            if type(module) in (nn.Linear, nn.Conv2d) and module not in claimed:
+                adapter = "mvkernels.swap.packing.torch"
+                _give(module, importlib.import_module(adapter).form(module, package), packs, changed)
     return changed
+
+
+def _give(module: nn.Module, form: Any, packs: bool, changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Give a module this form, unless there is nothing in it for the form."""
+    kind = type(module)
+    if replaced(kind, "forward") or not_its_own(module, "forward") or form.mvk_why_not(module):
+        return
+    module.__class__ = swapped_class(kind, packing(form) if packs else form)
+    changed.append((module, kind))
+
+
+def _packages(model: nn.Module) -> dict[nn.Module, str]:
+    """The package whose code calls each module: that of the next module above which is not of PyTorch."""
+    packages = {model: ""}
+    for module in model.modules():
+        own = type(module).__module__.partition(".")[0]
+        for child in module.children():
+            packages.setdefault(child, packages[module] if own == "torch" else own)
+    return packages
 
 
 def _claimed(blocks: Iterable[tuple[nn.Module, Any]]) -> set[nn.Module]:
     """The modules that a fused block does not call but computes itself. Their classes must not be changed."""
     claimed: set[nn.Module] = set()
     for block, adapter in blocks:
+        if getattr(adapter, "CALLS_PARTS", False):
+            continue
         for name in getattr(adapter, "_WATCHED", block._modules):
             child = block._modules.get(name)
             claimed.update(child.modules() if child is not None else ())
     return claimed
+
+
+def _computed(model: nn.Module) -> set[nn.Module]:
+    """The parts whose work a form with a plan does itself, and those of this library's own modules."""
+    computed: set[nn.Module] = set()
+    for module in model.modules():
+        plans = isinstance(module, Swapped) and type(module).mvk_plan is not Swapped.mvk_plan
+        if plans or type(module).__module__.startswith("mvkernels."):
+            calls = module.mvk_calls if isinstance(module, Swapped) else ()
+            for name, child in module.named_children():
+                computed.update(() if name in calls else child.modules())
+    return computed

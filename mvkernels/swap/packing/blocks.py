@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mvkernels.swap.eligibility import not_hooked, not_its_own, replaced
+from mvkernels.swap.eligibility import not_its_own, not_plain
 from mvkernels.swap.folding.forms import Folding
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.layers import Part
@@ -15,9 +15,7 @@ from mvkernels.swap.packing.plans import Keep, Run
 
 def not_own(part: Any, kind: type[nn.Module]) -> str:
     """The part must be of this class, perhaps with a folding form, and have its forward and no hooks."""
-    if getattr(type(part), "mvk_original", type(part)) is not kind:
-        return "it is of another class"
-    return replaced(kind, "forward") or not_hooked(part, "it") or not_its_own(part, "forward")
+    return not_plain(part, kind, "it") or not_its_own(part, "forward")
 
 
 class InvertedResidual(Folding):

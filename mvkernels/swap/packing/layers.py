@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.ops import conv3x3, inverted_residual, pointwise
+from mvkernels.swap.eligibility import class_of, not_dense, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import not_plain_convolution, why_not
 from mvkernels.swap.packing.plans import Keep
@@ -38,19 +39,24 @@ def of_convolution(conv: Any) -> str:
     return ""
 
 
-def folded(conv: Any, norm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the convolution that does the work of both, computed in float64."""
-    weight, bias = conv.weight, conv.bias
-    if norm is None:
+def folded(layer: Any, norm: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution or Linear that does the work of both, and of a factor of each channel after
+    them, computed in float64."""
+    weight, bias = layer.weight, layer.bias
+    if norm is None and scale is None:
         return weight, bias
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight.double()
-    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
-    shift = shift * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return (weight.double() * factor.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+    factor = torch.ones_like(weight[:, 0].flatten(1)[:, 0], dtype=torch.float64)
+    shift = torch.zeros_like(factor) if bias is None else bias.double()
+    if norm is not None:
+        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            factor = factor * norm.weight.double()
+        shift = (shift - norm.running_mean.double()) * factor
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+    if scale is not None:
+        factor, shift = factor * scale.double(), shift * scale.double()
+    return (weight.double() * factor.view(-1, *(1,) * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
 
 
 def resting(conv: Any, norm: Any, after: Iterable[Any]) -> int | None:
@@ -112,13 +118,73 @@ def inverted(parts: Sequence[Part]) -> bool:
 
 
 def linear(
-    layer: Any, keep: Keep, activation: int = 0, norm: nn.LayerNorm | None = None, after: Any = None
+    layer: Any,
+    keep: Keep,
+    activation: int = 0,
+    norm: nn.LayerNorm | None = None,
+    after: Any = None,
+    scale: Tensor | None = None,
 ) -> Multiply:
-    """``activation(after(layer(norm(x)))) + residual`` of a map x and, if it is given, a residual.
+    """``activation(scale * after(layer(norm(x)))) + residual`` of a map x and, if it is given, a residual.
 
-    ``layer`` is a Linear, or a 1 x 1 convolution with the batch norm ``after`` it.
+    ``layer`` is a Linear or a 1 x 1 convolution, with the batch norm ``after`` it and then the factors ``scale``.
     """
-    return _product(*folded(layer, after), keep, activation, norm)
+    return _product(*folded(layer, after, scale), keep, activation, norm)
+
+
+def multiplication(
+    layer: Any,
+    keep: Keep,
+    after: Iterable[Any] = (),
+    norm: nn.LayerNorm | None = None,
+    batch_norm: Any = None,
+    scale: Tensor | None = None,
+) -> Multiply | None:
+    """:func:`linear` with the modules ``after`` in its activation's place: of tokens (..., C) for a Linear,
+    of a map for a 1 x 1 convolution; None if there is no op for it, or not for its present state."""
+    if class_of(layer) is nn.Linear:
+        activation = None if not_linear(layer, batch_norm) else elementwise.activation_of(after)
+    elif class_of(layer) is nn.Conv2d and of_convolution(layer) == "pointwise":
+        activation = resting(layer, batch_norm, after)
+    else:
+        return None
+    if activation is None or (scale is not None and (activation or scale.dtype != torch.float32)):
+        return None
+    product = linear(layer, keep, activation, norm, batch_norm, scale)
+    return _of_tokens(product) if class_of(layer) is nn.Linear else product
+
+
+def not_linear(layer: Any, norm: Any = None) -> str:
+    """A plain Linear in float32 on a CPU, and perhaps a plain batch norm at rest after it."""
+    reason = not_plain(layer, nn.Linear, "the Linear")
+    if not reason and norm is not None:
+        reason = not_plain(norm, nn.BatchNorm1d, "the norm")
+        if not reason and (norm.training or norm.running_mean is None or norm.num_features != layer.weight.shape[0]):
+            reason = "the norm is not at rest, or not for the Linear's channels"
+    tensors = [layer.weight, layer.bias] if not reason else []
+    if not reason and norm is not None:
+        tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    for tensor in tensors:
+        if tensor is not None and not reason:
+            reason = not_dense(tensor, "the Linear")
+            if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.numel():
+                reason = "it is for float32 on a CPU"
+    return reason
+
+
+def _of_tokens(product: Multiply) -> Multiply:
+    """The product of tokens (..., C), which are the pixels of a map."""
+
+    def as_map(x: Tensor) -> Tensor:
+        axes = x.dim()
+        x = x[None, None] if axes == 2 else x[:, None] if axes == 3 else x.flatten(0, -4) if axes > 4 else x
+        return x.permute(0, 3, 1, 2)
+
+    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = product(as_map(x), None if residual is None else as_map(residual))
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+    return run
 
 
 def joined(linears: Sequence[Any], keep: Keep, norm: nn.LayerNorm) -> Multiply:

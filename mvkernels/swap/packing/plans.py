@@ -80,9 +80,10 @@ _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 def run_of(module: Any, x: Any) -> Run | None:
     """What does the work of ``module`` on packed weights for the input x; None if its own forward has to run."""
+    axes = module.mvk_axes or max(2, x.dim() if isinstance(x, Tensor) else 2)
     if (
         not_now()
-        or unusual_call(x, axes=module.mvk_axes)
+        or unusual_call(x, axes)
         or x.dtype != torch.float32
         or not x.is_cpu
         or not x.numel()
