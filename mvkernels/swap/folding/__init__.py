@@ -27,6 +27,10 @@ _CALLERS = {
     ("timm.models.efficientformer", "ConvMlpWithNorm"): "timm",
     ("timm.models.efficientformer", "Downsample"): "timm",
     ("timm.models.efficientformer", "Pooling"): "timm",
+    ("timm.models.metaformer", "Pooling"): "timm",
+    ("timm.models.levit", "ConvNorm"): "timm",
+    ("timm.models.tiny_vit", "ConvNorm"): "timm",
+    ("timm.models.efficientformer_v2", "ConvNorm"): "timm",
     ("timm.layers.norm_act", "BatchNormAct2d"): "timm",
 }
 # Blocks that run on packed weights: for ``swap(model, inference=True)``.
@@ -34,6 +38,18 @@ _PACKED = {
     ("timm.models.byobnet", "BottleneckBlock"): "timm",
     ("timm.models.efficientvit_mit", "MBConv"): "timm",
     ("timm.models.efficientvit_mit", "DSConv"): "timm",
+    ("timm.layers.mlp", "Mlp"): "timm_blocks",
+    ("timm.layers.mlp", "ConvMlp"): "timm_blocks",
+    ("timm.models.tiny_vit", "NormMlp"): "timm_blocks",
+    ("timm.models.levit", "LevitMlp"): "timm_blocks",
+    ("timm.models.levit", "LinearNorm"): "timm_blocks",
+    ("timm.models.levit", "Stem8"): "timm_blocks",
+    ("timm.models.levit", "Stem16"): "timm_blocks",
+    ("timm.models.efficientformer", "Stem4"): "timm_blocks",
+    ("timm.models.efficientformer", "MetaBlock1d"): "timm_blocks",
+    ("timm.models.efficientformer", "MetaBlock2d"): "timm_blocks",
+    ("timm.models.metaformer", "MetaFormerBlock"): "timm_blocks",
+    ("timm.models.maxxvit", "MbConvBlock"): "timm_blocks",
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
 }
 

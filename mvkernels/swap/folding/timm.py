@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import BatchNormAct2d, ConvNormAct
-from timm.models import efficientformer, efficientvit_mit
+from timm.models import efficientformer, efficientformer_v2, efficientvit_mit, levit, metaformer, tiny_vit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import class_of, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, alone, both
 from mvkernels.swap.packing import layers
@@ -90,8 +90,39 @@ class FoldingDownsample(Folding):
         return efficientformer.Downsample.forward(self, x) if out is None else out
 
 
+class FoldingConvNorm(Folding):
+    """A ``ConvNorm`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("conv", "bn"),)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        part = _only(self)
+        return None if part is None else layers.convolution((*part, ()), keep)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """As the original's."""
+        part = _only(self)
+        out = None if part is None else both(self, *part, x)
+        return self.mvk_original.forward(self, x) if out is None else out
+
+
+class FoldingLevitConvNorm(FoldingConvNorm):
+    """LeViT's ``ConvNorm`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("linear", "bn"),)
+
+
+def _only(module: Any) -> tuple[Any, Any] | None:
+    """The convolution and the plain norm after it, if the module has nothing else: it may be a Sequential."""
+    names = module.mvk_pairs[0]
+    if tuple(module._modules) != names or class_of(module._modules[names[1]]) is not nn.BatchNorm2d:
+        return None
+    return module._modules[names[0]], module._modules[names[1]]
+
+
 class FoldingPooling(Folding):
-    """EfficientFormer's token mixer in one pass."""
+    """The token mixer of EfficientFormer and PoolFormer in one pass."""
 
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
@@ -107,7 +138,7 @@ class FoldingPooling(Folding):
             or elementwise.not_neighbours(self.pool)
             or replaced(self.mvk_original, "forward")
         )
-        return efficientformer.Pooling.forward(self, x) if reason else elementwise.pooled_difference(x)
+        return self.mvk_original.forward(self, x) if reason else elementwise.pooled_difference(x)
 
 
 class FoldingBatchNormAct2d(Folding):
@@ -143,6 +174,10 @@ FORMS = {
     efficientformer.ConvMlpWithNorm: FoldingConvMlpWithNorm,
     efficientformer.Downsample: FoldingDownsample,
     efficientformer.Pooling: FoldingPooling,
+    metaformer.Pooling: FoldingPooling,
+    levit.ConvNorm: FoldingLevitConvNorm,
+    tiny_vit.ConvNorm: FoldingConvNorm,
+    efficientformer_v2.ConvNorm: FoldingConvNorm,
     BatchNormAct2d: FoldingBatchNormAct2d,
 }
 """The folding form of each class."""

@@ -45,7 +45,7 @@ def folded(layer: Any, norm: Any, scale: Tensor | None = None) -> tuple[Tensor, 
     weight, bias = layer.weight, layer.bias
     if norm is None and scale is None:
         return weight, bias
-    factor = torch.ones_like(weight[:, 0].flatten(1)[:, 0], dtype=torch.float64)
+    factor = weight.new_ones(weight.shape[0], dtype=torch.float64)
     shift = torch.zeros_like(factor) if bias is None else bias.double()
     if norm is not None:
         factor = (norm.running_var.double() + norm.eps).rsqrt()
