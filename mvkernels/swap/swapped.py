@@ -38,13 +38,17 @@ class Swapped:
     """The form of which it is the variant that packs weights."""
     mvk_axes: int | None = 4
     """Axes of the input of such calls; None for any number from two on."""
-    mvk_calls: tuple[str, ...] = ()
-    """The parts that such calls run as modules. They do the work of all others themselves."""
+    mvk_calls: tuple[str, ...] | None = ()
+    """The parts that such calls run as modules, None for all. They do the work of the others themselves."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
     """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
 
     def mvk_plan(self, keep: Keep) -> Run | None:
         """What the calls of the module do on packed weights, in the state that it is in; None if they cannot."""
+        return None
+
+    def mvk_adding_plan(self, keep: Keep) -> Run | None:
+        """The same plus the input, for a part of a block that adds it; None if it cannot."""
         return None
 
     def mvk_sizes(self) -> tuple[int, int] | None:

@@ -313,7 +313,7 @@ def test_compiled_the_graph_calls_what_an_eager_call_does_and_follows_every_chan
     plain = copy.deepcopy(model)
     unswap(plain)
     seen, compiled = targets(model, x)
-    assert len([t for t in seen if "packed" in t]) > 5 and not [t for t in seen if "pack." in t]
+    assert [t for t in seen if "packed" in t] and not [t for t in seen if "pack." in t]
     torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-4, atol=1e-4)
     assert report.packed_bytes
     for change in (average, statistics):

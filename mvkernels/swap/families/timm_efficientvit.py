@@ -42,16 +42,24 @@ class SwappedLiteMLA(Swapped):
         """The projection's channels."""
         return self.proj.conv.out_channels, 1
 
-    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+    def mvk_plan(self: Any, keep: Keep, adds: bool = False) -> Run | None:
         """On packed weights."""
         projections = of_efficientvit(self.qkv, self.proj)
         if why_not(self) or not projections:
             return None
-        into, out = (layers.convolution(part, keep) for part in projections)
+        into = layers.convolution(projections[0], keep)
+        out = layers.multiplication(projections[1][0], keep, projections[1][2], None, projections[1][1])
         if into is None or out is None:
             return None
         settings = (self.aggreg, self.dim, self.eps, self.mvk_backend)
+        if adds:
+            return lambda x: out(aggregate_and_attend(into(x), *settings), x)
         return lambda x: out(aggregate_and_attend(into(x), *settings))
+
+    def mvk_adding_plan(self: Any, keep: Keep) -> Run | None:
+        """The sum in the projection."""
+        same = self.qkv.conv.in_channels == self.proj.conv.out_channels
+        return self.mvk_plan(keep, adds=True) if same else None
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

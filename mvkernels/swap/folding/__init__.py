@@ -52,6 +52,12 @@ _PACKED = {
     ("timm.models.maxxvit", "MbConvBlock"): "timm_blocks",
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
 }
+# Modules that call packed ones in turn: one look at all of them is enough. ``Sequential`` is one of them.
+_CHAINS = {
+    ("timm.models.efficientvit_mit", "ResidualBlock"): "timm_chains",
+    ("timm.models.efficientvit_mit", "EfficientVitBlock"): "timm_chains",
+    ("timm.models.efficientvit_mit", "EfficientVitStage"): "timm_chains",
+}
 
 
 def fold(
@@ -79,6 +85,17 @@ def fold(
             if type(module) in (nn.Linear, nn.Conv2d) and module not in claimed:
                 adapter = "mvkernels.swap.packing.torch"
                 _give(module, importlib.import_module(adapter).form(module, package), packs, changed)
+        for module in reversed([*model.modules()]):  # the inner ones first
+            kind = type(module)
+            name = (kind.__module__, kind.__qualname__)
+            if name in _CHAINS:
+                form = importlib.import_module(f"mvkernels.swap.packing.{_CHAINS[name]}").FORMS[kind]
+            elif kind.forward is nn.Sequential.forward:
+                form = importlib.import_module("mvkernels.swap.packing.chain").PackingSequential
+            else:
+                continue
+            if module not in claimed and not isinstance(module, Swapped):
+                _give(module, form, packs, changed)
     return changed
 
 
@@ -121,5 +138,5 @@ def _computed(model: nn.Module) -> set[nn.Module]:
         if plans or type(module).__module__.startswith("mvkernels."):
             calls = module.mvk_calls if isinstance(module, Swapped) else ()
             for name, child in module.named_children():
-                computed.update(() if name in calls else child.modules())
+                computed.update(() if calls is None or name in calls else child.modules())
     return computed

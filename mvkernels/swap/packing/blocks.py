@@ -41,6 +41,12 @@ class InvertedResidual(Folding):
         (depthwise, _, _), (project, _, _) = self.mvk_parts(self)[-2:]
         return project.out_channels, depthwise.stride[0]
 
+    def mvk_adding_plan(self, keep: Keep) -> Run | None:
+        """The sum in the same kernel."""
+        parts = self.mvk_parts(self)
+        keeps_sizes = parts and parts[0][0].in_channels == parts[-1][0].out_channels and parts[-2][0].stride == (1, 1)
+        return layers.inverted_residual_of(parts, True, keep) if keeps_sizes and not self.mvk_adds(self) else None
+
     def mvk_plan(self, keep: Keep) -> Run | None:
         """The block in one kernel."""
         return layers.inverted_residual_of(self.mvk_parts(self), self.mvk_adds(self), keep)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import requested
-from mvkernels.swap.eligibility import unusual_call
+from mvkernels.swap.eligibility import class_of, not_hooked, replaced, unusual_call
 
 Run = Callable[[Tensor], Tensor]
 """The work of a module on packed weights. It may refer to parts of the module, which the plan looks after, and not to
@@ -38,13 +38,13 @@ class Plan:
         self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
         self._methods = [
             (kind, name, getattr(kind, name))
-            for kind in {module.mvk_original, *map(type, self._parts)}
+            for kind in {class_of(part) for part in (module, *self._parts)}
             for name in ("forward", *module.mvk_methods)
             if hasattr(kind, name)
         ]
         self._set = extension.instruction_set()
         self._marks = self._marks_now()
-        self.run: Run | None = module.mvk_plan(self._keep)
+        self.run: Run | None = None if replaced(module.mvk_original, "forward") else module.mvk_plan(self._keep)
 
     def _keep(self, weights: Tensor) -> Tensor:
         self.weights.append(weights)
@@ -81,16 +81,30 @@ _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 def run_of(module: Any, x: Any) -> Run | None:
     """What does the work of ``module`` on packed weights for the input x; None if its own forward has to run."""
     axes = module.mvk_axes or max(2, x.dim() if isinstance(x, Tensor) else 2)
-    if (
-        not_now()
-        or unusual_call(x, axes)
-        or x.dtype != torch.float32
-        or not x.is_cpu
-        or not x.numel()
-        or torch.is_autocast_enabled("cpu")
-    ):
+    if not_now() or unusual_call(x, axes) or not fits(x) or torch.is_autocast_enabled("cpu"):
         return None
     return run_for_now(module)
+
+
+def fits(x: Any) -> bool:
+    """Whether the operators take such a tensor."""
+    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+
+
+def run_of_part(part: Any) -> Run | None:
+    """What does the work of a part in a plan of the module that calls it; None if it has to be called as a module."""
+    return run_for_now(part) if _as_swapped(part) else None
+
+
+def adding_run_of_part(part: Any, keep: Keep) -> Run | None:
+    """The same plus its input, in a plan whose weights ``keep`` notes; None if the part cannot add it."""
+    return part.mvk_adding_plan(keep) if _as_swapped(part) else None  # type: ignore[no-any-return]
+
+
+def _as_swapped(part: Any) -> bool:
+    """Whether a part has a form that packs weights, and nothing was put around its forward."""
+    packs = getattr(type(part), "mvk_packs", False) and class_of(part) is part.mvk_original
+    return packs and not (not_hooked(part, "it") or replaced(part.mvk_original, "forward"))
 
 
 def run_for_now(module: Any) -> Run | None:
