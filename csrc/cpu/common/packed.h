@@ -29,6 +29,29 @@ MVK_INLINE void pack_bias(const float* from, int64_t columns, float* to) {
   for (int64_t i = 0; i < round_up(columns, P); ++i) to[i] = from && i < columns ? from[i] : 0;
 }
 
+// Prefetches weights into L2 behind the tiles of the product before them, evenly: where there are few rows, weights are what has to
+// be read, from L3 or memory.
+class NextWeights {
+ public:
+  // K rows of a panel, during so many tiles.
+  NextWeights(const float* from, int64_t K, int64_t tiles)
+      : at_(from), end_(from + K * P), step_(tiles ? (K * P / kLine + tiles - 1) / tiles * kLine : 0) {}
+  void between_tiles(int) {
+    const float* to = at_ + step_ < end_ ? at_ + step_ : end_;
+    for (; at_ < to; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+  const float *at_, *end_;
+  int64_t step_;
+};
+
+// Tiles of product_in_parts().
+MVK_INLINE int64_t tiles_of(int vectors, int64_t rows, int64_t K) {
+  return (rows + rows_of_tile(vectors) - 1) / rows_of_tile(vectors) * ((K + kChain - 1) / kChain);
+}
+
 // How many of the vectors of a panel hold some of the channels.
 MVK_INLINE int vectors_of(int64_t channels, int64_t panel) { return channels - panel * P > W<float> ? 2 : 1; }
 

@@ -55,14 +55,16 @@ static void rows_product(
     const PixelRows to = out.at(first), plus = residual.at(first);
     End<float> end;
     end.bias = bias + first;
+    // One row reads its weights as one stream, which the processor foresees.
+    NextWeights next(weights + K * P, first + P < outputs && count > 1 ? K : 0, tiles_of(vectors, count, K));
     if (activation == Activation::identity && columns == vectors * W<float>) {
       end.plus = plus.data, end.ldp = plus.step;
-      product_in_parts<float>(vectors, count, K, a, lda, weights, P, to.data, to.step, end);
+      product_in_parts<float>(vectors, count, K, a, lda, weights, P, to.data, to.step, end, next);
       continue;
     }
     for (int64_t n = 0; n < count; n += kPart) {
       const int64_t some = count - n < kPart ? count - n : kPart;
-      product_in_parts<float>(vectors, some, K, a + n * lda, lda, weights, P, panel, P, end);
+      product_in_parts<float>(vectors, some, K, a + n * lda, lda, weights, P, panel, P, end, next);
       put_panel(activation, panel, some, columns, plus.from(n), to.from(n));
     }
   }

@@ -115,7 +115,8 @@ static const float* padded_slopes(const Block& k, const float* slopes, int64_t p
 }
 
 // Row y of the input, expanded and activated, or as it is, into the ring of a panel.
-static void expand_row(const Block& k, const float* x, int64_t panel, const float* slopes, float* to) {
+static void expand_row(
+    const Block& k, const float* x, int64_t panel, const float* slopes, float* to, NextWeights& next) {
   const InvertedResidualSizes& s = k.s;
   const int64_t vectors = vectors_of(s.hidden, panel);
   if (!s.expands) {
@@ -127,7 +128,7 @@ static void expand_row(const Block& k, const float* x, int64_t panel, const floa
   const float* w = k.a.packed + s.expand() + panel * P * s.inputs;
   End<float> end;
   end.bias = k.a.packed + s.expand_bias() + panel * P;
-  product_in_parts<float>(int(vectors), k.a.W, s.inputs, x, k.a.in.x, w, P, to, P, end);
+  product_in_parts<float>(int(vectors), k.a.W, s.inputs, x, k.a.in.x, w, P, to, P, end, next);
   activate_rows(k.a.before, to, k.a.W, vectors, P);
   if (slopes) bend_rows(k, slopes, panel, to, k.a.W, P);
 }
@@ -181,6 +182,9 @@ static void project(
   for (int64_t panel = 0; panel < s.panels(s.outputs); ++panel) {
     const float* w = a.packed + s.project() + panel * P * s.hidden + g0 * P * P;
     const float* bias = a.packed + s.project_bias() + panel * P;
+    NextWeights next(
+        w + P * s.hidden, panel + 1 < s.panels(s.outputs) ? channels : 0,
+        (y1 - y0) / lines * ((pixels + kTileRows - 1) / kTileRows));
     const int64_t some = whole - panel * P, vectors = some < P ? some / W<float> : 2;
     for (int64_t y = y0; y < y1; y += lines) {
       const float* in = group + (y - y0) * a.Wo * k.lda;
@@ -191,7 +195,7 @@ static void project(
       if (vectors) {
         End<float> here = end;
         if (last && a.residual) here.plus = same, here.ldp = a.in.x;
-        product_rows<float>(int(vectors), pixels, channels, in, k.lda, w, P, to, a.out.x, here);
+        product_rows<float>(int(vectors), pixels, channels, in, k.lda, w, P, to, a.out.x, here, next);
       }
       if (vectors == 2 || some == s.outputs - panel * P) continue;
       const int64_t at = vectors * W<float>;
@@ -240,8 +244,11 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
         const int64_t g1 = g + k.group < k.panels ? g + k.group : k.panels;
         for (int64_t panel = g; panel < g1; ++panel) {
           float* rows = ring + panel * k.ring_rows * k.row_size;
+          NextWeights next(
+              a.packed + s.expand() + (panel + 1) * P * s.inputs, s.expands && panel + 1 < k.panels ? s.inputs : 0,
+              (need - done) * tiles_of(2, a.W, s.inputs));
           for (int64_t y = done; y < need; ++y)
-            expand_row(k, x + y * a.in.y, panel, slopes_before, rows + y % k.ring_rows * k.row_size + k.pad * P);
+            expand_row(k, x + y * a.in.y, panel, slopes_before, rows + y % k.ring_rows * k.row_size + k.pad * P, next);
           for (int64_t y = y0; y < y1; ++y) {
             const float* from[5];
             for (int64_t i = 0; i < s.kernel; ++i) {
