@@ -22,6 +22,7 @@ from mvkernels.swap.swapped import Swapped, packing, swapped_class
 # Classes that call a convolution and directly after it the norm. Another one needs a class in the file and a line here.
 _CALLERS = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTConvLayer"): "transformers",
+    ("transformers.models.levit.modeling_levit", "LevitConvEmbeddings"): "transformers",
     ("timm.layers.conv_bn_act", "ConvNormAct"): "timm",
     ("timm.models.efficientvit_mit", "ConvNormAct"): "timm",
     ("timm.models.efficientformer", "ConvMlpWithNorm"): "timm",
@@ -51,6 +52,8 @@ _PACKED = {
     ("timm.models.metaformer", "MetaFormerBlock"): "timm_blocks",
     ("timm.models.maxxvit", "MbConvBlock"): "timm_blocks",
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
+    ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
+    ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
 }
 # Modules that call packed ones in turn: one look at all of them is enough. ``Sequential`` is one of them.
 _CHAINS = {

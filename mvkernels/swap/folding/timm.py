@@ -8,9 +8,10 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import efficientformer, efficientformer_v2, efficientvit_mit, levit, metaformer, tiny_vit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_of, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, alone, both
+from mvkernels.swap.folding.pairs import FoldingPair
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.plans import Keep, Run, not_now
 
@@ -90,35 +91,16 @@ class FoldingDownsample(Folding):
         return efficientformer.Downsample.forward(self, x) if out is None else out
 
 
-class FoldingConvNorm(Folding):
+class FoldingConvNorm(FoldingPair):
     """A ``ConvNorm`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("conv", "bn"),)
 
-    def mvk_plan(self: Any, keep: Keep) -> Run | None:
-        """On packed weights."""
-        part = _only(self)
-        return None if part is None else layers.convolution((*part, ()), keep)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        part = _only(self)
-        out = None if part is None else both(self, *part, x)
-        return self.mvk_original.forward(self, x) if out is None else out
-
-
-class FoldingLevitConvNorm(FoldingConvNorm):
+class FoldingLevitConvNorm(FoldingPair):
     """LeViT's ``ConvNorm`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("linear", "bn"),)
-
-
-def _only(module: Any) -> tuple[Any, Any] | None:
-    """The convolution and the plain norm after it, if the module has nothing else: it may be a Sequential."""
-    names = module.mvk_pairs[0]
-    if tuple(module._modules) != names or class_of(module._modules[names[1]]) is not nn.BatchNorm2d:
-        return None
-    return module._modules[names[0]], module._modules[names[1]]
 
 
 class FoldingPooling(Folding):

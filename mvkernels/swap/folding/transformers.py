@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.models.levit.modeling_levit import LevitConvEmbeddings
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer
 
 from mvkernels.swap.folding.forms import Folding, both
+from mvkernels.swap.folding.pairs import FoldingPair
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.plans import Keep, Run
 
@@ -32,4 +34,10 @@ def after(layer: Any) -> tuple[Any, ...]:
     return () if layer.activation is None else (layer.activation,)
 
 
-FORMS = {MobileViTConvLayer: FoldingConvLayer}
+class FoldingLevitConvEmbeddings(FoldingPair):
+    """LeViT's ``LevitConvEmbeddings`` whose convolution does the work of its norm."""
+
+    mvk_pairs = (("convolution", "batch_norm"),)
+
+
+FORMS = {MobileViTConvLayer: FoldingConvLayer, LevitConvEmbeddings: FoldingLevitConvEmbeddings}

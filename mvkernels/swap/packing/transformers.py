@@ -1,15 +1,18 @@
-"""transformers: blocks that are one op on packed weights."""
+"""transformers: blocks on packed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers.models.levit.modeling_levit import LevitMLPLayer, MLPLayerWithBN
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer, MobileViTInvertedResidual
 
 from mvkernels.swap.folding.transformers import after
 from mvkernels.swap.packing.blocks import InvertedResidual, not_own
 from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.products import OneProduct, TwoProducts
 
 
 class PackingInvertedResidual(InvertedResidual):
@@ -33,5 +36,42 @@ class PackingInvertedResidual(InvertedResidual):
         return MobileViTInvertedResidual.forward(self, features)
 
 
-FORMS = {MobileViTInvertedResidual: PackingInvertedResidual}
+class PackingMLPLayerWithBN(OneProduct):
+    """LeViT's ``MLPLayerWithBN``."""
+
+    mvk_axes = 3
+
+    @staticmethod
+    def mvk_products(module: Any) -> Sequence[Part]:
+        """The one."""
+        return ((module.linear, module.batch_norm, ()),)
+
+    def forward(self: Any, hidden_state: Tensor) -> Tensor:
+        """As the original's."""
+        return MLPLayerWithBN.forward(self, hidden_state)
+
+
+class PackingLevitMLPLayer(TwoProducts):
+    """LeViT's ``LevitMLPLayer``."""
+
+    mvk_axes = 3
+
+    @staticmethod
+    def mvk_products(module: Any) -> Sequence[Part]:
+        """Empty if a part is more than a product with a batch norm."""
+        first, last = module.linear_up, module.linear_down
+        if not_own(first, MLPLayerWithBN) or not_own(last, MLPLayerWithBN):
+            return ()
+        return (first.linear, first.batch_norm, (module.activation,)), (last.linear, last.batch_norm, ())
+
+    def forward(self: Any, hidden_state: Tensor) -> Tensor:
+        """As the original's."""
+        return LevitMLPLayer.forward(self, hidden_state)
+
+
+FORMS = {
+    MobileViTInvertedResidual: PackingInvertedResidual,
+    MLPLayerWithBN: PackingMLPLayerWithBN,
+    LevitMLPLayer: PackingLevitMLPLayer,
+}
 """The packing form of each class."""
