@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from mvkernels.swap.packing import plans
-from mvkernels.swap.swapped import without_form
+from mvkernels.swap.swapped import Swapped, without_form
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class SwapReport:
 
     @property
     def folded(self) -> int:
-        """Number of modules in which this call folded batch norms (``fold_norms=True``)."""
+        """Number of modules, without those of :attr:`count`, in which this call folded batch norms
+        (``fold_norms=True``) or which it lets run on packed weights (``inference=True``)."""
         return len(self._folded)
 
     @property
@@ -107,7 +108,9 @@ class SwapReport:
         return replace(entry, reason="already swapped")
 
     def __str__(self) -> str:
-        folded = f"; norms folded in {self.folded} modules" if self._folded else ""
+        packs = any(type(module).mvk_packs for module, _ in self._folded if isinstance(module, Swapped))
+        what = "norms folded or weights packed" if packs else "norms folded"
+        folded = f"; {what} in {self.folded} modules" if self._folded else ""
         if self.packed_bytes:
             folded += f"; {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         if not self.entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,20 +79,26 @@ def convolution(part: Part, keep: Keep) -> Convolve | None:
     activation = resting(conv, norm, after) if op in ("pointwise", "conv3x3") else None
     if activation is None:
         return None
-    outputs, stride = conv.out_channels, conv.stride[0]
-    if op == "pointwise":
-        product = linear(conv, keep, activation, after=norm)
-        return lambda x, beside=None: product(x if beside is None else torch.cat((x, beside), dim=1))
+    inputs, outputs, stride = conv.in_channels, conv.out_channels, conv.stride[0]
+    held = SimpleNamespace(
+        weight=conv.weight, bias=conv.bias
+    )  # the convolution may be the module with this plan itself
+    products: list[Multiply] = []
     of_tile: dict[int, Tensor] = {}
 
+    def multiply(x: Tensor, beside: Tensor | None = None) -> Tensor:
+        if not products:
+            products.append(linear(held, keep, activation, after=norm))
+        return products[0](x if beside is None else torch.cat((x, beside), dim=1))
+
     def run(x: Tensor, beside: Tensor | None = None) -> Tensor:
-        tile = conv3x3.operators.tile_of(conv.in_channels, outputs, stride, *x.shape[-2:])
+        tile = conv3x3.operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
         weights = of_tile.get(tile)
         if weights is None:
-            weights = of_tile[tile] = keep(conv3x3.operators.pack(*folded(conv, norm), tile))
+            weights = of_tile[tile] = keep(conv3x3.operators.pack(*folded(held, norm), tile))
         return conv3x3.operators.forward(x, beside, weights, outputs, tile, stride, activation, None)
 
-    return run
+    return multiply if op == "pointwise" else run
 
 
 def inverted_residual_of(parts: Sequence[Part], adds: bool, keep: Keep) -> Callable[[Tensor], Tensor] | None:
