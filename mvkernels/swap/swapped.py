@@ -43,6 +43,10 @@ class Swapped:
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
     """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
 
+    def mvk_has_ops(self) -> bool:
+        """Whether a plan may come to anything: asked before each attempt at one, since attempts take a while."""
+        return True
+
     def mvk_plan(self, keep: Keep) -> Run | None:
         """What the calls of the module do on packed weights, in the state that it is in; None if they cannot."""
         return None

@@ -212,6 +212,13 @@ def test_gradients_other_dtypes_and_autocast_are_pytorchs(linear):
     assert plans.size(linear) == 0
 
 
+def test_parameters_whose_changes_cannot_be_seen_are_not_packed():
+    with torch.inference_mode():
+        model = called(nn.Linear(13, 21))
+        swap(model, inference=True)
+        assert not packings(model, X)
+
+
 def test_compiled_exported_traced_and_scripted_it_is_the_original(linear):
     wanted = run(linear, X)
     swap(linear, inference=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
+from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.plans import not_now
 from mvkernels.swap.swapped import Swapped
 
@@ -34,6 +35,11 @@ class Folding(Swapped):
         """Why such a module has nothing to fold; empty if it has."""
         reasons = [why_not(getattr(module, c, None), getattr(module, n, None)) for c, n in cls.mvk_pairs]
         return reasons[0] if all(reasons) else ""
+
+    def mvk_has_ops(self) -> bool:
+        """Whether there is an op for each convolution, as there is none for depthwise ones by themselves."""
+        convolutions = [getattr(self, conv, None) for conv, _ in self.mvk_pairs]
+        return all(isinstance(c, nn.Conv2d) and of_convolution(c) in ("pointwise", "conv3x3") for c in convolutions)
 
 
 def why_not(conv: Any, norm: Any) -> str:

@@ -13,6 +13,7 @@ from mvkernels.ops import conv3x3, inverted_residual, pointwise
 from mvkernels.swap.eligibility import class_of, not_dense, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import not_plain_convolution, why_not
+from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.plans import Keep
 
 Part = tuple[Any, Any, tuple[Any, ...]]
@@ -21,23 +22,6 @@ Convolve = Callable[..., Tensor]
 """Of a map, or of two maps whose channels follow each other."""
 Multiply = Callable[..., Tensor]
 """Of a map, and perhaps another that is added to the result."""
-
-
-def of_convolution(conv: Any) -> str:
-    """The op that does the work of this convolution, "pointwise" or "conv3x3"; "depthwise" for a part of
-    "inverted_residual"; empty if there is none."""
-    if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return ""
-    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
-    if stride[0] != stride[1] or stride[0] not in (1, 2) or padding != (kernel[0] // 2,) * 2 or kernel[0] != kernel[1]:
-        return ""
-    if conv.groups == 1 and kernel == (1, 1) and stride == (1, 1):
-        return "pointwise"
-    if conv.groups == 1 and kernel == (3, 3):
-        return "conv3x3"
-    if conv.groups == conv.in_channels == conv.out_channels and kernel[0] in (3, 5):
-        return "depthwise"
-    return ""
 
 
 def folded(layer: Any, norm: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -44,7 +44,9 @@ class Plan:
         ]
         self._set = extension.instruction_set()
         self._marks = self._marks_now()
-        self.run: Run | None = None if replaced(module.mvk_original, "forward") else module.mvk_plan(self._keep)
+        # Without marks each call would pack anew.
+        able = self._marks is not None and not replaced(module.mvk_original, "forward")
+        self.run: Run | None = module.mvk_plan(self._keep) if able else None
 
     def _keep(self, weights: Tensor) -> Tensor:
         self.weights.append(weights)
@@ -112,6 +114,8 @@ def run_for_now(module: Any) -> Run | None:
     plan = _plans.get(module)
     if plan is not None and plan.holds(module):
         return plan.run
+    if not module.mvk_has_ops():
+        return None
     with torch.no_grad():
         plan = Plan(module)
     # One without a run is not kept: whatever replaced a forward may refer to the module.

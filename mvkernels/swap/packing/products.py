@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mvkernels.swap.eligibility import class_of, not_layer_norm, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.layers import Multiply, Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
@@ -49,7 +50,7 @@ def not_products(parts: Sequence[Part]) -> str:
     """Why there is no op for these, in whatever state they are; empty if there is."""
     for layer, _, after in parts:
         if class_of(layer) is not nn.Linear and (
-            class_of(layer) is not nn.Conv2d or layers.of_convolution(layer) != "pointwise"
+            class_of(layer) is not nn.Conv2d or of_convolution(layer) != "pointwise"
         ):
             return "it is not made of Linears or 1 x 1 convolutions"
         if elementwise.activation_of(m for m in after if not isinstance(m, nn.Dropout)) is None:

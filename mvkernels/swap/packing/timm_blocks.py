@@ -13,6 +13,7 @@ from mvkernels.swap.eligibility import class_of, not_plain
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
+from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.products import (
@@ -241,7 +242,7 @@ class PackingStem(Swapped):
     def mvk_why_not(module: Any) -> str:
         """Why such a module is not that; empty if it is."""
         parts = _of_sequence(module)
-        known = parts and all(layers.of_convolution(conv) in ("pointwise", "conv3x3") for conv, _, _ in parts)
+        known = parts and all(of_convolution(conv) in ("pointwise", "conv3x3") for conv, _, _ in parts)
         return "" if known else "it is no sequence of convolutions"
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
@@ -48,7 +49,7 @@ class PackingConv2d(Swapped):
     @staticmethod
     def mvk_why_not(module: Any) -> str:
         """Why such a module cannot have packed weights; empty if it can."""
-        return "" if layers.of_convolution(module) in ("pointwise", "conv3x3") else "there is no op for it"
+        return "" if of_convolution(module) in ("pointwise", "conv3x3") else "there is no op for it"
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
