@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_of, not_layer_norm, not_plain
+from mvkernels.swap.eligibility import class_of, not_dense, not_layer_norm, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.kinds import of_convolution
@@ -35,7 +35,8 @@ class TwoProducts(Swapped):
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a module is no two products; empty if it is."""
-        return not_products(cls.mvk_products(module))
+        parts = cls.mvk_products(module)
+        return not_products(parts) or not_norm(cls.mvk_norm(module), parts[0][0])
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The two products."""
@@ -127,6 +128,8 @@ class ScaledBlock(Swapped):
         """Norms and the token mixer as modules, a LayerNorm before a Linear in its product."""
         first, last = (self.mvk_scale(self, i) for i in (1, 2))
         if isinstance(first, str) or isinstance(last, str) or self.mvk_paths(self):
+            return None
+        if any(s is not None and (s.dtype != torch.float32 or not_dense(s, "the scale")) for s in (first, last)):
             return None
         parts = self.mvk_products(self)
         norm1, mixer, norm2 = getattr(self, "norm1", None), self.token_mixer, getattr(self, "norm2", None)
