@@ -68,7 +68,8 @@ def fold(
 ) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Give each of these callers in ``model`` its folding class. Returns the changed modules with their old classes.
 
-    ``blocks``: modules that are swapped or can be, and their adapters. ``packs``: whether weights are packed too.
+    ``blocks``: modules that are swapped or can be, and their adapters. ``packs``: whether weights are packed too. Then
+    the Linears and convolutions that are left, which somebody calls as modules, get packing forms of their own.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     claimed = _claimed(blocks)
