@@ -95,7 +95,7 @@ static void product_rows(
 }
 
 // The same with K in parts of at most kChain products, since sums of sums err less than one long chain.
-constexpr int64_t kChain = 64;
+constexpr int64_t kChain = 128;
 template <class T, class Between = const Nothing>
 static void product_in_parts(
     int vectors, int64_t rows, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
