@@ -38,6 +38,9 @@ class Swapped:
     """The form of which it is the variant that packs weights."""
     mvk_axes: int | None = 4
     """Axes of the input of such calls; None for any number from two on."""
+    mvk_beside: tuple[int, ...] = ()
+    """Axes of the other tensors that such calls take, each with the batch in front. Graphs of torch.compile have the
+    module's own operations in them if there are any."""
     mvk_calls: tuple[str, ...] | None = ()
     """The parts that such calls run as modules, None for all. They do the work of the others themselves."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
@@ -83,17 +86,18 @@ _packing: dict[type, type] = {}
 def packing(form: type) -> type:
     """The form that also packs weights. The same form gives the same class."""
     if form not in _packing:
+        beside = form.mvk_beside  # type: ignore[attr-defined]
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 and not kwargs:
-                if torch.compiler.is_compiling():
+            if len(args) == 1 + len(beside) and not kwargs:
+                if not torch.compiler.is_compiling():
+                    run = run_of(self, *args)
+                    if run is not None:
+                        return run(*args)
+                elif not beside:
                     out = compiled.call(self, args[0])
                     if out is not None:
                         return out
-                else:
-                    run = run_of(self, args[0])
-                    if run is not None:
-                        return run(args[0])
             return form.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
         plans = form.mvk_plan is not Swapped.mvk_plan  # type: ignore[attr-defined]

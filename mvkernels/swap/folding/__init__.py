@@ -54,6 +54,13 @@ _PACKED = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
     ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
+    # Whose files have the names in place of the classes, since mvmodels is on top of this package.
+    ("mvkernels.nn.mobile_former", "Mobile"): "own_mobile",
+    ("mvkernels.nn.mobile_former", "DownsampleMobile"): "own_mobile",
+    ("mvmodels.mobile_former", "FirstBlock"): "own_mobile",
+    ("mvmodels.mobile_former", "Stem"): "own_mobile",
+    ("mvmodels.mobile_former", "Head"): "own_mobile",
+    ("mvmodels.coatnet", "MBConv"): "own_mobile",
 }
 # Modules that call packed ones in turn: one look at all of them is enough. ``Sequential`` is one of them.
 _CHAINS = {
@@ -80,7 +87,8 @@ def fold(
         if packs and name in _PACKED:
             adapter = f"packing.{_PACKED[name]}"
         if adapter is not None and module not in claimed and not isinstance(module, Swapped):
-            _give(module, importlib.import_module(f"mvkernels.swap.{adapter}").FORMS[kind], packs, changed)
+            forms = importlib.import_module(f"mvkernels.swap.{adapter}").FORMS
+            _give(module, forms[kind] if kind in forms else forms[name], packs, changed)
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
     if packs:

@@ -20,6 +20,7 @@ _ACTIVATIONS = {
     ("torch.nn.modules.linear", "Identity"): None,
     ("torch.nn.modules.dropout", "Dropout"): None,  # at rest
     ("torch.nn.modules.activation", "ReLU"): "relu",
+    ("torch.nn.modules.activation", "ReLU6"): "relu6",
     ("torch.nn.modules.activation", "SiLU"): "silu",
     ("torch.nn.modules.activation", "Hardswish"): "hardswish",
     ("torch.nn.modules.activation", "GELU"): "gelu",

@@ -46,13 +46,18 @@ def why_not(conv: Any, norm: Any) -> str:
     """Why the two are not one convolution, at rest; empty if they are."""
     if not isinstance(norm, nn.BatchNorm2d):
         return "there is no batch norm"
+    return not_plain_convolution(conv) or not_plain_norm(norm, conv.out_channels)
+
+
+def not_plain_norm(norm: Any, channels: int) -> str:
+    """A plain batch norm of so many channels, with running statistics, and perhaps timm's activation."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return "there is no batch norm"
     own = nn.BatchNorm2d if type(norm) is nn.BatchNorm2d else _batch_norm_with_activation()
-    reason = not_plain_convolution(conv) or not_plain(norm, own, "the norm")
-    if reason:
-        return reason
-    if norm.running_mean is None or norm.running_var is None or norm.num_features != conv.out_channels:
-        return "the norm has no running statistics, or not the convolution's channels"
-    return ""
+    reason = not_plain(norm, own, "the norm")
+    if not reason and (norm.running_mean is None or norm.running_var is None or norm.num_features != channels):
+        reason = "the norm has no running statistics, or not the convolution's channels"
+    return reason
 
 
 def not_plain_convolution(conv: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 def of_convolution(conv: Any) -> str:
     """The op that does the work of this convolution, "pointwise" or "conv3x3"; "depthwise" for a part of
-    "inverted_residual"; empty if there is none."""
+    "inverted_residual", "widening" if each channel that comes in is that of several; empty if there is none."""
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return ""
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
@@ -17,6 +17,6 @@ def of_convolution(conv: Any) -> str:
         return "pointwise"
     if conv.groups == 1 and kernel == (3, 3):
         return "conv3x3"
-    if conv.groups == conv.in_channels == conv.out_channels and kernel[0] in (3, 5):
-        return "depthwise"
+    if conv.groups == conv.in_channels and kernel[0] in (3, 5):
+        return "depthwise" if conv.out_channels == conv.in_channels else "widening"
     return ""

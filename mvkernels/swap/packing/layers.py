@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvkernels.ops import conv3x3, inverted_residual, pointwise
 from mvkernels.swap.eligibility import class_of, not_dense, not_plain
 from mvkernels.swap.folding import elementwise
-from mvkernels.swap.folding.forms import not_plain_convolution, why_not
+from mvkernels.swap.folding.forms import not_plain_convolution, not_plain_norm, why_not
 from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.plans import Keep
 
@@ -21,39 +21,59 @@ Part = tuple[Any, Any, tuple[Any, ...]]
 Convolve = Callable[..., Tensor]
 """Of a map, or of two maps whose channels follow each other."""
 Multiply = Callable[..., Tensor]
-"""Of a map, and perhaps another that is added to the result."""
+"""Of a map, and perhaps another that is added to the result. Of a map (not of tokens) also with factors (B, C)."""
 
 
-def folded(layer: Any, norm: Any, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def folded(layer: Any, norm: Any, scale: Tensor | None = None, before: Any = None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution or Linear that does the work of both, and of a factor of each channel after
-    them, computed in float64."""
+    them, computed in float64. ``before``: a batch norm before a 1 x 1 convolution, whose work it does as well."""
     weight, bias = layer.weight, layer.bias
-    if norm is None and scale is None:
+    if norm is None and scale is None and before is None:
         return weight, bias
-    factor = weight.new_ones(weight.shape[0], dtype=torch.float64)
-    shift = torch.zeros_like(factor) if bias is None else bias.double()
+    exact = weight.double()
+    shift = exact.new_zeros(weight.shape[0]) if bias is None else bias.double()
+    if before is not None:
+        into, offset = _factors(before)
+        shift = shift + exact.flatten(1) @ offset
+        exact = exact * into.view(1, -1, 1, 1)
+    factor = torch.ones_like(shift)
     if norm is not None:
-        factor = (norm.running_var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            factor = factor * norm.weight.double()
-        shift = (shift - norm.running_mean.double()) * factor
-        if norm.bias is not None:
-            shift = shift + norm.bias.double()
+        factor, offset = _factors(norm)
+        shift = shift * factor + offset
     if scale is not None:
         factor, shift = factor * scale.double(), shift * scale.double()
-    return (weight.double() * factor.view(-1, *(1,) * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
+    return (exact * factor.view(-1, *(1,) * (weight.dim() - 1))).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _factors(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies each channel by, and what it adds then."""
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    offset = -norm.running_mean.double() * factor
+    return factor, offset if norm.bias is None else offset + norm.bias.double()
 
 
 def resting(conv: Any, norm: Any, after: Iterable[Any]) -> int | None:
     """The number of the activation of a convolution that may run on packed weights, with the norm if there is one; None
     if it may not."""
     reason = not_plain_convolution(conv) if norm is None else why_not(conv, norm) or norm.training
-    tensors = [conv.weight, conv.bias]
-    if norm is not None:
-        tensors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    if reason or any(t is not None and t.dtype != torch.float32 for t in tensors):
+    if reason or not _is_single(conv.weight, conv.bias) or not (norm is None or _is_single(*_tensors(norm))):
         return None
     return elementwise.activation_of(after)
+
+
+def resting_norm(norm: Any, channels: int) -> bool:
+    """Whether a batch norm of these channels, without an activation, is one that a convolution can do the work of."""
+    return not not_plain_norm(norm, channels) and not norm.training and _is_single(*_tensors(norm))
+
+
+def _tensors(norm: Any) -> tuple[Tensor | None, ...]:
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias
+
+
+def _is_single(*tensors: Tensor | None) -> bool:
+    return all(t is None or t.dtype == torch.float32 for t in tensors)
 
 
 def convolution(part: Part, keep: Keep) -> Convolve | None:
@@ -85,20 +105,36 @@ def convolution(part: Part, keep: Keep) -> Convolve | None:
     return multiply if op == "pointwise" else run
 
 
-def inverted_residual_of(parts: Sequence[Part], adds: bool, keep: Keep) -> Callable[[Tensor], Tensor] | None:
+def inverted_residual_of(parts: Sequence[Part], adds: bool, keep: Keep) -> Convolve | None:
     """The inverted residual of three convolutions with their norms, or of two, without the expansion; None if they are
-    none, or cannot run on packed weights now. ``adds``: whether the input is added."""
+    none, or cannot run on packed weights now. ``adds``: whether the input is added. Its calls may be given the slopes
+    of dynamic ReLUs beside the map."""
     if not parts or not inverted(parts):
         return None
     *first, last = (resting(*part) for part in parts)
-    if last != 0 or len({*first}) != 1 or first[0] is None:
+    if last != 0 or None in first:
         return None
-    activation, expands = first[0], len(parts) == 3
+    before, activation, expands = first[0], first[-1], len(parts) == 3
     (depthwise, _, _), (project, _, _) = parts[-2:]
     each = [] if expands else [None, None]
     weights = keep(inverted_residual.operators.pack(*each, *(t for part in parts for t in folded(*part[:2]))))
     sizes = (depthwise.out_channels, project.out_channels, depthwise.kernel_size[0], expands)
-    settings = (*sizes, depthwise.stride[0], activation, adds)
+    settings = (*sizes, depthwise.stride[0], activation, adds, before)
+    return lambda x, *slopes: inverted_residual.operators.forward(x, weights, *settings, *slopes)
+
+
+def hidden_map(widen: Part, depthwise: Part, keep: Keep, norm: Any = None) -> Convolve | None:
+    """An inverted residual without its projection, and perhaps with a batch norm before it; None if the parts are not
+    that, or cannot run on packed weights now."""
+    if [of_convolution(part[0]) for part in (widen, depthwise)] != ["pointwise", "depthwise"]:
+        return None
+    before, activation = resting(*widen), resting(*depthwise)
+    if before is None or activation is None or (norm is not None and not resting_norm(norm, widen[0].in_channels)):
+        return None
+    conv = depthwise[0]
+    tensors = (*folded(*widen[:2], before=norm), *folded(*depthwise[:2]), None, None)
+    weights = keep(inverted_residual.operators.pack(*tensors))
+    settings = (conv.out_channels, 0, conv.kernel_size[0], True, conv.stride[0], activation, False, before)
     return lambda x: inverted_residual.operators.forward(x, weights, *settings)
 
 
@@ -189,4 +225,4 @@ def _product(weight: Tensor, bias: Tensor | None, keep: Keep, activation: int, n
     of_norm = (norm.weight, norm.bias) if norm is not None else (None, None)
     weights = keep(pointwise.operators.pack(weight, bias, normed, *of_norm))
     settings = (weight.shape[0], normed, 0.0 if norm is None else norm.eps, activation)
-    return lambda x, residual=None: pointwise.operators.forward(x, weights, *settings, residual)
+    return lambda x, residual=None, gate=None: pointwise.operators.forward(x, weights, *settings, residual, gate)

@@ -18,9 +18,9 @@ from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import requested
 from mvkernels.swap.eligibility import class_of, not_hooked, replaced, unusual_call
 
-Run = Callable[[Tensor], Tensor]
-"""The work of a module on packed weights. It may refer to parts of the module, which the plan looks after, and not to
-the module itself, which it would keep alive."""
+Run = Callable[..., Any]
+"""The work of a module on packed weights, of the tensors of a call. It may refer to parts of the module, which the plan
+looks after, and not to the module itself, which it would keep alive."""
 Keep = Callable[[Tensor], Tensor]
 """Notes a packed tensor as one of the plan's, and returns it."""
 
@@ -80,10 +80,17 @@ class Plan:
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
-def run_of(module: Any, x: Any) -> Run | None:
-    """What does the work of ``module`` on packed weights for the input x; None if its own forward has to run."""
+def run_of(module: Any, x: Any, *beside: Any) -> Run | None:
+    """What does the work of ``module`` on packed weights for the input x and the tensors ``beside`` it; None if its own
+    forward has to run."""
     axes = module.mvk_axes or max(2, x.dim() if isinstance(x, Tensor) else 2)
-    if not_now() or unusual_call(x, axes) or not fits(x) or torch.is_autocast_enabled("cpu"):
+    if (
+        not_now()
+        or unusual_call(x, axes)
+        or not fits(x)
+        or torch.is_autocast_enabled("cpu")
+        or any(_unusual(each, axes, x) for each, axes in zip(beside, module.mvk_beside))
+    ):
         return None
     return run_for_now(module)
 
@@ -106,7 +113,12 @@ def adding_run_of_part(part: Any, keep: Keep) -> Run | None:
 def _as_swapped(part: Any) -> bool:
     """Whether a part has a form that packs weights, and nothing was put around its forward."""
     packs = getattr(type(part), "mvk_packs", False) and class_of(part) is part.mvk_original
-    return packs and not (not_hooked(part, "it") or replaced(part.mvk_original, "forward"))
+    return packs and not (part.mvk_beside or not_hooked(part, "it") or replaced(part.mvk_original, "forward"))
+
+
+def _unusual(beside: Any, axes: int, x: Tensor) -> bool:
+    """Whether a tensor beside the input x is not like it, and one for each picture of the batch."""
+    return bool(unusual_call(beside, axes)) or not fits(beside) or beside.shape[0] != x.shape[0]
 
 
 def run_for_now(module: Any) -> Run | None:

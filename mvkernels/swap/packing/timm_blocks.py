@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.layers import ConvMlp, DropPath, LayerScale, LayerScale2d, Mlp
+from timm.layers import ConvMlp, DropPath, LayerScale, LayerScale2d, Mlp, SEModule
 from timm.models import efficientformer, levit, maxxvit, metaformer, tiny_vit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_of, not_plain
+from mvkernels.swap.eligibility import class_of, not_elementwise, not_plain
+from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
@@ -24,6 +25,7 @@ from mvkernels.swap.packing.products import (
     convolutions,
     not_products,
 )
+from mvkernels.swap.packing.squeezed import Squeeze, squeezed
 from mvkernels.swap.swapped import Swapped
 
 
@@ -195,7 +197,8 @@ class PackingMetaBlock1d(_EfficientFormerBlock):
 
 
 class PackingMbConvBlock(Swapped):
-    """A ``MbConvBlock`` of CoAtNet and MaxViT: norm, activation and the sum are in its 1 x 1 convolutions."""
+    """A ``MbConvBlock`` of CoAtNet and MaxViT in two kernels, or with norm, activation and the sum in its 1 x 1
+    convolutions."""
 
     mvk_calls = ("shortcut", "pre_norm", "down", "conv2_kxk", "se_early", "norm2", "se")
 
@@ -205,7 +208,10 @@ class PackingMbConvBlock(Swapped):
         return not_products(_of_mbconv(block))
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
-        """The depthwise convolution and what stands around it as modules."""
+        """Where not all of it is known, the depthwise convolution and what stands around it as modules."""
+        whole = _whole_mbconv(self, keep)
+        if whole is not None:
+            return whole
         first, last = _of_mbconv(self)
         widen, narrow = layers.multiplication(first[0], keep, first[2], None, first[1]), None
         if not active(self.drop_path, DropPath):
@@ -233,6 +239,32 @@ class PackingMbConvBlock(Swapped):
 
 def _of_mbconv(block: Any) -> Sequence[Part]:
     return (block.conv1_1x1, block.norm1, after(block.norm1)), (block.conv3_1x1, None, ())
+
+
+def _whole_mbconv(block: Any, keep: Keep) -> Run | None:
+    """A block in two kernels, with its shortcut as a module; None if there is more in it."""
+    squeeze = None if block.se is None else _of_squeeze(block.se)
+    if (
+        block.se_early is not None
+        or (block.se is not None and squeeze is None)
+        or not_plain(block.down, nn.Identity, "it")
+        or elementwise.activation_of(after(block.pre_norm)) != 0
+        or active(block.drop_path, DropPath)
+    ):
+        return None
+    first, last = _of_mbconv(block)
+    middle = (block.conv2_kxk, block.norm2, after(block.norm2))
+    branch, shortcut = squeezed(first, middle, squeeze, last, keep, block.pre_norm), block.shortcut
+    return None if branch is None else lambda x: branch(x, shortcut(x))
+
+
+def _of_squeeze(se: Any) -> Squeeze | None:
+    """A plain squeeze and excitation; None if it is another gate."""
+    if not_own(se, SEModule) or se.add_maxpool or not_plain(se.bn, nn.Identity, "it"):
+        return None
+    if not_elementwise(se.act, "it") or not_elementwise(se.gate, "it"):
+        return None
+    return se.fc1, se.act, se.fc2, se.gate
 
 
 class PackingStem(Swapped):
