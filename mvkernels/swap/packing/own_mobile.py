@@ -165,6 +165,10 @@ class PackingMBConv(_Own):
         """Why its convolutions are not those of an inverted residual; empty if they are."""
         return "" if layers.inverted(_of_mbconv(block)) else "the first convolution has a stride"
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The last convolution's channels, the depthwise one's stride."""
+        return self.conv3.out_channels, self.conv2.stride[0]
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The shortcut as a module."""
         squeeze = _of_squeeze(self.se)
@@ -240,9 +244,7 @@ def _widened(depthwise: Part, project: Part, adds: bool, keep: Keep) -> Convolve
     return run
 
 
-def _slopes(
-    *activations: tuple[DynamicReLU, Tensor | None], keep: Keep
-) -> Callable[[Tensor], Sequence[Tensor]] | None:
+def _slopes(*activations: tuple[DynamicReLU, Tensor | None], keep: Keep) -> Callable[[Tensor], Sequence[Tensor]] | None:
     """The slopes (B, 2, C) of each of these activations for a token (B, token_dim), their channels in the order given
     with it; None if one is not plain.
 

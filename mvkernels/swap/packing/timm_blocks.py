@@ -207,6 +207,13 @@ class PackingMbConvBlock(Swapped):
         """Why such a block has no two products; empty if it has."""
         return not_products(_of_mbconv(block))
 
+    def mvk_sizes(self: Any) -> tuple[int, int] | None:
+        """Where nothing but a depthwise convolution of odd width divides the sides."""
+        conv = self.conv2_kxk
+        depthwise = class_of(conv) is nn.Conv2d and layers.of_convolution(conv) == "depthwise"
+        known = depthwise and class_of(self.down) is nn.Identity
+        return (self.conv3_1x1.out_channels, conv.stride[0]) if known else None
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Where not all of it is known, the depthwise convolution and what stands around it as modules."""
         whole = _whole_mbconv(self, keep)
