@@ -103,6 +103,12 @@ def exactly(op: str, name: str, value: torch.Tensor, axes: str, size: Sequence[i
         raise ValueError(f"{op}: {name} is {shape(value)}, want {tuple(size)}")
 
 
+def map_of(op: str, value: torch.Tensor, channels: int) -> None:
+    """The input x of a module is a map (B, channels, H, W)."""
+    if value.dim() != 4 or value.shape[1] != channels:
+        raise ValueError(f"{op}: x is {shape(value)}, want (B, {channels}, H, W)")
+
+
 def not_empty(op: str, name: str, value: torch.Tensor, **axes: int) -> None:
     """The named axes (``H=3``) are not of size 0."""
     for axis_name, axis in axes.items():

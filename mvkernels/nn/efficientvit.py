@@ -144,8 +144,7 @@ class LiteMLA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"LiteMLA: x is {checks.shape(x)}, want (B, {self.in_channels}, H, W)")
+        checks.map_of("LiteMLA", x, self.in_channels)
         return self.proj(aggregate_and_attend(self.qkv(x), self.aggreg, self.head_dim, self.eps, self.backend))
 
     def products(self, x: Tensor) -> int:

@@ -237,8 +237,7 @@ class PatchTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.dim:
-            raise ValueError(f"{_NAME}: x is {checks.shape(x)}, want (B, {self.dim}, H, W)")
+        checks.map_of(_NAME, x, self.dim)
         if torch.compiler.is_exporting() and all(
             checks.known(size % patch == 0) for size, patch in zip(x.shape[2:], self.patch_size)
         ):

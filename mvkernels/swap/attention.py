@@ -83,7 +83,7 @@ def mixes_tokens(module: nn.Module) -> bool:
 
 
 def _ours(kind: type) -> bool:
-    return any(base.__module__.startswith("mvkernels.") for base in kind.__mro__)
+    return any(base.__module__.startswith(("mvkernels.", "mvmodels.")) for base in kind.__mro__)
 
 
 def _class_name(module: nn.Module) -> str:

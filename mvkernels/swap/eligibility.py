@@ -63,6 +63,11 @@ def class_of(module: Any) -> type:
     return kind.mvk_original if getattr(kind, "mvk_class", None) is kind else kind
 
 
+def name_of(kind: type) -> tuple[str, str]:
+    """The module of a class and its name there, by which classes are known whose package must not be imported."""
+    return kind.__module__, kind.__qualname__
+
+
 def not_plain(module: Any, kind: type[nn.Module], what: str) -> str:
     """``module`` must be exactly a ``kind``, with its class's own forward and no hooks.
 

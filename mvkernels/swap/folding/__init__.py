@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from mvkernels.swap.eligibility import not_its_own, replaced
+from mvkernels.swap.eligibility import name_of, not_its_own, replaced
 from mvkernels.swap.folding.forms import Folding
 from mvkernels.swap.swapped import Swapped, packing, swapped_class
 
@@ -61,6 +61,24 @@ _PACKED = {
     ("mvmodels.mobile_former", "Stem"): "own_mobile",
     ("mvmodels.mobile_former", "Head"): "own_mobile",
     ("mvmodels.coatnet", "MBConv"): "own_mobile",
+    ("mvkernels.nn.efficientvit", "ConvNormAct"): "own",
+    ("mvkernels.nn.efficientvit", "LiteMLA"): "own",
+    ("mvkernels.nn.efficientvit", "MBConv"): "own",
+    ("mvkernels.nn.efficientvit", "Residual"): "own",
+    ("mvkernels.nn.patch_transformer", "PatchTransformer"): "own",
+    ("mvmodels.layers", "ConvNorm"): "own_models",
+    ("mvmodels.layers", "Mlp"): "own_models",
+    ("mvmodels.layers", "PoolMixer"): "own_models",
+    ("mvmodels.layers", "ToChannelsFirst"): "own_models",
+    ("mvmodels.layers", "ToChannelsLast"): "own_models",
+    ("mvmodels.mobilevit", "InvertedResidual"): "own_models",
+    ("mvmodels.mobilevit", "MobileViTBlock"): "own_models",
+    ("mvmodels.efficientformer", "ConvMlp"): "own_models",
+    ("mvmodels.efficientformer", "MB3D"): "own_models",
+    ("mvmodels.efficientformer", "MB4D"): "own_models",
+    ("mvmodels.poolformer", "PoolFormerBlock"): "own_models",
+    ("mvmodels.coatnet", "TransformerBlock"): "own_models",
+    ("mvmodels.encoder", "EncoderBlock"): "own_models",
 }
 # Modules that call packed ones in turn: one look at all of them is enough. ``Sequential`` is one of them.
 _CHAINS = {
@@ -82,13 +100,13 @@ def fold(
     claimed = _claimed(blocks)
     for module in model.modules():  # a caller comes before what it calls
         kind = type(module)
-        name = (kind.__module__, kind.__qualname__)
+        name = name_of(kind)
         adapter = f"folding.{_CALLERS[name]}" if name in _CALLERS else None
         if packs and name in _PACKED:
             adapter = f"packing.{_PACKED[name]}"
         if adapter is not None and module not in claimed and not isinstance(module, Swapped):
             forms = importlib.import_module(f"mvkernels.swap.{adapter}").FORMS
-            _give(module, forms[kind] if kind in forms else forms[name], packs, changed)
+            _give(module, forms[kind if kind in forms else name], packs, changed)
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
     if packs:

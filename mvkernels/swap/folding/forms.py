@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_dense, not_its_own, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import class_of, name_of, not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.plans import not_now
 from mvkernels.swap.swapped import Swapped
 
 _DTYPES = (torch.float32, torch.float64)
+_LAID_OTHERWISE = {("mvmodels.layers", "ToChannelsLast"), ("mvmodels.layers", "ToChannelsFirst")}
+"""Classes of convolutions that differ from ``Conv2d`` in the layout of their result only."""
 
 
 class Folding(Swapped):
@@ -62,8 +64,9 @@ def not_plain_norm(norm: Any, channels: int) -> str:
 
 def not_plain_convolution(conv: Any) -> str:
     """A plain ``Conv2d`` of a plain tensor."""
+    kind = class_of(conv)
     return (
-        not_plain(conv, nn.Conv2d, "the convolution")
+        not_plain(conv, kind if name_of(kind) in _LAID_OTHERWISE else nn.Conv2d, "the convolution")
         or replaced(nn.Conv2d, "_conv_forward")
         or not_its_own(conv, "_conv_forward")
         or not_dense(conv.weight, "the convolution")

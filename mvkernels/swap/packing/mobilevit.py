@@ -38,7 +38,7 @@ def plan(
     activation = layers.resting(*projection)
     if activation is None:
         return None
-    each = [_layer(layer, patch_size, block.mvk_backend, keep) for layer in block_layers]
+    each = [layer_of(layer, patch_size, block.mvk_backend, keep) for layer in block_layers]
     if not all(each):
         return None
     conv_out, norm_out, _ = projection
@@ -74,7 +74,7 @@ def plan(
     return run
 
 
-def _layer(
+def layer_of(
     layer: dict[str, Any], patch_size: tuple[int, int], backend: str | None, keep: Keep
 ) -> Callable[[Tensor], Tensor] | None:
     """One transformer layer on a channels-last map (B, C, H, W); None if it cannot run on packed weights now."""
@@ -83,6 +83,7 @@ def _layer(
     if activation is None or elementwise.activation_of([d for d in dropouts if d is not None]) != 0:
         return None
     heads, qkv, scale = layer["heads"], layer["qkv"], layer.get("scale")
+    backend = layer.get("backend") or backend
     norm1 = layer["norm1"]
     queries = layers.joined(qkv, keep, norm1) if isinstance(qkv, tuple) else layers.linear(qkv, keep, norm=norm1)
     projection = layers.linear(layer["proj"], keep)

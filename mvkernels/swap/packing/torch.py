@@ -72,8 +72,8 @@ class PackingConv2d(Swapped):
         return nn.Conv2d.forward(self, input)
 
 
-class PackingConv2dOfTimm(PackingConv2d):
-    """A ``Conv2d`` in a model of timm, which takes maps in any layout and so gets channels-last ones."""
+class PackingConv2dAnyLayout(PackingConv2d):
+    """A ``Conv2d`` in a model of timm or of mvmodels, which take maps in any layout and so get channels-last ones."""
 
     mvk_any_layout = True
 
@@ -82,4 +82,4 @@ def form(module: nn.Module, package: str) -> type[Swapped]:
     """The packing form of a Linear or a convolution that is called by code of this package."""
     if type(module) is nn.Linear:
         return PackingLinear
-    return PackingConv2dOfTimm if package == "timm" else PackingConv2d
+    return PackingConv2dAnyLayout if package in ("timm", "mvmodels") else PackingConv2d
