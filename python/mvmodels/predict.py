@@ -54,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     add("--std", type=number(float, 1e-6), nargs=3, help="deviation of each channel for a state_dict (default 0.5)")
     add("--top-k", type=number(int, 1), default=5, help="number of classes to print (default 5)")
     add("--no-ema", action="store_true", help="use the weights themselves, not their moving average")
+    add(
+        "--original",
+        action="store_true",
+        help="run the model as it is (default: on a CPU by mvkernels.swap(model, inference=True), which is faster)",
+    )
     add("--device", default="cpu", help="device to run on (default cpu)")
     add("--backend", default="auto", help="backend of the fused ops: auto, reference, cpp, triton, cuda (default auto)")
     add("--json", action="store_true", help="print one JSON document on stdout")
@@ -112,6 +117,9 @@ def _predict(options: argparse.Namespace) -> int:
     pictures = [_normalised(picture, options.mean, options.std) for picture in pictures]
     names = known.get("classes") if options.classes is None else _names(options.classes)
     answers: list[tuple[str, list[dict[str, Any]]]] = []
+    # Elsewhere, and in other dtypes, the packed weights would not be used.
+    if torch.device(where).type == "cpu" and not options.original:
+        mvkernels.swap(model, inference=True)
     with mvkernels.use_backend(chosen), torch.inference_mode():
         model.to(where)
         for path, picture in zip(options.image, pictures):

@@ -14,12 +14,14 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("PIL")
 
+import mvkernels
 from mvmodels import checkpoint, predict, registry, train, vit
 from mvmodels.command import setting
 from mvmodels.engine import Trainer
@@ -248,6 +250,19 @@ class TestPredict:
             assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1, abs=1e-4)
         assert predict.main([files[0], "--checkpoint", str(trained / "last.pt"), "--top-k", "1"]) == 0
         assert capsys.readouterr().out.count("%") == 1
+
+    def test_it_runs_on_packed_weights_or_not_with_the_same_answers(self, folder, trained, capsys):
+        common = [str(folder / "red" / "0.png"), "--checkpoint", str(trained / "best.pt"), "--json"]
+        answers = []
+        for more, calls in ([], 1), (["--original"], 0):
+            with mock.patch.object(mvkernels, "swap", wraps=mvkernels.swap) as swap:
+                assert predict.main([*common, *more]) == 0
+            assert swap.call_count == calls
+            answers.append(json.loads(capsys.readouterr().out)["images"][0]["classes"])
+        swapped, plain = answers
+        assert [c["name"] for c in swapped] == [c["name"] for c in plain]
+        shares = [[c["probability"] for c in answer] for answer in answers]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-5)
 
     def test_a_state_dict(self, folder, trained, tmp_path, capsys):
         state = checkpoint.read_training(trained / "best.pt")
