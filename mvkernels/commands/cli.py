@@ -116,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     swap.add_argument("--device", default="cpu", help="device to run on (default cpu)")
     swap.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")
     swap.add_argument("--rounds", type=_positive, help="samples of each time (default: as many as fit in a second)")
+    swap.add_argument("--inference", action="store_true",
+                      help="also swap for inference on packed weights; verify and time that too")  # fmt: skip
     swap.add_argument("--compile", action="store_true", help="also time the original under torch.compile")
     swap.add_argument("--allocator", default="kept", choices=("kept", "default"), help="see mvkernels bench --help")
 

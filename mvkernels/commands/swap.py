@@ -26,10 +26,15 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
     if options.model.startswith("transformers:mobilevit"):
         image = image.flip(1)  # these checkpoints were trained on BGR
     image = image.to(options.device)
+    backend = None if options.backend == "auto" else options.backend
     swapped = copy.deepcopy(model)
-    found = swap(swapped, backend=None if options.backend == "auto" else options.backend)
-    verified = verify_swap(swapped, image)
+    found = swap(swapped, backend=backend)
     contenders = {"original": model, "swapped": swapped}
+    if options.inference:
+        swapped = copy.deepcopy(model)
+        found = swap(swapped, backend=backend, inference=True)
+        contenders["swapped, inference"] = swapped
+    verified = verify_swap(swapped, image)  # where weights are packed it compares the calls without them too
     if options.compile:
         contenders["original, compiled"] = torch.compile(model)  # type: ignore[assignment]
     times = time_models(contenders, image, options.rounds)
@@ -45,6 +50,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
                 "image": source,
                 "entries": [asdict(entry) for entry in found.entries],
                 "swapped": found.count,
+                "packed_bytes": found.packed_bytes,
                 "verified": verified.ok,
                 "verification": str(verified),
                 "times": {

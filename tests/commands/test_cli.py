@@ -16,6 +16,7 @@ import torch
 
 from mvkernels import report, third_party
 from mvkernels.commands import cli
+from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import BACKENDS
 from mvkernels.dispatch.registry import OPS
 
@@ -168,6 +169,20 @@ def test_swap_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["parameters"] == 1_272_024
     assert found["swapped"] == 3 and found["verified"]
     assert found["times"]["swapped"]["median_us"] > 0
+
+
+def test_swap_for_inference(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    arguments = ["swap", "transformers:mobilevit_xxs", "--inference", "--size", "64", "--rounds", "1"]
+    arguments += ["--allocator", "default"]
+    status, out, _ = run([*arguments, "--json"], capsys)
+    found = json.loads(out)
+    assert status == 0 and found["swapped"] == 3 and found["verified"]
+    assert list(found["times"]) == ["original", "swapped", "swapped, inference"]
+    if extension.module is not None:
+        assert found["packed_bytes"] > 0 and "inference: output" in found["verification"]
+    status, out, _ = run(arguments, capsys)
+    assert status == 0 and "\nswapped, inference  " in out
 
 
 def test_swap_of_an_efficientvit(capsys: pytest.CaptureFixture[str]) -> None:
