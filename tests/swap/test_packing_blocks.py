@@ -122,8 +122,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MetaBlock2d": (lambda: efficientformer.MetaBlock2d(12, layer_scale_init_value=0.5), ODD, 2),
     "MetaFormerBlock": (lambda: metaformer.MetaFormerBlock(12, mlp_act=nn.GELU, norm_layer=GroupNorm1), ODD, 2),
     "MetaFormerBlock, StarReLU": (lambda: metaformer.MetaFormerBlock(12, res_scale_init_value=1.0), MAP, 2),
-    "MbConvBlock": (lambda: maxxvit.MbConvBlock(12, 12, cfg=Config()), ODD, 4),
-    "MbConvBlock, strided": (lambda: maxxvit.MbConvBlock(12, 20, 2, cfg=Config(stride_mode="dw")), MAP, 5),
+    "MbConvBlock": (lambda: maxxvit.MbConvBlock(12, 12, cfg=Config()), ODD, 2),
+    "MbConvBlock, strided": (lambda: maxxvit.MbConvBlock(12, 20, 2, cfg=Config(stride_mode="dw")), MAP, 3),
     "MbConvBlock, strided at first": (lambda: maxxvit.MbConvBlock(12, 20, 2, cfg=Config(stride_mode="1x1")), MAP, 4),
 }
 
