@@ -40,7 +40,6 @@ def call(module: Any, x: Any) -> Tensor | None:
     return _call(x, number, outputs, stride) if number else None  # type: ignore[no-any-return]
 
 
-@torch.compiler.assume_constant_result
 def _described(module: Any) -> tuple[int, int, int]:
     """The module's number, its output channels and its stride; zeros if it has no plan."""
     sizes = module.mvk_sizes()
@@ -50,6 +49,10 @@ def _described(module: Any) -> tuple[int, int, int]:
         _numbers[module] = next(_next)
         _modules[_numbers[module]] = module
     return _numbers[module], *sizes
+
+
+# What torch.compiler.assume_constant_result() does, which imports the compiler: half a second of `import mvkernels`.
+_described._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run(x: Tensor, number: int, outputs: int, stride: int) -> Tensor:
