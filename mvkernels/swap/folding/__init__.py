@@ -34,7 +34,8 @@ _CALLERS = {
     ("timm.models.efficientformer_v2", "ConvNorm"): "timm",
     ("timm.layers.norm_act", "BatchNormAct2d"): "timm",
 }
-# Blocks that run on packed weights: for ``swap(model, inference=True)``.
+# Blocks that run on packed weights: for ``swap(model, inference=True)``. Those of mvmodels, which is not imported here,
+# have their forms by name.
 _PACKED = {
     ("timm.models.byobnet", "BottleneckBlock"): "timm",
     ("timm.models.efficientvit_mit", "MBConv"): "timm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def _layer(layer: Any) -> dict[str, Any] | None:
     }
 
 
-FORMS: dict[type[nn.Module], Callable[..., Any]] = {
+FORMS = {
     ConvNormAct: PackingConvNormAct,
     MBConv: PackingMBConv,
     Residual: PackingResidual,

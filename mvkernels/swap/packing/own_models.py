@@ -37,14 +37,8 @@ def _parts(*modules: Any) -> list[Part]:
     return [part_of(module, "activation") for module in modules]
 
 
-class PackingConvNorm(PackingConvNormAct):
-    """A ``ConvNorm``."""
-
-    mvk_calls = ("activation",)
-
-
-class PackingToChannels(PackingConv2dAnyLayout):
-    """``ToChannelsLast`` and ``ToChannelsFirst``, which both give channels-last maps here."""
+class _Form(Swapped):
+    """A form whose class is known by its name only."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """As the original's."""
@@ -52,7 +46,17 @@ class PackingToChannels(PackingConv2dAnyLayout):
         return out
 
 
-class PackingInvertedResidual(InvertedResidual):
+class PackingConvNorm(PackingConvNormAct):
+    """A ``ConvNorm``."""
+
+    mvk_calls = ("activation",)
+
+
+class PackingToChannels(_Form, PackingConv2dAnyLayout):
+    """``ToChannelsLast`` and ``ToChannelsFirst``, which both give channels-last maps here."""
+
+
+class PackingInvertedResidual(_Form, InvertedResidual):
     """MobileViT's ``InvertedResidual`` in one kernel."""
 
     @staticmethod
@@ -71,13 +75,8 @@ class PackingInvertedResidual(InvertedResidual):
         """Why such a module is no inverted residual; empty if it is."""
         return not_known(cls.mvk_parts(module)) or super().mvk_why_not(module)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
 
-
-class PackingMobileViTBlock(Swapped):
+class PackingMobileViTBlock(_Form):
     """A whole ``MobileViTBlock``: the concatenation before its last convolution is not made."""
 
     mvk_calls = ("local",)
@@ -101,24 +100,14 @@ class PackingMobileViTBlock(Swapped):
         around = (self.local, self.conv_in, each, transformer.norm, projection, self.fusion, fused)
         return mobilevit.plan(self, keep, *around, transformer.patch_size)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
 
-
-class PackingMlp(TwoProducts):
+class PackingMlp(_Form, TwoProducts):
     """An ``Mlp`` of tokens."""
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
         """Both."""
         return (module.fc1, None, (module.activation, module.dropout)), (module.fc2, None, (module.dropout,))
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
 
 
 class PackingConvMlp(PackingMlp):
@@ -137,7 +126,7 @@ class PackingConvMlp(PackingMlp):
         return self.fc2.out_channels, 1
 
 
-class PackingPoolMixer(Swapped):
+class PackingPoolMixer(_Form):
     """A ``PoolMixer`` in one pass."""
 
     @staticmethod
@@ -155,13 +144,8 @@ class PackingPoolMixer(Swapped):
 
         return run
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
 
-
-class _Block(ScaledBlock):
+class _Block(_Form, ScaledBlock):
     """What the blocks of two sums share: factors of the channels, perhaps, and one drop path."""
 
     mvk_mixer = "mixer"
@@ -189,11 +173,6 @@ class _Block(ScaledBlock):
     def mvk_paths(block: Any) -> str:
         """The one."""
         return active(block.drop_path, DropPath)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
 
 
 class PackingMB3D(_Block):
