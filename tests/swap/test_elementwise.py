@@ -129,7 +129,7 @@ def test_which_activations_are_known():
         ((nn.Dropout().eval(), nn.SiLU()), 2),
         ((nn.Hardswish(), nn.Identity()), 3),
         ((nn.GELU(),), 4),
-        ((tanh,), None),
+        ((tanh,), 6),
         ((hooked,), None),
         ((active, nn.ReLU()), None),
         ((nn.ReLU(), nn.ReLU()), None),

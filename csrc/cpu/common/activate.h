@@ -47,9 +47,24 @@ MVK_INLINE void gelu(vf* x) {
   over_one_and_exp2<U>(x, t);
 }
 
+// The approximation x (1 + tanh u) / 2 = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
+template <int U>
+MVK_INLINE void gelu_tanh(vf* x) {
+  vf t[U];
+  MVK_EACH t[u] = splat(-0.102943240f) * (x[u] * x[u]) + splat(-2.30220820f);
+  MVK_EACH t[u] *= x[u];
+  over_one_and_exp2<U>(x, t);
+}
+
+// Whether it takes an exponential.
+constexpr bool exponential(Activation f) {
+  return f == Activation::silu || f == Activation::gelu || f == Activation::gelu_tanh;
+}
+
 template <Activation f, int U>
 MVK_INLINE void activate(vf* x) {
   if constexpr (f == Activation::silu) silu<U>(x);
+  if constexpr (f == Activation::gelu_tanh) gelu_tanh<U>(x);
   if constexpr (f == Activation::gelu) gelu<U>(x);
   MVK_EACH {
     if constexpr (f == Activation::relu) x[u] = relu<float>(x[u]);
@@ -71,6 +86,8 @@ MVK_INLINE void with_activation(Activation f, const Call& call) {
       return call(std::integral_constant<Activation, Activation::hardswish>{});
     case Activation::gelu:
       return call(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return call(std::integral_constant<Activation, Activation::gelu_tanh>{});
     case Activation::relu6:
       return call(std::integral_constant<Activation, Activation::relu6>{});
     default:

@@ -6,6 +6,6 @@
 namespace mvk {
 
 // As ACTIVATIONS in mvkernels/ops/common/activations.py.
-enum class Activation : int64_t { identity, relu, silu, hardswish, gelu, relu6 };
+enum class Activation : int64_t { identity, relu, silu, hardswish, gelu, relu6, gelu_tanh };
 
 }  // namespace mvk

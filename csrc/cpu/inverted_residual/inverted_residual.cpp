@@ -142,7 +142,7 @@ static void depthwise(
   const int64_t vectors = vectors_of(s.hidden, panel);
   with_activation(k.a.activation, [&](auto known) {
     // With 16 registers the weights and an exponential's vectors push each other out: then it has its own pass.
-    constexpr bool many = kVectorBytes == 64 || (known() != Activation::silu && known() != Activation::gelu);
+    constexpr bool many = kVectorBytes == 64 || !exponential(known());
     constexpr Activation f = many ? known() : Activation::identity;
     auto row = s.kernel == 3 ? (k.a.stride == 1 ? depthwise_row<3, 1, f> : depthwise_row<3, 2, f>)
                              : (k.a.stride == 1 ? depthwise_row<5, 1, f> : depthwise_row<5, 2, f>);

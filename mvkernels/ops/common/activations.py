@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from torch.nn.functional import gelu, hardswish, relu, relu6, silu
@@ -14,8 +15,12 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "hardswish": hardswish,
     "gelu": gelu,
     "relu6": relu6,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
 }
 """PyTorch's functions, in the order of ``Activation`` in csrc/cpu/common/activations.h."""
+
+EXPONENTIAL = ("silu", "gelu", "gelu_tanh")
+"""Those that take an exponential."""
 
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 """Their numbers for the C++ kernels."""

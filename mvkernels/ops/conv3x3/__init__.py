@@ -45,7 +45,7 @@ def conv3x3(
             read in place; others are copied once, but for those of the direct algorithm.
         weight: (C_out, C, 3, 3); with ``beside``, C is the sum of both maps' channels, those of x first.
         bias: (C_out,), or None.
-        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu", "gelu_tanh" or None.
         residual: map of the result's size that is added after the activation, or None.
         beside: a second map (B, C2, H, W) whose channels follow those of x, in place of a concatenation, or None.
         stride: 1 or 2.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.activations import ACTIVATIONS, EXPONENTIAL
 from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.conv3x3.operators import tile_of
 
@@ -93,7 +93,7 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     points = (tile + 2) ** 2 if tile else 9
     products = b * (-(-height // tile)) * (-(-width // tile)) * points if tile else 9 * after
     moved = (before * inputs + after * outputs + points * inputs * outputs) * x.element_size()
-    exponentials = after * outputs * (arguments.get("activation") in ("silu", "gelu"))
+    exponentials = after * outputs * (arguments.get("activation") in EXPONENTIAL)
     flops = 2 * products * inputs * outputs
     return Cost(moved * 2, flops * 2, exponentials) if backward else Cost(moved, flops, exponentials)
 

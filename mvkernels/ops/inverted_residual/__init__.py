@@ -52,7 +52,7 @@ def inverted_residual(
         depthwise: weight (C_hidden, 1, k, k) with an odd k, and bias (C_hidden,) or None. Its padding is k // 2.
         project: weight (C_out, C_hidden, 1, 1) and bias (C_out,) or None.
         stride: of the depthwise convolution, 1 or 2.
-        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None, after the first two convolutions.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu", "gelu_tanh" or None, after the first two convolutions.
         residual: whether x is added to the result: for a stride of 1, and C_out = C.
         packed: what :func:`pack_inverted_residual` made of the same weights, for the C++ backend, which packs them in
             every call otherwise.

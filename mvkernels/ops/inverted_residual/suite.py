@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.activations import ACTIVATIONS, EXPONENTIAL
 from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.inverted_residual.reference import Weights
 
@@ -110,7 +110,7 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     expands = arguments["expand"] is not None
     flops = 2 * before * inputs * hidden * expands + 2 * after * hidden * (kernel**2 + outputs)
     weights = hidden * (inputs * expands + kernel**2 + outputs)
-    exponentials = (before * expands + after) * hidden * (arguments["activation"] in ("silu", "gelu"))
+    exponentials = (before * expands + after) * hidden * (arguments["activation"] in EXPONENTIAL)
     moved = (before * inputs + after * outputs + weights) * x.element_size()
     return Cost(moved * 2, flops * 2, exponentials) if backward else Cost(moved, flops, exponentials)
 

@@ -45,7 +45,7 @@ def pointwise(
         bias: (C_out,), or None.
         norm: (weight, bias) of the LayerNorm, each (C,) or None; or None if there is no norm.
         eps: epsilon of the norm.
-        activation: "silu", "hardswish", "relu", "relu6", "gelu" or None.
+        activation: "silu", "hardswish", "relu", "relu6", "gelu", "gelu_tanh" or None.
         residual: map (B, C_out, H, W) that is added after the activation, or None.
         packed: what :func:`pack_pointwise` made of the same weight, bias and norm, for the C++ backend, which packs
             them in every call otherwise.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from mvkernels.dispatch.registry import Case, Cost
-from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.activations import ACTIVATIONS, EXPONENTIAL
 from mvkernels.ops.common.maps import Drawn
 from mvkernels.ops.pointwise.reference import Norm
 
@@ -101,7 +101,7 @@ def cost(arguments: Mapping[str, Any], backward: bool = False) -> Cost:
     pixels = x.numel() // inputs
     maps = inputs + outputs * (1 if arguments.get("residual") is None else 2)
     moved, flops = (pixels * maps + inputs * outputs) * x.element_size(), 2 * pixels * inputs * outputs
-    exponentials = pixels * outputs * (arguments.get("activation") in ("silu", "gelu"))
+    exponentials = pixels * outputs * (arguments.get("activation") in EXPONENTIAL)
     return Cost(moved * 2, flops * 2, exponentials) if backward else Cost(moved, flops, exponentials)
 
 

@@ -25,6 +25,7 @@ _ACTIVATIONS = {
     ("torch.nn.modules.activation", "Hardswish"): "hardswish",
     ("torch.nn.modules.activation", "GELU"): "gelu",
     ("timm.layers.activations", "GELU"): "gelu",
+    ("timm.layers.activations", "GELUTanh"): "gelu_tanh",
     ("transformers.activations", "SiLUActivation"): "silu",
     ("transformers.activations", "GELUActivation"): "gelu",
 }
@@ -80,15 +81,17 @@ def activation_of(modules: Iterable[Any]) -> int | None:
             return None
         if isinstance(module, nn.Dropout) and module.training:
             return None
-        if known == "gelu" and not _is_exact(module):
+        known = _gelu_of(module) if known == "gelu" else known
+        if known == "":
             return None
         found = found or known
     return CODES[found]
 
 
-def _is_exact(gelu: Any) -> bool:
-    """Whether it is the one by erf: torch's and transformers' can be told to compute another."""
-    return getattr(gelu, "approximate", "none") == "none" and getattr(gelu, "act", _gelu) is _gelu
+def _gelu_of(module: Any) -> str:
+    """By erf or by tanh, as torch's can be told; empty if it is another, as transformers' can be told."""
+    by = {"none": "gelu", "tanh": "gelu_tanh"}.get(getattr(module, "approximate", "none"), "")
+    return by if getattr(module, "act", _gelu) is _gelu else ""
 
 
 _gelu = nn.functional.gelu
