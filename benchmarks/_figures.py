@@ -192,6 +192,7 @@ def summary(folder: Path) -> list[str]:
         ("swapped", "original, onnx", "the original in ONNX Runtime"),
         ("swapped, inference", "original", "the original"),
         ("swapped, inference", "original, onnx", "the original in ONNX Runtime"),
+        ("swapped, inference", "original, openvino", "the original in OpenVINO"),
     ):
         cells = [f"whole models, {who}", shown, ""]
         count = 0

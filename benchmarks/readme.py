@@ -20,7 +20,8 @@ END = "<!-- figures: end -->"
 COLOURS = {"light": svg.LIGHT, "dark": svg.DARK}
 WHO = (("swapped", "swapped"), ("swapped, inference", "swapped, inference=True"),
        ("swapped, compiled", "swapped, compiled"),
-       ("original, compiled", "original, torch.compile"), ("original, onnx", "original, ONNX Runtime"))  # fmt: skip
+       ("original, compiled", "original, torch.compile"), ("original, onnx", "original, ONNX Runtime"),
+       ("original, openvino", "original, OpenVINO"))  # fmt: skip
 
 
 def shown(results: Path) -> Path | None:

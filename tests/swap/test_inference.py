@@ -229,6 +229,17 @@ def test_copies_and_pickles_pack_for_themselves(small):
         assert torch.equal(logits(small, x), wanted)
 
 
+def test_swapped_again_nothing_changes(model):
+    """Also by another report, and after folding."""
+    x = picture(model)
+    swap(model, fold_norms=True)
+    swap(model, inference=True)
+    kinds = [type(module) for module in model.modules()]
+    wanted = logits(model, x)
+    assert swap(model, inference=True).folded == 0
+    assert [type(module) for module in model.modules()] == kinds and torch.equal(logits(model, x), wanted)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_restored_it_is_what_it_was_and_holds_nothing(small, order):
     """Also where another call has swapped before."""

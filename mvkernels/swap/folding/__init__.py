@@ -119,14 +119,15 @@ def fold(
         for module in reversed([*model.modules()]):  # the inner ones first
             kind = type(module)
             name = (kind.__module__, kind.__qualname__)
+            if module in claimed or isinstance(module, Swapped):
+                continue
             if name in _CHAINS:
                 form = importlib.import_module(f"mvkernels.swap.packing.{_CHAINS[name]}").FORMS[kind]
             elif kind.forward is nn.Sequential.forward:
                 form = importlib.import_module("mvkernels.swap.packing.chain").PackingSequential
             else:
                 continue
-            if module not in claimed and not isinstance(module, Swapped):
-                _give(module, form, packs, changed)
+            _give(module, form, packs, changed)
     return changed
 
 
