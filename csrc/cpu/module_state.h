@@ -1,8 +1,11 @@
-// What the Python attributes of modules are, object by object, to find out in a microsecond whether one was exchanged.
+// What the Python attributes of modules are, object by object, and samples of what is in memory: to find out in microseconds whether
+// something was exchanged or written.
 #pragma once
 
 #include <Python.h>
 
+#include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace mvk {
@@ -62,6 +65,34 @@ PyObject* has_module_state(PyObject*, PyObject* args) {
       see_modules(module, parts, [&](PyObject* object) { return i < size && PyTuple_GetItem(state, i++) == object; });
   if (PyErr_Occurred()) return nullptr;
   return PyBool_FromLong(same && i == size);
+}
+
+// A stretch of memory, as Python packs it: two numbers of 64 bits.
+struct Stretch {
+  const char* data;
+  int64_t bytes;
+};
+
+// A number that depends on 8 bytes at each of up to 8 places of every stretch, the first and the last among them.
+PyObject* sampled(PyObject*, PyObject* args) {
+  const char* given;
+  Py_ssize_t size;
+  if (!PyArg_ParseTuple(args, "y#", &given, &size)) return nullptr;
+  uint64_t sum = 0xcbf29ce484222325;
+  for (Py_ssize_t at = 0; at + Py_ssize_t(sizeof(Stretch)) <= size; at += sizeof(Stretch)) {
+    Stretch s;
+    std::memcpy(&s, given + at, sizeof s);
+    const int64_t words = s.bytes / 8, places = words < 8 ? words : 8;
+    auto mix = [&](int64_t from, int64_t count) {
+      uint64_t word = 0;
+      std::memcpy(&word, s.data + from, size_t(count));
+      sum = (sum ^ word) * 0x9e3779b97f4a7c15;
+      sum ^= sum >> 29;
+    };
+    for (int64_t i = 0; i < places; ++i) mix((places > 1 ? i * (words - 1) / (places - 1) : 0) * 8, 8);
+    if (s.bytes % 8) mix(words * 8, s.bytes % 8);
+  }
+  return PyLong_FromUnsignedLongLong(sum);
 }
 
 }  // namespace

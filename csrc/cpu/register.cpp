@@ -72,6 +72,8 @@ PyMethodDef kMethods[] = {
      "module_state(module, parts) -> tuple: the objects that are the attributes of a module and of its parts."},
     {"has_module_state", has_module_state, METH_VARARGS,
      "has_module_state(module, parts, state) -> bool: whether they are the same objects still."},
+    {"sampled", sampled, METH_VARARGS,
+     "sampled(stretches) -> int: of bytes at some places of memory, given as pairs of address and size."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

@@ -166,11 +166,11 @@ def swap(
             None swaps all.
         backend: backend of the fused ops in these blocks; None chooses at each call. For blocks that were swapped
             before, a new backend replaces theirs ("auto" chooses at each call again), and None keeps theirs.
+        fold_norms: whether batch norms are also folded at inference, into the convolution before or the activation
+            after them. This applies to the whole model, whatever ``only`` is (see :mod:`mvkernels.swap.folding`).
         inference: whether calls that record no gradient also run on weights that are packed for them, in the whole
             model, whatever ``only`` is: convolutions with the norms and activations around them, inverted residuals and
             linear layers, on a CPU in float32. It includes ``fold_norms``. See :mod:`mvkernels.swap.packing`.
-        fold_norms: whether batch norms are also folded at inference, into the convolution before or the activation
-            after them. This applies to the whole model, whatever ``only`` is (see :mod:`mvkernels.swap.folding`).
 
     Returns:
         A :class:`SwapReport` with one entry for each attention module. Its ``restore()`` undoes this call. Blocks that

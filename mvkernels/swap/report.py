@@ -63,8 +63,8 @@ class SwapReport:
     def refresh(self) -> None:
         """Have the weights of the modules of this call packed again by the next call of each.
 
-        It is needed after a change that leaves no trace on a parameter: one written through ``.data`` in place, or
-        through a NumPy array that shares its memory.
+        It is needed after a change of few values of a parameter that leaves no mark on it: one written through
+        ``.data`` in place, or through a NumPy array that shares its memory.
         """
         for module in self._of_this_call():
             plans.forget(module)

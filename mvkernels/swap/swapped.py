@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from mvkernels.swap.eligibility import log_once
 from mvkernels.swap.packing import compiled
 from mvkernels.swap.packing.plans import Keep, Run, run_of
 
@@ -93,7 +94,12 @@ def packing(form: type) -> type:
                 if not torch.compiler.is_compiling():
                     run = run_of(self, *args)
                     if run is not None:
-                        return run(*args)
+                        try:
+                            return run(*args)
+                        except RuntimeError as error:  # for what does not fit the original has the words
+                            out = form.forward(self, *args)  # type: ignore[attr-defined]
+                            log_once(self, f"on packed weights: {error}")
+                            return out
                 elif not beside:
                     out = compiled.call(self, args[0])
                     if out is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -60,9 +62,9 @@ def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def packings(model: nn.Module, x: torch.Tensor) -> int:
     """How many weights a call packs."""
-    with mock.patch.object(plans.Plan, "_keep", autospec=True, side_effect=plans.Plan._keep) as keep:
+    with mock.patch.object(plans, "note", side_effect=plans.note) as note:
         logits(model, x)
-    return keep.call_count
+    return note.call_count
 
 
 @pytest.mark.core
@@ -122,6 +124,33 @@ def step(model):
     optimizer.zero_grad()
 
 
+def fused_step(model):
+    """Which changes no version counter."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model(picture(model)).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def merge(model):
+    """As peft merges an adapter, and as averages of weights are often copied."""
+    for p in model.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+
+
+def assign_twice(model):
+    """The second time what was freed the first time may be at hand again."""
+    for _ in range(2):
+        for p in model.parameters():
+            p.data = p.data * 1.05
+
+
+def transpose(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.shape[0] == module.weight.shape[1]:
+            module.weight.data = module.weight.data.t()
+
+
 def load(model):
     model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
 
@@ -175,7 +204,23 @@ def rows(model):
 
 
 @pytest.mark.parametrize(
-    "change", [step, load, average, exchange, assign, statistics, train, epsilon, there_and_back, rows]
+    "change",
+    [
+        step,
+        fused_step,
+        merge,
+        assign_twice,
+        transpose,
+        load,
+        average,
+        exchange,
+        assign,
+        statistics,
+        train,
+        epsilon,
+        there_and_back,
+        rows,
+    ],
 )
 def test_every_change_is_followed(small, change):
     x = picture(small)
@@ -195,7 +240,7 @@ def test_what_leaves_no_trace_needs_refresh(small):
     report = swap(small, inference=True)
     x = picture(small)
     before = logits(small, x)
-    small.stem.conv.weight.data.mul_(1.5)  # in place, by the way of .data: no version counter sees it
+    small.final_conv.conv.weight.data.view(-1)[5:90] += 1.0  # by the way of .data, few values: no mark, no sample
     assert torch.equal(logits(small, x), before)
     report.refresh()
     plain = copy.deepcopy(small)
@@ -238,6 +283,64 @@ def test_swapped_again_nothing_changes(model):
     wanted = logits(model, x)
     assert swap(model, inference=True).folded == 0
     assert [type(module) for module in model.modules()] == kinds and torch.equal(logits(model, x), wanted)
+
+
+def test_restored_or_deleted_the_packed_weights_are_freed_at_once(model):
+    """And not when the garbage collector comes by."""
+    x = picture(model)
+    made = []
+
+    def noting(weights, packed):
+        made.append(weakref.ref(packed))
+        weights.append(packed)
+        return packed
+
+    with mock.patch.object(plans, "note", noting):
+        report = swap(model, inference=True)
+        gc.disable()
+        try:
+            logits(model, x)
+            assert made and all(w() is not None for w in made)
+            average(model)
+            count = len(made)
+            logits(model, x)
+            assert len(made) == 2 * count and not [w for w in made[:count] if w() is not None]
+            report.restore()
+            assert not [w for w in made if w() is not None]
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("name", ["efficientvit_b0", "mvmodels:efficientvit_b0"])
+def test_a_hook_on_an_identity_is_called(name):
+    if name.startswith("mvmodels"):
+        import mvmodels
+
+        model = randomise(mvmodels.create_model("efficientvit_b0", num_classes=10)).eval()
+    else:
+        model = make(name)
+    swap(model, inference=True)
+    x = picture(model)
+    logits(model, x)
+    norms = [m for n, m in model.named_modules() if n.endswith(".norm") and isinstance(m, nn.Identity)]
+    assert norms
+    seen = []
+    for norm in norms:
+        norm.register_forward_hook(lambda m, given, out: seen.append(m))
+    logits(model, x)
+    assert len({*seen}) == len(norms)
+
+
+def test_what_does_not_fit_is_said_as_the_original_says_it(model):
+    swap(model, inference=True)
+    x = picture(model)
+    logits(model, x)
+    with pytest.raises((RuntimeError, ValueError, AssertionError)) as swapped:
+        logits(model, x.repeat(1, 2, 1, 1))
+    unswap(model)
+    with pytest.raises((RuntimeError, ValueError, AssertionError)) as original:
+        logits(model, x.repeat(1, 2, 1, 1))
+    assert str(swapped.value) == str(original.value)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -8,7 +8,7 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import efficientformer, efficientformer_v2, efficientvit_mit, levit, metaformer, tiny_vit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import class_of, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, alone, both
 from mvkernels.swap.folding.pairs import FoldingPair
@@ -146,7 +146,9 @@ def part_of_efficientvit(module: Any) -> layers.Part | None:
     """What EfficientViT's ``ConvNormAct`` is made of; None if it drops something now."""
     if module.dropout.training or not_plain(module.dropout, nn.Dropout, "it"):
         return None
-    norm = None if type(module.norm) is nn.Identity else module.norm
+    norm = None if class_of(module.norm) is nn.Identity else module.norm
+    if norm is None and not_plain(module.norm, nn.Identity, "it"):
+        return None
     return module.conv, norm, (*after(norm), module.act)
 
 

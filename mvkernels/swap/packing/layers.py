@@ -84,9 +84,8 @@ def convolution(part: Part, keep: Keep) -> Convolve | None:
     if activation is None:
         return None
     inputs, outputs, stride = conv.in_channels, conv.out_channels, conv.stride[0]
-    held = SimpleNamespace(
-        weight=conv.weight, bias=conv.bias
-    )  # the convolution may be the module with this plan itself
+    # Not the convolution, which may be the module with this plan itself.
+    held = SimpleNamespace(weight=conv.weight, bias=conv.bias)
     products: list[Multiply] = []
     of_tile: dict[int, Tensor] = {}
 

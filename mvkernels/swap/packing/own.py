@@ -37,6 +37,8 @@ class PackingConvNormAct(Folding):
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """An activation that the ops do not know is called after them."""
+        if class_of(self.norm) is nn.Identity and _not_idle(self.norm):
+            return None
         conv, norm, after = part_of(self, *self.mvk_calls)
         run = layers.convolution((conv, norm, after), keep)
         if run is not None:

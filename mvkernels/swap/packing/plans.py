@@ -7,7 +7,9 @@ kept outside of the modules: neither a state_dict nor a copy or a pickle of a mo
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +26,7 @@ looks after, and not to the module itself, which it would keep alive."""
 Keep = Callable[[Tensor], Tensor]
 """Notes a packed tensor as one of the plan's, and returns it."""
 
+_PLAIN = (Tensor, nn.Parameter)
 _data_ptr, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
 
 
@@ -44,37 +47,54 @@ class Plan:
         ]
         self._set = extension.instruction_set()
         self._marks = self._marks_now()
+        # Held, so that no other tensor comes to lie at the same address.
+        plain = [x for x in self._tensors if type(x) in _PLAIN and x.is_cpu and x.layout == torch.strided]
+        self._memory = [x.detach() for x in plain]
+        self._stretches = b"".join(map(_stretch, self._memory))
+        self._samples = extension.module.sampled(self._stretches)
         # Without marks each call would pack anew.
         able = self._marks is not None and not replaced(module.mvk_original, "forward")
-        self.run: Run | None = module.mvk_plan(self._keep) if able else None
-
-    def _keep(self, weights: Tensor) -> Tensor:
-        self.weights.append(weights)
-        return weights
+        # A partial and not a method of this plan, which would then hold itself.
+        self.run: Run | None = module.mvk_plan(partial(note, self.weights)) if able else None
 
     def _marks_now(self) -> Any:
-        """What shows a change of a tensor that is the same object: other memory (``.data``, ``.to``), its version
-        counter (an optimizer's step, ``load_state_dict``, ``copy_``). None if one has no such counter."""
+        """What shows a change of a tensor that is the same object: other memory or strides (``.data``, ``.to``), its
+        version counter (an optimizer's step, ``load_state_dict``, ``copy_``). None if one has no such counter."""
+        tensors = self._tensors
         try:
-            return [*map(_data_ptr, self._tensors)], [*map(_version, self._tensors)]
+            return [*map(_data_ptr, tensors)], [*map(_version, tensors)], [*map(Tensor.stride, tensors)]
         except RuntimeError:  # made under torch.inference_mode
             return None
 
     def holds(self, module: Any) -> bool:
         """Whether nothing has changed since: no attribute, hook, tensor or method of the module and its parts.
 
-        What is not seen: values written through ``.data``, a NumPy view or another tensor made by ``detach()`` under
-        ``torch.inference_mode``; :func:`forget` is for these.
+        What leaves no mark (values written through ``.data``, a NumPy view, by a fused optimizer) shows in samples of
+        up to eight places of each tensor. So a change of all values is seen, and one of few may not be: :func:`forget`
+        is for these.
         """
         marks = self._marks_now()
         return (
             marks is not None
             and marks == self._marks
             and extension.module is not None
+            and self._samples == extension.module.sampled(self._stretches)
             and extension.module.has_module_state(module, self._parts, self._objects)
             and all(getattr(kind, name) is method for kind, name, method in self._methods)
             and self._set == extension.instruction_set()
         )
+
+
+def note(weights: list[Tensor], packed: Tensor) -> Tensor:
+    """Note a packed tensor as one of a plan's, and return it."""
+    weights.append(packed)
+    return packed
+
+
+def _stretch(x: Tensor) -> bytes:
+    """The memory from the tensor's first element to its last one, for ``sampled`` of the extension."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
+    return struct.pack("=qq", x.data_ptr(), elements * x.element_size())
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -97,7 +117,7 @@ def run_of(module: Any, x: Any, *beside: Any) -> Run | None:
 
 def fits(x: Any) -> bool:
     """Whether the operators take such a tensor."""
-    return type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
+    return type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
 
 
 def run_of_part(part: Any) -> Run | None:
