@@ -19,23 +19,10 @@ from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.engine import unswap
 from mvkernels.swap.packing import plans
 from tests.swap.conftest import randomise
+from tests.swap.inference import MODELS, average, logits, make, packings, picture
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 timm = pytest.importorskip("timm")
-
-MODELS = ("mobilevit_xxs", "efficientvit_b0", "efficientformer_l1", "transformers")
-
-
-def make(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    if name == "transformers":
-        from transformers import MobileViTConfig, MobileViTForImageClassification
-
-        config = MobileViTConfig(hidden_sizes=[32, 48, 64], neck_hidden_sizes=[16, 24, 32, 48, 48, 64, 160])
-        return randomise(MobileViTForImageClassification(config)).eval()
-    model = randomise(timm.create_model(name, num_classes=10))
-    model.eval()
-    return model
 
 
 @pytest.fixture(params=MODELS)
@@ -46,25 +33,6 @@ def model(request):
 @pytest.fixture
 def small():
     return make("mobilevit_xxs")
-
-
-def picture(model: nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
-    """Of a size that the model takes: EfficientFormer's position biases are for one."""
-    side = 224 if "EfficientFormer" in type(model).__name__ else side
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        out = model(x)
-    return out if isinstance(out, torch.Tensor) else out.logits
-
-
-def packings(model: nn.Module, x: torch.Tensor) -> int:
-    """How many weights a call packs."""
-    with mock.patch.object(plans, "note", side_effect=plans.note) as note:
-        logits(model, x)
-    return note.call_count
 
 
 @pytest.mark.core
@@ -115,138 +83,6 @@ def test_all_dense_convolutions_are_packed(name):
     with Convolutions() as mode:
         logits(model, picture(model))
     assert mode.dense == 0
-
-
-def step(model):
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    model(picture(model)).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def fused_step(model):
-    """Which changes no version counter."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    model(picture(model)).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def merge(model):
-    """As peft merges an adapter, and as averages of weights are often copied."""
-    for p in model.parameters():
-        p.data += 0.01 * torch.randn_like(p)
-
-
-def assign_twice(model):
-    """The second time what was freed the first time may be at hand again."""
-    for _ in range(2):
-        for p in model.parameters():
-            p.data = p.data * 1.05
-
-
-def transpose(model):
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.shape[0] == module.weight.shape[1]:
-            module.weight.data = module.weight.data.t()
-
-
-def load(model):
-    model.load_state_dict({k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()})
-
-
-def average(model):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.lerp_(torch.ones_like(p), 0.01)
-
-
-def exchange(model):
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight = nn.Parameter(module.weight.detach() * 0.9)
-
-
-def assign(model):
-    for p in model.parameters():
-        p.data = p.data * 1.1
-
-
-def statistics(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean += 0.1
-            module.running_var.mul_(1.3)
-
-
-def train(model):
-    model.train()
-    model(picture(model, batch=2))
-    model.eval()
-
-
-def epsilon(model):
-    for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
-            module.eps = 0.1
-
-
-def there_and_back(model):
-    model.double().float()
-
-
-def rows(model):
-    """A norm of tokens, and the weight of one product of a layer."""
-    layer = model.stages[2][1].transformer[0]
-    with torch.no_grad():
-        layer.norm1.bias.add_(0.3)
-        layer.attn.qkv.weight.mul_(1.2)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        step,
-        fused_step,
-        merge,
-        assign_twice,
-        transpose,
-        load,
-        average,
-        exchange,
-        assign,
-        statistics,
-        train,
-        epsilon,
-        there_and_back,
-        rows,
-    ],
-)
-def test_every_change_is_followed(small, change):
-    x = picture(small)
-    swap(small, inference=True)
-    before = logits(small, x)
-    change(small)
-    plain = copy.deepcopy(small)
-    unswap(plain)
-    found, wanted = logits(small, x), logits(plain, x)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-    if change is not there_and_back:
-        assert not torch.allclose(found, before, rtol=1e-3)
-    assert not packings(small, x)
-
-
-def test_what_leaves_no_trace_needs_refresh(small):
-    report = swap(small, inference=True)
-    x = picture(small)
-    before = logits(small, x)
-    small.final_conv.conv.weight.data.view(-1)[5:90] += 1.0  # by the way of .data, few values: no mark, no sample
-    assert torch.equal(logits(small, x), before)
-    report.refresh()
-    plain = copy.deepcopy(small)
-    unswap(plain)
-    wanted = logits(plain, x)
-    torch.testing.assert_close(logits(small, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_another_instruction_set(small):
@@ -406,64 +242,6 @@ def test_the_export_is_the_plain_graph(small):
         exported = torch.export.export(small, (x,))
     assert not [n for n in exported.graph.nodes if "mvkernels" in str(n.target)]
     torch.testing.assert_close(exported.module()(x), logits(small, x), rtol=1e-3, atol=1e-4)
-
-
-def targets(model, x):
-    """The operators in the graphs that torch.compile makes of a call without gradients, and the compiled model."""
-    seen = []
-
-    def note(graph, inputs):
-        seen.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=note, fullgraph=True)
-    logits(compiled, x)
-    return seen, compiled
-
-
-def test_compiled_the_graph_calls_what_an_eager_call_does_and_follows_every_change(model):
-    x = picture(model)
-    report = swap(model, inference=True)
-    plain = copy.deepcopy(model)
-    unswap(plain)
-    seen, compiled = targets(model, x)
-    assert [t for t in seen if "packed" in t] and not [t for t in seen if "pack." in t]
-    torch.testing.assert_close(logits(compiled, x), logits(model, x), rtol=1e-4, atol=1e-4)
-    assert report.packed_bytes
-    for change in (average, statistics):
-        change(model), change(plain)
-        found, wanted = logits(compiled, x), logits(plain, x)
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mobilevit_xxs", "transformers"])
-def test_compiled_by_inductor_for_any_size(name):
-    model = make(name)
-    plain = copy.deepcopy(model)
-    swap(model, inference=True)
-    compiled = torch.compile(model, dynamic=True)
-    for side in (64, 96, 60):
-        x = picture(model, side)
-        wanted = logits(plain, x)
-        torch.testing.assert_close(logits(compiled, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-
-
-def test_a_hook_is_called_in_a_compiled_model_too(small):
-    swap(small, inference=True)
-    x = picture(small)
-    _, compiled = targets(small, x)
-    seen = []
-    with small.stages[0][0].conv2_kxk.register_forward_hook(lambda m, given, out: seen.append(out.shape)):
-        logits(compiled, x)
-    assert seen
-
-
-def test_compiled_with_gradients_it_is_the_original(small):
-    swap(small, inference=True)
-    x = picture(small)
-    compiled = torch.compile(small, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), small(x), rtol=1e-3, atol=1e-4)
 
 
 def test_the_same_bits_on_threads_and_in_a_batch(small):

@@ -16,7 +16,7 @@ from mvkernels.dispatch import extension
 from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.packing import plans
 from tests.swap.conftest import randomise
-from tests.swap.test_inference import packings
+from tests.swap.inference import packings
 from tests.swap.test_packing_torch import Calls, run, tokens
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)

@@ -18,7 +18,7 @@ from mvkernels.swap import swap
 from mvkernels.swap.packing import plans
 from tests.swap.conftest import randomise
 from tests.swap.every_family import EVERY, tensor
-from tests.swap.test_inference import packings
+from tests.swap.inference import packings
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 
