@@ -138,3 +138,18 @@ def test_what_leaves_no_trace_needs_refresh(small):
     unswap(plain)
     wanted = logits(plain, x)
     torch.testing.assert_close(logits(small, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_parameter_without_memory():
+    """As fully sharded training leaves them between calls."""
+    model = nn.Linear(64, 64)
+    swap(model, inference=True)
+    x, storage = torch.randn(3, 64), model.weight.untyped_storage()
+    with torch.no_grad():
+        wanted, weight = model(x), model.weight.clone()
+        storage.resize_(0)
+        with pytest.raises(RuntimeError):
+            model(x)
+        storage.resize_(weight.numel() * 4)
+        model.weight.copy_(weight)
+        assert torch.equal(model(x), wanted)

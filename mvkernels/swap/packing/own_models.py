@@ -16,7 +16,7 @@ from mvkernels.swap.packing.blocks import InvertedResidual, not_own
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.own import PackingConvNormAct, layers_of, not_known, part_of
 from mvkernels.swap.packing.plans import Keep, Run
-from mvkernels.swap.packing.products import ScaledBlock, TwoProducts, active, not_norm
+from mvkernels.swap.packing.products import Products, ScaledBlock, active, not_norm
 from mvkernels.swap.packing.torch import PackingConv2dAnyLayout
 from mvkernels.swap.swapped import Swapped
 
@@ -101,7 +101,7 @@ class PackingMobileViTBlock(_Form):
         return mobilevit.plan(self, keep, *around, transformer.patch_size)
 
 
-class PackingMlp(_Form, TwoProducts):
+class PackingMlp(_Form, Products):
     """An ``Mlp`` of tokens."""
 
     @staticmethod

@@ -93,8 +93,9 @@ def note(weights: list[Tensor], packed: Tensor) -> Tensor:
 
 def _stretch(x: Tensor) -> bytes:
     """The memory from the tensor's first element to its last one, for ``sampled`` of the extension."""
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
-    return struct.pack("=qq", x.data_ptr(), elements * x.element_size())
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    there = x.numel() and x.data_ptr()  # fully sharded training frees the memory of a parameter between calls
+    return struct.pack("=qq", x.data_ptr(), elements * x.element_size() if there else 0)
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()

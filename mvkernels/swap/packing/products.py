@@ -17,8 +17,8 @@ from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
 
-class TwoProducts(Swapped):
-    """An MLP whose activations are in its products."""
+class Products(Swapped):
+    """An MLP whose activations are in its products, or a single product."""
 
     mvk_axes: int | None = None
 
@@ -41,10 +41,6 @@ class TwoProducts(Swapped):
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The two products."""
         return products(self.mvk_products(self), keep, self.mvk_norm(self))
-
-
-class OneProduct(TwoProducts):
-    """A Linear with the batch norm after it."""
 
 
 def not_products(parts: Sequence[Part]) -> str:

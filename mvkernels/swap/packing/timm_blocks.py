@@ -18,9 +18,8 @@ from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.products import (
-    OneProduct,
+    Products,
     ScaledBlock,
-    TwoProducts,
     active,
     convolutions,
     not_products,
@@ -29,7 +28,7 @@ from mvkernels.swap.packing.squeezed import Squeeze, squeezed
 from mvkernels.swap.swapped import Swapped
 
 
-class PackingMlp(TwoProducts):
+class PackingMlp(Products):
     """An ``Mlp`` of Linears or 1 x 1 convolutions."""
 
     @staticmethod
@@ -44,7 +43,7 @@ class PackingMlp(TwoProducts):
         return Mlp.forward(self, x)
 
 
-class PackingConvMlp(TwoProducts):
+class PackingConvMlp(Products):
     """A ``ConvMlp``, perhaps with a batch norm."""
 
     @staticmethod
@@ -62,7 +61,7 @@ class PackingConvMlp(TwoProducts):
         return ConvMlp.forward(self, x)
 
 
-class PackingNormMlp(TwoProducts):
+class PackingNormMlp(Products):
     """TinyViT's ``NormMlp``."""
 
     @staticmethod
@@ -80,7 +79,7 @@ class PackingNormMlp(TwoProducts):
         return tiny_vit.NormMlp.forward(self, x)
 
 
-class PackingLevitMlp(TwoProducts):
+class PackingLevitMlp(Products):
     """A ``LevitMlp``, of tokens or of maps."""
 
     @staticmethod
@@ -98,7 +97,7 @@ class PackingLevitMlp(TwoProducts):
         return levit.LevitMlp.forward(self, x)
 
 
-class PackingLinearNorm(OneProduct):
+class PackingLinearNorm(Products):
     """LeViT's ``LinearNorm``."""
 
     mvk_axes = 3

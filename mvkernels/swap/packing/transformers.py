@@ -12,7 +12,7 @@ from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer,
 from mvkernels.swap.folding.transformers import after
 from mvkernels.swap.packing.blocks import InvertedResidual, not_own
 from mvkernels.swap.packing.layers import Part
-from mvkernels.swap.packing.products import OneProduct, TwoProducts
+from mvkernels.swap.packing.products import Products
 
 
 class PackingInvertedResidual(InvertedResidual):
@@ -36,7 +36,7 @@ class PackingInvertedResidual(InvertedResidual):
         return MobileViTInvertedResidual.forward(self, features)
 
 
-class PackingMLPLayerWithBN(OneProduct):
+class PackingMLPLayerWithBN(Products):
     """LeViT's ``MLPLayerWithBN``."""
 
     mvk_axes = 3
@@ -51,7 +51,7 @@ class PackingMLPLayerWithBN(OneProduct):
         return MLPLayerWithBN.forward(self, hidden_state)
 
 
-class PackingLevitMLPLayer(TwoProducts):
+class PackingLevitMLPLayer(Products):
     """LeViT's ``LevitMLPLayer``."""
 
     mvk_axes = 3
