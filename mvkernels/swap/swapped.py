@@ -51,6 +51,10 @@ class Swapped:
         """Whether a plan may come to anything: asked before each attempt at one, since attempts take a while."""
         return True
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original's."""
+        return self.mvk_original.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
     def mvk_plan(self, keep: Keep) -> Run | None:
         """What the calls of the module do on packed weights, in the state that it is in; None if they cannot."""
         return None

@@ -78,7 +78,3 @@ class PackingSequential(Chain):
     def mvk_chain(module: Any) -> Sequence[Any]:
         """Its children."""
         return [*module._modules.values()]
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        """As the original's."""
-        return nn.Sequential.forward(self, input)

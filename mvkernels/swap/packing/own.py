@@ -98,10 +98,6 @@ class PackingMBConv(InvertedResidual):
         """By the kernels that there are for its parts."""
         return products(self.mvk_parts(self), keep) if self.depth_conv is None else super().mvk_plan(keep)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return MBConv.forward(self, x)
-
 
 class PackingResidual(InvertedResidual):
     """A ``Residual`` around an inverted residual, or around a depthwise and a 1 x 1 convolution, in one kernel."""
@@ -128,10 +124,6 @@ class PackingResidual(InvertedResidual):
         first, last = parts[0][0], parts[-1][0]
         same = first.in_channels == last.out_channels and parts[-2][0].stride == (1, 1)
         return not_known(parts) or ("" if same else "what it adds has another shape")
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return Residual.forward(self, x)
 
 
 class PackingLiteMLA(Swapped):
@@ -160,10 +152,6 @@ class PackingLiteMLA(Swapped):
             return out(aggregate_and_attend(into(x), *settings))  # type: ignore[no-any-return]
 
         return run
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return LiteMLA.forward(self, x)
 
 
 class PackingPatchTransformer(Swapped):
@@ -196,10 +184,6 @@ class PackingPatchTransformer(Swapped):
             return x if channels_last else x.contiguous()
 
         return run
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return PatchTransformer.forward(self, x)
 
 
 def layers_of(transformer: Any) -> list[dict[str, Any]]:

@@ -32,13 +32,7 @@ _FEW = 48
 """Channels up to which an expansion that copies them, a product with zeros and ones, is faster than copying the map."""
 
 
-class _Own(Swapped):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original's."""
-        return self.mvk_original.forward(self, *args, **kwargs)  # type: ignore[arg-type]
-
-
-class PackingMobile(_Own):
+class PackingMobile(Swapped):
     """``Mobile`` in one kernel."""
 
     mvk_beside = (2,)
@@ -61,7 +55,7 @@ def _of_mobile(module: Any) -> list[Part]:
     return [(getattr(module, f"conv{i}"), getattr(module, f"norm{i}"), ()) for i in (1, 2, 3)]
 
 
-class PackingDownsampleMobile(_Own):
+class PackingDownsampleMobile(Swapped):
     """``DownsampleMobile``, each half in one kernel."""
 
     mvk_beside = (2,)
@@ -93,7 +87,7 @@ class PackingDownsampleMobile(_Own):
         return run
 
 
-class PackingFirstBlock(_Own):
+class PackingFirstBlock(Swapped):
     """Mobile-Former's ``FirstBlock`` in one kernel."""
 
     mvk_beside = (3,)
@@ -111,7 +105,7 @@ class PackingFirstBlock(_Own):
         return None if run is None else lambda x, tokens: (run(x), tokens)
 
 
-class PackingStem(_Own):
+class PackingStem(Swapped):
     """Mobile-Former's ``Stem``."""
 
     @staticmethod
@@ -128,7 +122,7 @@ class PackingStem(_Own):
         return layers.convolution((self.conv, self.norm, (_RELU6,)), keep)
 
 
-class PackingHead(_Own):
+class PackingHead(Swapped):
     """Mobile-Former's ``Head``."""
 
     mvk_beside = (2,)
@@ -155,7 +149,7 @@ class PackingHead(_Own):
         return run
 
 
-class PackingMBConv(_Own):
+class PackingMBConv(Swapped):
     """CoAtNet's ``MBConv`` in two kernels."""
 
     mvk_calls = ("shortcut",)

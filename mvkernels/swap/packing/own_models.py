@@ -37,26 +37,17 @@ def _parts(*modules: Any) -> list[Part]:
     return [part_of(module, "activation") for module in modules]
 
 
-class _Form(Swapped):
-    """A form whose class is known by its name only."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        out: Tensor = self.mvk_original.forward(self, x)
-        return out
-
-
 class PackingConvNorm(PackingConvNormAct):
     """A ``ConvNorm``."""
 
     mvk_calls = ("activation",)
 
 
-class PackingToChannels(_Form, PackingConv2dAnyLayout):
+class PackingToChannels(PackingConv2dAnyLayout):
     """``ToChannelsLast`` and ``ToChannelsFirst``, which both give channels-last maps here."""
 
 
-class PackingInvertedResidual(_Form, InvertedResidual):
+class PackingInvertedResidual(InvertedResidual):
     """MobileViT's ``InvertedResidual`` in one kernel."""
 
     @staticmethod
@@ -76,7 +67,7 @@ class PackingInvertedResidual(_Form, InvertedResidual):
         return not_known(cls.mvk_parts(module)) or super().mvk_why_not(module)
 
 
-class PackingMobileViTBlock(_Form):
+class PackingMobileViTBlock(Swapped):
     """A whole ``MobileViTBlock``: the concatenation before its last convolution is not made."""
 
     mvk_calls = ("local",)
@@ -101,7 +92,7 @@ class PackingMobileViTBlock(_Form):
         return mobilevit.plan(self, keep, *around, transformer.patch_size)
 
 
-class PackingMlp(_Form, Products):
+class PackingMlp(Products):
     """An ``Mlp`` of tokens."""
 
     @staticmethod
@@ -126,7 +117,7 @@ class PackingConvMlp(PackingMlp):
         return self.fc2.out_channels, 1
 
 
-class PackingPoolMixer(_Form):
+class PackingPoolMixer(Swapped):
     """A ``PoolMixer`` in one pass."""
 
     @staticmethod
@@ -145,7 +136,7 @@ class PackingPoolMixer(_Form):
         return run
 
 
-class _Block(_Form, ScaledBlock):
+class _Block(ScaledBlock):
     """What the blocks of two sums share: factors of the channels, perhaps, and one drop path."""
 
     mvk_mixer = "mixer"

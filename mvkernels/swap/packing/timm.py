@@ -6,7 +6,7 @@ from typing import Any
 
 from timm.layers import ConvNormAct, DropPath
 from timm.models import byobnet, efficientvit_mit
-from torch import Tensor, nn
+from torch import nn
 
 from mvkernels.swap.eligibility import not_plain
 from mvkernels.swap.folding.timm import after, part_of_efficientvit
@@ -27,10 +27,6 @@ class PackingBottleneckBlock(InvertedResidual):
         """Where it has a shortcut."""
         return block.shortcut is not None
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return byobnet.BottleneckBlock.forward(self, x)
-
 
 class PackingMBConv(InvertedResidual):
     """EfficientViT's ``MBConv`` in one kernel."""
@@ -40,10 +36,6 @@ class PackingMBConv(InvertedResidual):
         """Empty if a part is more than a convolution with a norm and an activation."""
         return of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientvit_mit.MBConv.forward(self, x)
-
 
 class PackingDSConv(InvertedResidual):
     """EfficientViT's ``DSConv`` in one kernel."""
@@ -52,10 +44,6 @@ class PackingDSConv(InvertedResidual):
     def mvk_parts(block: Any) -> list[Part]:
         """Empty if a part is more than a convolution with a norm and an activation."""
         return of_efficientvit(block.depth_conv, block.point_conv)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientvit_mit.DSConv.forward(self, x)
 
 
 def _of_bottleneck(block: Any) -> list[Part]:

@@ -38,10 +38,6 @@ class PackingMlp(Products):
             return ()
         return (module.fc1, None, (module.act, module.drop1)), (module.fc2, None, (module.drop2,))
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return Mlp.forward(self, x)
-
 
 class PackingConvMlp(Products):
     """A ``ConvMlp``, perhaps with a batch norm."""
@@ -55,10 +51,6 @@ class PackingConvMlp(Products):
         if norm is not None and not isinstance(norm, nn.BatchNorm2d):
             return ()
         return (module.fc1, norm, (*after(norm), module.act, module.drop)), (module.fc2, None, ())
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return ConvMlp.forward(self, x)
 
 
 class PackingNormMlp(Products):
@@ -74,10 +66,6 @@ class PackingNormMlp(Products):
         """The LayerNorm that it begins with."""
         return module.norm
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return tiny_vit.NormMlp.forward(self, x)
-
 
 class PackingLevitMlp(Products):
     """A ``LevitMlp``, of tokens or of maps."""
@@ -92,10 +80,6 @@ class PackingLevitMlp(Products):
         first, last = module.ln1, module.ln2
         return (first.linear, first.bn, (module.act, module.drop)), (last.linear, last.bn, ())
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return levit.LevitMlp.forward(self, x)
-
 
 class PackingLinearNorm(Products):
     """LeViT's ``LinearNorm``."""
@@ -106,10 +90,6 @@ class PackingLinearNorm(Products):
     def mvk_products(module: Any) -> Sequence[Part]:
         """The one."""
         return ((module.linear, module.bn, ()),)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return levit.LinearNorm.forward(self, x)
 
 
 class PackingMetaFormerBlock(ScaledBlock):
@@ -137,10 +117,6 @@ class PackingMetaFormerBlock(ScaledBlock):
     def mvk_paths(block: Any) -> str:
         """Of the two."""
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return metaformer.MetaFormerBlock.forward(self, x)
 
 
 class _EfficientFormerBlock(ScaledBlock):
@@ -174,10 +150,6 @@ class PackingMetaBlock2d(_EfficientFormerBlock):
         first = (mlp.fc1, mlp.norm1, (*after(mlp.norm1), mlp.act, mlp.drop))
         return first, (mlp.fc2, mlp.norm2, (*after(mlp.norm2), mlp.drop))
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientformer.MetaBlock2d.forward(self, x)
-
 
 class PackingMetaBlock1d(_EfficientFormerBlock):
     """EfficientFormer's ``MetaBlock1d``."""
@@ -189,10 +161,6 @@ class PackingMetaBlock1d(_EfficientFormerBlock):
     def mvk_products(block: Any) -> Sequence[Part]:
         """Empty if its MLP has more in it."""
         return () if not_own(block.mlp, Mlp) else PackingMlp.mvk_products(block.mlp)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientformer.MetaBlock1d.forward(self, x)
 
 
 class PackingMbConvBlock(Swapped):
@@ -238,10 +206,6 @@ class PackingMbConvBlock(Swapped):
 
         return run
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return maxxvit.MbConvBlock.forward(self, x)
-
 
 def _of_mbconv(block: Any) -> Sequence[Part]:
     return (block.conv1_1x1, block.norm1, after(block.norm1)), (block.conv3_1x1, None, ())
@@ -286,10 +250,6 @@ class PackingStem(Swapped):
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """One op after the other."""
         return convolutions(_of_sequence(self), keep)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return nn.Sequential.forward(self, x)
 
 
 def _of_sequence(modules: Iterable[nn.Module]) -> list[Part]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.models import efficientvit_mit
-from torch import Tensor, nn
+from torch import nn
 
 from mvkernels.swap.eligibility import not_plain
 from mvkernels.swap.packing.chain import Chain
@@ -39,10 +39,6 @@ class PackingResidualBlock(Swapped):
             return None
         return run_of_part(self.main) if self.shortcut is None else adding_run_of_part(self.main, keep)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientvit_mit.ResidualBlock.forward(self, x)
-
 
 class PackingEfficientVitBlock(Chain):
     """EfficientViT's attention and what follows it."""
@@ -52,10 +48,6 @@ class PackingEfficientVitBlock(Chain):
         """The two."""
         return module.context_module, module.local_module
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientvit_mit.EfficientVitBlock.forward(self, x)
-
 
 class PackingEfficientVitStage(Chain):
     """The blocks of a stage."""
@@ -64,10 +56,6 @@ class PackingEfficientVitStage(Chain):
     def mvk_chain(module: Any) -> Sequence[Any]:
         """Themselves a chain."""
         return (module.blocks,)
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        return efficientvit_mit.EfficientVitStage.forward(self, x)
 
 
 FORMS = {

@@ -33,10 +33,6 @@ class PackingLinear(Swapped):
         # PyTorch has the words for what does not fit.
         return lambda x: product(x) if x.shape[-1] == inputs else linear(x, weight, bias)
 
-    def forward(self: Any, input: Tensor) -> Tensor:
-        """As the original's."""
-        return nn.Linear.forward(self, input)
-
 
 class PackingConv2d(Swapped):
     """A ``Conv2d`` without a norm, as :func:`mvkernels.pointwise` or :func:`mvkernels.conv3x3`, on channels-last maps.
@@ -66,10 +62,6 @@ class PackingConv2d(Swapped):
             return conv2d(x, weight, bias, stride, padding)
 
         return run
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        """As the original's."""
-        return nn.Conv2d.forward(self, input)
 
 
 class PackingConv2dAnyLayout(PackingConv2d):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers.models.levit.modeling_levit import LevitMLPLayer, MLPLayerWithBN
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer, MobileViTInvertedResidual
 
@@ -31,10 +30,6 @@ class PackingInvertedResidual(InvertedResidual):
         """Where it has a residual."""
         return bool(block.use_residual)
 
-    def forward(self: Any, features: Tensor) -> Tensor:
-        """As the original's."""
-        return MobileViTInvertedResidual.forward(self, features)
-
 
 class PackingMLPLayerWithBN(Products):
     """LeViT's ``MLPLayerWithBN``."""
@@ -45,10 +40,6 @@ class PackingMLPLayerWithBN(Products):
     def mvk_products(module: Any) -> Sequence[Part]:
         """The one."""
         return ((module.linear, module.batch_norm, ()),)
-
-    def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        """As the original's."""
-        return MLPLayerWithBN.forward(self, hidden_state)
 
 
 class PackingLevitMLPLayer(Products):
@@ -63,10 +54,6 @@ class PackingLevitMLPLayer(Products):
         if not_own(first, MLPLayerWithBN) or not_own(last, MLPLayerWithBN):
             return ()
         return (first.linear, first.batch_norm, (module.activation,)), (last.linear, last.batch_norm, ())
-
-    def forward(self: Any, hidden_state: Tensor) -> Tensor:
-        """As the original's."""
-        return LevitMLPLayer.forward(self, hidden_state)
 
 
 FORMS = {
