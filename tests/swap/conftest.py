@@ -173,3 +173,19 @@ def compiles_for_all_sizes(module: nn.Module, inputs: list[torch.Tensor]) -> Non
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"], counters
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=("mobilevit_xxs", "efficientvit_b0", "efficientformer_l1", "transformers"))
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """Whole models for the tests of inference on packed weights."""
+    from tests.swap.inference import make
+
+    return make(request.param)
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    """One of them."""
+    from tests.swap.inference import make
+
+    return make("mobilevit_xxs")

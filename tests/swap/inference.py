@@ -13,8 +13,6 @@ from tests.swap.conftest import randomise
 
 timm = pytest.importorskip("timm")
 
-MODELS = ("mobilevit_xxs", "efficientvit_b0", "efficientformer_l1", "transformers")
-
 
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)

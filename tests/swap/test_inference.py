@@ -19,20 +19,10 @@ from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.engine import unswap
 from mvkernels.swap.packing import plans
 from tests.swap.conftest import randomise
-from tests.swap.inference import MODELS, average, logits, make, packings, picture
+from tests.swap.inference import average, logits, make, packings, picture
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 timm = pytest.importorskip("timm")
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    return make(request.param)
-
-
-@pytest.fixture
-def small():
-    return make("mobilevit_xxs")
 
 
 @pytest.mark.core

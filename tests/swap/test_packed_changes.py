@@ -11,14 +11,9 @@ from torch import nn
 from mvkernels.dispatch import extension
 from mvkernels.swap import swap
 from mvkernels.swap.engine import unswap
-from tests.swap.inference import average, logits, make, packings, picture, statistics
+from tests.swap.inference import average, logits, packings, picture, statistics
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
-
-
-@pytest.fixture
-def small():
-    return make("mobilevit_xxs")
 
 
 def step(model):

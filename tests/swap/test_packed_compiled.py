@@ -10,19 +10,9 @@ import torch
 from mvkernels.dispatch import extension
 from mvkernels.swap import swap
 from mvkernels.swap.engine import unswap
-from tests.swap.inference import MODELS, average, logits, make, picture, statistics
+from tests.swap.inference import average, logits, make, picture, statistics
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
-
-
-@pytest.fixture(params=MODELS)
-def model(request):
-    return make(request.param)
-
-
-@pytest.fixture
-def small():
-    return make("mobilevit_xxs")
 
 
 def targets(model, x):
