@@ -78,16 +78,21 @@ class Op:
     third_party: Mapping[str, Callable[..., torch.Tensor]] = field(default_factory=dict)
     """Like ``peers``, but these need another package or a device. They import the package when they are called. They
     raise ImportError if it is missing, and NotOffered if it does not support the arguments."""
-    differentiable: bool = True
-    """Whether its kernels have a backward; else a call that records a gradient is the reference's."""
+    forward_only: frozenset[str] = frozenset()
+    """The backends whose kernels have no backward. They decline a call that records a gradient."""
     pack: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
     """The weights among these arguments as the argument ``packed``, which callers make once; bench gives it to cpp."""
     composed: Composed | None = None
     """The same computation from other ops, if modules choose between the two."""
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether one of its kernels has a backward."""
+        return not self.forward_only.issuperset(self.why_not)
+
     def has_backward(self, backend: str) -> bool:
         """Whether a call on this backend can be differentiated: the reference's always can."""
-        return self.differentiable or backend == "reference"
+        return backend not in self.forward_only
 
 
 OPS: dict[str, Op] = {}

@@ -72,7 +72,7 @@ def test_every_mode_is_measured(mode: str) -> None:
 
 
 def test_of_kernels_without_a_backward_the_forward_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    change(monkeypatch, differentiable=False, why_not={"cpp": lambda *_: None})
+    change(monkeypatch, forward_only=frozenset({"cpp"}), why_not={"cpp": lambda *_: None})
     reference = OPS[NAME].reference
     change(monkeypatch, function=lambda backend, **kw: reference(**kw))
     without = f"{NAME} full"

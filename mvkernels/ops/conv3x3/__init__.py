@@ -183,7 +183,7 @@ OP = register(
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
-        differentiable=False,
+        forward_only=frozenset({"cpp"}),
         pack=_packed,
     )
 )
