@@ -77,7 +77,7 @@ MVK_INLINE Lattice of_keys(const Attention& a, const Map& map, Offsets& offsets,
 // Prefetches the next unit's tokens into L2 between the tiles of this one: rows of a map are far apart, and the hardware
 // does not guess them. For maps whose dims are contiguous; others are left to the hardware. Offsets are this unit's, and
 // so are right for a unit of the same shape, as nearly all are.
-struct Ahead {
+struct Ahead : Nothing {
   struct Rows {
     const char* base;
     const int64_t* offset;

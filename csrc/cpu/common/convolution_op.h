@@ -1,6 +1,7 @@
 // Maps and weights of convolutions, for the registration. Included by register.cpp alone.
 #pragma once
 
+#include "common/following_op.h"
 #include "common/tensor.h"
 #include "instruction_sets.h"
 
@@ -42,6 +43,11 @@ PixelMap residual_rows(const char* op, const Tensor& residual, const Tensor& out
   if (!residual) return {};
   require(residual.dim() == 4 && same_sizes(residual, out, {0, 1, 2, 3}), op, "the residual does not fit");
   return pixel_rows(op, residual, room);
+}
+
+// What is read first of weights in panels of K rows; of a long panel, as much as may stay in L2 beside what is there.
+Stretch first_panel(const float* weights, int64_t panel, int64_t K) {
+  return {weights, std::min(K * panel * int64_t(sizeof(float)), int64_t(128) << 10)};
 }
 
 // Packed weights for these sizes, with which they begin.

@@ -14,6 +14,8 @@ static void tile(
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[m][v] = vec<T>{};
+  constexpr bool prefetches = !Adjacent && std::is_same_v<T, float>;
+  const char* ahead = end.prefetch.at ? end.prefetch.at : reinterpret_cast<const char*>(b);
   auto step = [&]() __attribute__((always_inline)) {
     vec<T> bv[V];
 #pragma GCC unroll 4
@@ -26,6 +28,10 @@ static void tile(
     }
     a += Adjacent ? ak : 1;
     b += ldb;
+    if constexpr (prefetches) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += end.prefetch.step;
+    }
   };
   int64_t k = K;
   for (; k >= 2; k -= 2) {

@@ -10,7 +10,20 @@ namespace MVK_ISA {
 enum class Start { zero, from };  // a product adds to 0 or to what is there
 constexpr Start start_if(bool there) { return there ? Start::from : Start::zero; }
 
-// What is done to a product as it is stored, in this order.
+// Memory that a tile prefetches into L2 meanwhile: the address that comes next, and how many bytes it moves with each step of k.
+// A line at a time, because the processor has room for few lines that are on their way, and waits with all else if they are too many.
+struct Prefetch {
+  const char* at = nullptr;
+  int64_t step = 0;
+};
+
+// What is prefetched behind the tiles of a product: between them, or in them, `K` steps long.
+struct Nothing {
+  void between_tiles(int) const {}
+  Prefetch in_tile(int64_t) const { return {}; }
+};
+
+// What is done to a product as it is stored, in this order; and before that, what is prefetched.
 template <class T>
 struct End {
   Start start = Start::zero;
@@ -20,10 +33,11 @@ struct End {
   const T* bias = nullptr;    // bias[n] is added to column n
   const T* plus = nullptr;    // plus[m * ldp + n] is added to row m, column n
   int64_t ldp = 0;
+  Prefetch prefetch = {};
 
   End at(int64_t col) const {
     auto from = [&](auto* p) { return p ? p + col : nullptr; };
-    return {start, from(factor), rectified, from(top), from(bias), from(plus), ldp};
+    return {start, from(factor), rectified, from(top), from(bias), from(plus), ldp, prefetch};
   }
   End below(int64_t row) const {
     End end = *this;
@@ -75,10 +89,6 @@ struct Tiles {
   }
 };
 
-// Called between tiles, for work that hides behind them (prefetching).
-struct Nothing {
-  void between_tiles(int) const {}
-};
 constexpr Nothing kNothing;
 
 // One panel of columns, with A in rows: row m, element k at a[m * lda + k].
@@ -89,7 +99,9 @@ static void product_rows(
   const Tiles tiles(rows, rows_of_tile(vectors));
   Tile<T>* const* tile = TilesByWidth<T, false>::of[vectors - 1] - 1;
   tiles.each([&](int r, int64_t m) {
-    tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, end.below(m));
+    End<T> here = end.below(m);
+    here.prefetch = between.in_tile(K);
+    tile[r](K, a + m * lda, lda, 1, b, ldb, c + m * ldc, ldc, here);
     between.between_tiles(tiles.count);
   });
 }

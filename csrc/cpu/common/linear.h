@@ -46,7 +46,7 @@ struct Head : HeadPixels {
 
 // Prefetches into L2, between the tiles of a product, what is read or written after it: heads of a map are far apart, and the hardware
 // does not guess them.
-struct Next {
+struct Next : Nothing {
   struct Lines {
     const char* base;
     int64_t stride, bytes, count;

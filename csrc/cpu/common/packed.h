@@ -31,21 +31,37 @@ MVK_INLINE void pack_bias(const float* from, int64_t columns, float* to) {
 
 // Prefetches weights into L2 behind the tiles of the product before them, evenly: where there are few rows, weights are what has to
 // be read, from L3 or memory.
-class NextWeights {
+class NextWeights : public Nothing {
  public:
-  // K rows of a panel, during so many tiles.
-  NextWeights(const float* from, int64_t K, int64_t tiles)
-      : at_(from), end_(from + K * P), step_(tiles ? (K * P / kLine + tiles - 1) / tiles * kLine : 0) {}
-  void between_tiles(int) {
-    const float* to = at_ + step_ < end_ ? at_ + step_ : end_;
-    for (; at_ < to; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  // One stretch after the other, during so many tiles.
+  NextWeights(int64_t tiles, Stretch first, Stretch second = {})
+      : now_(range(first)),
+        then_(range(second)),
+        share_(tiles ? (first.bytes + second.bytes + tiles - 1) / tiles : 0) {}
+  Prefetch in_tile(int64_t K) {
+    if (now_.from >= now_.to) {
+      if (then_.from >= then_.to) return {};
+      now_ = then_, then_ = {};
+    }
+    const Prefetch found{now_.from, (share_ + K - 1) / K};
+    now_.from += found.step * K;
+    return found;
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(float);
-  const float *at_, *end_;
-  int64_t step_;
+  struct Range {
+    const char *from, *to;
+  };
+  static Range range(Stretch s) {
+    const char* from = reinterpret_cast<const char*>(s.from);
+    return {from, from + s.bytes};
+  }
+  Range now_, then_;
+  int64_t share_;
 };
+
+// K rows of a panel, if there are any.
+MVK_INLINE Stretch panel_at(const float* weights, int64_t K) { return {weights, K * P * int64_t(sizeof(float))}; }
 
 // Tiles of product_in_parts().
 MVK_INLINE int64_t tiles_of(int vectors, int64_t rows, int64_t K) {

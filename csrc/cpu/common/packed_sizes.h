@@ -15,4 +15,10 @@ MVK_SHARED int64_t packed_count(Sizes sizes) {
   return sizes.end();
 }
 
+// A stretch of memory.
+struct Stretch {
+  const float* from;
+  int64_t bytes;
+};
+
 }  // namespace mvk

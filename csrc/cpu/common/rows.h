@@ -45,10 +45,11 @@ static void normalise_rows(
 constexpr int64_t kPart = 48;
 
 // out = f(a B + bias) + residual for `count` rows of a, `lda` apart, and `outputs` columns of B, packed in panels of K rows. Whole
-// vectors go straight to the map where nothing but the residual is to be added; else by the way of `panel`, [kPart][P].
+// vectors go straight to the map where nothing but the residual is to be added; else by the way of `panel`, [kPart][P]. `following` is
+// prefetched at the end.
 static void rows_product(
     int64_t count, int64_t K, int64_t outputs, const float* a, int64_t lda, const float* weights, const float* bias,
-    Activation activation, PixelRows out, PixelRows residual, float* panel) {
+    Activation activation, PixelRows out, PixelRows residual, float* panel, Stretch following) {
   for (int64_t first = 0; first < outputs; first += P, weights += K * P) {
     const int64_t columns = outputs - first < P ? outputs - first : P;
     const int vectors = columns > W<float> ? 2 : 1;
@@ -56,7 +57,8 @@ static void rows_product(
     End<float> end;
     end.bias = bias + first;
     // One row reads its weights as one stream, which the processor foresees.
-    NextWeights next(weights + K * P, first + P < outputs && count > 1 ? K : 0, tiles_of(vectors, count, K));
+    const Stretch ahead = first + P < outputs ? panel_at(weights + K * P, count > 1 ? K : 0) : following;
+    NextWeights next(tiles_of(vectors, count, K), ahead);
     if (activation == Activation::identity && columns == vectors * W<float>) {
       end.plus = plus.data, end.ldp = plus.step;
       product_in_parts<float>(vectors, count, K, a, lda, weights, P, to.data, to.step, end, next);

@@ -150,12 +150,17 @@ static void winograd(const Conv3x3& a, int64_t begin, int64_t end) {
         if (picture.beside)
           transform_inputs<m>(a.beside, picture.beside, s.inputs - a.first, a.H, a.W, y, x, to + a.first, block * ldv);
       }
+      const Stretch after = unit + 1 == end && t0 + block >= last ? a.following : Stretch{};
       for (int64_t point = 0; point < n * n; ++point)
-        for (int64_t panel = 0; panel < s.panels(); ++panel)
+        for (int64_t panel = 0; panel < s.panels(); ++panel) {
+          const int vectors = vectors_of(s.outputs, panel);
+          const float* w = a.packed + s.weights() + (point * s.panels() + panel) * s.inputs * P;
+          const bool more = point < n * n - 1 || panel < s.panels() - 1;
+          NextWeights next(tiles_of(vectors, count, s.inputs), more ? panel_at(w + s.inputs * P, s.inputs) : after);
           product_in_parts<float>(
-              vectors_of(s.outputs, panel), count, s.inputs, v + point * block * ldv, ldv,
-              a.packed + s.weights() + (point * s.panels() + panel) * s.inputs * P, P,
-              products + point * block * ldm + panel * P, ldm, {});
+              vectors, count, s.inputs, v + point * block * ldv, ldv, w, P, products + point * block * ldm + panel * P,
+              ldm, {}, next);
+        }
       for (int64_t t = 0; t < count; ++t) {
         const int64_t y = (t0 + t) / wide * m, x = (t0 + t) % wide * m;
         transform_products<m>(s.outputs, products + t * ldm, block * ldm, a.packed + s.bias(), pixels, ldm);
@@ -272,6 +277,7 @@ static void direct(const Conv3x3& a, int64_t begin, int64_t end) {
         copy_row(picture, line, y0 * a.stride - 1 + i, rows + i * line.size);
       for (int64_t y = y0; y < y1; ++y) {
         const float* first = rows + (y - y0) * a.stride * line.size;
+        const Stretch after = unit + 1 == end && y + 1 == last ? a.following : Stretch{};
         for (int64_t panel = 0; panel < s.panels(); ++panel) {
           const float* w = a.packed + s.weights() + panel * 9 * C * P;
           const int64_t channels = s.outputs - panel * P < P ? s.outputs - panel * P : P;
@@ -282,11 +288,13 @@ static void direct(const Conv3x3& a, int64_t begin, int64_t end) {
             auto row = vectors == 1 ? gathered_row<1> : gathered_row<2>;
             row(first, a.stride * line.pixel, 3 * taps, offsets, w, biased.bias, a.Wo, result);
           }
+          const bool more = panel + 1 < s.panels();
+          NextWeights next(3 * tiles_of(vectors, a.Wo, taps), more ? panel_at(w + 9 * C * P, few ? 0 : 9 * C) : after);
           for (int64_t i = 0; !few && i < 3; ++i) {
             sum.start = biased.start = start_if(i > 0);
             product_in_parts<float>(
                 vectors, a.Wo, taps, first + i * line.size, a.stride * C, w + i * taps * P, P, result, P,
-                i == 2 ? biased : sum);
+                i == 2 ? biased : sum, next);
           }
           put_panel(
               a.activation, result, a.Wo, channels, picture.plus(y, 0).at(panel * P), picture.to(y, 0).at(panel * P));

@@ -30,8 +30,9 @@ struct Conv3x3 {
   PixelMap residual, out;  // residual: data are null without
   int64_t B, H, W, Ho, Wo, stride;
   Activation activation;
-  int64_t chunks;  // of a picture's work; a unit is one (picture, chunk)
-  bool poison;     // fill scratch memory with NaN (tests)
+  int64_t chunks;     // of a picture's work; a unit is one (picture, chunk)
+  Stretch following;  // what is read first after this call, probably
+  bool poison;        // fill scratch memory with NaN (tests)
 };
 
 // One set for each instruction set; the range is over units.

@@ -40,6 +40,8 @@ void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
   a.sizes = {kernels.panel, a.first + (beside ? beside.sizes()[1] : 0), to<int64_t>(stack[3]), to<int64_t>(stack[4])};
   a.stride = to<int64_t>(stack[5]), a.activation = Activation(to<int64_t>(stack[6])), a.poison = poison;
   a.packed = packed_weights(kConv3x3, packed, a.sizes);
+  const int64_t rows = a.sizes.inputs * (a.sizes.tile ? 1 : 9);
+  a.following = following.after(a.packed, first_panel(a.packed + a.sizes.weights(), kernels.panel, rows));
   require(
       a.H > 0 && a.W > 0 && (a.stride == 1 || (a.stride == 2 && !a.sizes.tile)), kConv3x3,
       "map, weights and stride do not fit");

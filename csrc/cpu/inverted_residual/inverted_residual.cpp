@@ -170,7 +170,7 @@ static void depthwise_to_map(
 // channels go straight to the map, what is left of a vector by the way of `rest`.
 static void project(
     const Block& k, int64_t g0, int64_t g1, int64_t y0, int64_t y1, const float* x, const float* group, float* rest,
-    float* out) {
+    float* out, Stretch following) {
   const InvertedResidual& a = k.a;
   const InvertedResidualSizes& s = k.s;
   const int64_t channels = (g1 * P < s.hidden ? g1 * P : s.hidden) - g0 * P;
@@ -183,8 +183,8 @@ static void project(
     const float* w = a.packed + s.project() + panel * P * s.hidden + g0 * P * P;
     const float* bias = a.packed + s.project_bias() + panel * P;
     NextWeights next(
-        w + P * s.hidden, panel + 1 < s.panels(s.outputs) ? channels : 0,
-        (y1 - y0) / lines * ((pixels + kTileRows - 1) / kTileRows));
+        (y1 - y0) / lines * ((pixels + kTileRows - 1) / kTileRows),
+        panel + 1 < s.panels(s.outputs) ? panel_at(w + P * s.hidden, channels) : following);
     const int64_t some = whole - panel * P, vectors = some < P ? some / W<float> : 2;
     for (int64_t y = y0; y < y1; y += lines) {
       const float* in = group + (y - y0) * a.Wo * k.lda;
@@ -244,9 +244,11 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
         const int64_t g1 = g + k.group < k.panels ? g + k.group : k.panels;
         for (int64_t panel = g; panel < g1; ++panel) {
           float* rows = ring + panel * k.ring_rows * k.row_size;
+          const bool more = s.expands && panel + 1 < k.panels;
           NextWeights next(
-              a.packed + s.expand() + (panel + 1) * P * s.inputs, s.expands && panel + 1 < k.panels ? s.inputs : 0,
-              (need - done) * tiles_of(2, a.W, s.inputs));
+              (need - done) * tiles_of(2, a.W, s.inputs),
+              panel_at(a.packed + s.expand() + (panel + 1) * P * s.inputs, more ? s.inputs : 0),
+              panel_at(a.packed + s.project() + g * P * P, panel + 1 == g1 && s.outputs ? (g1 - g) * P : 0));
           for (int64_t y = done; y < need; ++y)
             expand_row(k, x + y * a.in.y, panel, slopes_before, rows + y % k.ring_rows * k.row_size + k.pad * P, next);
           for (int64_t y = y0; y < y1; ++y) {
@@ -261,7 +263,8 @@ static void forward(const InvertedResidual& a, int64_t begin, int64_t end) {
               depthwise_to_map(k, from, panel, slopes_after, group, out + y * a.out.y);
           }
         }
-        if (s.outputs) project(k, g, g1, y0, y1, x, group, rest, out);
+        const bool ends = unit + 1 == end && y1 == last && g1 == k.panels;
+        if (s.outputs) project(k, g, g1, y0, y1, x, group, rest, out, ends ? a.following : Stretch{});
       }
       done = need;
     }

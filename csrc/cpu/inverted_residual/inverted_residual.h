@@ -45,8 +45,9 @@ struct InvertedResidual {
   // Of a dynamic ReLU after each of the two, in place of its activation, (B, 2, hidden): max(slope 0 * x, slope 1 * x). May be null.
   const float *slopes_before, *slopes;
   bool residual;
-  int64_t chunks;  // of the rows of a picture of the output; a unit of work is one (picture, chunk)
-  bool poison;     // fill scratch memory with NaN (tests)
+  int64_t chunks;     // of the rows of a picture of the output; a unit of work is one (picture, chunk)
+  Stretch following;  // what is read first after this call, probably
+  bool poison;        // fill scratch memory with NaN (tests)
 };
 
 // One set for each instruction set; the range is over units.

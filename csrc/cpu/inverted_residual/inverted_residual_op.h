@@ -60,6 +60,8 @@ void inverted_residual(StableIValue* stack, uint64_t, uint64_t) {
   a.before = before < 0 ? a.activation : Activation(before);
   Tensor slopes_before = take_optional(stack[10]), slopes = take_optional(stack[11]);
   a.packed = packed_weights(kInvertedResidual, packed, a.sizes);
+  a.following = following.after(
+      a.packed, first_panel(a.packed + a.sizes.expand(), kernels.panel, a.sizes.expands ? x.sizes()[1] : 9));
   const int64_t *n = x.sizes(), k = a.sizes.kernel;
   a.B = n[0], a.H = n[2], a.W = n[3];
   require(

@@ -59,7 +59,7 @@ static void forward(const Pointwise& a, int64_t begin, int64_t end) {
     if (changed) in = {rows, ld};
     rows_product(
         count, s.inputs, s.outputs, in.data, in.step, a.packed + s.weights(), a.packed + s.bias(), a.activation,
-        at(a.out), at(a.residual), panel);
+        at(a.out), at(a.residual), panel, unit + 1 < end ? Stretch{} : a.following);
   }
 }
 

@@ -39,7 +39,8 @@ struct Pointwise {
   // Pixels that are equally far apart in all maps are one line: of the whole call, of a picture, or of its rows. A unit of work is
   // a block of a line.
   int64_t lines, length, block;
-  bool poison;  // fill scratch memory with NaN (tests)
+  Stretch following;  // what is read first after this call, probably
+  bool poison;        // fill scratch memory with NaN (tests)
 
   MVK_SHARED int64_t blocks() const { return (length + block - 1) / block; }
 };

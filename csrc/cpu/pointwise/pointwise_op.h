@@ -49,6 +49,7 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   a.sizes = {kernels.panel, n[1], to<int64_t>(stack[2]), to<bool>(stack[3])};
   a.eps = to<double>(stack[4]), a.activation = Activation(to<int64_t>(stack[5])), a.poison = poison;
   a.packed = packed_weights(kPointwise, packed, a.sizes);
+  a.following = following.after(a.packed, first_panel(a.packed + a.sizes.weights(), a.sizes.panel, a.sizes.inputs));
   require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
   require(!gate || !a.sizes.normed, kPointwise, "a gate stands in the place of a norm");
   a.gate = weight(kPointwise, gate, n[0] * n[1], true);
