@@ -22,7 +22,7 @@ from tests.swap.test_packing_torch import Calls, run, tokens
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 timm = pytest.importorskip("timm")
 
-from timm.layers import ConvMlp, GroupNorm1, Mlp  # noqa: E402
+from timm.layers import ConvMlp, GroupNorm1, Mlp, RelPosBias  # noqa: E402
 from timm.models import (  # noqa: E402
     efficientformer,
     efficientformer_v2,
@@ -48,6 +48,13 @@ def poolformer() -> nn.Module:
         num_classes=5,
         drop_path_rate=0.1,
     )
+
+
+def coatnet_block(outputs: int, stride: int, size: tuple[int, int] | None, **settings: Any) -> nn.Module:
+    """From 12 channels, with position biases for maps of this size."""
+    position = None if size is None else functools.partial(RelPosBias, window_size=size)
+    cfg = maxxvit.MaxxVitTransformerCfg(dim_head=4, norm_layer="layernorm2d", **settings)
+    return maxxvit.TransformerBlock2d(12, outputs, stride, rel_pos_cls=position, cfg=cfg)
 
 
 def swin() -> nn.Module:
@@ -124,6 +131,9 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MetaFormerBlock, StarReLU": (lambda: metaformer.MetaFormerBlock(12, res_scale_init_value=1.0), MAP, 2),
     "MbConvBlock": (lambda: maxxvit.MbConvBlock(12, 12, cfg=Config()), ODD, 2),
     "MbConvBlock, strided": (lambda: maxxvit.MbConvBlock(12, 20, 2, cfg=Config(stride_mode="dw")), MAP, 3),
+    "TransformerBlock2d": (lambda: coatnet_block(12, 1, (8, 6), init_values=0.5), MAP, 5),
+    "TransformerBlock2d of half the size": (lambda: coatnet_block(20, 2, (4, 3)), MAP, 6),
+    "TransformerBlock2d without biases": (lambda: coatnet_block(12, 1, None, proj_drop=0.1), ODD, 4),
     "MbConvBlock, strided at first": (lambda: maxxvit.MbConvBlock(12, 20, 2, cfg=Config(stride_mode="1x1")), MAP, 4),
 }
 
@@ -184,6 +194,28 @@ def test_a_changed_part_is_called(change):
     change(block, seen)
     torch.testing.assert_close(run(block, x), before, rtol=1e-4, atol=1e-5)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "Block" in name])
+def test_every_parameter_of_a_block_is_followed(name):
+    make, shape, _ = BLOCKS[name]
+    torch.manual_seed(0)
+    model = randomise(Calls(make()))
+    x = tokens(*shape)
+    swap(model, inference=True)
+    run(model, x)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        exact = run(copy.deepcopy(model).double(), x.double())  # nothing runs on packed weights in float64
+        torch.testing.assert_close(run(model, x).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_maps_that_position_biases_are_not_for_are_the_originals():
+    block = Calls(coatnet_block(12, 1, (8, 6)))
+    swap(block, inference=True)
+    with pytest.raises(RuntimeError, match="attn_mask|must match|expanded size|broadcast"):
+        run(block, tokens(1, 12, 4, 6))
 
 
 def test_in_training_it_is_the_original():

@@ -52,6 +52,7 @@ _PACKED = {
     ("timm.models.efficientformer", "MetaBlock2d"): "timm_blocks",
     ("timm.models.metaformer", "MetaFormerBlock"): "timm_blocks",
     ("timm.models.maxxvit", "MbConvBlock"): "timm_blocks",
+    ("timm.models.maxxvit", "TransformerBlock2d"): "timm_coatnet",
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
     ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
