@@ -12,11 +12,12 @@ from mvkernels.dispatch.backend import choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
 from mvkernels.ops.common import packed as weights
-from mvkernels.ops.pointwise import operators, suite
+from mvkernels.ops.pointwise import suite
+from mvkernels.ops.pointwise.operators import forward, pack, packed_size
 from mvkernels.ops.pointwise.reference import Norm
 from mvkernels.ops.pointwise.reference import pointwise as reference
 
-__all__ = ["OP", "pack_pointwise", "pointwise"]
+__all__ = ["OP", "forward", "pack", "pack_pointwise", "packed_size", "pointwise"]
 
 _NAME = "pointwise"
 
@@ -68,9 +69,9 @@ def pointwise(
         return reference(*arguments)
     x, weight, bias, norm, eps, activation, residual, packed = arguments
     if packed is None:
-        packed = operators.pack(*_of_pack(weight, bias, norm))
+        packed = pack(*_of_pack(weight, bias, norm))
     settings = (weight.shape[0], norm is not None, eps, activations.CODES[activation])
-    out: Tensor = operators.forward(x, packed, *settings, residual)
+    out: Tensor = forward(x, packed, *settings, residual)
     return checks.lay_as(out, x)
 
 
@@ -92,7 +93,7 @@ def pack_pointwise(weight: Tensor, bias: Tensor | None = None, *, norm: Norm | N
     """
     _, weight, bias, norm, _ = _tensors(None, weight, bias, norm, None)
     _shapes(weight, bias, norm)
-    return weights.pack(_NAME, weights.why_not(weight), operators.pack, *_of_pack(weight, bias, norm))
+    return weights.pack(_NAME, weights.why_not(weight), pack, *_of_pack(weight, bias, norm))
 
 
 def _of_pack(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[Any, ...]:
@@ -138,7 +139,7 @@ def _check(
     if x.shape[1] != inputs:
         raise ValueError(f"{_NAME}: x has {x.shape[1]} channels, the weight is for {inputs}")
     if packed is not None:
-        weights.check(_NAME, packed, x, operators.packed_size(weight))
+        weights.check(_NAME, packed, x, packed_size(weight))
     if residual is not None:
         checks.exactly(_NAME, "residual", residual, "(B, C_out, H, W)", (x.shape[0], outputs, *x.shape[2:]))
     return x, weight, bias, norm, eps, activation, residual, packed
