@@ -135,13 +135,17 @@ def direct(backend: str | None, *tensors: Any) -> bool | None:
     return recording and torch.is_grad_enabled()
 
 
-def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
-    """Why ``backend`` cannot run ``op`` on these (checked) arguments; empty if it can."""
+def reason_against(op: Op, backend: str, arguments: tuple[Any, ...], backward: bool = False) -> str:
+    """Why ``backend`` cannot run ``op`` on these (checked) arguments; empty if it can.
+
+    ``backward``: whether a backward may follow, though nothing is recorded now."""
     if backend == "reference":
         return ""
     why_not = op.why_not.get(backend)
     if why_not is None:
         return f"{op.name} has no {backend} kernel"
+    if backward and not op.has_backward(backend):
+        return "its kernel has no backward"
     if not torch.compiler.is_compiling() and (
         forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     ):
@@ -149,18 +153,19 @@ def reason_against(op: Op, backend: str, arguments: tuple[Any, ...]) -> str:
     return why_not(*arguments) or ""
 
 
-def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
+def choose(op: Op, backend: str | None, arguments: tuple[Any, ...], backward: bool = False) -> str:
     """The backend that runs this call: a name of BACKENDS, never "auto".
 
-    ``arguments`` are the op's own, checked and in order. Raises BackendUnavailable if a backend was asked for and
-    cannot run the call. During export and tracing the reference runs, whatever was asked for.
+    ``arguments`` are the op's own, checked and in order; ``backward`` as for :func:`reason_against`. Raises
+    BackendUnavailable if a backend was asked for and cannot run the call. During export and tracing the reference runs,
+    whatever was asked for.
     """
     name = requested(backend, op.name)
     # An exported or traced graph is to run where this library is not installed.
     if name == "reference" or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "reference"
     if name != "auto":
-        reason = reason_against(op, name, arguments)
+        reason = reason_against(op, name, arguments, backward)
         if reason:
             raise BackendUnavailable(f"{op.name}: backend {name} cannot run this: {reason}")
         return name
@@ -168,7 +173,7 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
     for name in _PREFERENCE.get("cpu" if first.is_cpu else first.device.type, ()):
         if name not in op.why_not:
             continue
-        reason = reason_against(op, name, arguments)
+        reason = reason_against(op, name, arguments, backward)
         if not reason:
             return name
         if not torch.compiler.is_compiling():
@@ -177,10 +182,12 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...]) -> str:
 
 
 def prepare(name: str, backend: str | None, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
-    """Check the arguments of the op called ``name``. Returns (the backend that runs it, the checked arguments)."""
+    """For an autograd Function: check the arguments of the op called ``name``.
+
+    Returns (the backend that runs it and has a backward, the checked arguments)."""
     op = OPS[name]
     checked = op.check(*arguments)
-    return choose(op, backend, checked), checked
+    return choose(op, backend, checked, backward=True), checked
 
 
 def _log_once(op: str, backend: str, reason: str) -> None:
