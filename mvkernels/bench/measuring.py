@@ -218,14 +218,14 @@ def _memory(work: Callable[[], Any], device: str) -> tuple[int | None, int | Non
 
 def _backends(op: Op, arguments: Mapping[str, Any], options: Options, mode: str) -> tuple[list[str], dict[str, str]]:
     """Who of this library runs: those named, else every kernel that can, else the reference; and why not the others."""
+    asked = dict.fromkeys(options.backends or [b for b in BACKENDS if b in op.why_not])
+    reasons = {b: f"{op.name}: {_NO_BACKWARD}" for b in asked if mode != "fwd" and not op.has_backward(b)}
+    able = [b for b in asked if b not in reasons]
     if options.backends:
-        named = dict.fromkeys(options.backends)
-        without = {b: f"{op.name}: {_NO_BACKWARD}" for b in named if mode != "fwd" and not op.has_backward(b)}
-        return [b for b in named if b not in without], without
+        return able, reasons
     checked = op.check(**arguments)
-    reasons = {b: reason_against(op, b, checked) for b in BACKENDS if b in op.why_not}
-    able = [b for b, reason in reasons.items() if not reason]
-    return able or ["reference"], {b: reason for b, reason in reasons.items() if reason}
+    reasons |= {b: reason for b in able if (reason := reason_against(op, b, checked))}
+    return [b for b in able if b not in reasons] or ["reference"], reasons
 
 
 def candidates(item: Item, options: Options) -> list[str]:

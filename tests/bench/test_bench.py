@@ -90,6 +90,17 @@ def test_of_kernels_without_a_backward_the_forward_is_measured(monkeypatch: pyte
     assert bench.candidates(item, dataclasses.replace(QUICK, backends=("cpp", "reference"))) == ["reference"]
 
 
+def test_a_kernel_without_a_backward_beside_one_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"cpp": lambda *_: None, "triton": lambda *_: "not here"}
+    change(monkeypatch, forward_only=frozenset({"cpp"}), why_not=both)
+    options = dataclasses.replace(QUICK, modes=("fwd", "full"), backends=())
+    of_modes = {item[-1]: bench.candidates(item, options) for item in bench.work(options)}
+    assert of_modes == {"fwd": ["cpp"], "full": ["reference"]}
+    found = bench.measure(dataclasses.replace(options, modes=("full",)))
+    assert {row.provider for row in found.rows} == {"reference", "eager"} and all(row.ok for row in found.rows)
+    assert found.not_run == {"cpp": f"{NAME}: its kernels have no backward", "triton": "not here"}
+
+
 def test_ops_that_are_not_named_are_those_with_the_kernel() -> None:
     every = {op.name for op, *_ in bench.work(bench.Options(backends=("triton",)))}
     assert every == {name for name, op in OPS.items() if "triton" in op.why_not} and len(every) < len(OPS)
