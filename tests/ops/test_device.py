@@ -20,10 +20,10 @@ BATCHED = [name for name in OPS if all(len(value) == 3 for value in tensors_of(e
 ON_GPUS = [name for name, op in OPS.items() if "triton" in op.why_not]
 
 
-def on(device, name, **settings):
-    """The arguments of the op's example there, all wanting gradients if its kernels have them."""
+def on(device, name, backend="triton", **settings):
+    """The arguments of the op's example there, all wanting gradients if the backend's kernels have them."""
     arguments = example(name, **settings)
-    recorded = OPS[name].differentiable
+    recorded = OPS[name].has_backward(backend)
     tensors = {key: value.to(device).requires_grad_(recorded) for key, value in tensors_of(arguments).items()}
     return testing.with_tensors(arguments, tensors)
 
@@ -45,7 +45,7 @@ def needs(name, backend, arguments):
 @pytest.mark.parametrize(("backend", "device"), PLACES)
 @pytest.mark.parametrize("name", OPS)
 def test_the_same_call_gives_the_same_bits(name, backend, device):
-    arguments = on(device, name, size=(9, 7))
+    arguments = on(device, name, backend, size=(9, 7))
     needs(name, backend, arguments)
     first = results(name, arguments, backend)
     for _ in range(2):

@@ -13,16 +13,15 @@ from mvkernels.dispatch.registry import OPS
 from tests.ops.test_contract_all import KERNELS, example, tensors_of
 
 
-def counts(name, arguments, backend):
-    """FLOPs of a call that records no gradient, of one that does, and of its backward; all gradients are wanted.
-
-    Of an op whose kernels have no backward, of the first alone."""
+def counts(name, arguments, backend, backward):
+    """FLOPs of a call that records no gradient; with ``backward`` also of one that does, and of its backward, where all
+    gradients are wanted."""
     inputs = {key: value.detach().clone().requires_grad_() for key, value in tensors_of(arguments).items()}
     found = []
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         OPS[name].function(**arguments, backend=backend)
     found.append(counter.get_total_flops())
-    if not OPS[name].differentiable:
+    if not backward:
         return found
     with FlopCounterMode(display=False) as counter:
         out = OPS[name].function(**testing.with_tensors(arguments, inputs), backend=backend)
@@ -32,14 +31,20 @@ def counts(name, arguments, backend):
     return [*found, counter.get_total_flops()]
 
 
+def assert_the_references(name, arguments, backend):
+    backward = OPS[name].has_backward(backend)
+    found = counts(name, arguments, backend, backward)
+    assert found == counts(name, arguments, "reference", backward)
+    return found
+
+
 @pytest.mark.parametrize(("name", "backend"), KERNELS)
 @pytest.mark.parametrize(("batch", "size"), [(2, (4, 6)), (1, (5, 7)), (1, (1, 3)), (0, (4, 4))])
 def test_the_count_is_the_references(name, backend, batch, size):
     if name == "window_attention":  # of which the reference fills up windows that the map cuts
         size = tuple(7 * (side // 4 + 1) for side in size)
     arguments = example(name, batch=batch, size=size)
-    found = counts(name, arguments, backend)
-    assert found == counts(name, arguments, "reference")
+    found = assert_the_references(name, arguments, backend)
     assert all(found) == bool(batch)
 
 
@@ -87,10 +92,7 @@ def other_settings():
 
 @pytest.mark.parametrize("case", other_settings(), ids=lambda case: case[0])
 def test_the_count_with_other_settings(case):
-    name, arguments = case
-    if not OPS[name].why_not.get("cpp"):
-        pytest.skip("the interpreter's tests have it")
-    assert counts(name, arguments, "cpp") == counts(name, arguments, "reference")
+    assert_the_references(*case, "cpp")
 
 
 @pytest.mark.interpreter
@@ -98,8 +100,7 @@ def test_the_count_with_other_settings(case):
     "case", (case for case in other_settings() if "triton" in OPS[case[0]].why_not), ids=lambda case: case[0]
 )
 def test_the_count_with_other_settings_on_triton(case):
-    name, arguments = case
-    assert counts(name, arguments, "triton") == counts(name, arguments, "reference")
+    assert_the_references(*case, "triton")
 
 
 @pytest.mark.parametrize(("sizes", "window", "shift"), [((14, 14), (7, 7), (3, 3)), ((5, 9), (7, 4), (6, 1))])
