@@ -7,7 +7,11 @@ from mvkernels.ops.inverted_residual import inverted_residual, pack_inverted_res
 from mvkernels.ops.mobile_to_former import MobileToFormerFunction, mobile_to_former
 from mvkernels.ops.multiscale_linear_attention import MultiscaleLinearAttentionFunction, multiscale_linear_attention
 from mvkernels.ops.patch_attention import PatchAttentionFunction, patch_attention
-from mvkernels.ops.patch_transformer_layer import PatchTransformerLayerFunction, patch_transformer_layer
+from mvkernels.ops.patch_transformer_layer import (
+    PatchTransformerLayerFunction,
+    pack_patch_transformer_layer,
+    patch_transformer_layer,
+)
 from mvkernels.ops.pointwise import pack_pointwise, pointwise
 from mvkernels.ops.relu_linear_attention import ReLULinearAttentionFunction, relu_linear_attention
 from mvkernels.ops.window_attention import WindowAttentionFunction, window_attention
@@ -35,6 +39,7 @@ __all__ = [
     "nn",
     "pack_conv3x3",
     "pack_inverted_residual",
+    "pack_patch_transformer_layer",
     "pack_pointwise",
     "patch_attention",
     "patch_transformer_layer",

@@ -20,7 +20,7 @@ from tests.ops.bridges import INSTRUCTION_SETS
 
 Arguments = dict[str, Any]
 
-NAMES = [name for name, op in OPS.items() if not op.differentiable]
+NAMES = [name for name, op in OPS.items() if not op.has_backward("cpp")]
 STRIDES = (*testing.STRIDES, "some channels")
 CHANNELS = st.one_of(st.integers(1, 170), st.sampled_from([8, 16, 24, 32, 48, 64, 80, 96, 128, 160]))
 SIDES = st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(21, 40))
@@ -130,10 +130,33 @@ def pointwise(
     return found
 
 
+def patch_transformer_layer(
+    batch: int = 2,
+    size: tuple[int, int] = (6, 7),
+    heads: int = 2,
+    head_dim: int = 6,
+    hidden: int = 20,
+    patch: tuple[int, int] = (2, 2),
+    bias: bool = True,
+    kind: str = "channels_last",
+    seed: int = 0,
+) -> Arguments:
+    """``bias``: whether the queries, keys and values have one."""
+    generator, c = _generator(seed), heads * head_dim
+    found: Arguments = {"x": make_map((batch, c, *size), kind, generator)}
+    layers = {"norm1": (c,), "qkv": (3 * c, c), "proj": (c, c), "norm2": (c,), "fc1": (hidden, c), "fc2": (c, hidden)}
+    for name, shape in layers.items():
+        normal = torch.randn(2, c, generator=generator) * 0.3 if len(shape) == 1 else None
+        weight, term = _pair(shape, True, generator) if normal is None else (1 + normal[0], normal[1])
+        found |= {f"{name}_weight": weight, f"{name}_bias": term}
+    return found | {"heads": heads, "patch_size": patch} | ({} if bias else {"qkv_bias": None})
+
+
 _EXAMPLES: dict[str, Callable[..., Arguments]] = {
     "inverted_residual": inverted_residual,
     "conv3x3": conv3x3,
     "pointwise": pointwise,
+    "patch_transformer_layer": patch_transformer_layer,
 }
 
 
@@ -152,6 +175,8 @@ def weights_of(name: str, arguments: Arguments) -> Arguments:
     """What ``pack_<op>`` takes of the op's arguments."""
     if name == "inverted_residual":
         return {each: arguments[each] for each in ("expand", "depthwise", "project")}
+    if name == "patch_transformer_layer":
+        return {each: value for each, value in arguments.items() if each.endswith(("_weight", "_bias"))}
     found = {each: arguments[each] for each in ("weight", "bias", "norm", "stride") if each in arguments}
     return found | ({"size": tuple(arguments["x"].shape[2:])} if name == "conv3x3" else {})
 

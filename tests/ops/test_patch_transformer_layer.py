@@ -15,7 +15,9 @@ from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.patch_transformer_layer import suite
 from mvkernels.ops.patch_transformer_layer.autograd import TENSORS
 from mvkernels.triton import configs
+from tests.ops import inference
 from tests.ops.bridges import DEVICE, assert_ok, interpreter
+from tests.ops.inference import SEEDS, STRIDES, everywhere, needs_cpp
 from tests.ops.test_contract_all import example
 
 OP = OPS["patch_transformer_layer"]
@@ -90,6 +92,20 @@ def test_the_reference_is_the_definition(size, more):
     torch.testing.assert_close(OP.reference(**arguments), by_definition(arguments), rtol=1e-12, atol=1e-12)
 
 
+def assert_bad_values_stay_in_their_group(size: tuple[int, int], backend: str) -> None:
+    arguments = arguments_of(size=size)
+    clean = mvkernels.patch_transformer_layer(**arguments, backend=backend)
+    for bad in (float("nan"), float("inf")):
+        x = arguments["x"].clone()
+        x[0, 1, -1, -1] = bad
+        found = mvkernels.patch_transformer_layer(**arguments | {"x": x}, backend=backend)
+        y, z = (size[0] - 1) % 2, (size[1] - 1) % 2
+        assert found[0, :, y::2, z::2].isnan().all()
+        rest = torch.ones(found.shape, dtype=torch.bool, device=DEVICE)
+        rest[0, :, y::2, z::2] = False
+        assert torch.equal(found[rest], clean[rest])
+
+
 @pytest.mark.parametrize("peer", [*OP.peers, "composed"])
 def test_peers_do_the_same(peer):
     arguments = arguments_of(dtype=torch.float64)
@@ -97,6 +113,78 @@ def test_peers_do_the_same(peer):
     call = OP.composed.function if peer == "composed" else OP.peers[peer]
     for more in ({}, {"scale": 0.3, "eps": 0.1}, {"qkv_bias": None}):
         torch.testing.assert_close(call(**arguments | more), OP.reference(**arguments | more), rtol=1e-10, atol=1e-10)
+
+
+@st.composite
+def layers(draw):
+    """Arguments of a layer for the C++ kernels: C is often no whole vector, and no patch need divide the map."""
+    heads, head_dim = draw(st.integers(1, 5)), draw(st.one_of(st.integers(1, 40), st.sampled_from([16, 36, 48, 60])))
+    hidden = draw(st.one_of(st.integers(1, 170), st.just(2 * heads * head_dim)))
+    patch = draw(st.sampled_from([(1, 1), (2, 2), (2, 2), (3, 2), (4, 4), (7, 20)]))
+    sides, lie = st.integers(1, 17), draw(st.sampled_from(STRIDES))
+    arguments = inference.patch_transformer_layer(
+        draw(st.integers(1, 3)), (draw(sides), draw(sides)), heads, head_dim, hidden, patch, draw(st.booleans()),
+        lie, draw(SEEDS),
+    )  # fmt: skip
+    if draw(st.booleans()):
+        arguments |= {"scale": draw(st.sampled_from([0.3, -0.4, 3.0])), "eps": draw(st.sampled_from([1e-3, 0.1]))}
+    kind = draw(st.sampled_from(["plain", "plain", "constant", "peaked", "far"]))
+    if kind == "peaked":
+        arguments["qkv_weight"][: 2 * heads * head_dim] *= 8
+    elif lie == "expanded":  # all channels are equal as it is
+        pass
+    elif kind == "constant":
+        arguments["x"][:, :, ::2] = draw(st.sampled_from([0.0, 3.0]))
+    elif kind == "far":
+        arguments["x"].add_(100)
+    return arguments
+
+
+@pytest.mark.core
+@everywhere
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(arguments=layers(), packs=st.booleans())
+def test_cpp_on_any_shape_and_strides(instruction_set, arguments, packs):
+    packed = {"packed": inference.pack(OP.name, arguments)} if packs else {}
+    assert_ok(testing.check(OP, arguments | packed, "cpp"))
+
+
+@everywhere
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(arguments=layers())
+def test_cpp_is_the_same_on_threads_in_batches_and_packed(instruction_set, arguments):
+    inference.assert_the_same_on_threads_in_batches_and_packed(OP, arguments)
+
+
+@needs_cpp
+@pytest.mark.parametrize("size", [(4, 4), (12, 13)])
+def test_nan_and_inf_stay_in_their_group_on_cpp(size):
+    assert_bad_values_stay_in_their_group(size, "cpp")
+
+
+@needs_cpp
+def test_what_cpp_does_not_take():
+    arguments = inference.patch_transformer_layer(heads=1, head_dim=257)
+    inference.assert_takes_the_reference(OP, arguments, "head_dim is 257, value_dim 257, want at most 256")
+    able, reason = mvkernels.can_run(OP.name, "cpp", **arguments_of(device="meta"))
+    assert not able and "run on CPU tensors" in reason
+
+
+@needs_cpp
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_function_takes_no_kernel_without_a_backward(recorded):
+    """Not even where no gradient is wanted: inside of it none is recorded, so the call cannot tell."""
+    arguments = inference.patch_transformer_layer()
+    arguments["x"].requires_grad_(recorded)
+    packed = inference.pack(OP.name, arguments)
+    given_ = (*OP.check(**arguments)[:-1], packed)
+    out = mvkernels.PatchTransformerLayerFunction.apply(*given_)
+    assert torch.equal(out, OP.reference(**arguments))
+    if recorded:
+        out.sum().backward()
+        assert arguments["x"].grad.isfinite().all()
+    with pytest.raises(mvkernels.BackendUnavailable, match="backend cpp cannot run this: its kernel has no backward"):
+        mvkernels.PatchTransformerLayerFunction.apply(*given_, "cpp")
 
 
 @on_triton
@@ -152,17 +240,7 @@ def test_the_configurations_of_exact_products(channels, monkeypatch):
 @on_triton
 @pytest.mark.parametrize("size", [(4, 4), (12, 13)], ids=["packed", "rows"])
 def test_nan_and_inf_stay_in_their_group(size):
-    arguments = arguments_of(size=size)
-    clean = mvkernels.patch_transformer_layer(**arguments, backend="triton")
-    for bad in (float("nan"), float("inf")):
-        x = arguments["x"].clone()
-        x[0, 1, -1, -1] = bad
-        found = mvkernels.patch_transformer_layer(**arguments | {"x": x}, backend="triton")
-        y, z = (size[0] - 1) % 2, (size[1] - 1) % 2
-        assert found[0, :, y::2, z::2].isnan().all()
-        rest = torch.ones(found.shape, dtype=torch.bool, device=DEVICE)
-        rest[0, :, y::2, z::2] = False
-        assert torch.equal(found[rest], clean[rest])
+    assert_bad_values_stay_in_their_group(size, "triton")
 
 
 @on_triton
@@ -289,8 +367,11 @@ def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_compiling_for_many_sizes_takes_no_minutes(dynamic):
-    """Few operators in two graphs at most, whether or not the patch divides the map; no time is measured."""
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compiling_for_many_sizes_takes_no_minutes(recorded, dynamic):
+    """Few operators in two graphs at most, whether or not the patch divides the map; no time is measured.
+
+    They are those of the C++ kernels, or where a gradient is recorded of the composed layer."""
     torch._dynamo.reset()
     graphs = []
 
@@ -305,9 +386,9 @@ def test_compiling_for_many_sizes_takes_no_minutes(dynamic):
 
     compiled = torch.compile(layer, backend=keep, fullgraph=True, dynamic=dynamic)
     for batch, size in ((2, (4, 6)), (3, (5, 7)), (6, (12, 9))):
-        x = torch.randn(batch, arguments["x"].shape[1], *size)
+        x = torch.randn(batch, arguments["x"].shape[1], *size, requires_grad=recorded)
         out, expected = compiled(x), layer(x)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-        assert out.stride() == expected.stride()
+        assert out.stride() == expected.stride() and out.requires_grad == recorded
     assert len(graphs) <= 2 and max(graphs) < 120, graphs
     torch._dynamo.reset()

@@ -70,21 +70,21 @@ KERNELS = {
 class PatchTransformerLayerFunction(torch.autograd.Function):
     """Autograd function of :func:`mvkernels.patch_transformer_layer`, with a backward of its own.
 
-    Call ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, backend)``. Shapes, dtypes, result and
-    errors are those of the op; the arguments after ``heads`` may be left out. A further argument, ``checked``, is for
-    internal use: the op sets it when it has checked the arguments and chosen the backend. For the backward, x, the
-    parameters, the packed qkv, the output of attention and the map between the two halves of the layer are saved, but
-    neither the outputs of the norms nor the hidden activations. A second derivative raises RuntimeError unless the
-    backend is "reference".
+    Call ``apply(x, ..., fc2_bias, heads, patch_size, eps, scale, activation, packed, backend)``. Shapes, dtypes, result
+    and errors are those of the op, but that no kernel without a backward is taken; the arguments after ``heads`` may be
+    left out. A further argument, ``checked``, is for internal use: the op sets it when it has checked the arguments and
+    chosen the backend. For the backward, x, the parameters, the packed qkv, the output of attention and the map between
+    the two halves of the layer are saved, but neither the outputs of the norms nor the hidden activations. A second
+    derivative raises RuntimeError unless the backend is "reference".
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:  # type: ignore[override]
-        given = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, False)[len(arguments) - TENSORS :])
+        given = (*arguments, *(None, (2, 2), 1e-5, None, "silu", None, None, False)[len(arguments) - TENSORS :])
         values, (backend, checked) = given[:-2], given[-2:]
         if not checked:
             backend, values = prepare(_NAME, backend, *values)
-        tensors, settings = values[:TENSORS], values[TENSORS:]
+        tensors, settings = values[:TENSORS], values[TENSORS:-1]
         heads, (ph, pw), eps, scale, _ = settings
         ctx.settings, ctx.backend, ctx.count = settings, backend, len(arguments)
         if backend == "reference":

@@ -29,6 +29,7 @@ def patch_transformer_layer(
     eps: float = 1e-5,
     scale: float | None = None,
     activation: str = "silu",
+    packed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Pre-norm attention among the pixels with the same place in their patch, then a feed-forward network by pixel.
@@ -41,7 +42,8 @@ def patch_transformer_layer(
 
     x (B, C, H, W), qkv_weight (3C, C) with rows [q | k | v], the heads contiguous inside each, proj_weight (C, C),
     fc1_weight (F, C), fc2_weight (C, F) -> (B, C, H, W). Half types are computed in float32 unless ``compute_dtype``
-    says otherwise. (MobileViT, arXiv 2110.02178, section 3.1: one layer between its unfold and its fold.)
+    says otherwise. ``packed`` plays no part in what is computed. (MobileViT, arXiv 2110.02178, section 3.1: one layer
+    between its unfold and its fold.)
     """
     if activation != "silu":
         raise ValueError(f"patch_transformer_layer: activation is {activation!r}, want 'silu'")

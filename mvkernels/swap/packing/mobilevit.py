@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mvkernels.ops.patch_attention import patch_attention
+from mvkernels.ops.patch_transformer_layer.cpp import of_products
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.layers import Part
@@ -91,9 +91,6 @@ def layer_of(
     narrow = layers.linear(layer["fc2"], keep)
 
     def run(x: Tensor) -> Tensor:
-        query, key, value = queries(x).unflatten(1, (3, heads, -1)).unbind(1)
-        attended = patch_attention(query, key, value, patch_size, scale=scale, backend=backend)
-        x = projection(attended.flatten(1, 2), x)
-        return narrow(widen(x), x)
+        return of_products(x, queries, projection, widen, narrow, heads, patch_size, scale, backend)
 
     return run
