@@ -37,8 +37,9 @@ wanted = _Wanted()
 def fused_layers(fuse: bool = True) -> Iterator[None]:
     """Context manager: run the transformer layers of this thread as one fused op each, where the result is the same.
 
-    It applies to MobileViT layers (:class:`PatchTransformer` and swapped models) on backend "triton". The fused op is
-    :func:`mvkernels.patch_transformer_layer`. A layer whose modules are not plain ones, or have hooks, is not fused.
+    It applies to MobileViT layers (:class:`PatchTransformer` and swapped models) on backends "triton" and "cpp", on the
+    latter where no gradient is recorded. The fused op is :func:`mvkernels.patch_transformer_layer`, and on "cpp" it
+    packs the weights in every call. A layer whose modules are not plain ones, or have hooks, is not fused.
 
     Args:
         fuse: True fuses the layers, False fuses none.
@@ -76,7 +77,10 @@ def fused_layer(
     compiling = torch.compiler.is_compiling()
     if wanted.value is None and compiling:
         return None
-    if requested(backend) not in ("auto", "triton"):
+    fused = requested(backend)
+    if fused == "auto":
+        fused = "cpp" if x.is_cpu else "triton"
+    if fused not in OP.why_not:
         return None
     if not compiling and type(x) not in _DENSE:
         return None
@@ -88,7 +92,7 @@ def fused_layer(
         return None
     map_ = x.permute(0, 3, 1, 2)
     eps: Any = norm1.eps
-    if reason_against(OP, "triton", (map_, *parameters, heads, patch_size, eps, scale, "silu")):
+    if reason_against(OP, fused, (map_, *parameters, heads, patch_size, eps, scale, "silu", None)):
         return None
     if wanted.value is None:
         from mvkernels.ops.patch_transformer_layer.triton.launcher import measured_faster, problem_of
@@ -97,7 +101,7 @@ def fused_layer(
         if not measured_faster(problem_of(map_, parameters[8].shape[0], heads, patch_size), grad):
             return None
     settings: dict[str, Any] = {"heads": heads, "patch_size": patch_size, "eps": eps, "scale": scale}
-    return patch_transformer_layer(map_, *parameters, **settings, backend="triton").permute(0, 2, 3, 1)
+    return patch_transformer_layer(map_, *parameters, **settings, backend=fused).permute(0, 2, 3, 1)
 
 
 def _parameters(
