@@ -64,6 +64,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
 	$(BIN)/python benchmarks/window_attention.py --suite $(SUITE)
+	$(BIN)/python benchmarks/patch_transformer_layer.py --suite $(SUITE)
 	$(BIN)/python benchmarks/mobile_to_former.py --suite $(SUITE)
 	$(BIN)/python benchmarks/former_to_mobile.py --suite $(SUITE)
 	$(BIN)/python benchmarks/relu_linear_attention.py --suite $(SUITE)

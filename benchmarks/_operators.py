@@ -14,6 +14,11 @@ class Recorded(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
+    @property
+    def kernels(self) -> list[tuple[Any, tuple[Any, ...]]]:
+        """The calls, without those that pack weights."""
+        return [call for call in self.calls if not call[0].__name__.endswith("_pack.default")]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace.startswith("mvkernels_"):
             self.calls.append((func, args))

@@ -36,8 +36,9 @@ def operators(op: Op, case: Case, layout: str, batch: int, dtype: torch.dtype) -
     arguments = case.make(batch=batch, dtype=dtype, device="cpu", layout=layout)
     with Recorded() as recorded, torch.no_grad():
         op.function(**arguments, backend="cpp")
-    yield ("fwd", *recorded.calls[-1])  # one before it packs weights
-    if not op.differentiable:
+    for call in recorded.kernels:  # several, if the op is made of others
+        yield ("fwd", *call)
+    if not op.has_backward("cpp"):
         return
     leaves = [v.requires_grad_() for v in testing.tensors_in(arguments).values()]
     with Recorded() as recorded:

@@ -47,6 +47,7 @@ def tiny() -> dict[str, dict[str, Any]]:
         "former_to_mobile": {"x": a, "key": tokens, "value": more},
         "relu_linear_attention": {"query": a, "key": b, "value": c},
         "multiscale_linear_attention": {"qkv": torch.randn(1, 12, 2, 2), "head_dim": 4, **weights},
+        "patch_transformer_layer": {**packed("patch_transformer_layer", layer()), "heads": 1},
         "inverted_residual": packed("inverted_residual", block()),
         "conv3x3": packed("conv3x3", {"weight": torch.randn(4, 4, 3, 3), "bias": torch.randn(4)}),
         "pointwise": packed("pointwise", {"weight": torch.randn(4, 4), "bias": torch.randn(4)}),
@@ -57,6 +58,16 @@ def block() -> dict[str, Any]:
     """Weights of an inverted residual."""
     shapes = {"expand": (8, 4, 1, 1), "depthwise": (8, 1, 3, 3), "project": (4, 8, 1, 1)}
     return {name: (torch.randn(shape), torch.randn(shape[0])) for name, shape in shapes.items()}
+
+
+def layer() -> dict[str, Any]:
+    """Parameters of a transformer layer."""
+    shapes = {"norm1": (4,), "qkv": (12, 4), "proj": (4, 4), "norm2": (4,), "fc1": (8, 4), "fc2": (4, 8)}
+    return {
+        f"{name}_{part}": torch.randn(shape if part == "weight" else shape[:1])
+        for name, shape in shapes.items()
+        for part in ("weight", "bias")
+    }
 
 
 def packed(name: str, weights: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
         batch, heads, dim, height, width = shape
         return torch.randn(batch * groups, heads, height * width // groups, dim)
 
-    if not OPS[name].differentiable:
+    if OPS[name].pack:
         batch, channels, height, width = arguments["x"].shape
         return [torch.randn(batch, 1, height * width, channels) for _ in range(3)]
 
@@ -112,18 +123,20 @@ def tokens(name: str, arguments: Arguments) -> list[Tensor]:
 
 
 def operator(op: Op, arguments: Arguments) -> Call | None:
-    """The call of the torch operator that the op's call ends in; None on the reference."""
+    """The calls of the torch operators that the op's call ends in; None on the reference."""
     with Recorded() as recorded:
         op.function(**arguments)
-    if not recorded.calls:
+    if not recorded.kernels:
         return None
-    kernel, given = recorded.calls[-1]
+    (kernel, given), *more = recorded.kernels
+    if more:  # an op that is made of others
+        return lambda: [kernel(*given) for kernel, given in recorded.kernels]
     return lambda: kernel(*given)
 
 
 def states(op: Op) -> tuple[str, ...]:
     """Those that an op is timed in: without a backward, one records no gradient on its kernels."""
-    return STATES if op.differentiable else STATES[:1]
+    return STATES if op.has_backward("cpp") else STATES[:1]
 
 
 def in_state(function: Callable[..., Tensor], arguments: Arguments, state: str) -> Call:

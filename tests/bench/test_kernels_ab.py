@@ -51,6 +51,13 @@ def test_of_a_kernel_without_a_backward_the_forward_is_recorded(kernels_ab: Any,
     torch.testing.assert_close(forward(*arguments), want, rtol=1e-3, atol=1e-3)
 
 
+def test_of_an_op_that_is_made_of_others_all_operators_are_recorded(kernels_ab: Any) -> None:
+    op = OPS["patch_transformer_layer"]
+    found = list(kernels_ab.operators(op, op.suite("small")[0], "channels_last", 1, torch.float32))
+    names = ["pointwise", "patch_attention_forward", "pointwise", "pointwise", "pointwise"]
+    assert [(mode, forward.__name__) for mode, forward, _ in found] == [("fwd", f"{name}.default") for name in names]
+
+
 def test_a_slower_kernel_is_seen(
     kernels_ab: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
