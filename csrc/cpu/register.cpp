@@ -22,7 +22,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 10;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 11;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -106,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
   m.impl("norm_activation", &mvk::norm_activation);
   m.impl("norm_activation_", &mvk::norm_activation_);
   m.impl("pooled_difference", &mvk::pooled_difference);
+  m.impl("picture_norm", &mvk::picture_norm);
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -73,6 +73,40 @@ def test_pooled_difference(made, instruction_set):
     assert testing.max_error(out, wanted) <= 3e-6
 
 
+@settings(max_examples=100, deadline=None)
+@given(maps(), st.sampled_from(INSTRUCTION_SETS), st.booleans())
+def test_pooled_difference_with_the_sum_behind_it(made, instruction_set, of_each_picture):
+    x, generator = made
+    # A part of a larger tensor, as the factors of picture_norm are.
+    factor = torch.randn((x.shape[0] if of_each_picture else 1, 2, x.shape[1]), generator=generator)[:, 0]
+    pooled = F.avg_pool2d(x.double(), 3, 1, 1, count_include_pad=False) - x.double()
+    wanted = x.double() + factor.double()[..., None, None] * pooled
+    out = on(instruction_set, elementwise.pooled_difference, x, factor)
+    assert out.stride() == x.stride()
+    assert testing.max_error(out, wanted) <= 3e-6 * (1 + float(factor.abs().max()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(maps(), st.sampled_from(INSTRUCTION_SETS), st.tuples(st.booleans(), st.booleans()), st.integers(0, 3))
+def test_factors_and_shifts_of_a_norm_over_pictures(made, instruction_set, given_parameters, kind):
+    """Of usual maps, of those far from 0, of constant ones and of one peak among zeros."""
+    x, generator = made
+    if kind == 1:
+        x += 1000
+    elif kind == 2:
+        x.fill_(0.7)
+    elif kind == 3:
+        x.zero_()[0, 0, 0, 0] = 1e4
+    weight, bias = (torch.randn(x.shape[1], generator=generator) if g else None for g in given_parameters)
+    made = on(instruction_set, elementwise.picture_norm, x, weight, bias, 1e-5)
+    assert made.shape == (x.shape[0], 2, x.shape[1])
+    found = x.double() * made[:, 0].double()[..., None, None] + made[:, 1].double()[..., None, None]
+    parameters = (t if t is None else t.double() for t in (weight, bias))
+    exact = torch.native_group_norm(x.double(), *parameters, *x.shape[:2], x.shape[2] * x.shape[3], 1, 1e-5)[0]
+    # Rounded are the variance, the factor, and the factor times the mean.
+    assert testing.max_error(found, exact) <= 4e-7 * float(x.abs().max() * made[:, 0].abs().max()) + 1e-6
+
+
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_values_at_the_edge(activation, instruction_set):
@@ -95,7 +129,9 @@ def test_threads_divide_nothing_but_units():
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append((elementwise.norm_activation(x, *norm), elementwise.pooled_difference(x)))
+        of_norm = elementwise.picture_norm(x, None, None, 1e-5)
+        pooled = elementwise.pooled_difference(x), elementwise.pooled_difference(x, of_norm[:, 0])
+        found.append((elementwise.norm_activation(x, *norm), of_norm, *pooled))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for some in found[1:] for a, b in zip(found[0], some))
 
@@ -107,6 +143,8 @@ def test_as_operators(layout):
     torch.library.opcheck(elementwise.norm_activation, (x, *norm))
     torch.library.opcheck(elementwise.norm_activation_, (x, *norm))
     torch.library.opcheck(elementwise.pooled_difference, (x,))
+    torch.library.opcheck(elementwise.pooled_difference, (x, torch.randn(1, 3)))
+    torch.library.opcheck(elementwise.picture_norm, (x, torch.randn(3), None, 1e-5))
 
 
 def test_raw_operators_refuse_what_they_cannot_index():

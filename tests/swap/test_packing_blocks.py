@@ -214,7 +214,7 @@ def test_every_parameter_of_a_block_is_followed(name):
 def test_maps_that_position_biases_are_not_for_are_the_originals():
     block = Calls(coatnet_block(12, 1, (8, 6)))
     swap(block, inference=True)
-    with pytest.raises(RuntimeError, match="attn_mask|must match|expanded size|broadcast"):
+    with pytest.raises(RuntimeError, match=r"attn_mask|must match|expanded size|broadcast"):
         run(block, tokens(1, 12, 4, 6))
 
 

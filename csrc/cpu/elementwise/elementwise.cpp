@@ -1,11 +1,13 @@
 // What surrounds attention at inference, in one pass where PyTorch makes two or three: a batch norm at rest with its
-// activation, y = f(scale_c x + shift_c), and the token mixer of EfficientFormer, y = mean of 3 x 3 neighbours - x.
+// activation, y = f(scale_c x + shift_c), and the token mixer of EfficientFormer and PoolFormer, y = mean of 3 x 3 neighbours - x,
+// or x + factor_c y with the sum behind it.
 //
 // Work is split over planes of a channels-first map, over rows of the picture of a channels-last one. Each element is
 // read and written once (three times read from L1 by the mean); nothing is kept between units.
 #include "elementwise/elementwise.h"
 
 #include "common/activate.h"
+#include "common/arena.h"
 
 namespace mvk {
 namespace MVK_ISA {
@@ -64,57 +66,122 @@ static void norm_activation(const NormActivation& a, int64_t begin, int64_t end)
   with_activation(a.activation, [&](auto known) { norm_activation_of<known()>(a, begin, end); });
 }
 
-// Elements [begin, end) of a row of the picture, all with the same neighbours: those of `lines` rows, itself among them,
-// from `before` to `after` the element, `step` apart.
+// The vector at `p` of a row that has `left` more elements.
+MVK_INLINE vf take(const float* p, int64_t left) {
+  return left >= W<float> ? load<float>(p) : load_partial<float>(p, int(left));
+}
+MVK_INLINE void put(float* p, vf x, int64_t left) {
+  if (left >= W<float>) return store<float>(p, x);
+  store_partial<float>(p, x, int(left));
+}
+
+// The sums of up to 3 rows, element by element; past the last element some more are written.
 template <int lines>
-MVK_INLINE void difference(
-    const float* const* from, const float* in, float* out, int64_t begin, int64_t end, int64_t before, int64_t after,
-    int64_t step) {
-  const vf share = splat(1.0f / float(lines * int(1 + (before > 0) + (after > 0))));
-  for (int64_t i = begin; i < end; i += W<float>) {
-    const int n = int(end - i < W<float> ? end - i : W<float>);
-    auto at = [&](const float* p) { return n == W<float> ? load<float>(p) : load_partial<float>(p, n); };
-    vf sum = {};
-    for (int line = 0; line < lines; ++line)
-      for (int64_t j = i - before; j <= i + after; j += step) sum += at(from[line] + j);
-    const vf y = sum * share - at(in + i);
-    if (n == W<float>) {
-      store<float>(out + i, y);
-    } else {
-      store_partial<float>(out + i, y, n);
-    }
+static void add_rows(const float* const* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += W<float>) {
+    vf sum = take(from[0] + i, count - i);
+    for (int line = 1; line < lines; ++line) sum += take(from[line] + i, count - i);
+    store<float>(to + i, sum);
   }
 }
 
-template <int lines>
-static void difference_row(
-    const float* const* from, const float* in, float* out, int64_t count, int64_t width, int64_t step) {
-  if (width == 1) return difference<lines>(from, in, out, 0, count, 0, 0, step);
-  difference<lines>(from, in, out, 0, step, 0, step, step);
-  difference<lines>(from, in, out, step, count - step, step, step, step);
-  difference<lines>(from, in, out, count - step, count, step, 0, step);
+// Elements [begin, end) of a row of the picture, all with the same neighbours: `sums` of rows from `before` to `after` the element,
+// `step` apart, each with a share.
+template <bool adds, int neighbours>
+MVK_INLINE void difference(
+    const float* sums, float share, const float* in, const float* factor, float* out, int64_t begin, int64_t end,
+    int64_t before, int64_t step) {
+  for (int64_t i = begin; i < end; i += W<float>) {
+    const float* first = sums + i - before;
+    vf sum = load<float>(first);
+    if constexpr (neighbours > 1) sum += load<float>(first + step);
+    if constexpr (neighbours > 2) sum += load<float>(first + 2 * step);
+    const vf x = take(in + i, end - i);
+    vf y = sum * splat(share / float(neighbours)) - x;
+    if constexpr (adds) y = x + take(factor + i, end - i) * y;
+    put(out + i, y, end - i);
+  }
 }
 
-static void pooled_difference(const Maps& m, int64_t begin, int64_t end) {
-  const int64_t step = m.channels_last ? m.C : 1, count = m.W * step;
+template <bool adds>
+static void difference_row(
+    const float* sums, int lines, const float* in, const float* factor, float* out, int64_t count, int64_t width,
+    int64_t step) {
+  const float share = 1.0f / float(lines);
+  if (width == 1) return difference<adds, 1>(sums, share, in, factor, out, 0, count, 0, step);
+  difference<adds, 2>(sums, share, in, factor, out, 0, step, 0, step);
+  difference<adds, 3>(sums, share, in, factor, out, step, count - step, step, step);
+  difference<adds, 2>(sums, share, in, factor, out, count - step, count, step, step);
+}
+
+// The factors of all elements of a row: of a channels-last map those of the channels again and again, of a plane one.
+static void fill_factors(const Pooled& a, int64_t unit, float* to) {
+  const Maps& m = a.maps;
+  const float* from = a.factor + unit / (m.channels_last ? m.H : m.C) * a.next;
+  for (int64_t x = 0; x < m.W; ++x) {
+    if (m.channels_last)
+      memcpy(to + x * m.C, from, m.C * sizeof(float));
+    else
+      to[x] = from[unit % m.C];
+  }
+}
+
+template <bool adds>
+static void pooled(const Pooled& a, int64_t begin, int64_t end) {
+  const Maps& m = a.maps;
+  const int64_t step = m.channels_last ? m.C : 1, count = m.W * step, room = count + 2 * W<float>;
+  arena.reset(Arena::bytes<float>(room) + Arena::bytes<float>(adds ? count : 0), a.poison);
+  float* sums = arena.take<float>(room);
+  float* factor = arena.take<float>(adds ? count : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = m.channels_last ? unit % m.H : 0, rows = m.channels_last ? 1 : m.H;
+    if (adds && (unit == begin || first == 0)) fill_factors(a, unit, factor);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t y = first + i, at = unit * m.unit_size() + i * count;
       const float* from[3];
       int lines = 0;
       for (int64_t dy = -1; dy <= 1; ++dy)
         if (y + dy >= 0 && y + dy < m.H) from[lines++] = m.in + at + dy * count;
-      const auto go = lines == 3 ? difference_row<3> : lines == 2 ? difference_row<2> : difference_row<1>;
-      go(from, m.in + at, m.out + at, count, m.W, step);
+      (lines == 3 ? add_rows<3> : lines == 2 ? add_rows<2> : add_rows<1>)(from, count, sums);
+      difference_row<adds>(sums, lines, m.in + at, factor, m.out + at, count, m.W, step);
     }
   }
+}
+
+static void pooled_difference(const Pooled& a, int64_t begin, int64_t end) {
+  (a.factor ? pooled<true> : pooled<false>)(a, begin, end);
+}
+
+// The sum of f(x) over all elements, in parts of so few that floats are exact enough.
+template <class F>
+MVK_INLINE double sum_of(const float* x, int64_t count, const F& f) {
+  constexpr int U = 4;
+  constexpr int64_t kPart = 16 * U * W<float>;
+  double all = 0;
+  for (int64_t first = 0; first < count; first += kPart) {
+    const int64_t end = count - first < kPart ? count : first + kPart;
+    vf sum[U] = {};
+    int64_t i = first;
+    for (; i + U * W<float> <= end; i += U * W<float>) MVK_EACH sum[u] += f(load<float>(x + i + u * W<float>));
+    for (; i + W<float> <= end; i += W<float>) sum[0] += f(load<float>(x + i));
+    all += double(lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3])));
+    for (; i < end; ++i) all += double(f(splat(x[i]))[0]);
+  }
+  return all;
+}
+
+static void moments(const float* x, int64_t count, double* mean, double* variance) {
+  *mean = sum_of(x, count, [](vf v) __attribute__((always_inline)) { return v; }) / double(count);
+  const vf m = splat(float(*mean));
+  const double squares = sum_of(x, count, [&](vf v) __attribute__((always_inline)) { return (v - m) * (v - m); });
+  const double rest = double(float(*mean)) - *mean;  // of rounding the mean
+  *variance = squares / double(count) - rest * rest;
 }
 
 }  // namespace
 
 extern const ElementwiseKernels elementwise_kernels;
-const ElementwiseKernels elementwise_kernels = {norm_activation, pooled_difference};
+const ElementwiseKernels elementwise_kernels = {norm_activation, pooled_difference, moments};
 
 }  // namespace MVK_ISA
 }  // namespace mvk

@@ -27,10 +27,20 @@ struct NormActivation {
   Activation activation;
 };
 
+struct Pooled {
+  Maps maps;
+  // Factors of the channels, `next` from picture to picture: the difference times them is added to the map. May be null.
+  const float* factor;
+  int64_t next;
+  bool poison;  // fill scratch memory with NaN (tests)
+};
+
 // One set for each instruction set; ranges are over units.
 struct ElementwiseKernels {
   void (*norm_activation)(const NormActivation&, int64_t begin, int64_t end);
-  void (*pooled_difference)(const Maps&, int64_t begin, int64_t end);
+  void (*pooled_difference)(const Pooled&, int64_t begin, int64_t end);
+  // Mean and variance of so many elements.
+  void (*moments)(const float* x, int64_t count, double* mean, double* variance);
 };
 
 MVK_EACH_ISA(ElementwiseKernels, elementwise_kernels)

@@ -79,11 +79,47 @@ void norm_activation_(StableIValue* stack, uint64_t, uint64_t) {
   run_norm_activation(x, x, stack + 1);
 }
 
+// (Tensor x, Tensor? factor) -> Tensor; factor (B, C) or (1, C)
 void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
-  Tensor x = take(stack[0]);
+  Tensor x = take(stack[0]), factor = take_optional(stack[1]);
   Tensor out = empty_as(x);
-  const Maps m = maps(x, out, "pooled_difference");
-  over(m, 8, [&](int64_t i, int64_t j) { current->elementwise->pooled_difference(m, i, j); });
+  Pooled a{maps(x, out, "pooled_difference"), nullptr, 0, poison};
+  if (factor) {
+    const int64_t *n = factor.sizes(), *s = factor.strides();
+    require(
+        factor.dim() == 2 && (n[0] == a.maps.B || n[0] == 1) && n[1] == a.maps.C && (s[1] == 1 || n[1] == 1) &&
+            factor.dtype() == aoti_torch_dtype_float32(),
+        "pooled_difference", "the factors do not fit");
+    a.factor = static_cast<const float*>(factor.data()), a.next = n[0] == 1 ? 0 : s[0];
+  }
+  over(a.maps, 8, [&](int64_t i, int64_t j) { current->elementwise->pooled_difference(a, i, j); });
+  give(stack, out);
+}
+
+// (Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor (B, 2, C)
+void picture_norm(StableIValue* stack, uint64_t, uint64_t) {
+  Tensor x = take(stack[0]), weight = take_optional(stack[1]), bias = take_optional(stack[2]);
+  const double eps = torch::stable::detail::to<double>(stack[3]);
+  const Maps m = maps(x, x, "picture_norm");
+  const int64_t C = m.C, count = C * m.H * m.W;
+  require(count > 0, "picture_norm", "an axis is empty");
+  const float *w = per_channel(weight, C), *b = per_channel(bias, C);
+  Tensor out = empty({m.B, 2, C}, x.dtype());
+  auto* to = static_cast<float*>(out.data());
+  const double flops = 4.0 * double(count);
+  auto each = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double mean, variance;
+      current->elementwise->moments(m.in + i * count, count, &mean, &variance);
+      const double scale = 1 / std::sqrt(variance + eps);
+      float *factor = to + i * 2 * C, *shift = factor + C;
+      for (int64_t c = 0; c < C; ++c) {
+        const double f = scale * (w ? w[c] : 1);
+        factor[c] = float(f), shift[c] = float((b ? b[c] : 0) - mean * f);
+      }
+    }
+  };
+  if (m.B) parallel(m.B, grain(flops), each);
   give(stack, out);
 }
 

@@ -28,14 +28,20 @@ static void pack(const PointwiseWeights& w) {
   }
 }
 
-// The rows times a gate.
-static void gate_rows(PixelRows from, int64_t count, int64_t channels, const float* gate, float* to, int64_t ld) {
+// The rows times a gate, plus a shift if there is one.
+static void gate_rows(
+    PixelRows from, int64_t count, int64_t channels, const float* gate, const float* shift, float* to, int64_t ld) {
   const int64_t whole = channels / W<float> * W<float>;
+  const int left = int(channels - whole);
   for (int64_t n = 0; n < count; ++n, to += ld) {
     const float* row = from.from(n).data;
-    for (int64_t c = 0; c < whole; c += W<float>) store<float>(to + c, load<float>(row + c) * load<float>(gate + c));
-    if (const int left = int(channels - whole))
-      store<float>(to + whole, load_partial<float>(row + whole, left) * load_partial<float>(gate + whole, left));
+    for (int64_t c = 0; c < whole; c += W<float>) {
+      const vf y = load<float>(row + c) * load<float>(gate + c);
+      store<float>(to + c, shift ? y + load<float>(shift + c) : y);
+    }
+    if (!left) continue;
+    const vf y = load_partial<float>(row + whole, left) * load_partial<float>(gate + whole, left);
+    store<float>(to + whole, shift ? y + load_partial<float>(shift + whole, left) : y);
   }
 }
 
@@ -55,7 +61,8 @@ static void forward(const Pointwise& a, int64_t begin, int64_t end) {
     };
     PixelRows in = at(a.in);
     if (s.normed) normalise_rows(in.data, in.step, count, s.inputs, float(a.eps), rows, ld);
-    if (a.gate) gate_rows(in, count, s.inputs, a.gate + line / a.H * s.inputs, rows, ld);
+    const int64_t at_gate = line / a.H * a.next_gate;
+    if (a.gate) gate_rows(in, count, s.inputs, a.gate + at_gate, a.shift ? a.shift + at_gate : nullptr, rows, ld);
     if (changed) in = {rows, ld};
     rows_product(
         count, s.inputs, s.outputs, in.data, in.step, a.packed + s.weights(), a.packed + s.bias(), a.activation,

@@ -32,7 +32,9 @@ struct Pointwise {
   PointwiseSizes sizes;
   const float* packed;
   PixelMap in, out, residual;  // residual: data are null without
-  const float* gate;           // (B, inputs): factors of the input's channels; may be null
+  // Factors of the input's channels, and what is added then, `next_gate` from picture to picture; may be null, the second also alone.
+  const float *gate, *shift;
+  int64_t next_gate;
   int64_t H, W;
   double eps;  // of the norm
   Activation activation;

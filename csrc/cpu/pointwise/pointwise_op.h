@@ -52,7 +52,12 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   a.following = following.after(a.packed, first_panel(a.packed + a.sizes.weights(), a.sizes.panel, a.sizes.inputs));
   require(a.H > 0 && a.W > 0 && n[1] > 0, kPointwise, "an axis is empty");
   require(!gate || !a.sizes.normed, kPointwise, "a gate stands in the place of a norm");
-  a.gate = weight(kPointwise, gate, n[0] * n[1], true);
+  if (gate) {
+    const int64_t parts = gate.dim() == 3 ? gate.sizes()[1] : 1;
+    require(parts == 1 || parts == 2, kPointwise, "a gate (B, C) or (B, 2, C) is wanted");
+    a.gate = weight(kPointwise, gate, n[0] * parts * n[1]), a.next_gate = parts * n[1];
+    a.shift = parts == 2 ? a.gate + n[1] : nullptr;
+  }
   Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
   a.out = pixel_map(kPointwise, out);
   a.residual = residual_rows(kPointwise, plus, out, room_plus);

@@ -165,6 +165,11 @@ class _Block(ScaledBlock):
         """The one."""
         return active(block.drop_path, DropPath)
 
+    @classmethod
+    def mvk_pools(cls, block: Any) -> bool:
+        """PoolFormer's and EfficientFormer's do."""
+        return not _not_model(getattr(block, cls.mvk_mixer), "layers", "PoolMixer")
+
 
 class PackingMB3D(_Block):
     """EfficientFormer's ``MB3D``."""

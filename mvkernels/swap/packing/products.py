@@ -14,6 +14,7 @@ from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.layers import Multiply, Part
 from mvkernels.swap.packing.plans import Keep, Run
+from mvkernels.swap.packing.pooling import gate_of, pooled_sum
 from mvkernels.swap.swapped import Swapped
 
 
@@ -69,10 +70,11 @@ def products(parts: Sequence[Part], keep: Keep, norm: Any = None, scale: Tensor 
         found.append(product)
     *first, narrow = found
 
-    def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None = None, *gate: Tensor) -> Tensor:
         for product in first:
-            x = product(x)
-        return narrow(x, residual)
+            x = product(x, None, *gate)
+            gate = ()
+        return narrow(x, residual, *gate)
 
     return run
 
@@ -115,6 +117,11 @@ class ScaledBlock(Swapped):
         """Why a drop path does something now; empty if none does."""
         raise NotImplementedError
 
+    @staticmethod
+    def mvk_pools(block: Any) -> bool:
+        """Whether the mixer is the mean of 3 x 3 neighbours minus the pixel."""
+        return False
+
     @classmethod
     def mvk_why_not(cls, module: nn.Module) -> str:
         """Why such a block is more than two sums; empty if it is not."""
@@ -138,10 +145,21 @@ class ScaledBlock(Swapped):
         tokens = class_of(parts[0][0]) is nn.Linear
         factors = first if first is None or tokens else first.view(-1, 1, 1)
 
-        def run(x: Tensor) -> Tensor:
+        def mix(x: Tensor) -> Tensor:
             mixed = mixer(x if norm1 is None else norm1(x))
-            x = x + mixed if factors is None else torch.addcmul(x, mixed, factors)
+            return x + mixed if factors is None else torch.addcmul(x, mixed, factors)
+
+        def multiply(x: Tensor) -> Tensor:
             return feed(x if norm2 is None else norm2(x), x)
+
+        pooled = pooled_sum(norm1, first, keep) if self.mvk_pools(self) else None
+        gate = None if tokens else gate_of(norm2)
+        if pooled is None and gate is None:
+            return lambda x: multiply(mix(x))
+
+        def run(x: Tensor) -> Tensor:
+            x = mix(x) if pooled is None or elementwise.not_fit(x) else pooled(x)
+            return multiply(x) if gate is None or elementwise.not_fit(x) else feed(x, x, gate(x))
 
         return run
 

@@ -98,6 +98,11 @@ class PackingMetaFormerBlock(ScaledBlock):
     mvk_calls = ("norm1", "token_mixer", "norm2")
 
     @staticmethod
+    def mvk_pools(block: Any) -> bool:
+        """PoolFormer's does."""
+        return _pools(block.token_mixer, metaformer.Pooling)
+
+    @staticmethod
     def mvk_products(block: Any) -> Sequence[Part]:
         """Empty if its MLP has more in it, or the block scales its input."""
         plain = [block.res_scale1, block.res_scale2]
@@ -136,8 +141,17 @@ class _EfficientFormerBlock(ScaledBlock):
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
 
 
+def _pools(mixer: Any, kind: type[nn.Module]) -> bool:
+    return not (not_own(mixer, kind) or elementwise.not_neighbours(getattr(mixer, "pool", None)))
+
+
 class PackingMetaBlock2d(_EfficientFormerBlock):
     """EfficientFormer's ``MetaBlock2d``."""
+
+    @staticmethod
+    def mvk_pools(block: Any) -> bool:
+        """It does."""
+        return _pools(block.token_mixer, efficientformer.Pooling)
 
     @staticmethod
     def mvk_products(block: Any) -> Sequence[Part]:

@@ -1,0 +1,57 @@
+"""The halves of PoolFormer's and EfficientFormer's blocks: pooling with the sum behind it, norms over whole pictures.
+
+A GroupNorm with one group multiplies each channel by a factor and adds a shift, and only two numbers in them depend on
+the picture. The mean of neighbours minus the pixel does not see the shift, so ``x + scale * pool(norm(x))`` is x plus
+factors times that difference of x itself. Before products the two are what the pixels are multiplied by and shifted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvkernels.swap.eligibility import class_of, name_of, not_dense, not_its_own, not_plain, replaced
+from mvkernels.swap.folding import elementwise
+from mvkernels.swap.packing.plans import Keep, Run
+
+_GROUP_NORMS = {("torch.nn.modules.normalization", "GroupNorm"), ("timm.layers.norm", "GroupNorm1")}
+
+
+def not_picture_norm(norm: Any) -> str:
+    """Why it is no GroupNorm with one group; empty if it is."""
+    kind = class_of(norm)
+    if not isinstance(norm, nn.GroupNorm) or name_of(kind) not in _GROUP_NORMS:
+        return "it is no GroupNorm"
+    reason = not_plain(norm, kind, "the norm") or replaced(kind, "forward") or not_its_own(norm, "forward")
+    if not reason and norm.num_groups != 1:
+        reason = "it has more groups"
+    for tensor in (norm.weight, norm.bias) if not reason else ():
+        if tensor is not None and not reason:
+            reason = not_dense(tensor, "the norm") or ("" if tensor.dtype == torch.float32 else "it is not float32")
+    return reason
+
+
+def pooled_sum(norm: Any, factors: Tensor | None, keep: Keep) -> Run | None:
+    """``x + factors * pool(norm(x))`` of a dense map, without norm or with a GroupNorm of one group; None if the norm
+    is another, or if there is nothing to multiply by."""
+    if norm is None:
+        if factors is None:
+            return None
+        of_all = factors.detach().view(1, -1)
+        return lambda x: elementwise.pooled_difference(x, of_all)
+    if not_picture_norm(norm):
+        return None
+    weight, eps = norm.weight, norm.eps
+    if factors is not None:
+        weight = keep(factors.detach() if weight is None else factors.detach() * weight.detach())
+    return lambda x: elementwise.pooled_difference(x, elementwise.picture_norm(x, weight, None, eps)[:, 0])
+
+
+def gate_of(norm: Any) -> Run | None:
+    """What a GroupNorm of one group multiplies and shifts a dense map by, for a product; None if it is another norm."""
+    if not_picture_norm(norm):
+        return None
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    return lambda x: elementwise.picture_norm(x, weight, bias, eps)
