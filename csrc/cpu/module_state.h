@@ -11,6 +11,34 @@
 namespace mvk {
 namespace {
 
+// Whether an attribute has no say in what a call of the module computes: hooks of its state_dict, and which of the hooks of a call
+// have some property, since the hooks themselves are looked at. A third of a module's memory need not be read so.
+class OfNoCall {
+ public:
+  OfNoCall() {
+    const char* const names[] = {
+        "_non_persistent_buffers_set", "_forward_hooks_with_kwargs",  "_forward_hooks_always_called",
+        "_state_dict_hooks",           "_state_dict_pre_hooks",       "_forward_pre_hooks_with_kwargs",
+        "_load_state_dict_pre_hooks",  "_load_state_dict_post_hooks",
+    };
+    for (const char* name : names) {
+      names_.push_back(PyUnicode_InternFromString(name));
+      bits_ |= bit(names_.back());
+    }
+  }
+  bool operator()(PyObject* name) const {
+    if (!(bits_ & bit(name))) return false;
+    for (PyObject* one : names_)
+      if (name == one) return true;
+    return false;
+  }
+
+ private:
+  static uint64_t bit(PyObject* name) { return uint64_t(1) << (reinterpret_cast<uintptr_t>(name) / 16 % 64); }
+  std::vector<PyObject*> names_;
+  uint64_t bits_ = 0;  // of most names one look says that they are none of these
+};
+
 // see(object) for the class of a module, each name and value among its attributes, and each key and value of those of them
 // that are dictionaries (parameters, buffers, children, hooks). False once see() is, or with a Python error.
 template <class See>
@@ -18,10 +46,12 @@ bool see_module(PyObject* module, const See& see) {
   if (!see(reinterpret_cast<PyObject*>(Py_TYPE(module)))) return false;
   PyObject* attributes = PyObject_GenericGetDict(module, nullptr);
   if (!attributes) return false;
+  static const OfNoCall of_no_call;
   PyObject *name, *value, *key, *item;
   Py_ssize_t at = 0;
   bool same = true;
   while (same && PyDict_Next(attributes, &at, &name, &value)) {
+    if (of_no_call(name)) continue;
     same = see(name) && see(value);
     Py_ssize_t inner = 0;
     while (same && PyDict_Check(value) && PyDict_Next(value, &inner, &key, &item)) same = see(key) && see(item);
@@ -48,27 +78,33 @@ PyObject* module_state(PyObject*, PyObject* args) {
     return true;
   });
   if (PyErr_Occurred()) return nullptr;
-  PyObject* state = PyTuple_New(Py_ssize_t(seen.size()));
-  for (size_t i = 0; state && i < seen.size(); ++i) {
+  PyObject* objects = PyTuple_New(Py_ssize_t(seen.size()));
+  for (size_t i = 0; objects && i < seen.size(); ++i) {
     Py_INCREF(seen[i]);
-    PyTuple_SetItem(state, Py_ssize_t(i), seen[i]);
+    PyTuple_SetItem(objects, Py_ssize_t(i), seen[i]);
   }
-  return state;
+  if (!objects) return nullptr;
+  return Py_BuildValue(
+      "Ny#", objects, reinterpret_cast<const char*>(seen.data()), Py_ssize_t(seen.size() * sizeof(PyObject*)));
 }
 
 PyObject* has_module_state(PyObject*, PyObject* args) {
-  PyObject *module, *parts, *state;
-  if (!PyArg_ParseTuple(args, "OO!O!", &module, &PyTuple_Type, &parts, &PyTuple_Type, &state)) return nullptr;
-  const Py_ssize_t size = PyTuple_Size(state);
-  Py_ssize_t i = 0;
-  const bool same =
-      see_modules(module, parts, [&](PyObject* object) { return i < size && PyTuple_GetItem(state, i++) == object; });
+  PyObject *module, *parts;
+  const char* addresses;
+  Py_ssize_t bytes;
+  if (!PyArg_ParseTuple(args, "OO!y#", &module, &PyTuple_Type, &parts, &addresses, &bytes)) return nullptr;
+  const char* const end = addresses + bytes;
+  const bool same = see_modules(module, parts, [&](PyObject* object) {
+    if (addresses == end || std::memcmp(addresses, &object, sizeof object)) return false;
+    addresses += sizeof object;
+    return true;
+  });
   if (PyErr_Occurred()) return nullptr;
-  return PyBool_FromLong(same && i == size);
+  return PyBool_FromLong(same && addresses == end);
 }
 
 // A stretch of memory, as Python packs it: two numbers of 64 bits.
-struct Stretch {
+struct Sampled {
   const char* data;
   int64_t bytes;
 };
@@ -79,8 +115,8 @@ PyObject* sampled(PyObject*, PyObject* args) {
   Py_ssize_t size;
   if (!PyArg_ParseTuple(args, "y#", &given, &size)) return nullptr;
   uint64_t sum = 0xcbf29ce484222325;
-  for (Py_ssize_t at = 0; at + Py_ssize_t(sizeof(Stretch)) <= size; at += sizeof(Stretch)) {
-    Stretch s;
+  for (Py_ssize_t at = 0; at + Py_ssize_t(sizeof(Sampled)) <= size; at += sizeof(Sampled)) {
+    Sampled s;
     std::memcpy(&s, given + at, sizeof s);
     const int64_t words = s.bytes / 8, places = words < 8 ? words : 8;
     auto mix = [&](int64_t from, int64_t count) {

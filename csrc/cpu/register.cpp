@@ -69,9 +69,10 @@ PyMethodDef kMethods[] = {
     {"set_poison", set_poison, METH_O,
      "set_poison(on) -> bool: fill fresh buffers with NaN; returns the setting before."},
     {"module_state", module_state, METH_VARARGS,
-     "module_state(module, parts) -> tuple: the objects that are the attributes of a module and of its parts."},
+     "module_state(module, parts) -> (tuple, bytes): the attributes of a module and of its parts, and their "
+     "addresses."},
     {"has_module_state", has_module_state, METH_VARARGS,
-     "has_module_state(module, parts, state) -> bool: whether they are the same objects still."},
+     "has_module_state(module, parts, addresses) -> bool: whether they are the same objects still."},
     {"sampled", sampled, METH_VARARGS,
      "sampled(stretches) -> int: of bytes at some places of memory, given as pairs of address and size."},
     {nullptr, nullptr, 0, nullptr}};

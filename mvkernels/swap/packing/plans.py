@@ -37,8 +37,11 @@ class Plan:
         self.weights: list[Tensor] = []
         self._parts = tuple(part for part in module.modules() if part is not module)
         assert extension.module is not None
-        self._objects = extension.module.module_state(module, self._parts)
-        self._tensors = [x for x in self._objects if isinstance(x, Tensor)]
+        # The objects are held, so that none of the addresses comes to be another's.
+        self._objects, self._addresses = extension.module.module_state(module, self._parts)
+        # A batch norm's count of what it has seen is no number of the result.
+        counts = {id(part._buffers.get("num_batches_tracked")) for part in (module, *self._parts)}
+        self._tensors = [x for x in self._objects if isinstance(x, Tensor) and id(x) not in counts]
         self._methods = [
             (kind, name, getattr(kind, name))
             for kind in {class_of(part) for part in (module, *self._parts)}
@@ -79,7 +82,7 @@ class Plan:
             and marks == self._marks
             and extension.module is not None
             and self._samples == extension.module.sampled(self._stretches)
-            and extension.module.has_module_state(module, self._parts, self._objects)
+            and extension.module.has_module_state(module, self._parts, self._addresses)
             and all(getattr(kind, name) is method for kind, name, method in self._methods)
             and self._set == extension.instruction_set()
         )
