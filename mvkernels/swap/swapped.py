@@ -46,6 +46,8 @@ class Swapped:
     """The parts that such calls run as modules, None for all. They do the work of the others themselves."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
     """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
+    mvk_helpers: tuple[type, ...] = ()
+    """Other classes, whose objects the module calls, with methods of these names."""
 
     def mvk_has_ops(self) -> bool:
         """Whether a plan may come to anything: asked before each attempt at one, since attempts take a while."""

@@ -35,7 +35,9 @@ def picture(model: nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         out = model(x)
-    return out if isinstance(out, torch.Tensor) else out.logits
+    if isinstance(out, torch.Tensor):
+        return out
+    return out.sample if hasattr(out, "sample") else out.logits
 
 
 def packings(model: nn.Module, x: torch.Tensor) -> int:

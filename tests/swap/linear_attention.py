@@ -48,7 +48,7 @@ def dc_ae_attention(scales: tuple[int, ...] = (5,), **settings: Any) -> nn.Modul
     return randomised(SanaMultiscaleLinearAttention(16, 16, kernel_sizes=scales, **chosen))
 
 
-def dc_ae_model() -> nn.Module:
+def dc_ae_model(**settings: Any) -> nn.Module:
     """A DC-AE of two levels with attention: one without scales, one with; compresses a side by 8."""
     diffusers = pytest.importorskip("diffusers")
     blocks = ("ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock")
@@ -62,7 +62,7 @@ def dc_ae_model() -> nn.Module:
             "qkv_multiscales": ((), (), (), (5,)),
         }.items()
     }
-    return randomised(diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **sides))
+    return randomised(diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **sides, **settings))
 
 
 def sana_attention(**settings: Any) -> nn.Module:

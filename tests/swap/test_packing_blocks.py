@@ -15,6 +15,7 @@ from torch import nn
 from mvkernels.dispatch import extension
 from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.packing import plans
+from tests.swap import linear_attention
 from tests.swap.conftest import randomise
 from tests.swap.inference import packings
 from tests.swap.test_packing_torch import Calls, run, tokens
@@ -84,6 +85,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "swin": (swin, 32),
     "transformers_levit": (transformers_levit, 64),
+    "dc_ae": (linear_attention.dc_ae_model, 64),
+    "dc_ae, interpolated": (
+        lambda: linear_attention.dc_ae_model(downsample_block_type="Conv", upsample_block_type="interpolate"),
+        64,
+    ),
 }
 
 

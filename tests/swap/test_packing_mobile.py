@@ -1,4 +1,4 @@
-"""Blocks of CoAtNet and Mobile-Former on packed weights: swap(model, inference=True)."""
+"""Blocks of CoAtNet, Mobile-Former and DC-AE on packed weights: swap(model, inference=True)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mvkernels.swap import swap, verify_swap
 from mvkernels.swap.packing import plans
 from mvmodels import coatnet
 from mvmodels.mobile_former import FirstBlock, Head, Stem
+from tests.swap import linear_attention
 from tests.swap.conftest import randomise
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
@@ -30,6 +31,21 @@ def timm_block(inputs: int, outputs: int, stride: int, **settings: Any) -> nn.Mo
     config = maxxvit.MaxxVitConvCfg(**{"stride_mode": "dw", **settings})
     block: nn.Module = maxxvit.MbConvBlock(inputs, outputs, stride, cfg=config)
     return block
+
+
+def diffusers_block(name: str, *settings: Any) -> nn.Module:
+    pytest.importorskip("diffusers")
+    from diffusers.models import attention_processor, autoencoders
+    from diffusers.models.transformers import sana_transformer
+
+    files = (autoencoders.autoencoder_dc, sana_transformer, attention_processor)
+    kind: Any = next(getattr(file, name) for file in files if hasattr(file, name))
+    return kind(*settings)  # type: ignore[no-any-return]
+
+
+def dc_ae(norm: str, adds: bool = True) -> nn.Module:
+    """The attention, with one scale."""
+    return diffusers_block("SanaMultiscaleLinearAttention", 16, 16, None, 8, 1.0, norm, (5,), 1e-15, adds)
 
 
 # A module, the channels of its map, and the axes of the tensor beside it.
@@ -48,6 +64,18 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "first halves": (lambda: FirstBlock(8, 12, 3, 2, 1), 8, "tokens"),
     "stem": (lambda: Stem(3, 12, 2), 3, ""),
     "head": (lambda: Head(24, 16, 40, 10, 1, 0.1), 24, "token"),
+    "dc-ae residual": (lambda: diffusers_block("ResBlock", 20, 20, "rms_norm", "silu"), 20, ""),
+    "dc-ae residual, batch norm": (lambda: diffusers_block("ResBlock", 20, 20, "batch_norm", "relu"), 20, ""),
+    "dc-ae feed-forward": (lambda: diffusers_block("GLUMBConv", 12, 12, 4, "rms_norm"), 12, ""),
+    "dc-ae feed-forward, large": (lambda: diffusers_block("GLUMBConv", 256, 12, 8, "rms_norm", False), 256, ""),
+    "sana feed-forward": (lambda: diffusers_block("GLUMBConv", 12, 20, 2.5, None, False), 12, ""),
+    "dc-ae block": (lambda: diffusers_block("EfficientViTBlock", 16, 1.0, 8, (5,), "rms_norm"), 16, ""),
+    "dc-ae attention": (lambda: dc_ae("batch_norm"), 16, ""),
+    "dc-ae attention alone": (lambda: dc_ae("rms_norm", False), 16, ""),
+    "dc-ae halves": (lambda: diffusers_block("DCDownBlock2d", 12, 24), 12, ""),
+    "dc-ae doubles": (lambda: diffusers_block("DCUpBlock2d", 24, 12, True), 24, ""),
+    "dc-ae doubles, as many": (lambda: diffusers_block("DCUpBlock2d", 20, 20, True), 20, ""),
+    "dc-ae shuffles": (lambda: diffusers_block("DCUpBlock2d", 24, 12), 24, ""),
 }
 BESIDE = {"": [], "token": [(16,)], "tokens": [(3, 16)]}
 
@@ -56,7 +84,7 @@ def make(case: str, batch: int = 2, kind: str = "normal") -> tuple[nn.Module, Gi
     torch.manual_seed(0)
     build, channels, beside = CASES[case]
     module = randomise(build())
-    sides = (8, 10) if case == "timm halves" else (7, 9)  # timm's shortcut rounds odd sides down
+    sides = (8, 10) if case in ("timm halves", "dc-ae halves") else (7, 9)  # the shortcuts are for even sides
     x = torch.randn(batch, channels, *sides)
     if kind == "constant":
         x = torch.full_like(x, 0.7)
@@ -102,7 +130,8 @@ def test_results_are_as_exact_as_the_originals(case, kind):
         module, given = make(case, batch, kind)
         wanted, plain = exact(module, given), call(module, given)
         names, attributes = list(module.state_dict()), [sorted(m.__dict__) for m in module.modules()]
-        assert swap(module, inference=True).folded
+        report = swap(module, inference=True)
+        assert report.folded or report.count
         for layout in (torch.contiguous_format, torch.channels_last):
             found = call(module, (given[0].contiguous(memory_format=layout), *given[1:]))
             assert found.shape == plain.shape and found.dtype == torch.float32
@@ -151,7 +180,7 @@ def test_hooks_and_replaced_forwards_of_parts_are_called(case):
     swap(module, inference=True)
     packed = call(module, given)
     for name, part in module.named_modules():
-        if not name or type(part).__name__ in ("Identity", "DropPath", "Dropout", "Dropout2d"):
+        if not name or type(part).__name__ in ("Identity", "DropPath", "Dropout", "Dropout2d", "ModuleList"):
             continue
         seen = []
         with part.register_forward_hook(lambda m, given, out, seen=seen: seen.append(out)):
@@ -307,3 +336,43 @@ def test_maps_stay_channels_last_between_the_blocks():
     maps = [t for each in seen for t in each if t.dim() == 4]
     assert len(maps) > 20 and all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
     assert convolutions(model, (torch.randn(1, 3, 64, 64),)) == 0
+
+
+@pytest.mark.parametrize("upsampling", ["pixel_shuffle", "interpolate"])
+def test_maps_of_dc_ae_stay_channels_last_from_its_first_convolution_on(upsampling):
+    model = linear_attention.dc_ae_model(upsample_block_type=upsampling)
+    swap(model, inference=True)
+    seen = []
+
+    class Maps(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if str(func).startswith("mvkernels_cpp.") and "pack" not in str(func):
+                seen.append(args[0])
+            return func(*args, **(kwargs or {}))
+
+    with Maps(), torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    assert len(seen) > 30 and all(m.is_contiguous(memory_format=torch.channels_last) for m in seen[1:])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_processor_of_dc_ae_is_called(inside, monkeypatch):
+    module, given = make("dc-ae block" if inside else "dc-ae attention")
+    attention: Any = module.attn if inside else module
+    swap(module, inference=True)
+    before, kind = call(module, given), type(attention.processor)
+    seen = []
+    original = kind.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(kind, "__call__", lambda self, *given: (seen.append(self), original(self, *given))[1])
+        close(call(module, given), before)
+    assert seen == [attention.processor] and torch.equal(call(module, given), before)
+
+    class Other(kind):
+        def __call__(self, attn, x):
+            return 2 * x
+
+    attention.processor = Other()
+    if not inside:
+        assert torch.equal(call(module, given), 2 * given[0])
+    assert not torch.equal(call(module, given), before)

@@ -30,6 +30,9 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 from mvkernels.swap.lite_mla import not_scale
+from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.plans import Keep, Run
+from mvkernels.swap.packing.rms_norm import norm_of_map
 from mvkernels.swap.swapped import Swapped
 
 _METHODS = ("forward", "apply_linear_attention", "apply_quadratic_attention")
@@ -69,6 +72,31 @@ def why_not(module: Any) -> str:
 
 class SwappedSanaMultiscaleLinearAttention(Swapped):
     """A ``SanaMultiscaleLinearAttention`` that calls :func:`mvkernels.multiscale_linear_attention`."""
+
+    mvk_methods = ("_conv_forward", "__call__", *_METHODS)
+    mvk_helpers = (SanaMultiscaleAttnProcessor2_0,)
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The map keeps its sides."""
+        return self.to_out.out_features, 1
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights: the three projections are one product, and the last one has a batch norm in it."""
+        if asked(why_not, self) or layers.not_linear(self.to_out) or layers.not_linear(self.to_q):
+            return None
+        norm = norm_of_map(self.norm_out) if self.norm_type == "rms_norm" else None
+        if norm is None and not layers.resting_norm(self.norm_out, self.to_out.out_features):
+            return None
+        into = layers.joined((self.to_q, self.to_k, self.to_v), keep)
+        out = layers.linear(self.to_out, keep, after=self.norm_out if norm is None else None)
+        scales, adds = [(scale.proj_in, scale.proj_out) for scale in self.to_qkv_multiscale], self.residual_connection
+        settings = (scales, self.attention_head_dim, self.eps, self.mvk_backend)
+
+        def run(x: Tensor) -> Tensor:
+            attended, residual = aggregate_and_attend(into(x), *settings), x if adds else None
+            return out(attended, residual) if norm is None else norm(out(attended), residual)
+
+        return run
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, C, H, W) -> (B, C_out, H, W)."""

@@ -56,6 +56,11 @@ _PACKED = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
     ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
+    ("diffusers.models.normalization", "RMSNorm"): "diffusers",
+    ("diffusers.models.transformers.sana_transformer", "GLUMBConv"): "diffusers",
+    ("diffusers.models.autoencoders.autoencoder_dc", "ResBlock"): "diffusers",
+    ("diffusers.models.autoencoders.autoencoder_dc", "DCDownBlock2d"): "diffusers",
+    ("diffusers.models.autoencoders.autoencoder_dc", "DCUpBlock2d"): "diffusers",
     # Whose files have the names in place of the classes, since mvmodels is on top of this package.
     ("mvkernels.nn.mobile_former", "Mobile"): "own_mobile",
     ("mvkernels.nn.mobile_former", "DownsampleMobile"): "own_mobile",
@@ -87,6 +92,7 @@ _CHAINS = {
     ("timm.models.efficientvit_mit", "ResidualBlock"): "timm_chains",
     ("timm.models.efficientvit_mit", "EfficientVitBlock"): "timm_chains",
     ("timm.models.efficientvit_mit", "EfficientVitStage"): "timm_chains",
+    ("diffusers.models.autoencoders.autoencoder_dc", "EfficientViTBlock"): "diffusers",
 }
 
 
@@ -113,10 +119,10 @@ def fold(
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
     if packs:
         claimed |= _computed(model)
-        for module, package in _packages(model).items():
+        for module, caller in _callers(model).items():
             if type(module) in (nn.Linear, nn.Conv2d) and module not in claimed:
                 adapter = "mvkernels.swap.packing.torch"
-                _give(module, importlib.import_module(adapter).form(module, package), packs, changed)
+                _give(module, importlib.import_module(adapter).form(module, caller), packs, changed)
         for module in reversed([*model.modules()]):  # the inner ones first
             kind = type(module)
             name = (kind.__module__, kind.__qualname__)
@@ -141,14 +147,14 @@ def _give(module: nn.Module, form: Any, packs: bool, changed: list[tuple[nn.Modu
     changed.append((module, kind))
 
 
-def _packages(model: nn.Module) -> dict[nn.Module, str]:
-    """The package whose code calls each module: that of the next module above which is not of PyTorch."""
-    packages = {model: ""}
+def _callers(model: nn.Module) -> dict[nn.Module, str]:
+    """The file whose code calls each module: that of the next module above which is not of PyTorch."""
+    callers = {model: ""}
     for module in model.modules():
-        own = type(module).__module__.partition(".")[0]
+        own = type(module).__module__
         for child in module.children():
-            packages.setdefault(child, packages[module] if own == "torch" else own)
-    return packages
+            callers.setdefault(child, callers[module] if own.partition(".")[0] == "torch" else own)
+    return callers
 
 
 def _claimed(blocks: Iterable[tuple[nn.Module, Any]]) -> set[nn.Module]:

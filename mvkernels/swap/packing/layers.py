@@ -19,9 +19,12 @@ from mvkernels.swap.packing.plans import Keep
 Part = tuple[Any, Any, tuple[Any, ...]]
 """A convolution, its norm or None, and what is called after them."""
 Convolve = Callable[..., Tensor]
-"""Of a map, or of two maps whose channels follow each other."""
+"""Of a map, or of two maps whose channels follow each other, and perhaps another that is added to the result."""
 Multiply = Callable[..., Tensor]
 """Of a map, and perhaps another that is added to the result. Of a map (not of tokens) also with factors (B, C)."""
+_LARGE = 2**20
+"""Weights of an expansion from which a kernel of its own makes the wide map: the one that does not store it reads them
+again for every few rows, which costs more once a cache does not hold them."""
 
 
 def folded(layer: Any, norm: Any, scale: Tensor | None = None, before: Any = None) -> tuple[Tensor, Tensor | None]:
@@ -89,17 +92,17 @@ def convolution(part: Part, keep: Keep) -> Convolve | None:
     products: list[Multiply] = []
     of_tile: dict[int, Tensor] = {}
 
-    def multiply(x: Tensor, beside: Tensor | None = None) -> Tensor:
+    def multiply(x: Tensor, beside: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         if not products:
             products.append(linear(held, keep, activation, after=norm))
-        return products[0](x if beside is None else torch.cat((x, beside), dim=1))
+        return products[0](x if beside is None else torch.cat((x, beside), dim=1), residual)
 
-    def run(x: Tensor, beside: Tensor | None = None) -> Tensor:
+    def run(x: Tensor, beside: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         tile = conv3x3.operators.tile_of(inputs, outputs, stride, *x.shape[-2:])
         weights = of_tile.get(tile)
         if weights is None:
             weights = of_tile[tile] = keep(conv3x3.operators.pack(*folded(held, norm), tile))
-        return conv3x3.operators.forward(x, beside, weights, outputs, tile, stride, activation, None)
+        return conv3x3.operators.forward(x, beside, weights, outputs, tile, stride, activation, residual)
 
     return multiply if op == "pointwise" else run
 
@@ -130,11 +133,13 @@ def hidden_map(widen: Part, depthwise: Part, keep: Keep, norm: Any = None) -> Co
     before, activation = resting(*widen), resting(*depthwise)
     if before is None or activation is None or (norm is not None and not resting_norm(norm, widen[0].in_channels)):
         return None
-    conv = depthwise[0]
-    tensors = (*folded(*widen[:2], before=norm), *folded(*depthwise[:2]), None, None)
+    conv, expansion = depthwise[0], folded(*widen[:2], before=norm)
+    expands = expansion[0].numel() < _LARGE
+    product = None if expands else _product(*expansion, keep, before, None)
+    tensors = (*(expansion if expands else (None, None)), *folded(*depthwise[:2]), None, None)
     weights = keep(inverted_residual.operators.pack(*tensors))
-    settings = (conv.out_channels, 0, conv.kernel_size[0], True, conv.stride[0], activation, False, before)
-    return lambda x: inverted_residual.operators.forward(x, weights, *settings)
+    settings = (conv.out_channels, 0, conv.kernel_size[0], expands, conv.stride[0], activation, False, before)
+    return lambda x: inverted_residual.operators.forward(x if product is None else product(x), weights, *settings)
 
 
 def inverted(parts: Sequence[Part]) -> bool:
@@ -213,7 +218,7 @@ def _of_tokens(product: Multiply) -> Multiply:
     return run
 
 
-def joined(linears: Sequence[Any], keep: Keep, norm: nn.LayerNorm) -> Multiply:
+def joined(linears: Sequence[Any], keep: Keep, norm: nn.LayerNorm | None = None) -> Multiply:
     """The outputs of several Linears on ``norm(x)``, one behind the other in channels."""
     biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in linears]
     return _product(torch.cat([m.weight for m in linears]), torch.cat(biases), keep, 0, norm)

@@ -42,12 +42,10 @@ class Plan:
         # A batch norm's count of what it has seen is no number of the result.
         counts = {id(part._buffers.get("num_batches_tracked")) for part in (module, *self._parts)}
         self._tensors = [x for x in self._objects if isinstance(x, Tensor) and id(x) not in counts]
-        self._methods = [
-            (kind, name, getattr(kind, name))
-            for kind in {class_of(part) for part in (module, *self._parts)}
-            for name in ("forward", *module.mvk_methods)
-            if hasattr(kind, name)
-        ]
+        forms: list[Any] = [part for part in (module, *self._parts) if getattr(part, "mvk_packs", False)]
+        names = {"forward"}.union(*(part.mvk_methods for part in forms))
+        kinds = {class_of(part) for part in (module, *self._parts)}.union(*(part.mvk_helpers for part in forms))
+        self._methods = [(kind, name, getattr(kind, name)) for kind in kinds for name in names if hasattr(kind, name)]
         self._set = extension.instruction_set()
         self._marks = self._marks_now()
         # Held, so that no other tensor comes to lie at the same address.

@@ -64,14 +64,22 @@ class PackingConv2d(Swapped):
         return run
 
 
+_ANY_LAYOUT = ("timm", "mvmodels", "diffusers.models.autoencoders.autoencoder_dc")
+"""Packages and files that take maps in any layout."""
+
+
 class PackingConv2dAnyLayout(PackingConv2d):
-    """A ``Conv2d`` in a model of timm or of mvmodels, which take maps in any layout and so get channels-last ones."""
+    """A ``Conv2d`` in a model of timm, of mvmodels or in DC-AE, which so get channels-last maps."""
 
     mvk_any_layout = True
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Its own."""
+        return self.out_channels, self.stride[0]
 
-def form(module: nn.Module, package: str) -> type[Swapped]:
-    """The packing form of a Linear or a convolution that is called by code of this package."""
+
+def form(module: nn.Module, caller: str) -> type[Swapped]:
+    """The packing form of a Linear or a convolution that is called by code of this file."""
     if type(module) is nn.Linear:
         return PackingLinear
-    return PackingConv2dAnyLayout if package in ("timm", "mvmodels") else PackingConv2d
+    return PackingConv2dAnyLayout if not {caller, caller.partition(".")[0]}.isdisjoint(_ANY_LAYOUT) else PackingConv2d
