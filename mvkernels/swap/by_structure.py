@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_name
+from mvkernels.swap.eligibility import class_name, class_of
 from mvkernels.swap.later import LaterTensor
 from mvkernels.swap.swapped import swapped_class
 
@@ -59,6 +59,7 @@ def computes_something_else(
     """
     try:
         twin: Any = copy.deepcopy(module).to_empty(device="cpu").double()
+        twin.__class__ = class_of(twin)  # it may be swapped
         for name in beside:
             setattr(twin, name, nn.Identity())
         for part in twin.modules():

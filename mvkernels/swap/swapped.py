@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from types import CellType, FunctionType
 from typing import Any, cast
 
@@ -48,6 +49,11 @@ class Swapped:
     """Methods of the module's class and of its parts' that a plan does the work of, beside ``forward``."""
     mvk_helpers: tuple[type, ...] = ()
     """Other classes, whose objects the module calls, with methods of these names."""
+
+    @staticmethod
+    def mvk_tensors(*given: Any) -> Sequence[Any]:
+        """The input of such a call and the tensors beside it, if they are not the arguments themselves."""
+        return given
 
     def mvk_has_ops(self) -> bool:
         """Whether a plan may come to anything: asked before each attempt at one, since attempts take a while."""
@@ -96,18 +102,19 @@ def packing(form: type) -> type:
         beside = form.mvk_beside  # type: ignore[attr-defined]
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if len(args) == 1 + len(beside) and not kwargs:
+            given = args if kwargs else form.mvk_tensors(*args)  # type: ignore[attr-defined]
+            if len(given) == 1 + len(beside) and not kwargs:
                 if not torch.compiler.is_compiling():
-                    run = run_of(self, *args)
+                    run = run_of(self, *given)
                     if run is not None:
                         try:
-                            return run(*args)
+                            return run(*given)
                         except RuntimeError as error:  # for what does not fit the original has the words
                             out = form.forward(self, *args)  # type: ignore[attr-defined]
                             log_once(self, f"on packed weights: {error}")
                             return out
                 elif not beside:
-                    out = compiled.call(self, args[0])
+                    out = compiled.call(self, given[0])
                     if out is not None:
                         return out
             return form.forward(self, *args, **kwargs)  # type: ignore[attr-defined]

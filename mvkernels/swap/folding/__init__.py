@@ -87,6 +87,11 @@ _PACKED = {
     ("mvmodels.coatnet", "TransformerBlock"): "own_models",
     ("mvmodels.encoder", "EncoderBlock"): "own_models",
 }
+# The same by what a block holds, in code that is not a package. Their files say with ``form`` which form it gets.
+_STRUCTURES = {
+    ("conv1", "conv2", "conv3", "hyper1", "local_global", "global_block", "global_local"): "authors_mobile_former",
+    ("conv", "identity"): "authors_mobile_former",
+}
 # Modules that call packed ones in turn: one look at all of them is enough. ``Sequential`` is one of them.
 _CHAINS = {
     ("timm.models.efficientvit_mit", "ResidualBlock"): "timm_chains",
@@ -115,6 +120,9 @@ def fold(
         if adapter is not None and module not in claimed and not isinstance(module, Swapped):
             forms = importlib.import_module(f"mvkernels.swap.{adapter}").FORMS
             _give(module, forms[kind if kind in forms else name], packs, changed)
+        elif packs and module not in claimed and _structure(module):
+            by_structure = importlib.import_module(f"mvkernels.swap.packing.{_structure(module)}")
+            _give(module, by_structure.form(module), packs, changed)
         if isinstance(module, Folding):
             claimed.update(getattr(module, norm) for _, norm in module.mvk_pairs)
     if packs:
@@ -136,6 +144,12 @@ def fold(
                 continue
             _give(module, form, packs, changed)
     return changed
+
+
+def _structure(module: nn.Module) -> str:
+    """The file for blocks that hold what this module does; empty if there is none."""
+    held = (module.__dict__, module._modules)
+    return next((f for names, f in _STRUCTURES.items() if all(any(n in h for h in held) for n in names)), "")
 
 
 def _give(module: nn.Module, form: Any, packs: bool, changed: list[tuple[nn.Module, type[nn.Module]]]) -> None:

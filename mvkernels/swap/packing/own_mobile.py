@@ -44,11 +44,11 @@ class PackingMobile(Swapped):
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """With the slopes of both activations from the token."""
-        slopes = _slopes((self.act1, None), (self.act2, None), keep=keep)
-        if slopes is None or not_plain(self.shuffle, nn.Identity, "it") or active(self.drop_path, DropPath):
+        of_token = _slopes((self.act1, None), (self.act2, None), keep=keep)
+        if of_token is None or not_plain(self.shuffle, nn.Identity, "it") or active(self.drop_path, DropPath):
             return None
         run = layers.inverted_residual_of(_of_mobile(self), self.residual, keep)
-        return None if run is None else lambda x, token: run(x, *slopes(token))
+        return None if run is None else lambda x, token: run(x, *of_token(token))
 
 
 def _of_mobile(module: Any) -> list[Part]:
@@ -63,24 +63,24 @@ class PackingDownsampleMobile(Swapped):
     @staticmethod
     def mvk_why_not(module: Any) -> str:
         """Why its halves are more than convolutions that widen and products; empty if they are not."""
-        return _not_halves(module.conv1, module.conv2) or _not_halves(module.conv3, module.conv4)
+        return not_halves(module.conv1, module.conv2) or not_halves(module.conv3, module.conv4)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The second half adds its input."""
         plain = [not_plain(part, nn.Identity, "it") for part in (self.shuffle1, self.shuffle3)]
         if any(plain) or active(self.drop_path, DropPath):
             return None
-        first = _widened((self.conv1, self.norm1, ()), (self.conv2, self.norm2, ()), False, keep)
-        second = _widened((self.conv3, self.norm3, ()), (self.conv4, self.norm4, ()), True, keep)
+        first = widened((self.conv1, self.norm1, ()), (self.conv2, self.norm2, ()), False, keep)
+        second = widened((self.conv3, self.norm3, ()), (self.conv4, self.norm4, ()), True, keep)
         if first is None or second is None:
             return None
-        orders = [_order(conv) for conv in (self.conv1, self.conv3)]
-        slopes = _slopes((self.act1, orders[0]), (self.act3, orders[1]), keep=keep)
-        if slopes is None:
+        orders = [order_of(conv) for conv in (self.conv1, self.conv3)]
+        of_token = _slopes((self.act1, orders[0]), (self.act3, orders[1]), keep=keep)
+        if of_token is None:
             return None
 
         def run(x: Tensor, token: Tensor) -> Tensor:
-            before, after = slopes(token)
+            before, after = of_token(token)
             out: Tensor = second(first(x, before), after)
             return out
 
@@ -95,13 +95,13 @@ class PackingFirstBlock(Swapped):
     @staticmethod
     def mvk_why_not(module: Any) -> str:
         """Why it is more than a convolution that widens and a product; empty if it is not."""
-        return _not_halves(module.conv1, module.conv2)
+        return not_halves(module.conv1, module.conv2)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The tokens pass by."""
         if not_plain(self.shuffle, nn.Identity, "it"):
             return None
-        run = _widened((self.conv1, self.norm1, (_RELU6,)), (self.conv2, self.norm2, ()), self.residual, keep)
+        run = widened((self.conv1, self.norm1, (_RELU6,)), (self.conv2, self.norm2, ()), self.residual, keep)
         return None if run is None else lambda x, tokens: (run(x), tokens)
 
 
@@ -192,30 +192,30 @@ def _of_squeeze(se: Any) -> Squeeze | None:
     return None if kind is not known or not_own(se, kind) else (se.fc1, silu, se.fc2, torch.sigmoid)
 
 
-def _not_halves(depthwise: Any, project: Any) -> str:
+def not_halves(depthwise: Any, project: Any) -> str:
     kinds = (layers.of_convolution(depthwise), layers.of_convolution(project))
     known = kinds[0] in ("depthwise", "widening") and kinds[1] == "pointwise"
     return "" if known else "its convolutions have groups"
 
 
-def _order(conv: Any) -> Tensor:
+def order_of(conv: Any) -> Tensor:
     """The channels that a convolution widens to in another order: the first that each input channel gives, then the
     second of each, and so on. In this order the widened map is the input's channels, repeated."""
     return torch.arange(conv.out_channels).view(conv.in_channels, -1).t().flatten()
 
 
-def _widened(depthwise: Part, project: Part, adds: bool, keep: Keep) -> Convolve | None:
+def widened(depthwise: Part, project: Part, adds: bool, keep: Keep) -> Convolve | None:
     """``project(activation(depthwise(x)))`` of a map x, which is added if it ``adds``, and perhaps the slopes of a
-    dynamic ReLU, in :func:`_order`; None if the parts are not that, or cannot run on packed weights now.
+    dynamic ReLU, in :func:`order_of`; None if the parts are not that, or cannot run on packed weights now.
 
     The operator's depthwise convolution has one input channel for each output channel. So an expansion copies the
     channels, or they are copied before.
     """
     conv, last = depthwise[0], project[0]
     activation = layers.resting(*depthwise)
-    if _not_halves(conv, last) or activation is None or layers.resting(*project) != 0:
+    if not_halves(conv, last) or activation is None or layers.resting(*project) != 0:
         return None
-    channels, hidden, order = conv.in_channels, conv.out_channels, _order(conv)
+    channels, hidden, order = conv.in_channels, conv.out_channels, order_of(conv)
     copies = hidden // channels
     expands = copies > 1 and channels < _FEW
     expand = torch.eye(channels).repeat(copies, 1)[..., None, None] if expands else None
@@ -238,25 +238,24 @@ def _widened(depthwise: Part, project: Part, adds: bool, keep: Keep) -> Convolve
     return run
 
 
-def _slopes(*activations: tuple[DynamicReLU, Tensor | None], keep: Keep) -> Callable[[Tensor], Sequence[Tensor]] | None:
-    """The slopes (B, 2, C) of each of these activations for a token (B, token_dim), their channels in the order given
-    with it; None if one is not plain.
+def slopes(*linears: tuple[Any, Any, Tensor | None], keep: Keep) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """The slopes (B, 2, C) of dynamic ReLUs for a token (B, token_dim): of each its two Linears, between which is a
+    ReLU, and the order that its channels are wanted in; None if a Linear is not plain.
 
     a1 = 2 theta1 and a2 = 2 theta2 - 1, with theta = clamp(u + 3, 0, 6) / 6, are clamp(u / 3 + 1, 0, 2) and
     clamp(u / 3, -1, 1).
     """
-    for act, _ in activations:
-        if not_own(act, DynamicReLU) or layers.not_linear(act.fc1) or layers.not_linear(act.fc2):
-            return None
-    first = [keep(torch.cat(each)) for each in zip(*((_weights(act.fc1)) for act, _ in activations))]
+    if any(layers.not_linear(fc) for *both, _ in linears for fc in both):
+        return None
+    first = [keep(torch.cat(each)) for each in zip(*(_weights(fc1) for fc1, _, _ in linears))]
     last = []
-    for act, order in activations:
-        weight, bias = (t.double().unflatten(0, (2, -1)) / 3 for t in _weights(act.fc2))
+    for _, fc2, order in linears:
+        weight, bias = (t.double().unflatten(0, (2, -1)) / 3 for t in _weights(fc2))
         bias[0] += 1
         if order is not None:
             weight, bias = weight[:, order], bias[:, order]
         last.append([keep(t.flatten(0, 1).float()) for t in (weight, bias)])
-    widths = [act.fc1.weight.shape[0] for act, _ in activations]
+    widths = [fc1.weight.shape[0] for fc1, _, _ in linears]
     least, most = torch.tensor([[0.0], [-1.0]]), torch.tensor([[2.0], [1.0]])
 
     def run(token: Tensor) -> Sequence[Tensor]:
@@ -264,6 +263,13 @@ def _slopes(*activations: tuple[DynamicReLU, Tensor | None], keep: Keep) -> Call
         return [linear(part, *each).unflatten(1, (2, -1)).clamp(least, most) for part, each in zip(parts, last)]
 
     return run
+
+
+def _slopes(*activations: tuple[Any, Tensor | None], keep: Keep) -> Callable[[Tensor], Sequence[Tensor]] | None:
+    """:func:`slopes` of these modules, with the order of each."""
+    if any(not_own(act, DynamicReLU) for act, _ in activations):
+        return None
+    return slopes(*((act.fc1, act.fc2, order) for act, order in activations), keep=keep)
 
 
 def _weights(layer: Any) -> tuple[Tensor, Tensor]:
