@@ -43,6 +43,8 @@ class Swapped:
     mvk_beside: tuple[int, ...] = ()
     """Axes of the other tensors that such calls take, each with the batch in front. Graphs of torch.compile have the
     module's own operations in them if there are any."""
+    mvk_runs: str = "forward"
+    """The method of the module that its plan does the work of."""
     mvk_calls: tuple[str, ...] | None = ()
     """The parts that such calls run as modules, None for all. They do the work of the others themselves."""
     mvk_methods: tuple[str, ...] = ("_conv_forward",)
@@ -100,8 +102,9 @@ def packing(form: type) -> type:
     """The form that also packs weights. The same form gives the same class."""
     if form not in _packing:
         beside = form.mvk_beside  # type: ignore[attr-defined]
+        unpacked = getattr(form, form.mvk_runs)  # type: ignore[attr-defined]
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = args if kwargs else form.mvk_tensors(*args)  # type: ignore[attr-defined]
             if len(given) == 1 + len(beside) and not kwargs:
                 if not torch.compiler.is_compiling():
@@ -110,21 +113,21 @@ def packing(form: type) -> type:
                         try:
                             return run(*given)
                         except RuntimeError as error:  # for what does not fit the original has the words
-                            out = form.forward(self, *args)  # type: ignore[attr-defined]
+                            out = unpacked(self, *args)
                             log_once(self, f"on packed weights: {error}")
                             return out
                 elif not beside:
                     out = compiled.call(self, given[0])
                     if out is not None:
                         return out
-            return form.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+            return unpacked(self, *args, **kwargs)
 
         plans = form.mvk_plan is not Swapped.mvk_plan  # type: ignore[attr-defined]
         namespace = {
             "mvk_packs": True,
             "mvk_unpacked": form,
             "__doc__": form.__doc__,
-            **({"forward": forward} if plans else {}),
+            **({form.mvk_runs: call} if plans else {}),  # type: ignore[attr-defined]
         }
         _packing[form] = type(form.__name__, (form,), namespace)
     return _packing[form]

@@ -22,12 +22,15 @@ WINDOW_PARTS = {
 """What a Swin block's attention calls in windows, and its fused form on the whole map, or not at all."""
 
 
-def _other_mask(block: Any, x: Tensor) -> str:
-    """A mask made for one size says of a map of another size nothing that windows could say."""
-    size, shifted = tuple(x.shape[1:3]), any(block.shift_size)
-    if shifted and not block.dynamic_mask and size != tuple(block.input_resolution):
-        return f"its mask is for maps of {tuple(block.input_resolution)}, but the map is {size}"
-    return ""
+def masked(block: Any) -> tuple[int, ...] | None:
+    """The size of the maps that the block's mask is for; None if it has none, or makes one for each."""
+    return tuple(block.input_resolution) if any(block.shift_size) and not block.dynamic_mask else None
+
+
+def other_mask(x: Tensor, size: tuple[int, ...] | None) -> str:
+    """A mask made for maps of ``size`` says of a map x (B, H, W, C) of another nothing that windows could say."""
+    found = tuple(x.shape[1:3])
+    return "" if size in (None, found) else f"its mask is for maps of {size}, but the map is {found}"
 
 
 def _other_windows(block: Any) -> str:
@@ -36,7 +39,7 @@ def _other_windows(block: Any) -> str:
 
 def declines(block: Any, why_not: Callable[[Any], str], x: Tensor) -> str:
     """Why a Swin block's call on x (B, H, W, C) needs its original attention; empty if it does not."""
-    reason = unusual_call(x) or asked(why_not, block) or _other_mask(block, x) or _other_windows(block)
+    reason = unusual_call(x) or asked(why_not, block) or other_mask(x, masked(block)) or _other_windows(block)
     reason = reason or drops_attention(block.attn, block.attn.attn_drop)
     if reason:
         log_once(block, reason)

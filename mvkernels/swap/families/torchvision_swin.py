@@ -15,6 +15,8 @@ from torch.nn.functional import dropout, linear
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_its_own, replaced, unusual_call
+from mvkernels.swap.packing.plans import Keep, Run
+from mvkernels.swap.packing.windows import not_continuous, projections
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.windows import attend_in_windows, gathered, maps_of, other_windows
 
@@ -27,17 +29,24 @@ def why_not(module: Any) -> str:
 
 def _declines(self: Any, x: Tensor) -> str:
     reason = unusual_call(x) or asked(why_not, self) or drops_attention(self, self.attention_dropout)
-    reason = reason or other_windows(tuple(self.window_size), _shift(self, x), self.relative_position_index)
+    reason = reason or _other(x, *_windows(self))
     if reason:
         log_once(self, reason)
     return reason
 
 
-def _shift(self: Any, x: Tensor) -> tuple[int, ...]:
+def _windows(self: Any) -> tuple[list[int], list[int], Tensor]:
+    """What says which windows there are. The lists may be changed in place."""
+    return self.window_size, self.shift_size, self.relative_position_index
+
+
+def _other(x: Tensor, window: list[int], shift: list[int], index: Tensor) -> str:
+    return other_windows(tuple(window), _shift(x, window, shift), index)
+
+
+def _shift(x: Tensor, window: list[int], shift: list[int]) -> tuple[int, ...]:
     """The shift on a map x (B, H, W, C): none along an axis where one window holds the padded map."""
-    return tuple(
-        0 if side <= window else shift for side, window, shift in zip(x.shape[1:3], self.window_size, self.shift_size)
-    )
+    return tuple(0 if side <= size else by for side, size, by in zip(x.shape[1:3], window, shift))
 
 
 def _attend(self: Any, x: Tensor, bias: Tensor | None, biases: Tensor, logit_scale: Tensor | None = None) -> Tensor:
@@ -45,13 +54,41 @@ def _attend(self: Any, x: Tensor, bias: Tensor | None, biases: Tensor, logit_sca
     return attend_in_windows(
         x,
         tuple(self.window_size),  # type: ignore[arg-type]
-        _shift(self, x),  # type: ignore[arg-type]
+        _shift(x, self.window_size, self.shift_size),
         lambda x: maps_of(linear(x, self.qkv.weight, bias), self.num_heads),
         biases,
         lambda x: dropout(linear(x, self.proj.weight, self.proj.bias), self.dropout, self.training),
         logit_scale=logit_scale,
         backend=self.mvk_backend,
     )
+
+
+def _plan(self: Any, bias: Tensor | None, biases: Tensor, keep: Keep, logit_scale: Tensor | None = None) -> Run | None:
+    """:func:`_attend` on packed weights."""
+    products = None if self.training or asked(why_not, self) else projections(self, bias, (), keep)
+    if products is None:
+        return None
+    project, out = products
+    windows, heads, backend = _windows(self), self.num_heads, self.mvk_backend
+    biases = keep(biases)
+
+    def run(x: Tensor) -> Tensor:
+        reason = _other(x, *windows)
+        if reason:
+            raise RuntimeError(reason)
+        window, shift, _ = windows
+        return attend_in_windows(
+            x,
+            tuple(window),
+            _shift(x, window, shift),
+            lambda x: maps_of(project(x), heads),
+            biases,
+            out,
+            logit_scale=logit_scale,
+            backend=backend,
+        )
+
+    return run
 
 
 def _gathered(self: Any, table: Tensor) -> Tensor:
@@ -63,6 +100,12 @@ def _gathered(self: Any, table: Tensor) -> Tensor:
 class SwappedAttention(Swapped):
     """A ``ShiftedWindowAttention`` that calls :func:`mvkernels.window_attention`: without roll, partition and mask."""
 
+    mvk_methods = ("_conv_forward", "get_relative_position_bias")
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        return _plan(self, self.qkv.bias, _gathered(self, self.relative_position_bias_table), keep)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """x (B, H, W, C) -> (B, H, W, C)."""
         if _declines(self, x):
@@ -70,19 +113,36 @@ class SwappedAttention(Swapped):
         return _attend(self, x, self.qkv.bias, _gathered(self, self.relative_position_bias_table))
 
 
+def _bias_of_v2(self: Any) -> Tensor | None:
+    """That of the projections: keys have none, whatever the parameter says."""
+    bias: Tensor | None = self.qkv.bias
+    if bias is None:
+        return None
+    query, key, value = bias.chunk(3)
+    return torch.cat((query, torch.zeros_like(key), value))
+
+
+def _biases_of_v2(self: Any) -> Tensor:
+    table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
+    return _gathered(self, 16 * torch.sigmoid(table))
+
+
 class SwappedAttentionV2(Swapped):
     """A ``ShiftedWindowAttentionV2`` that calls :func:`mvkernels.window_attention`."""
+
+    mvk_methods = ("_conv_forward", "get_relative_position_bias")
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights."""
+        if not_continuous(self.cpb_mlp):
+            return None
+        return _plan(self, _bias_of_v2(self), _biases_of_v2(self), keep, self.logit_scale)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """x (B, H, W, C) -> (B, H, W, C)."""
         if _declines(self, x):
             return ShiftedWindowAttentionV2.forward(self, x)  # type: ignore[no-any-return]
-        bias = self.qkv.bias
-        if bias is not None:  # keys have none, whatever the parameter says
-            query, key, value = bias.chunk(3)
-            bias = torch.cat((query, torch.zeros_like(key), value))
-        table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
-        return _attend(self, x, bias, _gathered(self, 16 * torch.sigmoid(table)), self.logit_scale)
+        return _attend(self, x, _bias_of_v2(self), _biases_of_v2(self), self.logit_scale)
 
 
 _FORMS: dict[type, type[Swapped]] = {

@@ -56,6 +56,8 @@ _PACKED = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
     ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
+    ("torchvision.ops.misc", "MLP"): "torchvision",
+    ("torchvision.models.swin_transformer", "SwinTransformerBlock"): "torchvision",
     ("diffusers.models.normalization", "RMSNorm"): "diffusers",
     ("diffusers.models.transformers.sana_transformer", "GLUMBConv"): "diffusers",
     ("diffusers.models.autoencoders.autoencoder_dc", "ResBlock"): "diffusers",

@@ -182,7 +182,7 @@ def multiplication(
     if activation is None or (scale is not None and (activation or scale.dtype != torch.float32)):
         return None
     product = linear(layer, keep, activation, norm, batch_norm, scale)
-    return _of_tokens(product) if class_of(layer) is nn.Linear else product
+    return of_tokens(product) if class_of(layer) is nn.Linear else product
 
 
 def not_linear(layer: Any, norm: Any = None) -> str:
@@ -203,7 +203,7 @@ def not_linear(layer: Any, norm: Any = None) -> str:
     return reason
 
 
-def _of_tokens(product: Multiply) -> Multiply:
+def of_tokens(product: Multiply) -> Multiply:
     """The product of tokens (..., C), which are the pixels of a map."""
 
     def as_map(x: Tensor) -> Tensor:
