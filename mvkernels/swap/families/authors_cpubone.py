@@ -15,6 +15,7 @@ from mvkernels.swap.conv_attention import fused
 from mvkernels.swap.eligibility import asked, log_once, not_hooked, not_its_own, unusual_call
 from mvkernels.swap.swapped import Swapped
 
+CALLS_PARTS = True
 _CHILDREN = ("conv_proj", "pwise", "sda", "o_proj", "upsampling")
 
 

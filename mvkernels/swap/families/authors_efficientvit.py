@@ -10,12 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mvkernels.nn.efficientvit import aggregate_and_attend
 from mvkernels.swap import by_structure, lite_mla
-from mvkernels.swap.eligibility import not_its_own
+from mvkernels.swap.eligibility import asked, class_of, not_its_own
+from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
+CALLS_PARTS = True
 _CHILDREN = ("qkv", "aggreg", "kernel_func", "proj")
 _METHODS = ("forward", "relu_linear_att", "relu_quadratic_att")
 
@@ -40,8 +45,55 @@ def form(module: nn.Module) -> type:
     return SwappedAuthorsLiteMLA
 
 
+def _part(layer: Any) -> Part | None:
+    """The convolution, norm and activation of such a layer; None if it holds or computes something else.
+
+    A comparison of the whole attention does not show that, because it calls the layers as they are.
+    """
+    held = {name: part for name, part in layer._modules.items() if part is not None}
+    if not {"conv"} <= {*held} <= {"conv", "norm", "act"} or class_of(held["conv"]) is not nn.Conv2d:
+        return None
+    conv, norm = held["conv"], held.get("norm")
+    part = (conv, norm, tuple(m for m in (held.get("act"),) if m is not None))
+    if layers.resting(*part) is None:
+        return None
+    x = torch.linspace(-2.0, 3.0, 6 * conv.in_channels).sin().view(1, -1, 2, 3)
+    for size in (1e-2, 1.0, 30.0):
+        wanted = conv(x * size)
+        for module in (*(() if norm is None else (norm,)), *part[2]):
+            wanted = module(wanted)
+        try:
+            found = layer(x * size)
+        except Exception:  # whatever somebody's forward may raise
+            return None
+        if not (isinstance(found, Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, 1e-4)):
+            return None
+    return part
+
+
 class SwappedAuthorsLiteMLA(Swapped):
     """A ``LiteMLA`` that calls :func:`mvkernels.multiscale_linear_attention` between its projections."""
+
+    mvk_calls = ("qkv", "proj")  # on channels-last maps their convolutions can do without a plan of this module
+    mvk_methods = ("_conv_forward", *_METHODS)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights. The map comes out laid out as it went in, because the code around is not known."""
+        if asked(lite_mla.why_not, self) or not_its_own(self, *_METHODS):
+            return None
+        parts = [_part(self.qkv), _part(self.proj)]
+        found = [None if part is None else layers.convolution(part, keep) for part in parts]
+        if not all(found):
+            return None
+        into: Any = found[0]
+        out: Any = found[1]
+        settings = (self.aggreg, self.dim, self.eps, self.mvk_backend)
+
+        def run(x: Tensor) -> Tensor:
+            y: Tensor = out(aggregate_and_attend(into(x), *settings))
+            return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+        return run
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> (B, C_out, H, W)."""

@@ -18,6 +18,7 @@ from mvkernels.swap.eligibility import (
     ELEMENTWISE,
     asked,
     class_name,
+    class_of,
     drops_attention,
     drops_path,
     log_once,
@@ -25,6 +26,11 @@ from mvkernels.swap.eligibility import (
     not_hooked,
 )
 from mvkernels.swap.mobilevit import layers_for_call, transform
+from mvkernels.swap.packing import layers
+from mvkernels.swap.packing import mobilevit as packed
+from mvkernels.swap.packing.blocks import as_plain, not_own
+from mvkernels.swap.packing.layers import Part
+from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
 _WATCHED = ("local_rep", "global_rep", "conv_proj")
@@ -164,8 +170,70 @@ def _not_linear(module: Any, like: Tensor, shape: tuple[int | None, int | None],
     return not_hooked(module, what) or not_dense(weight, what)
 
 
+def _part(layer: Any) -> Part | None:
+    """The convolution, norm and activation of such a layer, as torch's own; None if it holds something else."""
+    if [*layer._modules] != ["block"] or not_own(layer.block, nn.Sequential):
+        return None
+    conv, *after = layer.block
+    norm = after.pop(0) if after and isinstance(after[0], nn.BatchNorm2d) else None
+    norm = None if norm is None else as_plain(norm, nn.BatchNorm2d)
+    return as_plain(conv, nn.Conv2d, "_conv_forward"), norm, tuple(as_plain(m, nn.SiLU) for m in after)
+
+
+def _plain_norm(norm: Any) -> Any:
+    """An equal LayerNorm of torch's class; None if on rows (pixels, features) it computes something else.
+
+    Small numbers show where eps is added, and large ones whether it is.
+    """
+    if norm.weight is None or norm.bias is None or norm.weight.dtype != torch.float32:
+        return None
+    plain = nn.LayerNorm.__new__(nn.LayerNorm)
+    plain.__dict__ = norm.__dict__
+    features = norm.normalized_shape[0]
+    rows = torch.linspace(-1.0, 2.0, 2 * features).sin().view(2, features)
+    same = all(torch.allclose(norm(rows * size), plain(rows * size), 1e-4, 1e-4) for size in (1e-3, 1.0, 1e3))
+    return plain if same else None
+
+
 class SwappedMobileViTBlock(Swapped):
     """A ``MobileViTBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
+
+    mvk_methods = ("_conv_forward", *_METHODS)
+
+    def mvk_plan(self: Any, keep: Keep) -> Run | None:
+        """On packed weights. The map comes out laid out as it went in, because the code around is not known."""
+        reason, found = _examine(self)
+        norms = [] if reason else [*map(_plain_norm, _norms(self))]
+        if reason or not all(norms):
+            return None
+        last, *inside = norms
+        each = [
+            {**layer, "norm1": norm1, "norm2": norm2, "activation": as_plain(layer["activation"], nn.SiLU)}
+            for layer, norm1, norm2 in zip(found, inside[::2], inside[1::2])
+        ]
+        local, fusion, projection = self.local_rep.conv_3x3, self.fusion, _part(self.conv_proj)
+        # What the class of these layers does is known of the projection, which is part of what was compared.
+        alike = [m is None or class_of(m) is class_of(self.conv_proj) for m in (local, fusion)]
+        into = as_plain(self.local_rep.conv_1x1.block.conv, nn.Conv2d, "_conv_forward")
+        if projection is None or layers.resting(into, None, ()) is None:
+            return None
+        first = None if not alike[0] or not_own(local, class_of(local)) else _part(local)
+        convolve = None if first is None else layers.convolution(first, keep)
+        plain = fusion is not None and alike[1] and not not_own(fusion, class_of(fusion))
+        around = (convolve or local, into, each, last, projection, fusion)
+        patch, dim, rows = (self.patch_h, self.patch_w), _dim(self), _on_rows_only(self)
+        whole = packed.plan(self, keep, *around, _part(fusion) if plain else None, patch)
+        if whole is None:
+            return None
+
+        def run(x: Tensor) -> Tensor:
+            reason = _ambiguous(x, patch, dim) if rows else ""
+            if reason:
+                raise RuntimeError(reason)
+            out: Tensor = whole(x)
+            return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
+
+        return run
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (B, C, H, W) -> the same shape. For a tuple (video) the original forward runs."""
@@ -181,8 +249,17 @@ class SwappedMobileViTBlock(Swapped):
 
 
 def _axis_is_ambiguous(block: Any, x: Tensor) -> str:
-    patches = -(-x.shape[2] // block.patch_h) * -(-x.shape[3] // block.patch_w)
-    if patches == _dim(block) and any(type(m) is not nn.LayerNorm for m in _norms(block)):
+    return _ambiguous(x, (block.patch_h, block.patch_w), _dim(block)) if _on_rows_only(block) else ""
+
+
+def _on_rows_only(block: Any) -> bool:
+    """Whether a norm may take another axis than the last."""
+    return any(type(m) is not nn.LayerNorm for m in _norms(block))
+
+
+def _ambiguous(x: Tensor, patch: tuple[int, int], dim: int) -> str:
+    patches = -(-x.shape[2] // patch[0]) * -(-x.shape[3] // patch[1])
+    if patches == dim:
         return f"with as many patches as features ({patches}) its LayerNorm normalizes over the patches"
     return ""
 

@@ -26,6 +26,8 @@ from mvkernels.swap.eligibility import (
     unusual_call,
 )
 
+CALLS_PARTS = True
+
 
 def why_not(module: Any) -> str:
     """Why the fused processor cannot replace the processor of this ``Attention``; empty if it can."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mvkernels.swap.eligibility import not_its_own, not_plain
+from mvkernels.swap.eligibility import class_of, not_its_own, not_plain
 from mvkernels.swap.folding.forms import Folding
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.layers import Part
@@ -16,6 +16,20 @@ from mvkernels.swap.packing.plans import Keep, Run
 def not_own(part: Any, kind: type[nn.Module]) -> str:
     """The part must be of this class, perhaps with a folding form, and have its forward and no hooks."""
     return not_plain(part, kind, "it") or not_its_own(part, "forward")
+
+
+def as_plain(part: Any, kind: type[nn.Module], *methods: str) -> Any:
+    """A part of a class derived from ``kind`` as one of ``kind`` itself, if it has its forward and these methods.
+
+    It shares all that the part holds; a plan of the part's caller looks after the part.
+    """
+    own = class_of(part)
+    same = all(getattr(own, name, None) is getattr(kind, name) for name in ("forward", *methods))
+    if own is kind or not issubclass(own, kind) or not same:
+        return part
+    plain = kind.__new__(kind)
+    plain.__dict__ = part.__dict__
+    return plain
 
 
 class InvertedResidual(Folding):
