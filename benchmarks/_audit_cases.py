@@ -10,6 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from mvkernels.ops.former_to_mobile.triton import plan as former_to_mobile
+from mvkernels.ops.inverted_residual.triton import plan as inverted_residual
 from mvkernels.ops.mobile_to_former.triton import plan as mobile_to_former
 from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale_linear_attention
 from mvkernels.ops.patch_transformer_layer.triton import plan as patch_transformer_layer
@@ -29,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
           "fp64": torch.float64}  # fmt: skip
 """tf32: float32 maps whose products the user has allowed to round."""
 OPS = ["patch_attention", "window_attention", "mobile_to_former", "former_to_mobile", "relu_linear_attention",
-       "multiscale_linear_attention", "patch_transformer_layer"]  # fmt: skip
+       "multiscale_linear_attention", "patch_transformer_layer", "inverted_residual"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,48 @@ class Layer:
                 "tokens": (self.size // self.patch) ** 2, "layout": "last"}  # fmt: skip
 
 
-Every = Case | Bridge | Linear | Multiscale | Layer
+@dataclass(frozen=True)
+class Residual:
+    """One block of inverted_residual."""
+
+    inputs: int
+    """0 without an expansion."""
+    hidden: int
+    outputs: int
+    kernel: int
+    stride: int
+    size: int
+    layout: str
+    """``last`` and ``first``, as a convolution leaves its map; ``odd``: every second column of a larger map."""
+    dtypes: tuple[str, ...]
+    activation: str = "silu"
+
+    op = "inverted_residual"
+
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        c, n = self.inputs or self.hidden, self.size
+        strides = {"last": (n * n * c, 1, n * c, c), "first": (c * n * n, n * n, n, 1)}
+        strides["odd"] = (2 * c * n * n, 2 * n * n, 2 * n, 2)
+        problem = inverted_residual.BlockProblem(
+            (batch, c, n, n), (("x", strides[self.layout]),), DTYPES[name], "tf32" if name == "tf32" else "ieee",
+            device, self.hidden, self.outputs, self.kernel, self.stride, self.activation, self.inputs > 0,
+            self.stride == 1 and c == self.outputs, (True, True, True),
+        )  # fmt: skip
+        return inverted_residual.forward_launches(problem)
+
+    def columns(self) -> dict[str, Any]:
+        # What is a head's dimension elsewhere are the channels of x, and that of values those of the result.
+        return {"head_dim": self.inputs or self.hidden, "value_dim": self.outputs, "layout": self.layout,
+                "map": f"{self.size}x{self.size} to {self.hidden}", "patch": f"{self.kernel} by {self.stride}",
+                "heads": int(self.inputs > 0)}  # fmt: skip
+
+
+Every = Case | Bridge | Linear | Multiscale | Layer | Residual
 
 
 def suite(ops: list[str]) -> list[Every]:
     """The shapes of the ops."""
-    every = [*patches(), *windows(), *bridges(), *linears(), *multiscales(), *layers()]
+    every = [*patches(), *windows(), *bridges(), *linears(), *multiscales(), *layers(), *residuals()]
     return [case for case in every if case.op in ops]
 
 
@@ -242,6 +279,24 @@ def layers() -> list[Layer]:
         (60, 16, half),
     ]
     return [Layer(*shape) for shape in [*shapes, (36, 64, half)]]
+
+
+def residuals() -> list[Residual]:
+    """The blocks of MobileViT, EfficientViT and MobileNetV4, and one of each kind that they do not have."""
+    half, both, single = ("bf16",), ("bf16", "fp32"), ("bf16", "fp16", "fp32", "tf32")
+    shapes: list[tuple[Any, ...]] = [
+        (16, 64, 32, 3, 1, 128, "last", single), (32, 128, 64, 3, 2, 128, "last", single),
+        (64, 256, 64, 3, 1, 64, "last", single), (64, 256, 96, 3, 2, 64, "last", half),
+        (96, 384, 128, 3, 2, 32, "last", both), (128, 512, 160, 3, 2, 16, "last", both),
+        (64, 128, 80, 3, 2, 16, "last", half), (64, 256, 64, 3, 1, 32, "last", both, "hardswish"),
+        (128, 512, 128, 3, 1, 16, "last", half, "hardswish"), (256, 1024, 256, 3, 1, 8, "last", single, "hardswish"),
+        (64, 192, 64, 5, 1, 14, "last", single, "relu"), (96, 576, 96, 5, 1, 7, "last", both, "relu"),
+        (96, 384, 96, 5, 2, 14, "last", ("bf16", "tf32"), "gelu_tanh"), (0, 64, 32, 3, 1, 64, "last", single),
+        (0, 96, 96, 5, 2, 28, "last", both, "relu6"), (24, 72, 40, 3, 1, 28, "first", both, "gelu"),
+        (64, 256, 64, 3, 1, 32, "first", half), (64, 256, 96, 3, 2, 32, "odd", both), (0, 64, 64, 3, 1, 32, "odd", half),
+        (20, 76, 36, 3, 2, 28, "last", both),
+    ]  # fmt: skip
+    return [Residual(*shape) for shape in shapes]
 
 
 def multiscales() -> list[Multiscale]:

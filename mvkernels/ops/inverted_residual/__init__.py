@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvkernels.dispatch import checks
+from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import choose
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common import activations
@@ -72,9 +72,14 @@ def inverted_residual(
         RuntimeError: ``packed`` is of weights of other sizes, or was packed under another instruction set.
     """
     arguments = _check(x, expand, depthwise, project, stride, activation, residual, packed)
-    if choose(OP, backend, arguments) == "reference":
+    chosen = choose(OP, backend, arguments)
+    if chosen == "reference":
         return reference(*arguments)
     x, expand, depthwise, project, stride, activation, residual, packed = arguments
+    if chosen == "triton":
+        weights_of = (*(expand or (None, None)), *depthwise, *project)
+        found: Tensor = operators.forward_triton(x, *weights_of, stride, activations.CODES[activation], residual)
+        return found
     if packed is None:
         packed = operators.pack(*(expand or (None, None)), *depthwise, *project)
     hidden, kernel = depthwise[0].shape[0], depthwise[0].shape[-1]
@@ -202,11 +207,11 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("x",),
-        why_not={"cpp": _why_not_cpp},
+        why_not={"cpp": _why_not_cpp, "triton": library.why_not_triton(operators.launcher)},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
-        forward_only=frozenset({"cpp"}),
+        forward_only=frozenset({"cpp", "triton"}),
         pack=_packed,
     )
 )

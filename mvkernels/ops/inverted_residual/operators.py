@@ -1,4 +1,4 @@
-"""The inverted residual and the packing of its weights as torch operators of the C++ extension."""
+"""The inverted residual as torch operators: of the C++ extension, with the packing of its weights, and of Triton."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvkernels.dispatch import flops, library
+from mvkernels.dispatch import checks, flops, library
 from mvkernels.ops.common.packed import HEADER, wide
 
 _NAME = "inverted_residual"
@@ -55,3 +55,32 @@ pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
 _CALL = "(Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, "
 _CALL += "bool residual, int before=-1, Tensor? slopes_before=None, Tensor? slopes=None) -> Tensor"
 forward = library.define("cpp", _NAME, _CALL, _fake, count=_count)
+
+
+def launcher() -> Any:
+    """The module that launches the Triton kernel, imported only here."""
+    from mvkernels.ops.inverted_residual.triton import launcher
+
+    return launcher
+
+
+def _fake_triton(
+    x: Tensor, expand: Any, expand_bias: Any, depthwise: Any, depthwise_bias: Any, project: Tensor, bias: Any,
+    stride: int, *_: Any
+) -> Tensor:  # fmt: skip
+    return checks.empty_map(x[:, :, ::stride, ::stride], project.shape[0])
+
+
+def _count_triton(
+    x: flops.Shape, expand: Any, expand_bias: Any, depthwise: flops.Shape, depthwise_bias: Any, project: flops.Shape,
+    bias: Any, stride: int, *_: Any
+) -> int:  # fmt: skip
+    return _count(x, None, project[1], project[0], depthwise[-1], expand is not None, stride)
+
+
+_TENSORS = "Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor project, "
+_TENSORS += "Tensor? project_bias"
+forward_triton = library.define(
+    "triton", _NAME, f"({_TENSORS}, int stride, int activation, bool residual) -> Tensor", _fake_triton,
+    library.on_triton(launcher, "forward", _fake_triton), count=_count_triton,
+)  # fmt: skip

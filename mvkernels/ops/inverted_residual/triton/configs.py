@@ -1,0 +1,50 @@
+"""Default launch configurations of inverted_residual's Triton kernel. Needs no Triton.
+
+A key has ``c`` (channels of x; 0 without an expansion), ``h`` (hidden channels), ``o`` (channels of the result), ``k``
+and ``s`` (side and stride of the depthwise kernel), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products,
+``tf32``), ``few`` (1 where 128 pixels of the result a processor are more than there are), ``last`` (1 for a
+channels-last x) and ``arch``. A program has BLOCK cells of SY x SX pixels, BLOCK_H hidden channels at a time, and
+BLOCK_O channels of the result; CHUNK channels of x are multiplied at a time, 0 for all.
+
+With SY > 1 the pixels that a program reads stay in shared memory for all hidden channels, and all that a cell reaches
+is one piece of code: cells are larger, and each value of the expanded map is made 3 or 4 times (stride 1) or 1.6 times
+(stride 2), not 4.5 or 1.7. That takes registers, so it is for half types on NVIDIA, kernels of 3 x 3 and few channels.
+The choices here are those that `make audit` shows to need no spills and to fit shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mvkernels.triton.configs import Config, exact, half, heuristic
+from mvkernels.triton.maps import lanes
+
+OP = "inverted_residual"
+
+
+def _nvidia(key: Mapping[str, Any]) -> bool:
+    return key["arch"].startswith("sm_") or key["arch"] == "interpreter"
+
+
+@heuristic(OP, "forward_cells")
+def _forward_cells(key: Mapping[str, Any]) -> Config:
+    wide = lanes(key["o"])
+    config = {"SY": 1, "SX": 4, "BLOCK": 16, "BLOCK_H": 32, "BLOCK_O": min(64, wide), "CHUNK": 32, "num_warps": 4,
+              "num_stages": 1}  # fmt: skip
+    interpreted = key["arch"] == "interpreter"
+    if not _nvidia(key):
+        return config | {"SX": 2, "BLOCK_H": 64}
+    if exact(key):
+        return config | {"CHUNK": 16, "num_warps": 8}
+    if not half(key) and not interpreted:
+        return config | ({"SX": 2, "CHUNK": 0 if key["c"] <= 64 else 32} if key["k"] > 3 else {})
+    many = {"BLOCK_H": 64, "BLOCK_O": min(128, wide), "num_warps": 8}
+    if key["few"] and not interpreted:
+        return config | many | {"SX": 2, "CHUNK": 0 if key["c"] <= 128 else 64}
+    if 0 < key["c"] <= 64 and key["k"] == 3 and key["last"]:
+        if key["o"] > 64:
+            return config | many | {"SY": 2, "SX": 2, "CHUNK": 0}
+        across = 4 if key["s"] == 1 and min(key["c"], key["o"]) <= 32 else 2
+        return config | {"SY": 2, "SX": across, "CHUNK": 0}
+    return config | many | {"SX": 4 if key["k"] == 3 else 2, "CHUNK": 0 if key["c"] <= 128 else 64}
