@@ -36,9 +36,9 @@ def _forward_cells(key: Mapping[str, Any]) -> Config:
     if not _nvidia(key):
         return config | {"SX": 2, "BLOCK_H": 64}
     if exact(key):
-        return config | {"CHUNK": 16, "num_warps": 8}
+        return config | {"SX": 1, "CHUNK": 16}
     if not half(key) and not interpreted:
-        return config | ({"SX": 2, "CHUNK": 0 if key["c"] <= 64 else 32} if key["k"] > 3 else {})
+        return config | {"SX": 2, "CHUNK": 0 if key["c"] <= 64 else 32}
     many = {"BLOCK_H": 64, "BLOCK_O": min(128, wide), "num_warps": 8}
     if key["few"] and not interpreted:
         return config | many | {"SX": 2, "CHUNK": 0 if key["c"] <= 128 else 64}
