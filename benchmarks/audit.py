@@ -32,8 +32,9 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its path, as the tests do
 
-from _audit_cases import DTYPES, OPS, TARGETS, Every, aligned_bytes, suite
+from _audit_cases import OPS, Every, aligned_bytes, suite
 from _audit_code import amd, nvidia, verdict
+from _audit_targets import DTYPES, TARGETS
 
 from mvkernels import files
 from mvkernels.commands import command

@@ -132,7 +132,7 @@ def asked(batch: int = 1, processors: int = PROCESSORS) -> Iterator[Asked]:
                     continue
                 with torch.no_grad():
                     cotangent = torch.empty_like(op.function(**arguments, backend="triton"))
-                for name, call in tune.calls(arguments, op.function, cotangent).items():
+                for name, call in tune.calls(op, arguments, op.function, cotangent).items():
                     for kernel, text, key in tune.asked_by(op, call, done):
                         default = configs.default(op.name, kernel, key)
                         kinds = tune.kinds(configs.candidates_of(op.name, kernel, key), default)
@@ -160,7 +160,7 @@ def prepared(of: Candidate) -> Any:
         arguments = testing.normalised(op, of.arguments())
         held, cotangent = tune.yardstick(op, arguments)
         PREPARED.clear()
-        PREPARED[name] = held, tune.calls(arguments, op.function, cotangent)
+        PREPARED[name] = held, tune.calls(op, arguments, op.function, cotangent)
     return PREPARED[name]
 
 

@@ -51,9 +51,10 @@ class Finding:
 
 
 def calls(
-    arguments: Mapping[str, Any], function: Callable[..., torch.Tensor], cotangent: torch.Tensor
+    op: Op, arguments: Mapping[str, Any], function: Callable[..., torch.Tensor], cotangent: torch.Tensor
 ) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
-    """One call each for the forward alone and for forward and backward, giving all their results."""
+    """One call each of the op's ``function`` for the forward alone and, if its Triton kernels have a backward, for
+    forward and backward, giving all their results."""
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     leaves = testing.with_tensors(arguments, wanted)
 
@@ -66,7 +67,7 @@ def calls(
         grads = torch.autograd.grad(result, list(wanted.values()), cotangent)
         return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
 
-    return {"forward": forward, "backward": backward}
+    return {"forward": forward, "backward": backward} if op.has_backward("triton") else {"forward": forward}
 
 
 def yardstick(op: Op, arguments: Mapping[str, Any]) -> tuple[testing.Yardstick, torch.Tensor]:
@@ -95,7 +96,7 @@ def tune_case(
     held, cotangent = yardstick(op, arguments)
     return [
         _tune_kernel(op, kernel, text, changes, call, held, device, min_time)
-        for call in calls(arguments, op.function, cotangent).values()
+        for call in calls(op, arguments, op.function, cotangent).values()
         for kernel, text, key in asked_by(op, call, done)
         if (changes := to_try(op.name, kernel, key)[:most])
     ]
@@ -105,7 +106,7 @@ def compile_case(op: Op, arguments: Mapping[str, Any], done: set[tuple[str, str]
     """Run what :func:`tune_case` would try once, so that it is compiled."""
     with torch.no_grad():
         cotangent = torch.randn_like(op.function(**arguments, backend="triton"))
-    for call in calls(arguments, op.function, cotangent).values():
+    for call in calls(op, arguments, op.function, cotangent).values():
         for kernel, text, key in asked_by(op, call, done):
             for change in to_try(op.name, kernel, key)[:most]:
                 # What does not compile tune_case refuses, and counts.
@@ -227,15 +228,16 @@ def tune_choice(
 ) -> list[Finding]:
     """Measure the op against the same composed of others, where modules have the choice; as :func:`tune_case`.
 
-    The default is composed. The op is found right by the shared criterion first, and faster by more than the margin.
+    The op is found right by the shared criterion first, and faster by more than the margin.
     """
     if op.composed is None:
         return []
     held, cotangent = yardstick(op, arguments)
-    fused, composed = (calls(arguments, each, cotangent) for each in (op.function, op.composed.function))
+    fused, composed = (calls(op, arguments, each, cotangent) for each in (op.function, op.composed.function))
     findings = []
     for name, call in fused.items():
-        key = configs.key_text(op.composed.key(arguments, name == "backward"))
+        of_call = op.composed.key(arguments, name == "backward")
+        key = configs.key_text(of_call)
         if (f"{op.name}.{op.composed.kernel}", key) in done:
             continue
         done.add((f"{op.name}.{op.composed.kernel}", key))
@@ -245,10 +247,11 @@ def tune_choice(
             times = {which: _graph(each) for which, each in times.items()}
         measured = {which: t.median for which, t in timing.interleave(times, device, min_time=min_time).items()}
         faster = right and measured["fused"] < (1 - MARGIN) * measured["composed"]
-        findings.append(
-            Finding(op.composed.kernel, key, 1, int(not right), measured["composed"] * 1e6,
-                    measured["fused" if faster else "composed"] * 1e6, {"FUSED": 1} if faster else {})
-        )  # fmt: skip
+        default = configs.default(op.name, op.composed.kernel, of_call)["FUSED"]
+        before, best = ("fused" if right and default else "composed"), ("fused" if faster else "composed")
+        change = {} if bool(default) == faster else {"FUSED": int(faster)}
+        us, best_us = (measured[which] * 1e6 for which in (before, best))
+        findings.append(Finding(op.composed.kernel, key, 1, int(not right), us, best_us, change))
     return findings
 
 

@@ -35,10 +35,10 @@ def check(op: str, packed: Any, x: Tensor, size: int) -> None:
         raise ValueError(f"{op}: packed is {found}, want what pack_{op} makes of these weights")
 
 
-def why_not_recorded(*tensors: Any) -> str:
+def why_not_recorded(*tensors: Any, kernel: str = "C++") -> str:
     """Why a kernel without a backward cannot run on these tensors now; empty if it can."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        return "a gradient is recorded, and the C++ kernel has no backward"
+        return f"a gradient is recorded, and the {kernel} kernel has no backward"
     return ""
 
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mvkernels.dispatch import checks, library
-from mvkernels.dispatch.backend import choose
-from mvkernels.dispatch.registry import Op, register
+from mvkernels.dispatch.backend import choose, requested
+from mvkernels.dispatch.registry import Composed, Op, register
 from mvkernels.ops.common import activations
 from mvkernels.ops.common import packed as weights
 from mvkernels.ops.inverted_residual import operators, suite
+from mvkernels.ops.inverted_residual.composed import composed
 from mvkernels.ops.inverted_residual.reference import Weights
 from mvkernels.ops.inverted_residual.reference import inverted_residual as reference
 
 __all__ = ["OP", "inverted_residual", "pack_inverted_residual"]
 
 _NAME = "inverted_residual"
-_KERNELS = (3, 5)
 
 
 def inverted_residual(
@@ -77,8 +78,10 @@ def inverted_residual(
         return reference(*arguments)
     x, expand, depthwise, project, stride, activation, residual, packed = arguments
     if chosen == "triton":
-        weights_of = (*(expand or (None, None)), *depthwise, *project)
-        found: Tensor = operators.forward_triton(x, *weights_of, stride, activations.CODES[activation], residual)
+        if requested(backend) == "auto" and (torch.compiler.is_compiling() or not _faster(*arguments[:-1])):
+            return composed(*arguments)
+        tensors = (*(expand or (None, None)), *depthwise, *project)
+        found: Tensor = operators.forward_triton(x, *tensors, stride, activations.CODES[activation], residual)
         return found
     if packed is None:
         packed = operators.pack(*(expand or (None, None)), *depthwise, *project)
@@ -184,16 +187,26 @@ def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tup
 
 
 def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights) -> str | None:
-    weight = depthwise[0]
-    reason = weights.why_not(weight)
-    if not reason and weight.shape[-1] not in _KERNELS:
-        reason = f"the depthwise kernel is {weight.shape[-1]}, want 3 or 5"
-    return reason
+    return weights.why_not(depthwise[0]) or operators.why_not_kernel(depthwise[0])
 
 
 def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *rest: Any) -> str | None:
     reason = weights.why_not_recorded(x, *(expand or ()), *depthwise, *project, *rest)
     return reason or _why_not_packed(expand, depthwise, project)
+
+
+def _faster(*arguments: Any) -> bool:
+    """Whether the Triton kernel is: measured, or else predicted."""
+    launcher = operators.launcher()
+    found: bool = launcher.faster(launcher.problem_of(*arguments))
+    return found
+
+
+def _block_key(arguments: Mapping[str, Any], grad: bool) -> Mapping[str, Any]:
+    launcher = operators.launcher()
+    names = ("x", "expand", "depthwise", "project", "stride", "activation", "residual")
+    key: Mapping[str, Any] = launcher.block_key(launcher.problem_of(*(arguments[name] for name in names)))
+    return key
 
 
 def _packed(arguments: Mapping[str, Any]) -> Tensor:
@@ -213,5 +226,6 @@ OP = register(
         cost=suite.cost,
         forward_only=frozenset({"cpp", "triton"}),
         pack=_packed,
+        composed=Composed(composed, "block", _block_key),
     )
 )

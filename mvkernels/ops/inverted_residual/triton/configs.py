@@ -10,6 +10,10 @@ With SY > 1 the pixels that a program reads stay in shared memory for all hidden
 is one piece of code: cells are larger, and each value of the expanded map is made 3 or 4 times (stride 1) or 1.6 times
 (stride 2), not 4.5 or 1.7. That takes registers, so it is for half types on NVIDIA, kernels of 3 x 3 and few channels.
 The choices here are those that `make audit` shows to need no spills and to fit shared memory.
+
+``block`` is no kernel: its FUSED says whether a call that names no backend takes the kernel, or PyTorch's convolutions.
+Its key has ``n`` too (pixels of the results, rounded up to a power of two), ``act`` and ``residual``. Where no file
+says what was measured, it is what prediction.py predicts.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, exact, half, heuristic
+from mvkernels.ops.inverted_residual.triton import prediction
+from mvkernels.triton.configs import Config, candidates, exact, half, heuristic
 from mvkernels.triton.maps import lanes
 
 OP = "inverted_residual"
@@ -48,3 +53,19 @@ def _forward_cells(key: Mapping[str, Any]) -> Config:
         across = 4 if key["s"] == 1 and min(key["c"], key["o"]) <= 32 else 2
         return config | {"SY": 2, "SX": across, "CHUNK": 0}
     return config | many | {"SX": 4 if key["k"] == 3 else 2, "CHUNK": 0 if key["c"] <= 128 else 64}
+
+
+@candidates(OP, "forward_cells")
+def _forward_cells_candidates(key: Mapping[str, Any]) -> list[Config]:
+    if not half(key):
+        return []
+    cells = [(1, 2, 32, 4), (1, 4, 32, 4), (1, 2, 64, 8), (1, 4, 64, 8), (2, 2, 32, 4), (2, 2, 64, 8), (2, 4, 32, 4)]
+    # What stays in shared memory has to fit, and what is done at once for it to fit the registers.
+    most = 1 if key["k"] > 3 or key["c"] > 64 or not key["last"] else 2
+    whole = {"CHUNK": 0} if key["c"] <= 128 else {}
+    return [{"SY": sy, "SX": sx, "BLOCK_H": h, "num_warps": warps} | whole for sy, sx, h, warps in cells if sy <= most]
+
+
+@heuristic(OP, "block")
+def _block(key: Mapping[str, Any]) -> Config:
+    return {"FUSED": int(prediction.worthwhile(key, _forward_cells(key)))}

@@ -21,6 +21,11 @@ from mvkernels.triton.tiles import LOG2E, round_tf32
 
 
 @triton.jit
+def _and(values, another):
+    return values + (another,)  # noqa: RUF005 (Triton's tuples have no star)
+
+
+@triton.jit
 def activate(x, ACT: tl.constexpr):
     """The activation of this name; NaN stays NaN."""
     if ACT == "relu":
@@ -75,7 +80,7 @@ def _taps(ptr, h, keep_h, COUNT: tl.constexpr, STEP: tl.constexpr):
     # So many taps of the depthwise kernels of these channels, which lie next to each other.
     taps = ()
     for tap in tl.static_range(COUNT):
-        taps = taps + (_vector(ptr + tap, h, keep_h, STEP, True),)
+        taps = _and(taps, _vector(ptr + tap, h, keep_h, STEP, True))
     return taps
 
 
@@ -96,7 +101,7 @@ def _expanded(
         x = round_tf32(channels(x_ptr, rows, inside, stride, 0, C, C0, LAYOUT, ALIGN, WIDE), PRECISION)
         out = tl.dot(x, tl.trans(w0), input_precision=PRECISION)
         if C1 > 0:
-            x = round_tf32(channels(x_ptr, rows, inside, stride, C0, C - C0, C1, LAYOUT, ALIGN, WIDE), PRECISION)
+            x = round_tf32(channels(x_ptr, rows, inside, stride, C0, C, C1, LAYOUT, ALIGN, WIDE), PRECISION)
             out = tl.dot(x, tl.trans(w1), out, input_precision=PRECISION)
     return out
 
@@ -133,7 +138,7 @@ def _row(
         added = ()
         for place in tl.static_range(SY * SX):
             total = _tap(sums[place], each, taps, DY - place // SX * STRIDE, dx - place % SX * STRIDE, K)
-            added = added + (total,)
+            added = _and(added, total)
         sums = added
     return sums
 
@@ -146,13 +151,13 @@ _INTS = ["xsb", "xsc", "xsy", "xsx", "H", "W", "OH", "OW", "down", "across", "ce
 def forward_cells(
     x_ptr, we_ptr, be_ptr, wd_ptr, bd_ptr, wp_ptr, bp_ptr, o_ptr,
     xsb, xsc, xsy, xsx, H, W, OH, OW, down, across, cells,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HIDDEN: tl.constexpr, O: tl.constexpr, K: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr,
     STRIDE: tl.constexpr, EXPANDS: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
     RESIDUAL: tl.constexpr, ACT: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, AC: tl.constexpr, AH: tl.constexpr,
     AO: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, SY: tl.constexpr,
     SX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    O_BLOCKS: tl.constexpr = (O + BLOCK_O - 1) // BLOCK_O
+    O_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_O - 1) // BLOCK_O
     HALF: tl.constexpr = K // 2
     pid = tl.program_id(0)
     first_o = pid % O_BLOCKS * BLOCK_O
@@ -170,10 +175,10 @@ def forward_cells(
         xsx = xsx.to(tl.int64)
 
     o = first_o + tl.arange(0, BLOCK_O)
-    keep_o = o < O
+    keep_o = o < OUTPUTS
     outs = ()
     for _ in tl.static_range(SY * SX):
-        outs = outs + (tl.zeros([BLOCK, BLOCK_O], tl.float32),)
+        outs = _and(outs, tl.zeros([BLOCK, BLOCK_O], tl.float32))
     for first in range(0, HIDDEN, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
         keep_h = h < HIDDEN
@@ -183,10 +188,10 @@ def forward_cells(
         if EXPANDS and CHUNK == 0:
             w0 = round_tf32(channels(we_ptr, h * C, keep_h, 1, 0, C, C0, 1, AC, False), PRECISION)
             if C1 > 0:
-                w1 = round_tf32(channels(we_ptr, h * C, keep_h, 1, C0, C - C0, C1, 1, AC, False), PRECISION)
+                w1 = round_tf32(channels(we_ptr, h * C, keep_h, 1, C0, C, C1, 1, AC, False), PRECISION)
         sums = ()
         for _ in tl.static_range(SY * SX):
-            sums = sums + (tl.zeros([BLOCK, BLOCK_H], tl.float32),)
+            sums = _and(sums, tl.zeros([BLOCK, BLOCK_H], tl.float32))
         if SY == 1:  # no sum has two rows of its kernel in one: a loop holds what one row takes
             for dy in range(0, K):
                 taps = _taps(wd_ptr + dy * K, h, keep_h, K, K * K)
@@ -211,7 +216,7 @@ def forward_cells(
             if HIDDEN % BLOCK_H != 0:  # of an infinity that no weight asks for, NaN would be left
                 hidden = tl.where(keep_h[None, :], hidden, 0.0)
             hidden = round_tf32(hidden.to(x_ptr.dtype.element_ty), PRECISION)
-            added = added + (tl.dot(hidden, tl.trans(narrow), outs[place], input_precision=PRECISION),)
+            added = _and(added, tl.dot(hidden, tl.trans(narrow), outs[place], input_precision=PRECISION))
         outs = added
 
     bias = _vector(bp_ptr, o, keep_o, 1, BP)
@@ -221,12 +226,12 @@ def forward_cells(
         out = outs[place] + bias[None, :]
         if RESIDUAL:
             rows = corner + ((place // SX + HALF) * xsy + (place % SX + HALF) * xsx)
-            out += channels(x_ptr, rows, there, xsc, first_o, O, BLOCK_O, LX, AX, WIDE).to(tl.float32)
+            out += channels(x_ptr, rows, there, xsc, first_o, OUTPUTS, BLOCK_O, LX, AX, WIDE).to(tl.float32)
         pixel = (oy + place // SX).to(tl.int64) * OW + (ox + place % SX)
         value = out.to(o_ptr.dtype.element_ty)
         if LX == 1:
-            to = tl.multiple_of((batch * area + pixel) * O, AO)[:, None] + o[None, :]
+            to = tl.multiple_of((batch * area + pixel) * OUTPUTS, AO)[:, None] + o[None, :]
             tl.store(o_ptr + to, value, mask=there[:, None] & keep_o[None, :])
         else:
-            to = (batch * O * area + pixel)[None, :] + (o * area)[:, None]
+            to = (batch * OUTPUTS * area + pixel)[None, :] + (o * area)[:, None]
             tl.store(o_ptr + to, tl.trans(value), mask=keep_o[:, None] & there[None, :])

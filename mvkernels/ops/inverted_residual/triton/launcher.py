@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvkernels.ops.common.activations import ACTIVATIONS
 from mvkernels.ops.common.packed import why_not_recorded
-from mvkernels.ops.inverted_residual.triton.plan import BlockProblem, forward_launches
+from mvkernels.ops.inverted_residual.operators import why_not_kernel
+from mvkernels.ops.inverted_residual.triton.configs import OP
+from mvkernels.ops.inverted_residual.triton.plan import BlockProblem, forward_launches, key_of
+from mvkernels.triton import configs
 from mvkernels.triton.launch import INTERPRETED, run, why_not_triton
 from mvkernels.triton.maps import INT32
 
 _NAMES = tuple(ACTIVATIONS)
 _MOST = dict.fromkeys(("float32", "float16", "bfloat16", "tf32"), 1 << 30)
-KERNELS = (3, 5)
 
 
 def why_not(x: Tensor, expand: Any, depthwise: Any, project: Any, *rest: Any) -> str | None:
     """Why the kernel cannot run a call, or None. Takes the op's checked arguments; never raises."""
-    reason = why_not_recorded(x, *(expand or ()), *depthwise, *project) or why_not_triton(x, 1, _MOST)
+    recorded = why_not_recorded(x, *(expand or ()), *depthwise, *project, kernel="Triton")
+    reason = recorded or why_not_triton(x, 1, _MOST) or why_not_kernel(depthwise[0])
     if reason:
         return reason
-    if depthwise[0].shape[-1] not in KERNELS:
-        return f"the depthwise kernel is {depthwise[0].shape[-1]}, want 3 or 5"
     if any(weight.numel() >= INT32 for weight, _ in (expand or depthwise, depthwise, project)):
         return "a weight passes 2**31 elements"
     if x.shape[0] * x.shape[2] * x.shape[3] >= INT32:
@@ -33,14 +34,34 @@ def why_not(x: Tensor, expand: Any, depthwise: Any, project: Any, *rest: Any) ->
 
 
 def problem_of(
-    x: Tensor, hidden: int, outputs: int, kernel: int, stride: int, activation: str | None, expands: bool,
-    residual: bool, biases: tuple[bool, bool, bool],
-) -> BlockProblem:  # fmt: skip
-    """The description of a call on the map x (B, C, H, W)."""
+    x: Tensor,
+    expand: Any,
+    depthwise: tuple[Tensor, Tensor | None],
+    project: tuple[Tensor, Tensor | None],
+    stride: int,
+    activation: str | None,
+    residual: bool,
+) -> BlockProblem:
+    """The description of a call with these arguments of the op."""
+    biases = (expand is not None and expand[1] is not None, depthwise[1] is not None, project[1] is not None)
     return BlockProblem.of(
-        x, [("x", x)], INTERPRETED, hidden=hidden, outputs=outputs, kernel=kernel, stride=stride,
-        activation=activation, expands=expands, residual=residual, biases=biases,
+        x, [("x", x)], INTERPRETED, hidden=depthwise[0].shape[0], outputs=project[0].shape[0],
+        kernel=depthwise[0].shape[-1], stride=stride, activation=activation, expands=expand is not None,
+        residual=residual, biases=biases,
     )  # fmt: skip
+
+
+def block_key(problem: BlockProblem) -> dict[str, Any]:
+    """Under which it is noted whether such a block is faster by the kernel."""
+    pixels = problem.shape[0] * math.prod(problem.after)
+    more = {"act": problem.activation or "", "residual": int(problem.residual), "arch": problem.device.arch}
+    return key_of(problem) | {"n": 1 << (pixels - 1).bit_length()} | more
+
+
+@configs.memo
+def faster(problem: BlockProblem) -> bool:
+    """Whether such a block was measured, or else is predicted, to be faster by the kernel than by PyTorch's own."""
+    return bool(configs.config(OP, "block", problem.device.name, block_key(problem))["FUSED"])
 
 
 def forward(
@@ -58,11 +79,8 @@ def forward(
     """x (B, C, H, W), any strides -> (B, C_out, ceil(H / stride), ceil(W / stride)), dense in the order of x."""
     given = {"we": expand, "be": expand_bias, "wd": depthwise, "bd": depthwise_bias, "wp": project, "bp": project_bias}
     tensors = {name: x if value is None else value.contiguous() for name, value in given.items()} | {"x": x}
-    biases = (expand_bias is not None, depthwise_bias is not None, project_bias is not None)
-    problem = problem_of(
-        x, depthwise.shape[0], project.shape[0], depthwise.shape[-1], stride, _NAMES[activation], expand is not None,
-        residual, biases,
-    )  # fmt: skip
+    pairs = (None if expand is None else (expand, expand_bias), (depthwise, depthwise_bias), (project, project_bias))
+    problem = problem_of(x, *pairs, stride, _NAMES[activation], residual)
     b, o, (height, width) = x.shape[0], project.shape[0], problem.after
     if x.stride(1) == 1:
         out = x.new_empty((b, height, width, o)).permute(0, 3, 1, 2)

@@ -68,7 +68,14 @@ def forward_launches(problem: BlockProblem) -> list[Launch]:
     down, across = -(-after_y // blocks["SY"]), -(-after_x // blocks["SX"])
     cells = batch * down * across
     grid = -(-cells // blocks["BLOCK"]) * -(-outputs // blocks["BLOCK_O"])
-    meta = {"C": channels, "C0": c0, "C1": c1, "HIDDEN": problem.hidden, "O": outputs, "K": problem.kernel}
+    meta: dict[str, Any] = {
+        "C": channels,
+        "C0": c0,
+        "C1": c1,
+        "HIDDEN": problem.hidden,
+        "OUTPUTS": outputs,
+        "K": problem.kernel,
+    }
     meta |= {"STRIDE": problem.stride, "EXPANDS": problem.expands, "RESIDUAL": problem.residual}
     meta |= dict(zip(("BE", "BD", "BP"), problem.biases)) | {"ACT": problem.activation or ""}
     meta |= {"LX": int(last), "AX": low_bit(sb, sy, sx, limit=vector) if last else 1}
