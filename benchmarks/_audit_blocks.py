@@ -105,5 +105,6 @@ def residuals() -> list[Residual]:
         (0, 96, 96, 5, 2, 28, "last", both, "relu6"), (24, 72, 40, 3, 1, 28, "first", both, "gelu"),
         (64, 256, 64, 3, 1, 32, "first", half), (64, 256, 96, 3, 2, 32, "odd", both),
         (0, 64, 64, 3, 1, 32, "odd", half), (20, 76, 36, 3, 2, 28, "last", both),
+        (64, 256, 64, 7, 2, 28, "last", ("bf16", "fp32", "tf32"), "relu"), (64, 256, 64, 1, 1, 28, "last", both),
     ]  # fmt: skip
     return [Residual(*shape) for shape in shapes]

@@ -22,7 +22,8 @@ from mvkernels.dispatch.registry import OPS
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TARGET = "sm_90"
 ROUNDED = 'elementwise_inline_asm "cvt.rna.tf32.f32 '
-STRUCTURE = ("ONE_PASS", "PHASES", "SPLIT", "STAGE", "DX", "DTOKENS", "SAVE", "NORM", "RESIDUAL", "BIAS", "STORE_ROWS")
+STRUCTURE = ("ONE_PASS", "PHASES", "SPLIT", "STAGE", "DX", "DTOKENS", "SAVE", "NORM", "RESIDUAL", "BIAS", "STORE_ROWS",
+             "EXPANDS", "SY")  # fmt: skip
 """Constants of launches that decide which products a kernel has; beside them, whether CHUNK and D1 are 0."""
 
 pytestmark = pytest.mark.skipif(
@@ -121,7 +122,7 @@ def test_every_operand_of_a_product_in_tf32_is_rounded(audit, op, monkeypatch):
     for unit in structures(audit, op):
         assert not unrounded(first_stage(audit, unit, monkeypatch)), unit
         kernels.add(unit.kernel)
-    assert len(kernels) >= 2
+    assert len(kernels) >= (2 if OPS[op].has_backward("triton") else 1)
 
 
 def test_only_tf32_rounds_operands(audit):

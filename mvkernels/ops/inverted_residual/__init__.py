@@ -21,6 +21,7 @@ from mvkernels.ops.inverted_residual.reference import inverted_residual as refer
 __all__ = ["OP", "inverted_residual", "pack_inverted_residual"]
 
 _NAME = "inverted_residual"
+_KERNELS = (3, 5)
 
 
 def inverted_residual(
@@ -187,7 +188,11 @@ def _shapes(expand: Weights | None, depthwise: Weights, project: Weights) -> tup
 
 
 def _why_not_packed(expand: Weights | None, depthwise: Weights, project: Weights) -> str | None:
-    return weights.why_not(depthwise[0]) or operators.why_not_kernel(depthwise[0])
+    weight = depthwise[0]
+    reason = weights.why_not(weight)
+    if not reason and weight.shape[-1] not in _KERNELS:
+        reason = f"the depthwise kernel is {weight.shape[-1]}, want 3 or 5"
+    return reason
 
 
 def _why_not_cpp(x: Tensor, expand: Weights | None, depthwise: Weights, project: Weights, *rest: Any) -> str | None:

@@ -10,13 +10,6 @@ from mvkernels.dispatch import checks, flops, library
 from mvkernels.ops.common.packed import HEADER, wide
 
 _NAME = "inverted_residual"
-_KERNELS = (3, 5)
-
-
-def why_not_kernel(depthwise: Tensor) -> str | None:
-    """Why there is no kernel for a depthwise weight of this size, or None if there is."""
-    kernel = depthwise.shape[-1]
-    return None if kernel in _KERNELS else f"the depthwise kernel is {kernel}, want 3 or 5"
 
 
 def packed_size(expand: Tensor | None, depthwise: Tensor, project: Tensor | None) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mvkernels.ops.common.activations import ACTIVATIONS
 from mvkernels.ops.common.packed import why_not_recorded
-from mvkernels.ops.inverted_residual.operators import why_not_kernel
 from mvkernels.ops.inverted_residual.triton.configs import OP
 from mvkernels.ops.inverted_residual.triton.plan import BlockProblem, forward_launches, key_of
 from mvkernels.triton import configs
@@ -17,15 +16,18 @@ from mvkernels.triton.launch import INTERPRETED, run, why_not_triton
 from mvkernels.triton.maps import INT32
 
 _NAMES = tuple(ACTIVATIONS)
+_MAX_KERNEL = 7
 _MOST = dict.fromkeys(("float32", "float16", "bfloat16", "tf32"), 1 << 30)
 
 
 def why_not(x: Tensor, expand: Any, depthwise: Any, project: Any, *rest: Any) -> str | None:
     """Why the kernel cannot run a call, or None. Takes the op's checked arguments; never raises."""
     recorded = why_not_recorded(x, *(expand or ()), *depthwise, *project, kernel="Triton")
-    reason = recorded or why_not_triton(x, 1, _MOST) or why_not_kernel(depthwise[0])
+    reason = recorded or why_not_triton(x, 1, _MOST)
     if reason:
         return reason
+    if depthwise[0].shape[-1] > _MAX_KERNEL:
+        return f"a depthwise kernel wider than {_MAX_KERNEL}"
     if any(weight.numel() >= INT32 for weight, _ in (expand or depthwise, depthwise, project)):
         return "a weight passes 2**31 elements"
     if x.shape[0] * x.shape[2] * x.shape[3] >= INT32:
