@@ -90,23 +90,27 @@ def calls_page(results: Path) -> str:
 
 
 def shapes(name: str, rows: list[Row]) -> list[str]:
-    """Every shape: this library's median, who was next, and how near the floor."""
+    """Every shape: this library's median, who was next, and how near the floor and, where it was measured, the peak."""
     mine = [row for row in rows if row["speedup_median"]]
     if not mine:
         return []
     lines = [f"## {name}, {mine[0]['device']}\n", f"{where(mine)}, allocator {mine[0]['allocator']}.\n"]
-    lines += [
-        "| shape | batch | dtype | layout | mode | backend | median | 95 % | best peer | times as fast | of the floor |"
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    heads = ["shape", "batch", "dtype", "layout", "mode", "backend", "median", "95 %", "best peer", "times as fast"]
+    heads += ["of the floor"]
+    peak = any(row.get("fraction_of_fma") for row in mine)  # older files have no such column
+    heads += ["of the FMA peak"] * peak
+    lines += [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for r in mine:
         low, high = r.get("median_low_us"), r.get("median_high_us")
         interval = f"{float(low):.4g} to {float(high):.4g}" if low and high else "–"
-        cells = (
+        cells = [
             f"{r['model']} {r['label']}", r["batch"], r["dtype"], r["layout"].replace("_", " "), MODE[r["mode"]],
             r["provider"], f"{float(r['median_us']):.4g} µs", interval, r["best_peer"],
             f"{float(r['speedup_median']):.2f}×", f"{100 * float(r['fraction_of_floor']):.0f} %",
-        )  # fmt: skip
+        ]  # fmt: skip
+        if peak:
+            of_peak = r.get("fraction_of_fma")
+            cells.append(f"{100 * float(of_peak):.0f} %" if of_peak else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines) + "\n"]
 

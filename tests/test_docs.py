@@ -314,6 +314,20 @@ def test_dtypes_are_lines_apart_and_so_are_their_means(tmp_path: Path, monkeypat
         assert f"| **geometric mean of 3 rows** | channels last{shown} | 128 | training step |  | {speedup} |" in text
 
 
+def test_the_peak_is_a_column_where_rows_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import pages
+
+    old = dict.fromkeys(("model", "label", "layout", "provider", "best_peer", "commit", "device", "allocator"), "a")
+    old |= {"capability": "avx2", "threads": "1", "torch": "2", "date": "today", "batch": "1", "dtype": "float32"}
+    old |= {"mode": "fwd", "median_us": "10", "speedup_median": "2", "fraction_of_floor": "1.25"}
+    (text,) = pages.shapes("an_op", [old])
+    assert "| times as fast | of the floor |\n" in text and "| 2.00× | 125 % |\n" in text
+    (text,) = pages.shapes("an_op", [old, old | {"fma_gflop_s": "100", "fraction_of_fma": "0.625"}])
+    assert "| times as fast | of the floor | of the FMA peak |\n" in text
+    assert "| 125 % | – |\n" in text and "| 125 % | 62 % |\n" in text
+
+
 def test_all_who_were_timed_are_named_as_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import _figures

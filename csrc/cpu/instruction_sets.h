@@ -6,6 +6,7 @@
 #include "common/attention.h"
 #include "common/linear_attention.h"
 #include "common/mobile_former.h"
+#include "common/multiply_adds.h"
 #include "conv3x3/conv3x3.h"
 #include "elementwise/elementwise.h"
 #include "inverted_residual/inverted_residual.h"
@@ -28,12 +29,14 @@ struct InstructionSet {
   const InvertedResidualKernels* inverted_residual;
   const Conv3x3Kernels* conv3x3;
   const PointwiseKernels* pointwise;
+  const MultiplyAddsKernels* multiply_adds;
 };
 
-#define MVK_KERNELS(isa)                                                                                \
-  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,              \
-      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels, \
-      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels, &isa::pointwise_kernels
+#define MVK_KERNELS(isa)                                                                                          \
+  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,                        \
+      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels,           \
+      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels, &isa::pointwise_kernels, \
+      &isa::multiply_adds_kernels
 const InstructionSet kInstructionSets[] = {
 // best first
 #if defined(MVK_AVX512)

@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <cstdlib>
+#include <exception>
 
 #include "build_info.h"
 #include "common/linear_attention_op.h"
@@ -22,7 +23,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 11;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 12;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -58,6 +59,34 @@ PyObject* set_poison(PyObject*, PyObject* argument) {
   return PyBool_FromLong(before);
 }
 
+constexpr long long kMostRounds = 1000000000;  // some seconds, in which nothing can interrupt them
+
+// Of the benchmark, which divides them by the time that they take.
+PyObject* multiply_adds(PyObject*, PyObject* args) {
+  long long rounds;
+  int doubles;
+  if (!PyArg_ParseTuple(args, "Lp", &rounds, &doubles)) return nullptr;
+  if (rounds < 0 || rounds > kMostRounds)
+    return PyErr_Format(PyExc_ValueError, "%lld rounds of multiply-adds, want 0 to %lld", rounds, kMostRounds);
+  const MultiplyAdds& kernel = doubles ? current->multiply_adds->doubles : current->multiply_adds->singles;
+  PyThreadState* state = PyEval_SaveThread();
+  std::vector<double> means;
+  bool failed = false;
+  try {
+    means.resize(size_t(threads()));
+    parallel(int64_t(means.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) means[size_t(i)] = kernel.mean(rounds, -0.9, 1.9);
+    });
+  } catch (const std::exception&) {
+    failed = true;
+  }
+  PyEval_RestoreThread(state);
+  if (failed) return PyErr_Format(PyExc_RuntimeError, "mvkernels: torch's threads cannot be used");
+  double mean = 0;  // a result that nobody took would not have to be computed
+  for (double one : means) mean += one / double(means.size());
+  return Py_BuildValue("Ld", rounds * kernel.flops * (long long)(means.size()), mean);
+}
+
 PyMethodDef kMethods[] = {
     {"interface", interface, METH_NOARGS, "interface() -> int: the contract with the Python package."},
     {"build_info", build_info, METH_NOARGS, "build_info() -> str: JSON of compiler, flags, torch, instruction sets."},
@@ -75,6 +104,9 @@ PyMethodDef kMethods[] = {
      "has_module_state(module, parts, addresses) -> bool: whether they are the same objects still."},
     {"sampled", sampled, METH_VARARGS,
      "sampled(stretches) -> int: of bytes at some places of memory, given as pairs of address and size."},
+    {"multiply_adds", multiply_adds, METH_VARARGS,
+     "multiply_adds(rounds, doubles) -> tuple: does rounds of multiply-adds in registers on each of torch's threads; "
+     "their FLOPs, and the mean of their results, which is near 1 after some hundred rounds."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

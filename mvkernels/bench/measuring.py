@@ -182,6 +182,7 @@ def _measure_case(
             floor_us=_us(floor),
             copy_gb_s=round(rates.copy / 1e9, 2),
             matmul_gflop_s=round(rates.matmul / 1e9, 1),
+            fma_gflop_s=None if rates.fma is None else round(rates.fma / 1e9, 1),
             error=provider.error,
             note=provider.note,
         )
@@ -191,7 +192,9 @@ def _measure_case(
             row.median_low_us, row.median_high_us = map(_us, t.interval())
             row.fraction_of_floor = round(floor / t.median, 4)
             row.gb_s = round(sum(cost.bytes for cost in costs) / t.median / 1e9, 3)
-            row.tflop_s = round(sum(cost.flops for cost in costs) / t.median / 1e12, 6)
+            flops = sum(cost.flops for cost in costs) / t.median
+            row.tflop_s = round(flops / 1e12, 6)
+            row.fraction_of_fma = None if rates.fma is None else round(flops / rates.fma, 4)
             row.peak_bytes, row.peak_resident_bytes = peaks.get(provider.name, (None, None))
             wall = timing.wall(timed[provider.name], options.device)
             row.wall_us = None if wall is None else _us(wall)

@@ -66,6 +66,9 @@ class Row:
     triton: str = ""
     wall_us: float | None = None
     """On a GPU: per call, one after another, with what they cost the host (the least of a few tens)."""
+    fma_gflop_s: float | None = None
+    """The measured peak of multiply-adds on a CPU."""
+    fraction_of_fma: float | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:

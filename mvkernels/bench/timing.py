@@ -23,6 +23,8 @@ import torch
 
 SHORTEST_SAMPLE = 100e-6
 """Seconds. Shorter calls are repeated inside a sample, so that reading the clock costs nothing."""
+_ROUNDS = 1_000_000
+"""Of multiply-adds in a sample: some milliseconds, so that threads that begin one after the other run together."""
 _FASTEST_CLOCK = 4e9
 """Cycles a second of a GPU's processors, no fewer than any has: a wait of so many cycles lasts at least as long."""
 
@@ -263,16 +265,24 @@ def _status(key: str) -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine can do in this run, on these threads: the two sides of a floor."""
+    """What the machine can do in this run, on these threads: the two sides of a floor, and a processor's peak."""
 
     copy: float
     """Bytes read and written per second by a large copy."""
     matmul: float
     """FLOP/s of a large square matrix product in the benchmark's dtype."""
+    fma: float | None = None
+    """FLOP/s of multiply-adds in registers, by the kernels' instruction set; None on a GPU or without the extension."""
 
 
 def measure_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Rates:
-    """Copy bandwidth and matrix-product rate, the best of several. Half types on a CPU count as float32."""
+    """Copy bandwidth, matrix-product rate and the peak of multiply-adds, each the best of several short runs.
+
+    Half types on a CPU count as float32, in which the kernels compute them.
+    """
+    # Not at the top: `bench --ab` runs this file with an older checkout's modules, which may not have this one.
+    from mvkernels.dispatch import extension
+
     cuda = torch.device(device).type == "cuda"
     if not cuda and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
@@ -282,7 +292,19 @@ def measure_rates(device: torch.device | str = "cpu", dtype: torch.dtype = torch
     size = 8192 if cuda else 1024
     a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    times = interleave(
-        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, a, out=out)}, device, rounds=15
+    calls: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(source),
+        "matmul": lambda: torch.mm(a, a, out=out),
+    }
+    multiply_adds = None if cuda or extension.module is None else extension.module.multiply_adds
+    flops = 0
+    if multiply_adds is not None:
+        doubles = dtype == torch.float64
+        flops = multiply_adds(1, doubles)[0] * _ROUNDS
+        calls["fma"] = lambda: multiply_adds(_ROUNDS, doubles)
+    times = interleave(calls, device, rounds=15)
+    return Rates(
+        copy=2 * source.numel() * 4 / times["copy"].min,
+        matmul=2 * size**3 / times["matmul"].min,
+        fma=flops / times["fma"].min if flops else None,
     )
-    return Rates(2 * source.numel() * 4 / times["copy"].min, 2 * size**3 / times["matmul"].min)

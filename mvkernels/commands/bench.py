@@ -91,7 +91,10 @@ def report_on(options: Options, files: Files, json: Callable[[Any], None] | None
         bench_plots.roofline(result.rows, files.roofline)
     changes = [] if old is None else bench_compare.compare(old, result.rows, files.tolerance)
     if json is not None:
-        rates = {name: {"copy_b_s": r.copy, "matmul_flop_s": r.matmul} for name, r in result.rates.items()}
+        rates = {
+            name: {"copy_b_s": r.copy, "matmul_flop_s": r.matmul, "fma_flop_s": r.fma}
+            for name, r in result.rates.items()
+        }
         machine = report.machine(options.device)
         machine["threads"] = str(options.threads)
         document = {
@@ -164,7 +167,8 @@ def text(result: Result) -> str:
         f"torch {first.torch}, mvkernels {first.mvkernels} {first.commit}, allocator {first.allocator}",
     ]
     for dtype, rates in result.rates.items():
-        lines.append(f"{dtype}: copy {rates.copy / 1e9:.1f} GB/s, matmul {rates.matmul / 1e9:.0f} GFLOP/s")
+        peak = "" if rates.fma is None else f", multiply-adds {rates.fma / 1e9:.0f} GFLOP/s"
+        lines.append(f"{dtype}: copy {rates.copy / 1e9:.1f} GB/s, matmul {rates.matmul / 1e9:.0f} GFLOP/s{peak}")
     lines.append("")
     shapes = [
         (
@@ -182,6 +186,7 @@ def text(result: Result) -> str:
             None if r.fraction_of_floor is None else f"{100 * r.fraction_of_floor:.0f}%",
             None if r.gb_s is None else f"{r.gb_s:.3g}",
             None if r.tflop_s is None else f"{r.tflop_s:.3g}",
+            None if r.fraction_of_fma is None else f"{100 * r.fraction_of_fma:.0f}%",
             report.megabytes(r.peak_bytes),
             None if r.error is None else f"{r.error:.1e}",
             _clip(r.note),
@@ -189,7 +194,7 @@ def text(result: Result) -> str:
         for r in rows
     ]
     header = ("shape", "batch", "dtype", "channels", "mode", "provider", "median us", "min us", "95 % of median",
-              "x median", "x min", "of floor", "GB/s", "TFLOP/s", "peak MB", "error", "note")  # fmt: skip
+              "x median", "x min", "of floor", "GB/s", "TFLOP/s", "of peak", "peak MB", "error", "note")  # fmt: skip
     lines += [report.table(shapes, header), ""]
     summary = [tuple(s.values()) for s in geomeans(rows)]
     if summary:

@@ -29,7 +29,7 @@ COLUMNS = (
     "date,device,capability,torch,mvkernels,commit,threads,allocator,op,model,label,size_class,batch,dtype,layout,mode,"
     "provider,ok,median_us,min_us,p20_us,p80_us,rounds,speedup_median,speedup_min,best_peer,peak_bytes,"
     "peak_resident_bytes,floor_us,fraction_of_floor,copy_gb_s,matmul_gflop_s,error,note,"
-    "median_low_us,median_high_us,gb_s,tflop_s,triton,wall_us"
+    "median_low_us,median_high_us,gb_s,tflop_s,triton,wall_us,fma_gflop_s,fraction_of_fma"
 )
 
 
@@ -69,6 +69,18 @@ def test_every_mode_is_measured(mode: str) -> None:
             assert row.gb_s == pytest.approx(cost.bytes / row.median_us / 1e3, rel=1e-2)
             assert row.tflop_s == pytest.approx(cost.flops / row.median_us / 1e6, rel=1e-2)
     assert all(row.peak_bytes for row in rows)
+
+
+def test_a_row_says_how_near_the_peak_it_is_where_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = bench.measure(QUICK)
+    assert all(row.fma_gflop_s is None and row.fraction_of_fma is None for row in result.rows)
+    assert "multiply-adds" not in bench_report.text(result)
+    monkeypatch.setattr(timing, "measure_rates", lambda device, dtype: timing.Rates(1e10, 1e11, fma=2e11))
+    result = bench.measure(QUICK)
+    for row in result.rows:
+        assert row.tflop_s and row.fma_gflop_s == 200.0 and row.fraction_of_floor is not None
+        assert row.fraction_of_fma == pytest.approx(row.tflop_s / 0.2, abs=1e-4)
+    assert "matmul 100 GFLOP/s, multiply-adds 200 GFLOP/s" in bench_report.text(result)
 
 
 def test_of_kernels_without_a_backward_the_forward_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

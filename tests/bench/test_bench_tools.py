@@ -25,6 +25,7 @@ from mvkernels.bench import plots as bench_plots
 from mvkernels.bench import timing
 from mvkernels.bench.rows import Row
 from mvkernels.commands import cli
+from mvkernels.dispatch import extension
 from mvkernels.dispatch.registry import OPS, NotOffered
 from mvkernels.ops.common.peers import flex_attention
 
@@ -72,6 +73,60 @@ def test_only_the_second_stage_is_timed() -> None:
     times = timing.interleave({"staged": timing.Staged(prepare)}, rounds=3)["staged"]
     assert min(times.samples) < 0.05
     assert not made  # each that was prepared ran once
+
+
+needs_extension = pytest.mark.skipif(extension.module is None, reason=extension.reason)
+
+
+@needs_extension
+@pytest.mark.parametrize("doubles", [False, True])
+def test_multiply_adds_are_counted_and_stay_numbers(doubles: bool) -> None:
+    module, before = extension.module, torch.get_num_threads()
+    assert module is not None
+    used = module.instruction_set()
+    try:
+        for name in module.instruction_sets():
+            module.set_instruction_set(name)
+            torch.set_num_threads(1)
+            of_one = module.multiply_adds(1, doubles)[0]
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                flops, mean = module.multiply_adds(100_000, doubles)
+                assert flops == 100_000 * threads * of_one > 0 and mean == pytest.approx(1, rel=1e-6)
+    finally:
+        module.set_instruction_set(used)
+        torch.set_num_threads(before)
+    assert module.multiply_adds(0, doubles)[0] == 0
+    for rounds in (-1, 10**9 + 1, 2**62):
+        with pytest.raises(ValueError, match=f"{rounds} rounds of multiply-adds, want 0 to 1000000000"):
+            module.multiply_adds(rounds, doubles)
+    for wrong in (2**70, 1.5):
+        with pytest.raises((OverflowError, TypeError)):
+            module.multiply_adds(wrong, doubles)
+
+
+def test_rates_have_the_peak_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(calls: Any, *_: Any, **__: Any) -> Any:
+        for call in calls.values():
+            call()
+        return {name: timing.Times((2.0,)) for name in calls}  # seconds
+
+    seen: set[tuple[int, bool]] = set()
+
+    class Counted:
+        def multiply_adds(self, rounds: int, doubles: bool) -> tuple[int, float]:
+            seen.add((rounds, doubles))
+            return 100 * rounds, 1.0
+
+    monkeypatch.setattr(timing, "interleave", once)
+    monkeypatch.setattr(extension, "module", Counted())
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        rates = timing.measure_rates(dtype=dtype)
+        assert rates.fma == 50 * timing._ROUNDS and rates.matmul == 2 * 1024**3 / 2
+        assert seen == {(1, dtype == torch.float64), (timing._ROUNDS, dtype == torch.float64)}
+        seen.clear()
+    monkeypatch.setattr(extension, "module", None)
+    assert timing.measure_rates().fma is None
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -134,6 +189,9 @@ def test_files_come_back_as_they_were_and_old_ones_lack_the_new_columns(tmp_path
     bench.write_csv(rows, tmp_path / "a.csv")
     assert bench.read_csv(tmp_path / "a.csv") == rows
     text = (tmp_path / "a.csv").read_text().splitlines()
+    at = text[0].split(",").index("fma_gflop_s")
+    (tmp_path / "old.csv").write_text("\n".join(",".join(line.split(",")[:at]) for line in text[:2]) + "\n")
+    assert bench.read_csv(tmp_path / "old.csv") == [rows[0]]
     at = text[0].split(",").index("median_low_us")
     (tmp_path / "old.csv").write_text("\n".join(",".join(line.split(",")[:at]) for line in (text[0], text[1])) + "\n")
     assert bench.read_csv(tmp_path / "old.csv")[0].median_low_us is None
