@@ -2,6 +2,7 @@
 it errs on this machine, and what it is expected to on any.
 
 Writes results/<device>/numerics.csv, which benchmarks/pages.py puts into docs/numerics.md. Shapes: the small suite's.
+And results/<device>/winograd.csv: the error of each way to compute a 3 x 3 convolution, at each shape of its suite.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 
 import torch
 from _results import folder, write
+from torch.nn.functional import conv2d
 
 from mvkernels import report, testing
 from mvkernels.commands import command
+from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import can_run
 from mvkernels.dispatch.registry import OPS, Op
+from mvkernels.ops import conv3x3
 from mvkernels.verify import DTYPES
 
 
@@ -52,6 +56,36 @@ def measure(op: Op, dtype: str, suite: str, device: str) -> list[dict[str, Any]]
     ]
 
 
+def winograd() -> list[dict[str, Any]]:
+    """A row for each shape of conv3x3, direct and by each of Winograd's algorithms: errors against float64 over the
+    largest value of the result, and over its root mean square, and PyTorch's own."""
+    found: list[dict[str, Any]] = []
+    for case in OPS["conv3x3"].suite("full"):
+        given = case.make(batch=1)
+        maps = [given["x"]] if given.get("beside") is None else [given["x"], given["beside"]]
+        x, (weight, bias), stride = torch.cat(maps, dim=1), (given["weight"], given.get("bias")), given["stride"]
+        exact = conv2d(x.double(), weight.double(), None if bias is None else bias.double(), stride, 1)
+        sizes = (x.shape[1], weight.shape[0], stride, *x.shape[-2:])
+        results = {"pytorch": conv2d(x, weight, bias, stride, 1)}
+        for tile in (0, 2, 4) if stride == 1 else (0,):
+            packed = conv3x3.operators.pack(weight, bias, tile)
+            out = conv3x3.operators.forward(x, None, packed, weight.shape[0], tile, stride, 0, None)
+            results[f"F({tile} x {tile})" if tile else "direct"] = out
+        taken = conv3x3.operators.tile_of(*sizes)
+        for name, out in results.items():
+            error = out.double() - exact
+            found.append(
+                {
+                    "shape": f"{case.model} {case.label}",
+                    "algorithm": name,
+                    "taken": name == (f"F({taken} x {taken})" if taken else "direct"),
+                    "max_error": f"{float(error.abs().max() / exact.abs().max()):.2e}",
+                    "rms_error": f"{float(error.square().mean().sqrt() / exact.square().mean().sqrt()):.2e}",
+                }
+            )
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="small", choices=("small", "full"))
@@ -70,6 +104,12 @@ def main() -> int:
     print(report.table([tuple(row[name] for name in shown) for row in rows], shown))
     if not options.no_file:
         write(rows, folder(options.device) / "numerics.csv")
+    if options.device == "cpu" and extension.module is not None:
+        errors = [{**report.machine(options.device), **row} for row in winograd()]
+        shown = ["shape", "algorithm", "taken", "max_error", "rms_error"]
+        print(report.table([tuple(row[name] for name in shown) for row in errors], shown))
+        if not options.no_file:
+            write(errors, folder(options.device) / "winograd.csv")
     return 0
 
 

@@ -66,12 +66,12 @@ def models_page(results: Path) -> str:
     parts = ["# Performance of whole models\n", "See how fast whole models are, swapped and in other runtimes."]
     parts.append(WRITTEN.format("../"))
     for folder in machines(results):
-        swapped = _figures.models(
-            read(folder / "swapped.csv"), "Whole models of other packages, times as fast as the original", "original",
-            "swapped",
-        )  # fmt: skip
-        if swapped:
-            parts += [f"## Models of other packages, {folder.name}\n", *swapped]
+        for path in (folder / "swapped.csv", *sorted(folder.glob("swapped_*_threads.csv"))):
+            title = "Whole models of other packages, times as fast as the original"
+            swapped = _figures.models(read(path), title, "original", "swapped")
+            several = path.stem.removeprefix("swapped").replace("_", " ")
+            if swapped:
+                parts += [f"## Models of other packages, {folder.name}{several and ',' + several}\n", *swapped]
         parts += every_model(read(folder / "models.csv")) + exports(read(folder / "export.csv"))
         parts += where_time_goes(read(folder / "where.csv"))
     return "\n".join(parts)
@@ -235,6 +235,29 @@ def errors(results: Path) -> str:
     return "\n".join(lines)
 
 
+def winograd(results: Path) -> str:
+    """What each way to compute a 3 x 3 convolution errs at each shape, in a block of the numerics page."""
+    lines = []
+    for folder in machines(results):
+        rows = read(folder / "winograd.csv")
+        if not rows:
+            continue
+        names = list(dict.fromkeys(row["algorithm"] for row in rows))
+        lines += [f"{where(rows)}.", "", f"| shape | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+        for shape in dict.fromkeys(row["shape"] for row in rows):
+            found = {row["algorithm"]: row for row in rows if row["shape"] == shape}
+            cells = []
+            for name in names:
+                row = found.get(name)
+                mark = "**" if row and row["taken"] == "True" else ""
+                cells.append(f"{mark}{row['max_error']} ({row['rms_error']}){mark}" if row else "–")
+            lines.append(f"| {shape} | {' | '.join(cells)} |")
+        lines.append("")
+    if not lines:
+        lines = ["No errors are committed yet: `python benchmarks/numerics.py` takes them.", ""]
+    return "\n".join(lines)
+
+
 def faults(results: Path) -> str:
     """Which planted faults the criterion finds, in a block of the numerics page."""
     lines = []
@@ -262,7 +285,7 @@ def pages(results: Path) -> dict[Path, str]:
     """Every page, and what is to stand in it."""
     numerics = ROOT / "docs" / "numerics.md"
     text = numerics.read_text()
-    for name, block in (("faults", faults(results)), ("errors", errors(results))):
+    for name, block in (("faults", faults(results)), ("errors", errors(results)), ("winograd", winograd(results))):
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
         text = before + begin + block + end + rest.split(end, 1)[1]

@@ -134,6 +134,9 @@ def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str,
                     swap(models["swapped, norms folded"], backend=options.backend, fold_norms=True)
                     models["swapped, inference"] = copy.deepcopy(original)
                     swap(models["swapped, inference"], backend=options.backend, inference=True)
+                    if not options.no_compile:
+                        compiled = Compiled(copy.deepcopy(models["swapped, inference"]))
+                        models["swapped, inference, compiled"] = compiled
                     for who in ("original", "swapped") if "freezing" in options.runtimes else ():
                         models[f"{who}, freezing"] = Compiled(copy.deepcopy(models[who]), frozen_for=image)
                     for runtime in [name for name in options.runtimes if name != "freezing"]:
