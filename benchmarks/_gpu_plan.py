@@ -17,10 +17,11 @@ SHAPES = (
     "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x12_", "294m@224 2x24_",
     "294m@224 2x48_", "294m@224 2x96_", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32",
     "efficientvit_b3@224", "swin_tiny@224 3x32_56x56", "swin_large@384 6x32_96x96",
+    "efficientvit_b1@256",
 )  # fmt: skip
 """The shapes, with channels last, at which times are taken and for which configurations are searched."""
 TUNED = ("patch_attention", "window_attention", "multiscale_linear_attention", "mobile_to_former",
-         "relu_linear_attention", "former_to_mobile", "patch_transformer_layer")  # fmt: skip
+         "relu_linear_attention", "former_to_mobile", "patch_transformer_layer", "inverted_residual")  # fmt: skip
 """The ops for which configurations are searched, in this order."""
 COMPILED = ("mobilevit_s@256", "efficientvit_b1@512 8x16_32", "efficientvit_b1@512 16x16_32", "294m@224 2x24_")
 """The shapes at which torch.compile is a peer too: to compile takes most of the time."""
@@ -34,6 +35,7 @@ COUNTED = {
     "relu_linear_attention": ("channels_last", "16x16_32x32"),
     "multiscale_linear_attention": ("channels_last", "8x16_32x32"),
     "patch_transformer_layer": ("channels_last", "4x36_32"),
+    "inverted_residual": ("channels_last", "32-128-64_128x128_k3_s2", "64-256-64_32x32_k3_s1"),
 }
 """Layout and shapes of each op whose kernels' hardware counters are read, at batch 128."""
 KERNELS = "forward|backward|bias_|norm_ffn|_rows|rows_wide|attend_|_slices|_merge|aggregate|weight_"

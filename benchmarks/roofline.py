@@ -63,6 +63,8 @@ def rows() -> list[dict[str, Any]]:
                     costs = {backward: op.cost(arguments, backward) for backward in (False, True)}
                     for device, peaks in DEVICES.items():
                         for mode, passes in MODES.items():
+                            if any(passes) and not op.has_backward("triton"):
+                                continue
                             what = {"device": device, "op": op.name, "model": case.model, "label": case.label}
                             found.append(
                                 what

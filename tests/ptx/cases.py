@@ -146,6 +146,41 @@ def _unequal(query: tuple[int, ...], value: tuple[int, ...], strides: str, bias:
     return name, strides, (_attention, (1, *query), (1, *value), strides, {"patch_size": 1}, bias)
 
 
+def _block(
+    sizes: tuple[int, ...], strides: str, activation: str | None, expands: bool, biases: bool,
+    dtype: torch.dtype, device: str,
+) -> dict[str, Any]:  # fmt: skip
+    """An inverted residual of a map (2, C, H, W), on weights that keep its variance; the residual where it fits."""
+    inputs, hidden, outputs, kernel, stride, *size = sizes
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        drawn = (
+            torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5,
+            torch.randn(shape[0], generator=generator),
+        )
+        return drawn[0].to(device, dtype), drawn[1].to(device, dtype) if biases else None
+
+    return {
+        "x": testing.make_map((2, inputs, *size), strides, dtype, device, generator),
+        "expand": pair(hidden, inputs, 1, 1) if expands else None,
+        "depthwise": pair(hidden, 1, kernel, kernel),
+        "project": pair(outputs, hidden, 1, 1),
+        "stride": stride,
+        "activation": activation,
+        "residual": stride == 1 and inputs == outputs,
+    }
+
+
+def _residual(
+    *sizes: int, strides: str = "channels_last", activation: str | None = "silu", expands: bool = True,
+    biases: bool = True,
+) -> More:  # fmt: skip
+    channels, (kernel, stride, height, width) = "-".join(map(str, sizes[:3])), sizes[3:]
+    name = f"{channels} {height}x{width} k{kernel}s{stride}{'' if expands else ' alone'}"
+    return name, strides, (_block, sizes, strides, activation, expands, biases)
+
+
 _WIDE = ("2x256 7x7", "contiguous", ({5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)},))
 MORE: dict[str, tuple[More, ...]] = {
     "patch_attention": (
@@ -167,10 +202,20 @@ MORE: dict[str, tuple[More, ...]] = {
     ),
     "mobile_to_former": (_WIDE,),
     "former_to_mobile": (_WIDE,),
+    "inverted_residual": (
+        _residual(48, 80, 24, 3, 2, 13, 11),
+        _residual(24, 40, 72, 3, 1, 6, 9, activation="hardswish"),
+        _residual(80, 48, 80, 3, 1, 7, 5, activation="relu6", biases=False),
+        _residual(32, 72, 20, 5, 1, 9, 8, activation="gelu"),
+        _residual(136, 40, 24, 5, 2, 9, 7, activation="gelu_tanh"),
+        _residual(40, 40, 40, 3, 1, 9, 10, activation="relu", expands=False),
+        _residual(20, 20, 36, 3, 2, 8, 7, strides="contiguous", expands=False, biases=False),
+        _residual(24, 40, 24, 7, 1, 7, 6, strides="sliced", activation=None),
+    ),
 }
 """Groups of unequal sizes with more tokens than one tile; maps of unequal sizes; small, large and clipped windows;
-heads too wide for one tile: (name, strides of the maps, sizes of maps and of tokens by their number of dimensions, or
-what makes the arguments)."""
+heads too wide for one tile; inverted residuals of each kind: (name, strides of the maps, sizes of maps and of tokens by
+their number of dimensions, or what makes the arguments)."""
 
 
 FEW = {
@@ -191,6 +236,17 @@ FEW = {
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
     "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),
     "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8", "4x16_32x32"),
+    "inverted_residual": (
+        "16-32-16 9x7",
+        "k3s2",
+        "24-40-72",
+        "80-48-80",
+        "32-72-20",
+        "136-40-24",
+        "40 9x10",
+        "20-20-36",
+        "k7s1",
+    ),
 }
 """Shapes that are run at every commit: together they launch each kernel."""
 

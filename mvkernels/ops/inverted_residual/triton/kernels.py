@@ -37,9 +37,14 @@ def activate(x, ACT: tl.constexpr):
     elif ACT == "hardswish":
         x = x * tl.maximum(tl.minimum(x * (1.0 / 6.0) + 0.5, 1.0), 0.0)
     elif ACT == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        # x F(x), F = (1 + erf(x / sqrt 2)) / 2, as x / (1 + 2^(x q(x^2))), with q as csrc/cpu/common/activate.h has it:
+        # an erf would take branches.
+        s = tl.minimum(x * x, 28.09)
+        q = (-5.20101784e-09 * s + 3.84683772e-07) * s - 1.14470995e-05
+        q = (q * s + 1.59353680e-04) * s + 9.57040076e-05
+        x = x / (1.0 + tl.exp2(((q * s - 1.04838726e-01) * s - 2.30220715) * x))
     elif ACT == "gelu_tanh":  # 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
-        x = x / (1.0 + tl.exp2(-2.0 * LOG2E * 0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        x = x / (1.0 + tl.exp2((-0.102943240 * (x * x) - 2.30220820) * x))
     return x
 
 

@@ -30,8 +30,8 @@ def why_not(x: Tensor, expand: Any, depthwise: Any, project: Any, *rest: Any) ->
         return f"a depthwise kernel wider than {_MAX_KERNEL}"
     if any(weight.numel() >= INT32 for weight, _ in (expand or depthwise, depthwise, project)):
         return "a weight passes 2**31 elements"
-    if x.shape[0] * x.shape[2] * x.shape[3] >= INT32:
-        return "batch * pixels passes 2**31"
+    if 2 * x.shape[0] * x.shape[2] * x.shape[3] >= INT32:
+        return "batch * pixels passes 2**30"
     return None
 
 
