@@ -43,12 +43,12 @@ def inverted_residual(
         hidden = f(depthwise(f(expand(x))))
         out = project(hidden)  (+ x)
 
-    The hidden map, several times as large as x, stays in the processor's cache. There is no backward: a call that
-    records a gradient is the reference's.
+    The hidden map, several times as large as x, is not stored: on a CPU it stays in the processor's cache, on a GPU in
+    registers. There is no backward: a call that records a gradient is the reference's.
 
     Args:
         x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
-            read in place; others are copied once.
+            read in place; others are copied once on a CPU, and read in place on a GPU.
         expand: (weight, bias) of the expansion, (C_hidden, C, 1, 1) and (C_hidden,) or None; or None where the
             depthwise convolution is the first one.
         depthwise: weight (C_hidden, 1, k, k) with an odd k, and bias (C_hidden,) or None. Its padding is k // 2.
@@ -59,7 +59,8 @@ def inverted_residual(
         packed: what :func:`pack_inverted_residual` made of the same weights, for the C++ backend, which packs them in
             every call otherwise.
         backend: "reference", "cpp", "triton" or "cuda". None takes the fastest one that can run this call (see
-            :mod:`mvkernels.dispatch.backend`).
+            :mod:`mvkernels.dispatch.backend`); on a GPU where the kernel is not expected to be faster, PyTorch's
+            convolutions in the dtype of x.
 
     Returns:
         Feature map (B, C_out, ceil(H / stride), ceil(W / stride)) in the dtype of the inputs (float32, float16,
