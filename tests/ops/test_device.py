@@ -120,7 +120,8 @@ def test_reduce_overhead(name):
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         out = compiled(**arguments, backend="triton")
-        found = torch.autograd.grad(out.square().sum(), tensors_of(arguments).values())
+        recorded = out.requires_grad
+        found = torch.autograd.grad(out.square().sum(), tensors_of(arguments).values()) if recorded else ()
         expected = results(name, arguments, "triton")
         for one, other in zip((out, *found), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

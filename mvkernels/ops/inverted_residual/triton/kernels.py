@@ -5,13 +5,14 @@ channels of theirs, BLOCK_H at a time. The pixels with the same place in their c
 that neighbours are in tiles of their own and the depthwise convolution adds whole tiles: no pixel moves between
 threads, and nothing is indexed. For every place that the kernels of a cell reach, within the cell and around it, one
 product makes the tile of the expanded map, which is activated, set to 0 outside of the map, and added to all sums that
-have a tap there. Nearer to the middle of a cell each is used K * K times, at its rim less: ((SY - 1) STRIDE + K) *
-((SX - 1) STRIDE + K) products stand in for the SY SX STRIDE STRIDE that a map stored between would take.
+have a tap there: ((SY - 1) STRIDE + K) ((SX - 1) STRIDE + K) products for a cell, where a stored map would take SY SX
+STRIDE^2. With SY = 1 no sum uses two rows of its kernel at a time, so the rows are a loop, which takes fewer registers.
 
 In registers: the SY SX tiles of depthwise sums of a block of hidden channels, and those of the result, BLOCK_O
-channels. The expanded map is in no memory. x is read for each block of hidden channels, at each place once, from the
-cache but for the first; the weights once a program; the result is written once. Sums are float32. What the projection
-multiplies is rounded to x's dtype, as its weights are.
+channels. The expanded map is in no memory. With SY > 1 and an expansion the compiler takes the loads of x out of the
+loop over hidden channels and keeps the tiles in shared memory, so each pixel is read once for each place at which a
+cell reaches it; else once more for each block of hidden channels, from the cache. Weights are read once a program, the
+result is written once. Sums are float32. What the projection multiplies is rounded to x's dtype, as its weights are.
 """
 
 import triton
@@ -22,6 +23,7 @@ from mvkernels.triton.tiles import LOG2E, round_tf32
 
 @triton.jit
 def _and(values, another):
+    # A tuple of tiles and one more tile. Tuples are what is indexed by constants alone.
     return values + (another,)  # noqa: RUF005 (Triton's tuples have no star)
 
 
