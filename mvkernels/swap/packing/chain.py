@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mvkernels.swap.packing.plans import Keep, Run, fits, run_of_part
+from mvkernels.swap.packing.plans import Keep, Run, attempted, fits, run_of_part
 from mvkernels.swap.swapped import Swapped
 
 
@@ -33,7 +33,7 @@ class Chain(Swapped):
         for part in self.mvk_chain(self):
             if type(part) is nn.Identity:
                 continue
-            sizes = part.mvk_sizes() if isinstance(part, Swapped) else None
+            sizes = attempted(part.mvk_sizes) if isinstance(part, Swapped) else None
             if sizes is None:
                 return None
             outputs, stride = sizes[0], stride * sizes[1]

@@ -42,7 +42,7 @@ def call(module: Any, x: Any) -> Tensor | None:
 
 def _described(module: Any) -> tuple[int, int, int]:
     """The module's number, its output channels and its stride; zeros if it has no plan."""
-    sizes = module.mvk_sizes()
+    sizes = plans.attempted(module.mvk_sizes)
     if sizes is None or plans.run_for_now(module) is None:
         return 0, 0, 0
     if module not in _numbers:

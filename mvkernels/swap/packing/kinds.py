@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 
 def of_convolution(conv: Any) -> str:
     """The op that does the work of this convolution, "pointwise" or "conv3x3"; "depthwise" for a part of
     "inverted_residual", "widening" if each channel that comes in is that of several; empty if there is none."""
+    if not isinstance(conv, nn.Conv2d):
+        return ""  # what somebody has put in its place
     if conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return ""
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding

@@ -56,7 +56,7 @@ class Plan:
         # Without marks each call would pack anew.
         able = self._marks is not None and not replaced(module.mvk_original, "forward")
         # A partial and not a method of this plan, which would then hold itself.
-        self.run: Run | None = module.mvk_plan(partial(note, self.weights)) if able else None
+        self.run: Run | None = attempted(module.mvk_plan, partial(note, self.weights)) if able else None
 
     def _marks_now(self) -> Any:
         """What shows a change of a tensor that is the same object: other memory or strides (``.data``, ``.to``), its
@@ -84,6 +84,15 @@ class Plan:
             and all(getattr(kind, name) is method for kind, name, method in self._methods)
             and self._set == extension.instruction_set()
         )
+
+
+def attempted(method: Callable[..., Any], *arguments: Any) -> Any:
+    """What a method of a form gives; None where a part is not what the form knows: an adapter, say, in the place of a
+    convolution, which has not its attributes."""
+    try:
+        return method(*arguments)
+    except (AttributeError, TypeError, LookupError):
+        return None
 
 
 def note(weights: list[Tensor], packed: Tensor) -> Tensor:
@@ -129,7 +138,7 @@ def run_of_part(part: Any) -> Run | None:
 
 def adding_run_of_part(part: Any, keep: Keep) -> Run | None:
     """The same plus its input, in a plan whose weights ``keep`` notes; None if the part cannot add it."""
-    return part.mvk_adding_plan(keep) if _as_swapped(part) else None  # type: ignore[no-any-return]
+    return attempted(part.mvk_adding_plan, keep) if _as_swapped(part) else None  # type: ignore[no-any-return]
 
 
 def _as_swapped(part: Any) -> bool:
