@@ -23,7 +23,7 @@ from tests.swap.test_packing_torch import Calls, run, tokens
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 timm = pytest.importorskip("timm")
 
-from timm.layers import ConvMlp, GroupNorm1, Mlp, RelPosBias  # noqa: E402
+from timm.layers import ConvMlp, GroupNorm1, Mlp, RelPosBias, RelPosMlp  # noqa: E402
 from timm.models import (  # noqa: E402
     efficientformer,
     efficientformer_v2,
@@ -222,6 +222,20 @@ def test_maps_that_position_biases_are_not_for_are_the_originals():
     swap(block, inference=True)
     with pytest.raises(RuntimeError, match=r"attn_mask|must match|expanded size|broadcast"):
         run(block, tokens(1, 12, 4, 6))
+
+
+def test_hooks_of_what_makes_position_biases_see_every_call():
+    position = functools.partial(RelPosMlp, window_size=(8, 6), hidden_dim=16)
+    cfg = maxxvit.MaxxVitTransformerCfg(dim_head=4, norm_layer="layernorm2d")
+    block = Calls(maxxvit.TransformerBlock2d(12, 12, 1, rel_pos_cls=position, cfg=cfg)).eval()
+    swap(block, inference=True)
+    x, seen = tokens(*MAP), []
+    assert packings(block, x) > 4
+    part = next(m for m in block.modules() if isinstance(m, RelPosMlp)).mlp.fc1
+    part.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(3):
+        run(block, x)
+    assert len(seen) == 3
 
 
 def test_in_training_it_is_the_original():

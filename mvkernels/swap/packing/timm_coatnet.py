@@ -10,7 +10,7 @@ from timm.models import maxxvit
 from torch import Tensor, nn
 
 from mvkernels.ops.patch_attention import patch_attention
-from mvkernels.swap.eligibility import class_of, drops_attention, not_dense, not_its_own, not_plain
+from mvkernels.swap.eligibility import class_of, drops_attention, not_dense, not_hooked, not_its_own, not_plain
 from mvkernels.swap.families import timm_coatnet
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
@@ -117,7 +117,9 @@ def _changes(position: Any) -> str:
     """Why biases are other ones in the next call; empty if they are not."""
     if position is None:
         return ""
-    reason = not_its_own(position, "get_bias")
+    # What makes the biases is called once: hooks of it want to see every call.
+    hooked = next(filter(None, (not_hooked(part, "a part of it") for part in position.modules())), "")
+    reason = not_its_own(position, "get_bias") or hooked
     return reason or ("it may drop biases" if any(m.training for m in position.modules()) else "")
 
 
