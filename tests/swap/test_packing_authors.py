@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from mvkernels.swap.packing import plans
 from tests import mobile_former_layout as layout
 from tests.swap.conftest import randomise
 from tests.swap.inference import packings
-from tests.swap.test_packing_mobile import close, convolutions, epsilon, statistics, weights
+from tests.swap.test_packing_mobile import check_copies_and_restore, close, convolutions, epsilon, statistics, weights
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 Given = tuple[torch.Tensor, torch.Tensor]
@@ -181,16 +180,7 @@ def test_gradients_training_autocast_and_other_dtypes_take_the_original(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_copies_pickles_and_restored_modules(case):
-    module, given = make(case)
-    kinds, plain = [type(m) for m in module.modules()], call(module, given)
-    report = swap(module, inference=True)
-    packed = call(module, given)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert plans.size(other) == 0
-        assert torch.equal(call(other, given), packed) and plans.size(other) > 0
-    report.restore()
-    assert [type(m) for m in module.modules()] == kinds and plans.size(module) == 0
-    assert torch.equal(call(module, given), plain)
+    check_copies_and_restore(*make(case), call)
 
 
 @pytest.mark.parametrize("case", ["block", "block halves", "first"])

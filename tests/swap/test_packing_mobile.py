@@ -246,9 +246,8 @@ def test_gradients_training_autocast_and_other_dtypes_take_the_original(case):
     same(lambda m: call(m.double(), tuple(t.double() for t in given)))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_copies_pickles_and_restored_modules(case):
-    module, given = make(case)
+def check_copies_and_restore(module, given, call):
+    """Copies and pickles pack anew and give the same; restored, the module is what it was."""
     kinds, plain = [type(m) for m in module.modules()], call(module, given)
     report = swap(module, inference=True)
     packed = call(module, given)
@@ -258,6 +257,11 @@ def test_copies_pickles_and_restored_modules(case):
     report.restore()
     assert [type(m) for m in module.modules()] == kinds and plans.size(module) == 0
     assert torch.equal(call(module, given), plain)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_pickles_and_restored_modules(case):
+    check_copies_and_restore(*make(case), call)
 
 
 @pytest.mark.parametrize("case", CASES)

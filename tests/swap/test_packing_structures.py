@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +17,16 @@ from tests import efficientvit_layout as mit
 from tests.swap import linear_attention
 from tests.swap.conftest import randomise
 from tests.swap.inference import packings
-from tests.swap.test_packing_mobile import call, close, convolutions, epsilon, exact, statistics, weights
+from tests.swap.test_packing_mobile import (
+    call,
+    check_copies_and_restore,
+    close,
+    convolutions,
+    epsilon,
+    exact,
+    statistics,
+    weights,
+)
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 
@@ -171,16 +179,7 @@ def test_gradients_training_and_other_dtypes_take_the_original(case):
 
 @pytest.mark.parametrize("case", [case for case, (*_, count) in CASES.items() if count])
 def test_copies_pickles_and_restored_modules(case):
-    module, given = make(case)
-    kinds, plain = [type(m) for m in module.modules()], call(module, given)
-    report = swap(module, inference=True)
-    packed = call(module, given)
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert plans.size(other) == 0
-        assert torch.equal(call(other, given), packed) and plans.size(other) > 0
-    report.restore()
-    assert [type(m) for m in module.modules()] == kinds and plans.size(module) == 0
-    assert torch.equal(call(module, given), plain)
+    check_copies_and_restore(*make(case), call)
 
 
 @pytest.mark.parametrize("case", ["cvnets", "mit"])

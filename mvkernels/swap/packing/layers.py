@@ -75,6 +75,17 @@ def _tensors(norm: Any) -> tuple[Tensor | None, ...]:
     return norm.running_mean, norm.running_var, norm.weight, norm.bias
 
 
+def not_single(*tensors: Tensor | None) -> str:
+    """Why one of the tensors is not a dense one in float32; empty if each is, or is not there."""
+    for tensor in tensors:
+        reason = "" if tensor is None else not_dense(tensor, "a parameter")
+        if not reason and not _is_single(tensor):
+            reason = "it is not float32"
+        if reason:
+            return reason
+    return ""
+
+
 def _is_single(*tensors: Tensor | None) -> bool:
     return all(t is None or t.dtype == torch.float32 for t in tensors)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_of, name_of, not_dense, not_its_own, not_plain, replaced
+from mvkernels.swap.eligibility import class_of, name_of, not_its_own, not_plain, replaced
 from mvkernels.swap.folding import elementwise
+from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.plans import Keep, Run
 
 _GROUP_NORMS = {("torch.nn.modules.normalization", "GroupNorm"), ("timm.layers.norm", "GroupNorm1")}
@@ -27,10 +27,7 @@ def not_picture_norm(norm: Any) -> str:
     reason = not_plain(norm, kind, "the norm") or replaced(kind, "forward") or not_its_own(norm, "forward")
     if not reason and norm.num_groups != 1:
         reason = "it has more groups"
-    for tensor in (norm.weight, norm.bias) if not reason else ():
-        if tensor is not None and not reason:
-            reason = not_dense(tensor, "the norm") or ("" if tensor.dtype == torch.float32 else "it is not float32")
-    return reason
+    return reason or layers.not_single(norm.weight, norm.bias)
 
 
 def pooled_sum(norm: Any, factors: Tensor | None, keep: Keep) -> Run | None:

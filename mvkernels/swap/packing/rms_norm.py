@@ -9,7 +9,7 @@ import torch
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor
 
-from mvkernels.swap.eligibility import not_dense
+from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
 
 
@@ -18,12 +18,9 @@ def norm_of(norm: Any) -> Callable[..., Tensor] | None:
 
     The result is written over ``x`` if it is told that it may be.
     """
-    if not_own(norm, RMSNorm):
+    if not_own(norm, RMSNorm) or layers.not_single(norm.weight, norm.bias):
         return None
     weight, bias, eps = norm.weight, norm.bias, norm.eps
-    for tensor in (weight, bias):
-        if tensor is not None and (tensor.dtype != torch.float32 or not_dense(tensor, "the norm")):
-            return None
 
     def run(x: Tensor, residual: Tensor | None = None, in_place: bool = False) -> Tensor:
         # One pass over x, where a square and its mean are two.

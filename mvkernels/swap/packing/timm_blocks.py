@@ -124,6 +124,11 @@ class PackingMetaFormerBlock(ScaledBlock):
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
 
 
+def factors_of(scale: Any, kind: type[nn.Module]) -> Tensor | str:
+    """The factors of a layer scale of this class, or why it is another or not plain."""
+    return not_own(scale, kind) or ("it changes its input" if scale.inplace else scale.gamma)
+
+
 class _EfficientFormerBlock(ScaledBlock):
     """What EfficientFormer's two blocks share."""
 
@@ -131,9 +136,7 @@ class _EfficientFormerBlock(ScaledBlock):
     def mvk_scale(block: Any, i: int) -> Tensor | str | None:
         """It always has factors."""
         scale = getattr(block, f"ls{i}")
-        kind = LayerScale if class_of(scale) is LayerScale else LayerScale2d
-        reason = not_own(scale, kind) or ("it changes its input" if scale.inplace else "")
-        return reason or scale.gamma
+        return factors_of(scale, LayerScale if class_of(scale) is LayerScale else LayerScale2d)
 
     @staticmethod
     def mvk_paths(block: Any) -> str:

@@ -10,14 +10,14 @@ from timm.models import maxxvit
 from torch import Tensor, nn
 
 from mvkernels.ops.patch_attention import patch_attention
-from mvkernels.swap.eligibility import class_of, drops_attention, not_dense, not_hooked, not_its_own, not_plain
+from mvkernels.swap.eligibility import class_of, drops_attention, not_hooked, not_its_own, not_plain
 from mvkernels.swap.families import timm_coatnet
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.products import active, not_products
-from mvkernels.swap.packing.timm_blocks import PackingConvMlp
+from mvkernels.swap.packing.timm_blocks import PackingConvMlp, factors_of
 from mvkernels.swap.swapped import Swapped
 from mvkernels.swap.timm_parts import bias_of, qkv_of, scale_of
 
@@ -93,20 +93,15 @@ def _not_norm(norm: Any, channels: int) -> str:
     reason = not_own(norm, LayerNorm2d)
     if not reason and norm.normalized_shape != (channels,):
         reason = f"the norm is over {norm.normalized_shape}"
-    given = [t for t in (norm.weight, norm.bias) if t is not None] if not reason else []
-    strided = next(filter(None, (not_dense(t, "the norm") for t in given)), "")
-    return reason or strided or _not_single(given)
-
-
-def _not_single(tensors: list[Tensor]) -> str:
-    return "" if all(t.dtype == torch.float32 for t in tensors) else "it is not float32"
+    return reason or layers.not_single(norm.weight, norm.bias)
 
 
 def _not_scale(scale: Any) -> str:
     """Why it is neither a scale of the channels nor nothing; empty if it is."""
     if class_of(scale) is nn.Identity:
         return not_plain(scale, nn.Identity, "the scale")
-    return not_own(scale, LayerScale2d) or ("it changes its input" if scale.inplace else _not_single([scale.gamma]))
+    factors = factors_of(scale, LayerScale2d)
+    return factors if isinstance(factors, str) else layers.not_single(factors)
 
 
 def _scale(scale: Any) -> Tensor | None:
