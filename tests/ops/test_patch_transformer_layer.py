@@ -134,9 +134,9 @@ def layers(draw):
     elif lie == "expanded":  # all channels are equal as it is
         pass
     elif kind == "constant":
-        arguments["x"][:, :, ::2] = draw(st.sampled_from([0.0, 3.0]))
+        arguments["x"][:, :, ::2] = draw(st.sampled_from([0.0, 3.0, 3.3, 12345.7]))
     elif kind == "far":
-        arguments["x"].add_(100)
+        arguments["x"].add_(draw(st.sampled_from([100, 12345.7])))
     return arguments
 
 

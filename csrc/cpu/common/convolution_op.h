@@ -56,11 +56,11 @@ const float* packed_weights(const char* op, const Tensor& packed, const Sizes& s
   require(
       packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == packed_count(sizes) &&
           packed.strides()[0] == 1,
-      op, "packed weights of these sizes are wanted");
+      op, "packed is not what its function makes of weights of these sizes");
   const auto* data = static_cast<const float*>(packed.data());
   require(
       !std::memcmp(data, &sizes, sizeof sizes), op,
-      "the weights were packed for other sizes, or for another instruction set");
+      "packed is of other sizes, or was packed under another instruction set");
   return data;
 }
 

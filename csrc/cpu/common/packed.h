@@ -43,7 +43,9 @@ class NextWeights : public Nothing {
       if (then_.from >= then_.to) return {};
       now_ = then_, then_ = {};
     }
-    const Prefetch found{now_.from, (share_ + K - 1) / K};
+    // A line in each step at most: of a stretch that is too long for its tiles, the beginning.
+    const int64_t even = (share_ + K - 1) / K, step = even < 64 ? even : 64;
+    const Prefetch found{now_.from, step};
     now_.from += found.step * K;
     return found;
   }

@@ -23,21 +23,22 @@ static void normalise_rows(
     for (; c < whole; c += W<float>) sum[0] += load<float>(from + c);
     if (left) sum[1] += load_partial<float>(from + whole, left);
     const vf mean = splat(lane_sum<float>(sum[0] + sum[1]) / float(channels));
-    sum[0] = sum[1] = vf{};
+    vf rests = {}, squares = {};
     for (c = 0; c < whole; c += W<float>) {
       const vf d = load<float>(from + c) - mean;
       store<float>(to + c, d);
-      sum[0] += d * d;
+      rests += d, squares += d * d;
     }
     if (left) {
-      // Lanes past the last channel would count as -mean.
-      const vf d = load_partial<float>(from + whole, left) - mean;
-      store<float>(to + whole, d);
-      vf rest = load_partial<float>(to + whole, left);
-      sum[1] += rest * rest;
+      store<float>(to + whole, load_partial<float>(from + whole, left) - mean);
+      const vf d = load_partial<float>(to + whole, left);  // lanes past the last channel would count as -mean
+      rests += d, squares += d * d;
     }
-    const vf scale = splat(1 / std::sqrt(lane_sum<float>(sum[0] + sum[1]) / float(channels) + eps));
-    for (c = 0; c < channels; c += W<float>) store<float>(to + c, load<float>(to + c) * scale);
+    // The mean was rounded, by more than the channels differ where they are nearly equal.
+    const float rest = lane_sum<float>(rests) / float(channels);
+    const float variance = lane_sum<float>(squares) / float(channels) - rest * rest;
+    const vf scale = splat(1 / std::sqrt((variance < 0 ? 0 : variance) + eps)), correction = splat(rest);
+    for (c = 0; c < channels; c += W<float>) store<float>(to + c, (load<float>(to + c) - correction) * scale);
   }
 }
 

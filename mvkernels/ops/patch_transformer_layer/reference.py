@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.ops.common.norms import normalised
 from mvkernels.ops.patch_attention import OP as PATCH_ATTENTION
 
 
@@ -67,11 +68,6 @@ def patch_transformer_layer(
 
 
 def _norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm in float32 at least, in the dtype of the rows.
-
-    Written out: PyTorch's own leaves rounding noise, over a deviation of 0, of rows whose channels are all equal.
-    """
+    """LayerNorm in float32 at least, in the dtype of the rows."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    centred = wide - wide.mean(-1, keepdim=True)
-    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (normed * weight.to(wide.dtype) + bias.to(wide.dtype)).to(rows.dtype)
+    return (normalised(wide, eps) * weight.to(wide.dtype) + bias.to(wide.dtype)).to(rows.dtype)

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from mvkernels.dispatch.checks import lay_as, without_autocast
 from mvkernels.ops.common.activations import ACTIVATIONS
+from mvkernels.ops.common.norms import normalised
 
 Norm = tuple[Tensor | None, Tensor | None]
 
@@ -41,8 +42,7 @@ def pointwise(
     with without_autocast(x.device.type):
         rows = x.to(dtype).permute(0, 2, 3, 1)
         if norm is not None:
-            centred = rows - rows.mean(-1, keepdim=True)
-            rows = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+            rows = normalised(rows, eps)
             factor, shift = map(cast, norm)
             rows = rows if factor is None else rows * factor
             rows = rows if shift is None else rows + shift
