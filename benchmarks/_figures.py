@@ -170,10 +170,11 @@ def machines(results: Path) -> list[Path]:
     return [path for path in found if "-sm-" not in path.name and any(path.glob("*.csv"))]
 
 
-def summary(folder: Path) -> list[str]:
-    """One row an op (float32, all shapes) and one for whole models in each mode: what a machine's files come to."""
+def summary(folder: Path, of_ops: bool = True) -> list[str]:
+    """What a machine's files come to: one row an op (float32, all shapes) unless only whole models are wanted, and
+    one for whole models in each way to run them."""
     lines, sources = [], []
-    for op, *_ in OPS:
+    for op, *_ in OPS if of_ops else ():
         rows = [r for r in read(folder / f"{op}.csv") if r["dtype"] == "float32"]
         mine = [r for r in rows if r["provider"] in OURS and r["speedup_median"]]
         if not mine:
@@ -191,6 +192,7 @@ def summary(folder: Path) -> list[str]:
         ("swapped, compiled", "original, compiled", "the original, compiled"),
         ("swapped", "original, onnx", "the original in ONNX Runtime"),
         ("swapped, inference", "original", "the original"),
+        ("swapped, inference, compiled", "original, compiled", "the original, compiled"),
         ("swapped, inference", "original, onnx", "the original in ONNX Runtime"),
         ("swapped, inference", "original, openvino", "the original in OpenVINO"),
     ):

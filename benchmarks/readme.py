@@ -1,4 +1,4 @@
-"""Writes the README's figures from the CSV files under benchmarks/results: its table, and the picture in docs/.
+"""Writes the README's figures from the CSV files under benchmarks/results: its table of whole models, and the picture in docs/.
 
 The picture is drawn twice, for light and for dark backgrounds. ``--check`` changes nothing and exits with 1 if the
 README or a picture is not what the files say.
@@ -82,7 +82,7 @@ def render(results: Path) -> str:
         "<picture>",
         '  <source media="(prefers-color-scheme: dark)" srcset="docs/figures-dark.svg">',
         '  <img src="docs/figures-light.svg" alt="How many times as fast ops and whole models are">',
-        "</picture>", "", *summary(folder),
+        "</picture>", "", *(summary(folder, of_ops=False) or summary(folder)),
     ]  # fmt: skip
     return BEGIN + "\n".join(lines) + END
 

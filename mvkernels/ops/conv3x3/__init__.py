@@ -37,8 +37,8 @@ def conv3x3(
     ``out = f(conv(x | beside) + bias) + residual``. With a stride of 1 and at least 16 channels on both sides it is
     Winograd's algorithm (arXiv 1509.09308): F(4 x 4, 3 x 3) where C is at least 96 and both sides of the map are at
     least 16, else F(2 x 2, 3 x 3). F(2 x 2) errs up to twice as much as the direct algorithm, F(4 x 4) about three
-    times as much as F(2 x 2). By either, a NaN or an infinity reaches all pixels of the tiles, 2 x 2 or 4 x 4, whose inputs
-    it is among. There is no backward: a call that records a gradient is the reference's.
+    times as much as F(2 x 2). By either, a NaN or an infinity reaches all pixels of the tiles, 2 x 2 or 4 x 4, whose
+    inputs it is among. There is no backward: a call that records a gradient is the reference's.
 
     Args:
         x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is
