@@ -23,7 +23,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 12;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 13;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -98,10 +98,11 @@ PyMethodDef kMethods[] = {
     {"set_poison", set_poison, METH_O,
      "set_poison(on) -> bool: fill fresh buffers with NaN; returns the setting before."},
     {"module_state", module_state, METH_VARARGS,
-     "module_state(module, parts) -> (tuple, bytes): the attributes of a module and of its parts, and their "
-     "addresses."},
+     "module_state(module, parts) -> (tuple, bytes, bytes): the attributes of a module and of its parts, their "
+     "addresses, and the cache lines that has_module_state will read."},
     {"has_module_state", has_module_state, METH_VARARGS,
      "has_module_state(module, parts, addresses) -> bool: whether they are the same objects still."},
+    {"prefetch", prefetch, METH_VARARGS, "prefetch(lines): read the cache lines at these addresses soon."},
     {"sampled", sampled, METH_VARARGS,
      "sampled(stretches) -> int: of bytes at some places of memory, given as pairs of address and size."},
     {"multiply_adds", multiply_adds, METH_VARARGS,

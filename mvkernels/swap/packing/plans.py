@@ -38,7 +38,7 @@ class Plan:
         self._parts = tuple(part for part in module.modules() if part is not module)
         assert extension.module is not None
         # The objects are held, so that none of the addresses comes to be another's.
-        self._objects, self._addresses = extension.module.module_state(module, self._parts)
+        self._objects, self._addresses, lines = extension.module.module_state(module, self._parts)
         # A batch norm's count of what it has seen is no number of the result.
         counts = {id(part._buffers.get("num_batches_tracked")) for part in (module, *self._parts)}
         self._tensors = [x for x in self._objects if isinstance(x, Tensor) and id(x) not in counts]
@@ -53,17 +53,21 @@ class Plan:
         self._memory = [x.detach() for x in plain]
         self._stretches = b"".join(map(_stretch, self._memory))
         self._samples = extension.module.sampled(self._stretches)
+        self._lines = lines + b"".join(map(_lines, self._memory))
         # Without marks each call would pack anew.
         able = self._marks is not None and not replaced(module.mvk_original, "forward")
         # A partial and not a method of this plan, which would then hold itself.
         self.run: Run | None = attempted(module.mvk_plan, partial(note, self.weights)) if able else None
 
-    def _marks_now(self) -> Any:
+    def _marks_now(self) -> int | None:
         """What shows a change of a tensor that is the same object: other memory or strides (``.data``, ``.to``), its
-        version counter (an optimizer's step, ``load_state_dict``, ``copy_``). None if one has no such counter."""
+        version counter (an optimizer's step, ``load_state_dict``, ``copy_``). None if one has no such counter.
+
+        A number of 64 bits for all of them, since nobody has read the former marks meanwhile: they left the caches.
+        """
         tensors = self._tensors
         try:
-            return [*map(_data_ptr, tensors)], [*map(_version, tensors)], [*map(Tensor.stride, tensors)]
+            return hash((*map(_data_ptr, tensors), *map(_version, tensors), *map(Tensor.stride, tensors)))
         except RuntimeError:  # made under torch.inference_mode
             return None
 
@@ -74,11 +78,13 @@ class Plan:
         up to eight places of each tensor. So a change of all values is seen, and one of few may not be: :func:`forget`
         is for these.
         """
+        if extension.module is None:
+            return False
+        extension.module.prefetch(self._lines)
         marks = self._marks_now()
         return (
             marks is not None
             and marks == self._marks
-            and extension.module is not None
             and self._samples == extension.module.sampled(self._stretches)
             and extension.module.has_module_state(module, self._parts, self._addresses)
             and all(getattr(kind, name) is method for kind, name, method in self._methods)
@@ -106,6 +112,12 @@ def _stretch(x: Tensor) -> bytes:
     elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     there = x.numel() and x.data_ptr()  # fully sharded training frees the memory of a parameter between calls
     return struct.pack("=qq", x.data_ptr(), elements * x.element_size() if there else 0)
+
+
+def _lines(x: Tensor) -> bytes:
+    """The cache lines in which a tensor's marks lie, for ``prefetch`` of the extension."""
+    of_tensor, of_storage = x._cdata, x.untyped_storage()._cdata
+    return struct.pack("=6Q", *(of_tensor + 64 * i for i in range(4)), *(of_storage + 64 * i for i in range(2)))
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
