@@ -90,7 +90,8 @@ def patch_transformer_layer(
         ValueError: shapes do not match, dtypes or devices differ, heads does not divide C, patch_size is less than 1,
             C, F, H or W is 0, or the activation is not "silu".
         BackendUnavailable: the backend that was asked for cannot run this call.
-        RuntimeError: ``packed`` is of parameters of other sizes, or was packed under another instruction set.
+        RuntimeError: ``packed`` is of parameters of other sizes, or was packed under another instruction set. It is
+            pointwise's, which is what the C++ kernels multiply by.
     """
     arguments = _check(
         x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, norm2_weight, norm2_bias,
