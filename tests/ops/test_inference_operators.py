@@ -90,7 +90,7 @@ def test_products_of_gated_maps(instruction_set, data, seed, inputs, outputs, re
     generator = torch.Generator().manual_seed(seed)
     shape = (data.draw(st.integers(1, 3)), inputs, data.draw(SIDES), data.draw(SIDES))
     x = make_map(shape, data.draw(st.sampled_from(STRIDES)), generator)
-    gate = torch.rand((shape[0], 2, shape[1]) if shifted else shape[:2], generator=generator)
+    gate = torch.rand((shape[0], 3, shape[1]) if shifted else shape[:2], generator=generator)
     weight, bias = torch.randn(outputs, inputs, generator=generator) * inputs**-0.5, torch.randn(outputs)
     plus = torch.randn((shape[0], outputs, *shape[2:]), generator=generator) if residual else None
     packed = pointwise.pack(weight, bias, False, None, None)
@@ -99,7 +99,8 @@ def test_products_of_gated_maps(instruction_set, data, seed, inputs, outputs, re
 
     def exact(dtype):
         factors = gate.to(dtype)[..., None, None]
-        given = x.to(dtype) * factors[:, 0] + factors[:, 1] if shifted else x.to(dtype) * factors
+        given = x.to(dtype)
+        given = (given - factors[:, 1]) * factors[:, 0] + factors[:, 2] if shifted else given * factors
         made = F.conv2d(given, weight.to(dtype)[..., None, None], bias.to(dtype))
         return {"output": made.relu() + (0 if plus is None else plus.to(dtype))}
 
@@ -108,7 +109,7 @@ def test_products_of_gated_maps(instruction_set, data, seed, inputs, outputs, re
 
 @needs_cpp
 @pytest.mark.parametrize(
-    "wrong", ["before without expansion", "batch", "channels", "kinds", "gate", "gate of three", "gate and norm"]
+    "wrong", ["before without expansion", "batch", "channels", "kinds", "gate", "gate of two", "gate and norm"]
 )
 def test_what_does_not_fit_is_refused(wrong):
     x = torch.randn(2, 8, 5, 5)
@@ -118,7 +119,7 @@ def test_what_does_not_fit_is_refused(wrong):
     product = pointwise.pack(torch.randn(4, 8), None, wrong == "gate and norm", None, None)
     with pytest.raises(RuntimeError):
         if wrong.startswith("gate"):
-            gate = torch.rand(*{"gate": (2, 7), "gate of three": (2, 3, 8), "gate and norm": (2, 8)}[wrong])
+            gate = torch.rand(*{"gate": (2, 7), "gate of two": (2, 2, 8), "gate and norm": (2, 8)}[wrong])
             pointwise.forward(x, product, 4, wrong == "gate and norm", 0.0, 0, None, gate)
         elif wrong in slopes:
             given = torch.randn(slopes[wrong])

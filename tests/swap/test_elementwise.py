@@ -77,34 +77,53 @@ def test_pooled_difference(made, instruction_set):
 @given(maps(), st.sampled_from(INSTRUCTION_SETS), st.booleans())
 def test_pooled_difference_with_the_sum_behind_it(made, instruction_set, of_each_picture):
     x, generator = made
-    # A part of a larger tensor, as the factors of picture_norm are.
+    # A part of a larger tensor.
     factor = torch.randn((x.shape[0] if of_each_picture else 1, 2, x.shape[1]), generator=generator)[:, 0]
-    pooled = F.avg_pool2d(x.double(), 3, 1, 1, count_include_pad=False) - x.double()
-    wanted = x.double() + factor.double()[..., None, None] * pooled
     out = on(instruction_set, elementwise.pooled_difference, x, factor)
     assert out.stride() == x.stride()
-    assert testing.max_error(out, wanted) <= 3e-6 * (1 + float(factor.abs().max()))
+    assert testing.max_error(out, pooled_sum(x, factor)) <= 3e-6 * (1 + float(factor.abs().max()))
+
+
+def pooled_sum(x, factor):
+    pooled = F.avg_pool2d(x.double(), 3, 1, 1, count_include_pad=False) - x.double()
+    return x.double() + factor.double()[..., None, None] * pooled
+
+
+@settings(max_examples=100, deadline=None)
+@given(maps(), st.sampled_from(INSTRUCTION_SETS), st.sampled_from([0.0, 3.3, -1e4]), st.floats(0.01, 300.0))
+def test_pooled_differences_of_maps_far_from_zero(made, instruction_set, mean, most):
+    """The factors of a norm are large where the deviations are small."""
+    x, generator = made
+    x = x / most + mean
+    of_norm = torch.randn((x.shape[0], 3, x.shape[1]), generator=generator) * most
+    of_norm[:, 1] = x.mean((1, 2, 3))[:, None]
+    out = on(instruction_set, elementwise.pooled_difference, x, of_norm)
+    assert out.stride() == x.stride()
+    # The deviations times the factors are of some units, whatever `most` is; the sum is rounded once.
+    far = (x - of_norm[:, 1, 0, None, None, None]).abs().max() * of_norm[:, 0].abs().max()
+    assert testing.max_error(out, pooled_sum(x, of_norm[:, 0])) <= 4e-7 * float(far) + 1.2e-7 * float(out.abs().max())
 
 
 @settings(max_examples=100, deadline=None)
 @given(maps(), st.sampled_from(INSTRUCTION_SETS), st.tuples(st.booleans(), st.booleans()), st.integers(0, 3))
-def test_factors_and_shifts_of_a_norm_over_pictures(made, instruction_set, given_parameters, kind):
+def test_factors_means_and_shifts_of_a_norm_over_pictures(made, instruction_set, given_parameters, kind):
     """Of usual maps, of those far from 0, of constant ones and of one peak among zeros."""
     x, generator = made
     if kind == 1:
-        x += 1000
+        x += 10000
     elif kind == 2:
-        x.fill_(0.7)
+        x.fill_(12345.6)
     elif kind == 3:
         x.zero_()[0, 0, 0, 0] = 1e4
     weight, bias = (torch.randn(x.shape[1], generator=generator) if g else None for g in given_parameters)
     made = on(instruction_set, elementwise.picture_norm, x, weight, bias, 1e-5)
-    assert made.shape == (x.shape[0], 2, x.shape[1])
-    found = x.double() * made[:, 0].double()[..., None, None] + made[:, 1].double()[..., None, None]
+    assert made.shape == (x.shape[0], 3, x.shape[1])
+    factor, mean, shift = made.double()[..., None, None].unbind(1)
+    found = (x.double() - mean) * factor + shift
     parameters = (t if t is None else t.double() for t in (weight, bias))
     exact = torch.native_group_norm(x.double(), *parameters, *x.shape[:2], x.shape[2] * x.shape[3], 1, 1e-5)[0]
-    # Rounded are the variance, the factor, and the factor times the mean.
-    assert testing.max_error(found, exact) <= 4e-7 * float(x.abs().max() * made[:, 0].abs().max()) + 1e-6
+    # Rounded are the variance, the factor and the shift, and no product with what is far from 0.
+    assert testing.max_error(found, exact) <= 4e-7 * float(1 + exact.abs().max())
 
 
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
@@ -130,7 +149,7 @@ def test_threads_divide_nothing_but_units():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         of_norm = elementwise.picture_norm(x, None, None, 1e-5)
-        pooled = elementwise.pooled_difference(x), elementwise.pooled_difference(x, of_norm[:, 0])
+        pooled = elementwise.pooled_difference(x), elementwise.pooled_difference(x, of_norm)
         found.append((elementwise.norm_activation(x, *norm), of_norm, *pooled))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for some in found[1:] for a, b in zip(found[0], some))
@@ -144,6 +163,7 @@ def test_as_operators(layout):
     torch.library.opcheck(elementwise.norm_activation_, (x, *norm))
     torch.library.opcheck(elementwise.pooled_difference, (x,))
     torch.library.opcheck(elementwise.pooled_difference, (x, torch.randn(1, 3)))
+    torch.library.opcheck(elementwise.pooled_difference, (x, torch.randn(2, 3, 3)))
     torch.library.opcheck(elementwise.picture_norm, (x, torch.randn(3), None, 1e-5))
 
 
@@ -153,6 +173,9 @@ def test_raw_operators_refuse_what_they_cannot_index():
     for bad in (x[..., ::2], x.double(), x[0], x[:, :3]):
         with pytest.raises(RuntimeError):
             elementwise.norm_activation(bad, *norm)
+    for bad in (torch.ones(1, 5), torch.ones(2, 4), torch.ones(1, 2, 4), torch.ones(1, 3, 5), torch.ones(1, 8)[:, ::2]):
+        with pytest.raises(RuntimeError, match="factors"):
+            elementwise.pooled_difference(x, bad)
     with pytest.raises(RuntimeError, match="parameters"):
         elementwise.norm_activation(x, torch.zeros(8)[::2], *norm[1:])
 

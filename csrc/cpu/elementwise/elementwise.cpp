@@ -75,12 +75,13 @@ MVK_INLINE void put(float* p, vf x, int64_t left) {
   store_partial<float>(p, x, int(left));
 }
 
-// The sums of up to 3 rows, element by element; past the last element some more are written.
+// The sums of up to 3 rows less `centre`, element by element; past the last element some more are written.
 template <int lines>
-static void add_rows(const float* const* from, int64_t count, float* to) {
+static void add_rows(const float* const* from, float centre, int64_t count, float* to) {
+  const vf m = splat(centre);
   for (int64_t i = 0; i < count; i += W<float>) {
-    vf sum = take(from[0] + i, count - i);
-    for (int line = 1; line < lines; ++line) sum += take(from[line] + i, count - i);
+    vf sum = take(from[0] + i, count - i) - m;
+    for (int line = 1; line < lines; ++line) sum += take(from[line] + i, count - i) - m;
     store<float>(to + i, sum);
   }
 }
@@ -89,15 +90,15 @@ static void add_rows(const float* const* from, int64_t count, float* to) {
 // `step` apart, each with a share.
 template <bool adds, int neighbours>
 MVK_INLINE void difference(
-    const float* sums, float share, const float* in, const float* factor, float* out, int64_t begin, int64_t end,
-    int64_t before, int64_t step) {
+    const float* sums, float share, const float* in, const float* factor, float centre, float* out, int64_t begin,
+    int64_t end, int64_t before, int64_t step) {
   for (int64_t i = begin; i < end; i += W<float>) {
     const float* first = sums + i - before;
     vf sum = load<float>(first);
     if constexpr (neighbours > 1) sum += load<float>(first + step);
     if constexpr (neighbours > 2) sum += load<float>(first + 2 * step);
     const vf x = take(in + i, end - i);
-    vf y = sum * splat(share / float(neighbours)) - x;
+    vf y = sum * splat(share / float(neighbours)) - (x - splat(centre));
     if constexpr (adds) y = x + take(factor + i, end - i) * y;
     put(out + i, y, end - i);
   }
@@ -105,13 +106,13 @@ MVK_INLINE void difference(
 
 template <bool adds>
 static void difference_row(
-    const float* sums, int lines, const float* in, const float* factor, float* out, int64_t count, int64_t width,
-    int64_t step) {
+    const float* sums, int lines, const float* in, const float* factor, float centre, float* out, int64_t count,
+    int64_t width, int64_t step) {
   const float share = 1.0f / float(lines);
-  if (width == 1) return difference<adds, 1>(sums, share, in, factor, out, 0, count, 0, step);
-  difference<adds, 2>(sums, share, in, factor, out, 0, step, 0, step);
-  difference<adds, 3>(sums, share, in, factor, out, step, count - step, step, step);
-  difference<adds, 2>(sums, share, in, factor, out, count - step, count, step, step);
+  if (width == 1) return difference<adds, 1>(sums, share, in, factor, centre, out, 0, count, 0, step);
+  difference<adds, 2>(sums, share, in, factor, centre, out, 0, step, 0, step);
+  difference<adds, 3>(sums, share, in, factor, centre, out, step, count - step, step, step);
+  difference<adds, 2>(sums, share, in, factor, centre, out, count - step, count, step, step);
 }
 
 // The factors of all elements of a row: of a channels-last map those of the channels again and again, of a plane one.
@@ -136,14 +137,15 @@ static void pooled(const Pooled& a, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = m.channels_last ? unit % m.H : 0, rows = m.channels_last ? 1 : m.H;
     if (adds && (unit == begin || first == 0)) fill_factors(a, unit, factor);
+    const float centre = a.centre ? a.centre[unit / (m.channels_last ? m.H : m.C) * a.next] : 0;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t y = first + i, at = unit * m.unit_size() + i * count;
       const float* from[3];
       int lines = 0;
       for (int64_t dy = -1; dy <= 1; ++dy)
         if (y + dy >= 0 && y + dy < m.H) from[lines++] = m.in + at + dy * count;
-      (lines == 3 ? add_rows<3> : lines == 2 ? add_rows<2> : add_rows<1>)(from, count, sums);
-      difference_row<adds>(sums, lines, m.in + at, factor, m.out + at, count, m.W, step);
+      (lines == 3 ? add_rows<3> : lines == 2 ? add_rows<2> : add_rows<1>)(from, centre, count, sums);
+      difference_row<adds>(sums, lines, m.in + at, factor, centre, m.out + at, count, m.W, step);
     }
   }
 }
@@ -152,30 +154,49 @@ static void pooled_difference(const Pooled& a, int64_t begin, int64_t end) {
   (a.factor ? pooled<true> : pooled<false>)(a, begin, end);
 }
 
-// The sum of f(x) over all elements, in parts of so few that floats are exact enough.
-template <class F>
-MVK_INLINE double sum_of(const float* x, int64_t count, const F& f) {
+// The sums of x - centre and of its squares over all elements, in parts of so few that floats are exact enough.
+template <bool squares>
+static void add_up(const float* x, int64_t count, float centre, double* sum, double* of_squares) {
   constexpr int U = 4;
   constexpr int64_t kPart = 16 * U * W<float>;
-  double all = 0;
+  const vf m = splat(centre);
   for (int64_t first = 0; first < count; first += kPart) {
     const int64_t end = count - first < kPart ? count : first + kPart;
-    vf sum[U] = {};
+    vf s[U] = {}, q[U] = {};
     int64_t i = first;
-    for (; i + U * W<float> <= end; i += U * W<float>) MVK_EACH sum[u] += f(load<float>(x + i + u * W<float>));
-    for (; i + W<float> <= end; i += W<float>) sum[0] += f(load<float>(x + i));
-    all += double(lane_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3])));
-    for (; i < end; ++i) all += double(f(splat(x[i]))[0]);
+    for (; i + U * W<float> <= end; i += U * W<float>) {
+      MVK_EACH {
+        const vf d = load<float>(x + i + u * W<float>) - m;
+        s[u] += d;
+        if constexpr (squares) q[u] += d * d;
+      }
+    }
+    for (; i + W<float> <= end; i += W<float>) {
+      const vf d = load<float>(x + i) - m;
+      s[0] += d;
+      if constexpr (squares) q[0] += d * d;
+    }
+    *sum += double(lane_sum<float>((s[0] + s[1]) + (s[2] + s[3])));
+    if constexpr (squares) *of_squares += double(lane_sum<float>((q[0] + q[1]) + (q[2] + q[3])));
+    for (; i < end; ++i) {
+      const float d = x[i] - centre;
+      *sum += double(d);
+      if constexpr (squares) *of_squares += double(d) * double(d);
+    }
   }
-  return all;
 }
 
+// The mean of what is far from 0 loses to rounding what matters after its subtraction. So the second pass takes the mean
+// of deviations from it, which the mean and the variance are corrected by.
 static void moments(const float* x, int64_t count, double* mean, double* variance) {
-  *mean = sum_of(x, count, [](vf v) __attribute__((always_inline)) { return v; }) / double(count);
-  const vf m = splat(float(*mean));
-  const double squares = sum_of(x, count, [&](vf v) __attribute__((always_inline)) { return (v - m) * (v - m); });
-  const double rest = double(float(*mean)) - *mean;  // of rounding the mean
-  *variance = squares / double(count) - rest * rest;
+  double sum = 0, rest = 0, squares = 0;
+  add_up<false>(x, count, 0, &sum, nullptr);
+  const float near = float(sum / double(count));
+  add_up<true>(x, count, near, &rest, &squares);
+  rest /= double(count);
+  *mean = double(near) + rest;
+  const double v = squares / double(count) - rest * rest;
+  *variance = v < 0 ? 0 : v;  // NaN stays
 }
 
 }  // namespace

@@ -31,6 +31,9 @@ struct Pooled {
   Maps maps;
   // Factors of the channels, `next` from picture to picture: the difference times them is added to the map. May be null.
   const float* factor;
+  // A number near those of a picture, as far from picture to picture, which all pixels are taken from first: it cancels
+  // but for what would be rounded off otherwise. May be null.
+  const float* centre;
   int64_t next;
   bool poison;  // fill scratch memory with NaN (tests)
 };

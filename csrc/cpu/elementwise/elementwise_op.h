@@ -10,6 +10,9 @@
 namespace mvk {
 namespace {
 
+// Of what a norm over pictures is to a product: factors of the channels, what is subtracted first, what is added then.
+constexpr int64_t kPlanes = 3;
+
 // Dense in one of the two layouts that convolutions give.
 bool dense(const Tensor& t, bool channels_last) {
   const int64_t *n = t.sizes(), *s = t.strides();
@@ -79,24 +82,25 @@ void norm_activation_(StableIValue* stack, uint64_t, uint64_t) {
   run_norm_activation(x, x, stack + 1);
 }
 
-// (Tensor x, Tensor? factor) -> Tensor; factor (B, C) or (1, C)
+// (Tensor x, Tensor? factor) -> Tensor; factor (B, C) or (1, C), or what picture_norm gives
 void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), factor = take_optional(stack[1]);
   Tensor out = empty_as(x);
-  Pooled a{maps(x, out, "pooled_difference"), nullptr, 0, poison};
+  Pooled a{maps(x, out, "pooled_difference"), nullptr, nullptr, 0, poison};
   if (factor) {
-    const int64_t *n = factor.sizes(), *s = factor.strides();
+    const int64_t *n = factor.sizes(), *s = factor.strides(), axes = factor.dim(), last = axes - 1;
     require(
-        factor.dim() == 2 && (n[0] == a.maps.B || n[0] == 1) && n[1] == a.maps.C && (s[1] == 1 || n[1] == 1) &&
-            factor.dtype() == aoti_torch_dtype_float32(),
+        (axes == 2 || (axes == 3 && n[1] == kPlanes)) && (n[0] == a.maps.B || n[0] == 1) && n[last] == a.maps.C &&
+            (s[last] == 1 || n[last] == 1) && factor.dtype() == aoti_torch_dtype_float32(),
         "pooled_difference", "the factors do not fit");
     a.factor = static_cast<const float*>(factor.data()), a.next = n[0] == 1 ? 0 : s[0];
+    if (axes == 3) a.centre = a.factor + s[1];
   }
   over(a.maps, 8, [&](int64_t i, int64_t j) { current->elementwise->pooled_difference(a, i, j); });
   give(stack, out);
 }
 
-// (Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor (B, 2, C)
+// (Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor (B, 3, C): factors, the mean, what is added then
 void picture_norm(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), weight = take_optional(stack[1]), bias = take_optional(stack[2]);
   const double eps = torch::stable::detail::to<double>(stack[3]);
@@ -104,7 +108,7 @@ void picture_norm(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t C = m.C, count = C * m.H * m.W;
   require(count > 0, "picture_norm", "an axis is empty");
   const float *w = per_channel(weight, C), *b = per_channel(bias, C);
-  Tensor out = empty({m.B, 2, C}, x.dtype());
+  Tensor out = empty({m.B, kPlanes, C}, x.dtype());
   auto* to = static_cast<float*>(out.data());
   const double flops = 4.0 * double(count);
   auto each = [&](int64_t begin, int64_t end) {
@@ -112,10 +116,13 @@ void picture_norm(StableIValue* stack, uint64_t, uint64_t) {
       double mean, variance;
       current->elementwise->moments(m.in + i * count, count, &mean, &variance);
       const double scale = 1 / std::sqrt(variance + eps);
-      float *factor = to + i * 2 * C, *shift = factor + C;
+      // What the mean loses when it is rounded, multiplied like the rest, is in what is added.
+      const float rounded = float(mean);
+      const double rest = mean - double(rounded);
+      float *factor = to + i * kPlanes * C, *centre = factor + C, *shift = centre + C;
       for (int64_t c = 0; c < C; ++c) {
         const double f = scale * (w ? w[c] : 1);
-        factor[c] = float(f), shift[c] = float((b ? b[c] : 0) - mean * f);
+        factor[c] = float(f), centre[c] = rounded, shift[c] = float((b ? b[c] : 0) - rest * f);
       }
     }
   };

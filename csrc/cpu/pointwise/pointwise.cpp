@@ -28,20 +28,29 @@ static void pack(const PointwiseWeights& w) {
   }
 }
 
-// The rows times a gate, plus a shift if there is one.
+// The rows times a gate; if `shifts`, less the centre before, plus the shift then. A factor and a shift alone would cancel on maps
+// that are far from 0, after both were rounded.
+template <bool shifts>
 static void gate_rows(
-    PixelRows from, int64_t count, int64_t channels, const float* gate, const float* shift, float* to, int64_t ld) {
+    PixelRows from, int64_t count, int64_t channels, const float* gate, const float* centre, const float* shift,
+    float* to, int64_t ld) {
   const int64_t whole = channels / W<float> * W<float>;
   const int left = int(channels - whole);
   for (int64_t n = 0; n < count; ++n, to += ld) {
     const float* row = from.from(n).data;
     for (int64_t c = 0; c < whole; c += W<float>) {
-      const vf y = load<float>(row + c) * load<float>(gate + c);
-      store<float>(to + c, shift ? y + load<float>(shift + c) : y);
+      vf y = load<float>(row + c);
+      if constexpr (shifts) y -= load<float>(centre + c);
+      y *= load<float>(gate + c);
+      if constexpr (shifts) y += load<float>(shift + c);
+      store<float>(to + c, y);
     }
     if (!left) continue;
-    const vf y = load_partial<float>(row + whole, left) * load_partial<float>(gate + whole, left);
-    store<float>(to + whole, shift ? y + load_partial<float>(shift + whole, left) : y);
+    vf y = load_partial<float>(row + whole, left);
+    if constexpr (shifts) y -= load_partial<float>(centre + whole, left);
+    y *= load_partial<float>(gate + whole, left);
+    if constexpr (shifts) y += load_partial<float>(shift + whole, left);
+    store<float>(to + whole, y);
   }
 }
 
@@ -61,8 +70,11 @@ static void forward(const Pointwise& a, int64_t begin, int64_t end) {
     };
     PixelRows in = at(a.in);
     if (s.normed) normalise_rows(in.data, in.step, count, s.inputs, float(a.eps), rows, ld);
-    const int64_t at_gate = line / a.H * a.next_gate;
-    if (a.gate) gate_rows(in, count, s.inputs, a.gate + at_gate, a.shift ? a.shift + at_gate : nullptr, rows, ld);
+    const int64_t g = line / a.H * a.next_gate;
+    if (a.shift)
+      gate_rows<true>(in, count, s.inputs, a.gate + g, a.centre + g, a.shift + g, rows, ld);
+    else if (a.gate)
+      gate_rows<false>(in, count, s.inputs, a.gate + g, nullptr, nullptr, rows, ld);
     if (changed) in = {rows, ld};
     rows_product(
         count, s.inputs, s.outputs, in.data, in.step, a.packed + s.weights(), a.packed + s.bias(), a.activation,

@@ -32,8 +32,9 @@ struct Pointwise {
   PointwiseSizes sizes;
   const float* packed;
   PixelMap in, out, residual;  // residual: data are null without
-  // Factors of the input's channels, and what is added then, `next_gate` from picture to picture; may be null, the second also alone.
-  const float *gate, *shift;
+  // Factors of the input's channels, `next_gate` from picture to picture, and what is subtracted from them first and added then. May
+  // be null, the last two also alone.
+  const float *gate, *centre, *shift;
   int64_t next_gate;
   int64_t H, W;
   double eps;  // of the norm

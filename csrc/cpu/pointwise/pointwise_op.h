@@ -54,9 +54,9 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
   require(!gate || !a.sizes.normed, kPointwise, "a gate stands in the place of a norm");
   if (gate) {
     const int64_t parts = gate.dim() == 3 ? gate.sizes()[1] : 1;
-    require(parts == 1 || parts == 2, kPointwise, "a gate (B, C) or (B, 2, C) is wanted");
+    require(parts == 1 || parts == 3, kPointwise, "a gate (B, C) or (B, 3, C) is wanted");
     a.gate = weight(kPointwise, gate, n[0] * parts * n[1]), a.next_gate = parts * n[1];
-    a.shift = parts == 2 ? a.gate + n[1] : nullptr;
+    if (parts == 3) a.centre = a.gate + n[1], a.shift = a.centre + n[1];
   }
   Tensor out = empty_pixels(n[0], a.sizes.outputs, a.H, a.W);
   a.out = pixel_map(kPointwise, out);

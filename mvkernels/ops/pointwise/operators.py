@@ -34,7 +34,8 @@ def _count(x: flops.Shape, packed: Any, outputs: int, *_: Any) -> int:
 _WEIGHTS = "(Tensor weight, Tensor? bias, bool normed, Tensor? norm_weight, Tensor? norm_bias) -> Tensor"
 pack = library.define("cpp", f"{_NAME}_pack", _WEIGHTS, _fake_pack)
 
-# gate (B, C): factors of the channels of x, in the place of a norm; (B, 2, C): factors, and what is added then.
+# gate (B, C): factors of the channels of x, in the place of a norm; (B, 3, C): factors, what is subtracted before they
+# multiply, and what is added then.
 _CALL = "(Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual, "
 _CALL += "Tensor? gate=None) -> Tensor"
 forward = library.define("cpp", _NAME, _CALL, _fake, count=_count)

@@ -41,14 +41,15 @@ _SETTINGS = "Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? conv
 norm_activation = library.define("cpp", "norm_activation", f"(Tensor x, {_SETTINGS} -> Tensor", _like)
 norm_activation_ = library.define("cpp", "norm_activation_", f"(Tensor(a!) x, {_SETTINGS} -> ()", lambda *_: None)
 # The mean of the 3 x 3 neighbours that lie in the map, minus the pixel; x as above. With factors (B, C) or (1, C) of
-# the channels: x plus that difference times them.
+# the channels: x plus that difference times them. With what picture_norm gives, its factors, and less rounding.
 pooled_difference = library.define("cpp", "pooled_difference", "(Tensor x, Tensor? factor=None) -> Tensor", _like)
-# What a GroupNorm with one group multiplies the channels of each picture by, and adds then: (B, 2, C); x as above.
+# What a GroupNorm with one group does to each picture: (B, 3, C) of the factors of the channels, the mean, which is
+# subtracted before they multiply, and what is added then; x as above.
 picture_norm = library.define(
     "cpp",
     "picture_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    lambda x, *_: x.new_empty(x.shape[0], 2, x.shape[1]),
+    lambda x, *_: x.new_empty(x.shape[0], 3, x.shape[1]),
 )
 
 _listeners = (torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack)

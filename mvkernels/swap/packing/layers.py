@@ -21,7 +21,7 @@ Part = tuple[Any, Any, tuple[Any, ...]]
 Convolve = Callable[..., Tensor]
 """Of a map, or of two maps whose channels follow each other, and perhaps another that is added to the result."""
 Multiply = Callable[..., Tensor]
-"""Of a map, and perhaps another that is added to the result. Of a map (not of tokens) also with factors (B, C)."""
+"""Of a map, and perhaps another that is added to the result. Of a map (not of tokens) also with the operator's gate."""
 _LARGE = 2**20
 """Weights of an expansion from which a kernel of its own makes the wide map: the one that does not store it reads them
 again for every few rows, which costs more once a cache does not hold them."""

@@ -1,8 +1,8 @@
 """The halves of PoolFormer's and EfficientFormer's blocks: pooling with the sum behind it, norms over whole pictures.
 
-A GroupNorm with one group multiplies each channel by a factor and adds a shift, and only two numbers in them depend on
-the picture. The mean of neighbours minus the pixel does not see the shift, so ``x + scale * pool(norm(x))`` is x plus
-factors times that difference of x itself. Before products the two are what the pixels are multiplied by and shifted.
+A GroupNorm with one group subtracts a number from a whole picture, multiplies each channel by a factor and adds a
+shift. The mean of neighbours minus the pixel sees neither the number nor the shift, so ``x + scale * pool(norm(x))`` is
+x plus factors times that difference of x itself. Before products all three are what is done to the pixels.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def pooled_sum(norm: Any, factors: Tensor | None, keep: Keep) -> Run | None:
     weight, eps = norm.weight, norm.eps
     if factors is not None:
         weight = keep(factors.detach() if weight is None else factors.detach() * weight.detach())
-    return lambda x: elementwise.pooled_difference(x, elementwise.picture_norm(x, weight, None, eps)[:, 0])
+    return lambda x: elementwise.pooled_difference(x, elementwise.picture_norm(x, weight, None, eps))
 
 
 def gate_of(norm: Any) -> Run | None:
-    """What a GroupNorm of one group multiplies and shifts a dense map by, for a product; None if it is another norm."""
+    """What a GroupNorm of one group does to a dense map, for a product; None if it is another norm."""
     if not_picture_norm(norm):
         return None
     weight, bias, eps = norm.weight, norm.bias, norm.eps
