@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "timm": lambda c: metaformer.MetaFormerBlock(c, mlp_act=nn.GELU, norm_layer=GroupNorm1, layer_scale_init_value=0.5),
     "own": lambda c: PoolFormerBlock(c, 2.0, 0.0, 0.5),
 }
+NORMS = {"timm": ("norm1", "norm2"), "own": ("norm1", "norm2")}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -69,6 +70,27 @@ def test_maps_that_are_hard_to_normalise(name, channels, kind):
     for layout in LAYOUTS:
         found = run(packed, x.contiguous(memory_format=layout))
         assert float((found - wanted).abs().max()) <= 3 * error + 4e-7 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_parameters_that_are_not_finite(name, at, parameter, value):
+    """The pooling cancels the bias of the norm before it, though not if that is NaN or infinite."""
+    plain = block(name)
+    packed = copy.deepcopy(plain)
+    swap(packed, inference=True)
+    x = tokens(2, 12, 7, 9)
+    torch.testing.assert_close(run(packed, x), run(plain, x), rtol=1e-4, atol=1e-5)
+    norms = [getattr(each.module, NORMS[name][at]) for each in (plain, packed)]
+    for bad in (value, 0.5):  # and back
+        for norm in norms:
+            with torch.no_grad():
+                getattr(norm, parameter)[2] = bad
+        found, wanted = run(packed, x), run(plain, x)
+        assert wanted.isfinite().all() == (bad == 0.5)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -27,7 +27,13 @@ def not_picture_norm(norm: Any) -> str:
     reason = not_plain(norm, kind, "the norm") or replaced(kind, "forward") or not_its_own(norm, "forward")
     if not reason and norm.num_groups != 1:
         reason = "it has more groups"
-    return reason or layers.not_single(norm.weight, norm.bias)
+    given = [t for t in (norm.weight, norm.bias) if t is not None] if not reason else []
+    reason = reason or layers.not_single(*given)
+    # NaN in a bias reaches every result of the original, and not those of factors without the bias. A change of the
+    # parameters has the plan made anew, so this is seen to once.
+    if not reason and not all(t.is_cpu and bool(t.isfinite().all()) for t in given):
+        reason = "a parameter is not finite"
+    return reason
 
 
 def pooled_sum(norm: Any, factors: Tensor | None, keep: Keep) -> Run | None:
