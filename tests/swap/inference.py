@@ -35,8 +35,8 @@ def picture(model: nn.Module, side: int = 64, batch: int = 1) -> torch.Tensor:
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         out = model(x)
-    if isinstance(out, torch.Tensor):
-        return out
+    if isinstance(out, (torch.Tensor, tuple)):
+        return out if isinstance(out, torch.Tensor) else out[0]
     return out.sample if hasattr(out, "sample") else out.logits
 
 

@@ -41,13 +41,29 @@ def places(model: nn.Module) -> list[tuple[str, str]]:
     return [*found.values()]
 
 
-NAMES = ["mobilevit_xxs", "efficientvit_b0", "coatnet_pico_rw_224", "poolformer_s12"]
+NAMES = ["mobilevit_xxs", "efficientvit_b0", "coatnet_pico_rw_224", "poolformer_s12", "transformers' PoolFormer"]
+
+
+class Logits(nn.Module):
+    """Of a model of transformers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits  # type: ignore[no-any-return]
 
 
 def example(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    settings = {"img_size": 64} if "coatnet" in name else {}
-    model = randomise(timm.create_model(name, num_classes=5, **settings))
+    if name.startswith("transformers"):
+        from tests.swap import test_packing_poolformer
+
+        model: nn.Module = Logits(test_packing_poolformer.model())
+    else:
+        settings = {"img_size": 64} if "coatnet" in name else {}
+        model = randomise(timm.create_model(name, num_classes=5, **settings))
     return model, torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 

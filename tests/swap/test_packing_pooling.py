@@ -13,8 +13,9 @@ from mvkernels.dispatch import extension
 from mvkernels.swap import swap
 from mvmodels.poolformer import PoolFormerBlock
 from tests.swap.conftest import randomise
+from tests.swap.every_family import tensor
 from tests.swap.inference import packings
-from tests.swap.test_packing_torch import Calls, run, tokens
+from tests.swap.test_packing_torch import Calls, tokens
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 timm = pytest.importorskip("timm")
@@ -22,11 +23,21 @@ timm = pytest.importorskip("timm")
 from timm.layers import GroupNorm1  # noqa: E402
 from timm.models import metaformer  # noqa: E402
 
+
+def poolformer_layer(channels: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.poolformer.modeling_poolformer import PoolFormerLayer
+
+    config = transformers.PoolFormerConfig()
+    return PoolFormerLayer(config, channels, 3, channels, 2 * channels, 0.0)  # type: ignore[no-any-return]
+
+
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "timm": lambda c: metaformer.MetaFormerBlock(c, mlp_act=nn.GELU, norm_layer=GroupNorm1, layer_scale_init_value=0.5),
     "own": lambda c: PoolFormerBlock(c, 2.0, 0.0, 0.5),
+    "transformers": poolformer_layer,
 }
-NORMS = {"timm": ("norm1", "norm2"), "own": ("norm1", "norm2")}
+NORMS = {"timm": ("norm1", "norm2"), "own": ("norm1", "norm2"), "transformers": ("before_norm", "after_norm")}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
@@ -46,6 +57,11 @@ MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a peak among zeros": lambda x: peaked(torch.zeros_like(x)),
     "pictures of two kinds": lambda x: x + torch.tensor([0.0, 1e4]).view(2, 1, 1, 1),
 }
+
+
+def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return tensor(model(x))
 
 
 def block(name: str, channels: int = 12) -> nn.Module:

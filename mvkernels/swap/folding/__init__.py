@@ -23,6 +23,7 @@ from mvkernels.swap.swapped import Swapped, packing, swapped_class
 _CALLERS = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTConvLayer"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitConvEmbeddings"): "transformers",
+    ("transformers.models.poolformer.modeling_poolformer", "PoolFormerPooling"): "transformers",
     ("timm.layers.conv_bn_act", "ConvNormAct"): "timm",
     ("timm.models.efficientvit_mit", "ConvNormAct"): "timm",
     ("timm.models.efficientformer", "ConvMlpWithNorm"): "timm",
@@ -56,6 +57,8 @@ _PACKED = {
     ("transformers.models.mobilevit.modeling_mobilevit", "MobileViTInvertedResidual"): "transformers",
     ("transformers.models.levit.modeling_levit", "MLPLayerWithBN"): "transformers",
     ("transformers.models.levit.modeling_levit", "LevitMLPLayer"): "transformers",
+    ("transformers.models.poolformer.modeling_poolformer", "PoolFormerLayer"): "transformers_poolformer",
+    ("transformers.models.poolformer.modeling_poolformer", "PoolFormerOutput"): "transformers_poolformer",
     ("torchvision.ops.misc", "MLP"): "torchvision",
     ("torchvision.models.swin_transformer", "SwinTransformerBlock"): "torchvision",
     ("diffusers.models.normalization", "RMSNorm"): "diffusers",

@@ -8,12 +8,13 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import efficientformer, efficientformer_v2, efficientvit_mit, levit, metaformer, tiny_vit
 from torch import Tensor, nn
 
-from mvkernels.swap.eligibility import class_of, not_plain, replaced, unusual_call
+from mvkernels.swap.eligibility import class_of, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, alone, both
 from mvkernels.swap.folding.pairs import FoldingPair
+from mvkernels.swap.folding.pooling import FoldingPooling
 from mvkernels.swap.packing import layers
-from mvkernels.swap.packing.plans import Keep, Run, not_now
+from mvkernels.swap.packing.plans import Keep, Run
 
 
 class FoldingConvNormAct(Folding):
@@ -101,26 +102,6 @@ class FoldingLevitConvNorm(FoldingPair):
     """LeViT's ``ConvNorm`` whose convolution does the work of its norm."""
 
     mvk_pairs = (("linear", "bn"),)
-
-
-class FoldingPooling(Folding):
-    """The token mixer of EfficientFormer and PoolFormer in one pass."""
-
-    @classmethod
-    def mvk_why_not(cls, module: nn.Module) -> str:
-        """Why such a module has nothing to fold; empty if it has."""
-        return elementwise.not_neighbours(getattr(module, "pool", None))
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """As the original's."""
-        reason = (
-            not_now()
-            or unusual_call(x)
-            or elementwise.not_fit(x)
-            or elementwise.not_neighbours(self.pool)
-            or replaced(self.mvk_original, "forward")
-        )
-        return self.mvk_original.forward(self, x) if reason else elementwise.pooled_difference(x)
 
 
 class FoldingBatchNormAct2d(Folding):

@@ -1,4 +1,4 @@
-"""transformers' MobileViT: the batch norm of a convolution layer, folded at inference."""
+"""transformers: batch norms of MobileViT and LeViT, folded at inference; PoolFormer's pooling."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 from transformers.models.levit.modeling_levit import LevitConvEmbeddings
 from transformers.models.mobilevit.modeling_mobilevit import MobileViTConvLayer
+from transformers.models.poolformer.modeling_poolformer import PoolFormerPooling
 
 from mvkernels.swap.folding.forms import Folding, both
 from mvkernels.swap.folding.pairs import FoldingPair
+from mvkernels.swap.folding.pooling import FoldingPooling
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.plans import Keep, Run
 
@@ -40,4 +42,8 @@ class FoldingLevitConvEmbeddings(FoldingPair):
     mvk_pairs = (("convolution", "batch_norm"),)
 
 
-FORMS = {MobileViTConvLayer: FoldingConvLayer, LevitConvEmbeddings: FoldingLevitConvEmbeddings}
+FORMS = {
+    MobileViTConvLayer: FoldingConvLayer,
+    LevitConvEmbeddings: FoldingLevitConvEmbeddings,
+    PoolFormerPooling: FoldingPooling,
+}

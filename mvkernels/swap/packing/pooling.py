@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from mvkernels.swap.eligibility import class_of, name_of, not_its_own, not_plain, replaced
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
+from mvkernels.swap.packing.blocks import not_own
 from mvkernels.swap.packing.plans import Keep, Run
 
-_GROUP_NORMS = {("torch.nn.modules.normalization", "GroupNorm"), ("timm.layers.norm", "GroupNorm1")}
+_GROUP_NORMS = {
+    ("torch.nn.modules.normalization", "GroupNorm"),
+    ("timm.layers.norm", "GroupNorm1"),
+    ("transformers.models.poolformer.modeling_poolformer", "PoolFormerGroupNorm"),
+}
+
+
+def pools(mixer: Any, kind: type[nn.Module]) -> bool:
+    """Whether a token mixer of this class is the mean of 3 x 3 neighbours minus the pixel, of its ``pool``."""
+    return not (not_own(mixer, kind) or elementwise.not_neighbours(getattr(mixer, "pool", None)))
 
 
 def not_picture_norm(norm: Any) -> str:

@@ -101,6 +101,7 @@ class ScaledBlock(Swapped):
     mvk_axes: int | None = None
     mvk_calls: tuple[str, ...] = ("norm1", "token_mixer")
     mvk_mixer: str = "token_mixer"
+    mvk_norms: tuple[str, str] = ("norm1", "norm2")
 
     @staticmethod
     def mvk_products(block: Any) -> Sequence[Part]:
@@ -136,7 +137,7 @@ class ScaledBlock(Swapped):
         if any(s is not None and (s.dtype != torch.float32 or not_dense(s, "the scale")) for s in (first, last)):
             return None
         parts = self.mvk_products(self)
-        norm1, mixer, norm2 = getattr(self, "norm1", None), getattr(self, self.mvk_mixer), getattr(self, "norm2", None)
+        mixer, (norm1, norm2) = getattr(self, self.mvk_mixer), (getattr(self, name, None) for name in self.mvk_norms)
         inside = norm2 is not None and bool(parts) and not not_norm(norm2, parts[0][0])
         feed = products(parts, keep, norm2 if inside else None, last)
         if feed is None:

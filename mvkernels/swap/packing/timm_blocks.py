@@ -17,6 +17,7 @@ from mvkernels.swap.packing.blocks import not_own
 from mvkernels.swap.packing.kinds import of_convolution
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.plans import Keep, Run
+from mvkernels.swap.packing.pooling import pools
 from mvkernels.swap.packing.products import (
     Products,
     ScaledBlock,
@@ -100,7 +101,7 @@ class PackingMetaFormerBlock(ScaledBlock):
     @staticmethod
     def mvk_pools(block: Any) -> bool:
         """PoolFormer's does."""
-        return _pools(block.token_mixer, metaformer.Pooling)
+        return pools(block.token_mixer, metaformer.Pooling)
 
     @staticmethod
     def mvk_products(block: Any) -> Sequence[Part]:
@@ -144,17 +145,13 @@ class _EfficientFormerBlock(ScaledBlock):
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
 
 
-def _pools(mixer: Any, kind: type[nn.Module]) -> bool:
-    return not (not_own(mixer, kind) or elementwise.not_neighbours(getattr(mixer, "pool", None)))
-
-
 class PackingMetaBlock2d(_EfficientFormerBlock):
     """EfficientFormer's ``MetaBlock2d``."""
 
     @staticmethod
     def mvk_pools(block: Any) -> bool:
         """It does."""
-        return _pools(block.token_mixer, efficientformer.Pooling)
+        return pools(block.token_mixer, efficientformer.Pooling)
 
     @staticmethod
     def mvk_products(block: Any) -> Sequence[Part]:

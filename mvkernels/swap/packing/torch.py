@@ -64,12 +64,18 @@ class PackingConv2d(Swapped):
         return run
 
 
-_ANY_LAYOUT = ("timm", "mvmodels", "diffusers.models.autoencoders.autoencoder_dc")
+_ANY_LAYOUT = (
+    "timm",
+    "mvmodels",
+    "diffusers.models.autoencoders.autoencoder_dc",
+    "transformers.models.poolformer.modeling_poolformer",
+)
 """Packages and files that take maps in any layout."""
 
 
 class PackingConv2dAnyLayout(PackingConv2d):
-    """A ``Conv2d`` in a model of timm, of mvmodels or in DC-AE, which so get channels-last maps."""
+    """A ``Conv2d`` in a model of timm or mvmodels, in DC-AE or transformers' PoolFormer, which so get channels-last
+    maps."""
 
     mvk_any_layout = True
 
