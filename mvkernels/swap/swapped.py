@@ -15,9 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from mvkernels.swap.eligibility import log_once
 from mvkernels.swap.packing import compiled
-from mvkernels.swap.packing.plans import Keep, Run, run_of
+from mvkernels.swap.packing.plans import Keep, Run, called
 
 _made: dict[tuple[type, type], type[nn.Module]] = {}
 
@@ -41,8 +40,11 @@ class Swapped:
     mvk_axes: int | None = 4
     """Axes of the input of such calls; None for any number from two on."""
     mvk_beside: tuple[int, ...] = ()
-    """Axes of the other tensors that such calls take, each with the batch in front. Graphs of torch.compile have the
-    module's own operations in them if there are any."""
+    """Axes of the other tensors that such calls take, each with the batch in front."""
+    mvk_any_layout: bool = True
+    """Whether such calls take maps in any layout, or channels-last ones alone."""
+    mvk_keeps_layout: bool = False
+    """Whether maps come out laid out as they went in; they are channels-last if not."""
     mvk_runs: str = "forward"
     """The method of the module that its plan does the work of."""
     mvk_calls: tuple[str, ...] | None = ()
@@ -74,9 +76,12 @@ class Swapped:
         return None
 
     def mvk_sizes(self) -> tuple[int, int] | None:
-        """The channels of the result and the stride, by which the sides of a map are divided and rounded up.
+        """The channels of the result and the stride, by which the sides of a map are divided and rounded up, or down if
+        it is negative.
 
-        None if they are not known: graphs of torch.compile then have the module's own operations in them.
+        ``SAME`` in the place of the channels stands for the input's, ``ROWS`` in the place of the stride for a result
+        that is no map. None if they are not known: graphs of torch.compile then have the module's own operations in
+        them. Dynamo traces this method, and guards what it reads.
         """
         return None
 
@@ -108,18 +113,10 @@ def packing(form: type) -> type:
             given = args if kwargs else form.mvk_tensors(*args)  # type: ignore[attr-defined]
             if len(given) == 1 + len(beside) and not kwargs:
                 if not torch.compiler.is_compiling():
-                    run = run_of(self, *given)
-                    if run is not None:
-                        try:
-                            return run(*given)
-                        except RuntimeError as error:  # for what does not fit the original has the words
-                            out = unpacked(self, *args)
-                            log_once(self, f"on packed weights: {error}")
-                            return out
-                elif not beside:
-                    out = compiled.call(self, given[0])
-                    if out is not None:
-                        return out
+                    return called(self, unpacked, given, args)
+                out = compiled.call(self, *given)
+                if out is not None:
+                    return out
             return unpacked(self, *args, **kwargs)
 
         plans = form.mvk_plan is not Swapped.mvk_plan  # type: ignore[attr-defined]

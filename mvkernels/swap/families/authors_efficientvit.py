@@ -75,7 +75,12 @@ class SwappedAuthorsLiteMLA(Swapped):
     """A ``LiteMLA`` that calls :func:`mvkernels.multiscale_linear_attention` between its projections."""
 
     mvk_calls = ("qkv", "proj")  # on channels-last maps their convolutions can do without a plan of this module
+    mvk_keeps_layout = True
     mvk_methods = ("_conv_forward", *_METHODS)
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The projection's channels."""
+        return self.proj.conv.out_channels, 1
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights. The map comes out laid out as it went in, because the code around is not known."""

@@ -198,7 +198,13 @@ def _plain_norm(norm: Any) -> Any:
 class SwappedMobileViTBlock(Swapped):
     """A ``MobileViTBlock`` whose transformer runs on the map with the fused attention, without unfold and fold."""
 
+    mvk_keeps_layout = True
     mvk_methods = ("_conv_forward", *_METHODS)
+
+    def mvk_sizes(self: Any) -> tuple[int, int] | None:
+        """The last convolution's channels, if the first one keeps the sides."""
+        last = self.conv_proj if self.fusion is None else self.fusion
+        return (last.block.conv.out_channels, 1) if self.local_rep.conv_3x3.block.conv.stride == (1, 1) else None
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights. The map comes out laid out as it went in, because the code around is not known."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mvkernels.swap.eligibility import asked, drops_attention, not_its_own, not_plain_parts, replaced
+from mvkernels.swap.packing.kinds import sizes_of
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.windows import not_continuous, projections
 from mvkernels.swap.swapped import Swapped
@@ -49,6 +50,10 @@ class SwappedBlock(Swapped):
     mvk_runs = "_attn"
     mvk_calls = ("norm1", "drop_path1", "mlp", "norm2", "drop_path2")
     mvk_methods = ("_conv_forward", "_attn", "get_attn_mask")
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the attention alone: rows of its projection's features."""
+        return sizes_of(self.attn.proj)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The attention alone; norms, MLP and sums are as they were."""

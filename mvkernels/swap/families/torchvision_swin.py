@@ -15,6 +15,7 @@ from torch.nn.functional import dropout, linear
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from mvkernels.swap.eligibility import asked, drops_attention, log_once, not_its_own, replaced, unusual_call
+from mvkernels.swap.packing.kinds import sizes_of
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.windows import not_continuous, projections
 from mvkernels.swap.swapped import Swapped
@@ -102,6 +103,10 @@ class SwappedAttention(Swapped):
 
     mvk_methods = ("_conv_forward", "get_relative_position_bias")
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Rows of the projection's features."""
+        return sizes_of(self.proj)
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
         return _plan(self, self.qkv.bias, _gathered(self, self.relative_position_bias_table), keep)
@@ -131,6 +136,10 @@ class SwappedAttentionV2(Swapped):
     """A ``ShiftedWindowAttentionV2`` that calls :func:`mvkernels.window_attention`."""
 
     mvk_methods = ("_conv_forward", "get_relative_position_bias")
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Rows of the projection's features."""
+        return sizes_of(self.proj)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mvkernels.swap.packing.plans import Keep, Run, attempted, fits, run_of_part
+from mvkernels.swap.packing.kinds import SAME, following
+from mvkernels.swap.packing.plans import Keep, Run, fits, run_of_part
 from mvkernels.swap.swapped import Swapped
 
 
@@ -28,16 +29,18 @@ class Chain(Swapped):
         return "" if any(getattr(part, "mvk_packs", False) for part in parts) else "its parts have no plans"
 
     def mvk_sizes(self: Any) -> tuple[int, int] | None:
-        """The last part's channels, and the product of the strides."""
-        stride, outputs = 1, None
+        """The channels of the last part that has others than its input, and the strides together."""
+        outputs, stride = SAME, None
         for part in self.mvk_chain(self):
             if type(part) is nn.Identity:
                 continue
-            sizes = attempted(part.mvk_sizes) if isinstance(part, Swapped) else None
+            sizes = part.mvk_sizes() if isinstance(part, Swapped) else None
             if sizes is None:
                 return None
-            outputs, stride = sizes[0], stride * sizes[1]
-        return None if outputs is None else (outputs, stride)
+            outputs, stride = sizes[0] or outputs, sizes[1] if stride is None else following(stride, sizes[1])
+            if stride is None:
+                return None
+        return None if stride is None else (outputs, stride)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The parts' plans, and as modules those parts that have none."""

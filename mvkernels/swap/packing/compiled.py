@@ -1,12 +1,15 @@
 """Modules on packed weights in graphs of torch.compile: one operator stands for the call of a module.
 
 The graph has no packing and no weights in it. The operator finds the module by its number and does what an eager call
-does: it looks whether the plan holds, makes another if not, and runs the module's own forward where there is none.
+does: it looks whether the plan holds, makes another if not, and runs the module's own forward where there is none. The
+graph is only told the shape of the result. What decides it is read while Dynamo looks on, so that another stride or
+another number of channels makes another graph.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -15,56 +18,92 @@ from torch import Tensor, nn
 
 from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
+from mvkernels.swap.eligibility import class_name, class_of
 from mvkernels.swap.packing import plans
+from mvkernels.swap.packing.kinds import ROWS, SAME, side_after, sizes_of
 
 _modules: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _next = itertools.count(1)
 
 
-def call(module: Any, x: Any) -> Tensor | None:
-    """The module's result in a graph that is being made; None if the module is to be traced."""
+def call(module: Any, x: Any, *beside: Any) -> Tensor | None:
+    """The module's result in a graph that is being made, for the input x and the tensors ``beside`` it; None if the
+    module is to be traced."""
     if (
         torch.compiler.is_exporting()
         or torch.is_grad_enabled()
         or extension.module is None
         or requested(None) not in ("auto", "cpp")
-        or not isinstance(x, Tensor)
-        or x.dim() != 4
-        or x.dtype != torch.float32
-        or not x.is_cpu
+        or not _fits(x, module.mvk_axes)
+        or not all(_fits(each, axes) for each, axes in zip(beside, module.mvk_beside))
         or torch.is_autocast_enabled("cpu")
     ):
         return None
-    number, outputs, stride = _described(module)
-    return _call(x, number, outputs, stride) if number else None  # type: ignore[no-any-return]
+    number = _number(module)
+    sizes = module.mvk_sizes() if number else None
+    if sizes is None:
+        return None
+    last = False
+    if sizes[1] != ROWS:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        if x.dim() != 4 or not (module.mvk_any_layout or (last and not x.is_contiguous())):
+            return None
+        last = last or not module.mvk_keeps_layout
+    return _call(x, beside, number, *sizes, last)  # type: ignore[no-any-return]
 
 
-def _described(module: Any) -> tuple[int, int, int]:
-    """The module's number, its output channels and its stride; zeros if it has no plan."""
-    sizes = plans.attempted(module.mvk_sizes)
-    if sizes is None or plans.run_for_now(module) is None:
-        return 0, 0, 0
+def _fits(x: Any, axes: int | None) -> bool:
+    return isinstance(x, Tensor) and x.dim() == (axes or max(2, x.dim())) and x.dtype == torch.float32 and x.is_cpu
+
+
+def _number(module: Any) -> int:
+    """The module's number; 0 if it has no plan, or none whose result has a known shape."""
+    if plans.attempted(module.mvk_sizes) is None or _otherwise(module) or plans.run_for_now(module) is None:
+        return 0
     if module not in _numbers:
         _numbers[module] = next(_next)
         _modules[_numbers[module]] = module
-    return _numbers[module], *sizes
+    return _numbers[module]
 
 
 # What torch.compiler.assume_constant_result() does, which imports the compiler: half a second of `import mvkernels`.
-_described._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _run(x: Tensor, number: int, outputs: int, stride: int) -> Tensor:
+def _otherwise(module: nn.Module) -> bool:
+    """Whether a layer makes other channels than it says, since somebody has given it another weight."""
+    layers = (part for part in module.modules() if class_of(part) in (nn.Linear, nn.Conv2d))
+    return any(sizes_of(layer)[0] != layer.weight.shape[0] for layer in layers)  # type: ignore[index, union-attr]
+
+
+def _run(x: Tensor, beside: Sequence[Tensor], number: int, outputs: int, stride: int, last: bool) -> Tensor:
     module: Any = _modules[number]
-    run = plans.run_of(module, x)
-    out = module.mvk_unpacked.forward(module, x) if run is None else run(x)
-    return out.contiguous(memory_format=torch.channels_last)
+    out: Any = plans.called(module, getattr(module.mvk_unpacked, module.mvk_runs), (x, *beside), (x, *beside))
+    promised = _shape(x, outputs, stride)
+    if not isinstance(out, Tensor) or tuple(out.shape) != promised or out.dtype != x.dtype:
+        found = f"{tuple(out.shape)} of {out.dtype}" if isinstance(out, Tensor) else f"a {class_name(type(out))}"
+        raise RuntimeError(
+            f"{class_name(class_of(module))} gave {found} and not {promised} of {x.dtype}, for which its caller was "
+            "compiled: call torch.compiler.reset() after such a change of the module"
+        )
+    return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _fake(x: Tensor, number: int, outputs: int, stride: int) -> Tensor:
-    b, _, height, width = x.shape
-    return x.new_empty((b, -(-height // stride), -(-width // stride), outputs)).permute(0, 3, 1, 2)
+def _shape(x: Tensor, outputs: int, stride: int) -> tuple[int, ...]:
+    if stride == ROWS:
+        return (*x.shape[:-1], x.shape[-1] if outputs == SAME else outputs)
+    b, channels, height, width = x.shape
+    return b, channels if outputs == SAME else outputs, side_after(height, stride), side_after(width, stride)
 
 
-_call = library.define("swap", "packed", "(Tensor x, int module, int outputs, int stride) -> Tensor", _fake, _run)
+def _fake(x: Tensor, beside: Sequence[Tensor], number: int, outputs: int, stride: int, last: bool) -> Tensor:
+    shape = _shape(x, outputs, stride)
+    if not last:
+        return x.new_empty(shape)
+    b, channels, height, width = shape
+    return x.new_empty((b, height, width, channels)).permute(0, 3, 1, 2)
+
+
+_SCHEMA = "(Tensor x, Tensor[] beside, int module, int outputs, int stride, bool last) -> Tensor"
+_call = library.define("swap", "packed", _SCHEMA, _fake, _run)

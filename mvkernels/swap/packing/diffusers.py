@@ -17,6 +17,7 @@ from mvkernels.swap.eligibility import class_of
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.chain import Chain
+from mvkernels.swap.packing.kinds import ROWS, SAME
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.rms_norm import norm_of, norm_of_map
 from mvkernels.swap.swapped import Swapped
@@ -31,6 +32,10 @@ class PackingRMSNorm(Swapped):
     def mvk_why_not(module: Any) -> str:
         """There is nothing in it that could be otherwise."""
         return ""
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Rows as they were."""
+        return SAME, ROWS
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Of any tokens."""

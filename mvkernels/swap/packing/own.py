@@ -16,6 +16,7 @@ from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.forms import Folding, both
 from mvkernels.swap.packing import layers, mobilevit
 from mvkernels.swap.packing.blocks import InvertedResidual, not_own
+from mvkernels.swap.packing.kinds import SAME
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.products import not_norm, not_products, products
@@ -91,8 +92,8 @@ class PackingMBConv(InvertedResidual):
         return not_known(parts) or (not_products(parts) if module.depth_conv is None else super().mvk_why_not(module))
 
     def mvk_sizes(self: Any) -> tuple[int, int]:
-        """Those of an inverted residual; two 1 x 1 convolutions keep the sides."""
-        return (self.point_conv.conv.out_channels, 1) if self.depth_conv is None else super().mvk_sizes()
+        """Two 1 x 1 convolutions keep the sides."""
+        return self.point_conv.conv.out_channels, 1 if self.depth_conv is None else self.depth_conv.conv.stride[0]
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """By the kernels that there are for its parts."""
@@ -124,6 +125,10 @@ class PackingResidual(InvertedResidual):
         first, last = parts[0][0], parts[-1][0]
         same = first.in_channels == last.out_channels and parts[-2][0].stride == (1, 1)
         return not_known(parts) or ("" if same else "what it adds has another shape")
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """It adds its input."""
+        return SAME, 1
 
 
 class PackingLiteMLA(Swapped):

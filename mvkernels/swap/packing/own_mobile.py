@@ -42,6 +42,10 @@ class PackingMobile(Swapped):
         """Why it is more than an inverted residual; empty if it is one."""
         return "" if layers.inverted(_of_mobile(module)) else "its convolutions have groups"
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The last convolution's channels, the depthwise one's stride."""
+        return self.conv3.out_channels, self.conv2.stride[0]
+
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """With the slopes of both activations from the token."""
         of_token = _slopes((self.act1, None), (self.act2, None), keep=keep)
@@ -64,6 +68,10 @@ class PackingDownsampleMobile(Swapped):
     def mvk_why_not(module: Any) -> str:
         """Why its halves are more than convolutions that widen and products; empty if they are not."""
         return not_halves(module.conv1, module.conv2) or not_halves(module.conv3, module.conv4)
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The last convolution's channels, the first one's stride."""
+        return self.conv4.out_channels, self.conv1.stride[0]
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The second half adds its input."""
@@ -126,6 +134,7 @@ class PackingHead(Swapped):
     """Mobile-Former's ``Head``."""
 
     mvk_beside = (2,)
+    mvk_calls = ("conv", "fc", "classifier")  # by themselves they have operators in graphs, where it makes no map
 
     @staticmethod
     def mvk_why_not(module: Any) -> str:

@@ -13,6 +13,7 @@ from mvkernels.swap.eligibility import class_name, class_of, name_of
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers, mobilevit
 from mvkernels.swap.packing.blocks import InvertedResidual, not_own
+from mvkernels.swap.packing.kinds import SAME
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.own import PackingConvNormAct, layers_of, not_known, part_of
 from mvkernels.swap.packing.plans import Keep, Run
@@ -66,6 +67,10 @@ class PackingInvertedResidual(InvertedResidual):
         """Why such a module is no inverted residual; empty if it is."""
         return not_known(cls.mvk_parts(module)) or super().mvk_why_not(module)
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the last two convolutions."""
+        return self.project.conv.out_channels, self.depthwise.conv.stride[0]
+
 
 class PackingMobileViTBlock(Swapped):
     """A whole ``MobileViTBlock``: the concatenation before its last convolution is not made."""
@@ -112,10 +117,6 @@ class PackingConvMlp(PackingMlp):
         first, last = PackingMlp.mvk_products(module)
         return (first[0], module.norm1, first[2]), (last[0], module.norm2, last[2])
 
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """The map keeps its shape."""
-        return self.fc2.out_channels, 1
-
 
 class PackingPoolMixer(Swapped):
     """A ``PoolMixer`` in one pass."""
@@ -124,6 +125,10 @@ class PackingPoolMixer(Swapped):
     def mvk_why_not(module: Any) -> str:
         """There is nothing in it that could be otherwise."""
         return ""
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The map keeps its shape."""
+        return SAME, 1
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Of dense maps; it has no weights."""
@@ -181,10 +186,6 @@ class PackingMB4D(_Block):
     mvk_axes = 4
     mvk_mlp = ("ConvMlp", PackingConvMlp)
 
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """The map keeps its shape."""
-        return self.mlp.fc2.out_channels, 1
-
 
 class PackingPoolFormerBlock(_Block):
     """A ``PoolFormerBlock``, whose products are its own."""
@@ -196,9 +197,10 @@ class PackingPoolFormerBlock(_Block):
         """Both."""
         return PackingMlp.mvk_products(block)
 
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """The map keeps its shape."""
-        return self.fc2.out_channels, 1
+    @staticmethod
+    def mvk_last(block: Any) -> Any:
+        """The layer of its last product."""
+        return block.fc2
 
 
 class PackingEncoderBlock(_Block):

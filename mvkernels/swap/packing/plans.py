@@ -8,7 +8,7 @@ kept outside of the modules: neither a state_dict nor a copy or a pickle of a mo
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import requested
-from mvkernels.swap.eligibility import class_of, not_hooked, replaced, unusual_call
+from mvkernels.swap.eligibility import class_of, log_once, not_hooked, replaced, unusual_call
 
 Run = Callable[..., Any]
 """The work of a module on packed weights, of the tensors of a call. It may refer to parts of the module, which the plan
@@ -136,6 +136,20 @@ def run_of(module: Any, x: Any, *beside: Any) -> Run | None:
     ):
         return None
     return run_for_now(module)
+
+
+def called(module: Any, unpacked: Callable[..., Any], given: Sequence[Any], arguments: Sequence[Any]) -> Any:
+    """The result of a call: on packed weights of the tensors ``given``, or by what the module does ``unpacked`` of the
+    ``arguments`` themselves."""
+    run = run_of(module, *given)
+    if run is None:
+        return unpacked(module, *arguments)
+    try:
+        return run(*given)
+    except RuntimeError as error:  # for what does not fit the original has the words
+        out = unpacked(module, *arguments)
+        log_once(module, f"on packed weights: {error}")
+        return out
 
 
 def fits(x: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mvkernels.swap.eligibility import class_of, not_dense, not_layer_norm, not_plain
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
-from mvkernels.swap.packing.kinds import of_convolution
+from mvkernels.swap.packing.kinds import SAME, of_convolution, sizes_of
 from mvkernels.swap.packing.layers import Multiply, Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.pooling import gate_of, pooled_sum
@@ -29,6 +29,11 @@ class Products(Swapped):
         raise NotImplementedError
 
     @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.fc2
+
+    @staticmethod
     def mvk_norm(module: Any) -> Any:
         """The LayerNorm before the first product, or None."""
         return None
@@ -38,6 +43,10 @@ class Products(Swapped):
         """Why such a module is no two products; empty if it is."""
         parts = cls.mvk_products(module)
         return not_products(parts) or not_norm(cls.mvk_norm(module), parts[0][0])
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Those of the last product, after others that keep the sides."""
+        return sizes_of(self.mvk_last(self))
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The two products."""
@@ -109,6 +118,11 @@ class ScaledBlock(Swapped):
         raise NotImplementedError
 
     @staticmethod
+    def mvk_last(block: Any) -> Any:
+        """The layer of its last product."""
+        return block.mlp.fc2
+
+    @staticmethod
     def mvk_scale(block: Any, i: int) -> Tensor | str | None:
         """The factors (C,) of the channels of sum ``i``, None if there are none, or why they are not that."""
         raise NotImplementedError
@@ -128,6 +142,10 @@ class ScaledBlock(Swapped):
         """Why such a block is more than two sums; empty if it is not."""
         scales = [cls.mvk_scale(module, i) for i in (1, 2)]
         return next((s for s in scales if isinstance(s, str)), "") or not_products(cls.mvk_products(module))
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The input's, as a map or as rows."""
+        return SAME, sizes_of(self.mvk_last(self))[1]
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Norms and the token mixer as modules, a LayerNorm before a Linear in its product."""

@@ -27,6 +27,10 @@ class PackingBottleneckBlock(InvertedResidual):
         """Where it has a shortcut."""
         return block.shortcut is not None
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the last two convolutions."""
+        return self.conv3_1x1.conv.out_channels, self.conv2_kxk.conv.stride[0]
+
 
 class PackingMBConv(InvertedResidual):
     """EfficientViT's ``MBConv`` in one kernel."""
@@ -36,6 +40,10 @@ class PackingMBConv(InvertedResidual):
         """Empty if a part is more than a convolution with a norm and an activation."""
         return of_efficientvit(block.inverted_conv, block.depth_conv, block.point_conv)
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the last two convolutions."""
+        return self.point_conv.conv.out_channels, self.depth_conv.conv.stride[0]
+
 
 class PackingDSConv(InvertedResidual):
     """EfficientViT's ``DSConv`` in one kernel."""
@@ -44,6 +52,10 @@ class PackingDSConv(InvertedResidual):
     def mvk_parts(block: Any) -> list[Part]:
         """Empty if a part is more than a convolution with a norm and an activation."""
         return of_efficientvit(block.depth_conv, block.point_conv)
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the last two convolutions."""
+        return self.point_conv.conv.out_channels, self.depth_conv.conv.stride[0]
 
 
 def _of_bottleneck(block: Any) -> list[Part]:

@@ -14,7 +14,7 @@ from mvkernels.swap.folding import elementwise
 from mvkernels.swap.folding.timm import after
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
-from mvkernels.swap.packing.kinds import of_convolution
+from mvkernels.swap.packing.kinds import SAME, following, of_convolution, stride_of_pool
 from mvkernels.swap.packing.layers import Part
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.pooling import pools
@@ -81,6 +81,11 @@ class PackingLevitMlp(Products):
         first, last = module.ln1, module.ln2
         return (first.linear, first.bn, (module.act, module.drop)), (last.linear, last.bn, ())
 
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.ln2.linear
+
 
 class PackingLinearNorm(Products):
     """LeViT's ``LinearNorm``."""
@@ -91,6 +96,11 @@ class PackingLinearNorm(Products):
     def mvk_products(module: Any) -> Sequence[Part]:
         """The one."""
         return ((module.linear, module.bn, ()),)
+
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.linear
 
 
 class PackingMetaFormerBlock(ScaledBlock):
@@ -189,11 +199,12 @@ class PackingMbConvBlock(Swapped):
         return not_products(_of_mbconv(block))
 
     def mvk_sizes(self: Any) -> tuple[int, int] | None:
-        """Where nothing but a depthwise convolution of odd width divides the sides."""
-        conv = self.conv2_kxk
+        """Where nothing but a pool and a depthwise convolution of odd width makes the map smaller."""
+        conv, down = self.conv2_kxk, self.down
         depthwise = class_of(conv) is nn.Conv2d and layers.of_convolution(conv) == "depthwise"
-        known = depthwise and class_of(self.down) is nn.Identity
-        return (self.conv3_1x1.out_channels, conv.stride[0]) if known else None
+        pooled = 1 if class_of(down) is nn.Identity else stride_of_pool(down.pool)
+        stride = None if pooled is None or not depthwise else following(pooled, conv.stride[0])
+        return None if stride is None else (self.conv3_1x1.out_channels, stride)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Where not all of it is known, the depthwise convolution and what stands around it as modules."""
@@ -260,6 +271,15 @@ class PackingStem(Swapped):
         parts = _of_sequence(module)
         known = parts and all(of_convolution(conv) in ("pointwise", "conv3x3") for conv, _, _ in parts)
         return "" if known else "it is no sequence of convolutions"
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """The last convolution's channels, and the product of the strides."""
+        outputs, stride = SAME, 1
+        for module in self:
+            conv = getattr(module, "linear", module)
+            if isinstance(conv, nn.Conv2d):
+                outputs, stride = conv.out_channels, stride * conv.stride[0]
+        return outputs, stride
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """One op after the other."""

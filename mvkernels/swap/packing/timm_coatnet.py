@@ -15,6 +15,7 @@ from mvkernels.swap.families import timm_coatnet
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing import layers
 from mvkernels.swap.packing.blocks import not_own
+from mvkernels.swap.packing.kinds import stride_of_pool
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.packing.products import active, not_products
 from mvkernels.swap.packing.timm_blocks import PackingConvMlp, factors_of
@@ -46,8 +47,9 @@ class PackingTransformerBlock2d(Swapped):
         )
 
     def mvk_sizes(self: Any) -> tuple[int, int] | None:
-        """Where nothing makes the map smaller."""
-        return (self.attn.proj.out_channels, 1) if class_of(self.shortcut) is nn.Identity else None
+        """Where nothing but a pool before the attention makes the map smaller."""
+        stride = 1 if class_of(self.shortcut) is nn.Identity else stride_of_pool(self.norm1.down.pool)
+        return None if stride is None else (self.attn.proj.out_channels, stride)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Two sums. A first norm that makes the map smaller is called as a module, and so is the shortcut."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
 from mvkernels.swap.packing import layers
-from mvkernels.swap.packing.kinds import of_convolution
+from mvkernels.swap.packing.kinds import of_convolution, sizes_of
 from mvkernels.swap.packing.plans import Keep, Run
 from mvkernels.swap.swapped import Swapped
 
@@ -23,6 +23,10 @@ class PackingLinear(Swapped):
     def mvk_why_not(module: Any) -> str:
         """Why such a module cannot have packed weights; empty if it can."""
         return layers.not_linear(module)
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Rows of its features."""
+        return sizes_of(self)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
@@ -46,6 +50,10 @@ class PackingConv2d(Swapped):
     def mvk_why_not(module: Any) -> str:
         """Why such a module cannot have packed weights; empty if it can."""
         return "" if of_convolution(module) in ("pointwise", "conv3x3") else "there is no op for it"
+
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Its own."""
+        return sizes_of(self)
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """On packed weights."""
@@ -78,10 +86,6 @@ class PackingConv2dAnyLayout(PackingConv2d):
     maps."""
 
     mvk_any_layout = True
-
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """Its own."""
-        return self.out_channels, self.stride[0]
 
 
 def form(module: nn.Module, caller: str) -> type[Swapped]:

@@ -33,6 +33,11 @@ class PackingMLP(Products):
                 parts[-1] = (layer, norm, (*then, part))
         return parts
 
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return [part for part in module if isinstance(part, nn.Linear)][-1]
+
 
 class PackingSwinTransformerBlock(ScaledBlock):
     """A ``SwinTransformerBlock``, which normalises before its MLP; that of Swin V2 does so after it."""
@@ -54,6 +59,11 @@ class PackingSwinTransformerBlock(ScaledBlock):
     def mvk_paths(block: Any) -> str:
         """The one."""
         return active(block.stochastic_depth, StochasticDepth)
+
+    @staticmethod
+    def mvk_last(block: Any) -> Any:
+        """The layer of its last product."""
+        return PackingMLP.mvk_last(block.mlp)
 
 
 FORMS = {MLP: PackingMLP, SwinTransformerBlock: PackingSwinTransformerBlock}

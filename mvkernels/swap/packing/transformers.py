@@ -30,6 +30,10 @@ class PackingInvertedResidual(InvertedResidual):
         """Where it has a residual."""
         return bool(block.use_residual)
 
+    def mvk_sizes(self: Any) -> tuple[int, int]:
+        """Of the last two convolutions."""
+        return self.reduce_1x1.convolution.out_channels, self.conv_3x3.convolution.stride[0]
+
 
 class PackingMLPLayerWithBN(Products):
     """LeViT's ``MLPLayerWithBN``."""
@@ -40,6 +44,11 @@ class PackingMLPLayerWithBN(Products):
     def mvk_products(module: Any) -> Sequence[Part]:
         """The one."""
         return ((module.linear, module.batch_norm, ()),)
+
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.linear
 
 
 class PackingLevitMLPLayer(Products):
@@ -54,6 +63,11 @@ class PackingLevitMLPLayer(Products):
         if not_own(first, MLPLayerWithBN) or not_own(last, MLPLayerWithBN):
             return ()
         return (first.linear, first.batch_norm, (module.activation,)), (last.linear, last.batch_norm, ())
+
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.linear_down.linear
 
 
 FORMS = {
