@@ -1,4 +1,5 @@
-"""Writes the README's figures from the CSV files under benchmarks/results: its table of whole models, and the picture in docs/.
+"""Writes the README's figures from the CSV files under benchmarks/results: its table of whole models, and the
+picture in docs/.
 
 The picture is drawn twice, for light and for dark backgrounds. ``--check`` changes nothing and exits with 1 if the
 README or a picture is not what the files say.

@@ -45,6 +45,8 @@ class Swapped:
     """Whether such calls take maps in any layout, or channels-last ones alone."""
     mvk_keeps_layout: bool = False
     """Whether maps come out laid out as they went in; they are channels-last if not."""
+    mvk_in_tuple: bool = False
+    """Whether the result is a tuple of the one tensor."""
     mvk_runs: str = "forward"
     """The method of the module that its plan does the work of."""
     mvk_calls: tuple[str, ...] | None = ()

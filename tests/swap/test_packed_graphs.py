@@ -15,6 +15,7 @@ from tests.swap import (
     test_own_models,
     test_packing_blocks,
     test_packing_mobile,
+    test_packing_poolformer,
     test_packing_structures,
     test_packing_windows,
     transformers_windows,
@@ -94,6 +95,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, tuple[int, int]]] = {
     "torchvision swin": (lambda: test_packing_windows.model(""), 32, (4, 1)),
     "torchvision swin v2": (lambda: test_packing_windows.model("V2"), 32, (10, 1)),
     "transformers levit": (*TIMM["transformers_levit"], (22, 0)),
+    "transformers poolformer": (test_packing_poolformer.model, 64, (9, 1)),
     "transformers swin": (swin_of_transformers, 32, (14, 1)),
     "diffusers dc-ae": (*TIMM["dc_ae"], (19, 0)),
 }

@@ -79,5 +79,5 @@ class PackingSequential(Chain):
 
     @staticmethod
     def mvk_chain(module: Any) -> Sequence[Any]:
-        """Its children."""
+        """The children of the sequence."""
         return [*module._modules.values()]

@@ -27,7 +27,7 @@ _numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _next = itertools.count(1)
 
 
-def call(module: Any, x: Any, *beside: Any) -> Tensor | None:
+def call(module: Any, x: Any, *beside: Any) -> Tensor | tuple[Tensor] | None:
     """The module's result in a graph that is being made, for the input x and the tensors ``beside`` it; None if the
     module is to be traced."""
     if (
@@ -50,7 +50,8 @@ def call(module: Any, x: Any, *beside: Any) -> Tensor | None:
         if x.dim() != 4 or not (module.mvk_any_layout or (last and not x.is_contiguous())):
             return None
         last = last or not module.mvk_keeps_layout
-    return _call(x, beside, number, *sizes, last)  # type: ignore[no-any-return]
+    out: Tensor = _call(x, beside, number, *sizes, last)
+    return (out,) if module.mvk_in_tuple else out
 
 
 def _fits(x: Any, axes: int | None) -> bool:
@@ -80,6 +81,8 @@ def _otherwise(module: nn.Module) -> bool:
 def _run(x: Tensor, beside: Sequence[Tensor], number: int, outputs: int, stride: int, last: bool) -> Tensor:
     module: Any = _modules[number]
     out: Any = plans.called(module, getattr(module.mvk_unpacked, module.mvk_runs), (x, *beside), (x, *beside))
+    if module.mvk_in_tuple and isinstance(out, tuple) and len(out) == 1:
+        out = out[0]
     promised = _shape(x, outputs, stride)
     if not isinstance(out, Tensor) or tuple(out.shape) != promised or out.dtype != x.dtype:
         found = f"{tuple(out.shape)} of {out.dtype}" if isinstance(out, Tensor) else f"a {class_name(type(out))}"

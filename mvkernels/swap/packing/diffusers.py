@@ -30,7 +30,7 @@ class PackingRMSNorm(Swapped):
 
     @staticmethod
     def mvk_why_not(module: Any) -> str:
-        """There is nothing in it that could be otherwise."""
+        """Always empty: nothing in it could be otherwise."""
         return ""
 
     def mvk_sizes(self: Any) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class PackingEfficientViTBlock(Chain):
 
     @staticmethod
     def mvk_chain(module: Any) -> Sequence[Any]:
-        """The two."""
+        """The two parts."""
         return module.attn, module.conv_out
 
 

@@ -113,7 +113,7 @@ class PackingResidual(InvertedResidual):
 
     @staticmethod
     def mvk_adds(block: Any) -> bool:
-        """Always."""
+        """Always: it is made of a shortcut and a block."""
         return True
 
     @classmethod

@@ -102,7 +102,7 @@ class PackingMlp(Products):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """Both."""
+        """The two layers of the MLP."""
         return (module.fc1, None, (module.activation, module.dropout)), (module.fc2, None, (module.dropout,))
 
 
@@ -113,7 +113,7 @@ class PackingConvMlp(PackingMlp):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """Both, with their batch norms."""
+        """The two layers with their batch norms."""
         first, last = PackingMlp.mvk_products(module)
         return (first[0], module.norm1, first[2]), (last[0], module.norm2, last[2])
 
@@ -167,7 +167,7 @@ class _Block(ScaledBlock):
 
     @staticmethod
     def mvk_paths(block: Any) -> str:
-        """The one."""
+        """Why its drop path is at work; empty if it is not."""
         return active(block.drop_path, DropPath)
 
     @classmethod
@@ -194,7 +194,7 @@ class PackingPoolFormerBlock(_Block):
 
     @classmethod
     def mvk_products(cls, block: Any) -> Sequence[Part]:
-        """Both."""
+        """The two layers of the MLP."""
         return PackingMlp.mvk_products(block)
 
     @staticmethod

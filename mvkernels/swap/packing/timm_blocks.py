@@ -59,7 +59,7 @@ class PackingNormMlp(Products):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """Both."""
+        """The two layers of the MLP."""
         return (module.fc1, None, (module.act, module.drop1)), (module.fc2, None, (module.drop2,))
 
     @staticmethod
@@ -94,7 +94,7 @@ class PackingLinearNorm(Products):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """The one."""
+        """The Linear with its batch norm."""
         return ((module.linear, module.bn, ()),)
 
     @staticmethod
@@ -131,7 +131,7 @@ class PackingMetaFormerBlock(ScaledBlock):
 
     @staticmethod
     def mvk_paths(block: Any) -> str:
-        """Of the two."""
+        """Why one of its two drop paths is at work; empty if none is."""
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
 
 
@@ -145,13 +145,13 @@ class _EfficientFormerBlock(ScaledBlock):
 
     @staticmethod
     def mvk_scale(block: Any, i: int) -> Tensor | str | None:
-        """It always has factors."""
+        """The factors of ``ls1`` or ``ls2``."""
         scale = getattr(block, f"ls{i}")
         return factors_of(scale, LayerScale if class_of(scale) is LayerScale else LayerScale2d)
 
     @staticmethod
     def mvk_paths(block: Any) -> str:
-        """Of the two."""
+        """Why one of its two drop paths is at work; empty if none is."""
         return active(block.drop_path1, DropPath) or active(block.drop_path2, DropPath)
 
 
@@ -160,7 +160,7 @@ class PackingMetaBlock2d(_EfficientFormerBlock):
 
     @staticmethod
     def mvk_pools(block: Any) -> bool:
-        """It does."""
+        """Whether its token mixer is the pooling of 3 x 3 neighbours."""
         return pools(block.token_mixer, efficientformer.Pooling)
 
     @staticmethod

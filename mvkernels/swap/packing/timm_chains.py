@@ -45,7 +45,7 @@ class PackingEfficientVitBlock(Chain):
 
     @staticmethod
     def mvk_chain(module: Any) -> Sequence[Any]:
-        """The two."""
+        """The attention, and the block behind it."""
         return module.context_module, module.local_module
 
 

@@ -53,11 +53,11 @@ class PackingSwinTransformerBlock(ScaledBlock):
 
     @staticmethod
     def mvk_scale(block: Any, i: int) -> None:
-        """It has none."""
+        """None: such blocks have no layer scales."""
 
     @staticmethod
     def mvk_paths(block: Any) -> str:
-        """The one."""
+        """Why its stochastic depth is at work; empty if it is not."""
         return active(block.stochastic_depth, StochasticDepth)
 
     @staticmethod

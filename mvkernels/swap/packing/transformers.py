@@ -42,7 +42,7 @@ class PackingMLPLayerWithBN(Products):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """The one."""
+        """The Linear with its batch norm."""
         return ((module.linear, module.batch_norm, ()),)
 
     @staticmethod

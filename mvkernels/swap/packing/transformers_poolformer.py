@@ -27,16 +27,17 @@ class PackingPoolFormerOutput(Products):
 
     @staticmethod
     def mvk_products(module: Any) -> Sequence[Part]:
-        """Both."""
+        """The two convolutions."""
         return (module.conv1, None, (module.act_fn,)), (module.conv2, None, ())
+
+    @staticmethod
+    def mvk_last(module: Any) -> Any:
+        """The layer of its last product."""
+        return module.conv2
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """Where nothing is dropped."""
         return None if active(self.drop, PoolFormerDropPath) else super().mvk_plan(keep)
-
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """The map keeps its shape."""
-        return self.conv2.out_channels, 1
 
 
 class PackingPoolFormerLayer(ScaledBlock):
@@ -45,6 +46,7 @@ class PackingPoolFormerLayer(ScaledBlock):
     mvk_axes = 4
     mvk_mixer = "pooling"
     mvk_norms = ("before_norm", "after_norm")
+    mvk_in_tuple = True
     mvk_calls = ("before_norm", "pooling", "after_norm")
 
     @staticmethod
@@ -64,8 +66,13 @@ class PackingPoolFormerLayer(ScaledBlock):
 
     @staticmethod
     def mvk_paths(block: Any) -> str:
-        """Its own, and the one in its MLP."""
+        """Why its drop path, or the one in its MLP, is at work; empty if none is."""
         return active(block.drop_path, PoolFormerDropPath) or active(block.output.drop, PoolFormerDropPath)
+
+    @staticmethod
+    def mvk_last(block: Any) -> Any:
+        """The layer of its last product."""
+        return block.output.conv2
 
     def mvk_plan(self: Any, keep: Keep) -> Run | None:
         """The two sums, in the tuple that the encoder takes them from."""
