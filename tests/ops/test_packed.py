@@ -87,14 +87,14 @@ REFUSED = {
     "two axes": (lambda p: p[None], ValueError, "want what pack_{} makes"),
     "strided": (lambda p: torch.stack((p, p), 1)[:, 0], ValueError, "want what pack_{} makes"),
     "expanded": (lambda p: p[:1].expand(len(p)), ValueError, "want what pack_{} makes"),
-    "elsewhere": (lambda p: p.to("meta"), ValueError, "on meta, want what pack_{} makes"),
+    "elsewhere": (lambda p: p.to("meta"), ValueError, "packed is on meta"),
     "no tensor": (lambda p: p.tolist(), TypeError, "packed is a list"),
     "float64": (lambda p: p.double(), TypeError, "packed has dtype float64, want float32"),
     "bfloat16": (lambda p: p.to(torch.bfloat16), TypeError, "packed has dtype bfloat16, want float32"),
     "integers": (lambda p: p.view(torch.int32), TypeError, "packed has dtype int32"),
     "sparse": (lambda p: p.to_sparse(), TypeError, "packed has layout sparse_coo"),
-    "zeros": (torch.zeros_like, RuntimeError, "packed for other sizes"),
-    "not numbers": (lambda p: p * float("nan"), RuntimeError, "packed for other sizes"),
+    "zeros": (torch.zeros_like, RuntimeError, "packed is of other sizes"),
+    "not numbers": (lambda p: p * float("nan"), RuntimeError, "packed is of other sizes"),
 }
 OTHERS = [
     ("inverted_residual", {"hidden": 40}, ValueError),
@@ -116,7 +116,7 @@ OTHERS = [
 ]
 WRONG = [(name, *rest) for name in NAMES for rest in REFUSED.values()]
 WRONG += [
-    (name, of(name, **sizes), error, "want what pack_{} makes" if error is ValueError else "packed for other sizes")
+    (name, of(name, **sizes), error, "want what pack_{} makes" if error is ValueError else "packed is of other sizes")
     for name, sizes, error in OTHERS
 ]
 IDS = [f"{name} {kind}" for name in NAMES for kind in REFUSED] + [f"{name} {sizes}" for name, sizes, _ in OTHERS]
@@ -162,7 +162,7 @@ def test_packed_under_another_instruction_set_is_refused(chosen, name, one, othe
     chosen(one)
     packed = pack(name, arguments)
     chosen(other)
-    with pytest.raises(RuntimeError, match="packed for other sizes, or for another instruction set"):
+    with pytest.raises(RuntimeError, match="packed is of other sizes, or was packed under another instruction set"):
         op.function(**arguments, packed=packed)
     chosen(one)
     assert torch.equal(op.function(**arguments, packed=packed), op.function(**arguments, backend="cpp"))

@@ -30,8 +30,10 @@ def check(op: str, packed: Any, x: Tensor, size: int) -> None:
     checks.tensors(op, packed=packed)
     if packed.dtype != torch.float32:
         raise TypeError(f"{op}: packed has dtype {checks.short(packed.dtype)}, want float32")
-    if packed.device != x.device or packed.shape != (size,) or packed.stride(0) != 1:
-        found = f"{checks.shape(packed)} on {packed.device}"
+    if packed.device != x.device:
+        raise ValueError(f"{op}: packed is on {packed.device} and x on {x.device}")
+    if packed.shape != (size,) or packed.stride(0) != 1:
+        found = f"{checks.shape(packed)}" if packed.shape != (size,) else "strided"
         raise ValueError(f"{op}: packed is {found}, want what pack_{op} makes of these weights")
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
@@ -59,7 +60,10 @@ def _fits(x: Any, axes: int | None) -> bool:
 
 
 def _number(module: Any) -> int:
-    """The module's number; 0 if it has no plan, or none whose result has a known shape."""
+    """The module's number; 0 if it has no plan, or none whose result has a known shape, or if the graph must see its
+    weights, because it changes them or is transformed."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or _changed_by_graph(module):
+        return 0
     if plans.attempted(module.mvk_sizes) is None or _otherwise(module) or plans.run_for_now(module) is None:
         return 0
     if module not in _numbers:
@@ -70,6 +74,31 @@ def _number(module: Any) -> int:
 
 # What torch.compiler.assume_constant_result() does, which imports the compiler: half a second of `import mvkernels`.
 _number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _changed_by_graph(module: nn.Module) -> bool:
+    """Whether the code that Dynamo traces now has given the module or its parts other attributes, or written to their
+    tensors: ``functional_call``, say, or an optimizer's step in the same graph. The module does not show it yet."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+    except AttributeError:  # somebody else traces
+        return True
+
+    def modified(holder: Any) -> bool:
+        known = effects.id_to_variable.get(id(holder))
+        return known is not None and effects.is_modified(known)
+
+    def written(tensor: Any) -> bool:
+        known = effects.id_to_variable.get(id(tensor))
+        return known is not None and known.as_proxy().node.meta["example_value"]._version > 0
+
+    return any(
+        any(map(modified, (part, part._parameters, part._buffers, part._modules)))
+        or any(map(written, (*part._parameters.values(), *part._buffers.values())))
+        for part in module.modules()
+    )
 
 
 def _otherwise(module: nn.Module) -> bool:

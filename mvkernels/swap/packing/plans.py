@@ -27,6 +27,7 @@ Keep = Callable[[Tensor], Tensor]
 """Notes a packed tensor as one of the plan's, and returns it."""
 
 _PLAIN = (Tensor, nn.Parameter)
+_PROXY = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
 _data_ptr, _version = Tensor.data_ptr, Tensor._version.__get__  # type: ignore[attr-defined]
 
 
@@ -146,7 +147,7 @@ def called(module: Any, unpacked: Callable[..., Any], given: Sequence[Any], argu
         return unpacked(module, *arguments)
     try:
         return run(*given)
-    except RuntimeError as error:  # for what does not fit the original has the words
+    except (RuntimeError, ValueError) as error:  # for what does not fit the original has the words
         out = unpacked(module, *arguments)
         log_once(module, f"on packed weights: {error}")
         return out
@@ -203,6 +204,8 @@ def not_now() -> str:
         return "a gradient may be needed"
     if extension.module is None or requested(None) not in ("auto", "cpp"):
         return "it is for the C++ backend"
+    if torch._C._get_dispatch_mode(_PROXY) is not None:
+        return "make_fx would keep the packed weights as constants"
     return ""
 
 

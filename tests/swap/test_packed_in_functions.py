@@ -1,0 +1,186 @@
+"""Functions that are compiled around a module on packed weights: changes of weights, transforms, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacfwd, jvp, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import mvkernels
+from mvkernels.dispatch import extension
+from mvkernels.swap import swap
+
+pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
+GIVEN = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+OTHER = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
+Graphs = list[list[str]]
+
+
+@pytest.fixture(autouse=True)
+def _anew():
+    torch._dynamo.reset()
+
+
+def model(swapped: bool, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16)).eval()
+    if swapped:
+        swap(made, inference=True)
+    return made
+
+
+def noting(graphs: Graphs) -> Any:
+    def note(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    return note
+
+
+def has_operator(graphs: Graphs) -> bool:
+    return any("mvkernels_swap.packed" in target for graph in graphs for target in graph)
+
+
+def substituted(m, x):
+    twice = {name: 2 * p for name, p in m.named_parameters()}
+    return lambda x: functional_call(m, twice, (x,))
+
+
+def partly_substituted(m, x):
+    twice = {name: 2 * p for name, p in m.named_parameters() if name.startswith("2")}
+    return lambda x: functional_call(m, twice, (x,))
+
+
+def multiplied(m, x):
+    def run(x):
+        for p in m.parameters():
+            p.mul_(1.5)
+        return m(x)
+
+    return run
+
+
+def written_between(m, x):
+    def run(x):
+        m[0].weight.copy_(OTHER)
+        y = m(x)
+        m[0].weight.copy_(0.5 * OTHER)
+        return y + m(x)
+
+    return run
+
+
+def averaged(m, x):
+    other = model(False, seed=3)
+
+    def run(x):
+        for p, q in zip(m.parameters(), other.parameters()):
+            p.lerp_(q, 0.5)
+        return m(x)
+
+    return run
+
+
+def exchanged(m, x):
+    def run(x):
+        m[0].weight = nn.Parameter(OTHER)
+        return m(x)
+
+    return run
+
+
+def written_after(m, x):
+    def run(x):
+        y = m(x)
+        for p in m.parameters():
+            p.mul_(2)
+        return y
+
+    return run
+
+
+def ensemble(m, x):
+    other = copy.deepcopy(m)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    parameters, _ = stack_module_state([m, other])
+    return lambda x: vmap(lambda p: functional_call(m, p, (x,)))(parameters)
+
+
+def tangent(m, x):
+    return lambda x: jvp(m, (x,), (torch.ones_like(x),))[1]
+
+
+def jacobian(m, x):
+    return jacfwd(lambda y: m(y).sum())
+
+
+CHANGES = [substituted, partly_substituted, multiplied, written_between, averaged, exchanged, written_after]
+TRANSFORMS = [ensemble, tangent, jacobian]
+
+
+@pytest.mark.parametrize("make", CHANGES + TRANSFORMS)
+def test_what_a_compiled_function_does_to_the_weights(make: Callable[..., Any]):
+    """Such a graph must see the weights; the module that they belong to does not show the change yet."""
+    found = []
+    for swapped in (False, True):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(make(model(swapped), GIVEN), backend="aot_eager", fullgraph=True)
+            found.append(torch.stack([compiled(GIVEN), compiled(GIVEN)]))
+    assert found[0].isfinite().all() and found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_before_the_graph_is_none_of_the_graph():
+    m, graphs = model(True), []
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(1.1)
+        torch.compile(lambda x: m(x) + m[0].weight.sum(), backend=noting(graphs), fullgraph=True)(GIVEN)
+    assert has_operator(graphs)
+
+
+NOT_FOR_IT = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "reference": lambda: mvkernels.use_backend("reference"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOR_IT)
+def test_graphs_without_the_operator(name):
+    for inside in (False, True):
+        torch._dynamo.reset()
+        graphs: Graphs = []
+        with torch.no_grad(), NOT_FOR_IT[name]() if inside else contextlib.nullcontext():
+            torch.compile(model(True), backend=noting(graphs), fullgraph=True)(GIVEN)
+        assert has_operator(graphs) is not inside
+
+
+def test_a_compiled_model_learns():
+    gradients = []
+    for swapped in (False, True):
+        torch._dynamo.reset()
+        m = model(swapped)
+        torch.compile(m, backend="aot_eager", fullgraph=True)(GIVEN).square().sum().backward()
+        gradients.append([copy.copy(p.grad) for p in m.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(other, one)
+
+
+def test_make_fx_keeps_no_packed_weights():
+    m = model(True)
+    with torch.no_grad():
+        traced = make_fx(m)(GIVEN)
+        for p in m.parameters():
+            p.mul_(2)
+        torch.testing.assert_close(traced(GIVEN), m(GIVEN), rtol=1e-4, atol=1e-5)
