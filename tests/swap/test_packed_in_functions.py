@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, jacfwd, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,6 +97,51 @@ def exchanged(m, x):
     return run
 
 
+def multiplied_together(m, x):
+    def run(x):
+        torch._foreach_mul_([p.detach() for p in m.parameters()], 1.5)
+        return m(x)
+
+    return run
+
+
+def tied_by_memory(m, x):
+    other = nn.Parameter(m[2].weight.detach())
+
+    def run(x):
+        other.mul_(1.5)
+        return m(x)
+
+    return run
+
+
+def other_data(m, x):
+    def run(x):
+        m[0].weight.data = OTHER
+        return m(x)
+
+    return run
+
+
+def other_layer(m, x):
+    torch.manual_seed(4)
+    layer = nn.Linear(32, 64)
+
+    def run(x):
+        m[0] = layer
+        return m(x)
+
+    return run
+
+
+def other_activation(m, x):
+    def run(x):
+        m[1].approximate = "tanh"
+        return m(x)
+
+    return run
+
+
 def written_after(m, x):
     def run(x):
         y = m(x)
@@ -119,12 +165,33 @@ def tangent(m, x):
     return lambda x: jvp(m, (x,), (torch.ones_like(x),))[1]
 
 
+def dual(m, x):
+    def run(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(m(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    return run
+
+
 def jacobian(m, x):
     return jacfwd(lambda y: m(y).sum())
 
 
-CHANGES = [substituted, partly_substituted, multiplied, written_between, averaged, exchanged, written_after]
-TRANSFORMS = [ensemble, tangent, jacobian]
+CHANGES = [
+    substituted,
+    partly_substituted,
+    multiplied,
+    multiplied_together,
+    tied_by_memory,
+    written_between,
+    averaged,
+    exchanged,
+    other_data,
+    other_layer,
+    other_activation,
+    written_after,
+]
+TRANSFORMS = [ensemble, tangent, dual, jacobian]
 
 
 @pytest.mark.parametrize("make", CHANGES + TRANSFORMS)
@@ -145,7 +212,7 @@ def test_a_change_before_the_graph_is_none_of_the_graph():
     with torch.no_grad():
         for p in m.parameters():
             p.mul_(1.1)
-        torch.compile(lambda x: m(x) + m[0].weight.sum(), backend=noting(graphs), fullgraph=True)(GIVEN)
+        torch.compile(lambda x: m[0].weight.sum() + m(x), backend=noting(graphs), fullgraph=True)(GIVEN)
     assert has_operator(graphs)
 
 
@@ -177,10 +244,40 @@ def test_a_compiled_model_learns():
         torch.testing.assert_close(other, one)
 
 
-def test_make_fx_keeps_no_packed_weights():
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_make_fx_keeps_no_packed_weights(pre_dispatch):
     m = model(True)
     with torch.no_grad():
-        traced = make_fx(m)(GIVEN)
+        m(GIVEN)
+        traced = make_fx(m, pre_dispatch=pre_dispatch)(GIVEN)
         for p in m.parameters():
             p.mul_(2)
         torch.testing.assert_close(traced(GIVEN), m(GIVEN), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_inside_a_transform_and_by_itself():
+    m = model(True)
+    with torch.no_grad():
+        compiled, wanted = torch.compile(m, backend="aot_eager"), m(GIVEN)
+        torch.testing.assert_close(torch.vmap(compiled)(GIVEN[None])[0], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(GIVEN), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attribute_of_a_part_of_a_block_that_the_graph_changes():
+    """The block is one operator; what is changed lies deeper in it."""
+
+    class Block(nn.Sequential):
+        pass
+
+    found = []
+    for swapped in (False, True):
+        torch._dynamo.reset()
+        m = nn.Sequential(Block(model(swapped), nn.Identity()))
+
+        def run(x, m=m):
+            m[0][0][2].bias = None
+            return m(x)
+
+        with torch.no_grad():
+            found.append(torch.compile(run, backend="aot_eager")(GIVEN))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

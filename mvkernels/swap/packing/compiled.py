@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
@@ -78,11 +79,12 @@ _number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _changed_by_graph(module: nn.Module) -> bool:
     """Whether the code that Dynamo traces now has given the module or its parts other attributes, or written to their
-    tensors: ``functional_call``, say, or an optimizer's step in the same graph. The module does not show it yet."""
+    memory: ``functional_call``, say, or an optimizer's step in the same graph. The module does not show it yet."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        effects = InstructionTranslator.current_tx().output.side_effects
+        output = InstructionTranslator.current_tx().output
+        effects, written = output.side_effects, _written(output)
     except AttributeError:  # somebody else traces
         return True
 
@@ -90,15 +92,40 @@ def _changed_by_graph(module: nn.Module) -> bool:
         known = effects.id_to_variable.get(id(holder))
         return known is not None and effects.is_modified(known)
 
-    def written(tensor: Any) -> bool:
-        known = effects.id_to_variable.get(id(tensor))
-        return known is not None and known.as_proxy().node.meta["example_value"]._version > 0
-
     return any(
         any(map(modified, (part, part._parameters, part._buffers, part._modules)))
-        or any(map(written, (*part._parameters.values(), *part._buffers.values())))
+        or any(_memory(x) in written for x in (*part._parameters.values(), *part._buffers.values()) if x is not None)
         for part in module.modules()
     )
+
+
+def _written(output: Any) -> set[int]:
+    """The memory of the inputs of Dynamo's graph that its operations write to, so far."""
+    graphs = [tracer.graph for tracer in output.tracers]
+    # Most writes count the version of the tensor that stands for the real one; those to lists of tensors do not.
+    in_place = [node for graph in graphs for node in graph.nodes if _name(node.target).endswith("_")]
+    fakes = tree_leaves([[x.meta.get("example_value") for x in node.all_input_nodes] for node in in_place])
+    changed = {x.untyped_storage()._cdata for x in fakes if isinstance(x, Tensor) and x.layout == torch.strided}
+    found = set()
+    for graph in graphs:
+        for node in graph.nodes:
+            fake, of = node.meta.get("example_value"), node.meta.get("grapharg")
+            given = node.op == "placeholder" and of is not None and isinstance(fake, Tensor)
+            if given and (
+                fake._version > 0 or (fake.layout == torch.strided and fake.untyped_storage()._cdata in changed)
+            ):
+                found.add(_memory(of.example))
+    return found
+
+
+def _name(target: Any) -> str:
+    """Of a function, an operator (without its overload) or a method."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return "" if name.endswith("__") else name.split(".")[0]
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr() if x.layout == torch.strided else 0
 
 
 def _otherwise(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import requested
@@ -153,6 +154,14 @@ def called(module: Any, unpacked: Callable[..., Any], given: Sequence[Any], argu
         return out
 
 
+# Where Dynamo has given up the module's caller, it would trace this and all below it, frame by frame. So
+# torch.compiler.disable() does it, but that imports the compiler: half a second of `import mvkernels`.
+called._torchdynamo_disable = True  # type: ignore[attr-defined]
+_frames = torch._C._dynamo.eval_frame
+_skip = _frames._FrameAction.SKIP  # type: ignore[attr-defined]
+_frames.set_code_exec_strategy(called.__code__, _frames._FrameExecStrategy(_skip, _skip))  # type: ignore[attr-defined]
+
+
 def fits(x: Any) -> bool:
     """Whether the operators take such a tensor."""
     return type(x) in _PLAIN and x.dtype == torch.float32 and x.is_cpu and x.numel() > 0
@@ -204,7 +213,7 @@ def not_now() -> str:
         return "a gradient may be needed"
     if extension.module is None or requested(None) not in ("auto", "cpp"):
         return "it is for the C++ backend"
-    if torch._C._get_dispatch_mode(_PROXY) is not None:
+    if torch._C._get_dispatch_mode(_PROXY) is not None or _get_dispatch_mode_pre_dispatch(_PROXY) is not None:
         return "make_fx would keep the packed weights as constants"
     return ""
 
