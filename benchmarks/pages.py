@@ -153,7 +153,7 @@ def where_time_goes(rows: list[Row]) -> list[str]:
     lines = [f"## Where the time of a model goes, {rows[0]['device']}\n", f"{where(rows)}.\n"]
     lines += [
         "Milliseconds inside the kernels of each part, under a profiler that adds a little to all. The floor is what "
-        "the original's FLOPs (convolutions and products; what a fused op computes is among the original's products) "
+        "the original's FLOPs (convolutions and products; what this library's ops compute is among them) "
         "take at the rate of a large matrix product in the same run.\n"
     ]
     lines += [f"| model | layout | as | whole | {' | '.join(parts)} | floor |", "| --- " * (5 + len(parts)) + "|"]

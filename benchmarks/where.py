@@ -1,6 +1,6 @@
-"""Where the time of a whole model goes, original and swapped, eager and with frozen weights: convolutions, matrix
-products, this library's ops, the rest; beside what their FLOPs take at the rate of a matrix product measured in the
-same run. No model of other package runs its convolutions faster than that, in any runtime.
+"""Where the time of a whole model goes, original and swapped, eager, with frozen weights and on packed ones:
+convolutions, matrix products, this library's ops for inference, its attention, the rest; beside what their FLOPs take
+at the rate of a matrix product measured in the same run.
 
 The file keeps the rows of models that are not measured this time.
 """
@@ -26,14 +26,17 @@ from mvkernels.bench import timing
 from mvkernels.commands import command
 from mvkernels.swap import swap
 
+DEFAULT = ["timm:mobilevit_s", "timm:efficientvit_b1", "timm:efficientformer_l1", "timm:poolformer_s12"]
+DEFAULT += ["mvmodels:mobile_former_294m", "timm:coatnet_0_224", "timm:swin_tiny_patch4_window7_224"]
 SAME = ("model", "size", "batch", "layout")
-PARTS = ("convolutions", "matrix products", "fused ops", "the rest")
+PACKED = ("inverted_residual", "conv3x3", "pointwise")
+PARTS = ("convolutions", "matrix products", *PACKED, "other fused ops", "the rest")
 
 
 def part_of(name: str) -> str:
     """The part that a kernel of the profile, or an operator whose FLOPs were counted, belongs to."""
     if name.startswith("mvkernels"):
-        return "fused ops"
+        return next((op for op in PACKED if name.endswith(f"::{op}")), "other fused ops")
     if "conv" in name:
         return "convolutions"
     products = ("mm", "_linear", "::linear", "attention", "matmul")  # and not bilinear
@@ -71,7 +74,10 @@ def rows_of(name: str, layout: torch.memory_format, options: argparse.Namespace)
     image = third_party.picture(None, size, options.batch)[0].contiguous(memory_format=layout)
     models: dict[str, Model] = {"original": original, "swapped": swapped}
     torch._dynamo.reset()
+    inference = copy.deepcopy(original)
+    swap(inference, inference=True)
     models |= {f"{who}, freezing": Compiled(copy.deepcopy(model), image) for who, model in models.items()}
+    models["swapped, inference"] = inference
     counted, rates = flops(original, image), timing.measure_rates()
     times = timing.interleave({who: forward(model, image) for who, model in models.items()}, min_time=options.seconds)
     rows = []
@@ -97,7 +103,7 @@ def rows_of(name: str, layout: torch.memory_format, options: argparse.Namespace)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["transformers:mobilevit_s", "timm:efficientvit_b1"])
+    parser.add_argument("--model", nargs="+", default=DEFAULT)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=("contiguous", "channels_last"))
     parser.add_argument("--runs", type=int, default=10, help="under the profiler")
