@@ -107,7 +107,10 @@ class _Plant(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in self._places:
+        of_a_number = func is _aten.add.Tensor and not isinstance(
+            args[1], Tensor
+        )  # eps: no kernel misses it in one place
+        if func not in self._places or of_a_number:
             return func(*args, **kwargs)
         self.count += 1
         return (self._wrong if self.count - 1 == self._place else lambda f, *a, **k: f(*a, **k))(func, *args, **kwargs)
