@@ -152,11 +152,14 @@ def where_time_goes(rows: list[Row]) -> list[str]:
     parts = list(dict.fromkeys(row["part"] for row in rows))
     lines = [f"## Where the time of a model goes, {rows[0]['device']}\n", f"{where(rows)}.\n"]
     lines += [
-        "Milliseconds inside the kernels of each part, under a profiler that adds a little to all. The floor is what "
-        "the original's FLOPs (convolutions and products; what this library's ops compute is among them) "
-        "take at the rate of a large matrix product in the same run.\n"
+        "Milliseconds inside the kernels of each part, under a profiler that adds a little to all. The last column is "
+        "what the original's FLOPs (convolutions and products) take at the rate of PyTorch's large matrix product in "
+        "the same run. Where that is not the processor's peak, this library's kernels can take less.\n"
     ]
-    lines += [f"| model | layout | as | whole | {' | '.join(parts)} | floor |", "| --- " * (5 + len(parts)) + "|"]
+    lines += [
+        f"| model | layout | as | whole | {' | '.join(parts)} | at that rate |",
+        "| --- " * (5 + len(parts)) + "|",
+    ]
     for key in dict.fromkeys((r["model"], r["layout"], r["provider"]) for r in rows):
         mine = [r for r in rows if (r["model"], r["layout"], r["provider"]) == key]
         cells = [f"`{key[0]}`", key[1].replace("_", " "), key[2], f"{float(mine[0]['median_us']) / 1e3:.1f}"]
