@@ -211,87 +211,81 @@ def overhead(rows: list[Row]) -> list[str]:
     return ["\n".join(lines) + "\n"]
 
 
-def errors(results: Path) -> str:
-    """What the kernels err, in a block of the numerics page."""
+def errors(rows: list[Row]) -> list[str]:
+    """What the kernels err."""
+    columns = "PyTorch's | expected | of allowed"
+    lines = [f"| op | dtype | backend | output | {columns} | gradients | {columns} |", "| --- " * 11 + "|"]
+    for r in rows:
+        cells = [r["op"], r["dtype"], r["backend"]]
+        for what in ("out", "grad"):
+            if not r[f"{what}_error"]:  # of a kernel without a backward
+                cells += ["–"] * 4
+                continue
+            cells += [f"{float(r[f'{what}_{which}']):.1e}" for which in ("error", "error_pytorch", "error_expected")]
+            cells.append(f"{100 * float(r[f'{what}_share_of_allowed']):.0f} %")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def winograd(rows: list[Row]) -> list[str]:
+    """What each way to compute a 3 x 3 convolution errs at each shape."""
+    names = list(dict.fromkeys(row["algorithm"] for row in rows))
+    lines = [f"| shape | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        found = {row["algorithm"]: row for row in rows if row["shape"] == shape}
+        cells = []
+        for name in names:
+            row = found.get(name)
+            mark = "**" if row and row["taken"] == "True" else ""
+            cells.append(f"{mark}{row['max_error']} ({row['rms_error']}){mark}" if row else "–")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    return lines
+
+
+def faults(rows: list[Row]) -> list[str]:
+    """Which planted faults the criterion finds."""
+    names = list(dict.fromkeys(row["fault"] for row in rows))
+    lines = [f"| op | dtype | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+        found = {row["fault"]: row for row in rows if (row["op"], row["dtype"]) == (op, dtype)}
+        cells = [f"{found[n]['found']} of {found[n]['planted']}" if n in found else "–" for n in names]
+        lines.append(f"| {op} | {dtype} | {' | '.join(cells)} |")
+    counted = [
+        sum(int(row[column]) for row in rows if row["dtype"] == "float32")
+        for column in ("planted", "found", "found_by_pytorch")
+    ]
+    return [*lines, "", "In float32 {:,} planted, {:,} found; {:,} by PyTorch's own error alone.".format(*counted)]
+
+
+NO_ERRORS = "No errors are committed yet: `python benchmarks/numerics.py` takes them."
+NO_FAULTS = "No faults are committed yet: `python benchmarks/faults.py` plants them."
+BLOCKS = {
+    "faults": ("faults.csv", faults, NO_FAULTS),
+    "errors": ("numerics.csv", errors, NO_ERRORS),
+    "winograd": ("winograd.csv", winograd, NO_ERRORS),
+}
+"""Of the numerics page: the file of each block, its table, and what it says without the file."""
+
+
+def block(name: str, results: Path) -> str:
+    """A block of the numerics page: the table of each machine's file."""
+    file, table, missing = BLOCKS[name]
     lines = []
     for folder in machines(results):
-        rows = read(folder / "numerics.csv")
-        if not rows:
-            continue
-        lines += [f"{where(rows)}.", ""]
-        columns = "PyTorch's | expected | of allowed"
-        lines += [f"| op | dtype | backend | output | {columns} | gradients | {columns} |", "| --- " * 11 + "|"]
-        for r in rows:
-            cells = [r["op"], r["dtype"], r["backend"]]
-            for what in ("out", "grad"):
-                if not r[f"{what}_error"]:  # of a kernel without a backward
-                    cells += ["–"] * 4
-                    continue
-                cells += [
-                    f"{float(r[f'{what}_{which}']):.1e}" for which in ("error", "error_pytorch", "error_expected")
-                ]
-                cells.append(f"{100 * float(r[f'{what}_share_of_allowed']):.0f} %")
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if not lines:
-        lines = ["No errors are committed yet: `python benchmarks/numerics.py` takes them.", ""]
-    return "\n".join(lines)
-
-
-def winograd(results: Path) -> str:
-    """What each way to compute a 3 x 3 convolution errs at each shape, in a block of the numerics page."""
-    lines = []
-    for folder in machines(results):
-        rows = read(folder / "winograd.csv")
-        if not rows:
-            continue
-        names = list(dict.fromkeys(row["algorithm"] for row in rows))
-        lines += [f"{where(rows)}.", "", f"| shape | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
-        for shape in dict.fromkeys(row["shape"] for row in rows):
-            found = {row["algorithm"]: row for row in rows if row["shape"] == shape}
-            cells = []
-            for name in names:
-                row = found.get(name)
-                mark = "**" if row and row["taken"] == "True" else ""
-                cells.append(f"{mark}{row['max_error']} ({row['rms_error']}){mark}" if row else "–")
-            lines.append(f"| {shape} | {' | '.join(cells)} |")
-        lines.append("")
-    if not lines:
-        lines = ["No errors are committed yet: `python benchmarks/numerics.py` takes them.", ""]
-    return "\n".join(lines)
-
-
-def faults(results: Path) -> str:
-    """Which planted faults the criterion finds, in a block of the numerics page."""
-    lines = []
-    for folder in machines(results):
-        rows = read(folder / "faults.csv")
-        if not rows:
-            continue
-        names = list(dict.fromkeys(row["fault"] for row in rows))
-        lines += [f"{where(rows)}.", "", f"| op | dtype | {' | '.join(names)} |", "| --- " * (2 + len(names)) + "|"]
-        for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
-            found = {row["fault"]: row for row in rows if (row["op"], row["dtype"]) == (op, dtype)}
-            cells = [f"{found[n]['found']} of {found[n]['planted']}" if n in found else "–" for n in names]
-            lines.append(f"| {op} | {dtype} | {' | '.join(cells)} |")
-        counted = [
-            sum(int(row[column]) for row in rows if row["dtype"] == "float32")
-            for column in ("planted", "found", "found_by_pytorch")
-        ]
-        lines += ["", "In float32 {:,} planted, {:,} found; {:,} by PyTorch's own error alone.".format(*counted), ""]
-    if not lines:
-        lines = ["No faults are committed yet: `python benchmarks/faults.py` plants them.", ""]
-    return "\n".join(lines)
+        rows = read(folder / file)
+        if rows:
+            lines += [f"{where(rows)}.", "", *table(rows), ""]
+    return "\n".join(lines or [missing, ""])
 
 
 def pages(results: Path) -> dict[Path, str]:
     """Every page, and what is to stand in it."""
     numerics = ROOT / "docs" / "numerics.md"
     text = numerics.read_text()
-    for name, block in (("faults", faults(results)), ("errors", errors(results)), ("winograd", winograd(results))):
+    for name in BLOCKS:
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
-        text = before + begin + block + end + rest.split(end, 1)[1]
+        text = before + begin + block(name, results) + end + rest.split(end, 1)[1]
     docs = ROOT / "docs"
     return {
         **{docs / name: page for name, page in performance(results).items()},

@@ -94,7 +94,7 @@ def test_a_page_that_is_stale_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     row = where | errors
     (tmp_path / "somewhere").mkdir()
     (tmp_path / "somewhere" / "numerics.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
-    assert "| an_op | float32 | cpp | 2.0e-07 | 3.0e-07 | 4.0e-07 | 12 % | 2.0e-07 |" in pages.errors(tmp_path)
+    assert "| an_op | float32 | cpp | 2.0e-07 | 3.0e-07 | 4.0e-07 | 12 % | 2.0e-07 |" in pages.block("errors", tmp_path)
     planted = [("float32", "term", 7, 7), ("float32", "row", 9, 8), ("float16", "term", 7, 6)]
     rows = [
         where | {"op": "an_op", "dtype": d, "fault": f, "planted": str(n), "found": str(m), "found_by_pytorch": str(m)}
@@ -102,7 +102,7 @@ def test_a_page_that_is_stale_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     lines = [",".join(row.values()) for row in rows]
     (tmp_path / "somewhere" / "faults.csv").write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-    text = pages.faults(tmp_path)
+    text = pages.block("faults", tmp_path)
     assert "| an_op | float32 | 7 of 7 | 8 of 9 |" in text and "| an_op | float16 | 6 of 7 | – |" in text
     assert "In float32 16 planted, 15 found; 15 by" in text
     monkeypatch.setattr(pages, "RESULTS", tmp_path)

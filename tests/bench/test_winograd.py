@@ -33,6 +33,6 @@ def test_every_algorithm_that_can_run_has_an_error(tmp_path: Path, monkeypatch: 
     machine = {"device": "cpu", "capability": "avx2", "threads": "1", "torch": "2", "date": "today", "commit": "a"}
     results = importlib.import_module("_results")
     results.write([{**machine, **row} for row in rows], tmp_path / "somewhere" / "winograd.csv")
-    text = pages.winograd(tmp_path)
+    text = pages.block("winograd", tmp_path)
     assert "| shape | pytorch | direct | F(2 x 2) | F(4 x 4) |" in text
     assert all(text.count(f"| {row['shape']} |") == 1 for row in rows)

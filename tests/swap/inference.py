@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest import mock
 
 import pytest
@@ -58,3 +59,13 @@ def statistics(model):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean += 0.1
             module.running_var.mul_(1.3)
+
+
+def assert_every_parameter_is_followed(model: nn.Module, x: torch.Tensor) -> None:
+    """Of a model that was swapped for inference."""
+    logits(model, x)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.mul_(1.5)
+        exact = logits(copy.deepcopy(model).double(), x.double())  # nothing runs on packed weights in float64
+        torch.testing.assert_close(logits(model, x).double(), exact, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from mvkernels.dispatch import extension
 from mvkernels.swap import swap
 from mvmodels.poolformer import PoolFormerBlock
 from tests.swap.conftest import randomise
-from tests.swap.every_family import tensor
+from tests.swap.inference import logits as run
 from tests.swap.inference import packings
 from tests.swap.test_packing_torch import Calls, tokens
 
@@ -57,11 +57,6 @@ MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a peak among zeros": lambda x: peaked(torch.zeros_like(x)),
     "pictures of two kinds": lambda x: x + torch.tensor([0.0, 1e4]).view(2, 1, 1, 1),
 }
-
-
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return tensor(model(x))
 
 
 def block(name: str, channels: int = 12) -> nn.Module:

@@ -53,9 +53,7 @@ class PackingDSConv(InvertedResidual):
         """Empty if a part is more than a convolution with a norm and an activation."""
         return of_efficientvit(block.depth_conv, block.point_conv)
 
-    def mvk_sizes(self: Any) -> tuple[int, int]:
-        """Of the last two convolutions."""
-        return self.point_conv.conv.out_channels, self.depth_conv.conv.stride[0]
+    mvk_sizes = PackingMBConv.mvk_sizes
 
 
 def _of_bottleneck(block: Any) -> list[Part]:
