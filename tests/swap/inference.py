@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -69,3 +71,21 @@ def assert_every_parameter_is_followed(model: nn.Module, x: torch.Tensor) -> Non
             parameter.mul_(1.5)
         exact = logits(copy.deepcopy(model).double(), x.double())  # nothing runs on packed weights in float64
         torch.testing.assert_close(logits(model, x).double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def recorded(module: Callable[..., Any], **settings: Any) -> tuple[Any, list[list[str]]]:
+    """The compiled module, and the functions in each graph that is made of it."""
+    graphs: list[list[str]] = []
+
+    def note(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    return torch.compile(module, backend=note, fullgraph=True, **settings), graphs
+
+
+def counts(graph: list[str]) -> tuple[int, int]:
+    """How many operators for packed modules, and how many convolutions and products beside them."""
+    packed = [target for target in graph if "mvkernels_swap.packed" in target]
+    others = [target for target in graph if "mvkernels" not in target]
+    return len(packed), len([target for target in others if "conv" in target or "linear" in target])

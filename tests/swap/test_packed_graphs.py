@@ -21,6 +21,7 @@ from tests.swap import (
     transformers_windows,
 )
 from tests.swap.conftest import randomise
+from tests.swap.inference import counts, recorded
 from tests.swap.test_packing_mobile import call as first_of
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
@@ -38,24 +39,6 @@ def call(module: nn.Module, given: tuple[Any, ...]) -> torch.Tensor:
     if hasattr(out, "sample"):
         return out.sample
     return out.logits if hasattr(out, "logits") else first_of(lambda: out, ())
-
-
-def recorded(module: nn.Module, **settings: Any) -> tuple[Any, list[list[str]]]:
-    """The compiled module, and the functions in each graph that is made of it."""
-    graphs: list[list[str]] = []
-
-    def note(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return graph.forward
-
-    return torch.compile(module, backend=note, fullgraph=True, **settings), graphs
-
-
-def counts(graph: list[str]) -> tuple[int, int]:
-    """How many operators for packed modules, and how many convolutions and products beside them."""
-    packed = [target for target in graph if "mvkernels_swap.packed" in target]
-    others = [target for target in graph if "mvkernels" not in target]
-    return len(packed), len([target for target in others if "conv" in target or "linear" in target])
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor) -> None:

@@ -17,11 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mvkernels
 from mvkernels.dispatch import extension
 from mvkernels.swap import swap
+from tests.swap.inference import counts, recorded
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 GIVEN = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
 OTHER = torch.randn(64, 32, generator=torch.Generator().manual_seed(2))
-Graphs = list[list[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +37,8 @@ def model(swapped: bool, seed: int = 0) -> nn.Module:
     return made
 
 
-def noting(graphs: Graphs) -> Any:
-    def note(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-        return graph.forward
-
-    return note
-
-
-def has_operator(graphs: Graphs) -> bool:
-    return any("mvkernels_swap.packed" in target for graph in graphs for target in graph)
+def has_operator(graphs: list[list[str]]) -> bool:
+    return any(counts(graph)[0] for graph in graphs)
 
 
 def substituted(m, x):
@@ -208,11 +200,12 @@ def test_what_a_compiled_function_does_to_the_weights(make: Callable[..., Any]):
 
 
 def test_a_change_before_the_graph_is_none_of_the_graph():
-    m, graphs = model(True), []
+    m = model(True)
     with torch.no_grad():
         for p in m.parameters():
             p.mul_(1.1)
-        torch.compile(lambda x: m[0].weight.sum() + m(x), backend=noting(graphs), fullgraph=True)(GIVEN)
+        compiled, graphs = recorded(lambda x: m[0].weight.sum() + m(x))
+        compiled(GIVEN)
     assert has_operator(graphs)
 
 
@@ -227,9 +220,9 @@ NOT_FOR_IT = {
 def test_graphs_without_the_operator(name):
     for inside in (False, True):
         torch._dynamo.reset()
-        graphs: Graphs = []
         with torch.no_grad(), NOT_FOR_IT[name]() if inside else contextlib.nullcontext():
-            torch.compile(model(True), backend=noting(graphs), fullgraph=True)(GIVEN)
+            compiled, graphs = recorded(model(True))
+            compiled(GIVEN)
         assert has_operator(graphs) is not inside
 
 
