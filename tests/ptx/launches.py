@@ -159,9 +159,9 @@ def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -
 
 
 @lru_cache(maxsize=64)
-def program_of(ptx: str) -> Program:
-    """A kernel's program."""
-    program = encode(parse(ptx))
+def program_of(ptx: str, kernel: str = "") -> Program:
+    """A kernel's program; ``kernel`` says which one of a file of nvcc's."""
+    program = encode(parse(ptx, kernel))
     if unknown := machine.unknown(program):
         raise RuntimeError(f"the executor has no {', '.join(unknown)}")
     return program
@@ -179,6 +179,8 @@ class Call:
     """Those that are not constants of the compiled kernel."""
     cubin: bytes = b""
     """The machine code that goes with it, which is not what is executed."""
+    by_nvcc: bool = False
+    """Whether the PTX is nvcc's, of a file that may have other kernels too."""
 
     @classmethod
     def of(cls, repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> Call:
@@ -199,7 +201,7 @@ def execute(
     call: Call, memory: Memory, skewed: bool = False, limit: int = machine.LIMIT, effects: Any = None
 ) -> Executed:
     """Run a launch on what its tensors hold."""
-    program = program_of(call.ptx)
+    program = program_of(call.ptx, call.kernel if call.by_nvcc else "")
     regions: list[machine.Region] = []
     keep: list[Any] = []
     # After the kernel's own: pointers to scratch memory, which none of ours asks for.

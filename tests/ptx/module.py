@@ -55,18 +55,26 @@ class Module:
         return self.registers[register.rstrip("0123456789")]
 
 
-def parse(text: str) -> Module:
-    """Take apart what Triton, or nvcc for a file with one kernel, has made."""
+def parse(text: str, kernel: str = "") -> Module:
+    """Take apart what Triton or nvcc has made; ``kernel`` says which one of a file that has several.
+
+    Of nvcc's kernels the bound of threads is how many there are."""
     module = Module()
-    head, _, body = text.partition("\n{")
+    begin = 0
+    if kernel:
+        found = re.search(rf"\.entry\s+{re.escape(kernel)}\s*\(", text)
+        if found is None:
+            raise Unsupported(f"no kernel {kernel}")
+        begin = found.start()
+    head, _, body = text[begin:].partition("\n{")
     for kind, name in re.findall(r"\.param\s+\.(\w+)[^,)]*?([\w$]+)\s*(?=[,)]|$)", head, re.MULTILINE):
         module.parameters.append((name, BYTES[kind]))
-    threads = re.search(r"\.reqntid\s+(\d+)", head)
+    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head)
     if threads is None:
-        raise Unsupported("no .reqntid: how many threads a block has")
+        raise Unsupported("no .reqntid or .maxntid: how many threads a block has")
     module.threads = int(threads.group(1))
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.MULTILINE))
-    source, first_line = "", head.count("\n") + 1
+    source, first_line = "", text.count("\n", 0, begin + len(head)) + 1
     scopes = 1
     for number, written in enumerate(body.split("\n")):
         line = written.partition("//")[0].strip()

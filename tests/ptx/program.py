@@ -103,8 +103,11 @@ def _encoded(program: Program, statement: Statement) -> tuple[str, list[int]]:
     name, operands = statement.name, list(statement.operands)
     name = re.sub(r"\.(uni|L1::\w+|L2::\w+|weak|relaxed|gpu|cta(?=\.)|volatile)(?=\.|$)", "", name)
     name = re.sub(r"(ld|st)(\.\w+)\.shared::cta", r"\1\2.shared", name)
+    name = name.replace("ld.global.nc", "ld.global")
     if name.startswith("ld.param"):
         return _parameter(program, statement)
+    if name.startswith("cvta.to.global"):  # addresses are generic ones
+        name = "mov.u64"
     if name == "bra":
         return name, [program.module.labels[str(operands[0])]]
     if name in ("bar.sync", "barrier.sync"):
