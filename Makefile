@@ -12,15 +12,16 @@ SUITE  ?= full
 FIRST  := setuptools wheel ninja torch triton numpy transformers pillow scikit-learn matplotlib
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
-	pillow scikit-learn onnx onnxscript onnxruntime executorch
-SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h csrc/*/*/*.cu)
+	pillow scikit-learn onnx onnxscript onnxruntime executorch cuda-bindings
+SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
+CUDA   := $(wildcard csrc/cuda/*/*.cu csrc/cuda/*/*.cuh)
 PTX    := $(wildcard tests/ptx/machine/*)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize wheel clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda wheel clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -28,7 +29,7 @@ setup: $(STAMP)
 $(DEMO): pyproject.toml setup.py constraints.txt $(SOURCE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(FIRST)
-	MVKERNELS_BUILD_ISAS=native $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+	MVKERNELS_SKIP_CUDA=1 MVKERNELS_BUILD_ISAS=native $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
 		--no-deps -e .
 	touch $@
 
@@ -36,7 +37,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TOOLS) $(NEEDS)
 	$(PIP) --no-deps torchvision timm
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps -e .
+	MVKERNELS_SKIP_CUDA=1 $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
+		--no-deps -e .
 	touch $@
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO))
@@ -53,13 +55,13 @@ check: lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCE) $(PTX)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCE) $(CUDA) $(PTX) tests/cuda/driver.c
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCE) $(PTX)
+	$(BIN)/clang-format -i $(SOURCE) $(CUDA) $(PTX) tests/cuda/driver.c
 
 bench: setup
 	$(BIN)/python benchmarks/patch_attention.py --suite $(SUITE)
@@ -115,8 +117,12 @@ sanitize: setup
 		$(abspath $(BIN))/python -m pytest -x -q -m "not interpreter" \
 		-k "not compile and not export" $(SANITIZED)
 
+# The kernels in CUDA C++, for the package to ship: needs nvcc, and neither a GPU nor a set-up.
+cuda:
+	$(PYTHON) csrc/cuda/compile.py
+
 wheel: setup
-	MVKERNELS_BUILD_ISAS=all $(BIN)/python -m build --no-isolation
+	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP) $(DEMO)

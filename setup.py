@@ -4,8 +4,11 @@ The extension uses only torch's stable C interface (torch >= 2.10) and Python's 
 binary serves several versions of both. Each kernel source is compiled once per instruction set and
 chosen at run time, never with -march=native, so what was built for all sets runs on older processors.
 
-Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python; ``MAX_JOBS`` bounds parallel compilers
-(by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+Where there is nvcc, the kernels in CUDA C++ are compiled too, and shipped as data (csrc/cuda/compile.py).
+
+Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python, ``MVKERNELS_SKIP_CUDA=1`` leaves out CUDA C++, and with
+``MVKERNELS_REQUIRE_EXT=1`` or ``MVKERNELS_REQUIRE_CUDA=1`` what cannot be built is an error; ``MAX_JOBS`` bounds parallel
+compilers (by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
 ``MVKERNELS_BUILD_ISAS`` says for which instruction sets to build: by default for those that this processor has,
 ``all`` for every one, as a wheel needs it, ``native`` for the best of this processor alone, ``avx2,avx512`` for these
 and for the first, which every processor has.
@@ -25,6 +28,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
@@ -166,6 +170,17 @@ class BuildExtension(build_ext):
         return out.splitlines()[0]
 
 
+class BuildPython(build_py):
+    """Compiles the kernels in CUDA C++ before the package's files are collected; they are data among these."""
+
+    def run(self) -> None:
+        if os.environ.get("MVKERNELS_SKIP_CUDA") != "1":
+            line = [sys.executable, str(ROOT / "csrc/cuda/compile.py"), "--jobs", str(jobs())]
+            if subprocess.run(line, check=False).returncode and os.environ.get("MVKERNELS_REQUIRE_CUDA") == "1":
+                raise SystemExit("mvkernels: the CUDA kernels do not compile")
+        super().run()
+
+
 class Wheel(bdist_wheel):
     """Says by its file name whether kernels are in: ``cp310-abi3-<platform>`` with them, ``py3-none-any`` without.
 
@@ -191,6 +206,6 @@ class Wheel(bdist_wheel):
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
     ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=HEADERS)],
-    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

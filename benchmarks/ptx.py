@@ -1,8 +1,8 @@
-"""Executes the compiled Triton kernels on a CPU: what `make ptx` runs. Needs no GPU.
+"""Executes the compiled GPU kernels on a CPU: what `make ptx` runs. Needs no GPU.
 
 Every op, forward and backward, at the inputs of ``mvkernels verify``, in float32 (ieee and tf32), float16 and
-bfloat16, as compiled for sm_90 and sm_80, by tests/ptx: the library's own planning and launches, Triton's own
-compiler, and its PTX one instruction after the other. Results are compared with float64 as ever; every access is
+bfloat16, by tests/ptx: the library's own planning and launches, and the PTX one instruction after the other, which
+Triton's own compiler makes for sm_90 and sm_80, and nvcc of the kernels in CUDA C++. Results are compared with float64 as ever; every access is
 checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
 
 - ``error``, ``allowed``, ``ok``: of the case's worst tensor, ``worst``
@@ -53,19 +53,28 @@ SUMMED = ("findings", "instructions", "global_bytes", "global_sectors", "conflic
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
     """A line for each kernel: in how many cases it ran, by dtype; findings; how its accesses lie."""
-    kernels = sorted({(row["op"], row["kernel"]) for row in rows})
-    for op, kernel in kernels:
-        of = [row for row in rows if (row["op"], row["kernel"]) == (op, kernel)]
+    kernels = sorted({(row["op"], row["backend"], row["kernel"]) for row in rows})
+    for op, backend, kernel in kernels:
+        of = [row for row in rows if (row["op"], row["backend"], row["kernel"]) == (op, backend, kernel)]
         total = {name: sum(row[name] for row in of) for name in SUMMED}
         yield [
-            op, kernel, *(sum(row["dtype"] == dtype for row in of) for dtype in cases.DTYPES), total["findings"],
+            op, backend, kernel, *(sum(row["dtype"] == dtype for row in of) for dtype in cases.DTYPES), total["findings"],
             f"{total['instructions'] / 1e6:.1f}",
             f"{total['global_bytes'] / (32 * total['global_sectors'] or 1):.0%}",
             f"{total['conflicts'] / (total['shared_requests'] or 1):.2f}",
         ]  # fmt: skip
 
 
-COLUMNS = ["op", "kernel", *cases.DTYPES, "findings", "million instructions", "asked of moved", "conflicts a request"]
+COLUMNS = [
+    "op",
+    "backend",
+    "kernel",
+    *cases.DTYPES,
+    "findings",
+    "million instructions",
+    "asked of moved",
+    "conflicts a request",
+]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=list(cases.FEW), help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=list(cases.DTYPES), help="only this dtype (repeatable)")
     parser.add_argument("--arch", action="append", choices=list(PRETENDED), help="only this one (repeatable)")
+    parser.add_argument("--backend", action="append", choices=("triton", "cuda"), help="only this one (repeatable)")
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cases with this in their name")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
@@ -89,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         if case.op in ops
         and case.dtype in dtypes
         and case.arch in (options.arch or PRETENDED)
+        and case.backend in (options.backend or (case.backend,))
         and options.filter in str(case)
     ]
     if not jobs or options.processes < 1:
@@ -97,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     same = {"triton": triton.__version__, "date": datetime.date.today().isoformat(), "commit": commit()}
     found = _forked.results(executed, jobs, options.processes)
     rows = [row | same for rows, _ in found for row in rows]
-    if (options.dtype or options.arch or options.filter) and options.out == RESULTS:
+    if (options.dtype or options.arch or options.backend or options.filter) and options.out == RESULTS:
         print(
             "ptx: no file is written, since this is a part of what an op's file has; --out writes one", file=sys.stderr
         )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each may import those of its own line and of those above it. Imports inside functions count as well.
 LAYERS = (
     ("version", "configs"),
-    ("report", "files", "rounding", "dispatch", "triton"),
+    ("report", "files", "rounding", "dispatch", "triton", "cuda"),
     ("ops",),
     ("testing", "bench", "verify", "tune", "third_party", "nn"),
     ("swap",),

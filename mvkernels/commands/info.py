@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from mvkernels import report
+from mvkernels.cuda import modules
+from mvkernels.cuda.driver import DriverError, driver
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import BACKENDS, can_run
 from mvkernels.dispatch.registry import OPS
@@ -23,6 +25,8 @@ VARIABLES = (
     "MVKERNELS_CPU_ISA",
     "MVKERNELS_SKIP_EXT",
     "MVKERNELS_REQUIRE_EXT",
+    "MVKERNELS_SKIP_CUDA",
+    "MVKERNELS_REQUIRE_CUDA",
     "MVKERNELS_CXXFLAGS",
     "MVKERNELS_BUILD_ISAS",
     "MVKERNELS_TEST_DEVICE",
@@ -31,6 +35,8 @@ VARIABLES = (
     "MVKERNELS_RESULTS",
     "MVKERNELS_COMMIT",
     "MAX_JOBS",
+    "NVCC",
+    "CUDA_HOME",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
     "MALLOC_MMAP_MAX_",
@@ -58,6 +64,7 @@ def collect() -> dict[str, Any]:
         "devices": devices(),
         "threads": torch.get_num_threads(),
         "extension": _extension(),
+        "cuda_kernels": _cuda_kernels(),
         "ops": {name: {device: _backends(name, device) for device in devices()} for name in OPS},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "configs": sorted(path.name for path in (PACKAGE / "configs").glob("*.json")),
@@ -81,6 +88,16 @@ def _extension() -> dict[str, Any]:
     if extension.module is None:
         return {"available": False, "reason": extension.reason}
     return {"available": True, "instruction_set": extension.instruction_set(), **extension.build_info()}
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    manifest, found = modules.manifest(), driver()
+    if not manifest:
+        return {"compiled": False}
+    reached = str(found) if isinstance(found, DriverError) else "found"
+    files = manifest["files"]
+    return {"compiled": True, "nvcc": manifest["nvcc"], "files": len(files), "bytes": sum(files.values()),
+            "driver": reached}  # fmt: skip
 
 
 def _triton() -> str:
@@ -112,6 +129,12 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"  {k}: {v}" for k, v in built.items() if k not in {"available", "instruction_set"}]
     else:
         lines.append(f"C++ extension: not available: {built['reason']}")
+    kernels = found["cuda_kernels"]
+    if kernels["compiled"]:
+        size = f"{kernels['files']} files, {kernels['bytes'] / 2**20:.2f} MiB"
+        lines.append(f"CUDA kernels: {size}, compiled by nvcc {kernels['nvcc']}; driver: {kernels['driver']}")
+    else:
+        lines.append("CUDA kernels: not compiled (no nvcc at the build)")
     rows = [
         (op, device, backend, "yes" if answer["available"] else "no", answer["reason"])
         for op, by_device in found["ops"].items()

@@ -3,10 +3,14 @@ call's tensors."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from mvkernels.cuda import modules
+from mvkernels.cuda.driver import Arguments
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,23 @@ class Launch:
     longs: tuple[int, ...]
     ints: tuple[int, ...]
     floats: tuple[str, ...]
+    _layout: struct.Struct = field(init=False, repr=False, compare=False)
+    _loaded: dict[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+    """The driver's function by device."""
+
+    def __post_init__(self) -> None:
+        # Eight bytes each, then four: every parameter lies where its own alignment puts it, without gaps.
+        sizes = len(self.pointers), len(self.longs), len(self.ints), len(self.floats)
+        object.__setattr__(self, "_layout", struct.Struct("<{}Q{}q{}i{}f".format(*sizes)))
 
     def __call__(self, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> None:
         """Launch on the current stream of the current device."""
-        raise NotImplementedError
+        device = torch.cuda.current_device()
+        function = self._loaded.get(device)
+        if function is None:
+            function = self._loaded[device] = modules.kernel(device, self.module, self.kernel, self.shared_bytes)
+        pointers = [tensors[name].data_ptr() for name in self.pointers]
+        values = [floats[name] for name in self.floats]
+        arguments = Arguments.of(self._layout.pack(*pointers, *self.longs, *self.ints, *values))
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        modules.launch(function, self.grid, self.threads, self.shared_bytes, stream, arguments)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.checks import any_autocast
 from mvkernels.dispatch.registry import OPS
@@ -170,15 +171,26 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...], backward: bo
             raise BackendUnavailable(f"{op.name}: backend {name} cannot run this: {reason}")
         return name
     first = arguments[0]
+    found = "reference"
     for name in _PREFERENCE.get("cpu" if first.is_cpu else first.device.type, ()):
         if name not in op.why_not:
             continue
         reason = reason_against(op, name, arguments, backward)
         if not reason:
-            return name
-        if not torch.compiler.is_compiling():
+            if name != "cuda" or op.choice is None or choice.is_faster(op, arguments, backward or _records(arguments)):
+                return name
+            found = name  # unless Triton can run it too
+        elif not torch.compiler.is_compiling():
             _log_once(op.name, name, reason)
-    return "reference"
+    return found
+
+
+def _records(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call with these arguments records a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    each = (x for given in arguments for x in (given if isinstance(given, (list, tuple)) else (given,)))
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in each)
 
 
 def prepare(name: str, backend: str | None, *arguments: Any) -> tuple[str, tuple[Any, ...]]:

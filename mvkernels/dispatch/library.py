@@ -61,17 +61,18 @@ def pair(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """An op's forward and backward on a backend: ``mvkernels_<backend>::<name>_forward`` and ``..._backward``.
 
-    ``launcher`` imports the module that has the Triton kernels' ``forward`` and ``backward``.
+    ``launcher`` imports the module that has the ``forward`` and ``backward`` of a GPU's backend. On a CPU the C++
+    extension has them.
     """
     found = []
     for which, schema, fake, count in zip(("forward", "backward"), schemas, fakes, counts):
-        kernel = on_triton(launcher, which, fake) if backend == "triton" else None
+        kernel = launched(launcher, which, fake) if backend != "cpp" else None
         found.append(define(backend, f"{name}_{which}", schema, fake, kernel, count=count))
     return found[0], found[1]
 
 
-def on_triton(launcher: Callable[[], Any], which: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of an op's Triton launcher, which is imported by the first call."""
+def launched(launcher: Callable[[], Any], which: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of an op's launcher, which is imported by the first call."""
 
     def implementation(first: Tensor, *rest: Any) -> Any:
         if first.shape[0] == 0:  # a grid of no blocks cannot be launched
@@ -82,10 +83,10 @@ def on_triton(launcher: Callable[[], Any], which: str, fake: Callable[..., Any])
     return implementation
 
 
-def why_not_triton(launcher: Callable[[], Any]) -> Callable[..., str | None]:
-    """An op's ``why_not`` for Triton: its launcher's, if that can be imported."""
+def why_not(launcher: Callable[[], Any]) -> Callable[..., str | None]:
+    """An op's ``why_not`` for a GPU's backend: its launcher's, if that can be imported."""
 
-    def why_not(*arguments: Any) -> str | None:
+    def of_launcher(*arguments: Any) -> str | None:
         try:
             found = launcher()
         except ImportError as error:
@@ -93,7 +94,7 @@ def why_not_triton(launcher: Callable[[], Any]) -> Callable[..., str | None]:
         reason: str | None = found.why_not(*arguments)
         return reason
 
-    return why_not
+    return of_launcher
 
 
 def output(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mvkernels import report, testing, verify
+from mvkernels.dispatch.backend import can_run
 from mvkernels.dispatch.registry import OPS, Op
-from tests.ptx import launches, machine
+from tests.ptx import launches, machine, nvcc
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """tf32: float32 maps whose products may round."""
@@ -40,9 +41,12 @@ class Case:
     dtype: str = "bfloat16"
     arch: str = "sm_90"
     processors: int = 132
+    backend: str = "triton"
+    """``cuda``: nvcc's PTX, which is the same for every device; only what is launched may differ."""
 
     def __str__(self) -> str:
-        return f"{self.op} {self.shape} {self.strides} {self.dtype} {self.arch} {self.processors} processors"
+        where = f"{self.arch} {self.processors} processors"
+        return f"{self.op} {self.shape} {self.strides} {self.dtype} {where} {self.backend}"
 
 
 @dataclass(frozen=True)
@@ -77,18 +81,38 @@ def run(case: Case, skewed: bool = False) -> Outcome:
     arguments = case.make(DTYPES[case.dtype], "cpu")
     begin = time.perf_counter()
     with launches.executed(case.arch, case.processors, case.dtype == "tf32", skewed) as log:
-        found = testing.check(op, arguments, "triton")
+        found = testing.check(op, arguments, case.backend)
     return Outcome(case, found, log, time.perf_counter() - begin)
 
 
 def cases() -> Iterator[Case]:
-    """All of those with a Triton kernel: see :func:`of_op`; each dtype; a GPU with matrix products of warp groups, and
-    one without; and one that is small: there a program has as much to do as a large batch gives it on a large one."""
+    """All of those with a GPU's kernel: see :func:`of_op`; each dtype; of Triton a GPU with matrix products of warp
+    groups, and one without; and one that is small: there a program has as much to do as a large batch gives it on a
+    large one."""
     for op in (OPS[name] for name in report.ops_with(["triton"])):
         for shape, strides, make in of_op(op):
             for dtype in DTYPES:
                 for arch, processors in DEVICES:
                     yield Case(op.name, shape, strides, make, dtype, arch, processors)
+    if not nvcc.why_not():
+        yield from cases_of_nvcc()
+
+
+def cases_of_nvcc() -> Iterator[Case]:
+    """Of those the ones that kernels in CUDA C++ take."""
+    for op in (OPS[name] for name in report.ops_with(["cuda"])):
+        for shape, strides, make in of_op(op):
+            for dtype in DTYPES:
+                for arch, processors in DEVICES[:2]:
+                    case = Case(op.name, shape, strides, make, dtype, arch, processors, "cuda")
+                    if takes(case):
+                        yield case
+
+
+def takes(case: Case) -> bool:
+    """Whether the backend can run a case."""
+    with launches.executed(case.arch, case.processors, case.dtype == "tf32"):
+        return can_run(case.op, case.backend, **case.make(DTYPES[case.dtype], "cpu"))[0]
 
 
 def of_op(op: Op) -> Iterator[tuple[str, str, verify.Maker]]:
@@ -272,7 +296,7 @@ def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     for kernel, several in by_kernel.items():
         found = [finding for launch in several for finding in launch.findings]
         yield {
-            "op": case.op, "kernel": kernel, "shape": case.shape, "strides": case.strides, "dtype": case.dtype,
+            "op": case.op, "backend": case.backend, "kernel": kernel, "shape": case.shape, "strides": case.strides, "dtype": case.dtype,
             "arch": case.arch, "processors": case.processors, "worst": worst.name, "error": f"{worst.error:.3e}",
             "allowed": f"{worst.allowed:.3e}", "ok": worst.ok,
             "races": sum(each.kind.startswith("race") for each in found), "findings": len(found),

@@ -1,5 +1,5 @@
-"""Runs the library's Triton launches on the executor: CPU tensors, through the library's own planning and Triton's own
-specialisation and compiler.
+"""Runs the library's launches on the executor: CPU tensors, through the library's own planning and Triton's own
+specialisation and compiler, or nvcc's.
 
     with launches.executed("sm_90") as log:
         mvkernels.patch_attention(q, k, v, patch_size=2, backend="triton")
@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,11 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
+from mvkernels.cuda import modules
+from mvkernels.cuda.launch import Launch
 from mvkernels.dispatch.registry import OPS
 from mvkernels.triton import configs
 from mvkernels.triton.repeated import RepeatedLaunch
 from tests.devices import PRETENDED
-from tests.ptx import machine
+from tests.ptx import machine, nvcc
 from tests.ptx.module import parse
 from tests.ptx.program import Program, encode
 
@@ -196,6 +198,16 @@ class Call:
         code = compiled.asm
         return cls(kernel.__name__, code["ptx"], compiled.metadata.shared, repeated.grid, passed, code["cubin"])
 
+    @classmethod
+    def by_nvcc_of(cls, launch: Launch, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> Call:
+        """Of a kernel in CUDA C++."""
+        most = configs.shared_memory_of(f"sm_{driver.active.get_current_device()}")
+        if launch.shared_bytes > most:
+            raise OutOfResources(launch.shared_bytes, most, "shared memory")
+        pointers, numbers = [tensors[name] for name in launch.pointers], [float(floats[name]) for name in launch.floats]
+        passed = (*pointers, *launch.longs, *launch.ints, *numbers)
+        return cls(launch.kernel, nvcc.ptx_of(launch.module), launch.shared_bytes, launch.grid, passed, by_nvcc=True)
+
 
 def execute(
     call: Call, memory: Memory, skewed: bool = False, limit: int = machine.LIMIT, effects: Any = None
@@ -231,7 +243,7 @@ def executed(
     skewed: bool = False,
     watch: Callable[[Call, Memory], None] = lambda *_: None,
 ) -> Iterator[list[Executed]]:
-    """Within: Triton launches on CPU tensors run as compiled for a GPU, here. The log grows with each.
+    """Within: launches on CPU tensors run as compiled for a GPU, here. The log grows with each.
 
     Args:
         arch: "sm_90" (as sm_90a) or "sm_80".
@@ -246,6 +258,11 @@ def executed(
 
     def launch(repeated: RepeatedLaunch, tensors: Sequence[torch.Tensor], floats: Sequence[float]) -> None:
         call = Call.of(repeated, tensors, floats)
+        watch(call, memory)
+        log.append(execute(call, memory, skewed))
+
+    def launch_of_nvcc(kernel: Launch, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> None:
+        call = Call.by_nvcc_of(kernel, tensors, floats)
         watch(call, memory)
         log.append(execute(call, memory, skewed))
 
@@ -269,5 +286,7 @@ def executed(
             if "triton" in op.why_not:
                 enter(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
         enter(mock.patch.object(RepeatedLaunch, "__call__", launch))
+        enter(mock.patch.object(modules, "why_not", lambda *_: None))
+        enter(mock.patch.object(Launch, "__call__", launch_of_nvcc))
         enter(mock.patch.object(driver, "_active", Driver(arch)))
         yield log

@@ -19,15 +19,15 @@ template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
 __device__ __forceinline__ float from_float<float>(float x) {
-    return x;
+  return x;
 }
 template <>
 __device__ __forceinline__ f16 from_float<f16>(float x) {
-    return __float2half_rn(x);
+  return __float2half_rn(x);
 }
 template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) {
-    return __float2bfloat16_rn(x);
+  return __float2bfloat16_rn(x);
 }
 
 // Two numbers in the 32 bits of a register, the first in the low half, as operands of matrix instructions have them.
@@ -35,22 +35,22 @@ template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 template <>
 __device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 template <>
 __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // 2 to the power of x; of -inf it is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 }  // namespace mvk

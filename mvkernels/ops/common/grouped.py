@@ -25,11 +25,13 @@ def _fake_backward(grad, query, key, value, *settings):  # type: ignore[no-untyp
     return *maps, bias.new_empty(bias.shape) if need_bias else query.new_empty(0)
 
 
-def operators(name: str, sizes: str, pairs: Callable[..., int], launcher: Callable[[], Any]) -> dict[str, Pair]:
+def operators(
+    name: str, sizes: str, pairs: Callable[..., int], triton: Callable[[], Any], cuda: Callable[[], Any]
+) -> dict[str, Pair]:
     """An op's forward and backward on each backend.
 
     ``sizes`` declares what says which pixels are a group, ``int patch_h, int patch_w``. ``pairs`` takes the sizes of
-    the query and of the key map, and these numbers, and counts pairs. ``launcher`` imports the Triton launcher.
+    the query and of the key map, and these numbers, and counts pairs. ``triton`` and ``cuda`` import the launchers.
     """
     maps, settings = "Tensor query, Tensor key, Tensor value", f"{sizes}, Tensor? bias, float scale"
     schemas = (
@@ -45,7 +47,11 @@ def operators(name: str, sizes: str, pairs: Callable[..., int], launcher: Callab
         return 2 * count(*forward)
 
     counts, fakes = (count, count_backward), (_fake_forward, _fake_backward)
-    return {backend: library.pair(backend, name, schemas, fakes, counts, launcher) for backend in ("cpp", "triton")}
+    launchers = {"cpp": triton, "triton": triton, "cuda": cuda}
+    return {
+        backend: library.pair(backend, name, schemas, fakes, counts, launcher)
+        for backend, launcher in launchers.items()
+    }
 
 
 def check(

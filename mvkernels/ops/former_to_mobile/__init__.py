@@ -111,7 +111,7 @@ def _why_not_cpp(x: Tensor, *_: Any) -> str | None:
     return extension.why_not(x, head_dim=x.shape[2])
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(

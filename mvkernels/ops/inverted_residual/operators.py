@@ -82,5 +82,5 @@ _TENSORS = "Tensor x, Tensor? expand, Tensor? expand_bias, Tensor depthwise, Ten
 _TENSORS += "Tensor? project_bias"
 forward_triton = library.define(
     "triton", _NAME, f"({_TENSORS}, int stride, int activation, bool residual) -> Tensor", _fake_triton,
-    library.on_triton(launcher, "forward", _fake_triton), count=_count_triton,
+    library.launched(launcher, "forward", _fake_triton), count=_count_triton,
 )  # fmt: skip

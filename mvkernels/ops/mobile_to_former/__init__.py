@@ -94,7 +94,7 @@ def _why_not_cpp(query: Tensor, *_: Any) -> str | None:
     return extension.why_not(query, head_dim=query.shape[3])
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(

@@ -174,7 +174,7 @@ def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_:
     return extension.why_not(qkv, head_dim=head_dim)
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(

@@ -12,7 +12,7 @@ from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common.grouped import check, why_not_cpp
 from mvkernels.ops.patch_attention import suite
-from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, launcher
+from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, cuda_launcher, launcher
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 
@@ -129,7 +129,7 @@ def backward_into(*arguments: Any, **settings: Any) -> Tensor:
     return dbias
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(
@@ -138,7 +138,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": why_not_cpp, "triton": why_not_triton},
+        why_not={"cpp": why_not_cpp, "triton": why_not_triton, "cuda": library.why_not(cuda_launcher)},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -21,11 +21,18 @@ def launcher() -> Any:
     return launcher
 
 
+def cuda_launcher() -> Any:
+    """The module that launches the kernels in CUDA C++, imported only here."""
+    from mvkernels.ops.patch_attention.cuda import launcher
+
+    return launcher
+
+
 def _pairs(sizes: Any, partners: Any, *patch: int) -> int:
     return patch_pairs(sizes, partners, patch)  # type: ignore[arg-type]
 
 
-KERNELS = grouped.operators(_NAME, "int patch_h, int patch_w", _pairs, launcher)
+KERNELS = grouped.operators(_NAME, "int patch_h, int patch_w", _pairs, launcher, cuda_launcher)
 _DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS)
 
 

@@ -233,7 +233,7 @@ def _packed(arguments: Mapping[str, Any]) -> Tensor:
     return pack_patch_transformer_layer(*[arguments[name] for name in _PARAMETERS])
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(

@@ -128,7 +128,7 @@ def backward_into(*arguments: Any) -> None:
     launcher().backward_into(*arguments)
 
 
-why_not_triton = library.why_not_triton(launcher)
+why_not_triton = library.why_not(launcher)
 
 OP = register(
     Op(

@@ -12,7 +12,7 @@ from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
 from mvkernels.ops.common.grouped import check, why_not_cpp
 from mvkernels.ops.window_attention import suite
-from mvkernels.ops.window_attention.autograd import KERNELS, WindowAttentionFunction, launcher
+from mvkernels.ops.window_attention.autograd import KERNELS, WindowAttentionFunction, cuda_launcher, launcher
 from mvkernels.ops.window_attention.reference import window_attention as reference
 from mvkernels.ops.window_attention.third_party import THIRD_PARTY
 
@@ -126,7 +126,7 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("query", "key", "value"),
-        why_not={"cpp": why_not_cpp, "triton": library.why_not_triton(launcher)},
+        why_not={"cpp": why_not_cpp, "triton": library.why_not(launcher), "cuda": library.why_not(cuda_launcher)},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,

@@ -21,11 +21,20 @@ def launcher() -> Any:
     return launcher
 
 
+def cuda_launcher() -> Any:
+    """The module that launches the kernels in CUDA C++, imported only here."""
+    from mvkernels.ops.window_attention.cuda import launcher
+
+    return launcher
+
+
 def _pairs(sizes: Any, _: Any, *numbers: int) -> int:
     return window_pairs(sizes, numbers[:2], numbers[2:])  # type: ignore[arg-type]
 
 
-KERNELS = grouped.operators(_NAME, "int window_h, int window_w, int shift_h, int shift_w", _pairs, launcher)
+KERNELS = grouped.operators(
+    _NAME, "int window_h, int window_w, int shift_h, int shift_w", _pairs, launcher, cuda_launcher
+)
 _DERIVATIVE = grouped.Derivative(_NAME, reference, KERNELS)
 
 

@@ -1,0 +1,92 @@
+"""The compiled files of csrc/cuda: which of them a device takes, and kernels loaded from them, once a device."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvkernels.cuda.driver import Arguments, Driver, DriverError, driver
+
+DATA = Path(__file__).parent / "data"
+_ALLOWED_ALWAYS = 48 << 10
+_lock = threading.Lock()
+_loaded: dict[tuple[int, str], int] = {}
+_allowed: dict[int, int] = {}
+"""Of a function, the most dynamic shared memory that a launch has asked for."""
+
+
+@cache
+def manifest() -> dict[str, Any]:
+    """What csrc/cuda/compile.py says of the data, empty if nothing was compiled: ``nvcc``, ``state``, ``files``."""
+    try:
+        return json.loads((DATA / "manifest.json").read_text())  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        return {}
+
+
+def target_of(major: int, minor: int) -> str:
+    """The code for a compute capability: of its own architecture, or PTX that the driver compiles.
+
+    >>> target_of(8, 9), target_of(9, 0), target_of(10, 3), target_of(12, 0)
+    ('sm_80', 'sm_90a', 'sm_100', 'compute_80')
+    """
+    return {8: "sm_80", 9: "sm_90a", 10: "sm_100"}.get(major, "compute_80")
+
+
+@cache
+def _why_not(index: int | None) -> str | None:
+    # Of a CUDA device: asked once.
+    if torch.version.hip:
+        return "the CUDA kernels run on NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"compute capability {major}.{minor}: want 8.0 or more"
+    if not manifest():
+        return "the CUDA kernels are not compiled: there was no nvcc at the build (`make cuda` compiles them)"
+    found = driver()
+    return str(found) if isinstance(found, DriverError) else None
+
+
+def why_not(map_: torch.Tensor) -> str | None:
+    """Why no CUDA C++ kernel can run on a tensor's device, or None."""
+    if map_.device.type != "cuda":
+        return f"the CUDA kernels run on CUDA tensors, but these tensors are on {map_.device.type}"
+    return _why_not(map_.device.index)
+
+
+def _driver() -> Driver:
+    found = driver()
+    if isinstance(found, DriverError):
+        raise found
+    return found
+
+
+def kernel(device: int, module: str, name: str, shared_bytes: int) -> int:
+    """A kernel as the driver's function, loaded on a device and allowed so much dynamic shared memory.
+
+    Safe while a stream is captured; raises DriverError.
+    """
+    calls = _driver()
+    with _lock:
+        calls.enter(device)
+        with calls.relaxed():
+            if (device, module) not in _loaded:
+                target = target_of(*torch.cuda.get_device_capability(device))
+                packed = (DATA / f"{module.replace('/', '.')}.{target}.xz").read_bytes()
+                _loaded[device, module] = calls.load(lzma.decompress(packed) + b"\0")
+            function = calls.function(_loaded[device, module], name)
+            if shared_bytes > _allowed.get(function, _ALLOWED_ALWAYS):
+                calls.allow_shared(function, shared_bytes)
+                _allowed[function] = shared_bytes
+            return function
+
+
+def launch(function: int, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Arguments) -> None:
+    """Launch a kernel that :func:`kernel` has given, on a stream of the current device."""
+    _driver().launch(function, grid, threads, shared_bytes, stream, arguments)

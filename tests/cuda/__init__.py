@@ -1,0 +1,1 @@
+"""Of kernels in CUDA C++: the driver, loading, launching."""
