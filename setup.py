@@ -7,8 +7,8 @@ chosen at run time, never with -march=native, so what was built for all sets run
 Where there is nvcc, the kernels in CUDA C++ are compiled too, and shipped as data (csrc/cuda/compile.py).
 
 Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python, ``MVKERNELS_SKIP_CUDA=1`` leaves out CUDA C++, and with
-``MVKERNELS_REQUIRE_EXT=1`` or ``MVKERNELS_REQUIRE_CUDA=1`` what cannot be built is an error; ``MAX_JOBS`` bounds parallel
-compilers (by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+``MVKERNELS_REQUIRE_EXT=1`` or ``MVKERNELS_REQUIRE_CUDA=1`` what cannot be built is an error; ``MAX_JOBS`` bounds
+parallel compilers (by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
 ``MVKERNELS_BUILD_ISAS`` says for which instruction sets to build: by default for those that this processor has,
 ``all`` for every one, as a wheel needs it, ``native`` for the best of this processor alone, ``avx2,avx512`` for these
 and for the first, which every processor has.

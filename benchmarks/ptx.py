@@ -2,8 +2,8 @@
 
 Every op, forward and backward, at the inputs of ``mvkernels verify``, in float32 (ieee and tf32), float16 and
 bfloat16, by tests/ptx: the library's own planning and launches, and the PTX one instruction after the other, which
-Triton's own compiler makes for sm_90 and sm_80, and nvcc of the kernels in CUDA C++. Results are compared with float64 as ever; every access is
-checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
+Triton's own compiler makes for sm_90 and sm_80, and nvcc of the kernels in CUDA C++. Results are compared with float64
+as ever; every access is checked. Writes results/ptx/<op>.csv, a row for each kernel of each case:
 
 - ``error``, ``allowed``, ``ok``: of the case's worst tensor, ``worst``
 - ``races``, ``findings``: accesses that no barrier sets apart; those and all other faults (out of bounds, misaligned,
@@ -58,8 +58,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[list[Any]]:
         of = [row for row in rows if (row["op"], row["backend"], row["kernel"]) == (op, backend, kernel)]
         total = {name: sum(row[name] for row in of) for name in SUMMED}
         yield [
-            op, backend, kernel, *(sum(row["dtype"] == dtype for row in of) for dtype in cases.DTYPES), total["findings"],
-            f"{total['instructions'] / 1e6:.1f}",
+            op, backend, kernel, *(sum(row["dtype"] == dtype for row in of) for dtype in cases.DTYPES),
+            total["findings"], f"{total['instructions'] / 1e6:.1f}",
             f"{total['global_bytes'] / (32 * total['global_sectors'] or 1):.0%}",
             f"{total['conflicts'] / (total['shared_requests'] or 1):.2f}",
         ]  # fmt: skip

@@ -24,6 +24,8 @@ import torch
 
 from mvkernels import files, testing
 from mvkernels.bench import timing
+from mvkernels.cuda import choice
+from mvkernels.dispatch.backend import can_run
 from mvkernels.dispatch.registry import Op
 from mvkernels.triton import configs
 from mvkernels.triton.configs import Config
@@ -32,6 +34,9 @@ MARGIN = 0.02
 FINALISTS = 3
 MOST = 10
 """Configurations of a kernel that are tried for one key."""
+Call = Callable[[], dict[str, torch.Tensor]]
+Calls = Mapping[str, Call]
+Key = Callable[[bool], Mapping[str, Any]]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -51,23 +56,27 @@ class Finding:
 
 
 def calls(
-    op: Op, arguments: Mapping[str, Any], function: Callable[..., torch.Tensor], cotangent: torch.Tensor
+    op: Op,
+    arguments: Mapping[str, Any],
+    function: Callable[..., torch.Tensor],
+    cotangent: torch.Tensor,
+    backend: str = "triton",
 ) -> dict[str, Callable[[], dict[str, torch.Tensor]]]:
-    """One call each of the op's ``function`` for the forward alone and, if its Triton kernels have a backward, for
+    """One call each of the op's ``function`` for the forward alone and, if the backend's kernels have a backward, for
     forward and backward, giving all their results."""
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
     leaves = testing.with_tensors(arguments, wanted)
 
     def forward() -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return {"out": function(**arguments, backend="triton")}
+            return {"out": function(**arguments, backend=backend)}
 
     def backward() -> dict[str, torch.Tensor]:
-        result = function(**leaves, backend="triton")
+        result = function(**leaves, backend=backend)
         grads = torch.autograd.grad(result, list(wanted.values()), cotangent)
         return {"out": result.detach(), **{f"d{n}": g for n, g in zip(wanted, grads)}}
 
-    return {"forward": forward, "backward": backward} if op.has_backward("triton") else {"forward": forward}
+    return {"forward": forward, "backward": backward} if op.has_backward(backend) else {"forward": forward}
 
 
 def yardstick(op: Op, arguments: Mapping[str, Any]) -> tuple[testing.Yardstick, torch.Tensor]:
@@ -226,33 +235,66 @@ def tune_choice(
     done: set[tuple[str, str]],
     min_time: float = 0.1,
 ) -> list[Finding]:
-    """Measure the op against the same composed of others, where modules have the choice; as :func:`tune_case`.
+    """Measure the ways between which there is a choice, as :func:`tune_case`: the op against the same composed of
+    others, where modules choose; its kernels in CUDA C++ against those in Triton, where "auto" does.
 
-    The op is found right by the shared criterion first, and faster by more than the margin.
+    The one that the configuration names, FUSED or CUDA, is found right by the shared criterion first, and faster by
+    more than the margin.
     """
-    if op.composed is None:
+    able = op.choice is not None and can_run(op.name, "cuda", **arguments)[0]
+    if op.composed is None and not able:
         return []
     held, cotangent = yardstick(op, arguments)
-    fused, composed = (calls(op, arguments, each, cotangent) for each in (op.function, op.composed.function))
+    triton = calls(op, arguments, op.function, cotangent)
+
+    def between(kernel: str, flag: str, ways: tuple[str, str], key: Key, others: Calls, named: Calls) -> list[Finding]:
+        return [
+            found
+            for name in named
+            if (found := _tune_choice(op, kernel, flag, ways, key(name == "backward"), others[name], named[name], held,
+                                      device, done, min_time)) is not None
+        ]  # fmt: skip
+
     findings = []
-    for name, call in fused.items():
-        of_call = op.composed.key(arguments, name == "backward")
-        key = configs.key_text(of_call)
-        if (f"{op.name}.{op.composed.kernel}", key) in done:
-            continue
-        done.add((f"{op.name}.{op.composed.kernel}", key))
-        right = _right(call(), held)
-        times: dict[str, Callable[[], Any]] = {"composed": composed[name]} | ({"fused": call} if right else {})
-        if torch.device(device).type == "cuda":
-            times = {which: _graph(each) for which, each in times.items()}
-        measured = {which: t.median for which, t in timing.interleave(times, device, min_time=min_time).items()}
-        faster = right and measured["fused"] < (1 - MARGIN) * measured["composed"]
-        default = configs.default(op.name, op.composed.kernel, of_call)["FUSED"]
-        before, best = ("fused" if right and default else "composed"), ("fused" if faster else "composed")
-        change = {} if bool(default) == faster else {"FUSED": int(faster)}
-        us, best_us = (measured[which] * 1e6 for which in (before, best))
-        findings.append(Finding(op.composed.kernel, key, 1, int(not right), us, best_us, change))
+    if op.composed is not None:
+        of, others = op.composed, calls(op, arguments, op.composed.function, cotangent)
+        findings += between(of.kernel, "FUSED", ("composed", "fused"), lambda grad: of.key(arguments, grad), others,
+                            triton)  # fmt: skip
+    if able:
+        cuda = calls(op, arguments, op.function, cotangent, "cuda")
+        findings += between(choice.KERNEL, "CUDA", ("triton", "cuda"), lambda grad: choice.key_of(op, arguments, grad),
+                            triton, cuda)  # fmt: skip
     return findings
+
+
+def _tune_choice(
+    op: Op,
+    kernel: str,
+    flag: str,
+    ways: tuple[str, str],
+    of_call: Mapping[str, Any],
+    other: Call,
+    named: Call,
+    held: testing.Yardstick,
+    device: torch.device | str,
+    done: set[tuple[str, str]],
+    min_time: float,
+) -> Finding | None:
+    key = configs.key_text(of_call)
+    if (f"{op.name}.{kernel}", key) in done:
+        return None
+    done.add((f"{op.name}.{kernel}", key))
+    right = _right(named(), held)
+    times: dict[str, Callable[[], Any]] = {ways[0]: other} | ({ways[1]: named} if right else {})
+    if torch.device(device).type == "cuda":
+        times = {which: _graph(each) for which, each in times.items()}
+    measured = {which: t.median for which, t in timing.interleave(times, device, min_time=min_time).items()}
+    faster = right and measured[ways[1]] < (1 - MARGIN) * measured[ways[0]]
+    default = configs.default(op.name, kernel, of_call)[flag]
+    before, best = ways[bool(right and default)], ways[faster]
+    change = {} if bool(default) == faster else {flag: int(faster)}
+    us, best_us = (measured[which] * 1e6 for which in (before, best))
+    return Finding(kernel, key, 1, int(not right), us, best_us, change)
 
 
 def _graph(call: Callable[[], Any]) -> Callable[[], None]:

@@ -8,6 +8,7 @@ LEAST times as fast.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -41,11 +42,24 @@ def register(op: str) -> None:
         return {"CUDA": int(known.get(configs.class_of(key), 0.0) >= LEAST)}
 
 
-def is_faster(op: Op, arguments: tuple[Any, ...], backward: bool) -> bool:
-    """Whether CUDA C++ is taken for these checked arguments of an op that has the choice; with ``backward`` for forward
-    and backward together."""
+def key_of(op: Op, arguments: Mapping[str, Any], backward: bool) -> dict[str, Any]:
+    """The key of a call with these arguments, by name, of an op that has the choice."""
+    bound = inspect.signature(op.function).bind(**arguments)
+    bound.apply_defaults()
+    for other in ("backend", "process_group"):
+        bound.arguments.pop(other, None)
+    return _key(op, op.check(*bound.arguments.values()), backward)[0]
+
+
+def _key(op: Op, arguments: tuple[Any, ...], backward: bool) -> tuple[dict[str, Any], configs.Device]:
     assert op.choice is not None
     device = arguments[0].device
     of = configs.device_of(device.type, device.index)
-    key = {**op.choice(arguments, backward), "arch": of.arch}
-    return bool(configs.config(op.name, KERNEL, of.name, key)["CUDA"])
+    return {**op.choice(arguments, backward), "arch": of.arch}, of
+
+
+def is_faster(op: Op, arguments: tuple[Any, ...], backward: bool) -> bool:
+    """Whether CUDA C++ is taken for these checked arguments of an op that has the choice; with ``backward`` for forward
+    and backward together."""
+    key, device = _key(op, arguments, backward)
+    return bool(configs.config(op.name, KERNEL, device.name, key)["CUDA"])

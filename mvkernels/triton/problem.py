@@ -20,6 +20,12 @@ def precision_of(dtype: torch.dtype, device_type: str) -> str:
     return "tf32" if dtype == torch.float32 and configs.tf32_allowed(device_type) else "ieee"
 
 
+def key_dtype(dtype: torch.dtype, precision: str) -> str:
+    """The dtype as configurations have it: ``f16``, ``bf16``, ``f32``, ``tf32``, ``f64``."""
+    names = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
+    return names.get(dtype, "f32" if precision == "ieee" else "tf32")
+
+
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -49,9 +55,7 @@ class Problem:
 
     @property
     def key_dtype(self) -> str:
-        """The dtype as configurations have it: ``f16``, ``bf16``, ``f32``, ``tf32``, ``f64``."""
-        names = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64"}
-        return names.get(self.dtype, "f32" if self.precision == "ieee" else "tf32")
+        return key_dtype(self.dtype, self.precision)
 
     @property
     def interpreted(self) -> bool:

@@ -296,9 +296,9 @@ def rows(outcome: Outcome) -> Iterator[dict[str, Any]]:
     for kernel, several in by_kernel.items():
         found = [finding for launch in several for finding in launch.findings]
         yield {
-            "op": case.op, "backend": case.backend, "kernel": kernel, "shape": case.shape, "strides": case.strides, "dtype": case.dtype,
-            "arch": case.arch, "processors": case.processors, "worst": worst.name, "error": f"{worst.error:.3e}",
-            "allowed": f"{worst.allowed:.3e}", "ok": worst.ok,
+            "op": case.op, "backend": case.backend, "kernel": kernel, "shape": case.shape, "strides": case.strides,
+            "dtype": case.dtype, "arch": case.arch, "processors": case.processors,
+            "worst": worst.name, "error": f"{worst.error:.3e}", "allowed": f"{worst.allowed:.3e}", "ok": worst.ok,
             "races": sum(each.kind.startswith("race") for each in found), "findings": len(found),
             "launches": len(several), "threads": several[0].threads,
             "blocks": sum(launch.blocks for launch in several),

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mvkernels.dispatch import checks, extension, flops, library
 from mvkernels.dispatch.backend import prepare
+from mvkernels.triton.maps import lanes
+from mvkernels.triton.problem import key_dtype, precision_of
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
 
@@ -99,6 +101,19 @@ def check(
 def why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
     """Why the C++ kernels cannot run an op's checked arguments, or None."""
     return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
+
+
+def choice_key(query: Tensor, value: Tensor, bias: Tensor | None, tokens: int, backward: bool) -> dict[str, int | str]:
+    """The key by which "auto" chooses between Triton and CUDA C++; ``tokens`` are those of the largest group."""
+    return {
+        "n": lanes(tokens),
+        "d": query.shape[2],
+        "dv": value.shape[2],
+        "bias": int(bias is not None),
+        "dtype": key_dtype(query.dtype, precision_of(query.dtype, query.device.type)),
+        "last": int(query.stride(2) == 1),
+        "grad": int(backward),
+    }
 
 
 class Derivative:

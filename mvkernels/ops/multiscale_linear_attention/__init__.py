@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, extension, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
@@ -18,11 +19,14 @@ from mvkernels.ops.multiscale_linear_attention.autograd import (
     KERNELS,
     Flat,
     MultiscaleLinearAttentionFunction,
+    cuda_launcher,
     flat,
     launcher,
 )
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 from mvkernels.ops.multiscale_linear_attention.third_party import THIRD_PARTY
+from mvkernels.triton.maps import lanes
+from mvkernels.triton.problem import key_dtype, precision_of
 
 __all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
 
@@ -174,6 +178,19 @@ def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_:
     return extension.why_not(qkv, head_dim=head_dim)
 
 
+def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+    qkv, depthwise, _, head_dim, *_ = arguments
+    return {
+        "d": head_dim,
+        "k": max((w.shape[-1] for w in depthwise), default=0),
+        "n": lanes(qkv.shape[2] * qkv.shape[3]),
+        "dtype": key_dtype(qkv.dtype, precision_of(qkv.dtype, qkv.device.type)),
+        "last": int(qkv.stride(1) == 1),
+        "grad": int(backward),
+    }
+
+
+choice.register(_NAME)
 why_not_triton = library.why_not(launcher)
 
 OP = register(
@@ -183,10 +200,11 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("qkv",),
-        why_not={"cpp": _why_not_cpp, "triton": why_not_triton},
+        why_not={"cpp": _why_not_cpp, "triton": why_not_triton, "cuda": library.why_not(cuda_launcher)},
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
         third_party=THIRD_PARTY,
+        choice=_choice,
     )
 )

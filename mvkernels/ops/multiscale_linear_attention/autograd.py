@@ -126,11 +126,11 @@ def _cpp_backward(
 
 
 _LISTS = "Tensor[] depthwise, Tensor[] pointwise, int head_dim, Tensor?[] depthwise_bias, Tensor?[] pointwise_bias"
-_FORWARD_TRITON = f"(Tensor qkv, {_LISTS}, float eps) -> (Tensor out, Tensor sums)"
-_BACKWARD_TRITON = f"(Tensor grad, Tensor qkv, Tensor sums, {_LISTS}, float eps, bool weights) -> Tensor[]"
+_FORWARD_GPU = f"(Tensor qkv, {_LISTS}, float eps) -> (Tensor out, Tensor sums)"
+_BACKWARD_GPU = f"(Tensor grad, Tensor qkv, Tensor sums, {_LISTS}, float eps, bool weights) -> Tensor[]"
 
 
-def _fake_forward_triton(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps):  # type: ignore[no-untyped-def]
+def _fake_forward_gpu(qkv, depthwise, pointwise, head_dim, depthwise_bias, pointwise_bias, eps):  # type: ignore[no-untyped-def]
     # For each scale, as relu_linear_attention's sums: a row of D for each of D channels of the key, and one more.
     scales, channels = 1 + len(depthwise), qkv.shape[1] // 3
     dtype = torch.promote_types(qkv.dtype, torch.float32)
@@ -138,7 +138,7 @@ def _fake_forward_triton(qkv, depthwise, pointwise, head_dim, depthwise_bias, po
     return checks.empty_map(qkv, scales * channels), sums
 
 
-def _fake_backward_triton(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
+def _fake_backward_gpu(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
     # Of what is not there, and of all weights where none is wanted, an empty tensor.
     given = flat(depthwise, pointwise, first, second)
     dweights = [qkv.new_empty(0) if w is None or not weights else qkv.new_empty(w.shape) for w in given]
@@ -152,40 +152,49 @@ def launcher() -> Any:
     return launcher
 
 
-def _count_triton(qkv, depthwise, pointwise, head_dim, *_):  # type: ignore[no-untyped-def]
+def _count_gpu(qkv, depthwise, pointwise, head_dim, *_):  # type: ignore[no-untyped-def]
     return _count(qkv, [*depthwise, *pointwise], head_dim)
 
 
-def _count_backward_triton(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
+def _count_backward_gpu(grad, qkv, sums, depthwise, pointwise, head_dim, first, second, eps, weights):  # type: ignore[no-untyped-def]
     return _count_backward(qkv, [*depthwise, *pointwise], head_dim, weights)
 
 
-_TRITON = library.pair(
-    "triton", _NAME, (_FORWARD_TRITON, _BACKWARD_TRITON), (_fake_forward_triton, _fake_backward_triton),
-    (_count_triton, _count_backward_triton), launcher,
-)  # fmt: skip
+def cuda_launcher() -> Any:
+    """The module that launches the convolutions in CUDA C++, imported only here."""
+    from mvkernels.ops.multiscale_linear_attention.cuda import launcher
+
+    return launcher
 
 
-def _forward_on_triton(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
-    depthwise, pointwise, first, second = parts(weights)
-    return _TRITON[0](qkv, depthwise, pointwise, head_dim, first, second, eps)
+def _on_gpu(backend: str, launcher: Callable[[], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    forward_of, backward_of = library.pair(
+        backend, _NAME, (_FORWARD_GPU, _BACKWARD_GPU), (_fake_forward_gpu, _fake_backward_gpu),
+        (_count_gpu, _count_backward_gpu), launcher,
+    )  # fmt: skip
 
+    def forward(qkv: Tensor, weights: Weights, head_dim: int, eps: float) -> tuple[Tensor, ...]:
+        depthwise, pointwise, first, second = parts(weights)
+        return forward_of(qkv, depthwise, pointwise, head_dim, first, second, eps)  # type: ignore[no-any-return]
 
-def _backward_on_triton(
-    grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
-) -> Any:
-    depthwise, pointwise, first, second = parts(weights)
-    return _TRITON[1](grad, qkv, *saved, depthwise, pointwise, head_dim, first, second, eps, wanted)
+    def backward(
+        grad: Tensor, qkv: Tensor, weights: Weights, saved: Any, head_dim: int, eps: float, wanted: bool
+    ) -> Any:
+        depthwise, pointwise, first, second = parts(weights)
+        return backward_of(grad, qkv, *saved, depthwise, pointwise, head_dim, first, second, eps, wanted)
+
+    return forward, backward
 
 
 KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "cpp": (_cpp_forward, _cpp_backward),
-    "triton": (_forward_on_triton, _backward_on_triton),
+    "triton": _on_gpu("triton", launcher),
+    "cuda": _on_gpu("cuda", cuda_launcher),
 }
 """By backend: ``forward(qkv, weights, head_dim, eps) -> (out, *saved)`` and ``backward(grad, qkv, weights, saved,
 head_dim, eps, wanted) -> (dqkv, *dweights)``, with the weights as :func:`flat` puts them; ``wanted``: whether any
 gradient of theirs is."""
-INFERENCE = {"cpp": _cpp_inference, "triton": library.output(_forward_on_triton)}
+INFERENCE = {"cpp": _cpp_inference, **{each: library.output(KERNELS[each][0]) for each in ("triton", "cuda")}}
 """By backend: the forward of a call that records no gradient, and leaves nothing for a backward."""
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
-from mvkernels.ops.common.grouped import check, why_not_cpp
+from mvkernels.ops.common.grouped import check, choice_key, why_not_cpp
 from mvkernels.ops.patch_attention import suite
 from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFunction, cuda_launcher, launcher
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
@@ -131,6 +132,14 @@ def backward_into(*arguments: Any, **settings: Any) -> Tensor:
 
 why_not_triton = library.why_not(launcher)
 
+
+def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+    query, key, value, (ph, pw), bias, _ = arguments
+    tokens = max(-(-high // ph) * -(-wide // pw) for high, wide in (query.shape[3:], key.shape[3:]))
+    return choice_key(query, value, bias, tokens, backward)
+
+
+choice.register(_NAME)
 OP = register(
     Op(
         name=_NAME,
@@ -143,5 +152,6 @@ OP = register(
         peers=suite.PEERS,
         cost=suite.cost,
         third_party=THIRD_PARTY,
+        choice=_choice,
     )
 )

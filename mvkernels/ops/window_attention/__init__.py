@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import REFUSED, choose, direct
 from mvkernels.dispatch.registry import Op, register
-from mvkernels.ops.common.grouped import check, why_not_cpp
+from mvkernels.ops.common.grouped import check, choice_key, why_not_cpp
 from mvkernels.ops.window_attention import suite
 from mvkernels.ops.window_attention.autograd import KERNELS, WindowAttentionFunction, cuda_launcher, launcher
 from mvkernels.ops.window_attention.reference import window_attention as reference
@@ -119,6 +120,13 @@ def _check(
     return query, key, value, (wh, ww), (sy, sx), bias, scale
 
 
+def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+    query, _, value, (wh, ww), _, bias, _ = arguments
+    tokens = min(wh, query.shape[3]) * min(ww, query.shape[4])
+    return choice_key(query, value, bias, tokens, backward)
+
+
+choice.register(_NAME)
 OP = register(
     Op(
         name=_NAME,
@@ -131,5 +139,6 @@ OP = register(
         peers=suite.PEERS,
         cost=suite.cost,
         third_party=THIRD_PARTY,
+        choice=_choice,
     )
 )
