@@ -7,7 +7,7 @@ else that of ``CUDA_HOME``, of the search path, of NVIDIA's Python packages.
 
     python csrc/cuda/compile.py [--jobs N] [--output FOLDER]
 
-Exit status 1 if there is no nvcc or a file does not compile.
+Exit status 1 if there is no nvcc, a file does not compile, or all together are larger than MOST_BYTES.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ TARGETS = {
     "sm_100": ("-cubin", "-arch=sm_100"),
     "compute_80": ("-ptx", "-arch=compute_80"),
 }
+MOST_BYTES = 4 << 20
 FLAGS = ("-std=c++17", "-I", str(HERE), "-Xptxas", "--warn-on-spills", "--Werror", "all-warnings")
 
 
@@ -101,6 +102,8 @@ def build(data: Path, jobs: int) -> dict[str, int]:
 
     with ThreadPoolExecutor(jobs) as pool:
         files = dict(pool.map(one, [(source, target) for source in sources() for target in TARGETS]))
+    if sum(files.values()) > MOST_BYTES:
+        raise RuntimeError(f"{sum(files.values())} bytes are more than the package is to grow by, {MOST_BYTES}")
     listed.write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
     return files
 
