@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -174,11 +175,17 @@ class BuildPython(build_py):
     """Compiles the kernels in CUDA C++ before the package's files are collected; they are data among these."""
 
     def run(self) -> None:
-        if os.environ.get("MVKERNELS_SKIP_CUDA") != "1":
+        skip = os.environ.get("MVKERNELS_SKIP_CUDA") == "1"
+        if not skip:
             line = [sys.executable, str(ROOT / "csrc/cuda/compile.py"), "--jobs", str(jobs())]
             if subprocess.run(line, check=False).returncode and os.environ.get("MVKERNELS_REQUIRE_CUDA") == "1":
                 raise SystemExit("mvkernels: the CUDA kernels do not compile")
+        built = Path(self.build_lib) / "mvkernels/cuda/data"
+        if not self.editable_mode:  # what an earlier build left here
+            shutil.rmtree(built, ignore_errors=True)
         super().run()
+        if skip and not self.editable_mode:
+            shutil.rmtree(built, ignore_errors=True)
 
 
 class Wheel(bdist_wheel):

@@ -61,6 +61,31 @@ def contents(checkout: Path, wheel: str) -> tuple[list[str], str]:
         return [name for name in names if name.endswith((".so", ".pyd"))], files.read(about).decode()
 
 
+def test_kernels_in_cuda_are_data_of_every_wheel(checkout: Path) -> None:
+    """With a compiler that only says yes."""
+    (checkout / "csrc" / "cuda" / "one").mkdir(parents=True)
+    shutil.copy(ROOT / "csrc" / "cuda" / "compile.py", checkout / "csrc" / "cuda")
+    (checkout / "csrc" / "cuda" / "one" / "first.cu").touch()
+    compiler = checkout / "nvcc"
+    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo code > "$2"; shift; done\necho nvcc\n')
+    compiler.chmod(0o755)
+    skip = {"MVKERNELS_SKIP_EXT": "1", "NVCC": str(compiler)}
+    wanted = {f"mvkernels/cuda/data/one.first.{each}.xz" for each in ("sm_80", "sm_90a", "sm_100", "compute_80")}
+    wanted.add("mvkernels/cuda/data/manifest.json")
+
+    def shipped() -> set[str]:
+        with zipfile.ZipFile(checkout / "dist" / PURE) as files:
+            return {name for name in files.namelist() if "cuda/data" in name}
+
+    assert build(checkout, MVKERNELS_REQUIRE_CUDA="1", **skip) == PURE and shipped() == wanted
+    # Of other sources than these nothing is left over from before.
+    (checkout / "csrc" / "cuda" / "one" / "first.cu").write_text("// other")
+    assert build(checkout, **skip | {"NVCC": "/nonexistent"}) == PURE and not shipped()
+    with pytest.raises(subprocess.CalledProcessError):
+        build(checkout, MVKERNELS_REQUIRE_CUDA="1", **skip | {"NVCC": "/nonexistent"})
+    assert build(checkout, MVKERNELS_SKIP_CUDA="1", **skip) == PURE and not shipped()
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"MVKERNELS_SKIP_EXT": "1"}, {"CC": "/nonexistent", "CXX": "/nonexistent"}, {"CC": "false", "CXX": "false"}],

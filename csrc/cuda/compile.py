@@ -7,7 +7,8 @@ else that of ``CUDA_HOME``, of the search path, of NVIDIA's Python packages.
 
     python csrc/cuda/compile.py [--jobs N] [--output FOLDER]
 
-Exit status 1 if there is no nvcc, a file does not compile, or all together are larger than MOST_BYTES.
+Exit status 1 if there is no nvcc, a file does not compile, or all together are larger than MOST_BYTES. What was made of
+other sources is removed then: kernels and the launches of the package have to be of one version.
 """
 
 from __future__ import annotations
@@ -70,6 +71,18 @@ def state() -> str:
     return found.hexdigest()
 
 
+def state_of(data: Path) -> str | None:
+    """The :func:`state` of what a folder was made of; None if it has nothing."""
+    listed = data / "manifest.json"
+    return json.loads(listed.read_text())["state"] if listed.exists() else None
+
+
+def clear(data: Path) -> None:
+    """Remove what was compiled to a folder, first what says that it is there."""
+    for each in (data / "manifest.json", *data.glob("*.xz")):
+        each.unlink(missing_ok=True)
+
+
 def compiled(source: Path, target: str, *more: str) -> bytes:
     """A cubin or PTX; raises RuntimeError with what nvcc says. ``more``: further flags."""
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +103,7 @@ def build(data: Path, jobs: int) -> dict[str, int]:
         before = json.loads(listed.read_text())
         if {name: before.get(name) for name in manifest} == manifest:
             return before["files"]  # type: ignore[no-any-return]
-        shutil.rmtree(data)
+        clear(data)
     data.mkdir(parents=True, exist_ok=True)
 
     def one(job: tuple[Path, str]) -> tuple[str, int]:
@@ -115,7 +128,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         files = build(options.output, max(1, options.jobs))
-    except (NoCompiler, RuntimeError) as error:
+    except RuntimeError as error:
+        if state_of(options.output) not in (None, state()):
+            clear(options.output)
         print(f"compile.py: {error}", file=sys.stderr)
         return 1
     print(f"{len(files)} files, {sum(files.values()) / 2**20:.2f} MiB in {options.output}")

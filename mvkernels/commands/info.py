@@ -91,13 +91,12 @@ def _extension() -> dict[str, Any]:
 
 
 def _cuda_kernels() -> dict[str, Any]:
+    if reason := modules.why_not_compiled():
+        return {"available": False, "reason": reason}
     manifest, found = modules.manifest(), driver()
-    if not manifest:
-        return {"compiled": False}
     reached = str(found) if isinstance(found, DriverError) else "found"
-    files = manifest["files"]
-    return {"compiled": True, "nvcc": manifest["nvcc"], "files": len(files), "bytes": sum(files.values()),
-            "driver": reached}  # fmt: skip
+    sizes = manifest["files"].values()
+    return {"available": True, "nvcc": manifest["nvcc"], "files": len(sizes), "bytes": sum(sizes), "driver": reached}
 
 
 def _triton() -> str:
@@ -130,11 +129,11 @@ def text(found: dict[str, Any]) -> str:
     else:
         lines.append(f"C++ extension: not available: {built['reason']}")
     kernels = found["cuda_kernels"]
-    if kernels["compiled"]:
+    if kernels["available"]:
         size = f"{kernels['files']} files, {kernels['bytes'] / 2**20:.2f} MiB"
         lines.append(f"CUDA kernels: {size}, compiled by nvcc {kernels['nvcc']}; driver: {kernels['driver']}")
     else:
-        lines.append("CUDA kernels: not compiled (no nvcc at the build)")
+        lines.append(f"CUDA kernels: not available: {kernels['reason']}")
     rows = [
         (op, device, backend, "yes" if answer["available"] else "no", answer["reason"])
         for op, by_device in found["ops"].items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import runpy
 import threading
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from mvkernels.cuda.driver import Arguments, Driver, DriverError, driver
 
 DATA = Path(__file__).parent / "data"
+COMPILER = Path(__file__).parents[2] / "csrc" / "cuda" / "compile.py"
+"""Of a checkout."""
 _ALLOWED_ALWAYS = 48 << 10
 _lock = threading.Lock()
 _loaded: dict[tuple[int, str], int] = {}
@@ -28,6 +31,17 @@ def manifest() -> dict[str, Any]:
         return json.loads((DATA / "manifest.json").read_text())  # type: ignore[no-any-return]
     except FileNotFoundError:
         return {}
+
+
+@cache
+def why_not_compiled() -> str | None:
+    """Why there are no kernels to load, or None."""
+    if not manifest():
+        return "the CUDA kernels are not compiled: there was no nvcc at the build (`make cuda` compiles them)"
+    if COMPILER.exists() and runpy.run_path(str(COMPILER))["state"]() != manifest()["state"]:
+        # Their parameters may be others than those that the launches here pass.
+        return "the CUDA kernels are not those of this checkout: run `make cuda`"
+    return None
 
 
 def target_of(major: int, minor: int) -> str:
@@ -47,8 +61,8 @@ def _why_not(index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"compute capability {major}.{minor}: want 8.0 or more"
-    if not manifest():
-        return "the CUDA kernels are not compiled: there was no nvcc at the build (`make cuda` compiles them)"
+    if reason := why_not_compiled():
+        return reason
     found = driver()
     return str(found) if isinstance(found, DriverError) else None
 

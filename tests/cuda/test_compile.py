@@ -106,6 +106,20 @@ def test_without_a_compiler(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert re.fullmatch(r"compile.py: no nvcc: looked for /nonexistent/nvcc\n", done.stderr)
 
 
+def test_what_is_of_other_sources_is_removed_where_it_cannot_be_made_again(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tree / "data"
+    compiler.build(data, 2)
+    monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
+    monkeypatch.setattr(sys, "argv", ["compile.py", "--output", str(data)])
+    assert compiler.main() == 1
+    assert compiler.state_of(data) == compiler.state()
+    (tree / "sources" / "two" / "third.cu").write_text("// other\n")
+    assert compiler.main() == 1
+    assert compiler.state_of(data) is None and not list(data.iterdir())
+
+
 def test_a_compiler_of_nvidias_packages_is_found(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = tree / "site-packages" / "nvidia" / "cu13" / "bin"
     packages.mkdir(parents=True)

@@ -16,6 +16,7 @@ import torch
 from mvkernels.cuda import modules
 from mvkernels.cuda.driver import Arguments, Driver, DriverError
 from mvkernels.cuda.launch import Launch
+from tests.ptx.nvcc import compiler
 
 MODULE = "folder/name"
 
@@ -116,12 +117,15 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         modules._why_not.cache_clear()
         modules.manifest.cache_clear()
+        modules.why_not_compiled.cache_clear()
         return modules.why_not(on_gpu)
 
     try:
         assert "want 8.0" in str(reason((7, 5)))
         assert "make cuda" in str(reason((9, 0)))
-        (tmp_path / "manifest.json").write_text(json.dumps({"nvcc": "13.0"}))
+        (tmp_path / "manifest.json").write_text(json.dumps({"nvcc": "13.0", "state": "of older sources"}))
+        assert "not those of this checkout" in str(reason((9, 0)))
+        (tmp_path / "manifest.json").write_text(json.dumps({"nvcc": "13.0", "state": compiler.state()}))
         assert reason((9, 0)) == "no CUDA driver: not found"
         monkeypatch.setattr(modules, "driver", Recorder)
         assert reason((9, 0)) is None
@@ -130,6 +134,7 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     finally:
         modules._why_not.cache_clear()
         modules.manifest.cache_clear()
+        modules.why_not_compiled.cache_clear()
 
 
 def test_cpu_tensors_are_refused() -> None:
