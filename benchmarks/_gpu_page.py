@@ -165,18 +165,18 @@ def kernels(rows: list[Row]) -> list[str]:
     calls: dict[tuple[str, ...], list[Row]] = collections.defaultdict(list)
     for row in rows:
         if row["mode"] == "full":
-            key = ("op", "model", "label", "batch", "dtype", "layout")
+            key = ("op", "backend", "model", "label", "batch", "dtype", "layout")
             calls[tuple(row[name] for name in key)].append(row)
     lines = [
         f"### Kernels of forward and backward\n\n{where(rows)}. Microseconds of each kernel, by the profiler.\n",
-        *header("op", "shape", "batch", "dtype", "layout", "all", "times the floor", "kernels"),
+        *header("op", "backend", "shape", "batch", "dtype", "layout", "all", "times the floor", "kernels"),
     ]
-    for (op, model, label, batch, dtype, layout), each in calls.items():
+    for (op, backend, model, label, batch, dtype, layout), each in calls.items():
         total, floor = sum(float(row["us"]) for row in each), float(each[0]["floor_of_call_us"])
         parts = ", ".join(f"`{row['kernel']}` {float(row['us']):.3g}{times(row)}" for row in each)
         cells = (
-            op, f"{model} {label}", batch, dtype, layout.replace("_", " "), f"{total:.4g}", f"{total / floor:.1f}",
-            parts,
+            op, backend, f"{model} {label}", batch, dtype, layout.replace("_", " "), f"{total:.4g}",
+            f"{total / floor:.1f}", parts,
         )  # fmt: skip
         lines.append(line(*cells))
     return ["\n".join(lines) + "\n"]

@@ -70,7 +70,8 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     workers = str(max(1, min(8, cores // 2)))
     where = ("--dtype", dtype, "--batch", batches[0], "--shape", *SHAPES, "--layout", "channels_last")
     kernels = python(str(HERE / "kernels.py"), *where)
-    found = [Step("info", python("-m", "mvkernels", "info"), 30)]
+    compiler = python(str(HERE.parent / "csrc" / "cuda" / "compile.py"))
+    found = [Step("CUDA C++", compiler, 100, needs="nvcc"), Step("info", python("-m", "mvkernels", "info"), 30)]
     for each in DTYPES:
         # The interpreter's products of bfloat16 are wrong, and two dtypes of it are more than there is time for.
         interpreted = rehearse and each == "float32"
@@ -79,6 +80,10 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
             of = ("--dtype", each, "--device", device, "--backend", "triton" if interpreted else there, "--json")
             step = Step(f"verify {op} {each}", python("-m", "mvkernels", "verify", "--op", op, *of), 170, beside=True)
             found.append(replace(step, environment={"TRITON_INTERPRET": "1"}) if interpreted else step)
+        for op in report.ops_with(["cuda"]):
+            of = ("--dtype", each, "--device", device, "--backend", "cpp" if rehearse else "cuda", "--json")
+            line = python("-m", "mvkernels", "verify", "--op", op, *of)
+            found.append(Step(f"verify {op} {each}, CUDA C++", line, 100, beside=True))
     line = (*tests, "tests/ops/test_device.py", "-k", "one_shape")
     found.append(Step("tests with tf32", line, 120, beside=True, environment={"MVKERNELS_TEST_TF32": "1"}))
     device_tests = (*tests, "-n", workers, "tests/ops/test_device.py", "-k")
@@ -101,6 +106,8 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
         line = ("--model", model, "--seconds", "1", "--no-compile")
         found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     found.append(Step("kernels", kernels, 80))
+    in_cuda = [part for op in report.ops_with(["cuda"]) for part in ("--op", op)]
+    found.append(Step("kernels, CUDA C++", (*kernels, "--backend", "cuda", *in_cuda), 40))
     large = ("--op", "relu_linear_attention", "multiscale_linear_attention")
     found.append(Step(f"times of {LARGE}", (*timed(device, dtype, ("2",), "eager", (LARGE,)), *large), 40))
     found.append(Step("times, compiled peers", timed(device, dtype, batches[:1], "eager,sdpa,compile", COMPILED), 180))

@@ -23,6 +23,7 @@ from _results import folder, merge
 from mvkernels import bench, report, testing
 from mvkernels.bench import timing
 from mvkernels.commands import command
+from mvkernels.dispatch.backend import can_run
 from mvkernels.dispatch.registry import Cost
 
 ROUNDS = 7
@@ -33,6 +34,7 @@ LARGEST = 1 << 28
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", default=[])
+    parser.add_argument("--backend", default="triton", choices=("triton", "cuda"))
     parser.add_argument("--suite", default="full", choices=("small", "full"))
     parser.add_argument("--shape", nargs="+", default=[], metavar="PART", help="only shapes whose name has this in it")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 128])
@@ -43,7 +45,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         raise report.UsageError("needs a CUDA or ROCm device, and there is none")
     asked = bench.Options(
-        ops=options.op or report.ops_with(["triton"]),
+        ops=options.op or report.ops_with([options.backend]),
         suite=options.suite, labels=options.shape, batches=options.batch, dtypes=options.dtype,
         layouts=options.layout, device="cuda", modes=("fwd", "full"),
     )  # fmt: skip
@@ -52,7 +54,7 @@ def main() -> int:
         if options.share and number % options.share[1] != options.share[0]:
             continue
         try:
-            prepared = call_of(item)
+            prepared = call_of(item, options.backend)
             if options.share:
                 if prepared is not None:
                     prepared[0]()
@@ -60,7 +62,7 @@ def main() -> int:
             dtype = item[4]
             if dtype not in rates:
                 rates[dtype] = timing.measure_rates("cuda", getattr(torch, dtype))
-            found = [] if prepared is None else list(rows(item, *prepared, rates[dtype]))
+            found = [] if prepared is None else list(rows(item, options.backend, *prepared, rates[dtype]))
         except Exception as error:  # one shape that fails is said, and the others are measured
             print(f"{item[0].name} {item[1].label} {item[2:]}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
@@ -69,18 +71,20 @@ def main() -> int:
     return 0
 
 
-def call_of(item: bench.Item) -> tuple[Callable[[], Any], list[Cost]] | None:
-    """The call, and the floor of each of its passes; None for one that is too large."""
+def call_of(item: bench.Item, backend: str) -> tuple[Callable[[], Any], list[Cost]] | None:
+    """The call, and the floor of each of its passes; None for one that is too large, or not for CUDA C++."""
     op, case, layout, batch, dtype, mode = item
     alone = case.make(batch=1, dtype=torch.float32, device="meta", layout=layout)
     if batch * next(iter(testing.tensors_in(alone).values())).numel() > LARGEST:
         return None
     arguments = case.make(batch=batch, dtype=getattr(torch, dtype), device="cuda", layout=layout)
+    if backend == "cuda" and not can_run(op.name, backend, **arguments)[0]:
+        return None
     costs = [op.cost(arguments, backward) for backward in ((False,) if mode == "fwd" else (False, True))]
 
     def forward() -> Any:
         with torch.no_grad():
-            return op.function(**arguments, backend="triton")
+            return op.function(**arguments, backend=backend)
 
     if mode == "fwd":
         return forward, costs
@@ -89,12 +93,14 @@ def call_of(item: bench.Item) -> tuple[Callable[[], Any], list[Cost]] | None:
     cotangent = torch.randn_like(forward())
 
     def full() -> Any:
-        return torch.autograd.grad(op.function(**leaves, backend="triton"), list(wanted.values()), cotangent)
+        return torch.autograd.grad(op.function(**leaves, backend=backend), list(wanted.values()), cotangent)
 
     return full, costs
 
 
-def rows(item: bench.Item, call: Callable[[], Any], costs: list[Cost], rates: timing.Rates) -> Iterator[dict[str, Any]]:
+def rows(
+    item: bench.Item, backend: str, call: Callable[[], Any], costs: list[Cost], rates: timing.Rates
+) -> Iterator[dict[str, Any]]:
     """A row for each kernel of the call, in the order in which they run."""
     op, case, layout, batch, dtype, mode = item
     for _ in range(2):
@@ -125,7 +131,7 @@ def rows(item: bench.Item, call: Callable[[], Any], costs: list[Cost], rates: ti
         yield {
             **report.machine("cuda"),
             **{"op": op.name, "model": case.model, "label": case.label, "batch": batch, "dtype": dtype},
-            **{"layout": layout, "mode": mode, "position": position, "kernel": short(name)},
+            **{"layout": layout, "mode": mode, "position": position, "kernel": short(name), "backend": backend},
             "launches": len(each[0]),
             "us": round(statistics.median(sum(one) for one in each), 2),
             "floor_of_call_us": round(floor, 2),
@@ -140,7 +146,7 @@ def short(name: str) -> str:
 
 
 def merge_kernels(found: list[dict[str, Any]]) -> None:
-    merge(found, folder("cuda") / "kernels.csv", SAME)
+    merge(found, folder("cuda") / "kernels.csv", (*SAME, "backend"))
 
 
 if __name__ == "__main__":
