@@ -139,6 +139,13 @@ def bit_field(a: int, b: int, c: int, signed: bool) -> int:
     return sum(int(bit) << i for i, bit in enumerate(bits))
 
 
+def inserted(a: int, b: int, c: int, d: int) -> int:
+    """PTX ISA, bfi: b, but the bits of the field are the low ones of a."""
+    position, length = c & 255, d & 255
+    bits = [a >> i - position & 1 if position <= i < position + length else b >> i & 1 for i in range(32)]
+    return sum(bit << i for i, bit in enumerate(bits))
+
+
 def permuted(a: int, b: int, c: int) -> int:
     both = a.to_bytes(4, "little") + b.to_bytes(4, "little")
     found = []
@@ -155,6 +162,7 @@ def oddities() -> list[Instruction]:
         Instruction(
             "bfe.s32", "s32 u32 u32", "s32", wrapped(lambda a, b, c: bit_field(a & 0xFFFFFFFF, b, c, True), "s32")
         ),
+        Instruction("bfi.b32", "b32 b32 u32 u32", "b32", wrapped(inserted, "b32")),
         Instruction("prmt.b32", "b32 b32 b32", "b32", wrapped(permuted, "b32")),
     ]
 

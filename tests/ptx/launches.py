@@ -236,6 +236,26 @@ def execute(
 
 
 @contextmanager
+def allocations(memory: Memory) -> Iterator[None]:
+    """Within: what torch.empty and its like make on the CPU counts as not defined."""
+
+    def watched(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.device.type == "cpu":
+                memory.allocated(tensor)
+            return tensor
+
+        return made
+
+    with ExitStack() as stack:
+        for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
+            for each in names:
+                stack.enter_context(mock.patch.object(owner, each, watched(getattr(owner, each))))
+        yield
+
+
+@contextmanager
 def executed(
     arch: str = "sm_90",
     processors: int | None = None,
@@ -266,20 +286,9 @@ def executed(
         watch(call, memory)
         log.append(execute(call, memory, skewed))
 
-    def watched(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = make(*args, **kwargs)
-            if tensor.device.type == "cpu":
-                memory.allocated(tensor)
-            return tensor
-
-        return made
-
     with ExitStack() as stack:
         enter = stack.enter_context
-        for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty",))):
-            for each in names:
-                enter(mock.patch.object(owner, each, watched(getattr(owner, each))))
+        enter(allocations(memory))
         enter(mock.patch.object(configs, "device_of", lambda *_: device))
         enter(mock.patch.object(configs, "tf32_allowed", lambda *_: tf32))
         for op in OPS.values():

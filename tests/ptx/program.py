@@ -183,7 +183,7 @@ def _width(name: str, position: int) -> int:
     match parts[0], position:
         case ("setp", 0) | ("selp", 3) | ("vote", 1) | ("wgmma", 3):
             return 0
-        case ("shl" | "shr" | "bfe", 2 | 3) | ("vote", 2) | ("wgmma" | "ldmatrix" | "stmatrix", _):
+        case ("shl" | "shr" | "bfe", 2 | 3) | ("bfi", 3 | 4) | ("vote", 2) | ("wgmma" | "ldmatrix" | "stmatrix", _):
             return 4
         case ("mul" | "mad", 0) | ("mad", 3) if "wide" in parts:
             return 2 * width

@@ -53,8 +53,10 @@ def test_it_is_its_formula(instruction: Instruction) -> None:
     for i, kind in enumerate(instruction.kinds):
         if kind == "pred":
             operands[i] = operands[i] % 2
-    if instruction.name.startswith(("bfe", "sh")):  # small counts, and a few that are too large
-        operands[1:] = [np.where(np.arange(THREADS) % 8, each % 70, each).astype(each.dtype) for each in operands[1:]]
+    if instruction.name.startswith(("bf", "sh")):  # small counts, and a few that are too large
+        first = 2 if instruction.name.startswith("bfi") else 1
+        counts = operands[first:]
+        operands[first:] = [np.where(np.arange(THREADS) % 8, each % 70, each).astype(each.dtype) for each in counts]
     with np.errstate(all="ignore"):
         wanted = instruction.formula(*operands)
     out = np.zeros(THREADS, np.uint32 if instruction.out.startswith("pred") else TYPES[instruction.out])

@@ -105,6 +105,14 @@ T bit_field(T a, uint32_t from, uint32_t length) {
   return static_cast<T>(static_cast<uint32_t>((field & inside) | (sign ? ~inside : 0)));
 }
 
+// The low bits of a in place of a field of b.
+uint32_t insert_field(uint32_t a, uint32_t b, uint32_t from, uint32_t length) {
+  from &= 255, length &= 255;
+  if (from > 31 || length == 0) return b;
+  const uint32_t field = static_cast<uint32_t>((length >= 32 ? ~0ull : (1ull << length) - 1) << from);
+  return (b & ~field) | (a << from & field);
+}
+
 uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
@@ -282,6 +290,7 @@ void add_arithmetic() {
   add_bits<uint16_t>("b16"), add_bits<uint32_t>("b32"), add_bits<uint64_t>("b64");
   lanewise<bit_field<int32_t>>("bfe.s32", INTEGER);
   lanewise<bit_field<uint32_t>>("bfe.u32", INTEGER);
+  lanewise<insert_field>("bfi.b32", INTEGER);
   lanewise<permute>("prmt.b32", INTEGER);
 
   add_floats<float>("f32"), add_floats<double>("f64");
