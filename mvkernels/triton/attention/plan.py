@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,51 +9,9 @@ import torch
 from mvkernels.triton import configs
 from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
 from mvkernels.triton.attention.configs import WINDOW
+from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.launch import PARTS_BYTES, Launch
 from mvkernels.triton.maps import CLIPPED, UNEQUAL, Geometry, Shape, lanes, pieces
-from mvkernels.triton.problem import Problem
-
-
-@dataclass(frozen=True)
-class AttentionProblem(Problem):
-    """A call of ``op``. Strides are of ``q``, ``k``, ``v`` and, in the backward, ``g``."""
-
-    op: str
-    value_dim: int
-    bias: Shape | None
-    """Strides of the bias."""
-    bias_itemsize: int
-    group: tuple[int, int]
-    """The size of a patch, or with ``shift`` of a window."""
-    shift: tuple[int, int] | None = None
-    partners: tuple[int, int] | None = None
-    """Height and width of the key and value maps, if they are not the query's."""
-
-    @classmethod
-    def of_call(
-        cls,
-        op: str,
-        maps: Sequence[tuple[str, torch.Tensor]],
-        bias: torch.Tensor | None,
-        group: tuple[int, int],
-        shift: tuple[int, int] | None,
-        interpreted: bool,
-    ) -> AttentionProblem:
-        """Of a call on the maps q, k, v and perhaps g, in this order."""
-        (_, query), (_, key), (_, value), *_ = maps
-        partners = tuple(key.shape[3:])
-        return cls.of(
-            query, maps, interpreted, op=op, value_dim=value.shape[2], group=group, shift=shift,
-            bias=None if bias is None else bias.stride(), bias_itemsize=1 if bias is None else bias.element_size(),
-            partners=None if partners == query.shape[3:] else partners,
-        )  # fmt: skip
-
-
-def _geometry(problem: AttentionProblem) -> Geometry:
-    return Geometry(
-        problem.shape, problem.strides, problem.dtype.itemsize, problem.value_dim, problem.group, problem.bias,
-        problem.bias_itemsize, problem.shift, problem.partners,
-    )  # fmt: skip
 
 
 def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:
@@ -99,7 +55,7 @@ def _is_last(problem: AttentionProblem, name: str) -> bool:
 @configs.memo
 def forward_launches(problem: AttentionProblem) -> list[Launch]:
     """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``."""
-    geometry = _geometry(problem)
+    geometry = problem.geometry
     meta = _common(problem, geometry, "qkv")
     meta["LO"], meta["AO"] = geometry.dense(_is_last(problem, "q"), problem.value_dim)
     meta["BIAS"] = problem.bias is not None
@@ -152,7 +108,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
 
     Tensors ``q k v g bias dq dk dv rows partial dbias``, floats ``scale scale2``.
     """
-    geometry = _geometry(problem)
+    geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
     unit_blocks, unit_options = _split("backward_unit", problem, geometry)
     most = max(geometry.tokens, geometry.keys)

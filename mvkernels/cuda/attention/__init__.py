@@ -1,0 +1,1 @@
+"""Softmax attention inside groups of pixels, in CUDA C++."""

@@ -1,0 +1,45 @@
+"""Softmax attention inside groups of pixels, in CUDA C++: groups of up to 256 tokens, heads of 16 to 64 channels.
+
+An op's own launcher gives its arguments as these: ``group``, the size of patches, or with ``shift`` of windows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mvkernels.cuda.attention import plan
+from mvkernels.cuda.attention.plan import forward_launches
+from mvkernels.dispatch.checks import empty_map
+from mvkernels.triton import configs
+from mvkernels.triton.attention.problem import AttentionProblem
+
+Pair = tuple[int, int]
+
+LOG2E = 1.4426950408889634
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def forward(
+    op: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: Pair,
+    shift: Pair | None,
+    bias: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """query, key (B, h, D, H, W), value (B, h, Dv, H, W), bias (h, N, N) or None -> out (B, h, Dv, H, W).
+
+    out is in query's dtype, dense in query's order. Inputs are read in place, whatever their strides.
+    """
+    out = empty_map(query, value.shape[2])
+    if out.numel() == 0:
+        return out
+    maps = (("q", query), ("k", key), ("v", value), ("o", out))
+    problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
+    # Without a bias its pointer is not read; any tensor will do.
+    tensors = dict(maps) | {"bias": query if bias is None else bias}
+    for launch in forward_launches(problem):
+        launch(tensors, {"scale2": scale * LOG2E})
+    return out

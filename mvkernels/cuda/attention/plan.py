@@ -1,0 +1,122 @@
+"""Which CUDA C++ kernels run a call, with what: all that follows from shapes, strides and dtype alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mvkernels.cuda.launch import Launch
+from mvkernels.triton import configs
+from mvkernels.triton.attention.problem import AttentionProblem
+from mvkernels.triton.maps import INT32, WINDOWS, Geometry, Shape
+
+TOKENS = 256
+"""Of a group, at most."""
+DIMS = 16, 64
+"""Channels of a head, least and most."""
+
+
+def padded(*dims: int) -> int:
+    """Channels that the tiles of a head have."""
+    return -(-max(dims) // 8) * 8
+
+
+class Tiles:
+    """Sizes in shared memory, as csrc/cuda/common/fragments.cuh has them, and warps of a block."""
+
+    def __init__(self, dtype: torch.dtype, dim: int) -> None:
+        half = dtype.itemsize == 2
+        self.row = dtype.itemsize * ((dim // 8 | 1) * 8 if half else dim + 4)
+        """Bytes of a token's row."""
+        self.pairs = 48 if half else 80
+        """Bytes of a key's row of 16 queries."""
+        self.forward_warps = 4 if half else 8
+        self.backward_warps = 8
+
+    def forward(self, rows: int, team: int) -> int:
+        """Bytes of a block that has units of so many rows, one for each team of warps."""
+        units = self.forward_warps // team
+        return (units * 2 * rows + self.forward_warps * 32) * self.row + _tokens(units, rows)
+
+    def backward(self, rows: int, team: int) -> int:
+        units = self.backward_warps // team
+        return units * (4 * rows * self.row + 2 * rows * self.pairs + 12 * rows) + _tokens(units, rows)
+
+
+def _tokens(units: int, rows: int) -> int:
+    return 4 * units * (rows + rows // 16)
+
+
+def rows_of(tokens: int) -> int:
+    """Tokens of a unit in shared memory."""
+    return -(-tokens // 16) * 16
+
+
+def team_of(tiles: int, most: int) -> int:
+    """Warps of a unit with so many tiles for a warp each: a power of two."""
+    return int(min(most, 1 << (tiles - 1).bit_length()))
+
+
+def _name(problem: AttentionProblem, direction: str) -> str:
+    kind = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(problem.dtype, "f32")
+    kind = "tf32" if problem.precision == "tf32" else kind
+    return f"attention_{direction}_{kind}_{padded(problem.shape[2], problem.value_dim)}"
+
+
+def _strides(geometry: Geometry, names: tuple[str, ...]) -> tuple[Shape, Shape]:
+    strides = [geometry.strides[name] for name in names]
+    return sum((each[:2] for each in strides), ()), sum((each[2:] for each in strides), ())
+
+
+def _groups(geometry: Geometry, rows: int, team: int) -> Shape:
+    heads, height, width, ph, pw = geometry.sizes
+    windows = geometry.kind >= WINDOWS
+    down, across = ph, pw
+    if windows:
+        down, across = -(-(height - geometry.starts[0]) // ph), -(-(width - geometry.starts[1]) // pw)
+    return (heads, height, width, ph, pw, *geometry.starts, down, across, int(windows), geometry.units, rows, team)
+
+
+def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
+    """Its stride over heads, negative if there is none; over queries and keys, and how many of these there are."""
+    if problem.bias is None:
+        return -1, (0, 0, geometry.tokens)
+    return geometry.bias[0], (*geometry.bias[1:], geometry.tokens)
+
+
+@configs.memo
+def forward_launches(problem: AttentionProblem) -> list[Launch]:
+    """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``."""
+    geometry = problem.geometry
+    d, dv = problem.shape[2], problem.value_dim
+    tiles = Tiles(problem.dtype, padded(d, dv))
+    rows = rows_of(geometry.tokens)
+    team = team_of(rows // 16, tiles.forward_warps)
+    longs, ints = _strides(geometry, ("q", "k", "v", "o"))
+    bias_head, bias = _bias(problem, geometry)
+    return [
+        Launch(
+            "attention/forward", _name(problem, "forward"), -(-geometry.units // (tiles.forward_warps // team)),
+            32 * tiles.forward_warps, tiles.forward(rows, team), ("q", "k", "v", "o", "bias"), (*longs, bias_head),
+            (*ints, *bias, d, dv, *_groups(geometry, rows, team)), ("scale2",),
+        )
+    ]  # fmt: skip
+
+
+def why_too_large(shape: Shape, strides: Shape) -> str | None:
+    """Why a map's pixels in an image's head cannot be told apart by 32-bit offsets, or None."""
+    _, heads, d, height, width = shape
+    if max(height, width) >= 1 << 15:
+        return "a map is higher or wider than 32767 pixels"
+    span = sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:]))
+    if max(span, heads * d * height * width) >= INT32:
+        return "a head of an image spans 2**31 elements"
+    return None
+
+
+def tokens_of(height: int, width: int, group: tuple[int, int], shift: tuple[int, int] | None) -> int:
+    """An upper bound of the tokens of a group."""
+    if shift is None:
+        return math.prod(-(-size // min(size, step)) for size, step in zip((height, width), group))
+    return math.prod(group)
