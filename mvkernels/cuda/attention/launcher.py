@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mvkernels.cuda.attention import plan
-from mvkernels.cuda.attention.plan import forward_launches
+from mvkernels.cuda.attention.plan import backward_launches, forward_launches
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
@@ -43,3 +43,31 @@ def forward(
     for launch in forward_launches(problem):
         launch(tensors, {"scale2": scale * LOG2E})
     return out
+
+
+def backward(
+    op: str,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: Pair,
+    shift: Pair | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dquery, dkey, dvalue, dbias), each dense in the order of its own input.
+
+    grad (B, h, Dv, H, W) with any strides; dbias is an empty (0,) without ``need_bias``.
+    """
+    dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
+    dbias = query.new_empty((0,))
+    if dq.numel() == 0:
+        return dq, dk, dv, dbias
+    maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
+    problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
+    tensors = dict(maps) | {"bias": query if bias is None else bias}
+    for launch in backward_launches(problem):
+        launch(tensors, {"scale": scale, "scale2": scale * LOG2E})
+    return dq, dk, dv, dbias

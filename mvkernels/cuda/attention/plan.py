@@ -104,6 +104,25 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
     ]  # fmt: skip
 
 
+@configs.memo
+def backward_launches(problem: AttentionProblem) -> list[Launch]:
+    """The launches of a backward call; tensors ``q k v g bias dq dk dv``, floats ``scale scale2``."""
+    geometry = problem.geometry
+    d, dv = problem.shape[2], problem.value_dim
+    tiles = Tiles(problem.dtype, padded(d, dv))
+    rows = rows_of(geometry.tokens)
+    team = team_of(-(-rows // 32), tiles.backward_warps)
+    longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
+    bias_head, bias = _bias(problem, geometry)
+    return [
+        Launch(
+            "attention/backward", _name(problem, "backward"), -(-geometry.units // (tiles.backward_warps // team)),
+            32 * tiles.backward_warps, tiles.backward(rows, team), ("q", "k", "v", "g", "bias", "dq", "dk", "dv"),
+            (*longs, bias_head), (*ints, *bias, d, dv, *_groups(geometry, rows, team)), ("scale", "scale2"),
+        )
+    ]  # fmt: skip
+
+
 def why_too_large(shape: Shape, strides: Shape) -> str | None:
     """Why a map's pixels in an image's head cannot be told apart by 32-bit offsets, or None."""
     _, heads, d, height, width = shape
