@@ -4,12 +4,13 @@
 #define BACKWARD(NAME, TYPE, PRODUCTS, BLOCKS, DP)                                                                     \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS) attention_backward_##NAME##_##DP(                       \
         const TYPE* q, const TYPE* k, const TYPE* v, const TYPE* g, const TYPE* bias, TYPE* dq, TYPE* dk, TYPE* dv,    \
+        float* partial,                                                                                        \
         int64_t qb, int64_t qh, int64_t kb, int64_t kh, int64_t vb, int64_t vh, int64_t gb, int64_t gh, int64_t dqb,   \
         int64_t dqh, int64_t dkb, int64_t dkh, int64_t dvb, int64_t dvh, int64_t bh, int qd, int qy, int qx, int kd,   \
         int ky, int kx, int vd, int vy, int vx, int gd, int gy, int gx, int dqd, int dqy, int dqx, int dkd, int dky,   \
         int dkx, int dvd, int dvy, int dvx, int bm, int bn, int tokens, int channels, int value_channels, int heads,   \
         int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows, \
-        int team, float scale, float scale2                                                                            \
+        int team, int steps, int items, float scale, float scale2                                                                            \
     ) {                                                                                                                \
         extern __shared__ __align__(16) unsigned char global_smem[];                                                   \
         mvk::attention::backward<PRODUCTS, DP>(                                                                        \
@@ -25,7 +26,10 @@
              channels,                                                                                                 \
              value_channels,                                                                                           \
              scale,                                                                                                    \
-             scale2},                                                                                                  \
+             scale2,                                                                                                   \
+             partial,                                                                                                  \
+             steps,                                                                                                    \
+             items},                                                                                                   \
             global_smem, 8                                                                                             \
         );                                                                                                             \
     }

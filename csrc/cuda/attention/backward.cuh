@@ -26,6 +26,10 @@ struct Backward {
     Groups groups;
     int channels, value_channels;
     float scale, scale2;
+    // With the bias's gradient, a block has units of one head, `steps` for each team in turn, of which there are `items`
+    // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
+    float* partial;
+    int steps, items;
 };
 
 // A unit in shared memory.
@@ -124,7 +128,8 @@ __device__ __forceinline__ void find_rows(
 template <class P, int DP>
 __device__ __forceinline__ void add_queries(
     float (&dk)[2][DP / 8][4], float (&dv)[2][DP / 8][4], const Backward<typename P::Element>& given,
-    const Place<P, DP>& place, const Unit& unit, int first, int count, int block, bool scaled, float factor
+    const Place<P, DP>& place, const Unit& unit, int first, int count, int block, bool scaled, float factor,
+    float* partial, bool more
 ) {
     constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS;
     const int lane = lane_id(), query = block * 16 + 2 * (lane & 3), second = first + count - 1;
@@ -176,6 +181,17 @@ __device__ __forceinline__ void add_queries(
             }
         }
     }
+    if (partial != nullptr) {
+        const int tokens = given.bias.tokens;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int m = query + i / 4 % 2 * 8 + i % 2, n = (first + i / 8) * 16 + (lane >> 2) + i / 2 % 2 * 8;
+            if (i / 8 < count && m < tokens && n < tokens) {
+                float* sum = partial + m * tokens + n;
+                *sum = ds[i / 8][i / 4 % 2][i % 4] + (more ? *sum : 0.0f);
+            }
+        }
+    }
     typename P::template Left<16> left[2];
 #pragma unroll
     for (int m = 0; m < 2; m++) P::from_sums(left[m], p[m][0], p[m][1]);
@@ -210,15 +226,15 @@ __device__ __forceinline__ void finish_queries(const Place<P, DP>& place, int ro
 }
 
 template <class P, int DP>
-__device__ __forceinline__ void backward(const Backward<typename P::Element>& given, unsigned char* shared, int warps) {
+__device__ __forceinline__ void backward_unit(
+    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int member,
+    float* partial, bool more
+) {
     using T = typename P::Element;
     using Here = Place<P, DP>;
     constexpr int STRIDE = Here::STRIDE, ROW = Here::ROW, SIZE = sizeof(T), COLUMNS = DP / 8;
     const Groups& groups = given.groups;
-    const int rows = groups.rows, team = groups.team, lane = lane_id(), warp = threadIdx.x >> 5;
-    const int units = warps / team, mine = warp / team, member = warp % team, index = threadIdx.x % (32 * team);
-    const Unit unit = unit_of(groups, blockIdx.x * units + mine);
-    const Here place(shared, units, mine, rows);
+    const int rows = groups.rows, team = groups.team, lane = lane_id(), index = threadIdx.x % (32 * team);
     find_tokens(groups, unit, place.pixels, place.masks, index, 32 * team);
     __syncthreads();
 #pragma unroll 1
@@ -243,7 +259,7 @@ __device__ __forceinline__ void backward(const Backward<typename P::Element>& gi
     const int first = 2 * member, count = min(rows / 16 - first, 2);
 #pragma unroll 1
     for (int block = 0; block < rows / 16; block++) {
-        if (count > 0) add_queries<P, DP>(dk, dv, given, place, unit, first, count, block, scaled, factor);
+        if (count > 0) add_queries<P, DP>(dk, dv, given, place, unit, first, count, block, scaled, factor, partial, more);
         __syncthreads();
         for (int n = member; n < COLUMNS; n += team) finish_queries<P, DP>(place, rows, block, n, given.scale);
     }
@@ -271,6 +287,31 @@ __device__ __forceinline__ void backward(const Backward<typename P::Element>& gi
         const int channels = i < 2 ? given.channels : given.value_channels;
         store_rows<T, DP>(place.query + i * rows * STRIDE, STRIDE, map, channels, place.pixels, rows, index, 32 * team);
     }
+}
+
+template <class P, int DP>
+__device__ __forceinline__ void backward(const Backward<typename P::Element>& given, unsigned char* shared, int warps) {
+    const Groups& groups = given.groups;
+    const int warp = threadIdx.x >> 5, units = warps / groups.team, mine = warp / groups.team;
+    const Place<P, DP> place(shared, units, mine, groups.rows);
+    const bool sums = given.steps > 0;
+    const int head = blockIdx.x % groups.heads, part = blockIdx.x / groups.heads * units + mine;
+    float* partial = nullptr;
+    if (sums) {
+        const int64_t area = static_cast<int64_t>(given.bias.tokens) * given.bias.tokens;
+        partial = given.partial + (static_cast<int64_t>(part) * groups.heads + head) * area;
+    }
+    int step = 0;
+    do {
+        int index = blockIdx.x * units + mine;
+        if (sums) {
+            const int item = part * given.steps + step;
+            index = item < given.items ? item * groups.heads + head : groups.units;
+        }
+        backward_unit<P, DP>(given, place, unit_of(groups, index), warp % groups.team, partial, step > 0);
+        step++;
+        __syncthreads();  // the next unit comes to the place of this one
+    } while (step < given.steps);
 }
 
 }  // namespace mvk::attention

@@ -59,15 +59,20 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dquery, dkey, dvalue, dbias), each dense in the order of its own input.
 
-    grad (B, h, Dv, H, W) with any strides; dbias is an empty (0,) without ``need_bias``.
+    grad (B, h, Dv, H, W) with any strides; dbias is (h, N, N), contiguous, in bias's dtype, or an empty (0,)
+    without ``need_bias``. No atomics: the same bits in every run.
     """
     dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
-    dbias = query.new_empty((0,))
+    need_bias = need_bias and bias is not None
+    dbias = query.new_empty(bias.shape if need_bias and bias is not None else (0,))
     if dq.numel() == 0:
-        return dq, dk, dv, dbias
+        return dq, dk, dv, dbias.zero_()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    tensors = dict(maps) | {"bias": query if bias is None else bias}
-    for launch in backward_launches(problem):
+    launches, parts = backward_launches(problem, need_bias)
+    tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
+    if need_bias:
+        tensors["partial"] = query.new_empty((parts, *dbias.shape), dtype=torch.float32)
+    for launch in launches:
         launch(tensors, {"scale": scale, "scale2": scale * LOG2E})
     return dq, dk, dv, dbias

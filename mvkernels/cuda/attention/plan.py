@@ -13,6 +13,8 @@ from mvkernels.triton.maps import INT32, WINDOWS, Geometry, Shape
 
 TOKENS = 256
 """Of a group, at most."""
+PARTS_BYTES = 64 << 20
+"""Of partial sums of a bias's gradient, at most: small beside any map that makes so many."""
 DIMS = 16, 64
 """Channels of a head, least and most."""
 
@@ -58,9 +60,12 @@ def team_of(tiles: int, most: int) -> int:
     return int(min(most, 1 << (tiles - 1).bit_length()))
 
 
+def _kind(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
+
+
 def _name(problem: AttentionProblem, direction: str) -> str:
-    kind = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(problem.dtype, "f32")
-    kind = "tf32" if problem.precision == "tf32" else kind
+    kind = "tf32" if problem.precision == "tf32" else _kind(problem.dtype)
     return f"attention_{direction}_{kind}_{padded(problem.shape[2], problem.value_dim)}"
 
 
@@ -104,9 +109,25 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
     ]  # fmt: skip
 
 
+def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int) -> tuple[int, int, int]:
+    """(blocks of a head, units in turn of each team, units of a head): work for every processor, and few partial sums.
+
+    A block has ``units`` at once.
+    """
+    heads = problem.shape[1]
+    items = geometry.units // heads
+    most = max(1, 4 * problem.device.processors // heads)
+    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * geometry.tokens**2 * units)))
+    steps = -(-items // (most * units))
+    return -(-items // (steps * units)), steps, items
+
+
 @configs.memo
-def backward_launches(problem: AttentionProblem) -> list[Launch]:
-    """The launches of a backward call; tensors ``q k v g bias dq dk dv``, floats ``scale scale2``."""
+def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[Launch], int]:
+    """(launches, parts of the bias's gradient).
+
+    Tensors ``q k v g bias dq dk dv partial dbias``, floats ``scale scale2``.
+    """
     geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
     tiles = Tiles(problem.dtype, padded(d, dv))
@@ -114,13 +135,26 @@ def backward_launches(problem: AttentionProblem) -> list[Launch]:
     team = team_of(-(-rows // 32), tiles.backward_warps)
     longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
     bias_head, bias = _bias(problem, geometry)
-    return [
+    units = tiles.backward_warps // team
+    grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
+    if need_bias:
+        blocks, steps, items = _parts_of(problem, geometry, units)
+        grid, parts = blocks * problem.shape[1], blocks * units
+    pointers = ("q", "k", "v", "g", "bias", "dq", "dk", "dv", "partial")
+    launches = [
         Launch(
-            "attention/backward", _name(problem, "backward"), -(-geometry.units // (tiles.backward_warps // team)),
-            32 * tiles.backward_warps, tiles.backward(rows, team), ("q", "k", "v", "g", "bias", "dq", "dk", "dv"),
-            (*longs, bias_head), (*ints, *bias, d, dv, *_groups(geometry, rows, team)), ("scale", "scale2"),
+            "attention/backward", _name(problem, "backward"), grid, 32 * tiles.backward_warps,
+            tiles.backward(rows, team), pointers, (*longs, bias_head),
+            (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items), ("scale", "scale2"),
         )
     ]  # fmt: skip
+    if need_bias:
+        size, kind = problem.shape[1] * geometry.tokens**2, _kind(problem.dtype)
+        launches.append(
+            Launch("attention/bias", f"attention_bias_{kind}", -(-size // 128), 128, 0, ("partial", "dbias"), (size,),
+                   (parts,), ())
+        )  # fmt: skip
+    return launches, parts
 
 
 def why_too_large(shape: Shape, strides: Shape) -> str | None:
