@@ -1,8 +1,8 @@
 """Runs launches of CUDA C++ kernels on the executor of tests/ptx: CPU tensors, nvcc's PTX.
 
-    with execution.executed() as log:
-        out = launcher.forward("patch_attention", q, k, v, (2, 2), None, None, scale)
-    for each in log: print(each)
+with execution.executed() as log:
+    out = launcher.forward("patch_attention", q, k, v, (2, 2), None, None, scale)
+for each in log: print(each)
 """
 
 from __future__ import annotations

@@ -12,11 +12,38 @@ from mvkernels.cuda.attention.plan import backward_launches, forward_launches
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
+from mvkernels.triton.maps import INT32
 
 Pair = tuple[int, int]
 
 LOG2E = 1.4426950408889634
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def why_not(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: Pair,
+    shift: Pair | None,
+    bias: torch.Tensor | None,
+) -> str | None:
+    """Why these kernels cannot run on maps, or None. Takes the op's checked arguments; never raises."""
+    device = query.device
+    if device.type != "cuda" or torch.version.hip:
+        return f"no CUDA for device type {device.type}"
+    if too_old := configs.why_too_old(device):
+        return too_old
+    shape = tuple(query.shape)
+    if tuple(key.shape[3:]) != shape[3:]:
+        return "key and value maps of another size than the query map"
+    arch = configs.device_of(device.type, device.index).arch
+    reason = plan.why_not(shape, value.shape[2], query.dtype, group, shift, bias is None, arch)
+    for map_ in (query, key, value):
+        if reason is None and plan.spans_too_far(map_.shape, map_.stride()):
+            reason = "a head of an image spans 2**31 elements"
+    if reason is None and bias is not None and max(bias.shape[1:]) * max(bias.stride()[1:]) * 2 >= INT32:
+        reason = "a head's bias spans 2**31 elements"
+    return reason
 
 
 def forward(
@@ -67,6 +94,8 @@ def backward(
     dbias = query.new_empty(bias.shape if need_bias and bias is not None else (0,))
     if dq.numel() == 0:
         return dq, dk, dv, dbias.zero_()
+    if plan.spans_too_far(grad.shape, grad.stride()):
+        grad = grad.contiguous()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     launches, parts = backward_launches(problem, need_bias)

@@ -9,7 +9,7 @@ import torch
 from mvkernels.cuda.launch import Launch
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
-from mvkernels.triton.maps import INT32, WINDOWS, Geometry, Shape
+from mvkernels.triton.maps import INT32, WINDOWS, Geometry, Shape, window_of
 
 TOKENS = 256
 """Of a group, at most."""
@@ -157,19 +157,46 @@ def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[
     return launches, parts
 
 
-def why_too_large(shape: Shape, strides: Shape) -> str | None:
-    """Why a map's pixels in an image's head cannot be told apart by 32-bit offsets, or None."""
-    _, heads, d, height, width = shape
+def why_not(
+    shape: Shape,
+    value_dim: int,
+    dtype: torch.dtype,
+    group: tuple[int, int],
+    shift: tuple[int, int] | None,
+    free: bool,
+    arch: str,
+) -> str | None:
+    """Why a query map's shape and the size of its groups are not for these kernels, or None; ``free`` of a bias."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {str(dtype).removeprefix('torch.')}: want float16, bfloat16 or float32"
+    batch, heads, d, height, width = shape
+    for name, dim in ("head_dim", d), ("value_dim", value_dim):
+        if not DIMS[0] <= dim <= DIMS[1] or dim % 4:
+            return f"{name} {dim}: want a multiple of 4 from {DIMS[0]} to {DIMS[1]}"
+    dim = padded(d)
+    if padded(value_dim) != dim:
+        return f"value_dim {value_dim}: want as many 8s of channels as head_dim {d}"
+    tokens = tokens_of((height, width), group, shift, free)
+    if tokens > TOKENS:
+        return f"groups of {tokens} pixels: want at most {TOKENS}"
     if max(height, width) >= 1 << 15:
         return "a map is higher or wider than 32767 pixels"
-    span = sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:]))
-    if max(span, heads * d * height * width) >= INT32:
-        return "a head of an image spans 2**31 elements"
+    if heads * max(d, value_dim) * height * width >= INT32 or batch * heads * height * width >= INT32:
+        return "batch * heads * pixels, or an image, passes 2**31"
+    rows = rows_of(tokens)
+    needed = Tiles(dtype, dim).backward(rows, team_of(-(-rows // 32), Tiles(dtype, dim).backward_warps))
+    if needed > configs.shared_memory_of(arch):
+        return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
 
 
-def tokens_of(height: int, width: int, group: tuple[int, int], shift: tuple[int, int] | None) -> int:
-    """An upper bound of the tokens of a group."""
+def spans_too_far(shape: Shape, strides: Shape) -> bool:
+    """Whether 32-bit offsets do not reach all of a head of an image."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:])) >= INT32
+
+
+def tokens_of(sizes: Shape, group: tuple[int, int], shift: tuple[int, int] | None, free: bool) -> int:
+    """Tokens of the largest group of a map, as :class:`~mvkernels.triton.maps.Geometry` has them."""
     if shift is None:
-        return math.prod(-(-size // min(size, step)) for size, step in zip((height, width), group))
-    return math.prod(group)
+        return math.prod(-(-size // min(size, step)) for size, step in zip(sizes, group))
+    return math.prod(window_of(*axis, free)[0] for axis in zip(sizes, group, shift))
