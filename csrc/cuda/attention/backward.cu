@@ -1,43 +1,40 @@
 // The backward's kernels: backward.cuh, for each type and each number of channels.
 #include "backward.cuh"
 
-#define BACKWARD(NAME, TYPE, PRODUCTS, BLOCKS, DP)                                                                     \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS) attention_backward_##NAME##_##DP(                       \
-        const TYPE* q, const TYPE* k, const TYPE* v, const TYPE* g, const TYPE* bias, TYPE* dq, TYPE* dk, TYPE* dv,    \
-        float* partial,                                                                                        \
-        int64_t qb, int64_t qh, int64_t kb, int64_t kh, int64_t vb, int64_t vh, int64_t gb, int64_t gh, int64_t dqb,   \
-        int64_t dqh, int64_t dkb, int64_t dkh, int64_t dvb, int64_t dvh, int64_t bh, int qd, int qy, int qx, int kd,   \
-        int ky, int kx, int vd, int vy, int vx, int gd, int gy, int gx, int dqd, int dqy, int dqx, int dkd, int dky,   \
-        int dkx, int dvd, int dvy, int dvx, int bm, int bn, int tokens, int channels, int value_channels, int heads,   \
-        int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows, \
-        int team, int steps, int items, float scale, float scale2                                                                            \
-    ) {                                                                                                                \
-        extern __shared__ __align__(16) unsigned char global_smem[];                                                   \
-        mvk::attention::backward<PRODUCTS, DP>(                                                                        \
-            {{q, qb, qh, qd, qy, qx},                                                                                  \
-             {k, kb, kh, kd, ky, kx},                                                                                  \
-             {v, vb, vh, vd, vy, vx},                                                                                  \
-             {g, gb, gh, gd, gy, gx},                                                                                  \
-             {dq, dqb, dqh, dqd, dqy, dqx},                                                                            \
-             {dk, dkb, dkh, dkd, dky, dkx},                                                                            \
-             {dv, dvb, dvh, dvd, dvy, dvx},                                                                            \
-             {bias, bh, bm, bn, tokens},                                                                               \
-             {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                         \
-             channels,                                                                                                 \
-             value_channels,                                                                                           \
-             scale,                                                                                                    \
-             scale2,                                                                                                   \
-             partial,                                                                                                  \
-             steps,                                                                                                    \
-             items},                                                                                                   \
-            global_smem, 8                                                                                             \
-        );                                                                                                             \
-    }
-#define BACKWARDS(DP)                                              \
-    BACKWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 1, DP)       \
-    BACKWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 1, DP)          \
-    BACKWARD(f32, float, mvk::Singles<true>, 1, DP)                \
-    BACKWARD(tf32, float, mvk::Singles<false>, 1, DP)
+#define BACKWARD(NAME, TYPE, PRODUCTS, BLOCKS, DP)                                                                    \
+  extern "C" __global__ void __launch_bounds__(256, BLOCKS) attention_backward_##NAME##_##DP(                         \
+      const TYPE* q, const TYPE* k, const TYPE* v, const TYPE* g, const TYPE* bias, TYPE* dq, TYPE* dk, TYPE* dv,     \
+      float* partial, int64_t qb, int64_t qh, int64_t kb, int64_t kh, int64_t vb, int64_t vh, int64_t gb, int64_t gh, \
+      int64_t dqb, int64_t dqh, int64_t dkb, int64_t dkh, int64_t dvb, int64_t dvh, int64_t bh, int qd, int qy,       \
+      int qx, int kd, int ky, int kx, int vd, int vy, int vx, int gd, int gy, int gx, int dqd, int dqy, int dqx,      \
+      int dkd, int dky, int dkx, int dvd, int dvy, int dvx, int bm, int bn, int tokens, int channels,                 \
+      int value_channels, int heads, int height, int width, int ph, int pw, int sy, int sx, int down, int across,     \
+      int windows, int units, int rows, int team, int steps, int items, float scale, float scale2) {                  \
+    extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
+    mvk::attention::backward<PRODUCTS, DP>(                                                                           \
+        {{q, qb, qh, qd, qy, qx},                                                                                     \
+         {k, kb, kh, kd, ky, kx},                                                                                     \
+         {v, vb, vh, vd, vy, vx},                                                                                     \
+         {g, gb, gh, gd, gy, gx},                                                                                     \
+         {dq, dqb, dqh, dqd, dqy, dqx},                                                                               \
+         {dk, dkb, dkh, dkd, dky, dkx},                                                                               \
+         {dv, dvb, dvh, dvd, dvy, dvx},                                                                               \
+         {bias, bh, bm, bn, tokens},                                                                                  \
+         {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                            \
+         channels,                                                                                                    \
+         value_channels,                                                                                              \
+         scale,                                                                                                       \
+         scale2,                                                                                                      \
+         partial,                                                                                                     \
+         steps,                                                                                                       \
+         items},                                                                                                      \
+        global_smem, 8);                                                                                              \
+  }
+#define BACKWARDS(DP)                                      \
+  BACKWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 1, DP) \
+  BACKWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 1, DP)    \
+  BACKWARD(f32, float, mvk::Singles<true>, 1, DP)          \
+  BACKWARD(tf32, float, mvk::Singles<false>, 1, DP)
 
 BACKWARDS(16)
 BACKWARDS(24)

@@ -13,158 +13,156 @@ constexpr int AT_ONCE = 4;  // times 16 keys, whose scores are in registers
 
 template <typename T>
 struct Forward {
-    Map<const T> query, key, value;
-    Map<T> out;
-    Bias<T> bias;
-    Groups groups;
-    int channels, value_channels;
-    float scale2;
+  Map<const T> query, key, value;
+  Map<T> out;
+  Bias<T> bias;
+  Groups groups;
+  int channels, value_channels;
+  float scale2;
 };
 
 template <class P, int DP>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
-    using T = typename P::Element;
-    constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
-    const Groups& groups = given.groups;
-    const int rows = groups.rows, team = groups.team, lane = lane_id(), warp = threadIdx.x >> 5;
-    const int units = warps / team, mine = warp / team, member = warp % team, index = threadIdx.x % (32 * team);
-    const Unit unit = unit_of(groups, blockIdx.x * units + mine);
+  using T = typename P::Element;
+  constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
+  const Groups& groups = given.groups;
+  const int rows = groups.rows, team = groups.team, lane = lane_id(), warp = threadIdx.x >> 5;
+  const int units = warps / team, mine = warp / team, member = warp % team, index = threadIdx.x % (32 * team);
+  const Unit unit = unit_of(groups, blockIdx.x * units + mine);
 
-    T* const keys = reinterpret_cast<T*>(shared) + mine * 2 * rows * STRIDE;
-    T* const own = reinterpret_cast<T*>(shared) + (units * 2 * rows + warp * 32) * STRIDE;
-    int* const pixels = reinterpret_cast<int*>(reinterpret_cast<T*>(shared) + (units * 2 * rows + warps * 32) * STRIDE) +
-                        mine * (rows + rows / 16);
-    uint32_t* const masks = reinterpret_cast<uint32_t*>(pixels + rows);
-    find_tokens(groups, unit, pixels, masks, index, 32 * team);
-    __syncthreads();
+  T* const keys = reinterpret_cast<T*>(shared) + mine * 2 * rows * STRIDE;
+  T* const own = reinterpret_cast<T*>(shared) + (units * 2 * rows + warp * 32) * STRIDE;
+  int* const pixels = reinterpret_cast<int*>(reinterpret_cast<T*>(shared) + (units * 2 * rows + warps * 32) * STRIDE) +
+                      mine * (rows + rows / 16);
+  uint32_t* const masks = reinterpret_cast<uint32_t*>(pixels + rows);
+  find_tokens(groups, unit, pixels, masks, index, 32 * team);
+  __syncthreads();
 
-    const Map<const T> query = given.query.of(unit);
-    const Map<T> out = given.out.of(unit);
+  const Map<const T> query = given.query.of(unit);
+  const Map<T> out = given.out.of(unit);
 #pragma unroll 1
-    for (int i = 0; i < 2; i++) {
-        const Map<const T> map = i == 0 ? given.key.of(unit) : given.value.of(unit);
-        const int channels = i == 0 ? given.channels : given.value_channels;
-        load_rows<T, DP>(keys + i * rows * STRIDE, STRIDE, map, channels, pixels, rows, index, 32 * team);
-    }
+  for (int i = 0; i < 2; i++) {
+    const Map<const T> map = i == 0 ? given.key.of(unit) : given.value.of(unit);
+    const int channels = i == 0 ? given.channels : given.value_channels;
+    load_rows<T, DP>(keys + i * rows * STRIDE, STRIDE, map, channels, pixels, rows, index, 32 * team);
+  }
 
-    const bool scaled = given.bias.head >= 0 || given.scale2 <= 0;  // before the maximum is looked for
-    const float factor = scaled ? 1.0f : given.scale2;
-    int buffer = 16;
-    for (int tile = member - team; tile < 0 || tile * 16 < rows; tile += team, buffer ^= 16) {
-        T* const here = own + buffer * STRIDE;
-        if ((tile + team) * 16 < rows) {
-            T* const next = own + (buffer ^ 16) * STRIDE;
-            load_rows<T, DP>(next, STRIDE, query, given.channels, pixels + (tile + team) * 16, 16, lane, 32);
-        }
-        if (tile < 0) {
-            wait_copies<0>();
-            __syncthreads();
-            continue;
-        }
-        Channels<P, DP> q;
-        q.load(shared_address(here));
-        float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-        float o[COLUMNS][4];
+  const bool scaled = given.bias.head >= 0 || given.scale2 <= 0;  // before the maximum is looked for
+  const float factor = scaled ? 1.0f : given.scale2;
+  int buffer = 16;
+  for (int tile = member - team; tile < 0 || tile * 16 < rows; tile += team, buffer ^= 16) {
+    T* const here = own + buffer * STRIDE;
+    if ((tile + team) * 16 < rows) {
+      T* const next = own + (buffer ^ 16) * STRIDE;
+      load_rows<T, DP>(next, STRIDE, query, given.channels, pixels + (tile + team) * 16, 16, lane, 32);
+    }
+    if (tile < 0) {
+      wait_copies<0>();
+      __syncthreads();
+      continue;
+    }
+    Channels<P, DP> q;
+    q.load(shared_address(here));
+    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+    float o[COLUMNS][4];
 #pragma unroll
-        for (int i = 0; i < 4 * COLUMNS; i++) o[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < 4 * COLUMNS; i++) o[i / 4][i % 4] = 0.0f;
 
 #pragma unroll 1
-        for (int first = 0; first * 16 < rows; first += AT_ONCE) {
-            const int count = rows / 16 - first;
-            const uint32_t at = shared_address(keys) + first * 16 * STRIDE * SIZE;
-            float s[AT_ONCE][2][4];
+    for (int first = 0; first * 16 < rows; first += AT_ONCE) {
+      const int count = rows / 16 - first;
+      const uint32_t at = shared_address(keys) + first * 16 * STRIDE * SIZE;
+      float s[AT_ONCE][2][4];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (j < count) {
-                    q.template multiply<false>(s[j], at + j * 16 * STRIDE * SIZE);
-                    if (scaled) {
-                        given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-                    }
-                    if (!unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
-                } else {
+      for (int j = 0; j < AT_ONCE; j++) {
+        if (j < count) {
+          q.template multiply<false>(s[j], at + j * 16 * STRIDE * SIZE);
+          if (scaled) {
+            given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
+          }
+          if (!unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
+        } else {
 #pragma unroll
-                    for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] = -INFINITY;
-                }
-            }
-            float offset[2];
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float highest = top[r];
-#pragma unroll
-                for (int i = 0; i < 4 * AT_ONCE; i++) highest = fmaxf(highest, s[i / 4][i / 2 % 2][2 * r + i % 2]);
-                highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-                highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-                // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-                const float used = highest == -INFINITY ? 0.0f : highest;
-                if (first > 0) {
-                    const float shrink = exp2_fast((top[r] - used) * factor);
-                    total[r] *= shrink;
-#pragma unroll
-                    for (int i = 0; i < 2 * COLUMNS; i++) o[i / 2][2 * r + i % 2] *= shrink;
-                }
-                top[r] = highest;
-                offset[r] = used * factor;
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                if (j >= count) continue;
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    float& x = s[j][i / 4][i % 4];
-                    x = exp2_fast(fmaf(x, factor, -offset[i / 2 % 2]));
-                    total[i / 2 % 2] += x;
-                }
-                typename P::template Left<16> p;
-                P::from_sums(p, s[j][0], s[j][1]);
-                add_tokens<P, DP>(o, p, at + (rows + j * 16) * STRIDE * SIZE);
-            }
+          for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] = -INFINITY;
         }
-        __syncwarp();
+      }
+      float offset[2];
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            total[r] += __shfl_xor_sync(~0u, total[r], 1);
-            total[r] += __shfl_xor_sync(~0u, total[r], 2);
-            const float over = 1.0f / total[r];
-            const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
+      for (int r = 0; r < 2; r++) {
+        float highest = top[r];
 #pragma unroll
-            for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, o[n][2 * r] * over, o[n][2 * r + 1] * over);
+        for (int i = 0; i < 4 * AT_ONCE; i++) highest = fmaxf(highest, s[i / 4][i / 2 % 2][2 * r + i % 2]);
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
+        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+        // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
+        const float used = highest == -INFINITY ? 0.0f : highest;
+        if (first > 0) {
+          const float shrink = exp2_fast((top[r] - used) * factor);
+          total[r] *= shrink;
+#pragma unroll
+          for (int i = 0; i < 2 * COLUMNS; i++) o[i / 2][2 * r + i % 2] *= shrink;
         }
-        __syncwarp();
-        store_rows<T, DP>(here, STRIDE, out, given.value_channels, pixels + tile * 16, 16, lane, 32);
-        wait_copies<0>();
-        __syncwarp();
+        top[r] = highest;
+        offset[r] = used * factor;
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; j++) {
+        if (j >= count) continue;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          float& x = s[j][i / 4][i % 4];
+          x = exp2_fast(fmaf(x, factor, -offset[i / 2 % 2]));
+          total[i / 2 % 2] += x;
+        }
+        typename P::template Left<16> p;
+        P::from_sums(p, s[j][0], s[j][1]);
+        add_tokens<P, DP>(o, p, at + (rows + j * 16) * STRIDE * SIZE);
+      }
     }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      total[r] += __shfl_xor_sync(~0u, total[r], 1);
+      total[r] += __shfl_xor_sync(~0u, total[r], 2);
+      const float over = 1.0f / total[r];
+      const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
+#pragma unroll
+      for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, o[n][2 * r] * over, o[n][2 * r + 1] * over);
+    }
+    __syncwarp();
+    store_rows<T, DP>(here, STRIDE, out, given.value_channels, pixels + tile * 16, 16, lane, 32);
+    wait_copies<0>();
+    __syncwarp();
+  }
 }
 
 }  // namespace mvk::attention
 
-#define FORWARD(NAME, TYPE, PRODUCTS, WARPS, BLOCKS, DP)                                                               \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_forward_##NAME##_##DP(                 \
-        const TYPE* q, const TYPE* k, const TYPE* v, TYPE* o, const TYPE* bias, int64_t qb, int64_t qh, int64_t kb,    \
-        int64_t kh, int64_t vb, int64_t vh, int64_t ob, int64_t oh, int64_t bh, int qd, int qy, int qx, int kd,        \
-        int ky, int kx, int vd, int vy, int vx, int od, int oy, int ox, int bm, int bn, int tokens, int d, int dv,     \
-        int heads, int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows,           \
-        int units, int rows, int team, float scale2                                                                    \
-    ) {                                                                                                                \
-        extern __shared__ __align__(16) unsigned char global_smem[];                                                   \
-        mvk::attention::forward<PRODUCTS, DP>(                                                                         \
-            {{q, qb, qh, qd, qy, qx},                                                                                  \
-             {k, kb, kh, kd, ky, kx},                                                                                  \
-             {v, vb, vh, vd, vy, vx},                                                                                  \
-             {o, ob, oh, od, oy, ox},                                                                                  \
-             {bias, bh, bm, bn, tokens},                                                                               \
-             {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                         \
-             d,                                                                                                        \
-             dv,                                                                                                       \
-             scale2},                                                                                                  \
-            global_smem, WARPS                                                                                         \
-        );                                                                                                             \
-    }
-#define FORWARDS(DP)                                                                 \
-    FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 4, 4, DP)                       \
-    FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 4, 4, DP)                          \
-    FORWARD(f32, float, mvk::Singles<true>, 8, 1, DP)                                \
-    FORWARD(tf32, float, mvk::Singles<false>, 8, 1, DP)
+#define FORWARD(NAME, TYPE, PRODUCTS, WARPS, BLOCKS, DP)                                                              \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_forward_##NAME##_##DP(                   \
+      const TYPE* q, const TYPE* k, const TYPE* v, TYPE* o, const TYPE* bias, int64_t qb, int64_t qh, int64_t kb,     \
+      int64_t kh, int64_t vb, int64_t vh, int64_t ob, int64_t oh, int64_t bh, int qd, int qy, int qx, int kd, int ky, \
+      int kx, int vd, int vy, int vx, int od, int oy, int ox, int bm, int bn, int tokens, int d, int dv, int heads,   \
+      int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows,  \
+      int team, float scale2) {                                                                                       \
+    extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
+    mvk::attention::forward<PRODUCTS, DP>(                                                                            \
+        {{q, qb, qh, qd, qy, qx},                                                                                     \
+         {k, kb, kh, kd, ky, kx},                                                                                     \
+         {v, vb, vh, vd, vy, vx},                                                                                     \
+         {o, ob, oh, od, oy, ox},                                                                                     \
+         {bias, bh, bm, bn, tokens},                                                                                  \
+         {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                            \
+         d,                                                                                                           \
+         dv,                                                                                                          \
+         scale2},                                                                                                     \
+        global_smem, WARPS);                                                                                          \
+  }
+#define FORWARDS(DP)                                         \
+  FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 4, 4, DP) \
+  FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 4, 4, DP)    \
+  FORWARD(f32, float, mvk::Singles<true>, 8, 1, DP)          \
+  FORWARD(tf32, float, mvk::Singles<false>, 8, 1, DP)
 
 FORWARDS(16)
 FORWARDS(24)

@@ -14,57 +14,56 @@
 namespace mvk::attention {
 
 struct Groups {
-    int heads, height, width, ph, pw, sy, sx, down, across, windows;
-    int units, rows, team;
+  int heads, height, width, ph, pw, sy, sx, down, across, windows;
+  int units, rows, team;
 };
 
 struct Unit {
-    int64_t batch;
-    int head, y0, x0, tall, wide;  // tokens along both axes
-    bool exists, full;             // full: all rows are tokens
+  int64_t batch;
+  int head, y0, x0, tall, wide;  // tokens along both axes
+  bool exists, full;             // full: all rows are tokens
 };
 
 __device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
-    Unit unit;
-    unit.exists = index < groups.units;
-    unit.head = index % groups.heads;
-    int rest = index / groups.heads;
-    const int gx = rest % groups.across;
-    rest /= groups.across;
-    const int gy = rest % groups.down;
-    unit.batch = rest / groups.down;
-    if (groups.windows) {
-        unit.y0 = groups.sy + gy * groups.ph, unit.x0 = groups.sx + gx * groups.pw;
-        unit.tall = groups.ph, unit.wide = groups.pw;
-    } else {
-        unit.y0 = gy, unit.x0 = gx;
-        unit.tall = (groups.height - gy + groups.ph - 1) / groups.ph;
-        unit.wide = (groups.width - gx + groups.pw - 1) / groups.pw;
-    }
-    unit.full = unit.exists && unit.tall * unit.wide == groups.rows;
-    if (groups.windows) {
-        unit.full &= unit.y0 >= 0 && unit.x0 >= 0;
-        unit.full &= unit.y0 + groups.ph <= groups.height && unit.x0 + groups.pw <= groups.width;
-    }
-    return unit;
+  Unit unit;
+  unit.exists = index < groups.units;
+  unit.head = index % groups.heads;
+  int rest = index / groups.heads;
+  const int gx = rest % groups.across;
+  rest /= groups.across;
+  const int gy = rest % groups.down;
+  unit.batch = rest / groups.down;
+  if (groups.windows) {
+    unit.y0 = groups.sy + gy * groups.ph, unit.x0 = groups.sx + gx * groups.pw;
+    unit.tall = groups.ph, unit.wide = groups.pw;
+  } else {
+    unit.y0 = gy, unit.x0 = gx;
+    unit.tall = (groups.height - gy + groups.ph - 1) / groups.ph;
+    unit.wide = (groups.width - gx + groups.pw - 1) / groups.pw;
+  }
+  unit.full = unit.exists && unit.tall * unit.wide == groups.rows;
+  if (groups.windows) {
+    unit.full &= unit.y0 >= 0 && unit.x0 >= 0;
+    unit.full &= unit.y0 + groups.ph <= groups.height && unit.x0 + groups.pw <= groups.width;
+  }
+  return unit;
 }
 
 // By all lanes of a team's warps: the pixels of its unit's tokens, y << 16 | x, or -1; and which tokens exist.
 __device__ __forceinline__ void find_tokens(
-    const Groups& groups, const Unit& unit, int* pixels, uint32_t* masks, int index, int lanes
-) {
-    const int down = groups.windows ? 1 : groups.ph, across = groups.windows ? 1 : groups.pw;
-    for (int first = 0; first < groups.rows; first += lanes) {
-        const int token = first + index;
-        const int row = token / unit.wide;
-        const int y = unit.y0 + row * down, x = unit.x0 + (token - row * unit.wide) * across;
-        const bool keep = unit.exists && row < unit.tall && y >= 0 && x >= 0 && y < groups.height && x < groups.width;
-        const uint32_t there = __ballot_sync(~0u, keep);
-        if (token < groups.rows) {
-            pixels[token] = keep ? y << 16 | x : -1;
-            if ((token & 15) == 0) masks[token >> 4] = there >> (token & 16) & 0xffff;
-        }
+    const Groups& groups, const Unit& unit, int* pixels, uint32_t* masks, int index, int lanes) {
+  const int down = groups.windows ? 1 : groups.ph, across = groups.windows ? 1 : groups.pw;
+  for (int first = 0; first < groups.rows; first += lanes) {
+    const int token = first + index;
+    const int row = token / unit.wide;
+    const int y = unit.y0 + row * down, x = unit.x0 + (token - row * unit.wide) * across;
+    const bool keep = unit.exists && row < unit.tall && y >= 0 && x >= 0 && y < groups.height && x < groups.width;
+    const uint32_t there = __ballot_sync(~0u, keep);
+    if (token < groups.rows) {
+      pixels[token] = keep ? y << 16 | x : -1;
+      if ((token & 15) == 0) masks[token >> 4] = there >> (token & 16) & 0xffff;
     }
+  }
 }
 
 }  // namespace mvk::attention

@@ -12,97 +12,94 @@ namespace mvk::attention {
 // Of a head of an image, or of a whole map: strides are numbers of elements.
 template <typename T>
 struct Map {
-    T* at;
-    int64_t batch, head;
-    int channel, y, x;
+  T* at;
+  int64_t batch, head;
+  int channel, y, x;
 
-    __device__ __forceinline__ Map of(const Unit& unit) const {
-        return {at + unit.batch * batch + unit.head * head, 0, 0, channel, y, x};
-    }
-    // The most bytes, 16, 8 or those of an element, that all rows are aligned to.
-    __device__ __forceinline__ int width() const {
-        const uint64_t bits = reinterpret_cast<uint64_t>(at) | sizeof(T) * static_cast<uint32_t>(y | x);
-        return channel != 1 || bits & 7 ? sizeof(T) : bits & 8 ? 8 : 16;
-    }
-    __device__ __forceinline__ T* pixel(int place) const { return at + ((place >> 16) * y + (place & 0xffff) * x); }
+  __device__ __forceinline__ Map of(const Unit& unit) const {
+    return {at + unit.batch * batch + unit.head * head, 0, 0, channel, y, x};
+  }
+  // The most bytes, 16, 8 or those of an element, that all rows are aligned to.
+  __device__ __forceinline__ int width() const {
+    const uint64_t bits = reinterpret_cast<uint64_t>(at) | sizeof(T) * static_cast<uint32_t>(y | x);
+    return channel != 1 || bits & 7 ? sizeof(T) : bits & 8 ? 8 : 16;
+  }
+  __device__ __forceinline__ T* pixel(int place) const { return at + ((place >> 16) * y + (place & 0xffff) * x); }
 };
 
 template <typename T, int DP, int BYTES>
 __device__ __forceinline__ void load_wide(
-    uint32_t tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index, int lanes
-) {
-    constexpr int EACH = BYTES / sizeof(T), PIECES = DP / EACH;
-    int row = index / PIECES, piece = index % PIECES;
-    while (row < rows) {
-        const int place = pixels[row];
-        const int there = place < 0 ? 0 : min(max((channels - piece * EACH) * int(sizeof(T)), 0), BYTES);
-        const T* from = there > 0 ? map.pixel(place) + piece * EACH : map.at;
-        copy_async<BYTES>(tile + (row * stride + piece * EACH) * sizeof(T), from, there);
-        row += lanes / PIECES, piece += lanes % PIECES;
-        if (piece >= PIECES) row++, piece -= PIECES;
-    }
+    uint32_t tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index,
+    int lanes) {
+  constexpr int EACH = BYTES / sizeof(T), PIECES = DP / EACH;
+  int row = index / PIECES, piece = index % PIECES;
+  while (row < rows) {
+    const int place = pixels[row];
+    const int there = place < 0 ? 0 : min(max((channels - piece * EACH) * int(sizeof(T)), 0), BYTES);
+    const T* from = there > 0 ? map.pixel(place) + piece * EACH : map.at;
+    copy_async<BYTES>(tile + (row * stride + piece * EACH) * sizeof(T), from, there);
+    row += lanes / PIECES, piece += lanes % PIECES;
+    if (piece >= PIECES) row++, piece -= PIECES;
+  }
 }
 
 // Zeros where there is no token, and beyond the channels, up to DP. Ends with a commit of copies.
 template <typename T, int DP>
 __device__ __forceinline__ void load_rows(
-    T* tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index, int lanes
-) {
-    const int width = map.width();
-    if (width == 16) {
-        load_wide<T, DP, 16>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
-    } else if (width == 8) {
-        load_wide<T, DP, 8>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
-    } else {
-        const bool by_tokens = map.channel != 1;
-        for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
-            const int place = pixels[row];
+    T* tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
+  const int width = map.width();
+  if (width == 16) {
+    load_wide<T, DP, 16>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
+  } else if (width == 8) {
+    load_wide<T, DP, 8>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
+  } else {
+    const bool by_tokens = map.channel != 1;
+    for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
+      const int place = pixels[row];
 #pragma unroll 4
-            for (int d = by_tokens ? 0 : index; d < DP; d += by_tokens ? 1 : lanes) {
-                const bool there = place >= 0 && d < channels;
-                tile[row * stride + d] = there ? map.pixel(place)[d * map.channel] : from_float<T>(0.0f);
-            }
-        }
+      for (int d = by_tokens ? 0 : index; d < DP; d += by_tokens ? 1 : lanes) {
+        const bool there = place >= 0 && d < channels;
+        tile[row * stride + d] = there ? map.pixel(place)[d * map.channel] : from_float<T>(0.0f);
+      }
     }
-    commit_copies();
+  }
+  commit_copies();
 }
 
 template <typename T, int DP, typename WORD>
 __device__ __forceinline__ void store_wide(
-    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes
-) {
-    constexpr int EACH = sizeof(WORD) / sizeof(T), PIECES = DP / EACH;
-    int row = index / PIECES, piece = index % PIECES;
-    while (row < rows) {
-        const int place = pixels[row];
-        if (place >= 0 && (piece + 1) * EACH <= channels) {
-            T* to = map.pixel(place) + piece * EACH;
-            *reinterpret_cast<WORD*>(to) = *reinterpret_cast<const WORD*>(tile + row * stride + piece * EACH);
-        }
-        row += lanes / PIECES, piece += lanes % PIECES;
-        if (piece >= PIECES) row++, piece -= PIECES;
+    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
+  constexpr int EACH = sizeof(WORD) / sizeof(T), PIECES = DP / EACH;
+  int row = index / PIECES, piece = index % PIECES;
+  while (row < rows) {
+    const int place = pixels[row];
+    if (place >= 0 && (piece + 1) * EACH <= channels) {
+      T* to = map.pixel(place) + piece * EACH;
+      *reinterpret_cast<WORD*>(to) = *reinterpret_cast<const WORD*>(tile + row * stride + piece * EACH);
     }
+    row += lanes / PIECES, piece += lanes % PIECES;
+    if (piece >= PIECES) row++, piece -= PIECES;
+  }
 }
 
 template <typename T, int DP>
 __device__ __forceinline__ void store_rows(
-    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes
-) {
-    const int width = map.width();
-    if (width == 16 && channels * sizeof(T) % 16 == 0) {
-        store_wide<T, DP, uint4>(tile, stride, map, channels, pixels, rows, index, lanes);
-    } else if (width >= 8) {
-        store_wide<T, DP, uint2>(tile, stride, map, channels, pixels, rows, index, lanes);
-    } else {
-        const bool by_tokens = map.channel != 1;
-        for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
-            const int place = pixels[row];
-            if (place < 0) continue;
-            for (int d = by_tokens ? 0 : index; d < channels; d += by_tokens ? 1 : lanes) {
-                map.pixel(place)[d * map.channel] = tile[row * stride + d];
-            }
-        }
+    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
+  const int width = map.width();
+  if (width == 16 && channels * sizeof(T) % 16 == 0) {
+    store_wide<T, DP, uint4>(tile, stride, map, channels, pixels, rows, index, lanes);
+  } else if (width >= 8) {
+    store_wide<T, DP, uint2>(tile, stride, map, channels, pixels, rows, index, lanes);
+  } else {
+    const bool by_tokens = map.channel != 1;
+    for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
+      const int place = pixels[row];
+      if (place < 0) continue;
+      for (int d = by_tokens ? 0 : index; d < channels; d += by_tokens ? 1 : lanes) {
+        map.pixel(place)[d * map.channel] = tile[row * stride + d];
+      }
     }
+  }
 }
 
 }  // namespace mvk::attention

@@ -8,12 +8,12 @@ namespace mvk {
 // BYTES (4, 8 or 16, both addresses a multiple of it), of which the first `read` are read and the rest is zeros.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int read) {
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(read), "n"(BYTES)
-                     : "memory");
-    }
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(read) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(to), "l"(from), "r"(read), "n"(BYTES)
+                 : "memory");
+  }
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -21,7 +21,7 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Until all but the PENDING latest groups are there, for this thread; others need a barrier too.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 }  // namespace mvk
