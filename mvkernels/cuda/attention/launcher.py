@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mvkernels.cuda import modules
 from mvkernels.cuda.attention import plan
 from mvkernels.cuda.attention.plan import backward_launches, forward_launches
 from mvkernels.dispatch.checks import empty_map
@@ -28,11 +29,9 @@ def why_not(
     bias: torch.Tensor | None,
 ) -> str | None:
     """Why these kernels cannot run on maps, or None. Takes the op's checked arguments; never raises."""
+    if reason := modules.why_not(query):
+        return reason
     device = query.device
-    if device.type != "cuda" or torch.version.hip:
-        return f"no CUDA for device type {device.type}"
-    if too_old := configs.why_too_old(device):
-        return too_old
     shape = tuple(query.shape)
     if tuple(key.shape[3:]) != shape[3:]:
         return "key and value maps of another size than the query map"
