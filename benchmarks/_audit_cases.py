@@ -55,8 +55,8 @@ class Case:
         return queries, self.partners**2 or queries
 
     def launches(self, batch: int, name: str, device: Device) -> list[Any]:
-        forward = attention.forward_launches(problem_of(self, batch, name, device, False))
-        return forward + attention.backward_launches(problem_of(self, batch, name, device, True), self.bias)[0]
+        forward = attention.forward_launches(problem_of(self, batch, name, device, "q k v"))
+        return forward + attention.backward_launches(problem_of(self, batch, name, device, "q k v g"), self.bias)[0]
 
     def columns(self) -> dict[str, Any]:
         other = f" to {self.partners}x{self.partners}" if self.partners else ""
@@ -160,23 +160,23 @@ class Multiscale:
 
     op = "multiscale_linear_attention"
 
-    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+    def problem(self, batch: int, name: str, device: Device, names: str, o: str = "last") -> Any:
+        """Maps lie with channels last, copied if need be; but for ``o``, the gradient, which is added to any map."""
         groups, d, n = 3 * self.heads, self.d, self.size
         strides = {
             "last": (n * n * groups * d, d, 1, n * groups * d, groups * d),
             "first": (groups * d * n * n, d * n * n, n * n, n, 1),
         }
+        return multiscale_linear_attention.ScaleProblem(
+            (batch, groups, d, n, n), tuple((each, strides[o if each == "o" else "last"]) for each in names),
+            DTYPES[name], "tf32" if name == "tf32" else "ieee", device, self.kernel, (False, False),
+        )  # fmt: skip
 
-        # The convolutions read maps with channels last, copied if need be; the gradient is added to one of any layout.
-        def problem(names: str, o: str = "last") -> Any:
-            return multiscale_linear_attention.ScaleProblem(
-                (batch, groups, d, n, n), tuple((each, strides[o if each == "o" else "last"]) for each in names),
-                DTYPES[name], "tf32" if name == "tf32" else "ieee", device, self.kernel, (False, False),
-            )  # fmt: skip
-
-        forward = multiscale_linear_attention.aggregate_launches(problem("xo"))
-        weights, _ = multiscale_linear_attention.weight_launches(problem("gx"))
-        return forward + weights + multiscale_linear_attention.map_launches(problem("eo", self.layout))
+    def launches(self, batch: int, name: str, device: Device) -> list[Any]:
+        forward = multiscale_linear_attention.aggregate_launches(self.problem(batch, name, device, "xo"))
+        weights, _ = multiscale_linear_attention.weight_launches(self.problem(batch, name, device, "gx"))
+        maps = self.problem(batch, name, device, "eo", self.layout)
+        return forward + weights + multiscale_linear_attention.map_launches(maps)
 
     def columns(self) -> dict[str, Any]:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,
@@ -280,11 +280,11 @@ def windows() -> list[Case]:
 
 
 def strides_of(case: Case) -> dict[str, tuple[int, ...]]:
-    """Strides (batch, head, channel, y, x) of q, k, v, out and its gradient."""
+    """Strides (batch, head, channel, y, x) of q, k, v, out and all gradients."""
     h, d, dv, n, m = case.heads, case.d, case.dv, case.size, case.partners or case.size
     if case.layout == "first":
         q, k, v, o = ((h * c * s * s, c * s * s, s * s, s, 1) for c, s in ((d, n), (d, m), (dv, m), (dv, n)))
-        return {"q": q, "k": k, "v": v, "g": o, "o": o}
+        return {"q": q, "k": k, "v": v, "g": o, "o": o, "dq": q, "dk": k, "dv": v}
 
     def last(side: int, channels: int, per_head: int) -> tuple[int, ...]:
         return (side * side * channels, per_head, 1, side * channels, channels)
@@ -295,18 +295,19 @@ def strides_of(case: Case) -> dict[str, tuple[int, ...]]:
     k, v = last(m, row, each if by_head else d), last(m, row, each if by_head else dv)
     if case.layout == "one_head":  # keys and values that all heads share
         k, v = last(m, d, 0), last(m, dv, 0)
-    return {"q": last(n, h * d + odd, d) if case.partners else k, "k": k, "v": v, "g": o}
+    q = last(n, h * d + odd, d) if case.partners else k
+    dense = {"o": o, "dq": last(n, h * d, d), "dk": last(m, h * d, d), "dv": last(m, h * dv, dv)}
+    return {"q": q, "k": k, "v": v, "g": o} | dense
 
 
-def problem_of(case: Case, batch: int, name: str, device: Device, backward: bool) -> Any:
-    """The launcher's description of a call."""
+def problem_of(case: Case, batch: int, name: str, device: Device, maps: str) -> Any:
+    """The launcher's description of a call, with the strides of these maps."""
     dtype = DTYPES[name]
-    names = "qkvg" if backward else "qkv"
     strides = strides_of(case)
     queries, keys = case.queries_and_keys
     return attention.AttentionProblem(
         (batch, case.heads, case.d, case.size, case.size),
-        tuple((map_, strides[map_]) for map_ in names),
+        tuple((map_, strides[map_]) for map_ in maps.split()),
         dtype,
         "tf32" if name == "tf32" else "ieee",
         device,

@@ -33,12 +33,17 @@ def why_not() -> str:
 
 
 @cache
-def ptx_of(module: str) -> str:
-    """The PTX of a file, which launches know as ``module``, with lines of the source."""
-    kept = ROOT / "build" / "cuda" / compiler.state()[:16] / f"{module.replace('/', '.')}.ptx"
+def file_of(module: str, target: str) -> Path:
+    """A file of csrc/cuda, which launches know as ``module``, compiled for a target with lines of the source."""
+    kept = ROOT / "build" / "cuda" / compiler.state()[:16] / f"{module.replace('/', '.')}.{target}"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         made = kept.with_suffix(f".{os.getpid()}")
-        made.write_bytes(compiler.compiled(compiler.HERE / f"{module}.cu", "compute_80", "-lineinfo"))
+        made.write_bytes(compiler.compiled(compiler.HERE / f"{module}.cu", target, "-lineinfo"))
         made.replace(kept)
-    return kept.read_text()
+    return kept
+
+
+def ptx_of(module: str) -> str:
+    """The PTX of a file."""
+    return file_of(module, "compute_80").read_text()
