@@ -1,0 +1,4 @@
+// bfloat16 maps and depthwise kernels of 5 x 5.
+#include "kernels.cuh"
+
+MULTISCALE_KERNELS(bf16, 5)

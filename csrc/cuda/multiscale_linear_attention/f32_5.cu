@@ -1,0 +1,4 @@
+// float32 maps and depthwise kernels of 5 x 5.
+#include "kernels.cuh"
+
+MULTISCALE_KERNELS(f32, 5)

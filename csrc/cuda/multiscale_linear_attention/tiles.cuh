@@ -1,0 +1,259 @@
+// What the kernels of multiscale_linear_attention's convolutions share.
+//
+// Maps have their channels contiguous. A block works on SLAB channels, whole groups of D, of a tile of TY x TX pixels. A
+// warp has a square of 4 x 4 pixels of it, and a lane two channels of these: 32 sums, and every access to shared memory
+// of a pixel is one run of all lanes.
+#pragma once
+
+#include "common/copies.cuh"
+#include "common/matrix.cuh"
+
+namespace mvk {
+using f32 = float;
+}
+
+namespace mvk::multiscale {
+
+constexpr int SIDE = 4;  // of a warp's square
+constexpr int SQUARE = SIDE * SIDE;
+constexpr int TY = 8;  // rows of a block's tile
+
+template <typename T>
+constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));  // elements of a load
+
+template <int D>
+constexpr int SLAB = 64 / D * D;
+
+// Elements from one pixel to the next in shared memory: rows of a matrix that is read 8 rows at once use all banks.
+template <typename T, int D>
+constexpr int PITCH = SLAB<D> + VECTOR<T>;
+
+// The same of a tap's weights: what a thread writes of a channel after the other lies in other banks.
+template <int D>
+constexpr int TAP_PITCH = SLAB<D> + 2;
+
+template <typename T, int D>
+constexpr int MIX_PITCH = D + VECTOR<T>;
+
+// Two neighbouring channels as float32, and back.
+__device__ __forceinline__ float2 read_two(const float* at) { return *reinterpret_cast<const float2*>(at); }
+__device__ __forceinline__ float2 read_two(const f16* at) {
+  return __half22float2(*reinterpret_cast<const __half2*>(at));
+}
+__device__ __forceinline__ float2 read_two(const bf16* at) {
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(at);
+  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+
+template <typename T>
+__device__ __forceinline__ void write_two(T* to, float low, float high) {
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);
+}
+template <>
+__device__ __forceinline__ void write_two<float>(float* to, float low, float high) {
+  *reinterpret_cast<float2*>(to) = make_float2(low, high);
+}
+
+// A map (batch, pixels, channels) as kernels take it: strides in elements.
+struct Strides {
+  int64_t batch, y, x;
+};
+
+// Where the tile is that a block works on; the tiles of a map go one after the other, then those of the next map.
+struct Place {
+  int x, y, batch;
+
+  __device__ Place(int tile, int columns, int rows) {
+    const int row = tile / columns;
+    x = tile - row * columns;
+    batch = row / rows;
+    y = row - batch * rows;
+  }
+  __device__ void advance(int columns, int rows) {
+    if (++x == columns) {
+      x = 0;
+      if (++y == rows) {
+        y = 0;
+        ++batch;
+      }
+    }
+  }
+};
+
+// Starts copying ROWS x COLS pixels from (y, x) on, which may lie outside of the map: zeros then, as for channels that
+// are not there. What follows from the column is computed once for all rows.
+template <typename T, int D, int ROWS, int COLS, int WARPS>
+__device__ __forceinline__ void copy_tile(
+    T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
+  constexpr int PIECES = SLAB<D> / VECTOR<T>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < (COLS * PIECES + 31) / 32; ++i) {
+    const int index = lane + 32 * i;
+    if ((COLS * PIECES) % 32 == 0 || index < COLS * PIECES) {
+      const int col = index / PIECES, channel = index % PIECES * VECTOR<T>;
+      const bool there = static_cast<unsigned>(x + col) < static_cast<unsigned>(width) && channel < channels;
+      const T* column = plane + (x + col) * strides.x + channel;
+      const uint32_t at = shared_address(to + col * PITCH<T, D> + channel);
+#pragma unroll
+      for (int j = 0; j < (ROWS + WARPS - 1) / WARPS; ++j) {
+        const int row = warp + j * WARPS;
+        if (ROWS % WARPS == 0 || row < ROWS) {
+          const bool keep = there && static_cast<unsigned>(y + row) < static_cast<unsigned>(height);
+          const T* from = keep ? column + (y + row) * strides.y : plane;
+          copy_async<16>(at + row * COLS * PITCH<T, D> * static_cast<int>(sizeof(T)), from, keep);
+        }
+      }
+    }
+  }
+}
+
+// The weights (channels, K * K) of a slab as float32 (K * K, TAP_PITCH); REVERSED: the last tap first.
+template <typename T, int K, int D, int THREADS, bool REVERSED>
+__device__ __forceinline__ void read_taps(float* taps, const T* wide, int channels) {
+  constexpr int TAPS = K * K;
+  for (int i = threadIdx.x; i < TAPS * SLAB<D>; i += THREADS) {
+    const int channel = i / TAPS, tap = i % TAPS;
+    taps[(REVERSED ? TAPS - 1 - tap : tap) * TAP_PITCH<D> + channel] =
+        channel < channels ? to_float(wide[static_cast<int64_t>(i)]) : 0.0f;
+  }
+}
+
+// Starts copying the weights (out, D in) of a slab's groups.
+template <typename T, int D, int THREADS>
+__device__ __forceinline__ void copy_mixing(T* to, const T* mixing, int channels) {
+  constexpr int PIECES = D / VECTOR<T>;
+  for (int i = threadIdx.x; i < SLAB<D> * PIECES; i += THREADS) {
+    const int row = i / PIECES, part = i % PIECES * VECTOR<T>;
+    const bool keep = row < channels;
+    copy_async<16>(shared_address(to + row * MIX_PITCH<T, D> + part), mixing + (keep ? row * D + part : 0), keep);
+  }
+}
+
+// A bias of a slab, or zeros.
+template <typename T, int D, int THREADS>
+__device__ __forceinline__ void read_bias(float* to, const T* bias, bool given, int channels) {
+  for (int i = threadIdx.x; i < SLAB<D>; i += THREADS) to[i] = given && i < channels ? to_float(bias[i]) : 0.0f;
+}
+
+// Adds to a lane's sums the taps of its two channels; `tile` is the first pixel under the square's first tap. Every pixel
+// is read and made float32 once.
+template <typename T, int K, int D, int COLS>
+__device__ __forceinline__ void add_taps(float (&sums)[SQUARE][2], const T* tile, const float* taps) {
+#pragma unroll
+  for (int row = 0; row < SIDE + K - 1; ++row) {
+#pragma unroll
+    for (int col = 0; col < SIDE + K - 1; ++col) {
+      const float2 value = read_two(tile + (row * COLS + col) * PITCH<T, D>);
+#pragma unroll
+      for (int y = 0; y < SIDE; ++y) {
+#pragma unroll
+        for (int x = 0; x < SIDE; ++x) {
+          const int dy = row - y, dx = col - x;
+          if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
+            const float2 tap = read_two(taps + (dy * K + dx) * TAP_PITCH<D>);
+            sums[y * SIDE + x][0] = fmaf(value.x, tap.x, sums[y * SIDE + x][0]);
+            sums[y * SIDE + x][1] = fmaf(value.y, tap.y, sums[y * SIDE + x][1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Of 16 pixels the product of each group's D channels with its weights `mix` (out, in), or with their TRANSPOSE;
+// `store(pixel, channel, low, high)` gets two neighbouring channels at once. All of a group is read before it is stored,
+// so that it may be stored in place. `bias`: what is added, or null.
+template <typename T, int D, bool TRANSPOSE, typename Store>
+__device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, const float* bias, Store store) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 4) {
+    // Exact products, by fma: a lane has the two channels of all 16 pixels.
+    const int channel = 2 * lane, first = channel / D * D;
+    float sums[SQUARE][2];
+    const bool used = channel < SLAB<D>;
+    if (used) {
+#pragma unroll
+      for (int p = 0; p < SQUARE; ++p) {
+        sums[p][0] = bias ? bias[channel] : 0.0f;
+        sums[p][1] = bias ? bias[channel + 1] : 0.0f;
+      }
+#pragma unroll 1
+      for (int k = 0; k < D; k += 4) {
+        float weights[2][4];
+        if constexpr (TRANSPOSE) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float2 two = read_two(mix + (first + k + i) * MIX_PITCH<T, D> + channel - first);
+            weights[0][i] = two.x;
+            weights[1][i] = two.y;
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float4 four = *reinterpret_cast<const float4*>(mix + (channel + i) * MIX_PITCH<T, D> + k);
+            weights[i][0] = four.x, weights[i][1] = four.y, weights[i][2] = four.z, weights[i][3] = four.w;
+          }
+        }
+#pragma unroll
+        for (int p = 0; p < SQUARE; ++p) {
+          const float4 in = *reinterpret_cast<const float4*>(rows + p * PITCH<T, D> + first + k);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            sums[p][i] = fmaf(in.x, weights[i][0], sums[p][i]);
+            sums[p][i] = fmaf(in.y, weights[i][1], sums[p][i]);
+            sums[p][i] = fmaf(in.z, weights[i][2], sums[p][i]);
+            sums[p][i] = fmaf(in.w, weights[i][3], sums[p][i]);
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if (used) {
+#pragma unroll
+      for (int p = 0; p < SQUARE; ++p) store(p, channel, sums[p][0], sums[p][1]);
+    }
+  } else {
+#pragma unroll
+    for (int group = 0; group < SLAB<D> / D; ++group) {
+      uint32_t a[D / 16][4];
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const T* row = rows + lane % 16 * PITCH<T, D> + group * D + k * 16 + lane / 16 * 8;
+        load_matrices(a[k], shared_address(row));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {  // two tiles of 8 channels
+        float c[2][4];
+        const int column = group * D + n * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[half][i] = bias ? bias[column + half * 8 + i % 2] : 0.0f;
+        }
+#pragma unroll
+        for (int k = 0; k < D / 16; ++k) {
+          uint32_t b[4];
+          if constexpr (TRANSPOSE) {
+            const T* row = mix + (group * D + k * 16 + lane % 16) * MIX_PITCH<T, D> + n * 16 + lane / 16 * 8;
+            load_matrices_transposed(b, shared_address(row));
+          } else {
+            const int out = group * D + n * 16 + lane / 16 * 8 + lane % 8;
+            load_matrices(b, shared_address(mix + out * MIX_PITCH<T, D> + k * 16 + lane / 8 % 2 * 8));
+          }
+          const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+          multiply_16<T>(c[0], a[k], low);
+          multiply_16<T>(c[1], a[k], high);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          store(lane / 4, column + half * 8, c[half][0], c[half][1]);
+          store(lane / 4 + 8, column + half * 8, c[half][2], c[half][3]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mvk::multiscale

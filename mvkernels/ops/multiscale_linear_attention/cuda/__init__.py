@@ -1,0 +1,1 @@
+"""multiscale_linear_attention's convolutions in CUDA C++."""

@@ -1,0 +1,137 @@
+"""Launches of multiscale_linear_attention's convolutions in CUDA C++: all that follows from shapes, strides and dtype.
+
+The kernels are in ``csrc/cuda/multiscale_linear_attention``: tiles.cuh says how they divide the work. What stands here
+of tiles, threads and shared memory says the same as they do.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mvkernels.cuda.launch import Launch
+from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
+from mvkernels.triton import configs
+from mvkernels.triton.launch import PARTS_BYTES
+from mvkernels.triton.maps import needed
+
+FOLDER = "multiscale_linear_attention"
+NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+KERNELS = (3, 5, 7)
+HEAD_DIMS = (16, 32)
+SIDE = 4
+TILE_ROWS = 8
+THREADS_OF_SUM = 128
+# Tiles of one block, at most: so many share what it takes to read the weights.
+_STEPS = 8
+# Blocks that a processor should get, so that the last ones to run leave few of them idle.
+_BLOCKS = 16
+_SQUARE = SIDE * SIDE
+
+
+def slab(dim: int) -> int:
+    """Channels of a block: whole groups."""
+    return 64 // dim * dim
+
+
+def tile_columns(dtype: torch.dtype, width: int) -> int:
+    """Width of a tile: of float32 the wide one would take the shared memory of two blocks."""
+    return 8 if width <= 8 or dtype == torch.float32 else 16
+
+
+def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: int) -> int:
+    """Shared memory of a block of "aggregate", "map_gradient" or "weight_sums"."""
+    size, wide = dtype.itemsize, slab(dim)
+    vector = 16 // size
+    pitch = wide + vector
+    halo, pixels = (TILE_ROWS + side - 1) * (columns + side - 1), TILE_ROWS * columns
+    weights = wide * (dim + vector) * size + 4 * side * side * (wide + 2)
+    if kernel == "aggregate":
+        return (halo + pixels) * pitch * size + weights + 8 * wide
+    if kernel == "map_gradient":
+        return -(-halo // _SQUARE) * _SQUARE * pitch * size + weights
+    in_loop = (halo + 2 * pixels) * pitch * size + weights + pixels * (wide + 2) * 4 + 4 * wide
+    return max(in_loop, 4 * (side * side + 2) * wide * 4)
+
+
+def most_shared_bytes(dtype: torch.dtype, dim: int, side: int) -> int:
+    """The most that any of them takes, whatever the map."""
+    columns = tile_columns(dtype, 1 << 30)
+    return max(
+        shared_bytes("aggregate", dtype, dim, side, columns),
+        shared_bytes("map_gradient", dtype, dim, side, columns),
+        shared_bytes("weight_sums", dtype, dim, side, TILE_ROWS),
+    )
+
+
+class _Plan:
+    def __init__(self, problem: ScaleProblem, columns: int) -> None:
+        self.problem, self.tile = problem, columns
+        batch, groups, self.dim, self.height, self.width = problem.shape
+        self.channels = groups * self.dim
+        self.slabs = -(-self.channels // slab(self.dim))
+        self.rows, self.columns = -(-self.height // TILE_ROWS), -(-self.width // columns)
+        self.tiles = batch * self.rows * self.columns
+        self.name = NAMES[problem.dtype]
+        self.module = f"{FOLDER}/{self.name}_{problem.kernel}"
+
+    def _strides(self, names: str) -> tuple[int, ...]:
+        strides = dict(self.problem.strides)
+        found = (needed(strides[name], self.problem.shape) for name in names.split())
+        return tuple(stride for sb, _, _, sy, sx in found for stride in (sb, sy, sx))
+
+    def launch(self, kernel: str, pointers: str, names: str, slices: int, steps: int, more: tuple[int, ...]) -> Launch:
+        """``names``: the maps among the pointers, in the order of their strides."""
+        side = self.problem.kernel
+        full = f"multiscale_{kernel}_{self.name}_{side}_{self.dim}"
+        if kernel != "weight_sums":
+            full += f"_{self.tile}"
+        sizes = (self.channels, self.height, self.width, self.rows, self.columns, self.tiles, steps)
+        return Launch(
+            self.module, full, self.slabs * slices, TILE_ROWS // SIDE * (self.tile // SIDE) * 32,
+            shared_bytes(kernel, self.problem.dtype, self.dim, side, self.tile), tuple(pointers.split()),
+            self._strides(names), (*sizes, *more), (),
+        )  # fmt: skip
+
+    def over_tiles(self) -> tuple[int, int]:
+        """(slices, steps) for kernels whose blocks leave no sums."""
+        blocks = self.slabs * self.tiles
+        steps = max(1, min(_STEPS, blocks // (_BLOCKS * self.problem.device.processors)))
+        return -(-self.tiles // steps), steps
+
+
+@configs.memo
+def aggregate_launches(problem: ScaleProblem) -> list[Launch]:
+    """Both convolutions of the map ``x`` to the map ``o``; tensors ``x wide m wb mb o``."""
+    plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
+    biases = tuple(map(int, problem.biases))
+    return [plan.launch("aggregate", "x wide m wb mb o", "x o", *plan.over_tiles(), biases)]
+
+
+@configs.memo
+def map_launches(problem: ScaleProblem) -> list[Launch]:
+    """From the gradient of a scale's map, ``g``, to that of ``x``, added to the map ``o``; tensors ``g wide m o``."""
+    plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
+    return [plan.launch("map_gradient", "g wide m o", "g o", *plan.over_tiles(), ())]
+
+
+@configs.memo
+def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int]]:
+    """(launches, shape of ``parts``) of the gradients of a scale's weights, given that of its map, ``g``.
+
+    Tensors ``g x wide m wb parts dw dm dwb dmb``. Without a bias its gradient is not written.
+    """
+    plan = _Plan(problem, TILE_ROWS)
+    taps = problem.kernel**2
+    size = plan.channels * (taps + plan.dim + 2)
+    # As many blocks as are resident at once: each leaves its sums.
+    resident = (2 if problem.kernel > 5 else 3) * problem.device.processors
+    most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
+    steps = -(-plan.tiles // most)
+    slices = -(-plan.tiles // steps)
+    first, second = problem.biases
+    sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, steps, (int(first), int(first or second)))
+    last = Launch(
+        plan.module, f"multiscale_weight_gradients_{plan.name}", -(-size // THREADS_OF_SUM), THREADS_OF_SUM, 0,
+        ("parts", "dw", "dm", "dwb", "dmb"), (), (plan.channels, slices, taps, plan.dim, int(first), int(second)), (),
+    )  # fmt: skip
+    return [sums, last], (slices, size)
