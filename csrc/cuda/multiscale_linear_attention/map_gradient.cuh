@@ -64,8 +64,8 @@ struct MapGradient {
       add_taps<T, K, D, COLS>(sums, tile + (square_y * COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
       // Addresses and bounds are computed again, so that no register holds them while the taps are summed.
       int last_y = height - above, last_x = width - before;
-            int64_t next_y = to.y, next_x = to.x;
-            asm volatile("" : "+l"(next_y), "+l"(next_x), "+r"(last_y), "+r"(last_x));
+      int64_t next_y = to.y, next_x = to.x;
+      asm volatile("" : "+l"(next_y), "+l"(next_x), "+r"(last_y), "+r"(last_x));
 #pragma unroll
       for (int p = 0; p < SQUARE; ++p) {
         if (p / SIDE < last_y && p % SIDE < last_x) {

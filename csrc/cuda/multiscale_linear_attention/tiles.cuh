@@ -81,27 +81,32 @@ struct Place {
 };
 
 // Starts copying ROWS x COLS pixels from (y, x) on, which may lie outside of the map: zeros then, as for channels that
-// are not there. What follows from the column is computed once for all rows.
+// are not there; of such a place the address is not read. A warp takes every WARPS-th row, a lane the same channels of
+// all its pixels, so that addresses only advance.
 template <typename T, int D, int ROWS, int COLS, int WARPS>
 __device__ __forceinline__ void copy_tile(
     T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
-  constexpr int PIECES = SLAB<D> / VECTOR<T>;
+  constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
+  static_assert(32 % PIECES == 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int first = lane / PIECES, channel = lane % PIECES * VECTOR<T>;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(plane) +
+                         ((y + warp) * strides.y + (x + first) * strides.x + channel) * static_cast<int>(sizeof(T));
+  const int64_t down = strides.y * (WARPS * static_cast<int>(sizeof(T)));
+  const int64_t right = strides.x * (PIXELS * static_cast<int>(sizeof(T)));
+  const uint32_t at = shared_address(to + (warp * COLS + first) * PITCH<T, D> + channel);
+  const bool used = channel < channels;
 #pragma unroll
-  for (int i = 0; i < (COLS * PIECES + 31) / 32; ++i) {
-    const int index = lane + 32 * i;
-    if ((COLS * PIECES) % 32 == 0 || index < COLS * PIECES) {
-      const int col = index / PIECES, channel = index % PIECES * VECTOR<T>;
-      const bool there = static_cast<unsigned>(x + col) < static_cast<unsigned>(width) && channel < channels;
-      const T* column = plane + (x + col) * strides.x + channel;
-      const uint32_t at = shared_address(to + col * PITCH<T, D> + channel);
+  for (int j = 0; j < (ROWS + WARPS - 1) / WARPS; ++j) {
+    const bool row = used && static_cast<unsigned>(y + warp + j * WARPS) < static_cast<unsigned>(height);
+    if (ROWS % WARPS == 0 || j < ROWS / WARPS || warp + j * WARPS < ROWS) {
 #pragma unroll
-      for (int j = 0; j < (ROWS + WARPS - 1) / WARPS; ++j) {
-        const int row = warp + j * WARPS;
-        if (ROWS % WARPS == 0 || row < ROWS) {
-          const bool keep = there && static_cast<unsigned>(y + row) < static_cast<unsigned>(height);
-          const T* from = keep ? column + (y + row) * strides.y : plane;
-          copy_async<16>(at + row * COLS * PITCH<T, D> * static_cast<int>(sizeof(T)), from, keep);
+      for (int i = 0; i < (COLS + PIXELS - 1) / PIXELS; ++i) {
+        const bool keep = row && static_cast<unsigned>(x + first + i * PIXELS) < static_cast<unsigned>(width);
+        if (COLS % PIXELS == 0 || i < COLS / PIXELS || first + i * PIXELS < COLS) {
+          copy_async<16>(
+              at + (j * WARPS * COLS + i * PIXELS) * PITCH<T, D> * static_cast<int>(sizeof(T)),
+              reinterpret_cast<const void*>(from + j * down + i * right), keep);
         }
       }
     }

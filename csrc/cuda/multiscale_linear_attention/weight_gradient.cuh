@@ -26,14 +26,22 @@ struct WeightSums {
   // The tile of the gradient, in the order of the squares; zeros outside of the map.
   static __device__ __forceinline__ void copy_grad(
       T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
-    constexpr int PIECES = SLAB<D> / VECTOR<T>;
+    constexpr int PIECES = SLAB<D> / VECTOR<T>, AT_ONCE = THREADS / PIECES;
+    static_assert(SQUARE % AT_ONCE == 0 && THREADS % PIECES == 0);
+    const int first = threadIdx.x / PIECES, channel = threadIdx.x % PIECES * VECTOR<T>;
+    const int py = y + first / SIDE, px = x + first % SIDE;
+    const uintptr_t from =
+        reinterpret_cast<uintptr_t>(plane) + (py * strides.y + px * strides.x + channel) * static_cast<int>(sizeof(T));
+    const uint32_t at = shared_address(to + first * PITCH<T, D> + channel);
 #pragma unroll
-    for (int i = threadIdx.x; i < PIXELS * PIECES; i += THREADS) {
-      const int pixel = i / PIECES, channel = i % PIECES * VECTOR<T>, square = pixel / SQUARE;
-      const int py = y + square / 2 * SIDE + pixel % SQUARE / SIDE, px = x + square % 2 * SIDE + pixel % SIDE;
-      const bool keep = py < height && px < width && channel < channels;
-      const T* from = keep ? plane + py * strides.y + px * strides.x + channel : plane;
-      copy_async<16>(shared_address(to + pixel * PITCH<T, D> + channel), from, keep);
+    for (int i = 0; i < PIXELS / AT_ONCE; ++i) {
+      const int square = i * AT_ONCE / SQUARE;
+      const int down = square / 2 * SIDE + i * AT_ONCE % SQUARE / SIDE, right = square % 2 * SIDE;
+      const bool keep = py + down < height && px + right < width && channel < channels;
+      const int64_t further = (down * strides.y + right * strides.x) * static_cast<int>(sizeof(T));
+      copy_async<16>(
+          at + i * AT_ONCE * PITCH<T, D> * static_cast<int>(sizeof(T)), reinterpret_cast<const void*>(from + further),
+          keep);
     }
   }
 
