@@ -11,6 +11,8 @@ with channels first after.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,30 +94,54 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
-def _readable(map_: Tensor) -> Tensor:
+def readable(map_: Tensor) -> Tensor:
+    """A map (B, C, H, W) as the kernels read it: itself, or a copy."""
     return map_ if _aligned(map_) else _empty(map_).copy_(map_)
 
 
-def _weights(source: Tensor, wide: Tensor, mixing: Tensor, biases: Biases) -> dict[str, Tensor]:
-    # What the kernels read of a scale's weights. The pointer of a bias that is not there is not read.
-    mixing = mixing.contiguous()
-    if mixing.data_ptr() % _BYTES:
-        mixing = mixing.clone()
-    first, second = (source if b is None else b.contiguous() for b in biases)
-    return {"wide": wide.contiguous(), "m": mixing, "wb": first, "mb": second}
+@dataclass(frozen=True)
+class Convolutions:
+    """The two convolutions that make a scale, and what the kernels read of their weights."""
 
+    head_dim: int
+    wide: Tensor
+    mixing: Tensor
+    biases: tuple[Tensor | None, Tensor | None]
 
-def _problem(maps: Mapping[str, Tensor], head_dim: int, kernel: int, biases: Biases) -> ScaleProblem:
-    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in maps.items()]
-    given = (biases[0] is not None, biases[1] is not None)
-    return ScaleProblem.of(named[0][1], named, False, kernel=kernel, biases=given)
+    def _problem(self, **maps: Tensor) -> ScaleProblem:
+        named = [(name, each.unflatten(1, (-1, self.head_dim))) for name, each in maps.items()]
+        given = (self.biases[0] is not None, self.biases[1] is not None)
+        return ScaleProblem.of(named[0][1], named, False, kernel=self.wide.shape[-1], biases=given)
 
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        mixing = self.mixing.contiguous()
+        if mixing.data_ptr() % _BYTES:
+            mixing = mixing.clone()
+        # The pointer of a bias that is not there is not read.
+        first, second = (mixing if b is None else b.contiguous() for b in self.biases)
+        return {"wide": self.wide.contiguous(), "m": mixing, "wb": first, "mb": second}
 
-def _aggregate(x: Tensor, head_dim: int, weights: Mapping[str, Tensor], kernel: int, biases: Biases) -> Tensor:
-    """A scale of the map x: a map of its size, channels last."""
-    maps = {"x": x, "o": _empty(x)}
-    _run(aggregate_launches(_problem(maps, head_dim, kernel, biases)), maps | dict(weights))
-    return maps["o"]
+    def aggregate(self, x: Tensor) -> Tensor:
+        """The scale of a map that :func:`readable` gave: a map of its size, channels last."""
+        maps = {"x": x, "o": _empty(x)}
+        _run(aggregate_launches(self._problem(**maps)), maps | self._tensors)
+        return maps["o"]
+
+    def add_map_gradient(self, grad: Tensor, to: Tensor) -> None:
+        """Add the gradient of x, given that of the scale; both maps as :func:`readable` gives them."""
+        maps = {"g": grad, "o": to}
+        _run(map_launches(self._problem(**maps)), maps | self._tensors)
+
+    def weight_gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the four weights, given that of the scale; empty for a bias that is not there."""
+        maps = {"g": grad, "x": x}
+        launches, shape = weight_launches(self._problem(**maps))
+        found = [t.new_empty(t.shape) for t in (self.wide, self.mixing)]
+        found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in self.biases]
+        parts = x.new_empty(shape, dtype=torch.float32)
+        _run(launches, maps | self._tensors | {"parts": parts} | dict(zip(("dw", "dm", "dwb", "dmb"), found)))
+        return tuple(found)
 
 
 def forward(
@@ -135,13 +161,13 @@ def forward(
     scales, heads = 1 + len(depthwise), channels // head_dim
     out = empty_map(qkv, scales * channels)
     sums = qkv.new_empty((scales, batch, heads, head_dim + 1, head_dim), dtype=sums_dtype(qkv.dtype))
-    x = _readable(qkv) if depthwise else qkv
+    x = readable(qkv) if depthwise else qkv
     for scale, part in enumerate(out.unflatten(1, (scales, heads, head_dim)).unbind(1)):
         source = qkv
         if scale:
             i = scale - 1
-            wide, biases = depthwise[i], (depthwise_bias[i], pointwise_bias[i])
-            source = _aggregate(x, head_dim, _weights(x, wide, pointwise[i], biases), wide.shape[-1], biases)
+            biases = (depthwise_bias[i], pointwise_bias[i])
+            source = Convolutions(head_dim, depthwise[i], pointwise[i], biases).aggregate(x)
         forward_into(part, sums[scale], *_heads(source, head_dim), eps)
     return out, sums
 
@@ -166,39 +192,18 @@ def backward(
     in_place = not depthwise or channels_last(qkv)
     dqkv = empty_map(qkv, qkv.shape[1]) if in_place else _empty(qkv)
     backward_into(_heads(dqkv, head_dim), grads[0], *_heads(qkv, head_dim), sums[0], eps)
-    x = _readable(qkv) if depthwise else qkv
+    x = readable(qkv) if depthwise else qkv
     found = []
-    for i, (wide, mixing) in enumerate(zip(depthwise, pointwise)):
-        biases, kernel = (depthwise_bias[i], pointwise_bias[i]), wide.shape[-1]
-        held = _weights(x, wide, mixing, biases)
-        scale = _aggregate(x, head_dim, held, kernel, biases)
+    for i, (wide, mixing, *biases) in enumerate(zip(depthwise, pointwise, depthwise_bias, pointwise_bias)):
+        convolutions = Convolutions(head_dim, wide, mixing, (biases[0], biases[1]))
+        scale = convolutions.aggregate(x)
         heads = _heads(scale, head_dim)
         backward_into(heads, grads[1 + i], *heads, sums[1 + i], eps)
         if weights:
-            found.append(_weight_gradients(scale, x, head_dim, held, wide, mixing, biases))
+            found.append(convolutions.weight_gradients(scale, x))
         else:
             found.append(tuple(qkv.new_empty(0) for _ in range(4)))
-        maps = {"g": scale, "o": dqkv}
-        _run(map_launches(_problem(maps, head_dim, kernel, biases)), maps | held)
+        convolutions.add_map_gradient(scale, dqkv)
     if not in_place:
         dqkv = empty_map(qkv, qkv.shape[1]).copy_(dqkv)
     return [dqkv, *(each for kind in zip(*found) for each in kind)]
-
-
-def _weight_gradients(
-    grad: Tensor,
-    x: Tensor,
-    head_dim: int,
-    held: Mapping[str, Tensor],
-    wide: Tensor,
-    mixing: Tensor,
-    biases: Biases,
-) -> tuple[Tensor, ...]:
-    """The gradients of a scale's four weights, given that of its map; empty for a bias that is not there."""
-    maps = {"g": grad, "x": x}
-    launches, shape = weight_launches(_problem(maps, head_dim, wide.shape[-1], biases))
-    found = [t.new_empty(t.shape) for t in (wide, mixing)]
-    found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases]
-    parts = x.new_empty(shape, dtype=torch.float32)
-    _run(launches, maps | dict(held) | {"parts": parts} | dict(zip(("dw", "dm", "dwb", "dmb"), found)))
-    return tuple(found)

@@ -1,0 +1,166 @@
+"""multiscale_linear_attention's kernels in CUDA C++, compiled by nvcc and executed: right results, and no fault."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from mvkernels import testing
+from mvkernels.dispatch.registry import OPS
+from mvkernels.ops.multiscale_linear_attention.cuda import launcher, plan
+from mvkernels.ops.multiscale_linear_attention.triton import launcher as triton_launcher
+from tests.cuda import compiled
+from tests.ptx.launches import Executed
+
+pytestmark = pytest.mark.skipif(not compiled.has_nvcc(), reason="no nvcc")
+
+OP = OPS["multiscale_linear_attention"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _map(kind: str, shape: Sequence[int], strides: str, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    found = testing.make_map(tuple(shape), strides, dtype, "cpu", generator)
+    if kind == "constant":
+        found.fill_(1.5)
+    elif kind == "peaked":
+        found.mul_(torch.where(torch.rand(found.shape, generator=generator) < 0.05, 64.0, 0.01))
+    return found.flatten(1, 2)
+
+
+def _weights(channels: int, dim: int, side: int, biases: tuple[bool, bool], dtype: torch.dtype,
+             generator: torch.Generator) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:  # fmt: skip
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    first, second = (drawn(channels) if given else None for given in biases)
+    return drawn(channels, 1, side, side) / side, drawn(channels, dim, 1, 1) * dim**-0.5, (first, second)
+
+
+def _held(name: str, results: dict[str, Tensor], held: testing.Yardstick, log: list[Executed]) -> None:
+    wrong = [str(each) for each in held.compare(results) if not each.ok]
+    wrong += [f"{launch.kernel}: {found}" for launch in log for found in launch.findings]
+    assert not wrong, f"{name}\n" + "\n".join(wrong)
+
+
+# Heads' channels, head_dim, side of the kernel, H, W, strides, biases, processors, kind of input.
+CONVOLUTIONS = [
+    (6, 16, 5, 9, 5, "contiguous", (True, True), 132, "normal"),
+    (3, 32, 5, 1, 1, "channels_last", (False, True), 132, "normal"),
+    (8, 16, 5, 17, 33, "channels_last", (False, False), 1, "normal"),
+    (2, 32, 5, 16, 16, "sliced", (True, False), 2, "peaked"),
+    (3, 32, 3, 14, 14, "packed", (True, True), 2, "constant"),
+    (6, 16, 3, 7, 7, "channels_last", (False, False), 132, "normal"),
+    (3, 32, 7, 7, 7, "channels_last", (False, False), 132, "peaked"),
+    (5, 16, 7, 10, 19, "offset", (True, True), 132, "normal"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_and_their_gradients(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    groups, dim, side, height, width, strides, biases, processors, kind = case
+    generator = torch.Generator().manual_seed(0)
+    x = _map(kind, (2, groups, dim, height, width), strides, dtype, generator)
+    channels = groups * dim
+    wide, mixing, both = _weights(channels, dim, side, biases, dtype, generator)
+    grad = _map("normal", (2, groups, dim, height, width), "channels_last", dtype, generator)
+    before = _map("normal", (2, groups, dim, height, width), "channels_last", dtype, generator)
+    inputs = [x, wide, mixing, *(b for b in both if b is not None)]
+
+    def formula(computed: torch.dtype) -> dict[str, Tensor]:
+        leaves = [each.detach().to(computed).requires_grad_() for each in inputs]
+        given = iter(leaves[3:])
+        first, second = (None if b is None else next(given) for b in both)
+        each = conv2d(leaves[0], leaves[1], first, padding=side // 2, groups=channels)
+        out = conv2d(each, leaves[2], second, groups=groups)
+        found = torch.autograd.grad(out, leaves, grad.to(computed))
+        return {"out": out.detach(), "dx": before.to(computed) + found[0]} | {
+            f"dw{i}": gradient for i, gradient in enumerate(found[1:])
+        }
+
+    held = testing.Yardstick(formula, dtype)
+    with compiled.executed(processors=processors) as log:
+        convolutions = launcher.Convolutions(dim, wide, mixing, both)
+        read = launcher.readable(x)
+        out = convolutions.aggregate(read)
+        gradients = [each for each in convolutions.weight_gradients(grad, read) if each.numel()]
+        again = [each for each in convolutions.weight_gradients(grad, read) if each.numel()]
+        to = before.clone(memory_format=torch.preserve_format)
+        convolutions.add_map_gradient(grad, to)
+    assert all(torch.equal(*pair) for pair in zip(gradients, again, strict=True))
+    results = {"out": out, "dx": to} | {f"dw{i}": each for i, each in enumerate(gradients)}
+    _held(str(case), results, held, log)
+
+
+def test_a_block_takes_several_tiles() -> None:
+    """The cases above are few tiles on many processors; here the launches of one case are seen to loop."""
+    groups, dim, side, height, width, strides, *_ = CONVOLUTIONS[2]
+    x = torch.empty(2, groups * dim, height, width, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    named = [(name, x.unflatten(1, (-1, dim))) for name in "xog"]
+    with compiled.executed(processors=1):
+        problem = plan.ScaleProblem.of(named[0][1], named, False, kernel=side, biases=(False, False))
+    (aggregate,), (gradient,) = plan.aggregate_launches(problem), plan.map_launches(problem)
+    (sums, _), (slices, _) = plan.weight_launches(problem)
+    slabs = -(-groups * dim // plan.slab(dim))
+    assert strides == "channels_last"
+    assert aggregate.grid == gradient.grid < 2 * 3 * 3 * slabs
+    assert sums.grid == slabs * slices < 2 * 3 * 5 * slabs
+
+
+OPS_CASES = [
+    ((2, 2, 16, 9, 5), 5, "contiguous", True, False),
+    ((1, 2, 32, 7, 7), 3, "channels_last", False, False),
+    ((1, 3, 16, 6, 18), 7, "sliced", True, True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", OPS_CASES, ids=str)
+def test_the_op(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    """Forward and backward of the whole op, the attention on Triton's kernels."""
+    (batch, heads, dim, height, width), side, strides, bias, tf32 = case
+    generator = torch.Generator().manual_seed(0)
+    arguments: dict[str, Any] = {
+        "qkv": _map("normal", (batch, 3 * heads, dim, height, width), strides, dtype, generator),
+        "head_dim": dim,
+    }
+    wide, mixing, both = _weights(3 * heads * dim, dim, side, (bias, bias), dtype, generator)
+    arguments |= {"depthwise": (wide,), "pointwise": (mixing,)}
+    if bias:
+        arguments |= {"depthwise_bias": both[:1], "pointwise_bias": both[1:]}
+    with (
+        compiled.executed(tf32=tf32) as log,
+        mock.patch.object(triton_launcher, "forward", launcher.forward),
+        mock.patch.object(triton_launcher, "backward", launcher.backward),
+    ):
+        found = testing.check(OP, arguments, "triton")
+    wrong = [str(each) for each in found if not each.ok]
+    wrong += [f"{launch.kernel}: {fault}" for launch in log for fault in launch.findings]
+    assert not wrong, "\n".join(wrong)
+    names = {launch.kernel.split("_")[1] for launch in log if launch.kernel.startswith("multiscale")}
+    assert names == {"aggregate", "weight", "map"}
+
+
+def test_reasons() -> None:
+    """What the kernels cannot run, each said in one line."""
+    x = torch.empty(1, 96, 7, 7)
+    wide, mixing = torch.empty(96, 1, 5, 5), torch.empty(96, 16, 1, 1)
+    assert launcher.why_not(x, [wide], [mixing], 16) == "device type cpu: want an NVIDIA GPU"
+    with mock.patch.object(launcher, "why_not_triton", lambda *_: None), mock.patch.object(torch.version, "hip", None):
+        meta = torch.device("cuda")
+        fake = mock.Mock(wraps=x, device=meta, dtype=torch.float64, shape=x.shape)
+        assert "float64" in str(launcher.why_not(fake, [wide], [mixing], 16))
+        fake.dtype = torch.bfloat16
+        assert "head_dim 24" in str(launcher.why_not(fake, [wide], [mixing], 24))
+        assert "kernel of 9" in str(launcher.why_not(fake, [torch.empty(96, 1, 9, 9)], [mixing], 16))
+        with compiled.executed():
+            assert launcher.why_not(fake, [wide], [mixing], 16) is None
+            fake.dtype = torch.float32
+            with mock.patch.object(launcher.configs, "shared_memory_of", lambda arch: 99 << 10):
+                assert "shared memory" in str(launcher.why_not(fake, [wide], [mixing], 16))
