@@ -15,7 +15,7 @@ import triton
 from mvkernels.triton.configs import shared_memory_of
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -75,7 +75,7 @@ def taken(cubin: bytes) -> tuple[int, int, int]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", str(file)], check=False, capture_output=True, text=True
+            [tool("cuobjdump"), "-res-usage", str(file)], check=False, capture_output=True, text=True
         )
         found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
         if not found:
@@ -83,7 +83,7 @@ def taken(cubin: bytes) -> tuple[int, int, int]:
         registers, stack, local = map(int, found.groups())
         if stack or local:
             # A stack is not always spills: the local loads and stores in the code tell.
-            code = subprocess.run([_tool("nvdisasm"), "-c", str(file)], check=False, capture_output=True, text=True)
+            code = subprocess.run([tool("nvdisasm"), "-c", str(file)], check=False, capture_output=True, text=True)
             if re.search(r"\b(LDL|STL)\b", code.stdout):
                 return registers, stack + local, 0
     return registers, 0, stack

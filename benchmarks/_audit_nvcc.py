@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ def launches_of(case: Every, batch: int, name: str, device: Device) -> list[Laun
         backward = problem_of(case, batch, name, device, "q k v g dq dk dv")
         return attention.forward_launches(forward) + attention.backward_launches(backward, case.bias)[0]
     if isinstance(case, Multiscale):
-        dtype, sides = DTYPES[name], (case.kernel,)
-        if multiscale.why_not(case.d, sides, dtype, device.arch):
+        if multiscale.why_not(DTYPES[name], case.d, (case.kernel,), device.arch):
             return []
         forward = multiscale.aggregate_launches(case.problem(batch, name, device, "xo"))
         weights, _ = multiscale.weight_launches(case.problem(batch, name, device, "gx"))

@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its path, as the tests do
 
+import _audit_nvcc
 from _audit_cases import OPS, Every, aligned_bytes, suite
 from _audit_code import amd, nvidia, verdict
 from _audit_targets import DTYPES, TARGETS
@@ -46,6 +47,7 @@ COLUMNS = [
     "layout", "config", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit",
     "blocks_per_processor", "warps_per_processor", "matrix", "widest_load", "verdict", "cases", "triton", "date",
     "matrix_instructions", "wide_loads", "limited_by", "occupancy", "multiplies", "matrix_products", "aligned_bytes",
+    "backend",
 ]  # fmt: skip
 SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
@@ -106,8 +108,10 @@ def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
                 tuple(launch.options.items()))  # fmt: skip
 
 
-def compile_unit(unit: Unit) -> dict[str, Any]:
+def compile_unit(unit: Unit | _audit_nvcc.Unit) -> dict[str, Any]:
     """Compile and read the machine code. Never raises: an error is a row."""
+    if isinstance(unit, _audit_nvcc.Unit):
+        return _audit_nvcc.compile_unit(unit)
     kernel = getattr(importlib.import_module(unit.module), unit.kernel)
     source = ASTSource(
         fn=kernel,
@@ -137,23 +141,29 @@ def compile_unit(unit: Unit) -> dict[str, Any]:
 
 def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: list[str]) -> dict[Unit, dict[str, Any]]:
     """Distinct compilations, each with the columns of the first case that needs it."""
-    units: dict[Unit, dict[str, Any]] = {}
+    units: dict[Any, dict[str, Any]] = {}
     today = datetime.date.today().isoformat()
+
+    def add(unit: Any, case: Every, more: dict[str, Any], target: str, name: str, batch: int) -> None:
+        row = {
+            "op": case.op, "kernel": more["kernel"], "target": target, "dtype": name, "batch": batch,
+            **dict.fromkeys(("heads", "head_dim", "value_dim", "map", "patch", "tokens", "bias", "layout"), ""),
+            **case.columns(), "config": more["config"], "cases": 0, "triton": triton.__version__, "date": today,
+            "aligned_bytes": aligned_bytes(case, DTYPES[name]), "backend": more["backend"],
+        }  # fmt: skip
+        if re.search(wanted, " ".join(map(str, row.values()))):
+            units.setdefault(unit, row)["cases"] += 1
+
     for target, name, case in _walk(targets, dtypes, ops):
         for batch in (1, 128):
             for launch in case.launches(batch, name, TARGETS[target][1]):
                 unit = unit_of(launch, target, DTYPES[name])
                 blocks = [f"{k}={v}" for k, v in launch.meta.items() if k in _BLOCKS]
-                row = {
-                    "op": case.op, "kernel": launch.name, "target": target, "dtype": name, "batch": batch,
-                    **dict.fromkeys(("heads", "head_dim", "value_dim", "map", "patch", "tokens", "bias", "layout"), ""),
-                    **case.columns(), "config": " ".join(blocks + [f"{k}={v}" for k, v in launch.options.items()]),
-                    "cases": 0, "triton": triton.__version__, "date": today,
-                    "aligned_bytes": aligned_bytes(case, DTYPES[name]),
-                }  # fmt: skip
-                if not re.search(wanted, " ".join(map(str, row.values()))):
-                    continue
-                units.setdefault(unit, row)["cases"] += 1
+                config = " ".join(blocks + [f"{k}={v}" for k, v in launch.options.items()])
+                add(unit, case, {"kernel": launch.name, "config": config, "backend": "triton"}, target, name, batch)
+        for batch, each in _audit_nvcc.units_of(case, target, name, TARGETS[target][1]):
+            config = f"threads={each.threads} shared={each.shared_bytes}"
+            add(each, case, {"kernel": each.kernel, "config": config, "backend": "cuda"}, target, name, batch)
     if quick:
         step = max(1, len(units) // QUICK)
         units = dict(list(units.items())[::step][:QUICK])

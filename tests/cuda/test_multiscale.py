@@ -15,10 +15,10 @@ from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention.cuda import launcher, plan
 from mvkernels.ops.multiscale_linear_attention.triton import launcher as triton_launcher
-from tests.cuda import compiled
-from tests.ptx.launches import Executed
+from tests.ptx import nvcc
+from tests.ptx.launches import Executed, executed
 
-pytestmark = pytest.mark.skipif(not compiled.has_nvcc(), reason="no nvcc")
+pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
 
 OP = OPS["multiscale_linear_attention"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,7 +85,7 @@ def test_convolutions_and_their_gradients(case: tuple[Any, ...], dtype: torch.dt
         }
 
     held = testing.Yardstick(formula, dtype)
-    with compiled.executed(processors=processors) as log:
+    with executed(processors=processors) as log:
         convolutions = launcher.Convolutions(dim, wide, mixing, both)
         read = launcher.readable(x)
         out = convolutions.aggregate(read)
@@ -103,7 +103,7 @@ def test_a_block_takes_several_tiles() -> None:
     groups, dim, side, height, width, strides, *_ = CONVOLUTIONS[2]
     x = torch.empty(2, groups * dim, height, width, dtype=torch.bfloat16, memory_format=torch.channels_last)
     named = [(name, x.unflatten(1, (-1, dim))) for name in "xog"]
-    with compiled.executed(processors=1):
+    with executed(processors=1):
         problem = plan.ScaleProblem.of(named[0][1], named, False, kernel=side, biases=(False, False))
     (aggregate,), (gradient,) = plan.aggregate_launches(problem), plan.map_launches(problem)
     (sums, _), (slices, _) = plan.weight_launches(problem)
@@ -135,7 +135,7 @@ def test_the_op(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     if bias:
         arguments |= {"depthwise_bias": both[:1], "pointwise_bias": both[1:]}
     with (
-        compiled.executed(tf32=tf32) as log,
+        executed(tf32=tf32) as log,
         mock.patch.object(triton_launcher, "forward", launcher.forward),
         mock.patch.object(triton_launcher, "backward", launcher.backward),
     ):
@@ -159,7 +159,7 @@ def test_reasons() -> None:
         fake.dtype = torch.bfloat16
         assert "head_dim 24" in str(launcher.why_not(fake, [wide], [mixing], 24))
         assert "kernel of 9" in str(launcher.why_not(fake, [torch.empty(96, 1, 9, 9)], [mixing], 16))
-        with compiled.executed():
+        with executed():
             assert launcher.why_not(fake, [wide], [mixing], 16) is None
             fake.dtype = torch.float32
             with mock.patch.object(launcher.configs, "shared_memory_of", lambda arch: 99 << 10):

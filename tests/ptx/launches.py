@@ -285,6 +285,7 @@ def executed(
         call = Call.by_nvcc_of(kernel, tensors, floats)
         watch(call, memory)
         log.append(execute(call, memory, skewed))
+        assert log[-1].threads == kernel.threads, "as many as the kernel's bounds say"
 
     with ExitStack() as stack:
         enter = stack.enter_context

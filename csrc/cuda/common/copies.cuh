@@ -16,6 +16,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int re
   }
 }
 
+template <int BYTES>
+void copy_async(uint32_t to, const void* from, bool) = delete;  // it would be read as one byte or none
+
+// All of them, or with `keep` false zeros, without reading.
+template <int BYTES>
+__device__ __forceinline__ void copy_async_if(uint32_t to, const void* from, bool keep) {
+  copy_async<BYTES>(to, from, keep ? BYTES : 0);
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until all but the PENDING latest groups are there, for this thread; others need a barrier too.

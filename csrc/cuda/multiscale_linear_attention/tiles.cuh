@@ -104,7 +104,7 @@ __device__ __forceinline__ void copy_tile(
       for (int i = 0; i < (COLS + PIXELS - 1) / PIXELS; ++i) {
         const bool keep = row && static_cast<unsigned>(x + first + i * PIXELS) < static_cast<unsigned>(width);
         if (COLS % PIXELS == 0 || i < COLS / PIXELS || first + i * PIXELS < COLS) {
-          copy_async<16>(
+          copy_async_if<16>(
               at + (j * WARPS * COLS + i * PIXELS) * PITCH<T, D> * static_cast<int>(sizeof(T)),
               reinterpret_cast<const void*>(from + j * down + i * right), keep);
         }
@@ -131,7 +131,7 @@ __device__ __forceinline__ void copy_mixing(T* to, const T* mixing, int channels
   for (int i = threadIdx.x; i < SLAB<D> * PIECES; i += THREADS) {
     const int row = i / PIECES, part = i % PIECES * VECTOR<T>;
     const bool keep = row < channels;
-    copy_async<16>(shared_address(to + row * MIX_PITCH<T, D> + part), mixing + (keep ? row * D + part : 0), keep);
+    copy_async_if<16>(shared_address(to + row * MIX_PITCH<T, D> + part), mixing + (keep ? row * D + part : 0), keep);
   }
 }
 

@@ -39,7 +39,7 @@ struct WeightSums {
       const int down = square / 2 * SIDE + i * AT_ONCE % SQUARE / SIDE, right = square % 2 * SIDE;
       const bool keep = py + down < height && px + right < width && channel < channels;
       const int64_t further = (down * strides.y + right * strides.x) * static_cast<int>(sizeof(T));
-      copy_async<16>(
+      copy_async_if<16>(
           at + i * AT_ONCE * PITCH<T, D> * static_cast<int>(sizeof(T)), reinterpret_cast<const void*>(from + further),
           keep);
     }

@@ -17,17 +17,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import modules
 from mvkernels.cuda.launch import Launch
 from mvkernels.dispatch.checks import channels_last, empty_map
-from mvkernels.ops.multiscale_linear_attention.cuda.plan import (
-    HEAD_DIMS,
-    KERNELS,
-    NAMES,
-    aggregate_launches,
-    map_launches,
-    most_shared_bytes,
-    weight_launches,
-)
+from mvkernels.ops.multiscale_linear_attention.cuda import plan
+from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
 from mvkernels.ops.multiscale_linear_attention.triton.launcher import why_not as why_not_triton
 from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
 from mvkernels.ops.relu_linear_attention import backward_into, forward_into
@@ -44,24 +38,12 @@ Biases = Sequence[Tensor | None]
 def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor], head_dim: int, *more: object
             ) -> str | None:  # fmt: skip
     """Why these kernels cannot run a call, or None. Takes the op's checked arguments; never raises."""
-    if qkv.device.type != "cuda" or torch.version.hip:
-        return f"device type {'hip' if torch.version.hip else qkv.device.type}: want an NVIDIA GPU"
-    if qkv.dtype not in NAMES:
-        return f"dtype {str(qkv.dtype).removeprefix('torch.')}: want bfloat16, float16, float32"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim {head_dim}: want {' or '.join(map(str, HEAD_DIMS))}"
-    sides = {w.shape[-1] for w in depthwise}
-    if not sides <= set(KERNELS):
-        return f"a depthwise kernel of {max(sides - set(KERNELS))}: want {', '.join(map(str, KERNELS))}"
-    if reason := why_not_triton(qkv, depthwise, pointwise, head_dim, *more):
+    if reason := modules.why_not(qkv) or why_not_triton(qkv, depthwise, pointwise, head_dim, *more):
         return reason
     if max(qkv.shape[0] * qkv.shape[1] * qkv.shape[2] * qkv.shape[3] // 64, *qkv.shape[1:]) >= INT32:
         return "more than 2**31 tiles"
     device = configs.device_of(qkv.device.type, qkv.device.index)
-    most = max((most_shared_bytes(qkv.dtype, head_dim, side) for side in sides), default=0)
-    if most > configs.shared_memory_of(device.arch):
-        return f"{most} bytes of shared memory: a block of this GPU has {configs.shared_memory_of(device.arch)}"
-    return None
+    return plan.why_not(qkv.dtype, head_dim, {w.shape[-1] for w in depthwise}, device.arch)
 
 
 def _run(launches: Sequence[Launch], tensors: Mapping[str, Tensor]) -> None:

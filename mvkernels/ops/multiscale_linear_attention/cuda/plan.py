@@ -6,6 +6,8 @@ of tiles, threads and shared memory says the same as they do.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from mvkernels.cuda.launch import Launch
@@ -61,6 +63,22 @@ def most_shared_bytes(dtype: torch.dtype, dim: int, side: int) -> int:
         shared_bytes("map_gradient", dtype, dim, side, columns),
         shared_bytes("weight_sums", dtype, dim, side, TILE_ROWS),
     )
+
+
+def why_not(dtype: torch.dtype, head_dim: int, sides: Collection[int], arch: str) -> str | None:
+    """Why a call with kernels of these sides is not for these kernels, or None."""
+    if not sides:
+        return "no convolutions, which are all that is in CUDA C++"
+    if dtype not in NAMES:
+        return f"dtype {str(dtype).removeprefix('torch.')}: want bfloat16, float16, float32"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim {head_dim}: want {' or '.join(map(str, HEAD_DIMS))}"
+    if other := set(sides) - set(KERNELS):
+        return f"a depthwise kernel of {max(other)}: want {', '.join(map(str, KERNELS))}"
+    most = max(most_shared_bytes(dtype, head_dim, side) for side in sides)
+    if most > configs.shared_memory_of(arch):
+        return f"{most} bytes of shared memory: a block of this GPU has {configs.shared_memory_of(arch)}"
+    return None
 
 
 class _Plan:
