@@ -9,10 +9,12 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tests.ptx.program import HEAD, SHARED_BASE, Program
 
@@ -55,6 +57,10 @@ class Launch(ctypes.Structure):
         ("limit", ctypes.c_uint64),
         ("effects", ctypes.POINTER(ctypes.c_uint64)),
         ("epoch", ctypes.c_uint32),
+        ("only", ctypes.POINTER(ctypes.c_int32)),
+        ("executed", ctypes.POINTER(ctypes.c_uint64)),
+        ("traffic", ctypes.POINTER(ctypes.c_uint64)),
+        ("cache_lines", ctypes.c_uint64),
     ]  # fmt: skip
 
 
@@ -80,6 +86,19 @@ class Counters(ctypes.Structure):
 class _Finding(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int32) for name in ("kind", "instruction", "block", "warp")),
                 ("count", ctypes.c_int64)]  # fmt: skip
+
+
+@dataclass
+class Sample:
+    """Some blocks of a grid, executed to count and not to check: what is counted is left here."""
+
+    blocks: Sequence[int]
+    cache_bytes: int
+    """Of the first-level cache, for a block."""
+    executed: np.ndarray[Any, Any] = field(init=False)
+    """Of each instruction, by how many warps."""
+    traffic: np.ndarray[Any, Any] = field(init=False)
+    """Of each region: sectors loaded, loaded and not in the first-level cache, stored; lines of requests."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +188,7 @@ def run(
     skewed: bool = False,
     limit: int = LIMIT,
     effects: Any = None,
+    sample: Sample | None = None,
 ) -> tuple[Counters, list[Finding], int]:
     """Execute a grid of blocks, one after the other.
 
@@ -182,6 +202,7 @@ def run(
         skewed: whether approximate instructions are wrong by as much as their documentation allows.
         limit: instructions of a block before it is called endless.
         effects: array of a 64-bit number for each instruction, to which a hash of all its results is added.
+        sample: if given, only its blocks are executed, nothing is checked, and regions need no trace.
 
     Returns:
         What was counted, what was found, and the first epoch of the next launch.
@@ -203,6 +224,15 @@ def run(
         blocks, shared_bytes, program.file_bytes, skewed, program.registers.get("%tid.x", -1),
         program.registers.get("%ctaid.x", -1), limit, effects, epoch,
     )  # fmt: skip
+    if sample is not None:
+        sample.executed = np.zeros(len(statements), np.uint64)
+        sample.traffic = np.zeros((len(regions), 4), np.uint64)
+        numbers = ctypes.POINTER(ctypes.c_uint64)
+        launch.blocks = len(sample.blocks)
+        launch.only = (ctypes.c_int32 * len(sample.blocks))(*sample.blocks)
+        launch.executed = sample.executed.ctypes.data_as(numbers)
+        launch.traffic = sample.traffic.ctypes.data_as(numbers)
+        launch.cache_lines = max(sample.cache_bytes // 128, 1)
     counters, found = Counters(), (_Finding * 200)()
     count = library().ptx_run(ctypes.byref(launch), ctypes.byref(counters), found, len(found))
     findings = []

@@ -45,6 +45,12 @@ struct PtxLaunch {
   uint64_t limit;      // instructions of a block
   uint64_t* effects;   // of each instruction, or null
   uint32_t epoch;      // the first that no launch has had; what follows the last is left here
+  // To count only: if not null, the blocks that are executed, as many as `blocks` says; accesses are not held against
+  // each other, and regions need no trace.
+  const int32_t* only;
+  uint64_t* executed;     // of each instruction, by how many warps
+  ptx::Traffic* traffic;  // of each region
+  uint64_t cache_lines;   // of a block, in the first-level cache
 };
 
 struct PtxFinding {
@@ -93,7 +99,12 @@ int ptx_run(PtxLaunch* launch, ptx::Counters* counters, PtxFinding* findings, in
   machine.epoch = machine.launch_epoch = launch->epoch;
   std::vector<uint64_t> fresh((launch->file_bytes + 7) / 8);
   std::vector<std::unique_ptr<Warp>> warps;
-  for (int index = 0; index < launch->blocks; index++) {
+  machine.traced = launch->only == nullptr;
+  machine.executed = launch->executed, machine.traffic = launch->traffic;
+  machine.cache.lines = launch->cache_lines;
+  for (int each = 0; each < launch->blocks; each++) {
+    const int index = launch->only ? launch->only[each] : each;
+    machine.cache.clear();
     Block block{
         machine, index, std::vector<uint8_t>(launch->shared_bytes, 0xff), std::vector<Trace>(launch->shared_bytes), {}};
     warps.clear();

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <list>
 #include <map>
 #include <string>
 #include <unordered_map>
@@ -126,9 +127,33 @@ struct Counters {
   uint64_t matrix_flops;
 };
 
+// Which sectors of global memory a processor's first-level cache holds: lines of four, the least recently used goes.
+struct Cache {
+  struct Line {
+    uint64_t number;
+    uint32_t sectors;  // a bit each
+  };
+  size_t lines = 0;  // how many it has room for
+  std::list<Line> order{};
+  std::unordered_map<uint64_t, std::list<Line>::iterator> known{};
+
+  void clear() { order.clear(), known.clear(); }
+  bool has(uint64_t sector);  // whether it was there; now it is
+};
+
+// What a launch asked for in a region: sectors of 32 bytes; and lines of 128 bytes, of each request anew.
+struct Traffic {
+  uint64_t loaded, missed, stored;  // missed: loaded, and not in the first-level cache
+  uint64_t lines;
+};
+
 struct Machine {
   std::vector<Instruction> program;
   std::vector<Region> regions;
+  bool traced = true;            // whether accesses are held against each other; else they are only counted
+  uint64_t* executed = nullptr;  // if wanted: by how many warps each instruction was executed
+  Traffic* traffic = nullptr;    // if wanted: of each region
+  Cache cache{};
   std::map<std::pair<int, int>, Finding> findings;  // by kind and instruction
   Counters counters{};
   uint64_t* effects = nullptr;  // if wanted: of each instruction, a number that all its results and addresses went into

@@ -18,6 +18,24 @@ Region* Machine::region_of(uint64_t address) {
   return index < regions.size() ? &regions[index] : nullptr;
 }
 
+bool Cache::has(uint64_t sector) {
+  const uint64_t number = sector / 4;
+  const uint32_t bit = 1u << sector % 4;
+  if (const auto found = known.find(number); found != known.end()) {
+    order.splice(order.begin(), order, found->second);
+    const bool there = order.front().sectors & bit;
+    order.front().sectors |= bit;
+    return there;
+  }
+  order.push_front({number, bit});
+  known[number] = order.begin();
+  if (order.size() > lines) {
+    known.erase(order.back().number);
+    order.pop_back();
+  }
+  return false;
+}
+
 namespace {
 
 struct Place {
@@ -28,6 +46,7 @@ struct Place {
 Place shared_at(Warp& warp, uint32_t address, int bytes) {
   if (!in_bounds(warp, address, bytes, true)) return {};
   const uint32_t offset = address - SHARED_BASE;
+  if (!warp.machine().traced) return {&warp.block.shared[offset], {}};
   return {&warp.block.shared[offset], {&warp.block.trace[offset], static_cast<size_t>(bytes)}};
 }
 
@@ -35,6 +54,7 @@ Place global_at(Warp& warp, uint64_t address, int bytes) {
   if (!in_bounds(warp, address, bytes, false)) return {};
   Region& region = *warp.machine().region_of(address);
   const uint64_t offset = address - region.address;
+  if (!warp.machine().traced) return {region.data + offset, {}};
   return {region.data + offset, {region.trace + offset, static_cast<size_t>(bytes)}};
 }
 
@@ -126,9 +146,9 @@ bool are_copies(const uint8_t* a, const uint8_t* b, int bytes) {
 bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
   if (place.data == nullptr) return false;
   bool defined = true;
-  for (int i = 0; i < bytes; i++) {
-    check_read(warp, lane, place.trace[i]);
-    defined &= place.trace[i].defined;
+  for (Trace& byte : place.trace) {
+    check_read(warp, lane, byte);
+    defined &= byte.defined;
   }
   std::memcpy(to, place.data, bytes);
   return defined;
@@ -136,6 +156,10 @@ bool read(Warp& warp, int lane, Place place, int bytes, void* to) {
 
 void write(Warp& warp, int lane, Place place, int bytes, const void* from, bool defined, bool copied) {
   if (place.data == nullptr) return;
+  if (place.trace.empty()) {
+    std::memcpy(place.data, from, bytes);
+    return;
+  }
   const auto* value = static_cast<const uint8_t*>(from);
   const bool copy = are_copies(place.data, value, bytes);
   const auto thread = static_cast<uint16_t>(warp.index * LANES + std::max(lane, 0));
@@ -235,7 +259,19 @@ void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, b
   std::sort(sectors.begin(), sectors.begin() + lanes);
   counters.accesses[1][store][std::countr_zero(static_cast<unsigned>(bytes))] += lanes;
   counters.global_requests++;
-  counters.global_sectors += std::unique(sectors.begin(), sectors.begin() + lanes) - sectors.begin();
+  const auto end = std::unique(sectors.begin(), sectors.begin() + lanes);
+  counters.global_sectors += end - sectors.begin();
+  Machine& machine = warp.machine();
+  for (auto at = sectors.begin(); machine.traffic && at != end; at++) {
+    const uint64_t region = (*at * 32 >> REGION_BITS) - 1;
+    if (region >= machine.regions.size()) continue;
+    Traffic& traffic = machine.traffic[region];
+    traffic.lines += at == sectors.begin() || at[-1] / 4 != *at / 4;
+    if (store)
+      traffic.stored++;
+    else
+      traffic.loaded++, traffic.missed += !machine.cache.has(*at);
+  }
   counters.global_bytes += static_cast<uint64_t>(lanes) * bytes;
 }
 

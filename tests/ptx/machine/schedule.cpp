@@ -53,6 +53,7 @@ void run_warp(Warp& warp, uint64_t& left) {
     }
     const Instruction& in = machine.program[warp.at];
     machine.counters.issued[in.kind]++;
+    if (machine.executed) machine.executed[warp.at]++;
     warp.clock++;
     if (left-- == 0) {
       warp.fault(ENDLESS);
