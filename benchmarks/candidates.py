@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _forked
 import torch
 import triton
-from _audit_code import occupancy, taken
+from _machine_code import occupancy, taken
 from triton.runtime.errors import OutOfResources
 
 from mvkernels import files, report, testing, tune

@@ -109,7 +109,7 @@ def test_a_finding_is_status_1(audit, monkeypatch, capsys):
 
 
 def test_occupancy_says_what_it_is_limited_by(audit):
-    import _audit_code as code
+    import _machine_code as code
 
     assert code.occupancy(255, 0, 8, "sm_80") == (1, "registers")  # 256 * 32 * 8 = all there are
     assert code.occupancy(32, 100 << 10, 4, "sm_90") == (2, "shared")

@@ -1,0 +1,91 @@
+"""Launches as the model takes them, and how a call's launches are had without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's launch, compiled, with its arguments: all that the model wants to know."""
+
+    kernel: str
+    ptx: str
+    cubin: bytes
+    grid: int
+    threads: int
+    shared_bytes: int
+    """Of a block, static and dynamic."""
+    arguments: Sequence[torch.Tensor | float | int]
+    """In the order of the kernel's parameters."""
+    alone: bool = True
+    """Whether the PTX has this kernel only."""
+
+
+class _Driver:
+    # What Triton asks of a driver in order to compile.
+    def __init__(self, arch: str) -> None:
+        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(self.target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.target.arch, 10)
+
+
+def compiled(kernel: JITFunction[Any], arguments: Sequence[Any], grid: Any, options: dict[str, Any]) -> Launch:
+    """A Triton kernel's launch, compiled as Triton does for these arguments."""
+    found = _RUN(kernel, *arguments, grid=grid, warmup=True, **options)
+    named = dict(zip(kernel.arg_names, arguments)) | options
+    passed = [named[name] for name, kind in found.src.signature.items() if kind != "constexpr"]
+    metadata, code = found.metadata, found.asm
+    blocks = 1
+    for n in grid(named) if callable(grid) else grid:
+        blocks *= n
+    return Launch(metadata.name, code["ptx"], code["cubin"], blocks, 32 * metadata.num_warps, metadata.shared, passed)
+
+
+_RUN = JITFunction.run
+
+
+@contextmanager
+def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch], None], module: Any) -> Iterator[None]:
+    """Within: Triton launches on CPU tensors are compiled for a GPU and given to ``watch``; nothing is computed.
+
+    Args:
+        arch: "sm_90" or "sm_80".
+        device: what the library is told that it runs on.
+        ops: whose kernels are allowed on CPU tensors.
+        watch: sees each launch, in order.
+        module: the library's, that has ``device_of``.
+    """
+
+    def run(kernel: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        watch(compiled(kernel, arguments, grid, options))
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, "device_of", lambda *_: device))
+        if hasattr(module, "tf32_allowed"):
+            stack.enter_context(mock.patch.object(module, "tf32_allowed", lambda *_: False))
+        for op in ops:
+            if "triton" in op.why_not:
+                stack.enter_context(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver(arch)))
+        yield
