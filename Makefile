@@ -91,8 +91,8 @@ docs: setup
 	$(BIN)/python -m pytest tests/test_site.py
 
 audit: setup
-	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/audit.py --processes 2
+	$(BIN)/python benchmarks/predict.py --processes 2
 
 # The compiled kernels, executed here: half an hour on 2 cores.
 ptx: setup

@@ -27,7 +27,9 @@ def page(results: Path) -> str:
         if any_rows:
             parts.append(f"## {any_rows[0]['device']}\n")
         predicted = [
-            r for r in read(results / "audit" / "roofline.csv") if any_rows and r["device"] in any_rows[0]["device"]
+            r
+            for r in read(results / "audit" / "prediction.csv")
+            if any_rows and r["device"] in any_rows[0]["device"] and r["kernel"] == "all"
         ]
         if any_rows and not ops:
             parts.append("No op has been timed against peers on it yet.\n")
@@ -108,8 +110,8 @@ def shapes(rows: list[Row], predicted: list[Row]) -> list[str]:
     if not mine:
         return []
     lines = [
-        "### Every shape\n\nMicroseconds on the device. Predicted: bytes, products, exponentials at the peaks of the "
-        "data sheet, the largest of the three; a launch alone takes some microseconds, so small calls take longer.\n",
+        "### Every shape\n\nMicroseconds on the device. Predicted: from machine code, see "
+        "[benchmarks](benchmarks.md#predicted-times).\n",
         *header("op", "shape", "batch", "mode", "median", "predicted", "eager", "sdpa", "compiled", "times as fast",
                 "wall clock", "best peer's"),
     ]  # fmt: skip
@@ -132,8 +134,8 @@ def us(row: Row | None) -> str:
 
 
 def expected(row: Row, predicted: list[Row]) -> str:
-    """The roofline's prediction, of both passes for a call with its backward."""
-    keys = ("op", "model", "label", "batch", "dtype")
+    """The model's prediction, of both passes for a call with its backward."""
+    keys = ("op", "model", "label", "batch", "dtype", "layout")
     of = [p for p in predicted if all(p[key] == row[key] for key in keys)]
     wanted = ("fwd",) if row["mode"] == "fwd" else ("fwd", "bwd")
     found = [float(p["predicted_us"]) for p in of if p["mode"] in wanted]

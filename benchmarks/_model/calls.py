@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -62,11 +68,48 @@ def compiled(kernel: JITFunction[Any], arguments: Sequence[Any], grid: Any, opti
 
 
 _RUN = JITFunction.run
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+BUILT = Path(__file__).parents[2] / "build" / "model"
+
+
+@cache
+def by_nvcc(source: Path, arch: str) -> tuple[str, bytes]:
+    """PTX and machine code of a file in CUDA C++: compiled once for each state of the sources."""
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        raise RuntimeError("CUDA C++ kernels: there is no nvcc")
+    state = hashlib.sha256(arch.encode())
+    for each in sorted((*SOURCES.rglob("*.cuh"), source)):
+        state.update(each.read_bytes())
+    ptx, cubin = (BUILT / f"{source.stem}-{state.hexdigest()[:16]}.{kind}" for kind in ("ptx", "cubin"))
+    if not cubin.exists():
+        BUILT.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+            made = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            same = [compiler, "-lineinfo", f"-arch={arch}"]
+            code = [*same, "-std=c++17", "-I", str(SOURCES), "-ptx", "-o", str(made[0]), str(source)]
+            for line in (code, [*same, "-cubin", "-o", str(made[1]), str(made[0])]):
+                done = subprocess.run(line, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(done.stderr)
+            made[0].replace(ptx)  # at once: another process may do the same
+            made[1].replace(cubin)
+    return ptx.read_text(), cubin.read_bytes()
+
+
+def of_cuda(launch: Any, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float], arch: str) -> Launch:
+    """A launch of CUDA C++ (mvkernels/cuda/launch.py) with a call's tensors."""
+    ptx, cubin = by_nvcc(SOURCES / f"{launch.module}.cu", arch)
+    pointers = [tensors[name] for name in launch.pointers]
+    arguments = [*pointers, *launch.longs, *launch.ints, *(float(floats[name]) for name in launch.floats)]
+    return Launch(
+        launch.kernel, ptx, cubin, launch.grid, launch.threads, launch.shared_bytes, arguments, alone=False
+    )  # fmt: skip
 
 
 @contextmanager
 def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch], None], module: Any) -> Iterator[None]:
-    """Within: Triton launches on CPU tensors are compiled for a GPU and given to ``watch``; nothing is computed.
+    """Within: launches on CPU tensors are compiled for a GPU and given to ``watch``; nothing is computed.
 
     Args:
         arch: "sm_90" or "sm_80".
@@ -84,8 +127,15 @@ def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch]
         if hasattr(module, "tf32_allowed"):
             stack.enter_context(mock.patch.object(module, "tf32_allowed", lambda *_: False))
         for op in ops:
-            if "triton" in op.why_not:
-                stack.enter_context(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
+            there = {backend: lambda *_, **__: None for backend in ("triton", "cuda") if backend in op.why_not}
+            stack.enter_context(mock.patch.dict(op.why_not, there))
+        with suppress(ImportError):
+            from mvkernels.cuda.launch import Launch as Cuda
+
+            def launch(cuda: Any, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> None:
+                watch(of_cuda(cuda, tensors, floats, arch))
+
+            stack.enter_context(mock.patch.object(Cuda, "__call__", launch))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(arch)))
         yield

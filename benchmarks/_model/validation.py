@@ -84,16 +84,18 @@ def written(fit: Fitted) -> str:
 
 def table(rows: Sequence[Row], device: Device, counters: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
     """A row for each kernel: measured, predicted, and the instructions where the hardware's counters have them."""
-    known = {
-        (row["op"], row["layout"], row["batch"], row["kernel"], int(row["grid"])): row["warp_instructions"]
-        for row in counters
-    }
+
+    def identity(row: Mapping[str, str], grid: str, registers: float) -> tuple[Any, ...]:
+        # Of two shapes with one grid the registers tell which it is.
+        return (*(row[name] for name in ("op", "layout", "batch", "kernel")), grid, registers)
+
+    known = {identity(row, row["grid"], float(row["registers"])): row["warp_instructions"] for row in counters}
     for row in rows:
         of, predicted = row.measured, row.predicted(device)
         first = row.launches[0]
         instructions = ""
         if any(part in of["label"] for part in COUNTED.get(of["op"], ("",))[1:]):
-            instructions = known.get((of["op"], of["layout"], of["batch"], of["kernel"], first.grid), "")
+            instructions = known.get(identity(of, str(first.grid), first.registers), "")
         yield {
             "device": of["device"], **{name: of[name] for name in CALL}, "mode": of["mode"], "kernel": of["kernel"],
             "launches": of["launches"], "half": row.half, "measured_us": of["us"], "predicted_us": f"{predicted:.4g}",
