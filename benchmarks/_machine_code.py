@@ -54,21 +54,26 @@ def occupancy(registers: int, shared: int, warps: int, target: str) -> tuple[int
     return by[least], least
 
 
-def taken(cubin: bytes) -> tuple[int, int, int]:
-    """Of a thread: registers, bytes of them that are kept in memory, and bytes of stack that are not those."""
+def taken(cubin: bytes, kernel: str = "") -> tuple[int, int, int]:
+    """Of a thread: registers, bytes of them that are kept in memory, and bytes of stack that are not those.
+
+    ``kernel`` says which one of a file that has several.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = subprocess.run(
             [tool("cuobjdump"), "-res-usage", str(file)], check=False, capture_output=True, text=True
         )
-        found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout)
+        mine = usage.stdout.partition(f"Function {kernel}:")[2] if kernel else usage.stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", mine)
         if not found:
             raise RuntimeError("cuobjdump: " + (usage.stderr or usage.stdout))
         registers, stack, local = map(int, found.groups())
         if stack or local:
             # A stack is not always spills: the local loads and stores in the code tell.
             code = subprocess.run([tool("nvdisasm"), "-c", str(file)], check=False, capture_output=True, text=True)
-            if re.search(r"\b(LDL|STL)\b", code.stdout):
+            text = code.stdout.partition(f".section\t.text.{kernel},")[2].partition("\n\t.section\t")[0] or code.stdout
+            if re.search(r"\b(LDL|STL)\b", text):
                 return registers, stack + local, 0
     return registers, 0, stack

@@ -242,6 +242,8 @@ def test_a_kernel_of_nvcc_is_counted_too(model, tmp_path) -> None:
         '    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(global_smem[(threadIdx.x + i) % 128]));\n'
         "    sum += power;\n  }\n"
         "  b[blockIdx.x * 128 + threadIdx.x] = sum;\n}\n"
+        # Another one before it in the machine code, of other registers and instructions.
+        'extern "C" __global__ void __launch_bounds__(128) another(float* b) { b[threadIdx.x] = 1; }\n'
     )
     made = {}
     for kind in ("ptx", "cubin"):
@@ -254,9 +256,11 @@ def test_a_kernel_of_nvcc_is_counted_too(model, tmp_path) -> None:
         "scale", made["ptx"].decode(), made["cubin"], GRID, 128, 512, (a, b, 21, 1.0), alone=False
     )
     found = model.work.of(launch, model.devices.DEVICES["H100"], {})
+    assert torch.allclose(b[-128:], torch.stack([torch.exp2(a[-128:].roll(-i)) for i in range(21)]).sum(0), rtol=1e-5)
+    other = model.work.of(replace(launch, kernel="another", arguments=(b,)), model.devices.DEVICES["H100"], {})
+    assert other.registers < found.registers and sum(other.instructions.values()) < 20
     assert found.instructions["special"] == pytest.approx(21, rel=0.02)
     assert found.instructions["shared"] == pytest.approx(22, rel=0.02)
-    assert torch.allclose(b[-128:], torch.stack([torch.exp2(a[-128:].roll(-i)) for i in range(21)]).sum(0), rtol=1e-5)
 
 
 def test_the_committed_prediction_has_the_ops_floors(model) -> None:

@@ -64,14 +64,15 @@ class Work:
         return sum(self.instructions.values()) * self.warps * self.grid
 
 
-_CODE: dict[bytes, tuple[sass.Code, tuple[int, int, int]]] = {}
+_CODE: dict[tuple[bytes, str], tuple[sass.Code, tuple[int, int, int]]] = {}
 
 
 def code_of(launch: Launch) -> tuple[sass.Code, tuple[int, int, int]]:
     """The machine code, and its registers, spills and stack."""
-    if launch.cubin not in _CODE:
-        _CODE[launch.cubin] = sass.parse(sass.disassembled(launch.cubin), launch.kernel), taken(launch.cubin)
-    return _CODE[launch.cubin]
+    key = launch.cubin, launch.kernel
+    if key not in _CODE:
+        _CODE[key] = sass.parse(sass.disassembled(launch.cubin), launch.kernel), taken(launch.cubin, launch.kernel)
+    return _CODE[key]
 
 
 def of(launch: Launch, device: Device, written: MutableMapping[int, int]) -> Work:
