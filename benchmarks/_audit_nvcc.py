@@ -14,8 +14,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _audit_cases import Case, Every, Multiscale, problem_of
-from _machine_code import occupancy, tool
 from _audit_targets import DTYPES
+from _machine_code import occupancy, tool
 
 from mvkernels.cuda.attention import plan as attention
 from mvkernels.cuda.launch import Launch
