@@ -118,8 +118,11 @@ struct Singles {
     uint32_t of[N], rest[EXACT ? N : 1];
     __device__ __forceinline__ void set(int i, float x) {
       of[i] = to_tf32(x);
-      // Of an infinity nothing is left, in place of the NaN of a difference.
-      if constexpr (EXACT) rest[i] = fabsf(x) < __int_as_float(0x7f000000) ? to_tf32(x - __uint_as_float(of[i])) : 0;
+      if constexpr (EXACT) {
+        // An infinity is all rest: against the rest of its partner it would become one of either sign.
+        if (!(fabsf(x) < __int_as_float(0x7f000000))) of[i] = 0;
+        rest[i] = to_tf32(x - __uint_as_float(of[i]));
+      }
     }
   };
   template <int K>

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -55,9 +57,15 @@ def rows_of(tokens: int) -> int:
     return -(-tokens // 16) * 16
 
 
-def team_of(tiles: int, most: int) -> int:
-    """Warps of a unit with so many tiles for a warp each: a power of two."""
-    return int(min(most, 1 << (tiles - 1).bit_length()))
+def team_of(jobs: int, warps: int, needed: Callable[[int], int], room: int) -> int:
+    """Warps of a unit that has so many jobs for a warp each, of the ``warps`` of a block: a power of two.
+
+    ``needed`` says what shared memory a block needs with such teams, ``room`` how much there is.
+    """
+    team = int(min(warps, 1 << (jobs - 1).bit_length()))
+    while team < warps and needed(team) > room:
+        team *= 2
+    return team
 
 
 def _kind(dtype: torch.dtype) -> str:
@@ -97,7 +105,8 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
     d, dv = problem.shape[2], problem.value_dim
     tiles = Tiles(problem.dtype, padded(d, dv))
     rows = rows_of(geometry.tokens)
-    team = team_of(rows // 16, tiles.forward_warps)
+    room = configs.shared_memory_of(problem.device.arch)
+    team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "o"))
     bias_head, bias = _bias(problem, geometry)
     return [
@@ -132,7 +141,8 @@ def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[
     d, dv = problem.shape[2], problem.value_dim
     tiles = Tiles(problem.dtype, padded(d, dv))
     rows = rows_of(geometry.tokens)
-    team = team_of(-(-rows // 32), tiles.backward_warps)
+    room = configs.shared_memory_of(problem.device.arch)
+    team = team_of(-(-rows // 32), tiles.backward_warps, partial(tiles.backward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
     bias_head, bias = _bias(problem, geometry)
     units = tiles.backward_warps // team
@@ -184,8 +194,8 @@ def why_not(
     if heads * max(d, value_dim) * height * width >= INT32 or batch * heads * height * width >= INT32:
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
-    needed = Tiles(dtype, dim).backward(rows, team_of(-(-rows // 32), Tiles(dtype, dim).backward_warps))
-    if needed > configs.shared_memory_of(arch):
+    tiles = Tiles(dtype, dim)
+    if tiles.backward(rows, tiles.backward_warps) > configs.shared_memory_of(arch):
         return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
 

@@ -1,0 +1,95 @@
+"""Softmax attention in CUDA C++: what nvcc makes of it, executed on the CPU, and which calls it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvkernels.cuda.attention import launcher, plan
+from tests.cuda import attention_cases as cases
+from tests.cuda.attention_cases import Case
+from tests.ptx import nvcc
+
+pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", cases.DTYPES)
+@pytest.mark.parametrize("case", cases.FEW, ids=str)
+def test_it_is_right_and_without_fault(case: Case, kind: str) -> None:
+    """Output and gradients against float64; no race, no access out of bounds, nothing undefined."""
+    assert cases.reason(case, kind) is None
+    assert not cases.faults(case, kind)
+
+
+@pytest.mark.parametrize("kind", cases.DTYPES)
+@pytest.mark.parametrize("name", cases.ODD)
+def test_odd_inputs(name: str, kind: str) -> None:
+    """NaN and infinities reach the rows that they reach in the reference, and no other."""
+    assert not cases.faults(cases.ODD[name], kind)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32"])
+def test_the_worst_that_approximations_may_give_is_allowed(kind: str) -> None:
+    for case in cases.FEW[0], cases.FEW[6]:
+        assert not cases.faults(case, kind, skewed=True)
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+def test_the_gradient_of_a_bias_is_a_sum_of_parts(processors: int) -> None:
+    """With few processors a block has several units in turn, the last of them perhaps none."""
+    case = Case(1, 16, (12, 20), (4, 4), (0, 0), bias=True, batch=3)
+    assert not cases.faults(case, "bf16", processors=processors)
+    large = Case(1, 16, (16, 16), (8, 16), (0, 0), bias=True, batch=3)
+    assert not cases.faults(large, "f32", processors=processors)
+
+
+def test_no_bank_conflicts_where_rows_are_aligned() -> None:
+    for case in cases.FEW[1], Case(2, 64, (16, 16), (2, 2)), Case(2, 48, (16, 16), (2, 2)), Case(2, 16, (8, 8), (2, 2)):
+        _, log, _ = cases.run(case, "bf16")
+        for launch in log:
+            # Of rows whose 16 bytes are no odd number, copies of neighbouring rows meet.
+            allowed = 0 if case.d in (36, 64) else 0.3
+            assert launch.counters.conflicts <= launch.counters.shared_phases * allowed
+
+
+def test_a_single_weight_has_no_gradient() -> None:
+    """Where a row has one key alone, dS is 0 in every bit, whatever the other operands."""
+    case = Case(2, 16, (2, 2), (2, 2), change=lambda arguments: arguments["query"].mul_(1e4))
+    for kind in cases.DTYPES:
+        _, _, found = cases.run(case, kind)
+        assert not found["dquery"].any()
+        assert not found["dkey"].any()
+
+
+def test_an_empty_batch() -> None:
+    maps = [torch.zeros(0, 2, 16, 4, 4)] * 3
+    bias = torch.zeros(2, 4, 4)
+    out = launcher.forward("patch_attention", *maps, (2, 2), None, bias, 1.0)
+    grads = launcher.backward("patch_attention", out, *maps, (2, 2), None, bias, 1.0, True)
+    assert [tuple(each.shape) for each in grads] == [(0, 2, 16, 4, 4)] * 3 + [(2, 4, 4)]
+    assert not grads[3].any()
+
+
+def test_what_is_declined() -> None:
+    case = Case(2, 36, (32, 32), (2, 2))
+    for changes, kind, arch, words in (
+        ({}, "bf16", "sm_80", None),
+        ({"d": 12}, "bf16", "sm_80", "head_dim 12"),
+        ({"d": 68}, "bf16", "sm_80", "head_dim 68"),
+        ({"d": 34}, "bf16", "sm_80", "head_dim 34"),
+        ({"dv": 48}, "bf16", "sm_80", "value_dim 48"),
+        ({"size": (34, 34)}, "bf16", "sm_80", "groups of 289 pixels"),
+        ({"group": (17, 17), "shift": (0, 0)}, "bf16", "sm_80", "groups of 289 pixels"),
+        ({"size": (40000, 8), "group": (4000, 4)}, "bf16", "sm_80", "wider than 32767"),
+        ({"batch": 1 << 21}, "bf16", "sm_80", "2**31"),
+        ({"d": 64}, "f32", "sm_80", "shared memory"),
+    ):
+        reason = cases.reason(replace(case, **changes), kind, arch)
+        assert reason is None if words is None else words in str(reason)
+    maps = [torch.zeros(1, 2, 36, 4, 4)] * 3
+    assert launcher.why_not(*maps, (2, 2), None, None) == "no CUDA for device type cpu"
+    assert plan.spans_too_far((1, 1, 16, 4, 4), (0, 0, 1 << 28, 1, 1))
+    assert not plan.spans_too_far((1, 1, 16, 4, 4), (1 << 40, 0, 16, 4, 1))
