@@ -12,18 +12,18 @@ namespace mvk::multiscale {
 
 template <typename T, int K, int D, int TX>
 struct Aggregate {
-  static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
-  static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1;
+  using Input = Tiles<T, K, D, TX>;
+  static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
 
   static __device__ __forceinline__ void run(
       unsigned char* memory, const T* x, const T* wide, const T* mixing, const T* first, const T* second, T* out,
       Strides from, Strides to, int channels, int height, int width, int rows, int columns, int tiles, int steps,
-      int first_given, int second_given) {
+      int buffers, int first_given, int second_given) {
     const int slabs = (channels + SLAB<D> - 1) / SLAB<D>;
     const int slab = blockIdx.x % slabs, begin = blockIdx.x / slabs * steps;
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
-    T* squares = tile + ROWS * COLS * PITCH<T, D>;
+    T* squares = tile + buffers * Input::SIZE;
     T* mix = squares + WARPS * SQUARE * PITCH<T, D>;
     float* taps = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
     float* biases = taps + K * K * TAP_PITCH<D>;
@@ -36,23 +36,16 @@ struct Aggregate {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
     T* own = squares + warp * SQUARE * PITCH<T, D>;
-    const int end = min(begin + steps, tiles);
-    Place place(begin, columns, rows);
-    for (int i = begin; i < end; ++i, place.advance(columns, rows)) {
-      const int y = place.y * TY, x_ = place.x * TX;
-      if (i != begin) __syncthreads();  // the tile before is read
-      copy_tile<T, D, ROWS, COLS, WARPS>(
-          tile, x + place.batch * from.batch + channel, y - K / 2, x_ - K / 2, height, width, from, left);
-      commit_copies();
-      wait_copies<0>();
-      __syncthreads();
-      if (y + square_y >= height || x_ + square_x >= width) continue;
+    const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
+    input.each(tile, x + channel, from, [&](const T* pixels, int batch, int y, int x_) {
+      if (y + square_y >= height || x_ + square_x >= width) return;
       if (2 * lane < SLAB<D>) {
         float sums[SQUARE][2];
         const float2 bias = read_two(biases + 2 * lane);
 #pragma unroll
         for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
-        add_taps<T, K, D, COLS>(sums, tile + (square_y * COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
+        add_taps<T, K, D, Input::COLS>(
+            sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
         for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
       }
@@ -61,7 +54,7 @@ struct Aggregate {
         write_two(own + p * PITCH<T, D> + c, low, high);
       });
       __syncwarp();
-      T* plane = out + place.batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel;
+      T* plane = out + batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel;
       constexpr int PIECES = SLAB<D> / VECTOR<T>;
 #pragma unroll
       for (int j = 0; j < (SQUARE * PIECES + 31) / 32; ++j) {
@@ -74,7 +67,7 @@ struct Aggregate {
         }
       }
       __syncwarp();
-    }
+    });
   }
 };
 
@@ -83,10 +76,11 @@ struct Aggregate {
       multiscale_aggregate_##T##_##K##_##D##_##TX(                                                                   \
           const mvk::T* x, const mvk::T* wide, const mvk::T* mixing, const mvk::T* first, const mvk::T* second,      \
           mvk::T* out, int64_t xsb, int64_t xsy, int64_t xsx, int64_t osb, int64_t osy, int64_t osx, int channels,   \
-          int height, int width, int rows, int columns, int tiles, int steps, int first_given, int second_given) {   \
+          int height, int width, int rows, int columns, int tiles, int steps, int buffers, int first_given,          \
+          int second_given) {                                                                                        \
     mvk::multiscale::Aggregate<mvk::T, K, D, TX>::run(                                                               \
         global_smem, x, wide, mixing, first, second, out, {xsb, xsy, xsx}, {osb, osy, osx}, channels, height, width, \
-        rows, columns, tiles, steps, first_given, second_given);                                                     \
+        rows, columns, tiles, steps, buffers, first_given, second_given);                                            \
   }
 
 }  // namespace mvk::multiscale

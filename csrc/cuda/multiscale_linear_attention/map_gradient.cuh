@@ -13,18 +13,17 @@ namespace mvk::multiscale {
 
 template <typename T, int K, int D, int TX>
 struct MapGradient {
-  static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
-  static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1;
-  static constexpr int SQUARES = (ROWS * COLS + SQUARE - 1) / SQUARE;  // 16 pixels each, the last ones may be unused
+  using Input = Tiles<T, K, D, TX>;
+  static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
 
   static __device__ __forceinline__ void run(
       unsigned char* memory, const T* grad, const T* wide, const T* mixing, T* out, Strides from, Strides to,
-      int channels, int height, int width, int rows, int columns, int tiles, int steps) {
+      int channels, int height, int width, int rows, int columns, int tiles, int steps, int buffers) {
     const int slabs = (channels + SLAB<D> - 1) / SLAB<D>;
     const int slab = blockIdx.x % slabs, begin = blockIdx.x / slabs * steps;
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
-    T* mix = tile + SQUARES * SQUARE * PITCH<T, D>;
+    T* mix = tile + buffers * Input::SIZE;
     float* taps = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
@@ -32,26 +31,18 @@ struct MapGradient {
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
-    const int end = min(begin + steps, tiles);
-    Place place(begin, columns, rows);
-    for (int i = begin; i < end; ++i, place.advance(columns, rows)) {
-      const int y = place.y * TY, x = place.x * TX;
-      if (i != begin) __syncthreads();  // the tile before is read
-      copy_tile<T, D, ROWS, COLS, WARPS>(
-          tile, grad + place.batch * from.batch + channel, y - K / 2, x - K / 2, height, width, from, left);
-      commit_copies();
-      wait_copies<0>();
-      __syncthreads();
-      for (int j = warp; j < SQUARES; j += WARPS) {
-        T* pixels = tile + j * SQUARE * PITCH<T, D>;
-        multiply_groups<T, D, true>(pixels, mix, nullptr, [&](int p, int c, float low, float high) {
-          write_two(pixels + p * PITCH<T, D> + c, low, high);
+    const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
+    input.each(tile, grad + channel, from, [&](T* pixels, int batch, int y, int x) {
+      for (int j = warp; j < Input::SQUARES; j += WARPS) {
+        T* some = pixels + j * SQUARE * PITCH<T, D>;
+        multiply_groups<T, D, true>(some, mix, nullptr, [&](int p, int c, float low, float high) {
+          write_two(some + p * PITCH<T, D> + c, low, high);
         });
       }
       __syncthreads();
       const int above = y + square_y, before = x + square_x;
-      if (above >= height || before >= width || 2 * lane >= min(SLAB<D>, left)) continue;
-      T* plane = out + place.batch * to.batch + above * to.y + before * to.x + channel + 2 * lane;
+      if (above >= height || before >= width || 2 * lane >= min(SLAB<D>, left)) return;
+      T* plane = out + batch * to.batch + above * to.y + before * to.x + channel + 2 * lane;
       float sums[SQUARE][2];
 #pragma unroll
       for (int p = 0; p < SQUARE; ++p) {
@@ -61,7 +52,8 @@ struct MapGradient {
         }
         sums[p][0] = there.x, sums[p][1] = there.y;
       }
-      add_taps<T, K, D, COLS>(sums, tile + (square_y * COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
+      add_taps<T, K, D, Input::COLS>(
+          sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
       // Addresses and bounds are computed again, so that no register holds them while the taps are summed.
       int last_y = height - above, last_x = width - before;
       int64_t next_y = to.y, next_x = to.x;
@@ -72,7 +64,7 @@ struct MapGradient {
           write_two(plane + (p / SIDE) * next_y + (p % SIDE) * next_x, sums[p][0], sums[p][1]);
         }
       }
-    }
+    });
   }
 };
 
@@ -81,10 +73,10 @@ struct MapGradient {
       multiscale_map_gradient_##T##_##K##_##D##_##TX(                                                            \
           const mvk::T* grad, const mvk::T* wide, const mvk::T* mixing, mvk::T* out, int64_t gsb, int64_t gsy,   \
           int64_t gsx, int64_t osb, int64_t osy, int64_t osx, int channels, int height, int width, int rows,     \
-          int columns, int tiles, int steps) {                                                                   \
+          int columns, int tiles, int steps, int buffers) {                                                      \
     mvk::multiscale::MapGradient<mvk::T, K, D, TX>::run(                                                         \
         global_smem, grad, wide, mixing, out, {gsb, gsy, gsx}, {osb, osy, osx}, channels, height, width, rows,   \
-        columns, tiles, steps);                                                                                  \
+        columns, tiles, steps, buffers);                                                                         \
   }
 
 }  // namespace mvk::multiscale

@@ -113,6 +113,59 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
+// A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other.
+template <typename T, int K, int D, int TX>
+struct Tiles {
+  static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
+  static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1;
+  static constexpr int SQUARES =
+      (ROWS * COLS + SQUARE - 1) / SQUARE;                     // 16 pixels each, of which the last may be unused
+  static constexpr int SIZE = SQUARES * SQUARE * PITCH<T, D>;  // elements of a buffer
+
+  int channels, left;  // of the map, from the slab's first channel on
+  int height, width, rows, columns, begin, end, buffers;
+
+  __device__ Tiles(
+      int all_channels, int first_channel, int height, int width, int rows, int columns, int begin, int tiles,
+      int steps, int buffers)
+      : channels(all_channels),
+        left(all_channels - first_channel),
+        height(height),
+        width(width),
+        rows(rows),
+        columns(columns),
+        begin(begin),
+        end(min(begin + steps, tiles)),
+        buffers(buffers) {}
+
+  // Calls work(tile, batch, y, x) for each tile; `map` is its first channel. With two buffers the next tile is copied
+  // while a block works on one.
+  template <typename Work>
+  __device__ __forceinline__ void each(T* memory, const T* map, const Strides& strides, Work work) const {
+    const int lead = buffers - 1;
+    Place next(begin, columns, rows), place = next;
+    for (int i = begin - lead; i < end; ++i) {
+      if (i > begin) __syncthreads();  // the tile before is read
+      if (i + lead < end) {
+        copy_tile<T, D, ROWS, COLS, WARPS>(
+            memory + (i + lead - begin) % 2 * lead * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2,
+            next.x * TX - K / 2, height, width, strides, left);
+        next.advance(columns, rows);
+      }
+      commit_copies();
+      if (i < begin) continue;
+      if (lead == 0) {
+        wait_copies<0>();
+      } else {
+        wait_copies<1>();
+      }
+      __syncthreads();
+      work(memory + (i - begin) % 2 * lead * SIZE, place.batch, place.y * TY, place.x * TX);
+      place.advance(columns, rows);
+    }
+  }
+};
+
 // The weights (channels, K * K) of a slab as float32 (K * K, TAP_PITCH); REVERSED: the last tap first.
 template <typename T, int K, int D, int THREADS, bool REVERSED>
 __device__ __forceinline__ void read_taps(float* taps, const T* wide, int channels) {

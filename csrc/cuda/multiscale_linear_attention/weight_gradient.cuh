@@ -124,20 +124,25 @@ struct WeightSums {
 
   // To each tap's sum: the gradient of every pixel of the square, times the pixel that the tap reaches from it.
   static __device__ __forceinline__ void add_products(float (&sums)[K * K][2], const T* corner, const float* back) {
-    float2 given[SQUARE];
+    // With a wide kernel half of the square at a time: its sums take most of the registers.
+    constexpr int LINES = K > 5 ? SIDE / 2 : SIDE, COUNT = LINES * SIDE;
 #pragma unroll
-    for (int p = 0; p < SQUARE; ++p) given[p] = read_two(back + p * WIDE_PITCH);
+    for (int part = 0; part < SIDE / LINES; ++part) {
+      float2 given[COUNT];
 #pragma unroll
-    for (int row = 0; row < SIDE + K - 1; ++row) {
+      for (int p = 0; p < COUNT; ++p) given[p] = read_two(back + (part * COUNT + p) * WIDE_PITCH);
 #pragma unroll
-      for (int col = 0; col < SIDE + K - 1; ++col) {
-        const float2 value = read_two(corner + (row * COLS + col) * PITCH<T, D>);
+      for (int row = 0; row < LINES + K - 1; ++row) {
 #pragma unroll
-        for (int p = 0; p < SQUARE; ++p) {
-          const int dy = row - p / SIDE, dx = col - p % SIDE;
-          if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
-            sums[dy * K + dx][0] = fmaf(value.x, given[p].x, sums[dy * K + dx][0]);
-            sums[dy * K + dx][1] = fmaf(value.y, given[p].y, sums[dy * K + dx][1]);
+        for (int col = 0; col < SIDE + K - 1; ++col) {
+          const float2 value = read_two(corner + ((part * LINES + row) * COLS + col) * PITCH<T, D>);
+#pragma unroll
+          for (int p = 0; p < COUNT; ++p) {
+            const int dy = row - p / SIDE, dx = col - p % SIDE;
+            if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
+              sums[dy * K + dx][0] = fmaf(value.x, given[p].x, sums[dy * K + dx][0]);
+              sums[dy * K + dx][1] = fmaf(value.y, given[p].y, sums[dy * K + dx][1]);
+            }
           }
         }
       }
@@ -150,7 +155,7 @@ struct WeightSums {
   struct Mixed {
     static constexpr bool HALF = sizeof(T) == 2;
     static constexpr int OUTS = SLAB<D> / 4;  // threads along the outputs of float32
-    float sums[HALF ? D / 8 : D / 8][4];
+    float sums[D / 8][4];
 
     __device__ __forceinline__ void add(const T* grads, const T* depthwise) {
       const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

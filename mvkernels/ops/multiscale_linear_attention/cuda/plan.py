@@ -23,11 +23,11 @@ HEAD_DIMS = (16, 32)
 SIDE = 4
 TILE_ROWS = 8
 THREADS_OF_SUM = 128
-# Tiles of one block, at most: so many share what it takes to read the weights.
-_STEPS = 8
-# Blocks that a processor should get, so that the last ones to run leave few of them idle.
-_BLOCKS = 16
 _SQUARE = SIDE * SIDE
+_MOST_STEPS = 32
+# Before its first tile a block reads weights and waits for memory: about as long as a tile takes.
+_START = 1
+_RESERVED = 1 << 10  # of shared memory, with every block
 
 
 def slab(dim: int) -> int:
@@ -40,28 +40,29 @@ def tile_columns(dtype: torch.dtype, width: int) -> int:
     return 8 if width <= 8 or dtype == torch.float32 else 16
 
 
-def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: int) -> int:
-    """Shared memory of a block of "aggregate", "map_gradient" or "weight_sums"."""
+def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: int, buffers: int) -> int:
+    """Shared memory of a block of "aggregate", "map_gradient" or "weight_sums"; ``buffers``: for tiles of the map."""
     size, wide = dtype.itemsize, slab(dim)
     vector = 16 // size
     pitch = wide + vector
     halo, pixels = (TILE_ROWS + side - 1) * (columns + side - 1), TILE_ROWS * columns
     weights = wide * (dim + vector) * size + 4 * side * side * (wide + 2)
+    tile = -(-halo // _SQUARE) * _SQUARE * pitch * size
     if kernel == "aggregate":
-        return (halo + pixels) * pitch * size + weights + 8 * wide
+        return buffers * tile + pixels * pitch * size + weights + 8 * wide
     if kernel == "map_gradient":
-        return -(-halo // _SQUARE) * _SQUARE * pitch * size + weights
+        return buffers * tile + weights
     in_loop = (halo + 2 * pixels) * pitch * size + weights + pixels * (wide + 2) * 4 + 4 * wide
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
 
 
 def most_shared_bytes(dtype: torch.dtype, dim: int, side: int) -> int:
-    """The most that any of them takes, whatever the map."""
+    """What the kernels need at least, whatever the map."""
     columns = tile_columns(dtype, 1 << 30)
     return max(
-        shared_bytes("aggregate", dtype, dim, side, columns),
-        shared_bytes("map_gradient", dtype, dim, side, columns),
-        shared_bytes("weight_sums", dtype, dim, side, TILE_ROWS),
+        shared_bytes("aggregate", dtype, dim, side, columns, 1),
+        shared_bytes("map_gradient", dtype, dim, side, columns, 1),
+        shared_bytes("weight_sums", dtype, dim, side, TILE_ROWS, 1),
     )
 
 
@@ -97,39 +98,53 @@ class _Plan:
         found = (needed(strides[name], self.problem.shape) for name in names.split())
         return tuple(stride for sb, _, _, sy, sx in found for stride in (sb, sy, sx))
 
-    def launch(self, kernel: str, pointers: str, names: str, slices: int, steps: int, more: tuple[int, ...]) -> Launch:
-        """``names``: the maps among the pointers, in the order of their strides."""
+    def launch(
+        self, kernel: str, pointers: str, names: str, slices: int, ints: tuple[int, ...], buffers: int = 1
+    ) -> Launch:
+        """``names``: the maps among the pointers, in the order of their strides; ``ints``: what follows the tiles."""
         side = self.problem.kernel
         full = f"multiscale_{kernel}_{self.name}_{side}_{self.dim}"
         if kernel != "weight_sums":
             full += f"_{self.tile}"
-        sizes = (self.channels, self.height, self.width, self.rows, self.columns, self.tiles, steps)
+        sizes = (self.channels, self.height, self.width, self.rows, self.columns, self.tiles)
         return Launch(
             self.module, full, self.slabs * slices, TILE_ROWS // SIDE * (self.tile // SIDE) * 32,
-            shared_bytes(kernel, self.problem.dtype, self.dim, side, self.tile), tuple(pointers.split()),
-            self._strides(names), (*sizes, *more), (),
+            shared_bytes(kernel, self.problem.dtype, self.dim, side, self.tile, buffers), tuple(pointers.split()),
+            self._strides(names), (*sizes, *ints), (),
         )  # fmt: skip
 
-    def over_tiles(self) -> tuple[int, int]:
-        """(slices, steps) for kernels whose blocks leave no sums."""
-        blocks = self.slabs * self.tiles
-        steps = max(1, min(_STEPS, blocks // (_BLOCKS * self.problem.device.processors)))
-        return -(-self.tiles // steps), steps
+    def over_tiles(self, kernel: str, pointers: str, names: str, more: tuple[int, ...]) -> Launch:
+        """A launch of a kernel whose blocks leave no sums: so many tiles a block that all are done soonest."""
+        device = self.problem.device
+        whole = configs.shared_memory_of(device.arch) + _RESERVED
+
+        def resident(buffers: int) -> int:
+            need = shared_bytes(kernel, self.problem.dtype, self.dim, self.problem.kernel, self.tile, buffers)
+            return min(32 // self.tile, whole // (need + _RESERVED))
+
+        at_once = device.processors * max(1, resident(1))
+
+        def time(steps: int) -> int:
+            return -(-self.slabs * -(-self.tiles // steps) // at_once) * (steps + _START)
+
+        steps = min(range(1, 1 + min(_MOST_STEPS, self.tiles)), key=time)
+        # A second buffer only where it takes no other block's place.
+        buffers = 2 if steps > 1 and resident(2) == resident(1) else 1
+        return self.launch(kernel, pointers, names, -(-self.tiles // steps), (steps, buffers, *more), buffers)
 
 
 @configs.memo
 def aggregate_launches(problem: ScaleProblem) -> list[Launch]:
     """Both convolutions of the map ``x`` to the map ``o``; tensors ``x wide m wb mb o``."""
     plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
-    biases = tuple(map(int, problem.biases))
-    return [plan.launch("aggregate", "x wide m wb mb o", "x o", *plan.over_tiles(), biases)]
+    return [plan.over_tiles("aggregate", "x wide m wb mb o", "x o", tuple(map(int, problem.biases)))]
 
 
 @configs.memo
 def map_launches(problem: ScaleProblem) -> list[Launch]:
     """From the gradient of a scale's map, ``g``, to that of ``x``, added to the map ``o``; tensors ``g wide m o``."""
     plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
-    return [plan.launch("map_gradient", "g wide m o", "g o", *plan.over_tiles(), ())]
+    return [plan.over_tiles("map_gradient", "g wide m o", "g o", ())]
 
 
 @configs.memo
@@ -147,7 +162,8 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)
     first, second = problem.biases
-    sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, steps, (int(first), int(first or second)))
+    ints = (steps, int(first), int(first or second))
+    sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, ints)
     last = Launch(
         plan.module, f"multiscale_weight_gradients_{plan.name}", -(-size // THREADS_OF_SUM), THREADS_OF_SUM, 0,
         ("parts", "dw", "dm", "dwb", "dmb"), (), (plan.channels, slices, taps, plan.dim, int(first), int(second)), (),
