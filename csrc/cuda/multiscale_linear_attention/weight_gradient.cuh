@@ -21,7 +21,7 @@ struct WeightSums {
   static constexpr int TX = 8, WARPS = 4, THREADS = 128;
   static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1, PIXELS = TY * TX;
   static constexpr int BANDS = SLAB<D> / 16;
-  static constexpr int WIDE_PITCH = SLAB<D> + 2;  // of float32 rows
+  static constexpr int WIDE_PITCH = SLAB<D> + 8;  // of float32 rows: a fragment's lanes store to different banks
 
   // The tile of the gradient, in the order of the squares; zeros outside of the map.
   static __device__ __forceinline__ void copy_grad(

@@ -52,7 +52,7 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
         return buffers * tile + pixels * pitch * size + weights + 8 * wide
     if kernel == "map_gradient":
         return buffers * tile + weights
-    in_loop = (halo + 2 * pixels) * pitch * size + weights + pixels * (wide + 2) * 4 + 4 * wide
+    in_loop = (halo + 2 * pixels) * pitch * size + weights + pixels * (wide + 8) * 4 + 4 * wide
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
 
 
@@ -127,7 +127,7 @@ class _Plan:
         def time(steps: int) -> int:
             return -(-self.slabs * -(-self.tiles // steps) // at_once) * (steps + _START)
 
-        steps = min(range(1, 1 + min(_MOST_STEPS, self.tiles)), key=time)
+        steps = min(range(1, 1 + max(1, min(_MOST_STEPS, self.tiles))), key=time)
         # A second buffer only where it takes no other block's place.
         buffers = 2 if steps > 1 and resident(2) == resident(1) else 1
         return self.launch(kernel, pointers, names, -(-self.tiles // steps), (steps, buffers, *more), buffers)
