@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -120,6 +121,32 @@ def test_a_block_takes_several_tiles() -> None:
     assert aggregate.grid == gradient.grid < 2 * 3 * 3 * slabs
     assert [launch.ints[6:8] for launch in (aggregate, gradient)] == [(aggregate.ints[6], 2)] * 2, "steps, buffers"
     assert sums.grid == slabs * slices < 2 * 3 * 5 * slabs
+
+
+@pytest.mark.parametrize("kernel", ["aggregate", "map_gradient", "weight_sums"])
+def test_each_barrier_is_needed(kernel: str) -> None:
+    """Without one of a kernel's barriers a race is reported, or a value that nobody has written."""
+    groups, dim = 5, 16
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (_map("normal", (2, groups, dim, 12, 18), "channels_last", torch.bfloat16, generator) for _ in range(2))
+    wide, mixing, both = _weights(groups * dim, dim, 5, (False, False), torch.bfloat16, generator)
+    convolutions = launcher.Convolutions(dim, wide, mixing, both)
+    calls: dict[str, Callable[[], Any]] = {
+        "aggregate": lambda: convolutions.aggregate(x),
+        "map_gradient": lambda: convolutions.add_map_gradient(grad, torch.zeros_like(x)),
+        "weight_sums": lambda: convolutions.weight_gradients(grad, x),
+    }
+    ptx = compiled.ptx_of("multiscale_linear_attention/bf16_5")
+    begin = ptx.index(f".entry multiscale_{kernel}_bf16_5_{dim}{'' if kernel == 'weight_sums' else '_16'}(")
+    barriers = [found for found in re.finditer(r"bar\.sync\s+0;", ptx) if found.start() > begin]
+    end = ptx.find(".visible .entry", begin)
+    barriers = [found for found in barriers if found.start() < end]
+    for barrier in barriers:
+        without = ptx[: barrier.start()] + ptx[barrier.end() :]
+        with compiled.executed(processors=1) as log, mock.patch.object(compiled, "ptx_of", lambda file: without):  # noqa: B023
+            calls[kernel]()
+        assert any(launch.findings for launch in log)
+    assert len(barriers) == {"aggregate": 2, "map_gradient": 3, "weight_sums": 5}[kernel]
 
 
 OPS_CASES = [

@@ -66,7 +66,6 @@ struct Aggregate {
               *reinterpret_cast<const uint4*>(own + p * PITCH<T, D> + c);
         }
       }
-      __syncwarp();
     });
   }
 };
