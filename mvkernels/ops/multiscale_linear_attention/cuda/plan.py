@@ -35,9 +35,14 @@ def slab(dim: int) -> int:
     return 64 // dim * dim
 
 
-def tile_columns(dtype: torch.dtype, width: int) -> int:
-    """Width of a tile: of float32 the wide one would take the shared memory of two blocks."""
-    return 8 if width <= 8 or dtype == torch.float32 else 16
+def tile_columns(problem: ScaleProblem) -> int:
+    """Width of a tile: narrow where the wide ones would not reach all processors, or waste a half.
+
+    Of float32 the wide one would take the shared memory of two blocks.
+    """
+    batch, groups, dim, height, width = problem.shape
+    wide = batch * -(-groups * dim // slab(dim)) * -(-height // TILE_ROWS) * -(-width // 16)
+    return 8 if width <= 8 or problem.dtype == torch.float32 or wide < problem.device.processors else 16
 
 
 def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: int, buffers: int) -> int:
@@ -58,7 +63,7 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
 
 def most_shared_bytes(dtype: torch.dtype, dim: int, side: int) -> int:
     """What the kernels need at least, whatever the map."""
-    columns = tile_columns(dtype, 1 << 30)
+    columns = 8 if dtype == torch.float32 else 16
     return max(
         shared_bytes("aggregate", dtype, dim, side, columns, 1),
         shared_bytes("map_gradient", dtype, dim, side, columns, 1),
@@ -136,14 +141,14 @@ class _Plan:
 @configs.memo
 def aggregate_launches(problem: ScaleProblem) -> list[Launch]:
     """Both convolutions of the map ``x`` to the map ``o``; tensors ``x wide m wb mb o``."""
-    plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
+    plan = _Plan(problem, tile_columns(problem))
     return [plan.over_tiles("aggregate", "x wide m wb mb o", "x o", tuple(map(int, problem.biases)))]
 
 
 @configs.memo
 def map_launches(problem: ScaleProblem) -> list[Launch]:
     """From the gradient of a scale's map, ``g``, to that of ``x``, added to the map ``o``; tensors ``g wide m o``."""
-    plan = _Plan(problem, tile_columns(problem.dtype, problem.shape[4]))
+    plan = _Plan(problem, tile_columns(problem))
     return [plan.over_tiles("map_gradient", "g wide m o", "g o", ())]
 
 
