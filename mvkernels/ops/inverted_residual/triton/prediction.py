@@ -3,9 +3,9 @@
 Nothing of this was measured on a GPU. In cycles of one processor, for a batch that all share: each of the three
 kernels (expansion, depthwise convolution, projection, each with its activation in it, which is less than PyTorch does)
 takes what its bytes or its products take, whichever is more, and a launch. The one kernel moves x and the result alone,
-but makes values of the expanded map several times over, on the cores that also sum the taps: it takes what its bytes,
-its instructions, its exponentials or its matrix products take, whichever is most, for as many programs as the busiest
-processor has, and a launch. Needs no Triton.
+but makes values of the expanded map several times over, on the cores that also sum the taps: it takes what its bytes
+take, or WAITING times what its instructions, its exponentials or its matrix products take, whichever is most, for as
+many programs as the busiest processor has, and a launch. Needs no Triton.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ LAUNCH = 5000
 """Cycles from the end of a kernel to the first results of the next."""
 REACHED = 0.7
 """Of the peaks of instructions and matrix units, by either."""
+WAITING = 2.3
+"""Times as long as its busiest unit needs the one kernel takes, whose few warps wait for each other: the median of what
+benchmarks/predict.py finds in the compiled code at the models' shapes, of 1.7 to 8."""
 MARGIN = 0.9
 INSTRUCTIONS = {"": 0, "relu": 1, "relu6": 2, "hardswish": 4, "silu": 9, "gelu_tanh": 12, "gelu": 18}
 """Of an activation, as counted in the kernel's code for sm_90."""
@@ -96,7 +99,7 @@ def one_kernel(key: Mapping[str, Any], config: Mapping[str, Any], peaks: Peaks) 
     exponentials = 2 * applied * (act in EXPONENTIAL)
     flops = 2 * (reach * key["c"] + config["BLOCK_O"])
     time = max(instructions / _ISSUED, exponentials / _EXPONENTIALS) / REACHED
-    time = elements * max(time, flops / _flops(key, peaks))
+    time = WAITING * elements * max(time, flops / _flops(key, peaks))
     pixels = key["n"] / peaks.processors
     x, out = pixels * stride**2 * (key["c"] or key["h"]), pixels * key["o"]
     return max(time, (x + out) * _itemsize(key) / peaks.bytes) + LAUNCH
