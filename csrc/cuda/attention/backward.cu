@@ -1,8 +1,8 @@
 // The backward's kernels: backward.cuh, for each type and each number of channels.
 #include "backward.cuh"
 
-#define BACKWARD(NAME, TYPE, PRODUCTS, BLOCKS, DP)                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, BLOCKS) attention_backward_##NAME##_##DP(                         \
+#define BACKWARD(NAME, TYPE, PRODUCTS, PLAIN, TILES, WARPS, BLOCKS, DP)                                               \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_backward_##NAME##_##DP(                  \
       const TYPE* q, const TYPE* k, const TYPE* v, const TYPE* g, const TYPE* bias, TYPE* dq, TYPE* dk, TYPE* dv,     \
       float* partial, int64_t qb, int64_t qh, int64_t kb, int64_t kh, int64_t vb, int64_t vh, int64_t gb, int64_t gh, \
       int64_t dqb, int64_t dqh, int64_t dkb, int64_t dkh, int64_t dvb, int64_t dvh, int64_t bh, int qd, int qy,       \
@@ -11,7 +11,7 @@
       int value_channels, int heads, int height, int width, int ph, int pw, int sy, int sx, int down, int across,     \
       int windows, int units, int rows, int team, int steps, int items, float scale, float scale2) {                  \
     extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
-    mvk::attention::backward<PRODUCTS, DP>(                                                                           \
+    mvk::attention::backward<PRODUCTS, DP, PLAIN, TILES, WARPS>(                                                      \
         {{q, qb, qh, qd, qy, qx},                                                                                     \
          {k, kb, kh, kd, ky, kx},                                                                                     \
          {v, vb, vh, vd, vy, vx},                                                                                     \
@@ -28,18 +28,22 @@
          partial,                                                                                                     \
          steps,                                                                                                       \
          items},                                                                                                      \
-        global_smem, 8);                                                                                              \
+        global_smem);                                                                                                 \
   }
-#define BACKWARDS(DP)                                      \
-  BACKWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 1, DP) \
-  BACKWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 1, DP)    \
-  BACKWARD(f32, float, mvk::Singles<true>, 1, DP)          \
-  BACKWARD(tf32, float, mvk::Singles<false>, 1, DP)
+#define BACKWARDS_OF_HALVES(NAME, TYPE, DP)                            \
+  BACKWARD(NAME, TYPE, mvk::Halves<TYPE>, false, 1, 8, 2, DP)          \
+  BACKWARD(NAME##_plain, TYPE, mvk::Halves<TYPE>, true, 1, 8, 2, DP)   \
+  BACKWARD(NAME##_large, TYPE, mvk::Halves<TYPE>, false, 1, 16, 1, DP) \
+  BACKWARD(NAME##_large_plain, TYPE, mvk::Halves<TYPE>, true, 1, 16, 1, DP)
+#define BACKWARDS(DP)                                          \
+  BACKWARDS_OF_HALVES(bf16, mvk::bf16, DP)                     \
+  BACKWARDS_OF_HALVES(f16, mvk::f16, DP)                       \
+  BACKWARD(f32, float, mvk::Singles<true>, false, 2, 8, 1, DP) \
+  BACKWARD(tf32, float, mvk::Singles<false>, false, 2, 8, 1, DP)
 
 BACKWARDS(16)
 BACKWARDS(24)
 BACKWARDS(32)
 BACKWARDS(40)
 BACKWARDS(48)
-BACKWARDS(56)
 BACKWARDS(64)

@@ -5,7 +5,7 @@
 // once. Two passes over the scores follow.
 //
 // Queries: each warp takes 16 at a time, goes over the keys with a running maximum, and leaves the maximum, 1 / sum and
-// delta of each row. Keys: each warp owns 32, whose dK and dV are in its registers while it goes over the queries, 16 at a
+// delta of each row. Keys: each warp owns 16 or 32, whose dK and dV are in its registers while it goes over the queries, 16 at a
 // time. Rows of its tiles are keys, so P and dS become left operands where they are. dS goes to shared memory as well, by
 // way of which the team finishes dQ of these queries. Each gradient then leaves by way of the place of its input, in
 // whole rows, and is stored once.
@@ -38,8 +38,8 @@ struct Place {
   using T = typename P::Element;
   static constexpr int STRIDE = P::stride(DP), ROW = STRIDE * sizeof(T), PAIRS = P::TOKENS * sizeof(T);
   T *query, *key, *value, *grad;
-  T* pairs;  // twice: rows of keys, of which each has 16 queries
-  float *top, *share, *delta;
+  T* pairs;                    // twice: rows of keys, of which each has 16 queries
+  float *top, *share, *delta;  // of rows; share is its logarithm
   int* pixels;
   uint32_t* masks;
 
@@ -56,12 +56,13 @@ struct Place {
   }
 };
 
-// What is known of the rows of 16 queries: their highest score, 1 / the sum of 2^(score - highest), and delta.
-template <class P, int DP>
+// What is known of the rows of 16 queries: their highest score, the logarithm of 1 / the sum of
+// 2^(score - highest), and delta.
+template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void find_rows(
     const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile, bool scaled,
     float factor) {
-  constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = 4;
+  constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = PLAIN && DP <= 48 ? 4 : 2;
   const int lane = lane_id(), rows = given.groups.rows;
   Channels<P, DP> q, g;
   q.load(shared_address(place.query) + tile * 16 * ROW);
@@ -70,35 +71,32 @@ __device__ __forceinline__ void find_rows(
 #pragma unroll 1
   for (int first = 0; first * 16 < rows; first += AT_ONCE) {
     const int count = rows / 16 - first;
-    float s[AT_ONCE][2][4];
+    float s[AT_ONCE][2][4], highest[2] = {top[0], top[1]};
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] = -INFINITY;
       if (j >= count) continue;
       q.template multiply<false>(s[j], shared_address(place.key) + (first + j) * 16 * ROW);
       if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-      if (!unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
+      if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
+#pragma unroll
+      for (int i = 0; i < 8; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[j][i / 4][i % 4]);
     }
     float used[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float highest = top[r];
-#pragma unroll
-      for (int i = 0; i < 4 * AT_ONCE; i++) highest = fmaxf(highest, s[i / 4][i / 2 % 2][2 * r + i % 2]);
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
-      used[r] = highest == -INFINITY ? 0.0f : highest;
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+      used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
       const float shrink = exp2_fast((top[r] - used[r]) * factor);
       total[r] *= shrink, delta[r] *= shrink;
-      top[r] = highest;
+      top[r] = highest[r];
     }
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       if (j >= count) continue;
       float dp[2][4];
       g.template multiply<false>(dp, shared_address(place.value) + (first + j) * 16 * ROW);
-      if (!unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
+      if (!PLAIN && !unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float p = exp2_fast((s[j][i / 4][i % 4] - used[i / 2 % 2]) * factor);
@@ -118,86 +116,75 @@ __device__ __forceinline__ void find_rows(
       const int row = tile * 16 + (lane >> 2) + 8 * r;
       const float share = 1.0f / total[r];
       place.top[row] = top[r] == -INFINITY ? 0.0f : top[r];
-      place.share[row] = share, place.delta[row] = delta[r] * share;
+      place.share[row] = log2_fast(share), place.delta[row] = delta[r] * share;
     }
   }
 }
 
-// dK and dV of 32 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in place.pairs.
-template <class P, int DP>
+// dK and dV of TILES times 16 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in place.pairs.
+template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ void add_queries(
-    float (&dk)[2][DP / 8][4], float (&dv)[2][DP / 8][4], const Backward<typename P::Element>& given,
+    float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Backward<typename P::Element>& given,
     const Place<P, DP>& place, const Unit& unit, int first, int count, int block, bool scaled, float factor,
     float* partial, bool more) {
   constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS;
-  const int lane = lane_id(), query = block * 16 + 2 * (lane & 3), second = first + count - 1;
-  const uint32_t k[2] = {shared_address(place.key) + first * 16 * ROW, shared_address(place.key) + second * 16 * ROW};
-  const uint32_t v[2] = {
-      shared_address(place.value) + first * 16 * ROW, shared_address(place.value) + second * 16 * ROW};
+  const int lane = lane_id(), query = block * 16 + 2 * (lane & 3);
+  const bool special = !PLAIN && (!unit.full || partial != nullptr);
   const uint32_t q = shared_address(place.query) + block * 16 * ROW;
   const uint32_t g = shared_address(place.grad) + block * 16 * ROW;
 
-  float p[2][2][4];
-  multiply_turned<P, DP>(p, k, q);
-  if (scaled) {
-    given.bias.template scale<true>(p[0], given.scale2, unit.head, block * 16, first * 16);
-    given.bias.template scale<true>(p[1], given.scale2, unit.head, block * 16, second * 16);
-  }
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const float2 top = *reinterpret_cast<const float2*>(place.top + query + 8 * n);
-    const float2 share = *reinterpret_cast<const float2*>(place.share + query + 8 * n);
+  for (int m = 0; m < TILES; m++) {
+    // Beyond the last key of all lies the next tile: what is computed of it goes nowhere.
+    float p[2][4], ds[2][4];
+    multiply_turned<P, DP>(p, shared_address(place.key) + (first + m) * 16 * ROW, q);
+    if (scaled) given.bias.template scale<true>(p, given.scale2, unit.head, block * 16, (first + m) * 16);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float& x = p[i / 4][n][i % 4];
-      x = exp2_fast((x - (i % 2 ? top.y : top.x)) * factor) * (i % 2 ? share.y : share.x);
+    for (int n = 0; n < 2; n++) {
+      const float2 top = *reinterpret_cast<const float2*>(place.top + query + 8 * n);
+      const float2 share = *reinterpret_cast<const float2*>(place.share + query + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        p[n][i] = exp2_fast(fmaf(p[n][i] - (i % 2 ? top.y : top.x), factor, i % 2 ? share.y : share.x));
+      }
     }
-  }
-  float ds[2][2][4];
-  multiply_turned<P, DP>(ds, v, g);
+    multiply_turned<P, DP>(ds, shared_address(place.value) + (first + m) * 16 * ROW, g);
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const float2 delta = *reinterpret_cast<const float2*>(place.delta + query + 8 * n);
+    for (int n = 0; n < 2; n++) {
+      const float2 delta = *reinterpret_cast<const float2*>(place.delta + query + 8 * n);
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float& x = ds[i / 4][n][i % 4];
-      x = p[i / 4][n][i % 4] * (x - (i % 2 ? delta.y : delta.x));
+      for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? delta.y : delta.x));
     }
-  }
-  if (!unit.full) {
-    const uint32_t queries = place.masks[block] >> 2 * (lane & 3);
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-      const uint32_t keys = place.masks[m ? second : first] >> (lane >> 2);
+    if (special) {
+      const uint32_t keys = m < count ? place.masks[first + m] >> (lane >> 2) : 0;
+      const uint32_t queries = place.masks[block] >> 2 * (lane & 3);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const bool there = keys >> (i / 2 % 2 * 8) & queries >> (i / 4 * 8 + i % 2) & 1;
-        if (!there) p[m][i / 4][i % 4] = ds[m][i / 4][i % 4] = 0.0f;
+        if (!there) p[i / 4][i % 4] = ds[i / 4][i % 4] = 0.0f;
+      }
+      if (partial != nullptr) {
+        const int tokens = given.bias.tokens, key = (first + m) * 16 + (lane >> 2);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int at_query = query + i / 4 * 8 + i % 2, at_key = key + i / 2 % 2 * 8;
+          if (at_query < tokens && at_key < tokens) {
+            float* sum = partial + at_query * tokens + at_key;
+            *sum = ds[i / 4][i % 4] + (more ? *sum : 0.0f);
+          }
+        }
       }
     }
-  }
-  if (partial != nullptr) {
-    const int tokens = given.bias.tokens;
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-      const int m = query + i / 4 % 2 * 8 + i % 2, n = (first + i / 8) * 16 + (lane >> 2) + i / 2 % 2 * 8;
-      if (i / 8 < count && m < tokens && n < tokens) {
-        float* sum = partial + m * tokens + n;
-        *sum = ds[i / 8][i / 4 % 2][i % 4] + (more ? *sum : 0.0f);
-      }
+    typename P::template Left<16> left, left_ds;
+    P::from_sums(left, p[0], p[1]);
+    P::from_sums(left_ds, ds[0], ds[1]);
+    if (m < count) {
+      const uint32_t pairs = shared_address(place.pairs) + (block & 1) * given.groups.rows * PAIRS;
+      P::store_tokens(pairs + (first + m) * 16 * PAIRS, left_ds, ds[0], ds[1]);
     }
+    add_tokens<P, DP>(dv[m], left, g);
+    add_tokens<P, DP>(dk[m], left_ds, q);
   }
-  typename P::template Left<16> left[2];
-#pragma unroll
-  for (int m = 0; m < 2; m++) P::from_sums(left[m], p[m][0], p[m][1]);
-  add_tokens<P, DP>(dv, left, g);
-  const uint32_t pairs = shared_address(place.pairs) + (block & 1) * given.groups.rows * PAIRS;
-#pragma unroll
-  for (int m = 0; m < 2; m++) {
-    P::from_sums(left[m], ds[m][0], ds[m][1]);
-    if (m < count) P::store_tokens(pairs + (first + m) * 16 * PAIRS, left[m], ds[m][0], ds[m][1]);
-  }
-  add_tokens<P, DP>(dk, left, q);
 }
 
 // Eight columns of dQ of 16 queries, to the queries' place.
@@ -221,46 +208,101 @@ __device__ __forceinline__ void finish_queries(
   P::store(to, dq[0] * scale, dq[1] * scale), P::store(to + 8 * ROW, dq[2] * scale, dq[3] * scale);
 }
 
-template <class P, int DP>
-__device__ __forceinline__ void backward_unit(
-    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int member, float* partial,
-    bool more) {
+// What a thread does. It is found anew for each phase, from its index, which the compiler is told may have changed: the
+// products need the registers that would keep it.
+template <class P, int DP, int WARPS>
+struct Work {
+  Place<P, DP> place;
+  Unit unit;
+  int member, index, lanes;  // of the team
+  float* partial;
+
+  __device__ __forceinline__ Work(const Backward<typename P::Element>& given, unsigned char* shared, int step)
+      : place(shared, 0, 0, 0) {
+    const Groups& groups = given.groups;
+    int thread, block;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    const int warp = thread >> 5, units = WARPS >> groups.team_bits, mine = warp >> groups.team_bits;
+    lanes = 32 << groups.team_bits, index = thread & (lanes - 1), member = index >> 5;
+    place = Place<P, DP>(shared, units, mine, groups.rows);
+    partial = nullptr;
+    int which = block * units + mine;
+    if (given.steps > 0) {
+      const int head = block % groups.heads, part = block / groups.heads * units + mine;
+      const int64_t area = static_cast<int64_t>(given.bias.tokens) * given.bias.tokens;
+      partial = given.partial + (static_cast<int64_t>(part) * groups.heads + head) * area;
+      const int item = part * given.steps + step;
+      which = item < given.items ? item * groups.heads + head : groups.units;
+    }
+    unit = unit_of(groups, which);
+  }
+};
+
+template <class P, int DP, int WARPS>
+__device__ __forceinline__ void load_unit(const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   using T = typename P::Element;
-  using Here = Place<P, DP>;
-  constexpr int STRIDE = Here::STRIDE, ROW = Here::ROW, SIZE = sizeof(T), COLUMNS = DP / 8;
-  const Groups& groups = given.groups;
-  const int rows = groups.rows, team = groups.team, lane = lane_id(), index = threadIdx.x % (32 * team);
-  find_tokens(groups, unit, place.pixels, place.masks, index, 32 * team);
+  const Work<P, DP, WARPS> work(given, shared, step);
+  const int rows = given.groups.rows;
+  find_tokens(given.groups, work.unit, work.place.pixels, work.place.masks, work.index, work.lanes);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 4; i++) {
-    const Map<const T> map = (i == 0 ? given.query : i == 1 ? given.key : i == 2 ? given.value : given.grad).of(unit);
-    const int channels = i < 2 ? given.channels : given.value_channels;
-    load_rows<T, DP>(place.query + i * rows * STRIDE, STRIDE, map, channels, place.pixels, rows, index, 32 * team);
+    const Map<const T> map = (i == 0   ? given.query
+                              : i == 1 ? given.key
+                              : i == 2 ? given.value
+                                       : given.grad)
+                                 .of(work.unit);
+    load_rows<T, DP>(
+        work.place.query + i * rows * P::stride(DP), P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
+        work.place.pixels, rows, work.index, work.lanes);
   }
   wait_copies<0>();
   __syncthreads();
+}
 
-  const bool scaled = given.bias.head >= 0 || given.scale2 <= 0;  // before the maximum is looked for
-  const float factor = scaled ? 1.0f : given.scale2;
-  for (int tile = member; tile * 16 < rows; tile += team) find_rows<P, DP>(given, place, unit, tile, scaled, factor);
-  __syncthreads();
+template <class P, int DP, int WARPS>
+__device__ __forceinline__ void store_unit(
+    const Backward<typename P::Element>& given, unsigned char* shared, int step) {
+  using T = typename P::Element;
+  const Work<P, DP, WARPS> work(given, shared, step);
+  const int rows = given.groups.rows;
+#pragma unroll 1
+  for (int i = 0; i < 3; i++) {
+    const Map<T> map = (i == 0 ? given.query_grad : i == 1 ? given.key_grad : given.value_grad).of(work.unit);
+    store_rows<T, DP>(
+        work.place.query + i * rows * P::stride(DP), P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
+        work.place.pixels, rows, work.index, work.lanes);
+  }
+}
 
-  float dk[2][COLUMNS][4], dv[2][COLUMNS][4];
+template <class P, int DP, bool PLAIN, int TILES, int WARPS>
+__device__ __forceinline__ void pass_over_keys(
+    const Backward<typename P::Element>& given, unsigned char* shared, int step, bool scaled, float factor) {
+  constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
+  const Work<P, DP, WARPS> work(given, shared, step);
+  const Place<P, DP>& place = work.place;
+  const int rows = given.groups.rows, lane = lane_id();
+  float dk[TILES][COLUMNS][4], dv[TILES][COLUMNS][4];
 #pragma unroll
-  for (int i = 0; i < 8 * COLUMNS; i++) {
+  for (int i = 0; i < 4 * TILES * COLUMNS; i++) {
     dk[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = dv[i / 4 / COLUMNS][i / 4 % COLUMNS][i % 4] = 0.0f;
   }
-  const int first = 2 * member, count = min(rows / 16 - first, 2);
+  const int first = TILES * work.member, count = min(rows / 16 - first, TILES);
 #pragma unroll 1
   for (int block = 0; block < rows / 16; block++) {
-    if (count > 0) add_queries<P, DP>(dk, dv, given, place, unit, first, count, block, scaled, factor, partial, more);
+    if (count > 0) {
+      add_queries<P, DP, PLAIN, TILES>(
+          dk, dv, given, place, work.unit, first, count, block, scaled, factor, work.partial, step > 0);
+    }
     __syncthreads();
-    for (int n = member; n < COLUMNS; n += team) finish_queries<P, DP>(place, rows, block, n, given.scale);
+    for (int n = work.member; n < COLUMNS; n += work.lanes / 32) {
+      finish_queries<P, DP>(place, rows, block, n, given.scale);
+    }
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < 2 * TILES; i++) {
     const int m = i / 2, half = i % 2;
     if (m < count) {
       const uint32_t at = ((first + m) * 16 + 8 * half + lane / 4) * ROW + 2 * (lane & 3) * SIZE;
@@ -274,36 +316,28 @@ __device__ __forceinline__ void backward_unit(
     }
   }
   __syncthreads();
-#pragma unroll 1
-  for (int i = 0; i < 3; i++) {
-    const Map<T> map = (i == 0 ? given.query_grad : i == 1 ? given.key_grad : given.value_grad).of(unit);
-    const int channels = i < 2 ? given.channels : given.value_channels;
-    store_rows<T, DP>(place.query + i * rows * STRIDE, STRIDE, map, channels, place.pixels, rows, index, 32 * team);
-  }
 }
 
-template <class P, int DP>
-__device__ __forceinline__ void backward(const Backward<typename P::Element>& given, unsigned char* shared, int warps) {
-  const Groups& groups = given.groups;
-  const int warp = threadIdx.x >> 5, units = warps / groups.team, mine = warp / groups.team;
-  const Place<P, DP> place(shared, units, mine, groups.rows);
-  const bool sums = given.steps > 0;
-  const int head = blockIdx.x % groups.heads, part = blockIdx.x / groups.heads * units + mine;
-  float* partial = nullptr;
-  if (sums) {
-    const int64_t area = static_cast<int64_t>(given.bias.tokens) * given.bias.tokens;
-    partial = given.partial + (static_cast<int64_t>(part) * groups.heads + head) * area;
-  }
+// A block has WARPS warps, of which each owns TILES times 16 keys.
+// PLAIN: every unit has a token in each row, there is no bias, and the scale is above 0.
+template <class P, int DP, bool PLAIN, int TILES, int WARPS>
+__device__ __forceinline__ void backward(const Backward<typename P::Element>& given, unsigned char* shared) {
+  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);  // before the maximum is looked for
+  const float factor = scaled ? 1.0f : given.scale2;
   int step = 0;
   do {
-    int index = blockIdx.x * units + mine;
-    if (sums) {
-      const int item = part * given.steps + step;
-      index = item < given.items ? item * groups.heads + head : groups.units;
+    load_unit<P, DP, WARPS>(given, shared, step);
+    {
+      const Work<P, DP, WARPS> work(given, shared, step);
+      for (int tile = work.member; tile * 16 < given.groups.rows; tile += work.lanes / 32) {
+        find_rows<P, DP, PLAIN>(given, work.place, work.unit, tile, scaled, factor);
+      }
     }
-    backward_unit<P, DP>(given, place, unit_of(groups, index), warp % groups.team, partial, step > 0);
+    __syncthreads();
+    pass_over_keys<P, DP, PLAIN, TILES, WARPS>(given, shared, step, scaled, factor);
+    store_unit<P, DP, WARPS>(given, shared, step);
     step++;
-    __syncthreads();  // the next unit comes to the place of this one
+    if (step < given.steps) __syncthreads();  // the next unit comes to the place of this one
   } while (step < given.steps);
 }
 

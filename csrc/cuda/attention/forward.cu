@@ -21,13 +21,15 @@ struct Forward {
   float scale2;
 };
 
-template <class P, int DP>
+// PLAIN: every unit has a token in each row, there is no bias, and the scale is above 0.
+template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
   const Groups& groups = given.groups;
-  const int rows = groups.rows, team = groups.team, lane = lane_id(), warp = threadIdx.x >> 5;
-  const int units = warps / team, mine = warp / team, member = warp % team, index = threadIdx.x % (32 * team);
+  const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
+  const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),
+            index = threadIdx.x & (32 * team - 1);
   const Unit unit = unit_of(groups, blockIdx.x * units + mine);
 
   T* const keys = reinterpret_cast<T*>(shared) + mine * 2 * rows * STRIDE;
@@ -47,7 +49,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     load_rows<T, DP>(keys + i * rows * STRIDE, STRIDE, map, channels, pixels, rows, index, 32 * team);
   }
 
-  const bool scaled = given.bias.head >= 0 || given.scale2 <= 0;  // before the maximum is looked for
+  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);  // before the maximum is looked for
   const float factor = scaled ? 1.0f : given.scale2;
   int buffer = 16;
   for (int tile = member - team; tile < 0 || tile * 16 < rows; tile += team, buffer ^= 16) {
@@ -72,7 +74,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     for (int first = 0; first * 16 < rows; first += AT_ONCE) {
       const int count = rows / 16 - first;
       const uint32_t at = shared_address(keys) + first * 16 * STRIDE * SIZE;
-      float s[AT_ONCE][2][4];
+      float s[AT_ONCE][2][4], highest[2] = {top[0], top[1]};
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
         if (j < count) {
@@ -80,29 +82,25 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
           if (scaled) {
             given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
           }
-          if (!unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
-        } else {
+          if (!PLAIN && !unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
 #pragma unroll
-          for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] = -INFINITY;
+          for (int i = 0; i < 8; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[j][i / 4][i % 4]);
         }
       }
       float offset[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float highest = top[r];
-#pragma unroll
-        for (int i = 0; i < 4 * AT_ONCE; i++) highest = fmaxf(highest, s[i / 4][i / 2 % 2][2 * r + i % 2]);
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 1));
-        highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, 2));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
         // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-        const float used = highest == -INFINITY ? 0.0f : highest;
+        const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
         if (first > 0) {
           const float shrink = exp2_fast((top[r] - used) * factor);
           total[r] *= shrink;
 #pragma unroll
           for (int i = 0; i < 2 * COLUMNS; i++) o[i / 2][2 * r + i % 2] *= shrink;
         }
-        top[r] = highest;
+        top[r] = highest[r];
         offset[r] = used * factor;
       }
 #pragma unroll
@@ -138,7 +136,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 
 }  // namespace mvk::attention
 
-#define FORWARD(NAME, TYPE, PRODUCTS, WARPS, BLOCKS, DP)                                                              \
+#define FORWARD(NAME, TYPE, PRODUCTS, PLAIN, WARPS, BLOCKS, DP)                                                       \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_forward_##NAME##_##DP(                   \
       const TYPE* q, const TYPE* k, const TYPE* v, TYPE* o, const TYPE* bias, int64_t qb, int64_t qh, int64_t kb,     \
       int64_t kh, int64_t vb, int64_t vh, int64_t ob, int64_t oh, int64_t bh, int qd, int qy, int qx, int kd, int ky, \
@@ -146,7 +144,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
       int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows,  \
       int team, float scale2) {                                                                                       \
     extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
-    mvk::attention::forward<PRODUCTS, DP>(                                                                            \
+    mvk::attention::forward<PRODUCTS, DP, PLAIN>(                                                                     \
         {{q, qb, qh, qd, qy, qx},                                                                                     \
          {k, kb, kh, kd, ky, kx},                                                                                     \
          {v, vb, vh, vd, vy, vx},                                                                                     \
@@ -158,16 +156,17 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
          scale2},                                                                                                     \
         global_smem, WARPS);                                                                                          \
   }
-#define FORWARDS(DP)                                         \
-  FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, 4, 4, DP) \
-  FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, 4, 4, DP)    \
-  FORWARD(f32, float, mvk::Singles<true>, 8, 1, DP)          \
-  FORWARD(tf32, float, mvk::Singles<false>, 8, 1, DP)
+#define FORWARDS(DP)                                                     \
+  FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 4, 4, DP)      \
+  FORWARD(bf16_plain, mvk::bf16, mvk::Halves<mvk::bf16>, true, 4, 4, DP) \
+  FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, false, 4, 4, DP)         \
+  FORWARD(f16_plain, mvk::f16, mvk::Halves<mvk::f16>, true, 4, 4, DP)    \
+  FORWARD(f32, float, mvk::Singles<true>, false, 8, 1, DP)               \
+  FORWARD(tf32, float, mvk::Singles<false>, false, 8, 1, DP)
 
 FORWARDS(16)
 FORWARDS(24)
 FORWARDS(32)
 FORWARDS(40)
 FORWARDS(48)
-FORWARDS(56)
 FORWARDS(64)

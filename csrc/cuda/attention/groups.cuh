@@ -5,7 +5,7 @@
 // a window are numbered as if they did not, so that a bias is indexed by their numbers; what lies outside is zeros in
 // shared memory, has no weight and is not stored.
 //
-// A team of warps, of which there are a power of two, has a unit to itself. Of each unit there are `rows` tokens in shared
+// A team of 1 << team_bits warps has a unit to itself. Of each unit there are `rows` tokens in shared
 // memory, a multiple of 16: where each token's pixel is, and of each 16 tokens a word that says which exist.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace mvk::attention {
 
 struct Groups {
   int heads, height, width, ph, pw, sy, sx, down, across, windows;
-  int units, rows, team;
+  int units, rows, team_bits;
 };
 
 struct Unit {

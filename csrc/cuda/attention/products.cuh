@@ -57,55 +57,30 @@ __device__ __forceinline__ void add_tokens(float (&c)[DP / 8][4], const typename
   }
 }
 
-// The products of 32 rows, 16 each time, of a tile and of 16 rows of another, both of as many columns as there are
-// channels. All is as in Channels, and so are the sums of a product that is the transpose of one of those.
+// The product of 16 rows of a tile and of 16 rows of another, both of as many columns as there are channels. All is as in
+// Channels, and so are the sums of a product that is the transpose of one of those.
 template <class P, int DP>
-__device__ __forceinline__ void multiply_turned(float (&c)[2][2][4], const uint32_t (&left)[2], uint32_t right) {
+__device__ __forceinline__ void multiply_turned(float (&c)[2][4], uint32_t left, uint32_t right) {
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(typename P::Element);
 #pragma unroll
-  for (int i = 0; i < 16; i++) c[i / 8][i / 4 % 2][i % 4] = 0.0f;
+  for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
 #pragma unroll
   for (int k = 0; k < DP / 16; k++) {
     typename P::template Right<16> b[2];
+    typename P::template Left<16> a;
     P::load(b, right + 16 * k * SIZE, STRIDE);
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-      typename P::template Left<16> a;
-      P::load(a, left[m] + 16 * k * SIZE, STRIDE);
-      P::template multiply<true>(c[m][0], a, b[0]);
-      P::template multiply<true>(c[m][1], a, b[1]);
-    }
+    P::load(a, left + 16 * k * SIZE, STRIDE);
+    P::template multiply<true>(c[0], a, b[0]);
+    P::template multiply<true>(c[1], a, b[1]);
   }
   if constexpr (DP % 16 != 0) {
     typename P::template Right<8> b[2];
+    typename P::template Left<8> a;
     P::load(b, right + DP / 16 * 16 * SIZE, STRIDE);
-#pragma unroll
-    for (int m = 0; m < 2; m++) {
-      typename P::template Left<8> a;
-      P::load(a, left[m] + DP / 16 * 16 * SIZE, STRIDE);
-      P::template multiply<true>(c[m][0], a, b[0]);
-      P::template multiply<true>(c[m][1], a, b[1]);
-    }
+    P::load(a, left + DP / 16 * 16 * SIZE, STRIDE);
+    P::template multiply<true>(c[0], a, b[0]);
+    P::template multiply<true>(c[1], a, b[1]);
   }
-}
-
-template <class P, int DP, int N>
-__device__ __forceinline__ void add_columns(
-    float (&c)[2][DP / 8][4], int first, const typename P::template Left<16> (&a)[2], uint32_t at) {
-  typename P::template Right<16> b[N];
-  P::load_tokens(b, at, P::stride(DP));
-#pragma unroll
-  for (int i = 0; i < 2 * N; i++) P::template multiply<false>(c[i / N][first + i % N], a[i / N], b[i % N]);
-}
-
-// The same as add_tokens for two times 16 rows.
-template <class P, int DP>
-__device__ __forceinline__ void add_tokens(
-    float (&c)[2][DP / 8][4], const typename P::template Left<16> (&a)[2], uint32_t at) {
-  constexpr int SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
-#pragma unroll
-  for (int n = 0; n < COLUMNS / 2; n++) add_columns<P, DP, 2>(c, 2 * n, a, at + n * 16 * SIZE);
-  if constexpr (COLUMNS % 2 != 0) add_columns<P, DP, 1>(c, COLUMNS - 1, a, at + (COLUMNS - 1) * 8 * SIZE);
 }
 
 template <typename T>

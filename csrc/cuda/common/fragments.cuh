@@ -44,11 +44,14 @@ struct Halves {
     uint32_t of[K / 8];
   };
 
+  // Of which row a lane gives the address, where rows are those of the tile. Of loads of two matrices only the first 16
+  // lanes' addresses count: one number serves all.
+  static __device__ __forceinline__ uint32_t row(int stride) {
+    return 2 * ((lane_id() & 15) * stride + (lane_id() >> 4) * 8);
+  }
   template <int K>
   static __device__ __forceinline__ void load(Left<K>& a, uint32_t at, int stride) {
-    const int lane = lane_id();
-    const int row = lane & 15, column = K == 16 ? (lane >> 4) * 8 : 0;
-    load_matrices(a.of, at + 2 * (row * stride + column));
+    load_matrices(a.of, at + row(stride));
   }
   // Of a tile whose rows are the operand's columns, of which there are 16.
   static __device__ __forceinline__ void load_transposed(Left<16>& a, uint32_t at, int stride) {
@@ -59,27 +62,25 @@ struct Halves {
   // Two neighbours, of a tile whose rows are the operands' columns.
   template <int K>
   static __device__ __forceinline__ void load(Right<K> (&b)[2], uint32_t at, int stride) {
-    const int lane = lane_id();
     if constexpr (K == 16) {
-      const int row = (lane & 7) + (lane >> 4) * 8, column = lane & 8;
+      const int lane = lane_id(), row = (lane & 7) + (lane >> 4) * 8, column = lane & 8;
       uint32_t both[4];
       load_matrices(both, at + 2 * (row * stride + column));
       b[0].of[0] = both[0], b[0].of[1] = both[1], b[1].of[0] = both[2], b[1].of[1] = both[3];
     } else {
       uint32_t both[2];
-      load_matrices(both, at + 2 * (lane & 15) * stride);
+      load_matrices(both, at + row(stride));
       b[0].of[0] = both[0], b[1].of[0] = both[1];
     }
   }
   // Rows as those of the tile: 16 tokens. Two neighbours, or one.
   static __device__ __forceinline__ void load_tokens(Right<16> (&b)[2], uint32_t at, int stride) {
-    const int lane = lane_id();
     uint32_t both[4];
-    load_matrices_transposed(both, at + 2 * ((lane & 15) * stride + (lane >> 4) * 8));
+    load_matrices_transposed(both, at + row(stride));
     b[0].of[0] = both[0], b[0].of[1] = both[1], b[1].of[0] = both[2], b[1].of[1] = both[3];
   }
   static __device__ __forceinline__ void load_tokens(Right<16> (&b)[1], uint32_t at, int stride) {
-    load_matrices_transposed(b[0].of, at + 2 * (lane_id() & 15) * stride);
+    load_matrices_transposed(b[0].of, at + row(stride));
   }
   static __device__ __forceinline__ void from_sums(Left<16>& a, const float (&low)[4], const float (&high)[4]) {
     a.of[0] = pack<T>(low[0], low[1]), a.of[1] = pack<T>(low[2], low[3]);

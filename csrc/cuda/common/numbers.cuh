@@ -53,4 +53,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Exact where x is a power of two.
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace mvk

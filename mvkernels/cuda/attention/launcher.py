@@ -66,7 +66,7 @@ def forward(
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     # Without a bias its pointer is not read; any tensor will do.
     tensors = dict(maps) | {"bias": query if bias is None else bias}
-    for launch in forward_launches(problem):
+    for launch in forward_launches(problem, scale > 0):
         launch(tensors, {"scale2": scale * LOG2E})
     return out
 
@@ -97,7 +97,7 @@ def backward(
         grad = grad.contiguous()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    launches, parts = backward_launches(problem, need_bias)
+    launches, parts = backward_launches(problem, need_bias, scale > 0)
     tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
     if need_bias:
         tensors["partial"] = query.new_empty((parts, *dbias.shape), dtype=torch.float32)

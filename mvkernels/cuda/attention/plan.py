@@ -11,19 +11,19 @@ import torch
 from mvkernels.cuda.launch import Launch
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
-from mvkernels.triton.maps import INT32, WINDOWS, Geometry, Shape, window_of
+from mvkernels.triton.maps import INT32, PATCHES, WINDOWS, Geometry, Shape, window_of
 
 TOKENS = 256
 """Of a group, at most."""
 PARTS_BYTES = 64 << 20
 """Of partial sums of a bias's gradient, at most: small beside any map that makes so many."""
-DIMS = 16, 64
-"""Channels of a head, least and most."""
+PADDED = 16, 24, 32, 40, 48, 64
+"""Channels of a head that there are kernels for."""
 
 
 def padded(*dims: int) -> int:
     """Channels that the tiles of a head have."""
-    return -(-max(dims) // 8) * 8
+    return next(each for each in PADDED if each >= max(dims))
 
 
 class Tiles:
@@ -36,7 +36,12 @@ class Tiles:
         self.pairs = 48 if half else 80
         """Bytes of a key's row of 16 queries."""
         self.forward_warps = 4 if half else 8
-        self.backward_warps = 8
+        self.keys = 16 if half else 32
+        """That a warp owns in the backward."""
+
+    def backward_warps(self, rows: int) -> int:
+        """Of a block."""
+        return 8 if rows <= 8 * self.keys else 16
 
     def forward(self, rows: int, team: int) -> int:
         """Bytes of a block that has units of so many rows, one for each team of warps."""
@@ -44,7 +49,7 @@ class Tiles:
         return (units * 2 * rows + self.forward_warps * 32) * self.row + _tokens(units, rows)
 
     def backward(self, rows: int, team: int) -> int:
-        units = self.backward_warps // team
+        units = self.backward_warps(rows) // team
         return units * (4 * rows * self.row + 2 * rows * self.pairs + 12 * rows) + _tokens(units, rows)
 
 
@@ -72,8 +77,17 @@ def _kind(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
 
 
-def _name(problem: AttentionProblem, direction: str) -> str:
+def _is_plain(problem: AttentionProblem, geometry: Geometry, positive: bool) -> bool:
+    """Whether a call is for the kernels that have no masks, no bias and no scale below 0."""
+    _, height, width, ph, pw = geometry.sizes
+    whole = geometry.kind == WINDOWS or (geometry.kind == PATCHES and height % ph == 0 and width % pw == 0)
+    half = problem.dtype.itemsize == 2
+    return half and positive and problem.bias is None and whole and geometry.tokens % 16 == 0
+
+
+def _name(problem: AttentionProblem, direction: str, large: bool, plain: bool) -> str:
     kind = "tf32" if problem.precision == "tf32" else _kind(problem.dtype)
+    kind += "_large" * large + "_plain" * plain
     return f"attention_{direction}_{kind}_{padded(problem.shape[2], problem.value_dim)}"
 
 
@@ -88,7 +102,20 @@ def _groups(geometry: Geometry, rows: int, team: int) -> Shape:
     down, across = ph, pw
     if windows:
         down, across = -(-(height - geometry.starts[0]) // ph), -(-(width - geometry.starts[1]) // pw)
-    return (heads, height, width, ph, pw, *geometry.starts, down, across, int(windows), geometry.units, rows, team)
+    return (
+        heads,
+        height,
+        width,
+        ph,
+        pw,
+        *geometry.starts,
+        down,
+        across,
+        int(windows),
+        geometry.units,
+        rows,
+        team.bit_length() - 1,
+    )
 
 
 def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
@@ -99,8 +126,8 @@ def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
 
 
 @configs.memo
-def forward_launches(problem: AttentionProblem) -> list[Launch]:
-    """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``."""
+def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
+    """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``. ``positive``: the scale is."""
     geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
     tiles = Tiles(problem.dtype, padded(d, dv))
@@ -109,10 +136,12 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
     team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "o"))
     bias_head, bias = _bias(problem, geometry)
+    warps = tiles.forward_warps
+    name = _name(problem, "forward", False, _is_plain(problem, geometry, positive))
     return [
         Launch(
-            "attention/forward", _name(problem, "forward"), -(-geometry.units // (tiles.forward_warps // team)),
-            32 * tiles.forward_warps, tiles.forward(rows, team), ("q", "k", "v", "o", "bias"), (*longs, bias_head),
+            "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
+            ("q", "k", "v", "o", "bias"), (*longs, bias_head),
             (*ints, *bias, d, dv, *_groups(geometry, rows, team)), ("scale2",),
         )
     ]  # fmt: skip
@@ -132,7 +161,7 @@ def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int) -> tupl
 
 
 @configs.memo
-def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[Launch], int]:
+def backward_launches(problem: AttentionProblem, need_bias: bool, positive: bool) -> tuple[list[Launch], int]:
     """(launches, parts of the bias's gradient).
 
     Tensors ``q k v g bias dq dk dv partial dbias``, floats ``scale scale2``.
@@ -142,10 +171,11 @@ def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[
     tiles = Tiles(problem.dtype, padded(d, dv))
     rows = rows_of(geometry.tokens)
     room = configs.shared_memory_of(problem.device.arch)
-    team = team_of(-(-rows // 32), tiles.backward_warps, partial(tiles.backward, rows), room)
+    warps = tiles.backward_warps(rows)
+    team = team_of(-(-rows // tiles.keys), warps, partial(tiles.backward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
     bias_head, bias = _bias(problem, geometry)
-    units = tiles.backward_warps // team
+    units = warps // team
     grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
     if need_bias:
         blocks, steps, items = _parts_of(problem, geometry, units)
@@ -153,8 +183,8 @@ def backward_launches(problem: AttentionProblem, need_bias: bool) -> tuple[list[
     pointers = ("q", "k", "v", "g", "bias", "dq", "dk", "dv", "partial")
     launches = [
         Launch(
-            "attention/backward", _name(problem, "backward"), grid, 32 * tiles.backward_warps,
-            tiles.backward(rows, team), pointers, (*longs, bias_head),
+            "attention/backward", _name(problem, "backward", warps > 8, _is_plain(problem, geometry, positive)), grid,
+            32 * warps, tiles.backward(rows, team), pointers, (*longs, bias_head),
             (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items), ("scale", "scale2"),
         )
     ]  # fmt: skip
@@ -181,11 +211,11 @@ def why_not(
         return f"dtype {str(dtype).removeprefix('torch.')}: want float16, bfloat16 or float32"
     batch, heads, d, height, width = shape
     for name, dim in ("head_dim", d), ("value_dim", value_dim):
-        if not DIMS[0] <= dim <= DIMS[1] or dim % 4:
-            return f"{name} {dim}: want a multiple of 4 from {DIMS[0]} to {DIMS[1]}"
+        if not PADDED[0] <= dim <= PADDED[-1] or dim % 4:
+            return f"{name} {dim}: want a multiple of 4 from {PADDED[0]} to {PADDED[-1]}"
     dim = padded(d)
     if padded(value_dim) != dim:
-        return f"value_dim {value_dim}: want as many 8s of channels as head_dim {d}"
+        return f"value_dim {value_dim}: want one that is padded to {dim} channels, as head_dim {d}"
     tokens = tokens_of((height, width), group, shift, free)
     if tokens > TOKENS:
         return f"groups of {tokens} pixels: want at most {TOKENS}"
@@ -195,7 +225,7 @@ def why_not(
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
     tiles = Tiles(dtype, dim)
-    if tiles.backward(rows, tiles.backward_warps) > configs.shared_memory_of(arch):
+    if tiles.backward(rows, tiles.backward_warps(rows)) > configs.shared_memory_of(arch):
         return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
 

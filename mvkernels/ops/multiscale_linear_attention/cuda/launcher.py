@@ -20,9 +20,9 @@ from torch import Tensor
 from mvkernels.cuda import modules
 from mvkernels.cuda.launch import Launch
 from mvkernels.dispatch.checks import channels_last, empty_map
+from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention.cuda import plan
 from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
-from mvkernels.ops.multiscale_linear_attention.triton.launcher import why_not as why_not_triton
 from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
 from mvkernels.ops.relu_linear_attention import backward_into, forward_into
 from mvkernels.triton import configs
@@ -38,7 +38,8 @@ Biases = Sequence[Tensor | None]
 def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor], head_dim: int, *more: object
             ) -> str | None:  # fmt: skip
     """Why these kernels cannot run a call, or None. Takes the op's checked arguments; never raises."""
-    if reason := modules.why_not(qkv) or why_not_triton(qkv, depthwise, pointwise, head_dim, *more):
+    attention = OPS["multiscale_linear_attention"].why_not["triton"]
+    if reason := modules.why_not(qkv) or attention(qkv, depthwise, pointwise, head_dim, *more):
         return reason
     if max(qkv.shape[0] * qkv.shape[1] * qkv.shape[2] * qkv.shape[3] // 64, *qkv.shape[1:]) >= INT32:
         return "more than 2**31 tiles"
