@@ -88,6 +88,9 @@ def test_what_is_declined() -> None:
         reason = cases.reason(replace(case, **changes), kind, arch)
         assert reason is None if words is None else words in str(reason)
     maps = [torch.zeros(1, 2, 36, 4, 4)] * 3
-    assert launcher.why_not(*maps, (2, 2), None, None) == "no CUDA for device type cpu"
+    assert (
+        launcher.why_not(*maps, (2, 2), None, None)
+        == "the CUDA kernels run on CUDA tensors, but these tensors are on cpu"
+    )
     assert plan.spans_too_far((1, 1, 16, 4, 4), (0, 0, 1 << 28, 1, 1))
     assert not plan.spans_too_far((1, 1, 16, 4, 4), (1 << 40, 0, 16, 4, 1))

@@ -229,7 +229,8 @@ def test_the_prediction_follows_its_terms():
     assert three == pytest.approx(moved + 3 * prediction.LAUNCH)
     elements = math.ceil(4096 * 128 / 64 / 132) * 64 * 128
     instructions = 4 * (4 + 1.5 + 1) + 9 + 4 + 4
-    assert one == pytest.approx(elements * instructions / 128 / prediction.REACHED * prediction.WAITING + prediction.LAUNCH)
+    alone = elements * instructions / 128 / prediction.REACHED
+    assert one == pytest.approx(alone * prediction.WAITING + prediction.LAUNCH)
     assert prediction.three_kernels(key | {"n": 1}, peaks) == pytest.approx(3 * prediction.LAUNCH, rel=0.01)
     assert not prediction.worthwhile(key | {"arch": "gfx942"}, config)
 
