@@ -53,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     import tests.ptx.counting  # noqa: F401  (this tree's, before the other's packages are found)
 
     measured = validation.read(MEASURED / "kernels.csv")
-    sys.path.insert(0, str(checkout(measured[0]["commit"])))
+    tree = checkout(measured[0]["commit"])
+    sys.path.insert(0, str(tree))
+    import mvkernels
+
+    if not Path(mvkernels.__file__).is_relative_to(tree):
+        raise RuntimeError(f"{mvkernels.__file__} is not of the commit that was measured")
     counted = counts_of(measured, options.shape, options.processes)
     device = DEVICES["H100"]
     rows = list(validation.joined(measured, counted))
@@ -69,8 +74,6 @@ def counts_of(measured: list[dict[str, str]], shapes: list[str], processes: int)
     from _forked import results
     from _model import suite, validation
     from _model.devices import DEVICES
-
-    import mvkernels  # noqa: F401  (of the commit that was measured)
 
     wanted = {tuple(row[name] for name in validation.CALL) for row in measured}
     ops = sorted({row["op"] for row in measured})

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
-from _gpu_plan import COUNTED
 
 from _model.devices import FITTED, Device, Fitted
 from _model.limits import times
@@ -93,9 +92,7 @@ def table(rows: Sequence[Row], device: Device, counters: Sequence[Mapping[str, s
     for row in rows:
         of, predicted = row.measured, row.predicted(device)
         first = row.launches[0]
-        instructions = ""
-        if any(part in of["label"] for part in COUNTED.get(of["op"], ("",))[1:]):
-            instructions = known.get(identity(of, str(first.grid), first.registers), "")
+        instructions = known.get(identity(of, str(first.grid), first.registers), "")
         yield {
             "device": of["device"], **{name: of[name] for name in CALL}, "mode": of["mode"], "kernel": of["kernel"],
             "launches": of["launches"], "half": row.half, "measured_us": of["us"], "predicted_us": f"{predicted:.4g}",
