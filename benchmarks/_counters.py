@@ -8,6 +8,17 @@ import io
 import math
 from typing import Any
 
+COUNTED = {
+    "patch_attention": ("channels_last", "4x36_32", "4x48_16", "4x60_8", "24x32"),
+    "window_attention": ("channels_last", "3x32_56x56_w7s3", "6x32_96x96_w12"),
+    "mobile_to_former": ("channels_last", "2x24_28x28_m6"),
+    "former_to_mobile": ("channels_last", "2x24_28x28_m6"),
+    "relu_linear_attention": ("channels_last", "16x16_32x32"),
+    "multiscale_linear_attention": ("channels_last", "8x16_32x32"),
+    "patch_transformer_layer": ("channels_last", "4x36_32"),
+    "inverted_residual": ("channels_last", "32-128-64_128x128_k3_s2", "64-256-64_32x32_k3_s1"),
+}
+"""Layout and shapes of each op whose kernels' hardware counters are read, at batch 128."""
 COLUMNS = {
     "Duration": "ns",
     "Compute (SM) Throughput": "sm_percent",

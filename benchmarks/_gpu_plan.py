@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from _counters import COUNTED
+
 from mvkernels import report
 from mvkernels.dispatch.registry import OPS
 
@@ -27,17 +29,6 @@ COMPILED = ("mobilevit_s@256", "efficientvit_b1@512 8x16_32", "efficientvit_b1@5
 """The shapes at which torch.compile is a peer too: to compile takes most of the time."""
 LARGE = "sana_1600m"
 """A model whose maps are too large for a batch of 128."""
-COUNTED = {
-    "patch_attention": ("channels_last", "4x36_32", "4x48_16", "4x60_8", "24x32"),
-    "window_attention": ("channels_last", "3x32_56x56_w7s3", "6x32_96x96_w12"),
-    "mobile_to_former": ("channels_last", "2x24_28x28_m6"),
-    "former_to_mobile": ("channels_last", "2x24_28x28_m6"),
-    "relu_linear_attention": ("channels_last", "16x16_32x32"),
-    "multiscale_linear_attention": ("channels_last", "8x16_32x32"),
-    "patch_transformer_layer": ("channels_last", "4x36_32"),
-    "inverted_residual": ("channels_last", "32-128-64_128x128_k3_s2", "64-256-64_32x32_k3_s1"),
-}
-"""Layout and shapes of each op whose kernels' hardware counters are read, at batch 128."""
 KERNELS = "forward|backward|bias_|norm_ffn|_rows|rows_wide|attend_|_slices|_merge|aggregate|weight_"
 """What tells this library's kernels from PyTorch's by a part of the name."""
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "Occupancy", "LaunchStats", "InstructionStats")

@@ -11,7 +11,7 @@ executed (tests/ptx) on tensors of full size, to count what they do; the rest is
 
 Writes results/audit/prediction.csv: a row for each kernel of each call, and one of the whole call ("all"), forward and
 backward each. ``floor_us`` of a call is the op's floor at the peaks of the data sheet; of a kernel, the bytes that it
-touches, once. ``decides`` is the largest limit.
+touches, once. ``decides`` is the largest limit. ``host_us``, what the host takes to launch, is no part of the rest.
 
 A call is SLOW if its prediction is more than twice its floor, and more than 5 us, below which the launch decides.
 Exit status: 1 if one is SLOW on the device, 2 for bad usage.
@@ -48,7 +48,7 @@ SLOW, LEAST = 2.0, 5.0
 CALL = ("device", "op", "model", "label", "batch", "dtype", "layout", "mode")
 COLUMNS = [*CALL, "kernel", "grid", "warps", "registers", "spill_bytes", "shared_bytes", "blocks_per_processor",
            "limited_by", "waves", "warp_instructions", *(f"{name}_us" for name in limits.NAMES), "decides",
-           "predicted_us", "floor_us", "ratio", "verdict", "date", "triton", "commit"]  # fmt: skip
+           "host_us", "predicted_us", "floor_us", "ratio", "verdict", "date", "triton", "commit"]  # fmt: skip
 
 
 def rows(call: suite.Call, name: str, device: Device) -> list[dict[str, Any]]:
@@ -67,6 +67,7 @@ def rows(call: suite.Call, name: str, device: Device) -> list[dict[str, Any]]:
             same
             | {"kernel": "all", "warp_instructions": round(sum(x.warp_instructions for x in each.launches))}
             | {key: f"{value:.4g}" for key, value in total.items()}
+            | {"host_us": limits.HOST * len(parts)}
             | {"decides": max(limits.NAMES, key=lambda key: total[f"{key}_us"])}
             | judged(predicted, floor)
         )
@@ -83,8 +84,8 @@ def of_kernel(launch: work.Work, times: limits.Times, device: Device) -> dict[st
         "waves": round(launch.grid / device.processors / max(launch.resident, 1), 2),
         "warp_instructions": round(launch.warp_instructions),
         **{f"{name}_us": f"{value:.4g}" for name, value in times.each.items()},
-        "decides": times.decides, "predicted_us": f"{times.predicted:.4g}", "floor_us": f"{floor:.4g}",
-        "ratio": f"{times.predicted / floor:.3g}" if floor else "", "verdict": "",
+        "decides": times.decides, "host_us": limits.HOST, "predicted_us": f"{times.predicted:.4g}",
+        "floor_us": f"{floor:.4g}", "ratio": f"{times.predicted / floor:.3g}" if floor else "", "verdict": "",
     }  # fmt: skip
 
 

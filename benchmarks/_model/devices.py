@@ -62,8 +62,8 @@ class Fitted:
     """More, of one from the second-level cache, that are not hidden."""
     further: float = 725.0
     """More, of one from memory."""
-    lines: float = 0.82
-    """Cycles of the first-level cache, for a line of a request."""
+    requests: float = 0.82
+    """Cycles of the first-level cache, for a pass of a request: 32 banks of 4 bytes serve it, four lines at once."""
     passes: float = 0.74
     """Cycles for a pass over the banks of shared memory, or a shuffle."""
     memory: float = 0.865

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import scipy.optimize
+from _counters import COUNTED
 
 from _model.devices import FITTED, Device, Fitted
 from _model.limits import times
 from _model.work import Work
 
 CALL = ("op", "model", "label", "layout", "batch", "dtype")
-FREE = ("launch", "waiting", "busy", "far", "further", "lines", "passes", "power")
+FREE = ("launch", "waiting", "busy", "far", "further", "requests", "passes", "power")
 """The constants that are fitted. ``near`` and ``memory`` are measured ones."""
 
 
@@ -92,7 +93,8 @@ def table(rows: Sequence[Row], device: Device, counters: Sequence[Mapping[str, s
     for row in rows:
         of, predicted = row.measured, row.predicted(device)
         first = row.launches[0]
-        instructions = known.get(identity(of, str(first.grid), first.registers), "")
+        counted = any(part in of["label"] for part in COUNTED[of["op"]][1:])
+        instructions = known.get(identity(of, str(first.grid), first.registers), "") if counted else ""
         yield {
             "device": of["device"], **{name: of[name] for name in CALL}, "mode": of["mode"], "kernel": of["kernel"],
             "launches": of["launches"], "half": row.half, "measured_us": of["us"], "predicted_us": f"{predicted:.4g}",

@@ -45,8 +45,8 @@ class Work:
     """Of a block, over shared memory."""
     exchanges: float = 0.0
     """Shuffles of a block."""
-    lines: float = 0.0
-    """Of a block: lines of global memory that its requests touch, each request anew."""
+    passes: float = 0.0
+    """Of a block, over the first-level cache, for its requests to global memory."""
     hit: float = 0.0
     """Of the sectors loaded, those in the first-level cache."""
     cached_bytes: float = 0.0
@@ -102,12 +102,12 @@ def of(launch: Launch, device: Device, written: MutableMapping[int, int]) -> Wor
     scale = launch.grid / len(blocks)
     tensors = [each for each in launch.arguments if isinstance(each, torch.Tensor)]
     moved, once = _moved(tensors, counted.traffic * scale, written, device)
-    loaded, missed, stored, lines = (float(x) for x in counted.traffic.sum(0))
+    loaded, missed, stored, passes = (float(x) for x in counted.traffic.sum(0))
     by = units.instructions(executions)
     return Work(
         launch.kernel, launch.grid, count, registers, spilled, launch.shared_bytes, resident, limited, by,
         units.pipes(executions), (warps.alone(executions, NEAR), warps.alone(executions, FAR)),
-        counted.counters.shared_wavefronts / len(blocks), by.get("exchange", 0.0) * count, lines / len(blocks),
+        counted.counters.shared_wavefronts / len(blocks), by.get("exchange", 0.0) * count, passes / len(blocks),
         1 - missed / loaded if loaded else 0.0, 32 * scale * (missed + stored), moved, once,
         counted.counters.matrix_flops * scale,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Counted:
     executed: np.ndarray[Any, Any]
     """Of each instruction, by how many warps."""
     traffic: np.ndarray[Any, Any]
-    """Of each tensor: sectors loaded, loaded and not in the first-level cache, stored; lines of requests."""
+    """Of each tensor: sectors loaded, loaded and not in the first-level cache, stored; its passes."""
 
 
 @lru_cache(maxsize=256)

@@ -98,7 +98,7 @@ class Sample:
     executed: np.ndarray[Any, Any] = field(init=False)
     """Of each instruction, by how many warps."""
     traffic: np.ndarray[Any, Any] = field(init=False)
-    """Of each region: sectors loaded, loaded and not in the first-level cache, stored; lines of requests."""
+    """Of each region: sectors loaded, loaded and not in the first-level cache, stored; its passes."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tests.ptx import assembly, counting
@@ -37,15 +38,14 @@ def test_instructions_are_counted_by_warps() -> None:
     assert torch.equal(x, y)  # it is executed, not only counted
 
 
-def test_sectors_lines_and_what_the_cache_has() -> None:
+def test_sectors_passes_and_what_the_cache_has() -> None:
     x, y = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
     found = counted(LOOP, x, y)
-    # 128 bytes a request: four sectors, and in one line or two, as the tensor begins.
-    lines = [2 if tensor.data_ptr() % 128 else 1 for tensor in (x, y)]
+    # 128 bytes a request: four sectors and one pass, if the tensor begins with one; else a sector more.
     sectors = [5 if tensor.data_ptr() % 32 else 4 for tensor in (x, y)]
-    assert found.traffic[0].tolist() == [4 * sectors[0], found.traffic[0][1], 0, 4 * lines[0]]
+    assert found.traffic[0].tolist() == [4 * sectors[0], found.traffic[0][1], 0, 4]
     assert found.traffic[0][1] in (8, 9)  # read twice, and the second time it is there
-    assert found.traffic[1].tolist() == [0, 0, 2 * sectors[1], 2 * lines[1]]
+    assert found.traffic[1].tolist() == [0, 0, 2 * sectors[1], 2]
 
 
 def test_a_small_cache_forgets() -> None:
@@ -59,6 +59,19 @@ def test_a_small_cache_forgets() -> None:
     large, small = (counted(strided, x, threads=32, cache=size).traffic[0] for size in (1 << 16, 16 * 128))
     assert large.tolist() == [64, 32, 0, 64]
     assert small.tolist() == [64, 64, 0, 64]  # sixteen lines, and thirty-two are read in turn
+
+
+@pytest.mark.parametrize(("stride", "passes"), ((4, 1), (8, 2), (128, 32), (132, 8)))
+def test_passes_are_of_banks_or_of_four_lines(stride: int, passes: int) -> None:
+    strided = f"""
+	mul.wide.u32 %rd2, %r0, {stride};
+	add.s64 %rd3, %rd0, %rd2;
+	ld.global.b32 %r3, [%rd3];
+"""
+    x = torch.zeros(32 * 33, dtype=torch.int32)
+    begin = -x.data_ptr() % 128 // 4
+    found = counted(strided, x[begin:], threads=32)
+    assert found.traffic[0][3] == passes
 
 
 def test_samples_have_the_first_block_and_the_last() -> None:

@@ -141,10 +141,10 @@ struct Cache {
   bool has(uint64_t sector);  // whether it was there; now it is
 };
 
-// What a launch asked for in a region: sectors of 32 bytes; and lines of 128 bytes, of each request anew.
+// What a launch asked for in a region: sectors of 32 bytes; and passes of the first-level cache, of each request anew.
 struct Traffic {
   uint64_t loaded, missed, stored;  // missed: loaded, and not in the first-level cache
-  uint64_t lines;
+  uint64_t passes;
 };
 
 struct Machine {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <span>
+#include <utility>
 
 #include "machine.h"
 
@@ -248,9 +249,34 @@ void end_write(Warp& warp, uint32_t address, int bytes) {
   for (Trace& byte : shared_at(warp, address, bytes).trace) byte.pending_writes--;
 }
 
+// Passes over 32 banks of 4 bytes for a request, of which one serves 128 bytes: all lanes, or with wide accesses the
+// half or the quarter of them. First those that the width asks for, then those that it takes.
+std::pair<int, int> passes(const uint64_t* address, int bytes, Mask active) {
+  const int lanes = std::min(LANES, 128 / bytes), words = std::max(bytes / 4, 1);
+  std::pair<int, int> found{0, 0};
+  for (int first = 0; first < LANES; first += lanes) {
+    std::array<std::array<uint64_t, LANES>, 32> wanted;  // different words of a bank
+    std::array<int, 32> count{};
+    bool any = false;
+    for (int lane = first; lane < first + lanes; lane++) {
+      for (int i = 0; (active >> lane & 1) && i < words; i++) {
+        const uint64_t word = address[lane] / 4 + i;
+        auto& bank = wanted[word % 32];
+        int& known = count[word % 32];
+        if (std::find(bank.begin(), bank.begin() + known, word) == bank.begin() + known) bank[known++] = word;
+        any = true;
+      }
+    }
+    found.first += any;
+    found.second += *std::max_element(count.begin(), count.end());
+  }
+  return found;
+}
+
 void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store) {
   if (!active) return;
-  Counters& counters = warp.machine().counters;
+  Machine& machine = warp.machine();
+  Counters& counters = machine.counters;
   std::array<uint64_t, LANES> sectors;  // an access is aligned, so it lies in one
   int lanes = 0;
   for (int lane = 0; lane < LANES; lane++) {
@@ -261,18 +287,20 @@ void count_global(Warp& warp, const uint64_t* address, int bytes, Mask active, b
   counters.global_requests++;
   const auto end = std::unique(sectors.begin(), sectors.begin() + lanes);
   counters.global_sectors += end - sectors.begin();
-  Machine& machine = warp.machine();
-  for (auto at = sectors.begin(); machine.traffic && at != end; at++) {
-    const uint64_t region = (*at * 32 >> REGION_BITS) - 1;
-    if (region >= machine.regions.size()) continue;
-    Traffic& traffic = machine.traffic[region];
-    traffic.lines += at == sectors.begin() || at[-1] / 4 != *at / 4;
+  counters.global_bytes += static_cast<uint64_t>(lanes) * bytes;
+  const uint64_t region = (sectors[0] * 32 >> REGION_BITS) - 1;
+  if (!machine.traffic || region >= machine.regions.size()) return;
+  Traffic& traffic = machine.traffic[region];
+  uint64_t lines = 0;
+  for (auto at = sectors.begin(); at != end; at++) {
+    lines += at == sectors.begin() || at[-1] / 4 != *at / 4;
     if (store)
       traffic.stored++;
     else
       traffic.loaded++, traffic.missed += !machine.cache.has(*at);
   }
-  counters.global_bytes += static_cast<uint64_t>(lanes) * bytes;
+  // Four lines are looked up at once.
+  traffic.passes += std::max<uint64_t>((lines + 3) / 4, passes(address, bytes, active).second);
 }
 
 void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, bool store) {
@@ -280,24 +308,9 @@ void count_shared(Warp& warp, const uint64_t* address, int bytes, Mask active, b
   Counters& counters = warp.machine().counters;
   counters.shared_requests++;
   counters.accesses[0][store][std::countr_zero(static_cast<unsigned>(bytes))] += std::popcount(active);
-  // A pass serves 128 bytes: all lanes, or with wide accesses the half or the quarter of them.
-  const int lanes = std::min(LANES, 128 / bytes), words = std::max(bytes / 4, 1);
-  for (int first = 0; first < LANES; first += lanes) {
-    std::array<std::array<uint32_t, LANES>, 32> wanted;  // different words of a bank
-    std::array<int, 32> count{};
-    bool any = false;
-    for (int lane = first; lane < first + lanes; lane++) {
-      for (int i = 0; (active >> lane & 1) && i < words; i++) {
-        const uint32_t word = static_cast<uint32_t>(address[lane] / 4) + i;
-        auto& bank = wanted[word % 32];
-        int& known = count[word % 32];
-        if (std::find(bank.begin(), bank.begin() + known, word) == bank.begin() + known) bank[known++] = word;
-        any = true;
-      }
-    }
-    counters.shared_phases += any;
-    counters.shared_wavefronts += *std::max_element(count.begin(), count.end());
-  }
+  const auto [least, taken] = passes(address, bytes, active);
+  counters.shared_phases += least;
+  counters.shared_wavefronts += taken;
 }
 
 }  // namespace ptx
