@@ -136,7 +136,8 @@ def us(row: Row | None) -> str:
 def expected(row: Row, predicted: list[Row]) -> str:
     """The model's prediction, of both passes for a call with its backward."""
     keys = ("op", "model", "label", "batch", "dtype", "layout")
-    of = [p for p in predicted if all(p[key] == row[key] for key in keys)]
+    same = [p for p in predicted if all(p[key] == row[key] for key in keys)]
+    of = [p for p in same if p["backend"] == row["provider"]]
     wanted = ("fwd",) if row["mode"] == "fwd" else ("fwd", "bwd")
     found = [float(p["predicted_us"]) for p in of if p["mode"] in wanted]
     return f"{sum(found):.3g}" if len(found) == len(wanted) else "–"

@@ -14,7 +14,7 @@ backward each. ``floor_us`` of a call is the op's floor at the peaks of the data
 touches, once. ``decides`` is the largest limit. ``host_us``, what the host takes to launch, is no part of the rest.
 
 A call is SLOW if its prediction is more than twice its floor, and more than 5 us, below which the launch decides.
-Exit status: 1 if one is SLOW on the device, 2 for bad usage.
+Exit status: 1 if one is SLOW on each backend that it runs on, 2 for bad usage.
 
 How near that comes to measured times: benchmarks/validate.py.
 """
@@ -45,18 +45,20 @@ from mvkernels.report import commit, table
 TARGET = Path(__file__).parent / "results" / "audit" / "prediction.csv"
 SLOW, LEAST = 2.0, 5.0
 """Times the floor, and microseconds, from which on a call is slow."""
-CALL = ("device", "op", "model", "label", "batch", "dtype", "layout", "mode")
+CALL = ("device", "op", "backend", "model", "label", "batch", "dtype", "layout", "mode")
 COLUMNS = [*CALL, "kernel", "grid", "warps", "registers", "spill_bytes", "shared_bytes", "blocks_per_processor",
            "limited_by", "waves", "warp_instructions", *(f"{name}_us" for name in limits.NAMES), "decides",
            "host_us", "predicted_us", "floor_us", "ratio", "verdict", "date", "triton", "commit"]  # fmt: skip
+HEAD = ["op", "backend", "shape", "batch", "layout", "mode", "us", "floor", "times", "verdict",
+        "kernels: us (what decides)"]  # fmt: skip
 
 
 def rows(call: suite.Call, name: str, device: Device) -> list[dict[str, Any]]:
     """Those of a call: for each pass one of each kernel, and one of all."""
     found = []
     for each in suite.passes(call, device):
-        same = dict(zip(CALL, (name, call.op, call.case.model, call.case.label, call.batch, call.dtype, call.layout,
-                               each.mode)))  # fmt: skip
+        same = dict(zip(CALL, (name, call.op, call.backend, call.case.model, call.case.label, call.batch, call.dtype,
+                               call.layout, each.mode)))  # fmt: skip
         parts = [limits.times(launch, device) for launch in each.launches]
         for launch, times in zip(each.launches, parts):
             found.append(same | of_kernel(launch, times, device))
@@ -109,8 +111,9 @@ def shown(found: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
     for row in sorted(calls, key=lambda row: float(row["ratio"])):
         mine = [each for each in found if each["kernel"] != "all" and all(each[key] == row[key] for key in CALL)]
         parts = ", ".join(f"{each['kernel']} {float(each['predicted_us']):.3g} ({each['decides']})" for each in mine)
-        yield [row["op"], f"{row['model']} {row['label']}", row["batch"], row["layout"].removeprefix("channels_"),
-               row["mode"], row["predicted_us"], row["floor_us"], row["ratio"], row["verdict"], parts]  # fmt: skip
+        layout = row["layout"].removeprefix("channels_")
+        yield [row["op"], row["backend"], f"{row['model']} {row['label']}", row["batch"], layout, row["mode"],
+               row["predicted_us"], row["floor_us"], row["ratio"], row["verdict"], parts]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="predict", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--op", action="append", help="only this op (repeatable)")
+    parser.add_argument("--backend", nargs="+", default=["triton", "cuda"], choices=("triton", "cuda"))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--batch", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--layout", nargs="+", default=["channels_last"])
@@ -129,31 +133,47 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     ops = options.op or report.ops_with(["triton"])
     unknown = [op for op in ops if op not in report.ops_with(["triton"])]
-    jobs = [] if unknown else suite.calls(ops, options.batch, options.dtype, options.shape, options.layout)
+    jobs = (
+        []
+        if unknown
+        else suite.calls(ops, options.batch, options.dtype, options.shape, options.layout, options.backend)
+    )
     if not jobs or options.processes < 1 or triton.knobs.runtime.interpret:
         reason = f"no such op: {', '.join(unknown)}" if unknown else "no call matches, no process, or TRITON_INTERPRET"
         print(f"predict: {reason}", file=sys.stderr)
         return 2
     same = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "commit": commit()}
 
-    def predicted(call: suite.Call) -> tuple[list[dict[str, Any]], list[str]]:
+    def predicted(call: suite.Call) -> tuple[tuple[list[dict[str, Any]], str], list[str]]:
         # Never raises: an error is a fault.
         try:
-            return [row | same for row in rows(call, options.device, DEVICES[options.device])], []
+            return ([row | same for row in rows(call, options.device, DEVICES[options.device])], ""), []
         except Exception as error:
-            return [], [f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return ([], text), [text]
 
     parts = _forked.results(predicted, jobs, options.processes)
-    found = [row for part in parts for row in part]
-    failed = [str(job) for job, part in zip(jobs, parts) if not part]
+    found = [row for part, _ in parts for row in part]
+    failed = [str(job) for job, (_, fault) in zip(jobs, parts) if fault]
     if not options.check:
         merge([{column: row.get(column, "") for column in COLUMNS} for row in found], options.out, CALL)
-    print(table(list(shown(found)), ["op", "shape", "batch", "layout", "mode", "us", "floor", "times", "verdict",
-                                     "kernels: us (what decides)"]))  # fmt: skip
-    slow = sum(row["verdict"] == "SLOW" for row in found)
-    calls = sum(row["kernel"] == "all" for row in found)
-    print(f"{calls} passes of calls on {options.device}, {slow} SLOW; {len(failed)} calls failed")
+    print(table(list(shown(found)), HEAD))
+    calls = [row for row in found if row["kernel"] == "all"]
+    best = list(fastest(calls))
+    slow = sum(row["verdict"] == "SLOW" for row in best)
+    print(f"{len(calls)} passes of calls on {options.device}; {slow} of {len(best)} SLOW on each backend; "
+          f"{len(failed)} calls failed")  # fmt: skip
     return int(bool(slow or failed))
+
+
+def fastest(calls: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of the rows of calls, for each the one of the backend that is predicted to be fastest."""
+    of: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in calls:
+        key = tuple(str(row[name]) for name in CALL if name != "backend")
+        if key not in of or float(row["predicted_us"]) < float(of[key]["predicted_us"]):
+            of[key] = row
+    yield from of.values()
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch]
     Args:
         arch: "sm_90" or "sm_80".
         device: what the library is told that it runs on.
-        ops: whose kernels are allowed on CPU tensors.
+        ops: whose kernels are allowed on CPU tensors: Triton's all, those in CUDA C++ where shapes allow it.
         watch: sees each launch, in order.
         module: the library's, that has ``device_of``.
     """
@@ -127,15 +127,17 @@ def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch]
         if hasattr(module, "tf32_allowed"):
             stack.enter_context(mock.patch.object(module, "tf32_allowed", lambda *_: False))
         for op in ops:
-            there = {backend: lambda *_, **__: None for backend in ("triton", "cuda") if backend in op.why_not}
-            stack.enter_context(mock.patch.dict(op.why_not, there))
+            if "triton" in op.why_not:
+                stack.enter_context(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
         with suppress(ImportError):
+            from mvkernels.cuda import modules
             from mvkernels.cuda.launch import Launch as Cuda
 
             def launch(cuda: Any, tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> None:
                 watch(of_cuda(cuda, tensors, floats, arch))
 
             stack.enter_context(mock.patch.object(Cuda, "__call__", launch))
+            stack.enter_context(mock.patch.object(modules, "why_not", lambda *_: None))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(arch)))
         yield

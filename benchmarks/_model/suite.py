@@ -10,8 +10,10 @@ import torch
 
 try:  # the commit whose times were measured has them here
     from mvkernels import launch as module
+    from mvkernels.backend import can_run
     from mvkernels.registry import OPS
 except ImportError:
+    from mvkernels.dispatch.backend import can_run
     from mvkernels.dispatch.registry import OPS
     from mvkernels.triton import configs as module
 from _model import work
@@ -32,9 +34,10 @@ class Call:
     layout: str
     batch: int
     dtype: str
+    backend: str = "triton"
 
     def __str__(self) -> str:
-        return f"{self.op} {self.case.model} {self.case.label} {self.layout} {self.dtype} {self.batch}"
+        return f"{self.op} {self.backend} {self.case.model} {self.case.label} {self.layout} {self.dtype} {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ def calls(
     dtypes: Sequence[str],
     shapes: Sequence[str],
     layouts: Sequence[str] = (),
+    backends: Sequence[str] = ("triton",),
 ) -> list[Call]:
-    """Those of the suite whose names have one of ``shapes`` in them, and that are not too large."""
+    """Those of the suite whose names have one of ``shapes`` in them, and that are not too large; for each backend that
+    the op has kernels on."""
     found = []
     for name in ops:
         for case in OPS[name].suite("full"):
@@ -66,14 +71,15 @@ def calls(
                 alone = case.make(batch=1, dtype=torch.float32, device="meta", layout=layout)
                 elements = next(iter(testing.tensors_in(alone).values())).numel()
                 found += [
-                    Call(name, case, layout, batch, dtype)
+                    Call(name, case, layout, batch, dtype, backend)
                     for dtype in dtypes for batch in batches if batch * elements <= LARGEST
+                    for backend in backends if backend in OPS[name].why_not
                 ]  # fmt: skip
     return found
 
 
 def passes(call: Call, device: Device) -> list[Pass]:
-    """Count what a call launches, forward and backward."""
+    """Count what a call launches, forward and backward; nothing if the backend does not take it."""
     op = OPS[call.op]
     arguments = call.case.make(batch=call.batch, dtype=getattr(torch, call.dtype), device="cpu", layout=call.layout)
     wanted = {name: value.detach().requires_grad_() for name, value in testing.tensors_in(arguments).items()}
@@ -87,10 +93,12 @@ def passes(call: Call, device: Device) -> list[Pass]:
 
     found = []
     with watched(device.arch, pretended, list(OPS.values()), watch, module):
+        if call.backend == "cuda" and not can_run(call.op, "cuda", **arguments)[0]:
+            return []
         for backward in (False, True):
             log.clear()
             if not backward:
-                out = op.function(**leaves, backend="triton")
+                out = op.function(**leaves, backend=call.backend)
             elif has_backward(op) and out.requires_grad:
                 torch.autograd.grad(out, list(wanted.values()), torch.zeros_like(out), allow_unused=True)
             else:
