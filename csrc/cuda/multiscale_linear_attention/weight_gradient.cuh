@@ -1,11 +1,11 @@
 // The gradients of both convolutions' weights and biases: sums over all pixels, in two stages.
 //
 // First stage: a block takes `steps` tiles of 8 x 8 pixels of one slab and keeps its sums in registers; at the end it
-// leaves them in `parts`. Of each tile come the map, with its border, and the gradient of the scale. A warp makes for its
-// square again what the depthwise convolution gave, which is rounded to the map's dtype as the forward did, and the
-// gradient of that, in float32. A lane multiplies the latter with every pixel that the taps of its two channels reach:
-// K * K sums for each. Then the block multiplies the gradient of the scale with what the depthwise convolution gave, over
-// all pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of the blocks.
+// leaves them in `parts`. Of each tile come the map, with its border, and the gradient of the scale. A warp brings the
+// gradient of its square back through the pointwise convolution, in float32, and a lane multiplies it with every pixel
+// that the taps of its two channels reach: K * K sums for each. The warp also makes again what the depthwise convolution
+// gave, rounded to the map's dtype as in the forward. With that the block multiplies the gradient of the scale, over all
+// pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of the blocks.
 #pragma once
 
 #include "tiles.cuh"
@@ -20,6 +20,7 @@ template <typename T, int K, int D>
 struct WeightSums {
   static constexpr int TX = 8, WARPS = 4, THREADS = 128;
   static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1, PIXELS = TY * TX;
+  static constexpr bool HALF = sizeof(T) == 2;
   static constexpr int BANDS = SLAB<D> / 16;
   static constexpr int WIDE_PITCH = SLAB<D> + 8;  // of float32 rows: a fragment's lanes store to different banks
 
@@ -54,10 +55,10 @@ struct WeightSums {
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
     T* grads = tile + ROWS * COLS * PITCH<T, D>;
-    T* depthwise = grads + PIXELS * PITCH<T, D>;
-    T* mix = depthwise + PIXELS * PITCH<T, D>;
+    T* depthwise = tile;  // takes the map's place once that is read
+    T* mix = grads + PIXELS * PITCH<T, D>;
     float* back = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
-    float* taps = back + PIXELS * WIDE_PITCH;
+    float* taps = back + (HALF ? PIXELS * WIDE_PITCH : 0);
     float* bias = taps + K * K * TAP_PITCH<D>;
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
@@ -85,33 +86,47 @@ struct WeightSums {
       wait_copies<0>();
       __syncthreads();
       const bool inside = y + square_y < height && x_ + square_x < width;
-      if (used) {
-        float sums[SQUARE][2];
-        const float2 given = read_two(bias + 2 * lane);
-#pragma unroll
-        for (int p = 0; p < SQUARE; ++p) sums[p][0] = given.x, sums[p][1] = given.y;
-        if (inside) add_taps<T, K, D, COLS>(sums, corner, taps + 2 * lane);
-#pragma unroll
-        for (int p = 0; p < SQUARE; ++p) {
-          write_two(depthwise + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
-        }
-      }
+      float sums[SQUARE][2] = {};
       if (inside) {
+        float2 own[HALF ? 1 : SQUARE];
         multiply_groups<T, D, true>(own_grads, mix, nullptr, [&](int p, int c, float low, float high) {
-          write_two(own_back + p * WIDE_PITCH + c, low, high);
+          if constexpr (HALF) {
+            write_two(own_back + p * WIDE_PITCH + c, low, high);
+          } else {
+            own[p] = make_float2(low, high);  // these are the lane's own channels
+          }
         });
         __syncwarp();
         if (used) {
+          const auto given = [&](int p) {
+            if constexpr (HALF) {
+              return read_two(own_back + p * WIDE_PITCH + 2 * lane);
+            } else {
+              return own[p];
+            }
+          };
           if (biased) {
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) {
-              const float2 g = read_two(own_grads + p * PITCH<T, D> + 2 * lane);
-              const float2 e = read_two(own_back + p * WIDE_PITCH + 2 * lane);
+              const float2 g = read_two(own_grads + p * PITCH<T, D> + 2 * lane), e = given(p);
               bias_sums[0][0] += e.x, bias_sums[0][1] += e.y;
               bias_sums[1][0] += g.x, bias_sums[1][1] += g.y;
             }
           }
-          add_products(tap_sums, corner, own_back + 2 * lane);
+          add_products(tap_sums, corner, given);
+          // The map is read again: no register holds it from one sum to the other.
+          __syncwarp();
+          const float2 start = read_two(bias + 2 * lane);
+#pragma unroll
+          for (int p = 0; p < SQUARE; ++p) sums[p][0] = start.x, sums[p][1] = start.y;
+          add_taps<T, K, D, COLS>(sums, corner, taps + 2 * lane);
+        }
+      }
+      __syncthreads();
+      if (used) {
+#pragma unroll
+        for (int p = 0; p < SQUARE; ++p) {
+          write_two(depthwise + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
         }
       }
       __syncthreads();
@@ -123,14 +138,15 @@ struct WeightSums {
   }
 
   // To each tap's sum: the gradient of every pixel of the square, times the pixel that the tap reaches from it.
-  static __device__ __forceinline__ void add_products(float (&sums)[K * K][2], const T* corner, const float* back) {
+  template <typename Given>
+  static __device__ __forceinline__ void add_products(float (&sums)[K * K][2], const T* corner, Given gradient) {
     // With a wide kernel half of the square at a time: its sums take most of the registers.
     constexpr int LINES = K > 5 ? SIDE / 2 : SIDE, COUNT = LINES * SIDE;
 #pragma unroll
     for (int part = 0; part < SIDE / LINES; ++part) {
       float2 given[COUNT];
 #pragma unroll
-      for (int p = 0; p < COUNT; ++p) given[p] = read_two(back + (part * COUNT + p) * WIDE_PITCH);
+      for (int p = 0; p < COUNT; ++p) given[p] = gradient(part * COUNT + p);
 #pragma unroll
       for (int row = 0; row < LINES + K - 1; ++row) {
 #pragma unroll
@@ -153,7 +169,6 @@ struct WeightSums {
   // gave: of 16-bit types a warp has 16 outputs and all inputs of their group, of float32 a thread four outputs and an
   // eighth of the inputs.
   struct Mixed {
-    static constexpr bool HALF = sizeof(T) == 2;
     static constexpr int OUTS = SLAB<D> / 4;  // threads along the outputs of float32
     float sums[D / 8][4];
 

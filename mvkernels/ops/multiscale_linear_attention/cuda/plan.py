@@ -57,7 +57,8 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
         return buffers * tile + pixels * pitch * size + weights + 8 * wide
     if kernel == "map_gradient":
         return buffers * tile + weights
-    in_loop = (halo + 2 * pixels) * pitch * size + weights + pixels * (wide + 8) * 4 + 4 * wide
+    back = pixels * (wide + 8) * 4 if size == 2 else 0
+    in_loop = (halo + pixels) * pitch * size + weights + back + 4 * wide
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
 
 
@@ -118,23 +119,25 @@ class _Plan:
             self._strides(names), (*sizes, *ints), (),
         )  # fmt: skip
 
+    def resident(self, kernel: str, by_registers: int, buffers: int) -> int:
+        """Blocks of a kernel that a processor has at once, of which the registers allow so many."""
+        problem = self.problem
+        need = shared_bytes(kernel, problem.dtype, self.dim, problem.kernel, self.tile, buffers)
+        whole = configs.shared_memory_of(problem.device.arch) + _RESERVED
+        return max(1, min(by_registers, whole // (need + _RESERVED)))
+
     def over_tiles(self, kernel: str, pointers: str, names: str, more: tuple[int, ...]) -> Launch:
         """A launch of a kernel whose blocks leave no sums: so many tiles a block that all are done soonest."""
-        device = self.problem.device
-        whole = configs.shared_memory_of(device.arch) + _RESERVED
-
-        def resident(buffers: int) -> int:
-            need = shared_bytes(kernel, self.problem.dtype, self.dim, self.problem.kernel, self.tile, buffers)
-            return min(32 // self.tile, whole // (need + _RESERVED))
-
-        at_once = device.processors * max(1, resident(1))
+        by_registers = 32 // self.tile
+        alone = self.resident(kernel, by_registers, 1)
+        at_once = self.problem.device.processors * alone
 
         def time(steps: int) -> int:
             return -(-self.slabs * -(-self.tiles // steps) // at_once) * (steps + _START)
 
         steps = min(range(1, 1 + max(1, min(_MOST_STEPS, self.tiles))), key=time)
         # A second buffer only where it takes no other block's place.
-        buffers = 2 if steps > 1 and resident(2) == resident(1) else 1
+        buffers = 2 if steps > 1 and self.resident(kernel, by_registers, 2) == alone else 1
         return self.launch(kernel, pointers, names, -(-self.tiles // steps), (steps, buffers, *more), buffers)
 
 
@@ -162,7 +165,7 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     taps = problem.kernel**2
     size = plan.channels * (taps + plan.dim + 2)
     # As many blocks as are resident at once: each leaves its sums.
-    resident = (2 if problem.kernel > 5 else 3) * problem.device.processors
+    resident = plan.resident("weight_sums", 2 if problem.kernel > 5 else 3, 1) * problem.device.processors
     most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)
