@@ -157,9 +157,9 @@ def attend_rows(
     at = tl.multiple_of(m_rows * C, ALIGN)
     b0, b1 = load_vector(bias_ptr, C, C0, C1)
     x0, x1 = load_tile(x_ptr, at, keep_m, 1, C, C0, C1, 1, ALIGN, False)
-    acc0 += x0.to(tl.float32) + b0[None, :]
+    acc0 = acc0 + b0[None, :] + x0.to(tl.float32)  # last: a residual may be far larger
     if C1 > 0:
-        acc1 += x1.to(tl.float32) + b1[None, :]
+        acc1 = acc1 + b1[None, :] + x1.to(tl.float32)
     store_tile(out_ptr, acc0, acc1, at, keep_m, 1, C, C0, C1, 1, ALIGN, False)
 
 
@@ -213,7 +213,7 @@ def attend_packed(
     keep_m = tl.reshape(keep, (ROWS,))
     b0, b1 = load_vector(bias_ptr, C, C0, C1)
     x0, x1 = load_tile(x_ptr, at, keep_m, 1, C, C0, C1, 1, ALIGN, False)
-    acc0 += x0.to(tl.float32) + b0[None, :]
+    acc0 = acc0 + b0[None, :] + x0.to(tl.float32)  # last: a residual may be far larger
     if C1 > 0:
-        acc1 += x1.to(tl.float32) + b1[None, :]
+        acc1 = acc1 + b1[None, :] + x1.to(tl.float32)
     store_tile(out_ptr, acc0, acc1, at, keep_m, 1, C, C0, C1, 1, ALIGN, False)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from mvkernels.ops.patch_transformer_layer.triton.row_kernels import (
+    centred_rows,
     load_vector,
-    norm_stats,
     normed_rows,
     product,
     store_sums,
@@ -44,9 +44,7 @@ def _through_norm(
         keep = m < left
         at = tl.multiple_of(m * C, ALIGN)
         x0, x1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
-        x0 = x0.to(tl.float32)
-        x1 = x1.to(tl.float32)
-        mean, over = norm_stats(x0, x1, eps, C, C0, C1)
+        x0, x1, _, _, over = centred_rows(x_ptr, x0, x1, at, keep, eps, C, C0, C1)
         d0, d1 = load_tile(dx_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
         d0 = d0.to(tl.float32)
         d1 = d1.to(tl.float32)
@@ -54,7 +52,7 @@ def _through_norm(
         r0 = r0.to(tl.float32)
         r1 = r1.to(tl.float32)
         # Rows outside are 0 by selection: eps may be 0, and then their deviation is.
-        x0 = tl.where(keep[:, None] & (tl.arange(0, C0) < C)[None, :], (x0 - mean[:, None]) * over[:, None], 0.0)
+        x0 = tl.where(keep[:, None], x0 * over[:, None], 0.0)
         gammas0 += d0 * x0
         betas0 += d0
         n0 = x0 * g0[None, :] + b0[None, :]
@@ -63,8 +61,7 @@ def _through_norm(
         along = tl.sum(d0 * x0, 1)
         total = tl.sum(d0, 1)
         if C1 > 0:
-            inside = keep[:, None] & (C0 + tl.arange(0, C1) < C)[None, :]
-            x1 = tl.where(inside, (x1 - mean[:, None]) * over[:, None], 0.0)
+            x1 = tl.where(keep[:, None], x1 * over[:, None], 0.0)
             gammas1 += d1 * x1
             betas1 += d1
             n1 = x1 * g1[None, :] + b1[None, :]
@@ -114,7 +111,7 @@ def ffn_backward(
     g_ptr += first * C
     hidden_ptr += first * F
     dhidden_ptr += first * F
-    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
+    n0, n1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     g0, g1 = load_tile(g_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
     d0 = tl.zeros([BLOCK_M, C0], tl.float32)
     d1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
@@ -122,12 +119,12 @@ def ffn_backward(
         f = start + tl.arange(0, BLOCK_F)
         keep_f = f < F
         a = product(
-            n0, n1, x_ptr, at, keep, mean, over, gamma_ptr, beta_ptr, w1_ptr, f, keep_f,
+            n0, n1, x_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w1_ptr, f, keep_f,
             C, C0, C1, C, ALIGN, True, False, PRECISION, CHUNK,
         )  # fmt: skip
         a += tl.load(b1_ptr + f, mask=keep_f, other=0.0).to(tl.float32)[None, :]
         dh = product(
-            g0, g1, g_ptr, at, keep, mean, over, gamma_ptr, beta_ptr, w2_ptr, f, keep_f,
+            g0, g1, g_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w2_ptr, f, keep_f,
             C, C0, C1, F, ALIGN, False, True, PRECISION, CHUNK,
         )  # fmt: skip
         gate = 1.0 / (1.0 + tl.exp(-a))

@@ -35,18 +35,33 @@ def store_sums(ptr, first, second, C: tl.constexpr, C0: tl.constexpr, C1: tl.con
 
 
 @triton.jit
-def norm_stats(x0, x1, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
-    """(mean, 1 / standard deviation) of the rows of a float32 tile with zeros past C."""
+def _channels(x, START: tl.constexpr, C: tl.constexpr):
+    # A piece with zeros past C.
+    if START + x.shape[1] > C:
+        x = tl.where((START + tl.arange(0, x.shape[1]) < C)[None, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def centred_rows(x_ptr, x0, x1, at, keep, eps, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """Rows of a tile less their mean, float32, zeros past C; (first channel, mean less that, 1 / standard deviation).
+
+    The first channel is subtracted before the mean is taken, as in mvkernels/ops/common/norms.py: of nearly equal
+    channels the mean is rounded by more than they differ. The tile's channels are across threads, and so it is read.
+    """
+    first = tl.load(x_ptr + at, mask=keep, other=0.0).to(tl.float32)
+    x0 = _channels(x0.to(tl.float32) - first[:, None], 0, C)
     total = tl.sum(x0, 1)
     if C1 > 0:
+        x1 = _channels(x1.to(tl.float32) - first[:, None], C0, C)
         total += tl.sum(x1, 1)
     mean = total / C
-    centred = tl.where((tl.arange(0, C0) < C)[None, :], x0 - mean[:, None], 0.0)
-    square = tl.sum(centred * centred, 1)
+    x0 = _channels(x0 - mean[:, None], 0, C)
+    square = tl.sum(x0 * x0, 1)
     if C1 > 0:
-        centred = tl.where((C0 + tl.arange(0, C1) < C)[None, :], x1 - mean[:, None], 0.0)
-        square += tl.sum(centred * centred, 1)
-    return mean, 1.0 / tl.sqrt_rn(square / C + eps)
+        x1 = _channels(x1 - mean[:, None], C0, C)
+        square += tl.sum(x1 * x1, 1)
+    return x0, x1, first, mean, 1.0 / tl.sqrt_rn(square / C + eps)
 
 
 @triton.jit
@@ -54,24 +69,22 @@ def normed_rows(
     x_ptr, gamma_ptr, beta_ptr, at, keep, eps,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(both pieces of the normalised rows as operands of x's dtype, mean, 1 / standard deviation)."""
+    """Both pieces of the normalised rows as operands of x's dtype; (first channel, mean less that, 1 / deviation)."""
     x0, x1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
-    x0 = x0.to(tl.float32)
-    x1 = x1.to(tl.float32)
-    mean, over = norm_stats(x0, x1, eps, C, C0, C1)
+    x0, x1, first, mean, over = centred_rows(x_ptr, x0, x1, at, keep, eps, C, C0, C1)
     g0, g1 = load_vector(gamma_ptr, C, C0, C1)
     b0, b1 = load_vector(beta_ptr, C, C0, C1)
-    n0 = ((x0 - mean[:, None]) * over[:, None] * g0[None, :] + b0[None, :]).to(x_ptr.dtype.element_ty)
+    n0 = (x0 * over[:, None] * g0[None, :] + b0[None, :]).to(x_ptr.dtype.element_ty)
     n1 = n0
     if C1 > 0:
-        n1 = ((x1 - mean[:, None]) * over[:, None] * g1[None, :] + b1[None, :]).to(x_ptr.dtype.element_ty)
+        n1 = (x1 * over[:, None] * g1[None, :] + b1[None, :]).to(x_ptr.dtype.element_ty)
     n0, n1 = round_tile(n0, n1, C1, PRECISION)
-    return n0, n1, mean, over
+    return n0, n1, first, mean, over
 
 
 @triton.jit
 def product(
-    a0, a1, a_ptr, at, keep, mean, over, gamma_ptr, beta_ptr, w_ptr, n, keep_n,
+    a0, a1, a_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w_ptr, n, keep_n,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr,
     NORM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +102,7 @@ def product(
             if NORM:
                 gamma = tl.load(gamma_ptr + k, mask=keep_k, other=0.0).to(tl.float32)
                 beta = tl.load(beta_ptr + k, mask=keep_k, other=0.0).to(tl.float32)
-                a = (a.to(tl.float32) - mean[:, None]) * over[:, None] * gamma[None, :] + beta[None, :]
+                a = (a.to(tl.float32) - lead[:, None] - mean[:, None]) * over[:, None] * gamma[None, :] + beta[None, :]
                 a = a.to(a_ptr.dtype.element_ty)
             a = round_tf32(a, PRECISION)
             inside = keep_k[:, None] & keep_n[None, :]
@@ -148,16 +161,17 @@ def linear_rows(
     residual_ptr += first * N
     out_ptr += first * N
     if NORM:
-        a0, a1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
+        a0, a1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     else:
-        mean = tl.zeros([BLOCK_M], tl.float32)
-        over = mean
+        lead = tl.zeros([BLOCK_M], tl.float32)
+        mean = lead
+        over = lead
         a0, a1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
     for step in range(STEPS):
         n = (part * STEPS + step) * BLOCK_N + tl.arange(0, BLOCK_N)
         keep_n = n < N
         out = product(
-            a0, a1, x_ptr, at, keep, mean, over, gamma_ptr, beta_ptr, w_ptr, n, keep_n,
+            a0, a1, x_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w_ptr, n, keep_n,
             C, C0, C1, C, ALIGN, NORM, False, PRECISION, CHUNK,
         )  # fmt: skip
         if BIAS:
@@ -183,14 +197,14 @@ def norm_ffn(
     keep = first + m < rows
     at = tl.multiple_of(m * C, ALIGN)
     x_ptr += first * C
-    n0, n1, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
+    n0, n1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     out0 = tl.zeros([BLOCK_M, C0], tl.float32)
     out1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for start in range(0, F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         keep_f = f < F
         a = product(
-            n0, n1, x_ptr, at, keep, mean, over, gamma_ptr, beta_ptr, w1_ptr, f, keep_f,
+            n0, n1, x_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w1_ptr, f, keep_f,
             C, C0, C1, C, ALIGN, True, False, PRECISION, CHUNK,
         )  # fmt: skip
         a += tl.load(b1_ptr + f, mask=keep_f, other=0.0).to(tl.float32)[None, :]
@@ -201,7 +215,7 @@ def norm_ffn(
             out1 = tl.dot(h, tl.trans(w1), out1, input_precision=PRECISION)
     b0, b1 = load_vector(b2_ptr, C, C0, C1)
     x0, x1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
-    out0 += x0.to(tl.float32) + b0[None, :]
+    out0 = out0 + b0[None, :] + x0.to(tl.float32)  # last: a residual may be far larger
     if C1 > 0:
-        out1 += x1.to(tl.float32) + b1[None, :]
+        out1 = out1 + b1[None, :] + x1.to(tl.float32)
     store_tile(out_ptr + first * C, out0, out1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
