@@ -11,8 +11,8 @@ import torch
 import triton
 
 from mvkernels.triton import configs, tiles
-from mvkernels.triton.maps import INT32
-from mvkernels.triton.problem import precision_of, sums_dtype
+from mvkernels.triton.maps import INT32, low_bit
+from mvkernels.triton.problem import Problem, precision_of, sums_dtype
 from mvkernels.triton.repeated import RepeatedLaunch
 
 PARTS_BYTES = 64 << 20
@@ -70,13 +70,25 @@ def parts(slices: int, of: torch.Tensor, shape: Sequence[int] | None = None) -> 
     return of.new_empty((slices, *(of.shape if shape is None else shape)), dtype=sums_dtype(of.dtype))
 
 
-def sum_slices(source: tuple[str, ...], target: tuple[str, ...], size: int, slices: int, loop: int) -> Launch:
-    """The second stage of sums: ``source`` (slices, size) to ``target``, in the order of the slices; of one or two."""
+def merge_tile(slices: int, elements: int, least: int) -> tuple[int, int, dict[str, int]]:
+    """(PARTS, columns, launch options) of a second stage, which adds over the slices PARTS at a time.
+
+    ``elements`` of a tile for few slices, and the ``least`` columns of one for many.
+    """
+    parts_at_once = min(128, 1 << (slices - 1).bit_length(), max(1, 4096 // least))
+    columns = max(least, elements // parts_at_once)
+    return parts_at_once, columns, {"num_warps": 8 if parts_at_once * columns >= 4096 else 4, "num_stages": 1}
+
+
+def sum_slices(problem: Problem, source: tuple[str, ...], target: tuple[str, ...], size: int, slices: int) -> Launch:
+    """The second stage of sums: ``source`` (slices, size) to ``target``, of one buffer or two."""
     pair = len(source) == 2
+    at_once, block, options = merge_tile(slices, 1024, 32)
+    meta = {"PAIR": pair, "ALIGN": low_bit(size, limit=16 // sums_dtype(problem.dtype).itemsize), "PARTS": at_once}
     return Launch(
-        tiles.sum_slices, "sum_slices", -(-size // 512) * len(source), (source if pair else source * 2)
-        + (target if pair else target * 2), (), (size, slices), {"PAIR": pair, "BLOCK": 512, "LOOP": loop},
-        {"num_warps": 4, "num_stages": 1},
+        tiles.sum_slices, "sum_slices", -(-size // block) * len(source), (source if pair else source * 2)
+        + (target if pair else target * 2), (), (size, slices),
+        meta | {"BLOCK": block, "LOOP": problem.loop(-(-slices // at_once))}, options,
     )  # fmt: skip
 
 

@@ -289,26 +289,41 @@ def exact(high, low, ACC: tl.constexpr):
 
 
 @triton.jit
-def _add_slices(sums_ptr, out_ptr, first, size, slices, BLOCK: tl.constexpr, LOOP: tl.constexpr):
+def slices_of(step, slices, PARTS: tl.constexpr):
+    """(numbers of the slices that a step of a second stage adds, which of them there are)."""
+    part = step * PARTS + tl.arange(0, PARTS)
+    return part.to(tl.int64), part < slices
+
+
+@triton.jit
+def _add_slices(
+    sums_ptr, out_ptr, first, size, slices,
+    ALIGN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
     at = first + tl.arange(0, BLOCK)
+    size = tl.multiple_of(size.to(tl.int64), ALIGN)
     keep = at < size
-    total = tl.zeros([BLOCK], sums_ptr.dtype.element_ty)
-    for part in range(0, slices if LOOP == 0 else LOOP):
-        total += tl.load(sums_ptr + part * size + at, mask=keep, other=0.0)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)
+    total = tl.zeros([PARTS, BLOCK], sums_ptr.dtype.element_ty)
+    for step in range(0, (slices + PARTS - 1) // PARTS if LOOP == 0 else LOOP):
+        part, there = slices_of(step, slices, PARTS)
+        inside = there[:, None] & keep[None, :]
+        total += tl.load(sums_ptr + (part * size)[:, None] + at[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + at, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-# Second stage of plain sums: one program adds BLOCK elements of (slices, size) over the slices, in their order;
-# with PAIR every other program does so for the second buffer.
+# Second stage of plain sums: one program adds BLOCK elements of (slices, size) over the slices, PARTS of them at once:
+# loads that wait for each other would take longer than all else. The order is the same in every run. With PAIR every
+# other program does so for the second buffer.
 @triton.jit(do_not_specialize=["size", "slices"])
 def sum_slices(
-    a_sums_ptr, b_sums_ptr, a_ptr, b_ptr, size, slices, PAIR: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr
-):
+    a_sums_ptr, b_sums_ptr, a_ptr, b_ptr, size, slices,
+    PAIR: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     if PAIR:
         if pid % 2 == 0:
-            _add_slices(a_sums_ptr, a_ptr, pid // 2 * BLOCK, size, slices, BLOCK, LOOP)
+            _add_slices(a_sums_ptr, a_ptr, pid // 2 * BLOCK, size, slices, ALIGN, PARTS, BLOCK, LOOP)
         else:
-            _add_slices(b_sums_ptr, b_ptr, pid // 2 * BLOCK, size, slices, BLOCK, LOOP)
+            _add_slices(b_sums_ptr, b_ptr, pid // 2 * BLOCK, size, slices, ALIGN, PARTS, BLOCK, LOOP)
     else:
-        _add_slices(a_sums_ptr, a_ptr, pid * BLOCK, size, slices, BLOCK, LOOP)
+        _add_slices(a_sums_ptr, a_ptr, pid * BLOCK, size, slices, ALIGN, PARTS, BLOCK, LOOP)

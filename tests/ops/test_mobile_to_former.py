@@ -103,7 +103,15 @@ def _launches(query, x):
 @interpreter
 @pytest.mark.parametrize(("m", "dtype"), [(4, torch.float32), (4, torch.float64), (20, torch.float32)])
 @pytest.mark.parametrize("shape", [(1, 1, 6, 11, 15), (1, 2, 24, 9, 13)])
-def test_triton_merges_slices_of_pixels(shape, m, dtype):
+@pytest.mark.parametrize("at_once", [2, 128])
+def test_triton_merges_slices_of_pixels(shape, m, dtype, at_once, monkeypatch):
+    """``at_once``: slices that a step of a second stage takes at most; with 2 it has several, the last not full."""
+    from mvkernels.triton import configs
+    from mvkernels.triton.bridge import plan
+
+    tile = plan.merge_tile
+    monkeypatch.setattr(plan, "merge_tile", lambda slices, *sizes: tile(min(slices, at_once), *sizes))
+    configs.forget()
     generator = torch.Generator().manual_seed(0)
     x = testing.make_map(shape, "contiguous", dtype, generator=generator)
     query = tokens((*shape[:2], m, shape[2]), "split", dtype, "cpu", generator)
@@ -111,7 +119,10 @@ def test_triton_merges_slices_of_pixels(shape, m, dtype):
         ["forward_slices", "forward_merge"],
         ["backward_rows", "backward_merge", *["backward_slices"] * (1 if m <= 16 else 2), "sum_slices"],
     )
-    assert_ok(testing.check(OP, {"query": 4 * query, "x": x}, "triton"))
+    try:
+        assert_ok(testing.check(OP, {"query": 4 * query, "x": x}, "triton"))
+    finally:
+        configs.forget()
 
 
 @interpreter

@@ -229,4 +229,4 @@ def test_launches_of_swin():
     assert forward.name == "forward_rows" and forward.grid == 128 * 3 * 81 and forward.meta["ONE_PASS"]
     assert forward.meta["KIND"] == maps.CLIPPED and (forward.meta["LQ"], forward.meta["AQ"]) == (1, 8)
     backward, uses_rows, parts = plan.backward_launches(problem, True)
-    assert [one.name for one in backward] == ["backward_unit", "bias_sum"] and not uses_rows and parts > 1
+    assert [one.name for one in backward] == ["backward_unit", "sum_slices"] and not uses_rows and parts > 1

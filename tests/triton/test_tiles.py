@@ -9,9 +9,10 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from mvkernels.ops.multiscale_linear_attention.triton import plan as multiscale  # noqa: E402
-from mvkernels.triton import configs  # noqa: E402
+from mvkernels.triton import configs, launch  # noqa: E402
 from mvkernels.triton.attention import plan  # noqa: E402
 from mvkernels.triton.maps import divides  # noqa: E402
+from mvkernels.triton.problem import Problem  # noqa: E402
 from mvkernels.triton.tiles import divider, pixel_of  # noqa: E402
 from tests.ops.bridges import interpreter  # noqa: E402
 
@@ -54,3 +55,28 @@ def test_where_a_product_would_not_do_it_is_a_division():
         maps = (("g", strides), ("x", strides))
         scale = multiscale.ScaleProblem((1, 6, 16, side, side), maps, torch.float16, "ieee", device, 5, (False, False))
         assert multiscale.weight_launches(scale)[0][0].meta["WIDE"] == wide
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 37, 520])
+@pytest.mark.parametrize("slices", [2, 7, 128, 300])
+def test_slices_are_summed(slices, size, dtype):
+    """In one step and in several, the last of them not full; what lies around the buffers is NaN."""
+    problem = Problem.of(torch.empty(0, dtype=dtype), (), True)
+    of, around = launch.parts(slices, torch.empty(size, dtype=dtype)), 64
+    buffers = {}
+    for name, buffer in ("a_sums", of), ("b_sums", of), ("a", of.new_empty(size, dtype=dtype)), ("b", of[0].to(dtype)):
+        whole = buffer.new_full((buffer.numel() + 2 * around,), float("nan"))
+        buffers[name] = whole[around:-around].view(buffer.shape)
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a_sums", "b_sums"):
+        buffers[name].normal_(generator=generator).mul_(64).round_().div_(64)  # sums are exact
+    for names in (("a", "b"), ("a",)):
+        sources = tuple(name + "_sums" for name in names)
+        each = launch.sum_slices(problem, sources, names, size, slices)
+        assert each.meta["PARTS"] >= min(slices, 128)
+        each(buffers, {})
+        for name in names:
+            assert torch.equal(buffers[name], buffers[name + "_sums"].double().sum(0).to(dtype))
+            buffers[name].fill_(float("nan"))

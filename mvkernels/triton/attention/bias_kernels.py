@@ -1,4 +1,4 @@
-"""Gradient of the bias: two stages, no atomics, the same sum in every run."""
+"""Gradient of the bias: what slices of the units add to it, for sum_slices; no atomics, the same sum in every run."""
 
 import triton
 import triton.language as tl
@@ -80,15 +80,3 @@ def bias_partials(
     area = queries.to(tl.int64) * keys
     base = partial_ptr + (part * heads + head) * area
     tl.store(base + m[:, None] * keys.to(tl.int64) + n[None, :], total, mask=inside)
-
-
-# Second stage: one program adds BLOCK elements over all slices, in their order.
-@triton.jit(do_not_specialize=["size", "slices"])
-def bias_sum(partial_ptr, out_ptr, size, slices, BLOCK: tl.constexpr, LOOP: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, slices if LOOP == 0 else LOOP):
-        total += tl.load(partial_ptr + at, mask=keep, other=0.0)
-        partial_ptr += size
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=keep)

@@ -7,7 +7,7 @@
 | up to 256 | the same | ``backward_blocks``, both phases in one program |
 | more (and float32, and wide heads) | ``forward_rows``, running maximum | ``backward_blocks``, a launch per phase |
 
-Between maps of unequal sizes the larger number counts. A bias's gradient is a sum of parts (``bias_sum``), which
+Between maps of unequal sizes the larger number counts. A bias's gradient is a sum of parts (``sum_slices``), which
 ``backward_unit`` makes itself and for the others ``bias_partials``. Everything that follows from shapes, strides and
 dtype alone is a :class:`~mvkernels.triton.launch.Launch`, made once and cached: a call costs a look-up, its allocations
 and the launches. The static audit compiles the very same Launches.

@@ -10,7 +10,7 @@ from mvkernels.triton import configs
 from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
 from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.attention.problem import AttentionProblem
-from mvkernels.triton.launch import PARTS_BYTES, Launch
+from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
 from mvkernels.triton.maps import CLIPPED, UNEQUAL, Geometry, Shape, lanes, pieces
 
 
@@ -94,12 +94,6 @@ def _parts_of(problem: AttentionProblem, geometry: Geometry, items: int) -> tupl
     return -(-items // steps), steps
 
 
-def _bias_sum(problem: AttentionProblem, size: int, slices: int) -> Launch:
-    meta, options = {"BLOCK": 256, "LOOP": problem.loop(slices)}, {"num_warps": 4, "num_stages": 1}
-    return Launch(bias_kernels.bias_sum, "bias_sum", -(-size // 256), ("partial", "dbias"), (), (size, slices), meta,
-                  options)  # fmt: skip
-
-
 @configs.memo
 def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 1) -> tuple[list[Launch], bool, int]:
     """(launches, whether they use ``rows``, slices of the bias's partial sums).
@@ -164,7 +158,9 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
             )
         )
         if need_bias:
-            launches.append(_bias_sum(problem, heads * geometry.tokens * geometry.keys, parts))
+            launches.append(
+                sum_slices(problem, ("partial",), ("dbias",), heads * geometry.tokens * geometry.keys, parts)
+            )
             return launches, False, parts
     else:
         uses_rows = True
@@ -208,5 +204,5 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
                 options,
             )
         )
-        launches.append(_bias_sum(problem, size, slices))
+        launches.append(sum_slices(problem, ("partial",), ("dbias",), size, slices))
     return launches, uses_rows, slices

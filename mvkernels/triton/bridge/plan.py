@@ -9,7 +9,17 @@ from typing import Any
 import torch
 
 from mvkernels.triton.bridge.configs import TOKENS, is_wide
-from mvkernels.triton.launch import INTERPRETED, LOG2E, Launch, in_two, run, sum_slices, why_not_triton, why_too_large
+from mvkernels.triton.launch import (
+    INTERPRETED,
+    LOG2E,
+    Launch,
+    in_two,
+    merge_tile,
+    run,
+    sum_slices,
+    why_not_triton,
+    why_too_large,
+)
 from mvkernels.triton.maps import INT32, Geometry, lanes, low_bit, pieces
 from mvkernels.triton.problem import Problem
 
@@ -118,10 +128,12 @@ class Plan:
         grid, meta = self.units * blocks * self.slices, meta | {"LOOP": self.problem.loop(self.steps)}
         return Launch(kernel, kernel.fn.__name__, grid, pointers, floats, ints, meta, self.options)
 
-    def merge(self, kernel: Any, rows: int, pointers: tuple[str, ...], meta: dict[str, Any]) -> Launch:
-        """A program for so many of the rows (batch, head, token), over all slices."""
-        meta = meta | {"ROWS": rows, "LOOP": self.problem.loop(self.slices)}
-        grid, ints, options = -(-self.rows // rows), (self.rows, self.slices), {"num_warps": 4, "num_stages": 1}
+    def merge(self, kernel: Any, wide: int, pointers: tuple[str, ...], meta: dict[str, Any]) -> Launch:
+        """The second stage of the rows (batch, head, token), of which each has ``wide`` lanes."""
+        at_once, columns, options = merge_tile(self.slices, 1024 if wide > 1 else 256, max(8, wide))
+        rows = columns // wide
+        meta = meta | {"PARTS": at_once, "ROWS": rows, "LOOP": self.problem.loop(-(-self.slices // at_once))}
+        grid, ints = -(-self.rows // rows), (self.rows, self.slices)
         return Launch(kernel, kernel.fn.__name__, grid, pointers, (), ints, meta, options)
 
     def backward(self, kernel: Any, pointers: tuple[str, ...], meta: dict[str, Any]) -> list[Launch]:
@@ -135,5 +147,5 @@ class Plan:
 
     def sum_slices(self, *names: str) -> Launch:
         """The second stage: ``<name>_sums`` (slices, rows, D) to ``<name>``, one tensor or two."""
-        size, loop = self.rows * self.problem.shape[2], self.problem.loop(self.slices)
-        return sum_slices(tuple(name + "_sums" for name in names), names, size, self.slices, loop)
+        size = self.rows * self.problem.shape[2]
+        return sum_slices(self.problem, tuple(name + "_sums" for name in names), names, size, self.slices)

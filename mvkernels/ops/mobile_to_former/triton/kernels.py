@@ -31,6 +31,7 @@ from mvkernels.triton.tiles import (
     plane,
     round_tf32,
     row_offsets,
+    slices_of,
     store_tile,
 )
 
@@ -91,28 +92,45 @@ def forward_slices(
     store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
 
 
-# Second stage: one program takes ROWS rows (batch, head, token) over all slices, in their order.
+# Second stage: one program takes ROWS rows (batch, head, token) over all slices, PARTS of them at once: loads that wait
+# for each other would take longer than all else. What it has met of each PARTS-th slice has a running maximum of its
+# own, and the order is the same in every run.
 @triton.jit(do_not_specialize=["rows", "slices"])
 def forward_merge(
     sums_ptr, stats_ptr, out_ptr, rows, slices,
-    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < rows
     cols = tl.arange(0, WIDTH)
+    top = tl.full([PARTS, ROWS], -float("inf"), ACC)
+    total = tl.zeros([PARTS, ROWS], ACC)
+    sums = tl.zeros([PARTS, ROWS, WIDTH], ACC)
+    for step in range(0, (slices + PARTS - 1) // PARTS if LOOP == 0 else LOOP):
+        part, there = slices_of(step, slices, PARTS)
+        at = (part * rows)[:, None] + row[None, :]
+        there = there[:, None] & keep[None, :]
+        inside = there[:, :, None] & (cols < D)[None, None, :]
+        more_top = tl.load(stats_ptr + at * 2, mask=there, other=-float("inf"))
+        more_total = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
+        more = tl.load(sums_ptr + at[:, :, None] * D + cols[None, None, :], mask=inside, other=0.0)
+        highest = tl.maximum(top, more_top)
+        base = tl.where(highest == -float("inf"), 0.0, highest)
+        fade = tl.exp2(top - base)
+        weight = tl.exp2(more_top - base)
+        total = total * fade + more_total * weight
+        sums = sums * fade[:, :, None] + more * weight[:, :, None]
+        top = highest
+    highest = tl.max(top, 0)
+    fade = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[None, :])
+    # Several warps may have each of these sums. With a choice after the product no sum is fused with one, and all
+    # copies are the same bits.
+    met = (tl.arange(0, PARTS) < slices)[:, None]
+    total = tl.where(met, total * fade, 0.0)
+    sums = tl.where(met[:, :, None], sums * fade[:, :, None], 0.0)
+    out = tl.sum(sums, 0) / tl.sum(total, 0)[:, None]
     inside = keep[:, None] & (cols < D)[None, :]
-    highest = tl.full([ROWS], -float("inf"), stats_ptr.dtype.element_ty)
-    for part in range(0, slices if LOOP == 0 else LOOP):
-        highest = tl.maximum(highest, tl.load(stats_ptr + (row + part * rows) * 2, mask=keep, other=0.0))
-    base = tl.where(highest == -float("inf"), 0.0, highest)
-    total = tl.zeros([ROWS], stats_ptr.dtype.element_ty)
-    sums = tl.zeros([ROWS, WIDTH], stats_ptr.dtype.element_ty)
-    for part in range(0, slices if LOOP == 0 else LOOP):
-        at = row + part * rows
-        weight = tl.exp2(tl.load(stats_ptr + at * 2, mask=keep, other=0.0) - base)
-        total += weight * tl.load(stats_ptr + at * 2 + 1, mask=keep, other=0.0)
-        sums += weight[:, None] * tl.load(sums_ptr + at[:, None] * D + cols[None, :], mask=inside, other=0.0)
-    out = sums / total[:, None]
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -153,18 +171,23 @@ def backward_rows(
     store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
-# Where there is more than one slice: one program takes ROWS rows over all slices, in their order. The next stage then
-# reads a row once, however many slices there are: with many tokens it reads each row for every tile of pixels.
+# Where there is more than one slice: one program takes ROWS rows over all slices, PARTS of them at once, as
+# forward_merge does. The next stage then reads a row once, however many slices there are: with many tokens it reads
+# each row for every tile of pixels.
 @triton.jit(do_not_specialize=["rows", "slices"])
 def backward_merge(
-    stats_parts_ptr, index_parts_ptr, stats_ptr, index_ptr, rows, slices, ROWS: tl.constexpr, LOOP: tl.constexpr
-):
+    stats_parts_ptr, index_parts_ptr, stats_ptr, index_ptr, rows, slices,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, LOOP: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     keep = row < rows
-    top, total, index, base, rest = load_rows(stats_parts_ptr, index_parts_ptr, row, keep)
-    for part in range(1, slices if LOOP == 0 else LOOP):
-        at = row + part * rows
-        top_b, total_b, index_b, base_b, rest_b = load_rows(stats_parts_ptr, index_parts_ptr, at, keep)
+    top, total, index, base, rest = no_tile(PARTS, ROWS, stats_ptr.dtype.element_ty)
+    for step in range(0, (slices + PARTS - 1) // PARTS if LOOP == 0 else LOOP):
+        part, there = slices_of(step, slices, PARTS)
+        at = (part * rows)[:, None] + row[None, :]
+        top_b, total_b, index_b, base_b, rest_b = load_rows(
+            stats_parts_ptr, index_parts_ptr, at, there[:, None] & keep[None, :], -float("inf"), 0.0
+        )
         higher = top_b > top
         highest = tl.maximum(top, top_b)
         shift = tl.where(highest == -float("inf"), 0.0, highest)
@@ -176,6 +199,7 @@ def backward_merge(
         top = highest
         index = tl.where(higher, index_b, index)
         base = moved
+    top, total, index, base, rest = rows_of(top, total, index, base, rest)
     store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest)
 
 

@@ -23,7 +23,7 @@ def forward_launches(problem: BridgeProblem) -> tuple[list[Launch], int]:
         d = problem.shape[2]
         wide = lanes(d)
         meta = {"D": d, "WIDTH": wide}
-        launches.append(plan.merge(kernels.forward_merge, max(1, 512 // wide), ("sums", "stats", "o"), meta))
+        launches.append(plan.merge(kernels.forward_merge, wide, ("sums", "stats", "o"), meta))
     return launches, plan.slices
 
 
@@ -41,7 +41,7 @@ def backward_launches(problem: BridgeProblem) -> tuple[list[Launch], int]:
     meta = {name: value for name, value in plan.meta.items() if name != "SLICE"}
     launches = [plan.launch(kernel, plan.token_blocks, ("g", "q", "x", *(rows if split else whole)), SCALE2, meta)]
     if split:
-        launches.append(plan.merge(kernels.backward_merge, 128, (*rows, *whole), {}))
+        launches.append(plan.merge(kernels.backward_merge, 1, (*rows, *whole), {}))
     kernel = wide_kernels.backward_wide if plan.wide else kernels.backward_slices
     pointers = ("g", "q", "x", *whole, "dq_sums" if split else "dq", "dx")
     launches += plan.backward(kernel, pointers, plan.made_map("D"))

@@ -63,10 +63,10 @@ def store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest):
 
 
 @triton.jit
-def load_rows(stats_ptr, index_ptr, row, keep):
-    """(top, total, index, base, rest) as store_rows left them; of no row, those that make gradients of 0."""
-    top = tl.load(stats_ptr + row * 4, mask=keep, other=0.0)
-    total = tl.load(stats_ptr + row * 4 + 1, mask=keep, other=1.0)
+def load_rows(stats_ptr, index_ptr, row, keep, TOP: tl.constexpr = 0.0, TOTAL: tl.constexpr = 1.0):
+    """(top, total, index, base, rest) as store_rows left them; of no row TOP and TOTAL, which make gradients of 0."""
+    top = tl.load(stats_ptr + row * 4, mask=keep, other=TOP)
+    total = tl.load(stats_ptr + row * 4 + 1, mask=keep, other=TOTAL)
     base = tl.load(stats_ptr + row * 4 + 2, mask=keep, other=0.0)
     rest = tl.load(stats_ptr + row * 4 + 3, mask=keep, other=0.0)
     return top, total, tl.load(index_ptr + row, mask=keep, other=0), base, rest

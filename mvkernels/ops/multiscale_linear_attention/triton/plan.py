@@ -101,7 +101,7 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     return [
         plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, (slices, steps), (items,),
                     TAPS=taps, CHUNKS=chunks, LOOP=problem.loop(steps)),
-        sum_slices(("parts",), ("sums",), size, slices, problem.loop(slices)),
+        sum_slices(problem, ("parts",), ("sums",), size, slices),
         Launch(kernels.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
                ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),
                meta | {"LOOP": problem.loop(problem.kernel**2)}, {"num_warps": 4, "num_stages": 1}),

@@ -74,7 +74,7 @@ class _Plan:
             return [self.launch(kernel, with_sums(sums), 0)]
         return [
             self.launch(kernel, with_sums("parts"), 1),
-            sum_slices(("parts",), (sums,), self.units * self.sums, self.slices, self.problem.loop(self.slices)),
+            sum_slices(self.problem, ("parts",), (sums,), self.units * self.sums, self.slices),
             self.launch(kernel, with_sums(sums), 2),
         ]
 
