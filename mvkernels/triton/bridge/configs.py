@@ -35,24 +35,39 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
         share, few = 2 * share, few and wide <= 16
     elements, most = elements // share, most // share
     block = max(16, min(most, 1 << (elements // wide).bit_length() - 1))
-    return {"BLOCK": block, "PROGRAMS": 8, "num_warps": 4 if few else 8, "num_stages": 1}
+    return {"BLOCK": block, "PROGRAMS": 4, "num_warps": 4 if few else 8, "num_stages": 1}
 
 
+# A tile of 64 pixels is a row of products for each of four warps, which would else compute the same ones; it is all of
+# the smallest maps.
 @heuristic(TO_MOBILE, "forward_pixels")
 def _forward_pixels(key: Mapping[str, Any]) -> Config:
-    return _config(key, 4096, 128)
+    return _config(key, 8192 if key["last"] and half(key) else 4096, 128)
 
 
 @heuristic(TO_FORMER, "forward_slices")
 @heuristic(TO_FORMER, "backward_slices")
 def _slices(key: Mapping[str, Any]) -> Config:
-    return _config(key, 2048, 64)
+    most = 8192 if _by_warps(key) and key["last"] and key["m"] == TOKENS else 4096
+    return _config(key, most if half(key) else 2048, 64)
 
 
 @heuristic(TO_MOBILE, "backward_slices")
 def _slices_of_two(key: Mapping[str, Any]) -> Config:
     # Two maps are read; narrow loads take a register for every address.
-    return _config(key, 2048 if key["last"] or not half(key) else 1024, 64)
+    most = 2048 if key["last"] or not half(key) else 1024
+    if half(key) and _by_warps(key) and key["m"] == TOKENS:
+        most = 2048 if not key["last"] else 4096 if width(key["d"]) <= 64 else 8192
+    config = _config(key, most, 64)
+    if config["BLOCK"] * width(key["d"]) > 4096:
+        config["num_warps"] = 8
+    # Steps in which little is computed wait for what they load.
+    return config | {"num_stages": 2} if half(key) and width(key["d"]) <= 32 else config
+
+
+def _by_warps(key: Mapping[str, Any]) -> bool:
+    """Whether four warps multiply together, 64 rows at a time, with an operand in shared memory: large tiles fit."""
+    return str(key["arch"]).startswith(("sm_9", "sm_10"))
 
 
 def is_wide(key: Mapping[str, Any]) -> bool:

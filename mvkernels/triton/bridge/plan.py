@@ -25,6 +25,8 @@ from mvkernels.triton.problem import Problem
 
 SCALE2 = ("scale2", "scale2_low")
 SCALES = ("scale", "scale_low", *SCALE2)
+# Tiles that one program takes where all processors have one.
+_FEW = 4
 _MOST = dict.fromkeys(("float32", "float16", "bfloat16", "float64", "tf32"), 256)
 
 
@@ -79,7 +81,10 @@ class Plan:
         # Pieces of a wide head, a program each.
         self.pieces = -(-d // config["SLICE"]) if self.wide else 1
         # Few units: their pixels are cut, such that every processor has programs.
-        wanted = config["PROGRAMS"] * problem.device.processors // (self.units * self.token_blocks * self.pieces)
+        programs = self.units * self.token_blocks * self.pieces
+        wanted = config["PROGRAMS"] * problem.device.processors // programs
+        if self.tiles <= _FEW and programs >= problem.device.processors:
+            wanted = 1  # the second stage would take longer
         self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
         self.slices = -(-self.tiles // self.steps)
         self.meta = self._meta() | ({name: config[name] for name in ("SLICE", "DEPTH")} if self.wide else self._whole())
@@ -130,7 +135,7 @@ class Plan:
 
     def merge(self, kernel: Any, wide: int, pointers: tuple[str, ...], meta: dict[str, Any]) -> Launch:
         """The second stage of the rows (batch, head, token), of which each has ``wide`` lanes."""
-        at_once, columns, options = merge_tile(self.slices, 1024 if wide > 1 else 256, max(8, wide))
+        at_once, columns, options = merge_tile(self.slices, 1024 if wide > 1 else 256, wide)
         rows = columns // wide
         meta = meta | {"PARTS": at_once, "ROWS": rows, "LOOP": self.problem.loop(-(-self.slices // at_once))}
         grid, ints = -(-self.rows // rows), (self.rows, self.slices)

@@ -140,10 +140,11 @@ def backward_slices(
     dk1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     dv0 = tl.zeros([TOKENS, D0], ACC)
     dv1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         x0, x1 = load_tile(x_ptr, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
         at = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)

@@ -104,10 +104,11 @@ def backward_wide(
     pixels = tl.multiple_of(H * W, N_ALIGN)
     dk = tl.zeros([TOKENS, SLICE], ACC)
     dv = tl.zeros([TOKENS, SLICE], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at_x = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         at_g = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
         top = tl.full([BLOCK], -float("inf"), ACC)

@@ -62,10 +62,11 @@ def forward_slices(
     total = tl.zeros([TOKENS], ACC)
     sum0 = tl.zeros([TOKENS, D0], ACC)
     sum1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )
@@ -157,10 +158,11 @@ def backward_rows(
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )
@@ -261,10 +263,11 @@ def backward_slices(
     )  # fmt: skip
     dq0 = tl.zeros([TOKENS, D0], ACC)
     dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         x0, x1 = load_tile(
             x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
         )

@@ -48,10 +48,11 @@ def forward_wide(
     top = tl.full([TOKENS], -float("inf"), ACC)
     total = tl.zeros([TOKENS], ACC)
     sums = tl.zeros([TOKENS, SLICE], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         scores = products(
             q_ptr, q_rows, keep_m, qsd, x_ptr, at, keep, xsd,
@@ -124,10 +125,11 @@ def rows_wide(
     g_rows = token_rows(m, gsm, LG, AG)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         scores, dp, _inside = _scores(
             q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
@@ -166,10 +168,11 @@ def backward_wide(
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     dq = tl.zeros([TOKENS, SLICE], ACC)
+    width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
         dx = tl.zeros([BLOCK, SLICE], ACC)
         # Every block of tokens for the pixels' gradient, else the program's own.
