@@ -51,6 +51,9 @@ def _backward(key: Mapping[str, Any]) -> Config:
     # in registers, more warps than rows of the sums to share out would repeat them.
     if wide > 32 and by_warp(arch):
         return config | {"BLOCK": 16, "num_warps": 4}
+    # A step waits for its loads longer than it computes: the next one's are under way.
+    if key["wide"] and wide <= 32 and arch.startswith(("sm_9", "sm_10")):
+        return config | ({"BLOCK": 32, "num_warps": 2} if wide == 32 else {}) | {"num_stages": 2}
     return config | {"BLOCK": 16} if wide > 16 and not key["wide"] else config
 
 

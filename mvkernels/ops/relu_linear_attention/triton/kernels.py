@@ -78,9 +78,9 @@ def _times_left(high, low, b, acc, PRODUCT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _pixels(step, part, steps, pixels, W, BLOCK: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr):
+def _pixels(step, part, steps, pixels, width, BLOCK: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr):
     n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+    y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
     return y, x, n < pixels
 
 
@@ -152,6 +152,7 @@ def forward_slices(
     LATE: tl.constexpr = q_ptr.dtype.element_ty != tl.float64
     batch, head, part = _place(tl.program_id(0), heads, slices)
     pixels = tl.multiple_of(H * W, N_ALIGN)
+    width = divider(W)
     unit = batch * heads + head
     s_ptr += (part * units + unit if STAGE == 1 else unit) * ((D + 1) * D)
     if STAGE != 2:
@@ -160,7 +161,7 @@ def forward_slices(
         kv = tl.zeros([WIDTH, WIDTH], ACC)
         terms = tl.zeros([BLOCK if LATE else 1, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
-            y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
+            y, x, keep = _pixels(step, part, steps, pixels, width, BLOCK, LINEAR, WIDE)
             k = relu(_load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE), PRODUCT)
             v = _load(v_ptr, y, x, keep, vsd, vsy, vsx, D, WIDTH, LV, AV, LINEAR, WIDE)
             left = round_tf32(tl.trans(k), PRECISION)
@@ -177,7 +178,7 @@ def forward_slices(
         high, low = _parts(kv, PRODUCT)
         none = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
-            y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
+            y, x, keep = _pixels(step, part, steps, pixels, width, BLOCK, LINEAR, WIDE)
             q = relu(_load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE), PRODUCT).to(ACC)
             divisor = tl.sum(q * keys[None, :], 1) + least
             out = _times(q, high, low, none, PRODUCT, ACC) / divisor[:, None]
@@ -209,6 +210,7 @@ def backward_slices(
     LATE: tl.constexpr = q_ptr.dtype.element_ty != tl.float64
     batch, head, part = _place(tl.program_id(0), heads, slices)
     pixels = tl.multiple_of(H * W, N_ALIGN)
+    width = divider(W)
     unit = batch * heads + head
     ds_ptr += (part * units + unit if STAGE == 1 else unit) * ((D + 1) * D)
     if STAGE != 2:
@@ -222,7 +224,7 @@ def backward_slices(
         dkv = tl.zeros([WIDTH, WIDTH], ACC)
         terms = tl.zeros([BLOCK if LATE else 1, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
-            y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
+            y, x, keep = _pixels(step, part, steps, pixels, width, BLOCK, LINEAR, WIDE)
             raw = _load(q_ptr, y, x, keep, qsd, qsy, qsx, D, WIDTH, LQ, AQ, LINEAR, WIDE)
             g = _load(g_ptr, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, LINEAR, WIDE).to(ACC)
             q = relu(raw, PRODUCT).to(ACC)
@@ -257,7 +259,7 @@ def backward_slices(
         high_t, low_t = _parts(tl.trans(dkv), PRODUCT)
         none = tl.zeros([BLOCK, WIDTH], ACC)
         for step in range(0, steps if LOOP == 0 else LOOP):
-            y, x, keep = _pixels(step, part, steps, pixels, W, BLOCK, LINEAR, WIDE)
+            y, x, keep = _pixels(step, part, steps, pixels, width, BLOCK, LINEAR, WIDE)
             k = _load(k_ptr, y, x, keep, ksd, ksy, ksx, D, WIDTH, LK, AK, LINEAR, WIDE)
             v = _load(v_ptr, y, x, keep, vsd, vsy, vsx, D, WIDTH, LV, AV, LINEAR, WIDE).to(ACC)
             dk = _times(v, high_t, low_t, none, PRODUCT, ACC) + dkeys[None, :]
