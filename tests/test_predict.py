@@ -285,10 +285,10 @@ def test_the_committed_validation_is_within_its_margin(model) -> None:
     rows = model.validation.read(VALIDATION)
     ratios = [float(row["ratio"]) for row in rows if row["half"] == "test"]
     assert len(rows) > 500 and len(ratios) > 200
-    assert sum(1 / 1.4 < ratio < 1.4 for ratio in ratios) >= 0.9 * len(ratios)
+    assert sum(1 / 1.4 < ratio < 1.4 for ratio in ratios) >= 0.95 * len(ratios)
     of_instructions = model.validation.instructions(rows)
     assert len(of_instructions) >= 25
-    assert sum(abs(ratio - 1) < 0.07 for ratio in of_instructions) >= 0.85 * len(of_instructions)
+    assert all(abs(ratio - 1) < 0.12 for ratio in of_instructions)
 
 
 @pytest.mark.parametrize(

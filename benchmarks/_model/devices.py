@@ -50,25 +50,25 @@ DEVICES = {
 class Fitted:
     """Constants that no data sheet has: fitted to the kernels' times of one GPU, see validation.py."""
 
-    launch: float = 1.12
+    launch: float = 1.05
     """Microseconds from the beginning of a kernel to its first block, and from its last to the end."""
-    waiting: float = 0.88
-    """Of the cycles of a warp alone, those that other warps of its turn do not fill."""
-    busy: float = 0.9
+    waiting: float = 1.01
+    """Of the cycles of a warp alone, those that count: other warps of its turn do not fill them."""
+    busy: float = 0.74
     """Of the cycles of the busiest unit, those that count: what is on average, not at the worst moment."""
     near: float = 40.0
     """Cycles of a load from the first-level cache (Luo et al.; not fitted)."""
-    far: float = 94.0
+    far: float = 90.0
     """More, of one from the second-level cache, that are not hidden."""
-    further: float = 725.0
+    further: float = 730.0
     """More, of one from memory."""
-    requests: float = 0.82
+    requests: float = 1.3
     """Cycles of the first-level cache, for a pass of a request: 32 banks of 4 bytes serve it, four lines at once."""
-    passes: float = 0.74
+    passes: float = 0.69
     """Cycles for a pass over the banks of shared memory, or a shuffle."""
     memory: float = 0.865
     """Of the peak of the memory, what a copy reaches: 2.9 of 3.35 TB/s."""
-    power: float = 2.0
+    power: float = 1.8
     """With which the times of processors, second-level cache and memory come together: 1 would be one after the other,
     infinity the largest alone."""
 

@@ -15,8 +15,8 @@ passes over shared memory, shuffles among them; of requests to the first-level c
 memory; of warps that wait; of a launch."""
 
 HOST = 6.0
-"""Microseconds of the host for a launch by Triton's launcher in C, measured on a CPU of 2.5 GHz; Python's part of a
-call comes on top. It goes on beside the device, and is no part of the prediction."""
+"""Microseconds of the host for a launch by Triton's launcher in C, measured on a CPU of 2.5 GHz; Python's part
+comes on top. It goes on beside the device, and is no part of the prediction."""
 
 
 @dataclass(frozen=True)
