@@ -13,6 +13,8 @@ FIRST  := setuptools wheel ninja torch triton numpy transformers pillow scikit-l
 TOOLS  := setuptools wheel ninja build ruff mypy clang-format
 NEEDS  := torch triton numpy pytest pytest-xdist hypothesis expecttest matplotlib transformers diffusers accelerate peft \
 	pillow scikit-learn scipy onnx onnxscript onnxruntime executorch cuda-bindings
+SOURCE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
+CUDA   := $(wildcard csrc/cuda/*/*.cu csrc/cuda/*/*.cuh)
 PTX    := $(wildcard tests/ptx/machine/*)
 
 # gcc's run-time libraries of the sanitizers, which have to be in the process before Python's allocator is.
