@@ -84,30 +84,39 @@ def run(
     case: Case, kind: str, **options: Any
 ) -> tuple[list[testing.Comparison], list[launches.Executed], dict[str, torch.Tensor]]:
     """(comparisons with float64, launches, results): the output and all gradients, on memory filled with NaN."""
-    op, dtype = OPS[case.op], DTYPES[kind]
-    arguments = testing.normalised(op, case.arguments(dtype))
+    return run_op(case.op, case.arguments(DTYPES[kind]), kind, case.strides, **options)
+
+
+def run_op(
+    name: str, given: dict[str, Any], kind: str, strides: str, **options: Any
+) -> tuple[list[testing.Comparison], list[launches.Executed], dict[str, torch.Tensor]]:
+    """As :func:`run`, of an op's arguments."""
+    arguments = testing.normalised(OPS[name], given)
     wanted = list(testing.tensors_in(arguments))
     with launches.executed(tf32=kind == "tf32", **options) as log:
-        held, cotangent = testing.yardstick(op, arguments, wanted)
-        grad = laid(cotangent, case.strides)
-        launcher = import_module(f"mvkernels.ops.{case.op}.cuda.launcher")
+        held, cotangent = testing.yardstick(OPS[name], arguments, wanted)
+        grad = laid(cotangent, strides)
+        launcher = import_module(f"mvkernels.ops.{name}.cuda.launcher")
         maps = [arguments[name] for name in ("query", "key", "value")]
         groups = chain(*(arguments[name] for name in ("patch_size", "window_size", "shift") if name in arguments))
-        scale = case.d**-0.5 if case.scale is None else case.scale
+        scale = maps[0].shape[2] ** -0.5 if arguments["scale"] is None else arguments["scale"]
         settings = (*maps, *groups, arguments["bias"], scale)
         found = {"out": launcher.forward(*settings)}
-        grads = launcher.backward(grad, *settings, case.bias)
-        names = ("query", "key", "value", *(("bias",) if case.bias else ()))
-        found |= {f"d{name}": each for name, each in zip(names, grads)}
+        grads = launcher.backward(grad, *settings, "bias" in wanted)
+        found |= {f"d{name}": each for name, each in zip(wanted, grads)}
         return held.compare(found), log, found
 
 
 def faults(case: Case, kind: str, **options: Any) -> list[str]:
     """All that is wrong, in words; empty if nothing is."""
     comparisons, log, _ = run(case, kind, **options)
+    return wrong(comparisons, log)
+
+
+def wrong(comparisons: list[testing.Comparison], log: list[launches.Executed]) -> list[str]:
     assert {each.kernel.split("_")[1] for each in log} >= {"forward", "backward"}
-    wrong = [str(each) for each in comparisons if not each.ok]
-    return wrong + [f"{launch.kernel}: {found}" for launch in log for found in launch.findings]
+    found = [str(each) for each in comparisons if not each.ok]
+    return found + [f"{launch.kernel}: {fault}" for launch in log for fault in launch.findings]
 
 
 def reason(case: Case, kind: str, arch: str = "sm_90") -> str | None:

@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mvkernels import testing
 from mvkernels.cuda.attention import launcher, plan
+from mvkernels.dispatch.registry import OPS
 from tests.cuda import attention_cases as cases
 from tests.cuda.attention_cases import Case
 from tests.ptx import nvcc
+from tests.ptx.cases import of_op
 
 pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
 
@@ -22,6 +25,26 @@ def test_it_is_right_and_without_fault(case: Case, kind: str) -> None:
     """Output and gradients against float64; no race, no access out of bounds, nothing undefined."""
     assert cases.reason(case, kind) is None
     assert not cases.faults(case, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", cases.DTYPES)
+@pytest.mark.parametrize("op", ["patch_attention", "window_attention"])
+def test_the_inputs_of_verify(op: str, kind: str) -> None:
+    """Those that these kernels take; the batches of suites are of one image."""
+    taken = 0
+    for shape, strides, make in of_op(OPS[op]):
+        arguments = testing.normalised(OPS[op], make(cases.DTYPES[kind], "cpu"))
+        query, value, free = arguments["query"], arguments["value"], arguments["bias"] is None
+        group, shift = (arguments.get(name) for name in ("patch_size", "shift"))
+        if value.shape[3:] != query.shape[3:] or plan.why_not(
+            tuple(query.shape), value.shape[2], query.dtype, group or arguments["window_size"], shift, free, "sm_90"
+        ):
+            continue
+        comparisons, log, _ = cases.run_op(op, arguments, kind, strides.removeprefix("qkv "))
+        assert not cases.wrong(comparisons, log), f"{shape} {strides}"
+        taken += 1
+    assert taken > 10
 
 
 @pytest.mark.parametrize("kind", cases.DTYPES)

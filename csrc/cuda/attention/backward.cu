@@ -30,20 +30,30 @@
          items},                                                                                                      \
         global_smem);                                                                                                 \
   }
-#define BACKWARDS_OF_HALVES(NAME, TYPE, DP)                            \
-  BACKWARD(NAME, TYPE, mvk::Halves<TYPE>, false, 1, 8, 2, DP)          \
-  BACKWARD(NAME##_plain, TYPE, mvk::Halves<TYPE>, true, 1, 8, 2, DP)   \
-  BACKWARD(NAME##_large, TYPE, mvk::Halves<TYPE>, false, 1, 16, 1, DP) \
+// Sixteen warps for units of more than 128 tokens, eight for others; with masks, a bias and 64 channels a warp needs more
+// registers than there are for so many warps: those own 32 keys each, and so do all in float32.
+#define PLAIN_BACKWARDS(NAME, TYPE, DP)                              \
+  BACKWARD(NAME##_plain, TYPE, mvk::Halves<TYPE>, true, 1, 8, 2, DP) \
   BACKWARD(NAME##_large_plain, TYPE, mvk::Halves<TYPE>, true, 1, 16, 1, DP)
-#define BACKWARDS(DP)                                          \
-  BACKWARDS_OF_HALVES(bf16, mvk::bf16, DP)                     \
-  BACKWARDS_OF_HALVES(f16, mvk::f16, DP)                       \
+#define BACKWARDS_OF_HALVES(NAME, TYPE, DP)                   \
+  PLAIN_BACKWARDS(NAME, TYPE, DP)                             \
+  BACKWARD(NAME, TYPE, mvk::Halves<TYPE>, false, 1, 8, 2, DP) \
+  BACKWARD(NAME##_large, TYPE, mvk::Halves<TYPE>, false, 1, 16, 1, DP)
+#define BACKWARDS_OF_FLOATS(DP)                                \
   BACKWARD(f32, float, mvk::Singles<true>, false, 2, 8, 1, DP) \
   BACKWARD(tf32, float, mvk::Singles<false>, false, 2, 8, 1, DP)
+#define BACKWARDS(DP)                      \
+  BACKWARDS_OF_HALVES(bf16, mvk::bf16, DP) \
+  BACKWARDS_OF_HALVES(f16, mvk::f16, DP)   \
+  BACKWARDS_OF_FLOATS(DP)
 
 BACKWARDS(16)
 BACKWARDS(24)
 BACKWARDS(32)
 BACKWARDS(40)
 BACKWARDS(48)
-BACKWARDS(64)
+BACKWARDS_OF_FLOATS(64)
+PLAIN_BACKWARDS(bf16, mvk::bf16, 64)
+PLAIN_BACKWARDS(f16, mvk::f16, 64)
+BACKWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 2, 8, 1, 64)
+BACKWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, false, 2, 8, 1, 64)

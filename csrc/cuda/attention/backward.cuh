@@ -30,6 +30,10 @@ struct Backward {
   // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
   float* partial;
   int steps, items;
+
+  // Whether scores are scaled before the maximum is looked for, and by what they are multiplied after it.
+  __device__ __forceinline__ bool scaled() const { return bias.head >= 0 || scale2 <= 0; }
+  __device__ __forceinline__ float factor() const { return scaled() ? 1.0f : scale2; }
 };
 
 // A unit in shared memory.
@@ -60,10 +64,11 @@ struct Place {
 // 2^(score - highest), and delta.
 template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void find_rows(
-    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile, bool scaled,
-    float factor) {
+    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile) {
   constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = PLAIN && DP <= 48 ? 4 : 2;
   const int lane = lane_id(), rows = given.groups.rows;
+  const bool scaled = !PLAIN && given.scaled();
+  const float factor = PLAIN ? given.scale2 : given.factor();
   Channels<P, DP> q, g;
   q.load(shared_address(place.query) + tile * 16 * ROW);
   g.load(shared_address(place.grad) + tile * 16 * ROW);
@@ -125,11 +130,12 @@ __device__ __forceinline__ void find_rows(
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ void add_queries(
     float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Backward<typename P::Element>& given,
-    const Place<P, DP>& place, const Unit& unit, int first, int count, int block, bool scaled, float factor,
-    float* partial, bool more) {
+    const Place<P, DP>& place, const Unit& unit, int first, int count, int block, int part, bool more) {
   constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS;
   const int lane = lane_id(), query = block * 16 + 2 * (lane & 3);
-  const bool special = !PLAIN && (!unit.full || partial != nullptr);
+  const bool special = !PLAIN && (!unit.full || given.steps > 0);
+  const bool scaled = !PLAIN && given.scaled();
+  const float factor = PLAIN ? given.scale2 : given.factor();
   const uint32_t q = shared_address(place.query) + block * 16 * ROW;
   const uint32_t g = shared_address(place.grad) + block * 16 * ROW;
 
@@ -156,20 +162,21 @@ __device__ __forceinline__ void add_queries(
       for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? delta.y : delta.x));
     }
     if (special) {
-      const uint32_t keys = m < count ? place.masks[first + m] >> (lane >> 2) : 0;
+      const uint32_t keys = m == 0 || m < count ? place.masks[first + m] >> (lane >> 2) : 0;
       const uint32_t queries = place.masks[block] >> 2 * (lane & 3);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const bool there = keys >> (i / 2 % 2 * 8) & queries >> (i / 4 * 8 + i % 2) & 1;
         if (!there) p[i / 4][i % 4] = ds[i / 4][i % 4] = 0.0f;
       }
-      if (partial != nullptr) {
+      if (given.steps > 0) {
         const int tokens = given.bias.tokens, key = (first + m) * 16 + (lane >> 2);
+        float* sums = given.partial + static_cast<int64_t>(part) * tokens * tokens;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int at_query = query + i / 4 * 8 + i % 2, at_key = key + i / 2 % 2 * 8;
           if (at_query < tokens && at_key < tokens) {
-            float* sum = partial + at_query * tokens + at_key;
+            float* sum = sums + at_query * tokens + at_key;
             *sum = ds[i / 4][i % 4] + (more ? *sum : 0.0f);
           }
         }
@@ -178,7 +185,7 @@ __device__ __forceinline__ void add_queries(
     typename P::template Left<16> left, left_ds;
     P::from_sums(left, p[0], p[1]);
     P::from_sums(left_ds, ds[0], ds[1]);
-    if (m < count) {
+    if (m == 0 || m < count) {
       const uint32_t pairs = shared_address(place.pairs) + (block & 1) * given.groups.rows * PAIRS;
       P::store_tokens(pairs + (first + m) * 16 * PAIRS, left_ds, ds[0], ds[1]);
     }
@@ -215,7 +222,7 @@ struct Work {
   Place<P, DP> place;
   Unit unit;
   int member, index, lanes;  // of the team
-  float* partial;
+  int part;                  // where in given.partial its sums of dS are
 
   __device__ __forceinline__ Work(const Backward<typename P::Element>& given, unsigned char* shared, int step)
       : place(shared, 0, 0, 0) {
@@ -226,13 +233,12 @@ struct Work {
     const int warp = thread >> 5, units = WARPS >> groups.team_bits, mine = warp >> groups.team_bits;
     lanes = 32 << groups.team_bits, index = thread & (lanes - 1), member = index >> 5;
     place = Place<P, DP>(shared, units, mine, groups.rows);
-    partial = nullptr;
+    part = 0;
     int which = block * units + mine;
     if (given.steps > 0) {
-      const int head = block % groups.heads, part = block / groups.heads * units + mine;
-      const int64_t area = static_cast<int64_t>(given.bias.tokens) * given.bias.tokens;
-      partial = given.partial + (static_cast<int64_t>(part) * groups.heads + head) * area;
-      const int item = part * given.steps + step;
+      const int head = block % groups.heads, turns = block / groups.heads * units + mine;
+      part = turns * groups.heads + head;
+      const int item = turns * given.steps + step;
       which = item < given.items ? item * groups.heads + head : groups.units;
     }
     unit = unit_of(groups, which);
@@ -278,7 +284,7 @@ __device__ __forceinline__ void store_unit(
 
 template <class P, int DP, bool PLAIN, int TILES, int WARPS>
 __device__ __forceinline__ void pass_over_keys(
-    const Backward<typename P::Element>& given, unsigned char* shared, int step, bool scaled, float factor) {
+    const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
   const Work<P, DP, WARPS> work(given, shared, step);
   const Place<P, DP>& place = work.place;
@@ -292,8 +298,7 @@ __device__ __forceinline__ void pass_over_keys(
 #pragma unroll 1
   for (int block = 0; block < rows / 16; block++) {
     if (count > 0) {
-      add_queries<P, DP, PLAIN, TILES>(
-          dk, dv, given, place, work.unit, first, count, block, scaled, factor, work.partial, step > 0);
+      add_queries<P, DP, PLAIN, TILES>(dk, dv, given, place, work.unit, first, count, block, work.part, step > 0);
     }
     __syncthreads();
     for (int n = work.member; n < COLUMNS; n += work.lanes / 32) {
@@ -322,23 +327,22 @@ __device__ __forceinline__ void pass_over_keys(
 // PLAIN: every unit has a token in each row, there is no bias, and the scale is above 0.
 template <class P, int DP, bool PLAIN, int TILES, int WARPS>
 __device__ __forceinline__ void backward(const Backward<typename P::Element>& given, unsigned char* shared) {
-  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);  // before the maximum is looked for
-  const float factor = scaled ? 1.0f : given.scale2;
+  const int steps = PLAIN ? 0 : given.steps;
   int step = 0;
   do {
     load_unit<P, DP, WARPS>(given, shared, step);
     {
       const Work<P, DP, WARPS> work(given, shared, step);
       for (int tile = work.member; tile * 16 < given.groups.rows; tile += work.lanes / 32) {
-        find_rows<P, DP, PLAIN>(given, work.place, work.unit, tile, scaled, factor);
+        find_rows<P, DP, PLAIN>(given, work.place, work.unit, tile);
       }
     }
     __syncthreads();
-    pass_over_keys<P, DP, PLAIN, TILES, WARPS>(given, shared, step, scaled, factor);
+    pass_over_keys<P, DP, PLAIN, TILES, WARPS>(given, shared, step);
     store_unit<P, DP, WARPS>(given, shared, step);
     step++;
-    if (step < given.steps) __syncthreads();  // the next unit comes to the place of this one
-  } while (step < given.steps);
+    if (step < steps) __syncthreads();  // the next unit comes to the place of this one
+  } while (step < steps);
 }
 
 }  // namespace mvk::attention

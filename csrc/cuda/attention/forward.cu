@@ -9,8 +9,6 @@
 
 namespace mvk::attention {
 
-constexpr int AT_ONCE = 4;  // times 16 keys, whose scores are in registers
-
 template <typename T>
 struct Forward {
   Map<const T> query, key, value;
@@ -26,6 +24,7 @@ template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
+  constexpr int AT_ONCE = P::HALF || DP <= 48 ? 4 : 2;  // times 16 keys, whose scores are in registers
   const Groups& groups = given.groups;
   const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
   const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),

@@ -29,14 +29,14 @@ def padded(*dims: int) -> int:
 class Tiles:
     """Sizes in shared memory, as csrc/cuda/common/fragments.cuh has them, and warps of a block."""
 
-    def __init__(self, dtype: torch.dtype, dim: int) -> None:
+    def __init__(self, dtype: torch.dtype, dim: int, plain: bool) -> None:
         half = dtype.itemsize == 2
         self.row = dtype.itemsize * ((dim // 8 | 1) * 8 if half else dim + 4)
         """Bytes of a token's row."""
         self.pairs = 48 if half else 80
         """Bytes of a key's row of 16 queries."""
         self.forward_warps = 4 if half else 8
-        self.keys = 16 if half else 32
+        self.keys = 16 if half and (plain or dim < 64) else 32
         """That a warp owns in the backward."""
 
     def backward_warps(self, rows: int) -> int:
@@ -130,14 +130,15 @@ def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
     """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``. ``positive``: the scale is."""
     geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
-    tiles = Tiles(problem.dtype, padded(d, dv))
+    plain = _is_plain(problem, geometry, positive)
+    tiles = Tiles(problem.dtype, padded(d, dv), plain)
     rows = rows_of(geometry.tokens)
     room = configs.shared_memory_of(problem.device.arch)
     team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "o"))
     bias_head, bias = _bias(problem, geometry)
     warps = tiles.forward_warps
-    name = _name(problem, "forward", False, _is_plain(problem, geometry, positive))
+    name = _name(problem, "forward", False, plain)
     return [
         Launch(
             "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
@@ -168,7 +169,8 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, positive: bool
     """
     geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
-    tiles = Tiles(problem.dtype, padded(d, dv))
+    plain = _is_plain(problem, geometry, positive)
+    tiles = Tiles(problem.dtype, padded(d, dv), plain)
     rows = rows_of(geometry.tokens)
     room = configs.shared_memory_of(problem.device.arch)
     warps = tiles.backward_warps(rows)
@@ -183,8 +185,8 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, positive: bool
     pointers = ("q", "k", "v", "g", "bias", "dq", "dk", "dv", "partial")
     launches = [
         Launch(
-            "attention/backward", _name(problem, "backward", warps > 8, _is_plain(problem, geometry, positive)), grid,
-            32 * warps, tiles.backward(rows, team), pointers, (*longs, bias_head),
+            "attention/backward", _name(problem, "backward", warps > 8, plain), grid, 32 * warps,
+            tiles.backward(rows, team), pointers, (*longs, bias_head),
             (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items), ("scale", "scale2"),
         )
     ]  # fmt: skip
@@ -224,7 +226,7 @@ def why_not(
     if heads * max(d, value_dim) * height * width >= INT32 or batch * heads * height * width >= INT32:
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
-    tiles = Tiles(dtype, dim)
+    tiles = Tiles(dtype, dim, plain=False)
     if tiles.backward(rows, tiles.backward_warps(rows)) > configs.shared_memory_of(arch):
         return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
