@@ -69,9 +69,10 @@ __device__ __forceinline__ void find_rows(
   const int lane = lane_id(), rows = given.groups.rows;
   const bool scaled = !PLAIN && given.scaled();
   const float factor = PLAIN ? given.scale2 : given.factor();
+  const Lanes<P, DP> lanes;
   Channels<P, DP> q, g;
-  q.load(shared_address(place.query) + tile * 16 * ROW);
-  g.load(shared_address(place.grad) + tile * 16 * ROW);
+  q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
+  g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
   float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
 #pragma unroll 1
   for (int first = 0; first * 16 < rows; first += AT_ONCE) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void find_rows(
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       if (j >= count) continue;
-      q.template multiply<false>(s[j], shared_address(place.key) + (first + j) * 16 * ROW);
+      q.template multiply<false>(s[j], shared_address(place.key) + (first + j) * 16 * ROW, lanes);
       if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
       if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
 #pragma unroll
@@ -100,7 +101,7 @@ __device__ __forceinline__ void find_rows(
     for (int j = 0; j < AT_ONCE; j++) {
       if (j >= count) continue;
       float dp[2][4];
-      g.template multiply<false>(dp, shared_address(place.value) + (first + j) * 16 * ROW);
+      g.template multiply<false>(dp, shared_address(place.value) + (first + j) * 16 * ROW, lanes);
       if (!PLAIN && !unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
@@ -119,7 +120,7 @@ __device__ __forceinline__ void find_rows(
     }
     if ((lane & 3) == 0) {
       const int row = tile * 16 + (lane >> 2) + 8 * r;
-      const float share = 1.0f / total[r];
+      const float share = reciprocal_fast(total[r]);
       place.top[row] = top[r] == -INFINITY ? 0.0f : top[r];
       place.share[row] = log2_fast(share), place.delta[row] = delta[r] * share;
     }
@@ -133,6 +134,7 @@ __device__ __forceinline__ void add_queries(
     const Place<P, DP>& place, const Unit& unit, int first, int count, int block, int part, bool more) {
   constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS;
   const int lane = lane_id(), query = block * 16 + 2 * (lane & 3);
+  const Lanes<P, DP> lanes;
   const bool special = !PLAIN && (!unit.full || given.steps > 0);
   const bool scaled = !PLAIN && given.scaled();
   const float factor = PLAIN ? given.scale2 : given.factor();
@@ -143,7 +145,7 @@ __device__ __forceinline__ void add_queries(
   for (int m = 0; m < TILES; m++) {
     // Beyond the last key of all lies the next tile: what is computed of it goes nowhere.
     float p[2][4], ds[2][4];
-    multiply_turned<P, DP>(p, shared_address(place.key) + (first + m) * 16 * ROW, q);
+    multiply_turned<P, DP>(p, shared_address(place.key) + (first + m) * 16 * ROW, q, lanes);
     if (scaled) given.bias.template scale<true>(p, given.scale2, unit.head, block * 16, (first + m) * 16);
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -154,7 +156,7 @@ __device__ __forceinline__ void add_queries(
         p[n][i] = exp2_fast(fmaf(p[n][i] - (i % 2 ? top.y : top.x), factor, i % 2 ? share.y : share.x));
       }
     }
-    multiply_turned<P, DP>(ds, shared_address(place.value) + (first + m) * 16 * ROW, g);
+    multiply_turned<P, DP>(ds, shared_address(place.value) + (first + m) * 16 * ROW, g, lanes);
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       const float2 delta = *reinterpret_cast<const float2*>(place.delta + query + 8 * n);
@@ -189,8 +191,8 @@ __device__ __forceinline__ void add_queries(
       const uint32_t pairs = shared_address(place.pairs) + (block & 1) * given.groups.rows * PAIRS;
       P::store_tokens(pairs + (first + m) * 16 * PAIRS, left_ds, ds[0], ds[1]);
     }
-    add_tokens<P, DP>(dv[m], left, g);
-    add_tokens<P, DP>(dk[m], left_ds, q);
+    add_tokens<P, DP>(dv[m], left, g, lanes);
+    add_tokens<P, DP>(dk[m], left_ds, q, lanes);
   }
 }
 
@@ -201,13 +203,14 @@ __device__ __forceinline__ void finish_queries(
   constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS, SIZE = sizeof(typename P::Element);
   const uint32_t pairs = shared_address(place.pairs) + (block & 1) * rows * PAIRS;
   const uint32_t keys = shared_address(place.key) + column * 8 * SIZE;
+  const Lanes<P, DP> lanes;
   float dq[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
   for (int j = 0; j < rows / 16; j++) {
     typename P::template Left<16> a;
     typename P::template Right<16> b[1];
     P::load_transposed(a, pairs + j * 16 * PAIRS, P::TOKENS);
-    P::load_tokens(b, keys + j * 16 * ROW, Place<P, DP>::STRIDE);
+    P::load_tokens(b, keys + j * 16 * ROW, lanes);
     P::template multiply<false>(dq, a, b[0]);
   }
   const int g = lane_id() >> 2, t = lane_id() & 3;

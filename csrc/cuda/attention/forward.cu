@@ -50,6 +50,8 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 
   const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);  // before the maximum is looked for
   const float factor = scaled ? 1.0f : given.scale2;
+  Lanes<P, DP> lanes;
+  lanes.keep();
   int buffer = 16;
   for (int tile = member - team; tile < 0 || tile * 16 < rows; tile += team, buffer ^= 16) {
     T* const here = own + buffer * STRIDE;
@@ -63,7 +65,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
       continue;
     }
     Channels<P, DP> q;
-    q.load(shared_address(here));
+    q.load(shared_address(here), lanes);
     float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
     float o[COLUMNS][4];
 #pragma unroll
@@ -77,7 +79,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 #pragma unroll
       for (int j = 0; j < AT_ONCE; j++) {
         if (j < count) {
-          q.template multiply<false>(s[j], at + j * 16 * STRIDE * SIZE);
+          q.template multiply<false>(s[j], at + j * 16 * STRIDE * SIZE, lanes);
           if (scaled) {
             given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
           }
@@ -113,7 +115,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
         }
         typename P::template Left<16> p;
         P::from_sums(p, s[j][0], s[j][1]);
-        add_tokens<P, DP>(o, p, at + (rows + j * 16) * STRIDE * SIZE);
+        add_tokens<P, DP>(o, p, at + (rows + j * 16) * STRIDE * SIZE, lanes);
       }
     }
     __syncwarp();
@@ -121,7 +123,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     for (int r = 0; r < 2; r++) {
       total[r] += __shfl_xor_sync(~0u, total[r], 1);
       total[r] += __shfl_xor_sync(~0u, total[r], 2);
-      const float over = 1.0f / total[r];
+      const float over = reciprocal_fast(total[r]);
       const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
 #pragma unroll
       for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, o[n][2 * r] * over, o[n][2 * r + 1] * over);

@@ -24,22 +24,32 @@ struct Map {
     const uint64_t bits = reinterpret_cast<uint64_t>(at) | sizeof(T) * static_cast<uint32_t>(y | x);
     return channel != 1 || bits & 7 ? sizeof(T) : bits & 8 ? 8 : 16;
   }
-  __device__ __forceinline__ T* pixel(int place) const { return at + ((place >> 16) * y + (place & 0xffff) * x); }
+  __device__ __forceinline__ int offset(int place) const { return (place >> 16) * y + (place & 0xffff) * x; }
+};
+
+// A lane has one piece of all rows that it moves: only the pixel changes from row to row.
+template <int PIECES>
+struct Pieces {
+  int row, piece, step;
+  __device__ __forceinline__ Pieces(int index, int lanes, int rows)
+      : row(index / PIECES), piece(index % PIECES), step(lanes / PIECES) {
+    if (row >= step) row = rows;  // lanes beyond the last whole row
+  }
 };
 
 template <typename T, int DP, int BYTES>
 __device__ __forceinline__ void load_wide(
     uint32_t tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index,
     int lanes) {
-  constexpr int EACH = BYTES / sizeof(T), PIECES = DP / EACH;
-  int row = index / PIECES, piece = index % PIECES;
-  while (row < rows) {
+  constexpr int EACH = BYTES / sizeof(T);
+  const Pieces<DP / EACH> mine(index, lanes, rows);
+  const int there = min(max((channels - mine.piece * EACH) * int(sizeof(T)), 0), BYTES);
+  const T* from = there > 0 ? map.at + mine.piece * EACH : map.at;
+  uint32_t to = tile + (mine.row * stride + mine.piece * EACH) * sizeof(T);
+#pragma unroll 2
+  for (int row = mine.row; row < rows; row += mine.step, to += mine.step * stride * sizeof(T)) {
     const int place = pixels[row];
-    const int there = place < 0 ? 0 : min(max((channels - piece * EACH) * int(sizeof(T)), 0), BYTES);
-    const T* from = there > 0 ? map.pixel(place) + piece * EACH : map.at;
-    copy_async<BYTES>(tile + (row * stride + piece * EACH) * sizeof(T), from, there);
-    row += lanes / PIECES, piece += lanes % PIECES;
-    if (piece >= PIECES) row++, piece -= PIECES;
+    copy_async<BYTES>(to, from + (place < 0 ? 0 : map.offset(place)), place < 0 ? 0 : there);
   }
 }
 
@@ -59,7 +69,8 @@ __device__ __forceinline__ void load_rows(
 #pragma unroll 4
       for (int d = by_tokens ? 0 : index; d < DP; d += by_tokens ? 1 : lanes) {
         const bool there = place >= 0 && d < channels;
-        tile[row * stride + d] = there ? map.pixel(place)[d * map.channel] : from_float<T>(0.0f);
+        tile[row * stride + d] =
+            there ? map.at[map.offset(place) + static_cast<int64_t>(d) * map.channel] : from_float<T>(0.0f);
       }
     }
   }
@@ -69,16 +80,15 @@ __device__ __forceinline__ void load_rows(
 template <typename T, int DP, typename WORD>
 __device__ __forceinline__ void store_wide(
     const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
-  constexpr int EACH = sizeof(WORD) / sizeof(T), PIECES = DP / EACH;
-  int row = index / PIECES, piece = index % PIECES;
-  while (row < rows) {
+  constexpr int EACH = sizeof(WORD) / sizeof(T);
+  const Pieces<DP / EACH> mine(index, lanes, rows);
+  if ((mine.piece + 1) * EACH > channels) return;
+  T* const to = map.at + mine.piece * EACH;
+  const T* from = tile + mine.row * stride + mine.piece * EACH;
+#pragma unroll 2
+  for (int row = mine.row; row < rows; row += mine.step, from += mine.step * stride) {
     const int place = pixels[row];
-    if (place >= 0 && (piece + 1) * EACH <= channels) {
-      T* to = map.pixel(place) + piece * EACH;
-      *reinterpret_cast<WORD*>(to) = *reinterpret_cast<const WORD*>(tile + row * stride + piece * EACH);
-    }
-    row += lanes / PIECES, piece += lanes % PIECES;
-    if (piece >= PIECES) row++, piece -= PIECES;
+    if (place >= 0) *reinterpret_cast<WORD*>(to + map.offset(place)) = *reinterpret_cast<const WORD*>(from);
   }
 }
 
@@ -96,7 +106,7 @@ __device__ __forceinline__ void store_rows(
       const int place = pixels[row];
       if (place < 0) continue;
       for (int d = by_tokens ? 0 : index; d < channels; d += by_tokens ? 1 : lanes) {
-        map.pixel(place)[d * map.channel] = tile[row * stride + d];
+        map.at[map.offset(place) + static_cast<int64_t>(d) * map.channel] = tile[row * stride + d];
       }
     }
   }

@@ -44,14 +44,18 @@ struct Halves {
     uint32_t of[K / 8];
   };
 
-  // Of which row a lane gives the address, where rows are those of the tile. Of loads of two matrices only the first 16
-  // lanes' addresses count: one number serves all.
-  static __device__ __forceinline__ uint32_t row(int stride) {
-    return 2 * ((lane_id() & 15) * stride + (lane_id() >> 4) * 8);
-  }
-  template <int K>
-  static __device__ __forceinline__ void load(Left<K>& a, uint32_t at, int stride) {
-    load_matrices(a.of, at + row(stride));
+  // What a lane adds to the address of a tile whose rows have STRIDE elements. Of loads of two matrices only the first 16
+  // lanes' addresses count: `row` serves all loads but those of right operands by 16 columns.
+  template <int STRIDE>
+  struct Lanes {
+    uint32_t row = 2 * ((lane_id() & 15) * STRIDE + (lane_id() >> 4) * 8);
+    uint32_t right = 2 * (((lane_id() & 7) + (lane_id() >> 4) * 8) * STRIDE + (lane_id() & 8));
+    // Keeps the compiler from computing them anew at each use, where registers are to spare.
+    __device__ __forceinline__ void keep() { asm volatile("" : "+r"(row), "+r"(right)); }
+  };
+  template <int K, int STRIDE>
+  static __device__ __forceinline__ void load(Left<K>& a, uint32_t at, const Lanes<STRIDE>& lanes) {
+    load_matrices(a.of, at + lanes.row);
   }
   // Of a tile whose rows are the operand's columns, of which there are 16.
   static __device__ __forceinline__ void load_transposed(Left<16>& a, uint32_t at, int stride) {
@@ -60,27 +64,28 @@ struct Halves {
     load_matrices_transposed(a.of, at + 2 * (row * stride + column));
   }
   // Two neighbours, of a tile whose rows are the operands' columns.
-  template <int K>
-  static __device__ __forceinline__ void load(Right<K> (&b)[2], uint32_t at, int stride) {
+  template <int K, int STRIDE>
+  static __device__ __forceinline__ void load(Right<K> (&b)[2], uint32_t at, const Lanes<STRIDE>& lanes) {
     if constexpr (K == 16) {
-      const int lane = lane_id(), row = (lane & 7) + (lane >> 4) * 8, column = lane & 8;
       uint32_t both[4];
-      load_matrices(both, at + 2 * (row * stride + column));
+      load_matrices(both, at + lanes.right);
       b[0].of[0] = both[0], b[0].of[1] = both[1], b[1].of[0] = both[2], b[1].of[1] = both[3];
     } else {
       uint32_t both[2];
-      load_matrices(both, at + row(stride));
+      load_matrices(both, at + lanes.row);
       b[0].of[0] = both[0], b[1].of[0] = both[1];
     }
   }
   // Rows as those of the tile: 16 tokens. Two neighbours, or one.
-  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[2], uint32_t at, int stride) {
+  template <int STRIDE>
+  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[2], uint32_t at, const Lanes<STRIDE>& lanes) {
     uint32_t both[4];
-    load_matrices_transposed(both, at + row(stride));
+    load_matrices_transposed(both, at + lanes.row);
     b[0].of[0] = both[0], b[0].of[1] = both[1], b[1].of[0] = both[2], b[1].of[1] = both[3];
   }
-  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[1], uint32_t at, int stride) {
-    load_matrices_transposed(b[0].of, at + row(stride));
+  template <int STRIDE>
+  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[1], uint32_t at, const Lanes<STRIDE>& lanes) {
+    load_matrices_transposed(b[0].of, at + lanes.row);
   }
   static __device__ __forceinline__ void from_sums(Left<16>& a, const float (&low)[4], const float (&high)[4]) {
     a.of[0] = pack<T>(low[0], low[1]), a.of[1] = pack<T>(low[2], low[3]);
@@ -131,12 +136,18 @@ struct Singles {
   template <int K>
   struct Right : Numbers<K / 4> {};
 
-  template <int K>
-  static __device__ __forceinline__ void load(Left<K>& a, uint32_t at, int stride) {
-    const uint32_t mine = at + 4 * ((lane_id() >> 2) * stride + (lane_id() & 3));
+  template <int STRIDE>
+  struct Lanes {
+    uint32_t row = 4 * ((lane_id() >> 2) * STRIDE + (lane_id() & 3));
+    uint32_t tokens = 4 * (2 * (lane_id() & 3) * STRIDE + (lane_id() >> 2));
+    __device__ __forceinline__ void keep() {}
+  };
+  template <int K, int STRIDE>
+  static __device__ __forceinline__ void load(Left<K>& a, uint32_t at, const Lanes<STRIDE>& lanes) {
+    const uint32_t mine = at + lanes.row;
 #pragma unroll
     for (int i = 0; i < K / 2; i++) {
-      a.set(i, load_shared(mine + 4 * ((i & 1) * 8 * stride + (i >> 1) * 4)));
+      a.set(i, load_shared(mine + 4 * ((i & 1) * 8 * STRIDE + (i >> 1) * 4)));
     }
   }
   static __device__ __forceinline__ void load_transposed(Left<16>& a, uint32_t at, int stride) {
@@ -146,20 +157,20 @@ struct Singles {
       a.set(i, load_shared(mine + 4 * (((i >> 2) * 8 + (i >> 1 & 1)) * stride + (i & 1) * 8)));
     }
   }
-  template <int K>
-  static __device__ __forceinline__ void load(Right<K> (&b)[2], uint32_t at, int stride) {
-    const uint32_t mine = at + 4 * ((lane_id() >> 2) * stride + (lane_id() & 3));
+  template <int K, int STRIDE>
+  static __device__ __forceinline__ void load(Right<K> (&b)[2], uint32_t at, const Lanes<STRIDE>& lanes) {
+    const uint32_t mine = at + lanes.row;
 #pragma unroll
     for (int i = 0; i < K / 2; i++) {
-      b[i / (K / 4)].set(i % (K / 4), load_shared(mine + 4 * (i / (K / 4) * 8 * stride + i % (K / 4) * 4)));
+      b[i / (K / 4)].set(i % (K / 4), load_shared(mine + 4 * (i / (K / 4) * 8 * STRIDE + i % (K / 4) * 4)));
     }
   }
-  template <int N>
-  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[N], uint32_t at, int stride) {
-    const uint32_t mine = at + 4 * (2 * (lane_id() & 3) * stride + (lane_id() >> 2));
+  template <int N, int STRIDE>
+  static __device__ __forceinline__ void load_tokens(Right<16> (&b)[N], uint32_t at, const Lanes<STRIDE>& lanes) {
+    const uint32_t mine = at + lanes.tokens;
 #pragma unroll
     for (int i = 0; i < 4 * N; i++) {
-      b[i / 4].set(i % 4, load_shared(mine + 4 * (((i >> 1 & 1) * 8 + (i & 1)) * stride + i / 4 * 8)));
+      b[i / 4].set(i % 4, load_shared(mine + 4 * (((i >> 1 & 1) * 8 + (i & 1)) * STRIDE + i / 4 * 8)));
     }
   }
   static __device__ __forceinline__ void from_sums(Left<16>& a, const float (&low)[4], const float (&high)[4]) {

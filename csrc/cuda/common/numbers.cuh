@@ -53,6 +53,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// 1 / x, at most a unit in the last place off; of a power of two exact.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Exact where x is a power of two.
 __device__ __forceinline__ float log2_fast(float x) {
   float y;
