@@ -24,7 +24,7 @@ template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
-  constexpr int AT_ONCE = P::HALF || DP <= 48 ? 4 : 2;  // times 16 keys, whose scores are in registers
+  constexpr int AT_ONCE = P::HALF || DP <= 40 ? 4 : DP <= 48 ? 2 : 1;  // times 16 keys, whose scores are in registers
   const Groups& groups = given.groups;
   const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
   const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),
@@ -157,17 +157,18 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
          scale2},                                                                                                     \
         global_smem, WARPS);                                                                                          \
   }
-#define FORWARDS(DP)                                                     \
-  FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 4, 4, DP)      \
+// BLOCKS a processor: masks, a bias and 64 channels want more registers than four leave.
+#define FORWARDS(BLOCKS, DP)                                             \
+  FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 4, BLOCKS, DP) \
   FORWARD(bf16_plain, mvk::bf16, mvk::Halves<mvk::bf16>, true, 4, 4, DP) \
-  FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, false, 4, 4, DP)         \
+  FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, false, 4, BLOCKS, DP)    \
   FORWARD(f16_plain, mvk::f16, mvk::Halves<mvk::f16>, true, 4, 4, DP)    \
   FORWARD(f32, float, mvk::Singles<true>, false, 8, 1, DP)               \
   FORWARD(tf32, float, mvk::Singles<false>, false, 8, 1, DP)
 
-FORWARDS(16)
-FORWARDS(24)
-FORWARDS(32)
-FORWARDS(40)
-FORWARDS(48)
-FORWARDS(64)
+FORWARDS(4, 16)
+FORWARDS(4, 24)
+FORWARDS(4, 32)
+FORWARDS(4, 40)
+FORWARDS(3, 48)
+FORWARDS(3, 64)
