@@ -206,15 +206,6 @@ def test_any_shape_and_strides(**problem):
 
 
 @on_triton
-@pytest.mark.parametrize("noise", [0.0, 0.004, 1.0])
-def test_nearly_equal_channels(noise):
-    """The float32 nearest to the mean of such rows is off by about as much as they differ."""
-    arguments = arguments_of(3, 12, size=(5, 4))
-    arguments["x"].mul_(noise).add_(12345.7)
-    assert_ok(testing.check(OP, arguments, "triton"))
-
-
-@on_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "size"),
