@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mvkernels.triton import configs
 
 if TYPE_CHECKING:
@@ -42,24 +44,58 @@ def register(op: str) -> None:
         return {"CUDA": int(known.get(configs.class_of(key), 0.0) >= LEAST)}
 
 
+_TOKENS = (16, 32, 64, 128, 256, 512)
+_CHANNELS = (16, 24, 32, 40, 48, 56, 64, 128)
+_SIDES = (0, 1, 3, 5, 7)
+
+
+def _at_least(count: int, limits: tuple[int, ...]) -> int:
+    # By comparisons, which torch.compile can trace for sizes that it does not know.
+    for limit in limits:
+        if count <= limit:
+            return limit
+    return 2 * limits[-1]
+
+
+def tokens(count: int) -> int:
+    """A count of tokens as keys have it: the next power of two."""
+    return _at_least(count, _TOKENS)
+
+
+def channels(count: int) -> int:
+    """A count of a head's channels as keys have it: the next multiple of 8, up to 64."""
+    return _at_least(count, _CHANNELS)
+
+
+def side(count: int) -> int:
+    """The side of a depthwise kernel as keys have it; 0 for none."""
+    return _at_least(count, _SIDES)
+
+
 def key_of(op: Op, arguments: Mapping[str, Any], backward: bool) -> dict[str, Any]:
     """The key of a call with these arguments, by name, of an op that has the choice."""
     bound = inspect.signature(op.function).bind(**arguments)
     bound.apply_defaults()
     for other in ("backend", "process_group"):
         bound.arguments.pop(other, None)
-    return _key(op, op.check(*bound.arguments.values()), backward)[0]
+    checked, device = op.check(*bound.arguments.values()), next(iter(arguments.values())).device
+    return {**_key(op, checked, backward), "arch": configs.device_of(device.type, device.index).arch}
 
 
-def _key(op: Op, arguments: tuple[Any, ...], backward: bool) -> tuple[dict[str, Any], configs.Device]:
+def _key(op: Op, arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
     assert op.choice is not None
-    device = arguments[0].device
-    of = configs.device_of(device.type, device.index)
-    return {**op.choice(arguments, backward), "arch": of.arch}, of
+    return {**op.choice(arguments), "grad": int(backward)}
 
 
 def is_faster(op: Op, arguments: tuple[Any, ...], backward: bool) -> bool:
     """Whether CUDA C++ is taken for these checked arguments of an op that has the choice; with ``backward`` for forward
     and backward together."""
-    key, device = _key(op, arguments, backward)
-    return bool(configs.config(op.name, KERNEL, device.name, key)["CUDA"])
+    device = arguments[0].device
+    return _taken(op.name, device.type, device.index, tuple(_key(op, arguments, backward).items()))
+
+
+@torch.compiler.assume_constant_result
+def _taken(op: str, type_: str, index: int | None, items: tuple[tuple[str, Any], ...]) -> bool:
+    # What torch.compile would have to trace: files are read, and kept.
+    of = configs.device_of(type_, index)
+    return bool(configs.config(op, KERNEL, of.name, {**dict(items), "arch": of.arch})["CUDA"])

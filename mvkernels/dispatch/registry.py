@@ -82,9 +82,9 @@ class Op:
     """The backends whose kernels have no backward. They decline a call that records a gradient."""
     pack: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
     """The weights among these arguments as the argument ``packed``, which callers make once; bench gives it to cpp."""
-    choice: Callable[[tuple[Any, ...], bool], Mapping[str, Any]] | None = None
-    """Of an op with kernels in Triton and in CUDA C++: ``choice(arguments, backward)``, the key by which "auto" chooses
-    between the two (:mod:`mvkernels.cuda.choice`). The arguments are checked, and in order."""
+    choice: Callable[[tuple[Any, ...]], Mapping[str, Any]] | None = None
+    """Of an op with kernels in Triton and in CUDA C++: ``choice(arguments)``, of which "auto" makes the key by which it
+    chooses between the two (:mod:`mvkernels.cuda.choice`). The arguments are checked, and in order."""
     composed: Composed | None = None
     """The same computation from other ops, if modules choose between the two."""
 

@@ -113,3 +113,25 @@ def test_tune_keeps_what_it_measured(faster: str, times: float, monkeypatch: pyt
     tune.save(configs.file_of(PRETENDED["sm_90"].name), name, [finding], PRETENDED["sm_90"])
     configs.forget()
     assert backend.choose(op, None, checked) == faster
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", WITH_CHOICE)
+def test_a_compiled_function_takes_what_is_taken_without(
+    name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph, also where torch.compile does not know the sizes."""
+    op, (arguments, _) = OPS[name], arguments_of(name)
+    for times, taken in ((5.0, "cuda"), (0.5, "triton")):
+        predict(monkeypatch, name, times)
+        torch.compiler.reset()
+        graphs: list[str] = []
+
+        def keep(graph: torch.fx.GraphModule, _: Any, graphs: list[str] = graphs) -> Any:
+            graphs.append(str(graph.graph))
+            return lambda *given: (given[0],)
+
+        compiled = torch.compile(op.function, backend=keep, fullgraph=True, dynamic=dynamic)
+        compiled(**arguments)
+        assert len(graphs) == 1 and f"mvkernels_{taken}.{name}" in graphs[0]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, extension, flops, library
 from mvkernels.dispatch.backend import prepare
-from mvkernels.triton.maps import lanes
 from mvkernels.triton.problem import key_dtype, precision_of
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
@@ -103,16 +103,15 @@ def why_not_cpp(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | Non
     return extension.why_not(query, head_dim=query.shape[2], value_dim=value.shape[2])
 
 
-def choice_key(query: Tensor, value: Tensor, bias: Tensor | None, tokens: int, backward: bool) -> dict[str, int | str]:
+def choice_key(query: Tensor, value: Tensor, bias: Tensor | None, tokens: int) -> dict[str, int | str]:
     """The key by which "auto" chooses between Triton and CUDA C++; ``tokens`` are those of the largest group."""
     return {
-        "n": lanes(tokens),
-        "d": query.shape[2],
-        "dv": value.shape[2],
+        "n": choice.tokens(tokens),
+        "d": choice.channels(query.shape[2]),
+        "dv": choice.channels(value.shape[2]),
         "bias": int(bias is not None),
         "dtype": key_dtype(query.dtype, precision_of(query.dtype, query.device.type)),
         "last": int(query.stride(2) == 1),
-        "grad": int(backward),
     }
 
 

@@ -25,7 +25,6 @@ from mvkernels.ops.multiscale_linear_attention.autograd import (
 )
 from mvkernels.ops.multiscale_linear_attention.reference import multiscale_linear_attention as reference
 from mvkernels.ops.multiscale_linear_attention.third_party import THIRD_PARTY
-from mvkernels.triton.maps import lanes
 from mvkernels.triton.problem import key_dtype, precision_of
 
 __all__ = ["OP", "MultiscaleLinearAttentionFunction", "multiscale_linear_attention"]
@@ -178,15 +177,14 @@ def _why_not_cpp(qkv: Tensor, depthwise: Any, pointwise: Any, head_dim: int, *_:
     return extension.why_not(qkv, head_dim=head_dim)
 
 
-def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+def _choice(arguments: tuple[Any, ...]) -> dict[str, Any]:
     qkv, depthwise, _, head_dim, *_ = arguments
     return {
-        "d": head_dim,
-        "k": max((w.shape[-1] for w in depthwise), default=0),
-        "n": lanes(qkv.shape[2] * qkv.shape[3]),
+        "d": choice.channels(head_dim),
+        "k": choice.side(depthwise[0].shape[-1] if depthwise else 0),
+        "n": choice.tokens(qkv.shape[2] * qkv.shape[3]),
         "dtype": key_dtype(qkv.dtype, precision_of(qkv.dtype, qkv.device.type)),
         "last": int(qkv.stride(1) == 1),
-        "grad": int(backward),
     }
 
 

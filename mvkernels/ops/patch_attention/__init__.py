@@ -133,10 +133,10 @@ def backward_into(*arguments: Any, **settings: Any) -> Tensor:
 why_not_triton = library.why_not(launcher)
 
 
-def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+def _choice(arguments: tuple[Any, ...]) -> dict[str, Any]:
     query, key, value, (ph, pw), bias, _ = arguments
     tokens = max(-(-high // ph) * -(-wide // pw) for high, wide in (query.shape[3:], key.shape[3:]))
-    return choice_key(query, value, bias, tokens, backward)
+    return choice_key(query, value, bias, tokens)
 
 
 choice.register(_NAME)

@@ -120,10 +120,10 @@ def _check(
     return query, key, value, (wh, ww), (sy, sx), bias, scale
 
 
-def _choice(arguments: tuple[Any, ...], backward: bool) -> dict[str, Any]:
+def _choice(arguments: tuple[Any, ...]) -> dict[str, Any]:
     query, _, value, (wh, ww), _, bias, _ = arguments
     tokens = min(wh, query.shape[3]) * min(ww, query.shape[4])
-    return choice_key(query, value, bias, tokens, backward)
+    return choice_key(query, value, bias, tokens)
 
 
 choice.register(_NAME)
