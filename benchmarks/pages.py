@@ -1,5 +1,5 @@
-"""Writes docs/performance.md, docs/performance/, docs/gpu.md and the tables of docs/numerics.md from the CSV files of
-benchmarks/results.
+"""Writes docs/performance.md, docs/performance/, docs/gpu.md and tables of docs/numerics.md and docs/kernels.md from
+the files of benchmarks/results.
 
 ``--check`` changes nothing and exits with 1 if the pages are not what the files say.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import _figures
 import _gpu_page
+import _prediction_page
 from _figures import MODE, OPS, RESULTS, ROOT, Row, files_are, geomean, machines, op_table, read, where
 
 from mvkernels.commands import command
@@ -280,18 +281,23 @@ def block(name: str, results: Path) -> str:
 
 def pages(results: Path) -> dict[Path, str]:
     """Every page, and what is to stand in it."""
-    numerics = ROOT / "docs" / "numerics.md"
-    text = numerics.read_text()
-    for name in BLOCKS:
-        begin, end = BEGIN.format(name), END.format(name)
-        before, rest = text.split(begin)
-        text = before + begin + block(name, results) + end + rest.split(end, 1)[1]
     docs = ROOT / "docs"
+    numerics, kernels = docs / "numerics.md", docs / "kernels.md"
     return {
         **{docs / name: page for name, page in performance(results).items()},
         docs / "gpu.md": _gpu_page.page(results),
-        numerics: text,
+        numerics: filled(numerics.read_text(), {name: block(name, results) for name in BLOCKS}),
+        kernels: filled(kernels.read_text(), {"predictions": _prediction_page.block(results)}),
     }
+
+
+def filled(text: str, blocks: dict[str, str]) -> str:
+    """A page with its blocks as they are to be."""
+    for name, block in blocks.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = text.split(begin)
+        text = before + begin + block + end + rest.split(end, 1)[1]
+    return text
 
 
 def main() -> int:
