@@ -45,18 +45,6 @@ class Launch:
         self._launch([tensors[name] for name in self.pointers], [floats[name] for name in self.floats])
 
 
-def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor], floats: Mapping[str, float]) -> None:
-    """Launch one after the other on the device of the tensors."""
-    device = next(iter(tensors.values())).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            for each in launches:
-                each(tensors, floats)
-    else:
-        for each in launches:
-            each(tensors, floats)
-
-
 def in_two(dtype: torch.dtype, **numbers: float) -> dict[str, float]:
     """Each number as ``name`` and ``name_low``: Triton passes float32, so of float64 the rest is sent after it."""
     if dtype != torch.float64:

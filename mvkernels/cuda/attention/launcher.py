@@ -11,6 +11,7 @@ from mvkernels.cuda import modules
 from mvkernels.cuda.attention import plan
 from mvkernels.cuda.attention.plan import backward_launches, forward_launches
 from mvkernels.dispatch.checks import empty_map
+from mvkernels.dispatch.launches import run
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import INT32
@@ -66,8 +67,7 @@ def forward(
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     # Without a bias its pointer is not read; any tensor will do.
     tensors = dict(maps) | {"bias": query if bias is None else bias}
-    for launch in forward_launches(problem, scale > 0):
-        launch(tensors, {"scale2": scale * LOG2E})
+    run(forward_launches(problem, scale > 0), tensors, {"scale2": scale * LOG2E})
     return out
 
 
@@ -101,6 +101,5 @@ def backward(
     tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
     if need_bias:
         tensors["partial"] = query.new_empty((parts, *dbias.shape), dtype=torch.float32)
-    for launch in launches:
-        launch(tensors, {"scale": scale, "scale2": scale * LOG2E})
+    run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
     return dq, dk, dv, dbias

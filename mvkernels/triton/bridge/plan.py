@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mvkernels.dispatch.launches import run
 from mvkernels.triton.bridge.configs import TOKENS, is_wide
 from mvkernels.triton.launch import (
     INTERPRETED,
@@ -15,7 +16,6 @@ from mvkernels.triton.launch import (
     Launch,
     in_two,
     merge_tile,
-    run,
     sum_slices,
     why_not_triton,
     why_too_large,

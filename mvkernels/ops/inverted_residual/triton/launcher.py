@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from mvkernels.dispatch.launches import run
 from mvkernels.ops.common.activations import ACTIVATIONS
 from mvkernels.ops.common.packed import why_not_recorded
 from mvkernels.ops.inverted_residual.triton.configs import OP
 from mvkernels.ops.inverted_residual.triton.plan import BlockProblem, forward_launches, key_of
 from mvkernels.triton import configs
-from mvkernels.triton.launch import INTERPRETED, run, why_not_triton
+from mvkernels.triton.launch import INTERPRETED, why_not_triton
 from mvkernels.triton.maps import INT32
 
 _NAMES = tuple(ACTIVATIONS)

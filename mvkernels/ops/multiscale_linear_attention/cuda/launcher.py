@@ -10,7 +10,7 @@ with channels first after.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mvkernels.cuda import modules
-from mvkernels.cuda.launch import Launch
 from mvkernels.dispatch.checks import channels_last, empty_map
+from mvkernels.dispatch.launches import run
 from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention.cuda import plan
 from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
@@ -45,17 +45,6 @@ def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor
         return "more than 2**31 tiles"
     device = configs.device_of(qkv.device.type, qkv.device.index)
     return plan.why_not(qkv.dtype, head_dim, {w.shape[-1] for w in depthwise}, device.arch)
-
-
-def _run(launches: Sequence[Launch], tensors: Mapping[str, Tensor]) -> None:
-    device = next(iter(tensors.values())).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            for each in launches:
-                each(tensors, {})
-    else:
-        for each in launches:
-            each(tensors, {})
 
 
 def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,13 +97,13 @@ class Convolutions:
     def aggregate(self, x: Tensor) -> Tensor:
         """The scale of a map that :func:`readable` gave: a map of its size, channels last."""
         maps = {"x": x, "o": _empty(x)}
-        _run(aggregate_launches(self._problem(**maps)), maps | self._tensors)
+        run(aggregate_launches(self._problem(**maps)), maps | self._tensors, {})
         return maps["o"]
 
     def add_map_gradient(self, grad: Tensor, to: Tensor) -> None:
         """Add the gradient of x, given that of the scale; both maps as :func:`readable` gives them."""
         maps = {"g": grad, "o": to}
-        _run(map_launches(self._problem(**maps)), maps | self._tensors)
+        run(map_launches(self._problem(**maps)), maps | self._tensors, {})
 
     def weight_gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the four weights, given that of the scale; empty for a bias that is not there."""
@@ -123,7 +112,8 @@ class Convolutions:
         found = [t.new_empty(t.shape) for t in (self.wide, self.mixing)]
         found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in self.biases]
         parts = x.new_empty(shape, dtype=torch.float32)
-        _run(launches, maps | self._tensors | {"parts": parts} | dict(zip(("dw", "dm", "dwb", "dmb"), found)))
+        results = dict(zip(("dw", "dm", "dwb", "dmb"), found))
+        run(launches, maps | self._tensors | {"parts": parts} | results, {})
         return tuple(found)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mvkernels.dispatch.checks import channels_last, empty_map
+from mvkernels.dispatch.launches import run
 from mvkernels.ops.multiscale_linear_attention.triton.plan import (
     ScaleProblem,
     aggregate_launches,
@@ -26,7 +27,7 @@ from mvkernels.ops.multiscale_linear_attention.triton.plan import (
 )
 from mvkernels.ops.relu_linear_attention import backward_into, forward_into
 from mvkernels.ops.relu_linear_attention import why_not_triton as why_not_attention
-from mvkernels.triton.launch import INTERPRETED, parts, run
+from mvkernels.triton.launch import INTERPRETED, parts
 from mvkernels.triton.maps import INT32
 from mvkernels.triton.problem import sums_dtype
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mvkernels.dispatch.checks import empty_map
+from mvkernels.dispatch.launches import run
 from mvkernels.ops.patch_attention import KERNELS as ATTENTION
 from mvkernels.ops.patch_attention import backward_into
 from mvkernels.ops.patch_attention import why_not_triton as why_not_attention
@@ -30,7 +31,7 @@ from mvkernels.ops.patch_transformer_layer.triton.plan import (
     key_of,
 )
 from mvkernels.triton import configs
-from mvkernels.triton.launch import INTERPRETED, LOG2E, run
+from mvkernels.triton.launch import INTERPRETED, LOG2E
 from mvkernels.triton.maps import INT32, divides, lanes
 
 _MAX_CHANNELS = 256

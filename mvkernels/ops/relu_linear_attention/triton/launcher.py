@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from mvkernels.dispatch.checks import empty_map
+from mvkernels.dispatch.launches import run
 from mvkernels.ops.relu_linear_attention.triton.plan import backward_launches, forward_launches
-from mvkernels.triton.launch import INTERPRETED, in_two, parts, run, why_not_triton, why_too_large
+from mvkernels.triton.launch import INTERPRETED, in_two, parts, why_not_triton, why_too_large
 from mvkernels.triton.maps import INT32
 from mvkernels.triton.problem import Problem, sums_dtype
 
