@@ -46,7 +46,7 @@ def register(op: str) -> None:
 
 _TOKENS = (16, 32, 64, 128, 256, 512)
 _CHANNELS = (16, 24, 32, 40, 48, 56, 64, 128)
-_SIDES = (0, 1, 3, 5, 7)
+_SIDES = (0, 1, 3, 5)
 
 
 def _at_least(count: int, limits: tuple[int, ...]) -> int:

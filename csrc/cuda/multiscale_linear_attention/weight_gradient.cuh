@@ -140,25 +140,20 @@ struct WeightSums {
   // To each tap's sum: the gradient of every pixel of the square, times the pixel that the tap reaches from it.
   template <typename Given>
   static __device__ __forceinline__ void add_products(float (&sums)[K * K][2], const T* corner, Given gradient) {
-    // With a wide kernel half of the square at a time: its sums take most of the registers.
-    constexpr int LINES = K > 5 ? SIDE / 2 : SIDE, COUNT = LINES * SIDE;
+    float2 given[SIDE * SIDE];
 #pragma unroll
-    for (int part = 0; part < SIDE / LINES; ++part) {
-      float2 given[COUNT];
+    for (int p = 0; p < SIDE * SIDE; ++p) given[p] = gradient(p);
 #pragma unroll
-      for (int p = 0; p < COUNT; ++p) given[p] = gradient(part * COUNT + p);
+    for (int row = 0; row < SIDE + K - 1; ++row) {
 #pragma unroll
-      for (int row = 0; row < LINES + K - 1; ++row) {
+      for (int col = 0; col < SIDE + K - 1; ++col) {
+        const float2 value = read_two(corner + (row * COLS + col) * PITCH<T, D>);
 #pragma unroll
-        for (int col = 0; col < SIDE + K - 1; ++col) {
-          const float2 value = read_two(corner + ((part * LINES + row) * COLS + col) * PITCH<T, D>);
-#pragma unroll
-          for (int p = 0; p < COUNT; ++p) {
-            const int dy = row - p / SIDE, dx = col - p % SIDE;
-            if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
-              sums[dy * K + dx][0] = fmaf(value.x, given[p].x, sums[dy * K + dx][0]);
-              sums[dy * K + dx][1] = fmaf(value.y, given[p].y, sums[dy * K + dx][1]);
-            }
+        for (int p = 0; p < SIDE * SIDE; ++p) {
+          const int dy = row - p / SIDE, dx = col - p % SIDE;
+          if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
+            sums[dy * K + dx][0] = fmaf(value.x, given[p].x, sums[dy * K + dx][0]);
+            sums[dy * K + dx][1] = fmaf(value.y, given[p].y, sums[dy * K + dx][1]);
           }
         }
       }
@@ -289,7 +284,7 @@ __device__ __forceinline__ void weight_gradients(
 }
 
 #define MULTISCALE_WEIGHT_SUMS(T, K, D)                                                                              \
-  extern "C" __global__ void __launch_bounds__(128, K > 5 ? 2 : 3) multiscale_weight_sums_##T##_##K##_##D(           \
+  extern "C" __global__ void __launch_bounds__(128, 3) multiscale_weight_sums_##T##_##K##_##D(                       \
       const mvk::T* grad, const mvk::T* x, const mvk::T* wide, const mvk::T* mixing, const mvk::T* first,            \
       float* parts, int64_t gsb, int64_t gsy, int64_t gsx, int64_t xsb, int64_t xsy, int64_t xsx, int channels,      \
       int height, int width, int rows, int columns, int tiles, int steps, int first_given, int biased) {             \

@@ -18,7 +18,7 @@ from mvkernels.triton.maps import needed
 
 FOLDER = "multiscale_linear_attention"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
-KERNELS = (3, 5, 7)
+KERNELS = (3, 5)
 HEAD_DIMS = (16, 32)
 SIDE = 4
 TILE_ROWS = 8
@@ -165,7 +165,7 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     taps = problem.kernel**2
     size = plan.channels * (taps + plan.dim + 2)
     # As many blocks as are resident at once: each leaves its sums.
-    resident = plan.resident("weight_sums", 2 if problem.kernel > 5 else 3, 1) * problem.device.processors
+    resident = plan.resident("weight_sums", 3, 1) * problem.device.processors
     most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)

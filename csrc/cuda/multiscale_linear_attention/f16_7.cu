@@ -1,4 +1,0 @@
-// float16 maps and depthwise kernels of 7 x 7.
-#include "kernels.cuh"
-
-MULTISCALE_KERNELS(f16, 7)
