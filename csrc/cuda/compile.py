@@ -18,6 +18,7 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,8 +76,17 @@ def state() -> str:
 
 def state_of(data: Path) -> str | None:
     """The :func:`state` of what a folder was made of; None if it has nothing."""
-    listed = data / "manifest.json"
-    return json.loads(listed.read_text())["state"] if listed.exists() else None
+    state = manifest_of(data).get("state")
+    return state if isinstance(state, str) else None
+
+
+def manifest_of(data: Path) -> dict[str, object]:
+    """What a folder says of itself; empty if there is nothing, or nothing that can be read."""
+    try:
+        found = json.loads((data / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def clear(data: Path) -> None:
@@ -99,13 +109,14 @@ def compiled(source: Path, target: str, *more: str) -> bytes:
 def build(data: Path, jobs: int) -> dict[str, int]:
     """Compile everything to a folder; bytes of each file. Raises NoCompiler or RuntimeError."""
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-    manifest = {"nvcc": version.strip().splitlines()[-1], "state": state()}
-    listed = data / "manifest.json"
-    if listed.exists():
-        before = json.loads(listed.read_text())
-        if {name: before.get(name) for name in manifest} == manifest:
-            return before["files"]  # type: ignore[no-any-return]
-        clear(data)
+    release = re.search(r"release (\d+\.\d+)", version)
+    if release is None:
+        raise RuntimeError(f"nvcc --version does not say its release: {' '.join(version.split())}")
+    manifest = {"cuda": release[1], "nvcc": version.strip().splitlines()[-1], "state": state()}
+    before = manifest_of(data)
+    if {name: before.get(name) for name in manifest} == manifest:
+        return before["files"]  # type: ignore[return-value]
+    clear(data)
     data.mkdir(parents=True, exist_ok=True)
 
     def one(job: tuple[Path, str]) -> tuple[str, int]:
@@ -119,7 +130,7 @@ def build(data: Path, jobs: int) -> dict[str, int]:
         files = dict(pool.map(one, [(source, target) for source in sources() for target in TARGETS]))
     if sum(files.values()) > MOST_BYTES:
         raise RuntimeError(f"{sum(files.values())} bytes are more than the package is to grow by, {MOST_BYTES}")
-    listed.write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+    (data / "manifest.json").write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
     return files
 
 
@@ -130,8 +141,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         files = build(options.output, max(1, options.jobs))
-    except RuntimeError as error:
-        if state_of(options.output) not in (None, state()):
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        if state_of(options.output) != state():
             clear(options.output)
         print(f"compile.py: {error}", file=sys.stderr)
         return 1

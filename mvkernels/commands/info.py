@@ -37,6 +37,7 @@ VARIABLES = (
     "MAX_JOBS",
     "NVCC",
     "CUDA_HOME",
+    "CUDA_PATH",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
     "MALLOC_MMAP_MAX_",

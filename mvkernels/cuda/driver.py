@@ -62,6 +62,12 @@ class Driver:
             self._library.cuGetErrorString(code, ctypes.byref(text))
             raise DriverError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
 
+    def version(self) -> int:
+        """Of the newest CUDA that the driver knows: 13000 for 13.0."""
+        found = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(found))
+        return found.value
+
     def enter(self, device: int) -> None:
         """Make the primary context of a device current if this thread has none: torch keeps its tensors there."""
         context = ctypes.c_void_p()
@@ -124,6 +130,9 @@ class Bindings(Driver):
         if code:
             _, text = self._driver.cuGetErrorString(self._driver.CUresult(code))
             raise DriverError(f"{name}: {(text or b'unknown error').decode()} ({code})")
+
+    def version(self) -> int:
+        return int(self._take("cuDriverGetVersion"))
 
     def enter(self, device: int) -> None:
         if not int(self._take("cuCtxGetCurrent")):

@@ -48,4 +48,4 @@ class Launch:
         values = [floats[name] for name in self.floats]
         arguments = Arguments.of(self._layout.pack(*pointers, *self.longs, *self.ints, *values))
         stream = torch._C._cuda_getCurrentRawStream(device)
-        modules.launch(function, self.grid, self.threads, self.shared_bytes, stream, arguments)
+        modules.launch(device, function, self.grid, self.threads, self.shared_bytes, stream, arguments)

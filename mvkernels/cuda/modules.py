@@ -19,6 +19,7 @@ COMPILER = Path(__file__).parents[2] / "csrc" / "cuda" / "compile.py"
 """Of a checkout."""
 _ALLOWED_ALWAYS = 48 << 10
 _lock = threading.Lock()
+_thread = threading.local()
 _loaded: dict[tuple[int, str], int] = {}
 _allowed: dict[int, int] = {}
 """Of a function, the most dynamic shared memory that a launch has asked for."""
@@ -26,18 +27,19 @@ _allowed: dict[int, int] = {}
 
 @cache
 def manifest() -> dict[str, Any]:
-    """What csrc/cuda/compile.py says of the data, empty if nothing was compiled: ``nvcc``, ``state``, ``files``."""
+    """What csrc/cuda/compile.py says of the data, empty if nothing was compiled: ``cuda``, ``nvcc``, ``state``, ``files``."""
     try:
-        return json.loads((DATA / "manifest.json").read_text())  # type: ignore[no-any-return]
-    except FileNotFoundError:
+        found = json.loads((DATA / "manifest.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 @cache
 def why_not_compiled() -> str | None:
     """Why there are no kernels to load, or None."""
     if not manifest():
-        return "the CUDA kernels are not compiled: there was no nvcc at the build (`make cuda` compiles them)"
+        return "the CUDA kernels are not compiled: there was no nvcc at the build, or it failed (`make cuda` says why)"
     if COMPILER.exists() and runpy.run_path(str(COMPILER))["state"]() != manifest()["state"]:
         # Their parameters may be others than those that the launches here pass.
         return "the CUDA kernels are not those of this checkout: run `make cuda`"
@@ -53,8 +55,13 @@ def target_of(major: int, minor: int) -> str:
     return {8: "sm_80", 9: "sm_90a", 10: "sm_100"}.get(major, "compute_80")
 
 
-@cache
+@torch.compiler.assume_constant_result  # files are read, which torch.compile cannot trace
 def _why_not(index: int | None) -> str | None:
+    return _why_not_on(index)
+
+
+@cache
+def _why_not_on(index: int | None) -> str | None:
     # Of a CUDA device: asked once.
     if torch.version.hip:
         return "the CUDA kernels run on NVIDIA GPUs"
@@ -64,7 +71,12 @@ def _why_not(index: int | None) -> str | None:
     if reason := why_not_compiled():
         return reason
     found = driver()
-    return str(found) if isinstance(found, DriverError) else None
+    if isinstance(found, DriverError):
+        return str(found)
+    wanted, version = manifest()["cuda"], found.version()
+    if version // 1000 < int(wanted.split(".")[0]):
+        return f"the driver is one for CUDA {version // 1000}.{version % 1000 // 10}: the kernels want {wanted}"
+    return None
 
 
 def why_not(map_: torch.Tensor) -> str | None:
@@ -88,7 +100,7 @@ def kernel(device: int, module: str, name: str, shared_bytes: int) -> int:
     """
     calls = _driver()
     with _lock:
-        calls.enter(device)
+        _enter(calls, device)
         with calls.relaxed():
             if (device, module) not in _loaded:
                 target = target_of(*torch.cuda.get_device_capability(device))
@@ -102,5 +114,7 @@ def kernel(device: int, module: str, name: str, shared_bytes: int) -> int:
 
 
 def launch(function: int, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Arguments) -> None:
-    """Launch a kernel that :func:`kernel` has given, on a stream of the current device."""
-    _driver().launch(function, grid, threads, shared_bytes, stream, arguments)
+    """Launch a kernel that :func:`kernel` has given for a device, the current one, on a stream of it."""
+    calls = _driver()
+    _enter(calls, device)
+    calls.launch(function, grid, threads, shared_bytes, stream, arguments)

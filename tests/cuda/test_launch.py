@@ -115,7 +115,7 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     def reason(capability: tuple[int, int]) -> str | None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        modules._why_not.cache_clear()
+        modules._why_not_on.cache_clear()
         modules.manifest.cache_clear()
         modules.why_not_compiled.cache_clear()
         return modules.why_not(on_gpu)
@@ -132,7 +132,7 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         monkeypatch.setattr(torch.version, "hip", "6.0")
         assert "NVIDIA" in str(reason((9, 0)))
     finally:
-        modules._why_not.cache_clear()
+        modules._why_not_on.cache_clear()
         modules.manifest.cache_clear()
         modules.why_not_compiled.cache_clear()
 
