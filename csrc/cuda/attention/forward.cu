@@ -19,6 +19,75 @@ struct Forward {
   float scale2;
 };
 
+// What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is the
+// score that the offset is made of, of rows lane / 4 and lane / 4 + 8. It is the highest of the keys that were
+// searched for it: `careful` says that the next keys have to be.
+template <class P, int DP>
+struct Queries {
+  Channels<P, DP> q;
+  float o[DP / 8][4];
+  float top[2] = {-INFINITY, -INFINITY}, offset[2], total[2] = {0.0f, 0.0f};
+  bool careful = true;
+};
+
+// Adds the keys of TILES times 16 rows, whose first is at `key`, and says whether it could: if not, because a weight
+// became too large, they have to be added again, with care. A later key may well be higher than `top`: to up to 2^15
+// weights are as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller.
+template <class P, int DP, bool PLAIN, int TILES>
+__device__ __forceinline__ bool add_keys(
+    Queries<P, DP>& to, const Forward<typename P::Element>& given, const Unit& unit, const uint32_t* masks, uint32_t key,
+    uint32_t value, int tile, int first, float factor, const Lanes<P, DP>& lanes) {
+  constexpr int ROWS = 16 * P::stride(DP) * sizeof(typename P::Element);
+  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);
+  float s[TILES][2][4];
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    to.q.template multiply<false>(s[j], key + j * ROWS, lanes);
+    if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
+    if (!PLAIN && !unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
+  }
+  if (to.careful) {
+    float highest[2] = {to.top[0], to.top[1]};
+#pragma unroll
+    for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
+      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+      // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
+      const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
+      const float shrink = exp2_fast((to.top[r] - used) * factor);
+      to.total[r] *= shrink;
+#pragma unroll
+      for (int i = 0; i < DP / 4; i++) to.o[i / 2][2 * r + i % 2] *= shrink;
+      to.top[r] = highest[r];
+      to.offset[r] = used * factor;
+    }
+  }
+  float total[2] = {0.0f, 0.0f};
+  typename P::template Left<16> p[TILES];
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      float& x = s[j][i / 4][i % 4];
+      x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
+      total[i / 2 % 2] += x;
+    }
+    P::from_sums(p[j], s[j][0], s[j][1]);
+  }
+  if (to.careful) {
+    to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
+  } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
+    to.careful = true;
+    return false;
+  }
+  to.total[0] += total[0], to.total[1] += total[1];
+#pragma unroll
+  for (int j = 0; j < TILES; j++) add_tokens<P, DP>(to.o, p[j], value + j * ROWS, lanes);
+  return true;
+}
+
 // PLAIN: every unit has a token in each row, there is no bias, and the scale is above 0.
 template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
@@ -48,8 +117,9 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     load_rows<T, DP>(keys + i * rows * STRIDE, STRIDE, map, channels, pixels, rows, index, 32 * team);
   }
 
-  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);  // before the maximum is looked for
-  const float factor = scaled ? 1.0f : given.scale2;
+  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
+  const float factor = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0) ? 1.0f : given.scale2;
+  const uint32_t values = rows * STRIDE * SIZE;
   Lanes<P, DP> lanes;
   lanes.keep();
   int buffer = 16;
@@ -64,69 +134,37 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
       __syncthreads();
       continue;
     }
-    Channels<P, DP> q;
-    q.load(shared_address(here), lanes);
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
-    float o[COLUMNS][4];
+    Queries<P, DP> queries;
+    queries.q.load(shared_address(here), lanes);
 #pragma unroll
-    for (int i = 0; i < 4 * COLUMNS; i++) o[i / 4][i % 4] = 0.0f;
+    for (int i = 0; i < 4 * COLUMNS; i++) queries.o[i / 4][i % 4] = 0.0f;
 
+    uint32_t at = shared_address(keys);
+    int first = 0;
 #pragma unroll 1
-    for (int first = 0; first * 16 < rows; first += AT_ONCE) {
-      const int count = rows / 16 - first;
-      const uint32_t at = shared_address(keys) + first * 16 * STRIDE * SIZE;
-      float s[AT_ONCE][2][4], highest[2] = {top[0], top[1]};
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++) {
-        if (j < count) {
-          q.template multiply<false>(s[j], at + j * 16 * STRIDE * SIZE, lanes);
-          if (scaled) {
-            given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-          }
-          if (!PLAIN && !unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
-#pragma unroll
-          for (int i = 0; i < 8; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[j][i / 4][i % 4]);
-        }
+    while (first + AT_ONCE <= rows / 16) {
+      if (add_keys<P, DP, PLAIN, AT_ONCE>(queries, given, unit, masks, at, at + values, tile, first, factor, lanes)) {
+        first += AT_ONCE, at += AT_ONCE * 16 * STRIDE * SIZE;
       }
-      float offset[2];
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-        highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
-        // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-        const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
-        if (first > 0) {
-          const float shrink = exp2_fast((top[r] - used) * factor);
-          total[r] *= shrink;
-#pragma unroll
-          for (int i = 0; i < 2 * COLUMNS; i++) o[i / 2][2 * r + i % 2] *= shrink;
+    }
+    if constexpr (AT_ONCE > 1) {
+#pragma unroll 1
+      while (first < rows / 16) {
+        if (add_keys<P, DP, PLAIN, 1>(queries, given, unit, masks, at, at + values, tile, first, factor, lanes)) {
+          first++, at += 16 * STRIDE * SIZE;
         }
-        top[r] = highest[r];
-        offset[r] = used * factor;
-      }
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++) {
-        if (j >= count) continue;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-          float& x = s[j][i / 4][i % 4];
-          x = exp2_fast(fmaf(x, factor, -offset[i / 2 % 2]));
-          total[i / 2 % 2] += x;
-        }
-        typename P::template Left<16> p;
-        P::from_sums(p, s[j][0], s[j][1]);
-        add_tokens<P, DP>(o, p, at + (rows + j * 16) * STRIDE * SIZE, lanes);
       }
     }
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      total[r] += __shfl_xor_sync(~0u, total[r], 1);
-      total[r] += __shfl_xor_sync(~0u, total[r], 2);
-      const float over = reciprocal_fast(total[r]);
+      float total = queries.total[r];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
+      const float over = reciprocal_fast(total);
       const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
 #pragma unroll
-      for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, o[n][2 * r] * over, o[n][2 * r + 1] * over);
+      for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, queries.o[n][2 * r] * over, queries.o[n][2 * r + 1] * over);
     }
     __syncwarp();
     store_rows<T, DP>(here, STRIDE, out, given.value_channels, pixels + tile * 16, 16, lane, 32);
