@@ -220,7 +220,7 @@ __device__ __forceinline__ void finish_queries(
 
 // What a thread does. It is found anew for each phase, from its index, which the compiler is told may have changed: the
 // products need the registers that would keep it.
-template <class P, int DP, int WARPS>
+template <class P, int DP, bool PLAIN, int WARPS>
 struct Work {
   Place<P, DP> place;
   Unit unit;
@@ -244,16 +244,19 @@ struct Work {
       const int item = turns * given.steps + step;
       which = item < given.items ? item * groups.heads + head : groups.units;
     }
-    unit = unit_of(groups, which);
+    unit = unit_of(groups, PLAIN ? min(which, groups.units - 1) : which);
+    unit.exists = which < groups.units;
   }
 };
 
-template <class P, int DP, int WARPS>
+template <class P, int DP, bool PLAIN, int WARPS>
 __device__ __forceinline__ void load_unit(const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   using T = typename P::Element;
-  const Work<P, DP, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
   const int rows = given.groups.rows;
-  find_tokens(given.groups, work.unit, work.place.pixels, work.place.masks, work.index, work.lanes);
+  Unit unit = work.unit;
+  unit.exists |= PLAIN;  // its rows are those of another, and are not stored
+  find_tokens(given.groups, unit, work.place.pixels, work.place.masks, work.index, work.lanes);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 4; i++) {
@@ -262,26 +265,27 @@ __device__ __forceinline__ void load_unit(const Backward<typename P::Element>& g
                               : i == 2 ? given.value
                                        : given.grad)
                                  .of(work.unit);
-    load_rows<T, DP>(
-        work.place.query + i * rows * P::stride(DP), P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
-        work.place.pixels, rows, work.index, work.lanes);
+    load_unit_rows<T, DP, P::stride(DP), PLAIN>(
+        work.place.query + i * rows * P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
+        work.place.pixels, rows, work.member, work.lanes / 32);
   }
   wait_copies<0>();
   __syncthreads();
 }
 
-template <class P, int DP, int WARPS>
+template <class P, int DP, bool PLAIN, int WARPS>
 __device__ __forceinline__ void store_unit(
     const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   using T = typename P::Element;
-  const Work<P, DP, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
   const int rows = given.groups.rows;
+  if (PLAIN && !work.unit.exists) return;
 #pragma unroll 1
   for (int i = 0; i < 3; i++) {
     const Map<T> map = (i == 0 ? given.query_grad : i == 1 ? given.key_grad : given.value_grad).of(work.unit);
-    store_rows<T, DP>(
-        work.place.query + i * rows * P::stride(DP), P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
-        work.place.pixels, rows, work.index, work.lanes);
+    store_unit_rows<T, DP, P::stride(DP), PLAIN>(
+        work.place.query + i * rows * P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
+        work.place.pixels, rows, work.member, work.lanes / 32);
   }
 }
 
@@ -289,7 +293,7 @@ template <class P, int DP, bool PLAIN, int TILES, int WARPS>
 __device__ __forceinline__ void pass_over_keys(
     const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
-  const Work<P, DP, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
   const Place<P, DP>& place = work.place;
   const int rows = given.groups.rows, lane = lane_id();
   float dk[TILES][COLUMNS][4], dv[TILES][COLUMNS][4];
@@ -333,16 +337,16 @@ __device__ __forceinline__ void backward(const Backward<typename P::Element>& gi
   const int steps = PLAIN ? 0 : given.steps;
   int step = 0;
   do {
-    load_unit<P, DP, WARPS>(given, shared, step);
+    load_unit<P, DP, PLAIN, WARPS>(given, shared, step);
     {
-      const Work<P, DP, WARPS> work(given, shared, step);
+      const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
       for (int tile = work.member; tile * 16 < given.groups.rows; tile += work.lanes / 32) {
         find_rows<P, DP, PLAIN>(given, work.place, work.unit, tile);
       }
     }
     __syncthreads();
     pass_over_keys<P, DP, PLAIN, TILES, WARPS>(given, shared, step);
-    store_unit<P, DP, WARPS>(given, shared, step);
+    store_unit<P, DP, PLAIN, WARPS>(given, shared, step);
     step++;
     if (step < steps) __syncthreads();  // the next unit comes to the place of this one
   } while (step < steps);

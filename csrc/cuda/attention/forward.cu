@@ -35,8 +35,8 @@ struct Queries {
 // weights are as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller.
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ bool add_keys(
-    Queries<P, DP>& to, const Forward<typename P::Element>& given, const Unit& unit, const uint32_t* masks, uint32_t key,
-    uint32_t value, int tile, int first, float factor, const Lanes<P, DP>& lanes) {
+    Queries<P, DP>& to, const Forward<typename P::Element>& given, const Unit& unit, const uint32_t* masks,
+    uint32_t key, uint32_t value, int tile, int first, float factor, const Lanes<P, DP>& lanes) {
   constexpr int ROWS = 16 * P::stride(DP) * sizeof(typename P::Element);
   const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);
   float s[TILES][2][4];
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool add_keys(
       to.offset[r] = used * factor;
     }
   }
-  float total[2] = {0.0f, 0.0f};
+  float parts[2][2] = {};
   typename P::template Left<16> p[TILES];
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
@@ -72,10 +72,11 @@ __device__ __forceinline__ bool add_keys(
     for (int i = 0; i < 8; i++) {
       float& x = s[j][i / 4][i % 4];
       x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
-      total[i / 2 % 2] += x;
+      parts[i / 2 % 2][i % 2] += x;
     }
     P::from_sums(p[j], s[j][0], s[j][1]);
   }
+  const float total[2] = {parts[0][0] + parts[0][1], parts[1][0] + parts[1][1]};
   if (to.careful) {
     to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
   } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
@@ -98,7 +99,9 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
   const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
   const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),
             index = threadIdx.x & (32 * team - 1);
-  const Unit unit = unit_of(groups, blockIdx.x * units + mine);
+  // A team beyond the last unit has that unit again, and stores nothing.
+  const int which = blockIdx.x * units + mine;
+  const Unit unit = unit_of(groups, PLAIN ? min(which, groups.units - 1) : which);
 
   T* const keys = reinterpret_cast<T*>(shared) + mine * 2 * rows * STRIDE;
   T* const own = reinterpret_cast<T*>(shared) + (units * 2 * rows + warp * 32) * STRIDE;
@@ -110,11 +113,12 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 
   const Map<const T> query = given.query.of(unit);
   const Map<T> out = given.out.of(unit);
+  const int query_width = query.width(), out_width = out.width();
 #pragma unroll 1
   for (int i = 0; i < 2; i++) {
     const Map<const T> map = i == 0 ? given.key.of(unit) : given.value.of(unit);
     const int channels = i == 0 ? given.channels : given.value_channels;
-    load_rows<T, DP>(keys + i * rows * STRIDE, STRIDE, map, channels, pixels, rows, index, 32 * team);
+    load_unit_rows<T, DP, STRIDE, PLAIN>(keys + i * rows * STRIDE, map, channels, pixels, rows, member, team);
   }
 
   // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
@@ -127,7 +131,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     T* const here = own + buffer * STRIDE;
     if ((tile + team) * 16 < rows) {
       T* const next = own + (buffer ^ 16) * STRIDE;
-      load_rows<T, DP>(next, STRIDE, query, given.channels, pixels + (tile + team) * 16, 16, lane, 32);
+      load_rows<T, DP, STRIDE, PLAIN>(next, query, query_width, given.channels, pixels + (tile + team) * 16);
     }
     if (tile < 0) {
       wait_copies<0>();
@@ -164,10 +168,12 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
       const float over = reciprocal_fast(total);
       const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
 #pragma unroll
-      for (int n = 0; n < COLUMNS; n++) P::store(at + n * 8 * SIZE, queries.o[n][2 * r] * over, queries.o[n][2 * r + 1] * over);
+      for (int n = 0; n < COLUMNS; n++)
+        P::store(at + n * 8 * SIZE, queries.o[n][2 * r] * over, queries.o[n][2 * r + 1] * over);
     }
     __syncwarp();
-    store_rows<T, DP>(here, STRIDE, out, given.value_channels, pixels + tile * 16, 16, lane, 32);
+    if (!PLAIN || which < groups.units)
+      store_rows<T, DP, STRIDE, PLAIN>(here, out, out_width, given.value_channels, pixels + tile * 16);
     wait_copies<0>();
     __syncwarp();
   }

@@ -24,52 +24,66 @@ struct Map {
     const uint64_t bits = reinterpret_cast<uint64_t>(at) | sizeof(T) * static_cast<uint32_t>(y | x);
     return channel != 1 || bits & 7 ? sizeof(T) : bits & 8 ? 8 : 16;
   }
-  __device__ __forceinline__ int offset(int place) const { return (place >> 16) * y + (place & 0xffff) * x; }
-};
-
-// A lane has one piece of all rows that it moves: only the pixel changes from row to row.
-template <int PIECES>
-struct Pieces {
-  int row, piece, step;
-  __device__ __forceinline__ Pieces(int index, int lanes, int rows)
-      : row(index / PIECES), piece(index % PIECES), step(lanes / PIECES) {
-    if (row >= step) row = rows;  // lanes beyond the last whole row
+  // Of y << 16 | x: y times its stride and x times its own, of which the second is taken too often by y << 16.
+  __device__ __forceinline__ int offset(int place) const {
+    const uint32_t often = static_cast<uint32_t>(y) - (static_cast<uint32_t>(x) << 16);
+    return static_cast<uint32_t>(place) * x + (static_cast<uint32_t>(place) >> 16) * often;
   }
 };
 
-template <typename T, int DP, int BYTES>
-__device__ __forceinline__ void load_wide(
-    uint32_t tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index,
-    int lanes) {
+// A lane has one piece of each row that it moves, of 16: only the pixel changes from row to row.
+template <int PIECES>
+struct Pieces {
+  static constexpr int STEP = 32 / PIECES, COUNT = (16 + STEP - 1) / STEP;
+  int row = lane_id() / PIECES, piece = lane_id() % PIECES;
+  __device__ __forceinline__ bool some() const { return 32 % PIECES == 0 || row < STEP; }
+  __device__ __forceinline__ bool has(int i) const { return 16 % STEP == 0 || i < COUNT - 1 || row + i * STEP < 16; }
+  // All at once: nothing is read from shared memory between two copies.
+  __device__ __forceinline__ void find(int (&places)[COUNT], const int* pixels) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) places[i] = has(i) ? pixels[row + i * STEP] : -1;
+  }
+};
+
+template <typename T, int DP, int STRIDE, bool FULL, int BYTES>
+__device__ __forceinline__ void load_wide(uint32_t tile, const Map<const T>& map, int channels, const int* pixels) {
   constexpr int EACH = BYTES / sizeof(T);
-  const Pieces<DP / EACH> mine(index, lanes, rows);
+  using Mine = Pieces<DP / EACH>;
+  const Mine mine;
+  if (!mine.some()) return;
   const int there = min(max((channels - mine.piece * EACH) * int(sizeof(T)), 0), BYTES);
-  const T* from = there > 0 ? map.at + mine.piece * EACH : map.at;
-  uint32_t to = tile + (mine.row * stride + mine.piece * EACH) * sizeof(T);
-#pragma unroll 2
-  for (int row = mine.row; row < rows; row += mine.step, to += mine.step * stride * sizeof(T)) {
-    const int place = pixels[row];
-    copy_async<BYTES>(to, from + (place < 0 ? 0 : map.offset(place)), place < 0 ? 0 : there);
+  const T* const from = there > 0 ? map.at + mine.piece * EACH : map.at;
+  const uint32_t to = tile + (mine.row * STRIDE + mine.piece * EACH) * sizeof(T);
+  int places[Mine::COUNT];
+  mine.find(places, pixels);
+#pragma unroll
+  for (int i = 0; i < Mine::COUNT; i++) {
+    if (!mine.has(i)) continue;
+    const bool none = !FULL && places[i] < 0;
+    const T* const at = from + (none ? 0 : map.offset(places[i]));
+    copy_async<BYTES>(to + i * Mine::STEP * STRIDE * sizeof(T), at, none ? 0 : there);
   }
 }
 
-// Zeros where there is no token, and beyond the channels, up to DP. Ends with a commit of copies.
-template <typename T, int DP>
+// By a warp, 16 rows; FULL: each is a token. Zeros where there is no token, and beyond the channels, up to DP. `width` is
+// that of the map. Ends with a commit of copies.
+template <typename T, int DP, int STRIDE, bool FULL>
 __device__ __forceinline__ void load_rows(
-    T* tile, int stride, const Map<const T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
-  const int width = map.width();
+    T* tile, const Map<const T>& map, int width, int channels, const int* pixels) {
   if (width == 16) {
-    load_wide<T, DP, 16>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
+    load_wide<T, DP, STRIDE, FULL, 16>(shared_address(tile), map, channels, pixels);
   } else if (width == 8) {
-    load_wide<T, DP, 8>(shared_address(tile), stride, map, channels, pixels, rows, index, lanes);
+    load_wide<T, DP, STRIDE, FULL, 8>(shared_address(tile), map, channels, pixels);
   } else {
     const bool by_tokens = map.channel != 1;
-    for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
+    const int lane = lane_id();
+#pragma unroll 1
+    for (int row = by_tokens ? lane : 0; row < 16; row += by_tokens ? 32 : 1) {
       const int place = pixels[row];
 #pragma unroll 4
-      for (int d = by_tokens ? 0 : index; d < DP; d += by_tokens ? 1 : lanes) {
+      for (int d = by_tokens ? 0 : lane; d < DP; d += by_tokens ? 1 : 32) {
         const bool there = place >= 0 && d < channels;
-        tile[row * stride + d] =
+        tile[row * STRIDE + d] =
             there ? map.at[map.offset(place) + static_cast<int64_t>(d) * map.channel] : from_float<T>(0.0f);
       }
     }
@@ -77,38 +91,66 @@ __device__ __forceinline__ void load_rows(
   commit_copies();
 }
 
-template <typename T, int DP, typename WORD>
-__device__ __forceinline__ void store_wide(
-    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
-  constexpr int EACH = sizeof(WORD) / sizeof(T);
-  const Pieces<DP / EACH> mine(index, lanes, rows);
-  if ((mine.piece + 1) * EACH > channels) return;
-  T* const to = map.at + mine.piece * EACH;
-  const T* from = tile + mine.row * stride + mine.piece * EACH;
-#pragma unroll 2
-  for (int row = mine.row; row < rows; row += mine.step, from += mine.step * stride) {
-    const int place = pixels[row];
-    if (place >= 0) *reinterpret_cast<WORD*>(to + map.offset(place)) = *reinterpret_cast<const WORD*>(from);
+// By a team: all rows of a unit.
+template <typename T, int DP, int STRIDE, bool FULL>
+__device__ __forceinline__ void load_unit_rows(
+    T* tiles, const Map<const T>& map, int channels, const int* pixels, int rows, int member, int team) {
+  const int width = map.width();
+#pragma unroll 1
+  for (int first = 16 * member; first < rows; first += 16 * team) {
+    load_rows<T, DP, STRIDE, FULL>(tiles + first * STRIDE, map, width, channels, pixels + first);
   }
 }
 
-template <typename T, int DP>
+template <typename T, int DP, int STRIDE, bool FULL, typename WORD>
+__device__ __forceinline__ void store_wide(const T* tile, const Map<T>& map, int channels, const int* pixels) {
+  constexpr int EACH = sizeof(WORD) / sizeof(T);
+  using Mine = Pieces<DP / EACH>;
+  const Mine mine;
+  if (!mine.some() || (mine.piece + 1) * EACH > channels) return;
+  T* const to = map.at + mine.piece * EACH;
+  const T* const from = tile + mine.row * STRIDE + mine.piece * EACH;
+  int places[Mine::COUNT];
+  mine.find(places, pixels);
+  WORD words[Mine::COUNT];
+#pragma unroll
+  for (int i = 0; i < Mine::COUNT; i++) {
+    if (mine.has(i)) words[i] = *reinterpret_cast<const WORD*>(from + i * Mine::STEP * STRIDE);
+  }
+#pragma unroll
+  for (int i = 0; i < Mine::COUNT; i++) {
+    if (mine.has(i) && (FULL || places[i] >= 0)) *reinterpret_cast<WORD*>(to + map.offset(places[i])) = words[i];
+  }
+}
+
+template <typename T, int DP, int STRIDE, bool FULL>
 __device__ __forceinline__ void store_rows(
-    const T* tile, int stride, const Map<T>& map, int channels, const int* pixels, int rows, int index, int lanes) {
-  const int width = map.width();
+    const T* tile, const Map<T>& map, int width, int channels, const int* pixels) {
   if (width == 16 && channels * sizeof(T) % 16 == 0) {
-    store_wide<T, DP, uint4>(tile, stride, map, channels, pixels, rows, index, lanes);
+    store_wide<T, DP, STRIDE, FULL, uint4>(tile, map, channels, pixels);
   } else if (width >= 8) {
-    store_wide<T, DP, uint2>(tile, stride, map, channels, pixels, rows, index, lanes);
+    store_wide<T, DP, STRIDE, FULL, uint2>(tile, map, channels, pixels);
   } else {
     const bool by_tokens = map.channel != 1;
-    for (int row = by_tokens ? index : 0; row < rows; row += by_tokens ? lanes : 1) {
+    const int lane = lane_id();
+#pragma unroll 1
+    for (int row = by_tokens ? lane : 0; row < 16; row += by_tokens ? 32 : 1) {
       const int place = pixels[row];
       if (place < 0) continue;
-      for (int d = by_tokens ? 0 : index; d < channels; d += by_tokens ? 1 : lanes) {
-        map.at[map.offset(place) + static_cast<int64_t>(d) * map.channel] = tile[row * stride + d];
+      for (int d = by_tokens ? 0 : lane; d < channels; d += by_tokens ? 1 : 32) {
+        map.at[map.offset(place) + static_cast<int64_t>(d) * map.channel] = tile[row * STRIDE + d];
       }
     }
+  }
+}
+
+template <typename T, int DP, int STRIDE, bool FULL>
+__device__ __forceinline__ void store_unit_rows(
+    const T* tiles, const Map<T>& map, int channels, const int* pixels, int rows, int member, int team) {
+  const int width = map.width();
+#pragma unroll 1
+  for (int first = 16 * member; first < rows; first += 16 * team) {
+    store_rows<T, DP, STRIDE, FULL>(tiles + first * STRIDE, map, width, channels, pixels + first);
   }
 }
 
