@@ -9,7 +9,8 @@
       int qx, int kd, int ky, int kx, int vd, int vy, int vx, int gd, int gy, int gx, int dqd, int dqy, int dqx,      \
       int dkd, int dky, int dkx, int dvd, int dvy, int dvx, int bm, int bn, int tokens, int channels,                 \
       int value_channels, int heads, int height, int width, int ph, int pw, int sy, int sx, int down, int across,     \
-      int windows, int units, int rows, int team, int steps, int items, float scale, float scale2) {                  \
+      int windows, int units, int rows, int team, int steps, int items, int queries, int held, float scale,           \
+      float scale2) {                                                                                                 \
     extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
     mvk::attention::backward<PRODUCTS, DP, PLAIN, TILES, WARPS>(                                                      \
         {{q, qb, qh, qd, qy, qx},                                                                                     \
@@ -27,7 +28,9 @@
          scale2,                                                                                                      \
          partial,                                                                                                     \
          steps,                                                                                                       \
-         items},                                                                                                      \
+         items,                                                                                                       \
+         queries,                                                                                                     \
+         held},                                                                                                       \
         global_smem);                                                                                                 \
   }
 // Sixteen warps for units of more than 128 tokens, eight for others; with masks, a bias and 64 channels a warp needs more

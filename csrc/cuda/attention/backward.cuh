@@ -30,241 +30,350 @@ struct Backward {
   // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
   float* partial;
   int steps, items;
+  int queries;  // whose dS lies in shared memory at once: a multiple of 16
+  int held;     // whether sums of dS lie in shared memory until the last unit of a team
 
   // Whether scores are scaled before the maximum is looked for, and by what they are multiplied after it.
   __device__ __forceinline__ bool scaled() const { return bias.head >= 0 || scale2 <= 0; }
   __device__ __forceinline__ float factor() const { return scaled() ? 1.0f : scale2; }
 };
 
+// What a team has, found once.
+struct Kept {
+  Unit unit;
+  int64_t part;  // where in Backward::partial its sums of dS are
+};
+
 // A unit in shared memory.
 template <class P, int DP>
 struct Place {
   using T = typename P::Element;
-  static constexpr int STRIDE = P::stride(DP), ROW = STRIDE * sizeof(T), PAIRS = P::TOKENS * sizeof(T);
+  static constexpr int STRIDE = P::stride(DP), ROW = STRIDE * sizeof(T);
   T *query, *key, *value, *grad;
-  T* pairs;                    // twice: rows of keys, of which each has 16 queries
-  float *top, *share, *delta;  // of rows; share is its logarithm
+  T* pairs;    // dS: a row a key
+  int stride;  // of pairs
+  // Of 16 queries each: the score that is subtracted, the logarithm of 1 / the sum of weights, delta.
+  static constexpr int FOUND = 48;
+  float* found;
+  float4* sums;  // of dS over units, where these are held
+  Kept* kept;
   int* pixels;
   uint32_t* masks;
 
-  __device__ __forceinline__ Place(unsigned char* shared, int units, int mine, int rows) {
+  __device__ __forceinline__ Place(unsigned char* shared, int units, int mine, int rows, int queries, int held) {
     query = reinterpret_cast<T*>(shared) + mine * 4 * rows * STRIDE;
     key = query + rows * STRIDE, value = key + rows * STRIDE, grad = value + rows * STRIDE;
     shared += units * 4 * rows * ROW;
-    pairs = reinterpret_cast<T*>(shared) + mine * 2 * rows * P::TOKENS;
-    shared += units * 2 * rows * PAIRS;
-    top = reinterpret_cast<float*>(shared) + mine * 3 * rows, share = top + rows, delta = share + rows;
+    stride = P::pairs_stride(queries);
+    pairs = reinterpret_cast<T*>(shared) + mine * rows * stride;
+    shared += units * rows * stride * sizeof(T);
+    found = reinterpret_cast<float*>(shared) + mine * 3 * rows;
     shared += units * 12 * rows;
+    sums = reinterpret_cast<float4*>(shared) + mine * (rows * rows / 4);
+    if (held) shared += units * rows * rows * 4;
+    kept = reinterpret_cast<Kept*>(shared) + mine;
+    shared += units * sizeof(Kept);
     pixels = reinterpret_cast<int*>(shared) + mine * (rows + rows / 16);
     masks = reinterpret_cast<uint32_t*>(pixels + rows);
   }
 };
 
-// What is known of the rows of 16 queries: their highest score, the logarithm of 1 / the sum of
-// 2^(score - highest), and delta.
-template <class P, int DP, bool PLAIN>
-__device__ __forceinline__ void find_rows(
-    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile) {
-  constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = PLAIN && DP <= 48 ? 4 : 2;
-  const int lane = lane_id(), rows = given.groups.rows;
+// What a warp finds of 16 queries: the highest score of the keys that were searched for it, and sums of weights, and of
+// weights times dP. `careful`: as in the forward, the next keys have to be searched.
+template <class P, int DP>
+struct Rows {
+  Channels<P, DP> q, g;
+  float top[2] = {-INFINITY, -INFINITY}, used[2], total[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
+  bool careful = true;
+};
+
+// Adds the TILES times 16 keys from tile `first` on, and says whether it could, or has to be called again.
+template <class P, int DP, bool PLAIN, int TILES>
+__device__ __forceinline__ bool add_keys(
+    Rows<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile,
+    int first, const Lanes<P, DP>& lanes) {
+  constexpr int ROW = Place<P, DP>::ROW;
   const bool scaled = !PLAIN && given.scaled();
   const float factor = PLAIN ? given.scale2 : given.factor();
-  const Lanes<P, DP> lanes;
-  Channels<P, DP> q, g;
-  q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
-  g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
-  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
-#pragma unroll 1
-  for (int first = 0; first * 16 < rows; first += AT_ONCE) {
-    const int count = rows / 16 - first;
-    float s[AT_ONCE][2][4], highest[2] = {top[0], top[1]};
+  const uint32_t key = shared_address(place.key) + first * 16 * ROW;
+  const uint32_t value = shared_address(place.value) + first * 16 * ROW;
+  float s[TILES][2][4];
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      if (j >= count) continue;
-      q.template multiply<false>(s[j], shared_address(place.key) + (first + j) * 16 * ROW, lanes);
-      if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-      if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
+  for (int j = 0; j < TILES; j++) {
+    to.q.template multiply<false>(s[j], key + j * 16 * ROW, lanes);
+    if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
+    if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
+  }
+  if (to.careful) {
+    float highest[2] = {to.top[0], to.top[1]};
 #pragma unroll
-      for (int i = 0; i < 8; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[j][i / 4][i % 4]);
-    }
-    float used[2];
+    for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
-      used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
-      const float shrink = exp2_fast((top[r] - used[r]) * factor);
-      total[r] *= shrink, delta[r] *= shrink;
-      top[r] = highest[r];
+      to.used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
+      const float shrink = exp2_fast((to.top[r] - to.used[r]) * factor);
+      to.total[r] *= shrink, to.delta[r] *= shrink;
+      to.top[r] = highest[r];
     }
+  }
+  float parts[2][2] = {};
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      if (j >= count) continue;
-      float dp[2][4];
-      g.template multiply<false>(dp, shared_address(place.value) + (first + j) * 16 * ROW, lanes);
-      if (!PLAIN && !unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
+  for (int i = 0; i < 8 * TILES; i++) {
+    float& x = s[i / 8][i / 4 % 2][i % 4];
+    x = exp2_fast((x - to.used[i / 2 % 2]) * factor);
+    parts[i / 2 % 2][i % 2] += x;
+  }
+  const float total[2] = {parts[0][0] + parts[0][1], parts[1][0] + parts[1][1]};
+  if (to.careful) {
+    to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
+  } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
+    to.careful = true;
+    return false;
+  }
+  to.total[0] += total[0], to.total[1] += total[1];
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float p = exp2_fast((s[j][i / 4][i % 4] - used[i / 2 % 2]) * factor);
-        total[i / 2 % 2] += p;
-        delta[i / 2 % 2] = fmaf(p, dp[i / 4][i % 4], delta[i / 2 % 2]);
-      }
-    }
+  for (int j = 0; j < TILES; j++) {
+    float dp[2][4];
+    to.g.template multiply<false>(dp, value + j * 16 * ROW, lanes);
+    if (!PLAIN && !unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
+#pragma unroll
+    for (int i = 0; i < 8; i++) to.delta[i / 2 % 2] = fmaf(s[j][i / 4][i % 4], dp[i / 4][i % 4], to.delta[i / 2 % 2]);
+  }
+  return true;
+}
+
+// What is known of the rows of 16 queries: the score that is subtracted, the logarithm of 1 / the sum of 2^(score - that),
+// and delta.
+template <class P, int DP, bool PLAIN>
+__device__ __forceinline__ void find_rows(
+    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile) {
+  constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = PLAIN && DP <= 48 ? 4 : 2;
+  const int lane = lane_id(), tiles = given.groups.rows / 16;
+  const Lanes<P, DP> lanes;
+  Rows<P, DP> found;
+  found.q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
+  found.g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
+  int first = 0;
+#pragma unroll 1
+  while (first + AT_ONCE <= tiles) {
+    if (add_keys<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, tile, first, lanes)) first += AT_ONCE;
+  }
+#pragma unroll 1
+  while (first < tiles) {
+    if (add_keys<P, DP, PLAIN, 1>(found, given, place, unit, tile, first, lanes)) first++;
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
 #pragma unroll
     for (int apart = 1; apart < 4; apart *= 2) {
-      total[r] += __shfl_xor_sync(~0u, total[r], apart);
-      delta[r] += __shfl_xor_sync(~0u, delta[r], apart);
+      found.total[r] += __shfl_xor_sync(~0u, found.total[r], apart);
+      found.delta[r] += __shfl_xor_sync(~0u, found.delta[r], apart);
     }
     if ((lane & 3) == 0) {
-      const int row = tile * 16 + (lane >> 2) + 8 * r;
-      const float share = reciprocal_fast(total[r]);
-      place.top[row] = top[r] == -INFINITY ? 0.0f : top[r];
-      place.share[row] = log2_fast(share), place.delta[row] = delta[r] * share;
+      float* const to = place.found + tile * Place<P, DP>::FOUND + (lane >> 2) + 8 * r;
+      const float share = reciprocal_fast(found.total[r]);
+      to[0] = found.used[r], to[16] = log2_fast(share), to[32] = found.delta[r] * share;
     }
   }
 }
 
-// dK and dV of TILES times 16 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in place.pairs.
+// The keys of a warp as operands, where there are registers for them.
+template <class P, int DP, int TILES>
+struct Own {
+  static constexpr bool KEPT = P::HALF && DP <= 40;
+  Channels<P, KEPT ? DP : 8> key[TILES], value[TILES];
+
+  __device__ __forceinline__ Own(const Place<P, DP>& place, int first, const Lanes<P, DP>& lanes) {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        key[m].load(shared_address(place.key) + (first + m) * 16 * Place<P, DP>::ROW, lanes);
+        value[m].load(shared_address(place.value) + (first + m) * 16 * Place<P, DP>::ROW, lanes);
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ float4 added(const float (&x)[4], const float4& y) {
+  return {x[0] + y.x, x[1] + y.y, x[2] + y.z, x[3] + y.w};
+}
+
+// dK and dV of TILES times 16 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in place.pairs,
+// in columns from 16 `column` on. What is read of the queries serves all of these keys, in float32 16 of them: their
+// operands, each in two parts, leave no registers for more.
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ void add_queries(
-    float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Backward<typename P::Element>& given,
-    const Place<P, DP>& place, const Unit& unit, int first, int count, int block, int part, bool more) {
-  constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS;
-  const int lane = lane_id(), query = block * 16 + 2 * (lane & 3);
-  const Lanes<P, DP> lanes;
+    float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Own<P, DP, TILES>& own,
+    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int first, int count,
+    int block, int column, int64_t part, bool more, const Lanes<P, DP>& lanes) {
+  constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element);
+  constexpr int EACH = P::HALF ? TILES : 1;
+  const int lane = lane_id(), query = 2 * (lane & 3);
   const bool special = !PLAIN && (!unit.full || given.steps > 0);
   const bool scaled = !PLAIN && given.scaled();
   const float factor = PLAIN ? given.scale2 : given.factor();
   const uint32_t q = shared_address(place.query) + block * 16 * ROW;
   const uint32_t g = shared_address(place.grad) + block * 16 * ROW;
+  const float* const found = place.found + block * Place<P, DP>::FOUND + query;
 
 #pragma unroll
-  for (int m = 0; m < TILES; m++) {
+  for (int start = 0; start < TILES; start += EACH) {
     // Beyond the last key of all lies the next tile: what is computed of it goes nowhere.
-    float p[2][4], ds[2][4];
-    multiply_turned<P, DP>(p, shared_address(place.key) + (first + m) * 16 * ROW, q, lanes);
-    if (scaled) given.bias.template scale<true>(p, given.scale2, unit.head, block * 16, (first + m) * 16);
+    float p[EACH][2][4], ds[EACH][2][4];
+    if constexpr (Own<P, DP, TILES>::KEPT) {
+      multiply_all<P, DP>(p, own.key, q, lanes);
+    } else {
+      multiply_turned<P, DP>(p, shared_address(place.key) + (first + start) * 16 * ROW, q, lanes);
+    }
+    if (scaled) {
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-      const float2 top = *reinterpret_cast<const float2*>(place.top + query + 8 * n);
-      const float2 share = *reinterpret_cast<const float2*>(place.share + query + 8 * n);
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        p[n][i] = exp2_fast(fmaf(p[n][i] - (i % 2 ? top.y : top.x), factor, i % 2 ? share.y : share.x));
+      for (int m = 0; m < EACH; m++) {
+        given.bias.template scale<true>(p[m], given.scale2, unit.head, block * 16, (first + start + m) * 16);
       }
     }
-    multiply_turned<P, DP>(ds, shared_address(place.value) + (first + m) * 16 * ROW, g, lanes);
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const float2 delta = *reinterpret_cast<const float2*>(place.delta + query + 8 * n);
+      const float2 top = *reinterpret_cast<const float2*>(found + 8 * n);
+      const float2 share = *reinterpret_cast<const float2*>(found + 16 + 8 * n);
 #pragma unroll
-      for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? delta.y : delta.x));
+      for (int i = 0; i < 4 * EACH; i++) {
+        float& x = p[i / 4][n][i % 4];
+        x = exp2_fast(fmaf(x - (i % 2 ? top.y : top.x), factor, i % 2 ? share.y : share.x));
+      }
+    }
+    if constexpr (Own<P, DP, TILES>::KEPT) {
+      multiply_all<P, DP>(ds, own.value, g, lanes);
+    } else {
+      multiply_turned<P, DP>(ds, shared_address(place.value) + (first + start) * 16 * ROW, g, lanes);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const float2 delta = *reinterpret_cast<const float2*>(found + 32 + 8 * n);
+#pragma unroll
+      for (int i = 0; i < 4 * EACH; i++) {
+        ds[i / 4][n][i % 4] = p[i / 4][n][i % 4] * (ds[i / 4][n][i % 4] - (i % 2 ? delta.y : delta.x));
+      }
     }
     if (special) {
-      const uint32_t keys = m == 0 || m < count ? place.masks[first + m] >> (lane >> 2) : 0;
-      const uint32_t queries = place.masks[block] >> 2 * (lane & 3);
+      const uint32_t queries = place.masks[block];
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const bool there = keys >> (i / 2 % 2 * 8) & queries >> (i / 4 * 8 + i % 2) & 1;
-        if (!there) p[i / 4][i % 4] = ds[i / 4][i % 4] = 0.0f;
-      }
-      if (given.steps > 0) {
-        const int tokens = given.bias.tokens, key = (first + m) * 16 + (lane >> 2);
-        float* sums = given.partial + static_cast<int64_t>(part) * tokens * tokens;
+      for (int m = 0; m < EACH; m++) {
+        const int tile = first + start + m;
+        const bool exists = start + m == 0 || start + m < count;
+        const uint32_t keys = exists ? place.masks[tile] : 0;
+        if ((keys & queries) != 0xffff) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          const int at_query = query + i / 4 * 8 + i % 2, at_key = key + i / 2 % 2 * 8;
-          if (at_query < tokens && at_key < tokens) {
-            float* sum = sums + at_query * tokens + at_key;
-            *sum = ds[i / 4][i % 4] + (more ? *sum : 0.0f);
+          for (int i = 0; i < 8; i++) {
+            const bool there = keys >> (lane >> 2) >> (i / 2 % 2 * 8) & queries >> query >> (i / 4 * 8 + i % 2) & 1;
+            if (!there) p[m][i / 4][i % 4] = ds[m][i / 4][i % 4] = 0.0f;
+          }
+        }
+        if (given.steps > 0 && exists) {
+          const int tiles = given.groups.rows / 16, at = (block * tiles + tile) * 64 + lane;
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            const float (&x)[4] = ds[m][n];
+            if (given.held) {
+              place.sums[at + n * 32] = added(x, more ? place.sums[at + n * 32] : float4{});
+            } else {
+              float4* const sums = reinterpret_cast<float4*>(given.partial) + part * (tiles * tiles * 64);
+              sums[at + n * 32] = added(x, more ? sums[at + n * 32] : float4{});
+            }
           }
         }
       }
     }
-    typename P::template Left<16> left, left_ds;
-    P::from_sums(left, p[0], p[1]);
-    P::from_sums(left_ds, ds[0], ds[1]);
-    if (m == 0 || m < count) {
-      const uint32_t pairs = shared_address(place.pairs) + (block & 1) * given.groups.rows * PAIRS;
-      P::store_tokens(pairs + (first + m) * 16 * PAIRS, left_ds, ds[0], ds[1]);
+    typename P::template Left<16> left[EACH], left_ds[EACH];
+#pragma unroll
+    for (int m = 0; m < EACH; m++) {
+      P::from_sums(left[m], p[m][0], p[m][1]);
+      P::from_sums(left_ds[m], ds[m][0], ds[m][1]);
+      if (start + m == 0 || start + m < count) {
+        const uint32_t pairs = shared_address(place.pairs) + ((first + start + m) * place.stride + column) * 16 * SIZE;
+        P::store_tokens(pairs, place.stride, left_ds[m], ds[m][0], ds[m][1]);
+      }
     }
-    add_tokens<P, DP>(dv[m], left, g, lanes);
-    add_tokens<P, DP>(dk[m], left_ds, q, lanes);
+    add_tokens<P, DP / 8>(reinterpret_cast<float (&)[EACH][DP / 8][4]>(dv[start]), left, g, lanes);
+    add_tokens<P, DP / 8>(reinterpret_cast<float (&)[EACH][DP / 8][4]>(dk[start]), left_ds, q, lanes);
   }
 }
 
-// Eight columns of dQ of 16 queries, to the queries' place.
-template <class P, int DP>
+// dQ of 16 queries, whose dS has the columns from 16 `column` on, to their place: all of it, or eight columns.
+template <class P, int DP, int COLUMNS>
 __device__ __forceinline__ void finish_queries(
-    const Place<P, DP>& place, int rows, int block, int column, float scale) {
-  constexpr int ROW = Place<P, DP>::ROW, PAIRS = Place<P, DP>::PAIRS, SIZE = sizeof(typename P::Element);
-  const uint32_t pairs = shared_address(place.pairs) + (block & 1) * rows * PAIRS;
-  const uint32_t keys = shared_address(place.key) + column * 8 * SIZE;
+    const Place<P, DP>& place, int rows, int block, int column, int from, float scale) {
+  constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element);
+  uint32_t pairs = shared_address(place.pairs) + column * 16 * SIZE;
+  uint32_t keys = shared_address(place.key) + from * 8 * SIZE;
   const Lanes<P, DP> lanes;
-  float dq[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-  for (int j = 0; j < rows / 16; j++) {
+  float dq[COLUMNS][4];
+#pragma unroll
+  for (int i = 0; i < 4 * COLUMNS; i++) dq[i / 4][i % 4] = 0.0f;
+#pragma unroll 2
+  for (int j = 0; j < rows / 16; j++, pairs += 16 * place.stride * SIZE, keys += 16 * ROW) {
     typename P::template Left<16> a;
-    typename P::template Right<16> b[1];
-    P::load_transposed(a, pairs + j * 16 * PAIRS, P::TOKENS);
-    P::load_tokens(b, keys + j * 16 * ROW, lanes);
-    P::template multiply<false>(dq, a, b[0]);
+    P::load_transposed(a, pairs, place.stride);
+    add_tokens<P, COLUMNS>(dq, a, keys, lanes);
   }
   const int g = lane_id() >> 2, t = lane_id() & 3;
-  const uint32_t to = shared_address(place.query) + (block * 16 + g) * ROW + (column * 8 + 2 * t) * SIZE;
-  P::store(to, dq[0] * scale, dq[1] * scale), P::store(to + 8 * ROW, dq[2] * scale, dq[3] * scale);
+  const uint32_t to = shared_address(place.query) + (block * 16 + g) * ROW + (from * 8 + 2 * t) * SIZE;
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n++) {
+    P::store(to + 8 * n * SIZE, dq[n][0] * scale, dq[n][1] * scale);
+    P::store(to + 8 * n * SIZE + 8 * ROW, dq[n][2] * scale, dq[n][3] * scale);
+  }
 }
 
 // What a thread does. It is found anew for each phase, from its index, which the compiler is told may have changed: the
-// products need the registers that would keep it.
+// products need the registers that would keep it. What takes divisions is kept in shared memory.
 template <class P, int DP, bool PLAIN, int WARPS>
 struct Work {
   Place<P, DP> place;
-  Unit unit;
   int member, index, lanes;  // of the team
-  int part;                  // where in given.partial its sums of dS are
 
-  __device__ __forceinline__ Work(const Backward<typename P::Element>& given, unsigned char* shared, int step)
-      : place(shared, 0, 0, 0) {
-    const Groups& groups = given.groups;
-    int thread, block;
+  __device__ __forceinline__ Work(const Backward<typename P::Element>& given, unsigned char* shared)
+      : place(shared, 0, 0, 0, 0, 0) {
+    int thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    const int warp = thread >> 5, units = WARPS >> groups.team_bits, mine = warp >> groups.team_bits;
-    lanes = 32 << groups.team_bits, index = thread & (lanes - 1), member = index >> 5;
-    place = Place<P, DP>(shared, units, mine, groups.rows);
-    part = 0;
+    const int warp = thread >> 5, units = WARPS >> given.groups.team_bits, mine = warp >> given.groups.team_bits;
+    lanes = 32 << given.groups.team_bits, index = thread & (lanes - 1), member = index >> 5;
+    place = Place<P, DP>(shared, units, mine, given.groups.rows, given.queries, given.held);
+  }
+  __device__ __forceinline__ Kept find(const Backward<typename P::Element>& given, int step) const {
+    const Groups& groups = given.groups;
+    const int block = blockIdx.x, units = WARPS >> groups.team_bits, mine = threadIdx.x >> (5 + groups.team_bits);
+    Kept found;
+    found.part = 0;
     int which = block * units + mine;
-    if (given.steps > 0) {
+    if (!PLAIN && given.steps > 0) {
       const int head = block % groups.heads, turns = block / groups.heads * units + mine;
-      part = turns * groups.heads + head;
+      found.part = turns * groups.heads + head;
       const int item = turns * given.steps + step;
       which = item < given.items ? item * groups.heads + head : groups.units;
     }
-    unit = unit_of(groups, PLAIN ? min(which, groups.units - 1) : which);
-    unit.exists = which < groups.units;
+    // In a plain kernel a team beyond the last unit has that unit again, and stores nothing.
+    found.unit = unit_of(groups, PLAIN ? min(which, groups.units - 1) : which);
+    found.unit.exists = which < groups.units;
+    return found;
   }
 };
 
 template <class P, int DP, bool PLAIN, int WARPS>
 __device__ __forceinline__ void load_unit(const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   using T = typename P::Element;
-  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared);
   const int rows = given.groups.rows;
-  Unit unit = work.unit;
-  unit.exists |= PLAIN;  // its rows are those of another, and are not stored
+  const Kept kept = work.find(given, step);
+  if (work.index == 0) *work.place.kept = kept;
+  Unit unit = kept.unit;
+  unit.exists |= PLAIN;
   find_tokens(given.groups, unit, work.place.pixels, work.place.masks, work.index, work.lanes);
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < 4; i++) {
-    const Map<const T> map = (i == 0   ? given.query
-                              : i == 1 ? given.key
-                              : i == 2 ? given.value
-                                       : given.grad)
-                                 .of(work.unit);
+    const Map<const T> map = (i == 0 ? given.query : i == 1 ? given.key : i == 2 ? given.value : given.grad).of(unit);
     load_unit_rows<T, DP, P::stride(DP), PLAIN>(
         work.place.query + i * rows * P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
         work.place.pixels, rows, work.member, work.lanes / 32);
@@ -274,15 +383,15 @@ __device__ __forceinline__ void load_unit(const Backward<typename P::Element>& g
 }
 
 template <class P, int DP, bool PLAIN, int WARPS>
-__device__ __forceinline__ void store_unit(
-    const Backward<typename P::Element>& given, unsigned char* shared, int step) {
+__device__ __forceinline__ void store_unit(const Backward<typename P::Element>& given, unsigned char* shared) {
   using T = typename P::Element;
-  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared);
   const int rows = given.groups.rows;
-  if (PLAIN && !work.unit.exists) return;
+  const Unit unit = work.place.kept->unit;
+  if (PLAIN && !unit.exists) return;
 #pragma unroll 1
   for (int i = 0; i < 3; i++) {
-    const Map<T> map = (i == 0 ? given.query_grad : i == 1 ? given.key_grad : given.value_grad).of(work.unit);
+    const Map<T> map = (i == 0 ? given.query_grad : i == 1 ? given.key_grad : given.value_grad).of(unit);
     store_unit_rows<T, DP, P::stride(DP), PLAIN>(
         work.place.query + i * rows * P::stride(DP), map, i < 2 ? given.channels : given.value_channels,
         work.place.pixels, rows, work.member, work.lanes / 32);
@@ -293,7 +402,7 @@ template <class P, int DP, bool PLAIN, int TILES, int WARPS>
 __device__ __forceinline__ void pass_over_keys(
     const Backward<typename P::Element>& given, unsigned char* shared, int step) {
   constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
-  const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
+  const Work<P, DP, PLAIN, WARPS> work(given, shared);
   const Place<P, DP>& place = work.place;
   const int rows = given.groups.rows, lane = lane_id();
   float dk[TILES][COLUMNS][4], dv[TILES][COLUMNS][4];
@@ -303,13 +412,23 @@ __device__ __forceinline__ void pass_over_keys(
   }
   const int first = TILES * work.member, count = min(rows / 16 - first, TILES);
 #pragma unroll 1
-  for (int block = 0; block < rows / 16; block++) {
+  for (int begin = 0; begin < rows / 16; begin += given.queries / 16) {
+    const int blocks = min(given.queries, rows) / 16 - max(0, begin + given.queries / 16 - rows / 16);
+    if (begin > 0) __syncthreads();
     if (count > 0) {
-      add_queries<P, DP, PLAIN, TILES>(dk, dv, given, place, work.unit, first, count, block, work.part, step > 0);
+      const Lanes<P, DP> lanes;
+      const Own<P, DP, TILES> own(place, first, lanes);
+#pragma unroll 1
+      for (int i = 0; i < blocks; i++) {
+        add_queries<P, DP, PLAIN, TILES>(
+            dk, dv, own, given, place, place.kept->unit, first, count, begin + i, i, place.kept->part, step > 0, lanes);
+      }
     }
     __syncthreads();
-    for (int n = work.member; n < COLUMNS; n += work.lanes / 32) {
-      finish_queries<P, DP>(place, rows, block, n, given.scale);
+    // In float32 dS of few queries fits: a warp then has eight columns of them.
+    constexpr int JOBS = P::HALF ? 1 : COLUMNS;
+    for (int job = work.member; job < blocks * JOBS; job += work.lanes / 32) {
+      finish_queries<P, DP, COLUMNS / JOBS>(place, rows, begin + job / JOBS, job / JOBS, job % JOBS, given.scale);
     }
   }
   __syncthreads();
@@ -339,17 +458,31 @@ __device__ __forceinline__ void backward(const Backward<typename P::Element>& gi
   do {
     load_unit<P, DP, PLAIN, WARPS>(given, shared, step);
     {
-      const Work<P, DP, PLAIN, WARPS> work(given, shared, step);
+      const Work<P, DP, PLAIN, WARPS> work(given, shared);
       for (int tile = work.member; tile * 16 < given.groups.rows; tile += work.lanes / 32) {
-        find_rows<P, DP, PLAIN>(given, work.place, work.unit, tile);
+        find_rows<P, DP, PLAIN>(given, work.place, work.place.kept->unit, tile);
       }
     }
     __syncthreads();
     pass_over_keys<P, DP, PLAIN, TILES, WARPS>(given, shared, step);
-    store_unit<P, DP, PLAIN, WARPS>(given, shared, step);
+    store_unit<P, DP, PLAIN, WARPS>(given, shared);
     step++;
     if (step < steps) __syncthreads();  // the next unit comes to the place of this one
   } while (step < steps);
+  if (!PLAIN && given.held) {
+    // The sums of a block's teams become one.
+    const Work<P, DP, PLAIN, WARPS> work(given, shared);
+    const int size = given.groups.rows * given.groups.rows / 4, units = 32 * WARPS / work.lanes;
+    const float4* const sums = work.place.sums - (threadIdx.x / work.lanes) * size;
+    for (int i = threadIdx.x; i < size; i += 32 * WARPS) {
+      float4 total = sums[i];
+      for (int j = 1; j < units; j++) {
+        const float4 x = sums[j * size + i];
+        total = {total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w};
+      }
+      reinterpret_cast<float4*>(given.partial)[static_cast<int64_t>(blockIdx.x) * size + i] = total;
+    }
+  }
 }
 
 }  // namespace mvk::attention

@@ -85,7 +85,7 @@ __device__ __forceinline__ bool add_keys(
   }
   to.total[0] += total[0], to.total[1] += total[1];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) add_tokens<P, DP>(to.o, p[j], value + j * ROWS, lanes);
+  for (int j = 0; j < TILES; j++) add_tokens<P, DP / 8>(to.o, p[j], value + j * ROWS, lanes);
   return true;
 }
 

@@ -19,9 +19,9 @@ struct Groups {
 };
 
 struct Unit {
-  int64_t batch;
-  int head, y0, x0, tall, wide;  // tokens along both axes
-  bool exists, full;             // full: all rows are tokens
+  int64_t batch, head;
+  int y0, x0, tall, wide;  // tokens along both axes
+  bool exists, full;       // full: all rows are tokens
 };
 
 __device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {

@@ -14,10 +14,11 @@ using Lanes = typename P::template Lanes<P::stride(DP)>;
 template <class P, int DP>
 struct Channels {
   static constexpr int SIZE = sizeof(typename P::Element);
-  typename P::template Left<16> of[DP / 16];
+  typename P::template Left<16> of[DP < 16 ? 1 : DP / 16];
   typename P::template Left<8> rest;
 
-  __device__ __forceinline__ void load(uint32_t at, const Lanes<P, DP>& lanes) {
+  template <class LANES>
+  __device__ __forceinline__ void load(uint32_t at, const LANES& lanes) {
 #pragma unroll
     for (int k = 0; k < DP / 16; k++) P::load(of[k], at + 16 * k * SIZE, lanes);
     if constexpr (DP % 16 != 0) P::load(rest, at + DP / 16 * 16 * SIZE, lanes);
@@ -42,49 +43,85 @@ struct Channels {
   }
 };
 
-// c += A B for 16 rows: A has 16 tokens as columns, B is those tokens' rows of a tile.
-template <class P, int DP>
+// As Channels::multiply, turned, for several A: what is read of B serves all.
+template <class P, int DP, int TILES>
+__device__ __forceinline__ void multiply_all(
+    float (&c)[TILES][2][4], const Channels<P, DP> (&a)[TILES], uint32_t at, const Lanes<P, DP>& lanes) {
+  constexpr int SIZE = sizeof(typename P::Element);
+#pragma unroll
+  for (int i = 0; i < 8 * TILES; i++) c[i / 8][i / 4 % 2][i % 4] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < DP / 16; k++) {
+    typename P::template Right<16> b[2];
+    P::load(b, at + 16 * k * SIZE, lanes);
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) P::template multiply<true>(c[i / 2][i % 2], a[i / 2].of[k], b[i % 2]);
+  }
+  if constexpr (DP % 16 != 0) {
+    typename P::template Right<8> b[2];
+    P::load(b, at + DP / 16 * 16 * SIZE, lanes);
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) P::template multiply<true>(c[i / 2][i % 2], a[i / 2].rest, b[i % 2]);
+  }
+}
+
+// c += A B for 16 rows of each of several A: A has 16 tokens as columns, B is those tokens' rows of a tile.
+template <class P, int COLUMNS, int TILES, class LANES>
 __device__ __forceinline__ void add_tokens(
-    float (&c)[DP / 8][4], const typename P::template Left<16>& a, uint32_t at, const Lanes<P, DP>& lanes) {
-  constexpr int SIZE = sizeof(typename P::Element), COLUMNS = DP / 8;
+    float (&c)[TILES][COLUMNS][4], const typename P::template Left<16> (&a)[TILES], uint32_t at, const LANES& lanes) {
+  constexpr int SIZE = sizeof(typename P::Element);
 #pragma unroll
   for (int n = 0; n < COLUMNS / 2; n++) {
     typename P::template Right<16> b[2];
     P::load_tokens(b, at + n * 16 * SIZE, lanes);
-    P::template multiply<false>(c[2 * n], a, b[0]);
-    P::template multiply<false>(c[2 * n + 1], a, b[1]);
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) P::template multiply<false>(c[i / 2][2 * n + i % 2], a[i / 2], b[i % 2]);
   }
   if constexpr (COLUMNS % 2 != 0) {
     typename P::template Right<16> b[1];
     P::load_tokens(b, at + (COLUMNS - 1) * 8 * SIZE, lanes);
-    P::template multiply<false>(c[COLUMNS - 1], a, b[0]);
+#pragma unroll
+    for (int m = 0; m < TILES; m++) P::template multiply<false>(c[m][COLUMNS - 1], a[m], b[0]);
   }
 }
+template <class P, int COLUMNS, class LANES>
+__device__ __forceinline__ void add_tokens(
+    float (&c)[COLUMNS][4], const typename P::template Left<16>& a, uint32_t at, const LANES& lanes) {
+  using Sums = float[1][COLUMNS][4];
+  using Operands = const typename P::template Left<16>[1];
+  add_tokens<P, COLUMNS>(reinterpret_cast<Sums&>(c), reinterpret_cast<Operands&>(a), at, lanes);
+}
 
-// The product of 16 rows of a tile and of 16 rows of another, both of as many columns as there are channels. All is as in
-// Channels, and so are the sums of a product that is the transpose of one of those.
-template <class P, int DP>
+// The products of tiles of 16 rows, one after the other from `left` on, and of 16 rows of another, all of as many columns
+// as there are channels. All is as in Channels, and so are the sums of a product that is the transpose of one of those.
+template <class P, int DP, int TILES>
 __device__ __forceinline__ void multiply_turned(
-    float (&c)[2][4], uint32_t left, uint32_t right, const Lanes<P, DP>& lanes) {
-  constexpr int SIZE = sizeof(typename P::Element);
+    float (&c)[TILES][2][4], uint32_t left, uint32_t right, const Lanes<P, DP>& lanes) {
+  constexpr int SIZE = sizeof(typename P::Element), TILE = 16 * P::stride(DP) * SIZE;
 #pragma unroll
-  for (int i = 0; i < 8; i++) c[i / 4][i % 4] = 0.0f;
+  for (int i = 0; i < 8 * TILES; i++) c[i / 8][i / 4 % 2][i % 4] = 0.0f;
 #pragma unroll
   for (int k = 0; k < DP / 16; k++) {
     typename P::template Right<16> b[2];
-    typename P::template Left<16> a;
     P::load(b, right + 16 * k * SIZE, lanes);
-    P::load(a, left + 16 * k * SIZE, lanes);
-    P::template multiply<true>(c[0], a, b[0]);
-    P::template multiply<true>(c[1], a, b[1]);
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      typename P::template Left<16> a;
+      P::load(a, left + m * TILE + 16 * k * SIZE, lanes);
+      P::template multiply<true>(c[m][0], a, b[0]);
+      P::template multiply<true>(c[m][1], a, b[1]);
+    }
   }
   if constexpr (DP % 16 != 0) {
     typename P::template Right<8> b[2];
-    typename P::template Left<8> a;
     P::load(b, right + DP / 16 * 16 * SIZE, lanes);
-    P::load(a, left + DP / 16 * 16 * SIZE, lanes);
-    P::template multiply<true>(c[0], a, b[0]);
-    P::template multiply<true>(c[1], a, b[1]);
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      typename P::template Left<8> a;
+      P::load(a, left + m * TILE + DP / 16 * 16 * SIZE, lanes);
+      P::template multiply<true>(c[m][0], a, b[0]);
+      P::template multiply<true>(c[m][1], a, b[1]);
+    }
   }
 }
 
@@ -96,25 +133,40 @@ struct Bias {
 
   // Scores in base 2 of the queries from m on and the keys from n on, 16 of each; TURNED: rows are keys.
   template <bool TURNED>
-  __device__ __forceinline__ void scale(float (&s)[2][4], float scale2, int unit_head, int m, int n) const {
-    const int g = lane_id() >> 2, t = 2 * (lane_id() & 3);
-    const T* from = at + unit_head * head;
+  __device__ __forceinline__ void scale(float (&s)[2][4], float scale2, int64_t unit_head, int m, int n) const {
+    if (head < 0) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int row = g + (i & 2) * 4, column = t + i / 4 * 8 + (i & 1);
-      float& x = s[i / 4][i % 4];
-      x *= scale2;
-      if (head >= 0) {
-        const int q = min(m + (TURNED ? column : row), tokens - 1);
-        const int k = min(n + (TURNED ? row : column), tokens - 1);
-        x = fmaf(to_float(from[q * query + k * key]), LOG2E, x);
+      for (int i = 0; i < 8; i++) s[i / 4][i % 4] *= scale2;
+      return;
+    }
+    const int row = (TURNED ? n : m) + (lane_id() >> 2), column = (TURNED ? m : n) + 2 * (lane_id() & 3);
+    const int row_step = TURNED ? key : query, column_step = TURNED ? query : key;
+    const T* const from = at + unit_head * head;
+    T of[8];
+    if (max(m, n) + 16 <= tokens) {
+      const T* const columns = from + (row * row_step + column * column_step);
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const T* const here = columns + (c / 2 * 8 + c % 2) * column_step;
+        of[c / 2 * 4 + c % 2] = here[0], of[c / 2 * 4 + c % 2 + 2] = here[8 * row_step];
+      }
+    } else {
+      // The last token again and again, which is masked later.
+      const int first = min(row, tokens - 1) * row_step, second = min(row + 8, tokens - 1) * row_step;
+#pragma unroll
+      for (int c = 0; c < 4; c++) {
+        const int here = min(column + c / 2 * 8 + c % 2, tokens - 1) * column_step;
+        of[c / 2 * 4 + c % 2] = from[first + here], of[c / 2 * 4 + c % 2 + 2] = from[second + here];
       }
     }
+#pragma unroll
+    for (int i = 0; i < 8; i++) s[i / 4][i % 4] = fmaf(to_float(of[i]), LOG2E, s[i / 4][i % 4] * scale2);
   }
 };
 
 // -inf where the mask of 16 columns says that there is no token.
 __device__ __forceinline__ void mask_columns(float (&s)[2][4], uint32_t mask, float with) {
+  if (mask == 0xffff) return;
   mask >>= 2 * (lane_id() & 3);
 #pragma unroll
   for (int i = 0; i < 8; i++) {

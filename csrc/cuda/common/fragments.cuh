@@ -32,8 +32,8 @@ struct Halves {
   static constexpr bool HALF = true;
   // Of a row with `columns` elements: an odd number of 16 bytes, so that eight rows lie in different banks.
   static __host__ __device__ constexpr int stride(int columns) { return ((columns + 7) / 8 | 1) * 8; }
-  // Of a row with 16 tokens, written by pairs of them, read by columns.
-  static constexpr int TOKENS = 24;
+  // Of a row with a multiple of 16 tokens, written by pairs of them, read by columns.
+  static __host__ __device__ constexpr int pairs_stride(int tokens) { return tokens + 8; }
 
   template <int K>
   struct Left {
@@ -95,11 +95,11 @@ struct Halves {
   static __device__ __forceinline__ void store(uint32_t at, float x, float y) { store_shared(at, pack<T>(x, y)); }
   // Sums and the left operand that was made of them, to 16 rows of 16 tokens.
   static __device__ __forceinline__ void store_tokens(
-      uint32_t at, const Left<16>& a, const float (&)[4], const float (&)[4]) {
+      uint32_t at, int stride, const Left<16>& a, const float (&)[4], const float (&)[4]) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
-    const uint32_t mine = at + 2 * (g * TOKENS + 2 * t);
-    store_shared(mine, a.of[0]), store_shared(mine + 16 * TOKENS, a.of[1]);
-    store_shared(mine + 16, a.of[2]), store_shared(mine + 16 * TOKENS + 16, a.of[3]);
+    const uint32_t mine = at + 2 * (g * stride + 2 * t);
+    store_shared(mine, a.of[0]), store_shared(mine + 16 * stride, a.of[1]);
+    store_shared(mine + 16, a.of[2]), store_shared(mine + 16 * stride + 16, a.of[3]);
   }
   template <bool TURNED>
   static __device__ __forceinline__ void multiply(float (&c)[4], const Left<16>& a, const Right<16>& b) {
@@ -117,7 +117,7 @@ struct Singles {
   using Element = float;
   static constexpr bool HALF = false;
   static __host__ __device__ constexpr int stride(int columns) { return (columns + 7) / 8 * 8 + 4; }
-  static constexpr int TOKENS = 20;
+  static __host__ __device__ constexpr int pairs_stride(int tokens) { return tokens + 4; }
 
   template <int N>
   struct Numbers {
@@ -180,11 +180,11 @@ struct Singles {
   }
   static __device__ __forceinline__ void store(uint32_t at, float x, float y) { store_shared(at, x, y); }
   static __device__ __forceinline__ void store_tokens(
-      uint32_t at, const Left<16>&, const float (&low)[4], const float (&high)[4]) {
+      uint32_t at, int stride, const Left<16>&, const float (&low)[4], const float (&high)[4]) {
     const int g = lane_id() >> 2, t = lane_id() & 3;
-    const uint32_t mine = at + 4 * (g * TOKENS + 2 * t);
-    store_shared(mine, low[0], low[1]), store_shared(mine + 32 * TOKENS, low[2], low[3]);
-    store_shared(mine + 32, high[0], high[1]), store_shared(mine + 32 * TOKENS + 32, high[2], high[3]);
+    const uint32_t mine = at + 4 * (g * stride + 2 * t);
+    store_shared(mine, low[0], low[1]), store_shared(mine + 32 * stride, low[2], low[3]);
+    store_shared(mine + 32, high[0], high[1]), store_shared(mine + 32 * stride + 32, high[2], high[3]);
   }
   // TURNED: the transpose of another product, whose sums are these in every bit.
   template <bool TURNED, int K>

@@ -100,6 +100,7 @@ def backward(
     launches, parts = backward_launches(problem, need_bias, scale > 0)
     tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
     if need_bias:
-        tensors["partial"] = query.new_empty((parts, *dbias.shape), dtype=torch.float32)
+        rows = plan.rows_of(dbias.shape[1])
+        tensors["partial"] = query.new_empty((parts, dbias.shape[0], rows, rows), dtype=torch.float32)
     run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
     return dq, dk, dv, dbias

@@ -17,6 +17,8 @@ TOKENS = 256
 """Of a group, at most."""
 PARTS_BYTES = 64 << 20
 """Of partial sums of a bias's gradient, at most: small beside any map that makes so many."""
+HELD = 64
+"""Tokens of a group, at most, for sums of a bias's gradient to stay in shared memory."""
 PADDED = 16, 24, 32, 40, 48, 64
 """Channels of a head that there are kernels for."""
 
@@ -33,8 +35,9 @@ class Tiles:
         half = dtype.itemsize == 2
         self.row = dtype.itemsize * ((dim // 8 | 1) * 8 if half else dim + 4)
         """Bytes of a token's row."""
-        self.pairs = 48 if half else 80
-        """Bytes of a key's row of 16 queries."""
+        self.size = dtype.itemsize
+        self.gap = 8 if half else 4
+        """Numbers after each key's row of dS."""
         self.forward_warps = 4 if half else 8
         self.keys = 16 if half and (plain or dim < 64) else 32
         """That a warp owns in the backward."""
@@ -48,9 +51,20 @@ class Tiles:
         units = self.forward_warps // team
         return (units * 2 * rows + self.forward_warps * 32) * self.row + _tokens(units, rows)
 
-    def backward(self, rows: int, team: int) -> int:
+    def backward(self, rows: int, queries: int, held: bool, team: int) -> int:
+        """As :meth:`forward`, with dS of so many queries at once, and sums of it if they are ``held``."""
         units = self.backward_warps(rows) // team
-        return units * (4 * rows * self.row + 2 * rows * self.pairs + 12 * rows) + _tokens(units, rows)
+        pairs = rows * (queries + self.gap) * self.size
+        sums = 4 * rows**2 * held
+        return units * (4 * rows * self.row + pairs + sums + 12 * rows + 48) + _tokens(units, rows)
+
+    def queries(self, rows: int, team: int, held: bool, room: int) -> int:
+        """Whose dS lies in shared memory at once: as many as fit beside the other blocks of a processor."""
+        blocks = 2 if self.keys == 16 and self.backward_warps(rows) == 8 else 1
+        found = rows
+        while found > 16 and self.backward(rows, found, held, team) > (room + 1024) // blocks - 1024:
+            found = -(-found // 32) * 16
+        return found
 
 
 def _tokens(units: int, rows: int) -> int:
@@ -156,7 +170,7 @@ def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int) -> tupl
     heads = problem.shape[1]
     items = geometry.units // heads
     most = max(1, 4 * problem.device.processors // heads)
-    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * geometry.tokens**2 * units)))
+    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * rows_of(geometry.tokens) ** 2 * units)))
     steps = -(-items // (most * units))
     return -(-items // (steps * units)), steps, items
 
@@ -174,27 +188,30 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, positive: bool
     rows = rows_of(geometry.tokens)
     room = configs.shared_memory_of(problem.device.arch)
     warps = tiles.backward_warps(rows)
-    team = team_of(-(-rows // tiles.keys), warps, partial(tiles.backward, rows), room)
+    held = need_bias and rows <= HELD
+    team = team_of(-(-rows // tiles.keys), warps, partial(tiles.backward, rows, 16, held), room)
+    queries = tiles.queries(rows, team, held, room)
     longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
     bias_head, bias = _bias(problem, geometry)
     units = warps // team
     grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
     if need_bias:
         blocks, steps, items = _parts_of(problem, geometry, units)
-        grid, parts = blocks * problem.shape[1], blocks * units
+        grid, parts = blocks * problem.shape[1], blocks * (1 if held else units)
     pointers = ("q", "k", "v", "g", "bias", "dq", "dk", "dv", "partial")
     launches = [
         Launch(
             "attention/backward", _name(problem, "backward", warps > 8, plain), grid, 32 * warps,
-            tiles.backward(rows, team), pointers, (*longs, bias_head),
-            (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items), ("scale", "scale2"),
+            tiles.backward(rows, queries, held, team), pointers, (*longs, bias_head),
+            (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items, queries, int(held)),
+            ("scale", "scale2"),
         )
     ]  # fmt: skip
     if need_bias:
-        size, kind = problem.shape[1] * geometry.tokens**2, _kind(problem.dtype)
+        size, kind = problem.shape[1] * rows**2, _kind(problem.dtype)
         launches.append(
             Launch("attention/bias", f"attention_bias_{kind}", -(-size // 128), 128, 0, ("partial", "dbias"), (size,),
-                   (parts,), ())
+                   (parts, rows // 16, geometry.tokens), ())
         )  # fmt: skip
     return launches, parts
 
@@ -227,7 +244,7 @@ def why_not(
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
     tiles = Tiles(dtype, dim, plain=False)
-    if tiles.backward(rows, tiles.backward_warps(rows)) > configs.shared_memory_of(arch):
+    if tiles.backward(rows, 16, False, tiles.backward_warps(rows)) > configs.shared_memory_of(arch):
         return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
 
