@@ -13,176 +13,19 @@
 // P is made of the same bits in both passes: delta of a row whose P is 1 somewhere is that key's dP, and dS is 0.
 #pragma once
 
-#include "products.cuh"
-#include "rows.cuh"
+#include "backward_rows.cuh"
 
 namespace mvk::attention {
 
-template <typename T>
-struct Backward {
-  Map<const T> query, key, value, grad;
-  Map<T> query_grad, key_grad, value_grad;
-  Bias<T> bias;
-  Groups groups;
-  int channels, value_channels;
-  float scale, scale2;
-  // With the bias's gradient, a block has units of one head, `steps` for each team in turn, of which there are `items`
-  // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
-  float* partial;
-  int steps, items;
-  int queries;  // whose dS lies in shared memory at once: a multiple of 16
-  int held;     // whether sums of dS lie in shared memory until the last unit of a team
-
-  // Whether scores are scaled before the maximum is looked for, and by what they are multiplied after it.
-  __device__ __forceinline__ bool scaled() const { return bias.head >= 0 || scale2 <= 0; }
-  __device__ __forceinline__ float factor() const { return scaled() ? 1.0f : scale2; }
-};
-
-// What a team has, found once.
-struct Kept {
-  Unit unit;
-  int64_t part;  // where in Backward::partial its sums of dS are
-};
-
-// A unit in shared memory.
-template <class P, int DP>
-struct Place {
-  using T = typename P::Element;
-  static constexpr int STRIDE = P::stride(DP), ROW = STRIDE * sizeof(T);
-  T *query, *key, *value, *grad;
-  T* pairs;    // dS: a row a key
-  int stride;  // of pairs
-  // Of 16 queries each: the score that is subtracted, the logarithm of 1 / the sum of weights, delta.
-  static constexpr int FOUND = 48;
-  float* found;
-  float4* sums;  // of dS over units, where these are held
-  Kept* kept;
-  int* pixels;
-  uint32_t* masks;
-
-  __device__ __forceinline__ Place(unsigned char* shared, int units, int mine, int rows, int queries, int held) {
-    query = reinterpret_cast<T*>(shared) + mine * 4 * rows * STRIDE;
-    key = query + rows * STRIDE, value = key + rows * STRIDE, grad = value + rows * STRIDE;
-    shared += units * 4 * rows * ROW;
-    stride = P::pairs_stride(queries);
-    pairs = reinterpret_cast<T*>(shared) + mine * rows * stride;
-    shared += units * rows * stride * sizeof(T);
-    found = reinterpret_cast<float*>(shared) + mine * 3 * rows;
-    shared += units * 12 * rows;
-    sums = reinterpret_cast<float4*>(shared) + mine * (rows * rows / 4);
-    if (held) shared += units * rows * rows * 4;
-    kept = reinterpret_cast<Kept*>(shared) + mine;
-    shared += units * sizeof(Kept);
-    pixels = reinterpret_cast<int*>(shared) + mine * (rows + rows / 16);
-    masks = reinterpret_cast<uint32_t*>(pixels + rows);
-  }
-};
-
-// What a warp finds of 16 queries: the highest score of the keys that were searched for it, and sums of weights, and of
-// weights times dP. `careful`: as in the forward, the next keys have to be searched.
-template <class P, int DP>
-struct Rows {
-  Channels<P, DP> q, g;
-  float top[2] = {-INFINITY, -INFINITY}, used[2], total[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
-  bool careful = true;
-};
-
-// Adds the TILES times 16 keys from tile `first` on, and says whether it could, or has to be called again.
-template <class P, int DP, bool PLAIN, int TILES>
-__device__ __forceinline__ bool add_keys(
-    Rows<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile,
-    int first, const Lanes<P, DP>& lanes) {
-  constexpr int ROW = Place<P, DP>::ROW;
-  const bool scaled = !PLAIN && given.scaled();
-  const float factor = PLAIN ? given.scale2 : given.factor();
-  const uint32_t key = shared_address(place.key) + first * 16 * ROW;
-  const uint32_t value = shared_address(place.value) + first * 16 * ROW;
-  float s[TILES][2][4];
-#pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    to.q.template multiply<false>(s[j], key + j * 16 * ROW, lanes);
-    if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-    if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
-  }
-  if (to.careful) {
-    float highest[2] = {to.top[0], to.top[1]};
-#pragma unroll
-    for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
-      to.used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
-      const float shrink = exp2_fast((to.top[r] - to.used[r]) * factor);
-      to.total[r] *= shrink, to.delta[r] *= shrink;
-      to.top[r] = highest[r];
-    }
-  }
-  float parts[2][2] = {};
-#pragma unroll
-  for (int i = 0; i < 8 * TILES; i++) {
-    float& x = s[i / 8][i / 4 % 2][i % 4];
-    x = exp2_fast((x - to.used[i / 2 % 2]) * factor);
-    parts[i / 2 % 2][i % 2] += x;
-  }
-  const float total[2] = {parts[0][0] + parts[0][1], parts[1][0] + parts[1][1]};
-  if (to.careful) {
-    to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
-  } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
-    to.careful = true;
-    return false;
-  }
-  to.total[0] += total[0], to.total[1] += total[1];
-#pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    float dp[2][4];
-    to.g.template multiply<false>(dp, value + j * 16 * ROW, lanes);
-    if (!PLAIN && !unit.full) mask_columns(dp, place.masks[first + j], 0.0f);
-#pragma unroll
-    for (int i = 0; i < 8; i++) to.delta[i / 2 % 2] = fmaf(s[j][i / 4][i % 4], dp[i / 4][i % 4], to.delta[i / 2 % 2]);
-  }
-  return true;
-}
-
-// What is known of the rows of 16 queries: the score that is subtracted, the logarithm of 1 / the sum of 2^(score - that),
-// and delta.
-template <class P, int DP, bool PLAIN>
-__device__ __forceinline__ void find_rows(
-    const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile) {
-  constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = PLAIN && DP <= 48 ? 4 : 2;
-  const int lane = lane_id(), tiles = given.groups.rows / 16;
-  const Lanes<P, DP> lanes;
-  Rows<P, DP> found;
-  found.q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
-  found.g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
-  int first = 0;
-#pragma unroll 1
-  while (first + AT_ONCE <= tiles) {
-    if (add_keys<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, tile, first, lanes)) first += AT_ONCE;
-  }
-#pragma unroll 1
-  while (first < tiles) {
-    if (add_keys<P, DP, PLAIN, 1>(found, given, place, unit, tile, first, lanes)) first++;
-  }
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-#pragma unroll
-    for (int apart = 1; apart < 4; apart *= 2) {
-      found.total[r] += __shfl_xor_sync(~0u, found.total[r], apart);
-      found.delta[r] += __shfl_xor_sync(~0u, found.delta[r], apart);
-    }
-    if ((lane & 3) == 0) {
-      float* const to = place.found + tile * Place<P, DP>::FOUND + (lane >> 2) + 8 * r;
-      const float share = reciprocal_fast(found.total[r]);
-      to[0] = found.used[r], to[16] = log2_fast(share), to[32] = found.delta[r] * share;
-    }
-  }
-}
-
 // The keys of a warp as operands, where there are registers for them.
-template <class P, int DP, int TILES>
+template <class P, int DP, bool PLAIN, int TILES>
 struct Own {
-  static constexpr bool KEPT = P::HALF && DP <= 40;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int MOST = 32;
+#else
+  static constexpr int MOST = PLAIN ? 40 : 32;
+#endif
+  static constexpr bool KEPT = P::HALF && DP <= MOST;
   Channels<P, KEPT ? DP : 8> key[TILES], value[TILES];
 
   __device__ __forceinline__ Own(const Place<P, DP>& place, int first, const Lanes<P, DP>& lanes) {
@@ -205,7 +48,7 @@ __device__ __forceinline__ float4 added(const float (&x)[4], const float4& y) {
 // operands, each in two parts, leave no registers for more.
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ void add_queries(
-    float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Own<P, DP, TILES>& own,
+    float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Own<P, DP, PLAIN, TILES>& own,
     const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int first, int count,
     int block, int column, int64_t part, bool more, const Lanes<P, DP>& lanes) {
   constexpr int ROW = Place<P, DP>::ROW, SIZE = sizeof(typename P::Element);
@@ -222,7 +65,7 @@ __device__ __forceinline__ void add_queries(
   for (int start = 0; start < TILES; start += EACH) {
     // Beyond the last key of all lies the next tile: what is computed of it goes nowhere.
     float p[EACH][2][4], ds[EACH][2][4];
-    if constexpr (Own<P, DP, TILES>::KEPT) {
+    if constexpr (Own<P, DP, PLAIN, TILES>::KEPT) {
       multiply_all<P, DP>(p, own.key, q, lanes);
     } else {
       multiply_turned<P, DP>(p, shared_address(place.key) + (first + start) * 16 * ROW, q, lanes);
@@ -243,7 +86,7 @@ __device__ __forceinline__ void add_queries(
         x = exp2_fast(fmaf(x - (i % 2 ? top.y : top.x), factor, i % 2 ? share.y : share.x));
       }
     }
-    if constexpr (Own<P, DP, TILES>::KEPT) {
+    if constexpr (Own<P, DP, PLAIN, TILES>::KEPT) {
       multiply_all<P, DP>(ds, own.value, g, lanes);
     } else {
       multiply_turned<P, DP>(ds, shared_address(place.value) + (first + start) * 16 * ROW, g, lanes);
@@ -300,7 +143,7 @@ __device__ __forceinline__ void add_queries(
   }
 }
 
-// dQ of 16 queries, whose dS has the columns from 16 `column` on, to their place: all of it, or eight columns.
+// dQ of 16 queries, whose dS has the columns from 16 `column` on, to their place: COLUMNS times eight channels, from eight times `from` on.
 template <class P, int DP, int COLUMNS>
 __device__ __forceinline__ void finish_queries(
     const Place<P, DP>& place, int rows, int block, int column, int from, float scale) {
@@ -308,10 +151,11 @@ __device__ __forceinline__ void finish_queries(
   uint32_t pairs = shared_address(place.pairs) + column * 16 * SIZE;
   uint32_t keys = shared_address(place.key) + from * 8 * SIZE;
   const Lanes<P, DP> lanes;
+  constexpr int AHEAD = DP == 48 ? 1 : 2;  // as registers allow
   float dq[COLUMNS][4];
 #pragma unroll
   for (int i = 0; i < 4 * COLUMNS; i++) dq[i / 4][i % 4] = 0.0f;
-#pragma unroll 2
+#pragma unroll AHEAD
   for (int j = 0; j < rows / 16; j++, pairs += 16 * place.stride * SIZE, keys += 16 * ROW) {
     typename P::template Left<16> a;
     P::load_transposed(a, pairs, place.stride);
@@ -417,7 +261,7 @@ __device__ __forceinline__ void pass_over_keys(
     if (begin > 0) __syncthreads();
     if (count > 0) {
       const Lanes<P, DP> lanes;
-      const Own<P, DP, TILES> own(place, first, lanes);
+      const Own<P, DP, PLAIN, TILES> own(place, first, lanes);
 #pragma unroll 1
       for (int i = 0; i < blocks; i++) {
         add_queries<P, DP, PLAIN, TILES>(
@@ -425,10 +269,11 @@ __device__ __forceinline__ void pass_over_keys(
       }
     }
     __syncthreads();
-    // In float32 dS of few queries fits: a warp then has eight columns of them.
-    constexpr int JOBS = P::HALF ? 1 : COLUMNS;
+    // In float32 dS of few queries fits: a warp then has eight columns of them. Of many channels it has half.
+    constexpr int JOBS = !P::HALF ? COLUMNS : DP < 48 ? 1 : 2;
     for (int job = work.member; job < blocks * JOBS; job += work.lanes / 32) {
-      finish_queries<P, DP, COLUMNS / JOBS>(place, rows, begin + job / JOBS, job / JOBS, job % JOBS, given.scale);
+      finish_queries<P, DP, COLUMNS / JOBS>(
+          place, rows, begin + job / JOBS, job / JOBS, job % JOBS * (COLUMNS / JOBS), given.scale);
     }
   }
   __syncthreads();

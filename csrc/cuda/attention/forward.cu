@@ -94,7 +94,10 @@ template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
-  constexpr int AT_ONCE = P::HALF || DP <= 40 ? 4 : DP <= 48 ? 2 : 1;  // times 16 keys, whose scores are in registers
+  constexpr int AT_ONCE = PLAIN && DP > 48      ? 2
+                          : P::HALF || DP <= 40 ? 4
+                          : DP <= 48            ? 2
+                                                : 1;  // times 16 keys, whose scores are in registers
   const Groups& groups = given.groups;
   const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
   const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),
@@ -125,7 +128,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
   const float factor = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0) ? 1.0f : given.scale2;
   const uint32_t values = rows * STRIDE * SIZE;
   Lanes<P, DP> lanes;
-  lanes.keep();
+  if constexpr (DP < 64) lanes.keep();
   int buffer = 16;
   for (int tile = member - team; tile < 0 || tile * 16 < rows; tile += team, buffer ^= 16) {
     T* const here = own + buffer * STRIDE;
@@ -213,6 +216,6 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 FORWARDS(4, 16)
 FORWARDS(4, 24)
 FORWARDS(4, 32)
-FORWARDS(4, 40)
+FORWARDS(3, 40)
 FORWARDS(3, 48)
 FORWARDS(3, 64)
