@@ -40,8 +40,13 @@ def _pointwise(key: Mapping[str, Any]) -> Config:
 
 @heuristic(OP, "weight_sums")
 def _weight(key: Mapping[str, Any]) -> Config:
-    # A tile is (pixels, taps of a row, channels), whole as an operand of a product; so are the sums.
+    # A tile is (pixels, taps, channels), whole as an operand of a product; so are the sums. A warp waits for the loads
+    # of a step: narrow heads leave room for many programs, others for the loads of two steps.
     config = _config(key, 1024, 64)
+    if lanes(key["d"]) == 16:
+        config["PROGRAMS"] = 16
+    elif half(key):
+        config["num_stages"] = 2
     if lanes(key["d"]) > 32:
         config["num_warps"] = 8 if half(key) or key["dtype"] == "tf32" else 16
     return config

@@ -177,62 +177,72 @@ def depthwise_backward(
 # that of the pointwise weight the sum of S over taps, times the depthwise weight. So x is read for both at once, by a
 # matrix product, and nothing between the convolutions is made again.
 #
-# One program: a slice of the (batch, tile) pairs of one group, and TAPS taps of one row (of CHUNKS in a row), side by
-# side in TAPS * WIDTH lanes. What it adds to S goes to (slice, group, K * K * D, D); with a bias there is one row more,
-# for the sum of g.
-@triton.jit(do_not_specialize=_G + _X + _SIZES + ["items"])
+# One program: a slice of the tiles and a slice of the batch of one group, and TAPS of the K * K taps, side by side in
+# TAPS * WIDTH lanes. Images follow each other in the inner loop, so that where a tile's pixels and their neighbours
+# lie, and whether these are inside, is found once for all of them. What it adds to S goes to (slice, group, K * K * D,
+# D); with a bias there is one row more, for the sum of g. The sums stay in registers.
+@triton.jit(do_not_specialize=_G + _X + _SIZES + ["batches", "images", "parts"])
 def weight_sums(
     g_ptr, x_ptr, s_ptr,
-    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, items,
+    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, batches, images, parts,
     D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TAPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    PRECISION: tl.constexpr, TAPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr, IMAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     group = (pid % groups).to(tl.int64)
     rest = pid // groups
-    chunk = rest % (K * CHUNKS)
-    row = chunk // CHUNKS
-    part = (rest // (K * CHUNKS)).to(tl.int64)
+    chunk = rest % CHUNKS
+    part = rest // CHUNKS
     lanes = tl.arange(0, TAPS * WIDTH)
-    tap = (chunk % CHUNKS) * TAPS + lanes // WIDTH
+    tap = chunk * TAPS + lanes // WIDTH
     channel = lanes % WIDTH
-    used = (tap < K) & (channel < D)
-    dx = tap - K // 2
-    along = dx * xsx + channel * xsd
+    used = (tap < K * K) & (channel < D)
+    dy = tap // K - K // 2
+    dx = tap % K - K // 2
     if WIDE:
-        along = dx * xsx.to(tl.int64) + channel * xsd.to(tl.int64)
-        if LX == 1:
-            along = tl.multiple_of(dx * xsx.to(tl.int64), AX) + channel
-    elif LX == 1:
-        along = tl.multiple_of(dx * xsx, AX) + channel
+        beside = dy * xsy.to(tl.int64) + dx * xsx.to(tl.int64)
+        along = channel * xsd.to(tl.int64)
+    else:
+        beside = dy * xsy + dx * xsx
+        along = channel * xsd
+    if LX == 1:
+        along = tl.multiple_of(beside, AX) + channel
+    else:
+        along += beside
     width = divider(W)
     sums = tl.zeros([TAPS * WIDTH, WIDTH], ACC)
-    total = tl.zeros([WIDTH], ACC)
+    total = tl.zeros([BLOCK, WIDTH], ACC)
+    first = part // parts * images
     for step in range(0, steps if LOOP == 0 else LOOP):
-        item = part * steps + step
-        batch = item // tiles
-        n = (item % tiles).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-        keep = (n < H * W) & (item < items)
+        n = (part % parts * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < H * W
         y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
-        g = _tile(g_ptr + plane(batch, group, gsb, gsh, LG, AG), y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
-        ty = y + (row - K // 2)
-        keep = keep & (ty >= 0) & (ty < H)
+        ty = y[:, None] + dy[None, :]
         tx = x[:, None] + dx[None, :]
-        there = keep[:, None] & used[None, :] & (tx >= 0) & (tx < W)
-        offsets = row_offsets(ty, x, xsy, xsx, LX, AX, False)[:, None] + along[None, :]
-        values = tl.load(x_ptr + plane(batch, group, xsb, xsh, LX, AX) + offsets, mask=there, other=0.0)
-        left = round_tf32(tl.trans(values), PRECISION)
-        sums = tl.dot(left, round_tf32(g, PRECISION), sums, input_precision=PRECISION, out_dtype=ACC)
-        if WB or MB:
-            total += tl.sum(g.to(ACC), 0)
+        there = keep[:, None] & used[None, :] & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+        offsets = row_offsets(y, x, xsy, xsx, LX, AX, False)[:, None] + along[None, :]
+        for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
+            batch = first + image
+            if IMAGES > 0:  # the interpreter's loops have as many steps in the last slice
+                keep = keep & (batch < batches)
+                there = there & (batch < batches)
+            g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
+            x_at = x_ptr + plane(tl.cast(batch, tl.int64), group, xsb, xsh, LX, AX)
+            g = _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
+            values = tl.load(x_at + offsets, mask=there, other=0.0)
+            left = round_tf32(tl.trans(values), PRECISION)
+            sums = tl.dot(left, round_tf32(g, PRECISION), sums, input_precision=PRECISION, out_dtype=ACC)
+            if WB or MB:
+                total += g.to(ACC)
     cols = tl.arange(0, WIDTH)
-    s_ptr += (part * groups + group) * ((K * K * D + (1 if WB or MB else 0)) * D)
-    at = ((row * K + tap) * D + channel)[:, None] * D + cols[None, :]
+    s_ptr += (part.to(tl.int64) * groups + group) * ((K * K * D + (1 if WB or MB else 0)) * D)
+    at = (tap * D + channel)[:, None] * D + cols[None, :]
     tl.store(s_ptr + at, sums, mask=used[:, None] & (cols < D)[None, :])
     if WB or MB:
-        tl.store(s_ptr + K * K * D * D + cols, total, mask=(cols < D) & (chunk == 0))
+        tl.store(s_ptr + K * K * D * D + cols, tl.sum(total, 0), mask=(cols < D) & (chunk == 0))
 
 
 # One program, one group and one tap: its column of the depthwise weight's gradient; or, after the last tap, all else.

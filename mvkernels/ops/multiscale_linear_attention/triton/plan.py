@@ -12,8 +12,8 @@ from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
 from mvkernels.triton.maps import INT32, divides, lanes, low_bit, needed
 from mvkernels.triton.problem import Problem
 
-# Of a row side by side in the product that makes the weights' gradients: more would not fit beside the sums.
-_TAPS = 8
+# Taps times channels side by side in the product that makes the weights' gradients: more would not fit beside the sums.
+_LANES = 256
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class ScaleProblem(Problem):
     def sum_rows(self) -> int:
         """Of the sums that the weights' gradients are made of: a channel of a tap each, and one for the biases."""
         return self.kernel**2 * self.shape[2] + any(self.biases)
+
+
+def _even(items: int, wanted: int) -> tuple[int, int]:
+    # (slices, items of one) of so many items, slices at most as wanted.
+    each = -(-items // max(1, min(wanted, items)))
+    return -(-items // each), each
 
 
 class _Plan:
@@ -54,11 +60,11 @@ class _Plan:
         # A tile's pixels may go on in the next row, so that nothing is known of where a run begins.
         return 2 if sx == 1 else 0, 1
 
-    def split(self, items: int, programs: int, limit: int) -> tuple[int, int]:
-        """(slices, steps) of so many items, for kernels that run ``programs`` programs a slice."""
-        wanted = self.config["PROGRAMS"] * self.problem.device.processors // programs
-        steps = -(-items // max(1, min(wanted, items, limit)))
-        return -(-items // steps), steps
+    def split(self, programs: int, limit: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(slices, steps) of the tiles and of the batch, for kernels that run ``programs`` programs a slice."""
+        wanted = max(1, min(self.config["PROGRAMS"] * self.problem.device.processors // programs, limit))
+        tiles = _even(self.tiles, wanted)
+        return tiles, _even(self.batch, wanted // tiles[0])
 
     def launch(self, kernel: Any, pointers: str, names: str, programs: int, split: tuple[int, int],
                extra: tuple[int, ...] = (), **meta: Any) -> Launch:  # fmt: skip
@@ -90,17 +96,19 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     of ``sums``. Without a bias its gradient is not written.
     """
     plan = _Plan(problem, "weight_sums", "x")
-    size, items = plan.groups * problem.sum_rows * plan.d, plan.batch * plan.tiles
+    size = plan.groups * problem.sum_rows * plan.d
     itemsize = max(4, problem.dtype.itemsize)
-    taps = min(_TAPS, 1 << (problem.kernel - 1).bit_length())
-    chunks = -(-problem.kernel // taps)
-    programs = plan.groups * problem.kernel * chunks
-    slices, steps = plan.split(items, programs, max(1, PARTS_BYTES // (itemsize * size)))
+    taps = min(max(1, _LANES // lanes(plan.d)), 1 << (problem.kernel**2 - 1).bit_length())
+    chunks = -(-(problem.kernel**2) // taps)
+    programs = plan.groups * chunks
+    (parts, steps), (batch_parts, images) = plan.split(programs, max(1, PARTS_BYTES // (itemsize * size)))
+    slices = parts * batch_parts
     first, second = problem.biases
     meta = {"D": plan.d, "WIDTH": lanes(plan.d), "K": problem.kernel, "WB": first, "MB": second}
     return [
-        plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, (slices, steps), (items,),
-                    TAPS=taps, CHUNKS=chunks, LOOP=problem.loop(steps)),
+        plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, (slices, steps),
+                    (plan.batch, images, parts), TAPS=taps, CHUNKS=chunks,
+                    LOOP=problem.loop(steps), IMAGES=problem.loop(images)),
         sum_slices(problem, ("parts",), ("sums",), size, slices),
         Launch(kernels.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
                ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),
