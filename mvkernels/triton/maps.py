@@ -142,7 +142,11 @@ class Geometry:
         self.sizes = (heads, height, width, gh, gw)
         self.area = height * width
         self.partners, self.starts = partners, starts
+        self.columns = gw if windows else across
+        """Of the largest group."""
         equal = self.linear or bias is not None or windows
+        self.equal = equal or not (height % gh or width % gw)
+        """Whether all groups have as many tokens, in as many columns."""
         self.n_align = low_bit(self.tokens, self.keys, limit=self.vector) if equal else 1
         self.maps: dict[str, tuple[int, int]] = {name: self._layout(s, areas[name]) for name, s in seen.items()}
         """(LAYOUT, ALIGN) of each map, as :mod:`mvkernels.triton.tiles` has them."""

@@ -25,6 +25,27 @@ def _pixels(y_ptr, x_ptr, first, width, BLOCK: tl.constexpr, WIDE: tl.constexpr)
     tl.store(x_ptr + tl.arange(0, BLOCK), x)
 
 
+def test_masks_are_left_out_where_every_tile_of_tokens_is_whole():
+    device = configs.Device("A Device", "sm_90", 100)
+
+    def found(height, width, patch, shift=None, partners=None):
+        strides = tuple((name, (height * width * 64, 32, 1, width * 64, 64)) for name in "qkvg")
+        problem = plan.AttentionProblem(
+            (100, 2, 32, height, width), strides, torch.float16, "ieee", device, "patch_attention", 32, None, 1,
+            (patch, patch), shift, partners,
+        )  # fmt: skip
+        launches = plan.forward_launches(problem) + plan.backward_launches(problem, False)[0]
+        return {(launch.name, launch.meta["WHOLE"], launch.meta["COLUMNS"]) for launch in launches}
+
+    assert found(32, 32, 2) == {("forward_rows", True, 16), ("backward_blocks", True, 16)}
+    assert found(32, 48, 2) == {("forward_rows", True, 0), ("backward_blocks", True, 0)}
+    assert found(32, 31, 2) == found(20, 20, 2) == {("forward_rows", False, 0), ("backward_blocks", False, 0)}
+    assert found(32, 32, 16, (0, 0)) == {("forward_rows", True, 16), ("backward_blocks", True, 16)}
+    assert found(32, 32, 16, (4, 4)) == {("forward_rows", False, 0), ("backward_blocks", False, 0)}
+    assert found(16, 8, 1, None, (16, 16)) == {("forward_rows", True, 0), ("backward_blocks", True, 0)}
+    assert found(16, 8, 1, None, (15, 16)) == {("forward_rows", False, 0), ("backward_blocks", False, 0)}
+
+
 @interpreter
 def test_a_pixel_is_found_by_a_product_as_by_a_division():
     draw = random.Random(0)

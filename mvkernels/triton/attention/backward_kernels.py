@@ -28,8 +28,8 @@ from mvkernels.triton.attention.row_kernels import (
     ROWS,
     load_rows,
     masked,
-    scores_of,
     store_rows,
+    weights_of,
     whole_rows,
     without_mean_key,
 )
@@ -71,7 +71,8 @@ def backward_unit(
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, DBIAS: tl.constexpr,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     KH, KW = keys_map(H, W, KH, KW, KIND)
@@ -94,14 +95,14 @@ def backward_unit(
         tokens = tl.multiple_of(rows * columns, N_ALIGN)
         _, end = span_of(tokens, y0, H, ph, pw, KIND)
         group = (y0, x0, ph, pw, W)
-        y, x, keep = tokens_of(n, end, divider(columns), group, KIND, LINEAR, WIDE)
+        y, x, keep = tokens_of(n, end, divider(columns), group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         if BIAS:
             keep = keep & (item < items)
         keys = count_of(tokens, y0, x0, H, W, ph, pw, KIND)
         ny, nx, keep_n = y, x, keep
         if KIND == UNEQUAL:
             keys = tl.multiple_of(KH * KW, N_ALIGN)
-            ny, nx, keep_n = tokens_of(n, keys, divider(KW), group, KIND, LINEAR, WIDE)
+            ny, nx, keep_n = tokens_of(n, keys, divider(KW), group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
             if BIAS:
                 keep_n = keep_n & (item < items)
         g_rows = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
@@ -171,11 +172,12 @@ def _queries(
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLQ: tl.constexpr, AD: tl.constexpr,
     BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     m = first + tl.arange(0, BLOCK_M)
-    my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE)
+    my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
     g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
                        DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
     q0, q1 = load_tile(q_ptr, row_offsets(my, mx, qs[0], qs[1], LQ, AQ, LINEAR), keep_m, qs[2],
@@ -196,14 +198,18 @@ def _queries(
     rest = tl.zeros([BLOCK_M, SUMS], tl.float32)
     for start in range(span[0] // BLOCK_N * BLOCK_N if LOOP == 0 else 0, keys if LOOP == 0 else LOOP, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE)
+        y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         inside = keep_m[:, None] & keep_n[None, :]
         k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
                            D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
         v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
                            DV, V0, V1, LV, AV, WIDE, PRECISION)  # fmt: skip
-        scores = scores_of(q0, q1, k0, k1, scale2, inside, in_bias(keep_m, keep_n, m, n, tokens, KIND), bias_ptr, head,
-                           m, n, bsh, bsm, bsn, D1, BIAS, BIAS_ALIGN, PRECISION)  # fmt: skip
+        products = dot_nt(q0, q1, k0, k1, D1, PRECISION)
+        scores = products * scale2
+        if BIAS:
+            within = in_bias(keep_m, keep_n, m, n, tokens, KIND)
+            scores += bias_tile(bias_ptr, head, m, n, within, bsh, bsm, bsn, BIAS_ALIGN)
+        scores = masked(scores, inside)
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
         highest, column = tl.max(scores, 1, return_indices=True)
         higher = highest > top
@@ -216,7 +222,7 @@ def _queries(
         used = tl.where(highest == -float("inf"), 0.0, highest)
         fade = tl.exp2(top - used)
         top = highest
-        p = tl.exp2(scores - used[:, None])
+        p = weights_of(products, scale2, scores, inside, used[:, None], WHOLE, BIAS)
         ds = tl.where(inside, p * (dp - base[:, None]), 0.0)
         shift = (before - base)[:, None]
         fade = fade[:, None]
@@ -260,11 +266,12 @@ def _keys(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr,
-    BIAS: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
-    y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE)
+    y, x, keep_n = tokens_of(n, keys, key_width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
     k0, k1 = load_tile(k_ptr, row_offsets(y, x, ks[0], ks[1], LK, AK, LINEAR), keep_n, ks[2],
                        D, D0, D1, LK, AK, WIDE, PRECISION)  # fmt: skip
     v0, v1 = load_tile(v_ptr, row_offsets(y, x, vs[0], vs[1], LV, AV, LINEAR), keep_n, vs[2],
@@ -275,7 +282,7 @@ def _keys(
     dv1 = tl.zeros([BLOCK_N, V1 if V1 > 0 else 1], tl.float32)
     for start in range(span[0] // BLOCK_M * BLOCK_M if LOOP == 0 else 0, span[1] if LOOP == 0 else LOOP, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE)
+        my, mx, keep_m = tokens_of(m, span[1], width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         inside = keep_n[:, None] & keep_m[None, :]
         at = rows_ptr + (mx if LINEAR else my * group[4] + mx)
         top, share, delta, rest, peak = load_rows(at, area, keep_m)
@@ -283,11 +290,12 @@ def _keys(
                            D, D0, D1, LQ, AQ, WIDE, PRECISION)  # fmt: skip
         g0, g1 = load_tile(g_ptr, row_offsets(my, mx, gs[0], gs[1], LG, AG, LINEAR), keep_m, gs[2],
                            DV, V0, V1, LG, AG, WIDE, PRECISION)  # fmt: skip
-        scores = dot_nt(k0, k1, q0, q1, D1, PRECISION) * scale2
+        products = dot_nt(k0, k1, q0, q1, D1, PRECISION)
+        scores = products * scale2
         if BIAS:
             within = in_bias(keep_n, keep_m, n, m, tokens, KIND)
             scores += bias_tile(bias_ptr, head, n, m, within, bsh, bsn, bsm, 0)
-        pt = tl.exp2(masked(scores, inside) - top[None, :]) * share[None, :]
+        pt = weights_of(products, scale2, scores, inside, top[None, :], WHOLE, BIAS) * share[None, :]
         dpt = dot_nt(v0, v1, g0, g1, V1, PRECISION)
         beside = tl.where(n[:, None] == peak[None, :], -rest[None, :], dpt - delta[None, :])
         dst = round_tf32(tl.where(inside, pt * beside, 0.0).to(q0.dtype), PRECISION)
@@ -321,7 +329,8 @@ def backward_blocks(
     LG: tl.constexpr, AG: tl.constexpr,
     DLQ: tl.constexpr, DLK: tl.constexpr, DLV: tl.constexpr, AD: tl.constexpr, ADV: tl.constexpr, PACKED: tl.constexpr,
     N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PHASES: tl.constexpr,
     Q_BLOCK_M: tl.constexpr, Q_BLOCK_N: tl.constexpr, K_BLOCK_M: tl.constexpr, K_BLOCK_N: tl.constexpr,
     LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
 ):  # fmt: skip
@@ -364,7 +373,7 @@ def backward_blocks(
                 q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dq_ptr, rows_ptr,
                 scale, scale2, qs, ks, vs, gs, (dqy, dqx, dqd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLQ, AD, BIAS, BIAS_ALIGN,
-                KIND, LINEAR, WIDE, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
+                KIND, LINEAR, WIDE, WHOLE, COLUMNS, PRECISION, Q_BLOCK_M, Q_BLOCK_N, LOOP,
             )  # fmt: skip
             first += Q_BLOCK_M
     if PHASES == 3:
@@ -384,6 +393,6 @@ def backward_blocks(
                 q_ptr, k_ptr, v_ptr, g_ptr, bias_ptr, dk_ptr, dv_ptr, rows_ptr,
                 scale, scale2, qs, ks, vs, gs, (dky, dkx, dkd), (dvy, dvx, dvd), bsh, bsm, bsn,
                 D, D0, D1, DV, V0, V1, LQ, AQ, LK, AK, LV, AV, LG, AG, DLK, DLV, AD, ADV, BIAS,
-                KIND, LINEAR, WIDE, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
+                KIND, LINEAR, WIDE, WHOLE, COLUMNS, PRECISION, K_BLOCK_M, K_BLOCK_N, LOOP,
             )  # fmt: skip
             first += K_BLOCK_N

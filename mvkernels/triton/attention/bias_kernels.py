@@ -27,7 +27,8 @@ def bias_partials(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, N_ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -52,9 +53,11 @@ def bias_partials(
         batch, wide_head, y0, x0 = group_of(item * heads + head, heads, H, W, ph, pw, sy, sx, KIND)
         group = (y0, x0, ph, pw, W)
         _, end = span_of(queries, y0, H, ph, pw, KIND)
-        my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE)
+        my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         keep_m = keep_m & (item < items)
-        ny, nx, keep_n = tokens_of(n, end if KIND == CLIPPED else keys, key_width, group, KIND, LINEAR, WIDE)
+        ny, nx, keep_n = tokens_of(
+            n, end if KIND == CLIPPED else keys, key_width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS
+        )
         here = inside
         if KIND == CLIPPED:
             here = inside & keep_n[None, :]

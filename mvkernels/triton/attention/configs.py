@@ -127,8 +127,7 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     elif key["bias"] and key["arch"] not in ROOMY and (not key["wide"] or (_clipped(key) and wide > 32)):
         config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
-        if key["arch"] not in ROOMY or key["bias"] or (wide > 32 and not key["wide"]):
-            config |= {"Q_BLOCK_N": 32}
+        config |= {"Q_BLOCK_N": 32}
         tight = _clipped(key) and (wide > 32 or not key["wide"] or key["arch"] != "sm_90")
         if tight or (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
             config |= {"K_BLOCK_M": 16}

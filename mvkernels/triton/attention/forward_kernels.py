@@ -77,7 +77,8 @@ def forward_rows(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LO: tl.constexpr, AO: tl.constexpr, N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ONE_PASS: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+    WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCKS: tl.constexpr,
     LOOP: tl.constexpr, PROGRAMS_PER_UNIT,
 ):  # fmt: skip
@@ -107,7 +108,7 @@ def forward_rows(
 
     n = tl.arange(0, BLOCK_N)
     if ONE_PASS:
-        y, x, keep_n = tokens_of(n, last, key_width, group, KIND, LINEAR, WIDE)
+        y, x, keep_n = tokens_of(n, last, key_width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         k0, k1 = load_tile(
             k_ptr, row_offsets(y, x, ksy, ksx, LK, AK, LINEAR), keep_n, ksd, D, D0, D1, LK, AK, WIDE, PRECISION
         )
@@ -117,7 +118,7 @@ def forward_rows(
 
     for block in range(Q_BLOCKS):
         m = first + block * BLOCK_M + tl.arange(0, BLOCK_M)
-        my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE)
+        my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
         q_rows = row_offsets(my, mx, qsy, qsx, LQ, AQ, LINEAR)
         q0, q1 = load_tile(q_ptr, q_rows, keep_m, qsd, D, D0, D1, LQ, AQ, WIDE, PRECISION)
         if ONE_PASS:
@@ -143,7 +144,7 @@ def forward_rows(
             acc1 = tl.zeros([BLOCK_M, V1 if V1 > 0 else 1], tl.float32)
             for start in range(begin // BLOCK_N * BLOCK_N if LOOP == 0 else 0, last if LOOP == 0 else LOOP, BLOCK_N):
                 at = start + n
-                y, x, keep = tokens_of(at, last, key_width, group, KIND, LINEAR, WIDE)
+                y, x, keep = tokens_of(at, last, key_width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
                 k_rows = row_offsets(y, x, ksy, ksx, LK, AK, LINEAR)
                 v_rows = row_offsets(y, x, vsy, vsx, LV, AV, LINEAR)
                 kb0, kb1 = load_tile(k_ptr, k_rows, keep, ksd, D, D0, D1, LK, AK, WIDE, PRECISION)

@@ -79,13 +79,21 @@ def count_of(slots, y0, x0, H, W, ph, pw, KIND: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(n, end, width, group, KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr):
-    """(y, x, keep) of tokens n of a group (y0, x0, ph, pw, W); ``width`` is the :func:`divider` of its columns."""
-    if KIND >= WINDOWS:
-        y, x = pixel_of(n, width, group[0], group[1], 1, 1, LINEAR, WIDE)
+def tokens_of(n, end, width, group, KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
+              WHOLE: tl.constexpr = False, COLUMNS: tl.constexpr = 0):  # fmt: skip
+    """(y, x, keep) of tokens n of a group (y0, x0, ph, pw, W); ``width`` is the :func:`divider` of its columns.
+
+    WHOLE: every tile of tokens lies inside its group, and keep is known to be true: masks and selections by it are left
+    out. COLUMNS: of every group, if they are known and a power of two, else 0.
+    """
+    ph, pw = (1, 1) if KIND >= WINDOWS else (group[2], group[3])
+    if COLUMNS > 0 and not LINEAR and not WIDE:
+        row = (n.to(tl.uint32) // COLUMNS).to(tl.int32)
+        y = group[0] + row * ph
+        x = group[1] + (n & (COLUMNS - 1)) * pw
     else:
-        y, x = pixel_of(n, width, group[0], group[1], group[2], group[3], LINEAR, WIDE)
-    keep = n < end
+        y, x = pixel_of(n, width, group[0], group[1], ph, pw, LINEAR, WIDE)
+    keep = tl.full(n.shape, True, tl.int1) if WHOLE else n < end
     if KIND == CLIPPED:
         keep = keep & (y >= 0) & (x >= 0) & (x < group[4])
     return y, x, keep

@@ -12,33 +12,28 @@ peak, and leaves what the keys' pass has to know of a row: :func:`store_rows`.
 import triton
 import triton.language as tl
 
-from mvkernels.triton.attention.forward_kernels import bias_tile
-from mvkernels.triton.tiles import dot_nt
-
 ROWS = tl.constexpr(5)
 """Planes of what ``store_rows`` leaves."""
 
 
 @triton.jit
-def scores_of(
-    q0, q1, k0, k1, scale2, inside, in_bias, bias_ptr, head, m, n, bsh, bsm, bsn,
-    D1: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores of the queries m and the keys n in base 2, (queries, keys); -inf outside."""
-    scores = dot_nt(q0, q1, k0, k1, D1, PRECISION) * scale2
-    if BIAS:
-        scores += bias_tile(bias_ptr, head, m, n, in_bias, bsh, bsm, bsn, BIAS_ALIGN)
-    return masked(scores, inside)
+def masked(scores, inside):
+    """Scores, -inf outside."""
+    return tl.where(inside, scores, -float("inf"))
 
 
 @triton.jit
-def masked(scores, inside):
-    """Scores, -inf outside.
+def weights_of(products, scale2, scores, inside, top, WHOLE: tl.constexpr, BIAS: tl.constexpr):
+    """2^(score - top), 0 outside; ``products`` are the scores without scale and bias.
 
-    A row's scores are computed in two passes, and have to be the same bits in both: after a selection the compiler
-    cannot fuse the product with the difference to the highest score, in one of them and not in the other.
+    A row's weights are computed in two passes, and have to be the same bits in both. Without masks and a bias the
+    compiler could fuse the product with the difference to the highest score, in one of them and not in the other: so
+    they are fused here. A selection or a bias between the two leaves it no choice.
     """
-    return tl.where(inside, scores, -float("inf"))
+    if WHOLE and not BIAS:
+        return tl.exp2(tl.fma(products, scale2, -top))
+    else:
+        return tl.exp2(masked(scores, inside) - top)
 
 
 @triton.jit
