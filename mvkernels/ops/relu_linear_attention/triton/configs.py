@@ -34,9 +34,18 @@ def _config(key: Mapping[str, Any], elements: int, most: int, few: int) -> Confi
     return {"BLOCK": block, "PROGRAMS": 4, "num_warps": warps, "num_stages": 1}
 
 
+def _streams(key: Mapping[str, Any]) -> bool:
+    """Whether tiles of bfloat16 can be on their way while others are computed with, and there is shared memory."""
+    return bool(key["dtype"] == "bf16" and key["wide"] and str(key["arch"]).startswith(("sm_9", "sm_10")))
+
+
 @heuristic(OP, "forward_slices")
 def _forward(key: Mapping[str, Any]) -> Config:
-    return _config(key, 4096, 128, 64)
+    config = _config(key, 4096, 128, 64)
+    # Operands of bfloat16 go from memory to shared memory, two tiles ahead of where they are used.
+    if _streams(key) and lanes(key["d"]) <= 32:
+        return config | {"BLOCK": 2048 // lanes(key["d"]), "num_warps": 2, "num_stages": 3}
+    return config
 
 
 @heuristic(OP, "backward_slices")
@@ -52,6 +61,8 @@ def _backward(key: Mapping[str, Any]) -> Config:
     if wide > 32 and by_warp(arch):
         return config | {"BLOCK": 16, "num_warps": 4}
     # A step waits for its loads longer than it computes: the next one's are under way.
+    if _streams(key) and wide <= 32:
+        return config | {"BLOCK": 1024 // wide, "num_warps": 2, "num_stages": 3}
     if key["wide"] and wide <= 32 and arch.startswith(("sm_9", "sm_10")):
         return config | ({"BLOCK": 32, "num_warps": 2} if wide == 32 else {}) | {"num_stages": 2}
     return config | {"BLOCK": 16} if wide > 16 and not key["wide"] else config

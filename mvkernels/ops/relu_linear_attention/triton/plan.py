@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from mvkernels.ops.relu_linear_attention.triton import kernels
 from mvkernels.ops.relu_linear_attention.triton.configs import OP, by_warp
 from mvkernels.triton import configs
@@ -15,13 +17,13 @@ EPS = ("eps", "eps_low")
 
 
 def product_precision(problem: Problem) -> str:
-    """How matrix instructions take the float32 sums beside half inputs: in two parts on NVIDIA, and else whole.
+    """How matrix instructions take the float32 sums beside half inputs: in parts on NVIDIA, and else whole.
 
     Of few pixels the gradients of q and k are small differences: those products are exact.
     """
     many = problem.shape[3] * problem.shape[4] > 16
     parts = many and problem.dtype.itemsize == 2 and problem.device.arch.startswith("sm_")
-    return "tf32x2" if parts else problem.precision
+    return ("bf16x3" if problem.dtype == torch.bfloat16 else "tf32x2") if parts else problem.precision
 
 
 def turned(problem: Problem) -> bool:
@@ -31,7 +33,7 @@ def turned(problem: Problem) -> bool:
     is whole in every warp, and in parts the sums of 64 channels alone are all of its registers.
     """
     wide = lanes(problem.shape[2]) > 32
-    return wide and by_warp(problem.device.arch) and product_precision(problem) == "tf32x2"
+    return wide and by_warp(problem.device.arch) and product_precision(problem) in ("bf16x3", "tf32x2")
 
 
 class _Plan:
@@ -54,11 +56,15 @@ class _Plan:
     def launch(self, kernel: Any, pointers: tuple[str, ...], stage: int) -> Launch:
         problem, d = self.problem, self.problem.shape[2]
         names = [name for name, _ in problem.strides]
+        product = product_precision(problem)
+        # Where channels are not contiguous, bfloat16 goes through registers of which nothing wrote the other half.
+        if product == "bf16x3" and lanes(d) > 16 and self.kernel == "backward_slices" and self.map.maps["q"][0] != 1:
+            product = "tf32x2"
         meta: dict[str, Any] = {"D": d, "WIDTH": lanes(d)}
         for name in names:
             meta["L" + name.upper()], meta["A" + name.upper()] = self.map.maps[name]
         meta |= {"N_ALIGN": self.map.n_align, "LINEAR": self.map.linear, "WIDE": self.map.wide}
-        meta |= {"PRECISION": problem.precision, "PRODUCT": product_precision(problem), "STAGE": stage}
+        meta |= {"PRECISION": problem.precision, "PRODUCT": product, "STAGE": stage}
         meta |= {"BLOCK": self.block, "LOOP": problem.loop(self.steps)}
         strides = tuple(stride for name in names for stride in self.map.strides[name])
         if self.kernel == "backward_slices":
