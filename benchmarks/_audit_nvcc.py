@@ -49,7 +49,14 @@ def launches_of(case: Every, batch: int, name: str, device: Device) -> list[Laun
             return []
         forward = problem_of(case, batch, name, device, "q k v o")
         backward = problem_of(case, batch, name, device, "q k v g dq dk dv")
-        return attention.forward_launches(forward) + attention.backward_launches(backward, case.bias)[0]
+        return [
+            launch
+            for positive in (True, False)  # the scale: it has kernels of its own
+            for launch in (
+                *attention.forward_launches(forward, positive),
+                *attention.backward_launches(backward, case.bias, positive)[0],
+            )
+        ]
     if isinstance(case, Multiscale):
         if multiscale.why_not(DTYPES[name], case.d, (case.kernel,), device.arch):
             return []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mvkernels.cuda.driver import Arguments, Driver, DriverError, driver
+from mvkernels.triton import configs
 
 DATA = Path(__file__).parent / "data"
 COMPILER = Path(__file__).parents[2] / "csrc" / "cuda" / "compile.py"
@@ -27,12 +28,19 @@ _allowed: dict[int, int] = {}
 
 @cache
 def manifest() -> dict[str, Any]:
-    """What csrc/cuda/compile.py says of the data, empty if nothing was compiled: ``cuda``, ``nvcc``, ``state``, ``files``."""
+    """What csrc/cuda/compile.py says of the data: ``cuda``, ``nvcc``, ``state``, ``files``. Empty if there is none."""
     try:
         found = json.loads((DATA / "manifest.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _enter(calls: Driver, device: int) -> None:
+    # A thread that has only allocated from what torch keeps may have no context yet.
+    if not getattr(_thread, "entered", False):
+        calls.enter(device)
+        _thread.entered = True
 
 
 @cache
@@ -79,6 +87,12 @@ def _why_not_on(index: int | None) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def arch_of(index: int | None) -> str:
+    """The architecture of a CUDA device, ``sm_90``."""
+    return configs.device_of("cuda", index).arch
+
+
 def why_not(map_: torch.Tensor) -> str | None:
     """Why no CUDA C++ kernel can run on a tensor's device, or None."""
     if map_.device.type != "cuda":
@@ -113,7 +127,9 @@ def kernel(device: int, module: str, name: str, shared_bytes: int) -> int:
             return function
 
 
-def launch(function: int, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Arguments) -> None:
+def launch(
+    device: int, function: int, grid: int, threads: int, shared_bytes: int, stream: int, arguments: Arguments
+) -> None:
     """Launch a kernel that :func:`kernel` has given for a device, the current one, on a stream of it."""
     calls = _driver()
     _enter(calls, device)

@@ -12,13 +12,14 @@ import torch
 
 from mvkernels import tune
 from mvkernels.bench import timing
-from mvkernels.cuda import choice
+from mvkernels.cuda import choice, modules
 from mvkernels.dispatch import backend
 from mvkernels.dispatch.registry import OPS
 from mvkernels.triton import configs
 from tests.devices import PRETENDED
 
 WITH_CHOICE = [name for name, op in OPS.items() if op.choice is not None]
+REASONS = {name: op.why_not["cuda"] for name, op in OPS.items() if "cuda" in op.why_not}
 
 
 @pytest.fixture
@@ -115,7 +116,17 @@ def test_tune_keeps_what_it_measured(faster: str, times: float, monkeypatch: pyt
     assert backend.choose(op, None, checked) == faster
 
 
-@pytest.mark.usefixtures("gpu")
+@pytest.fixture
+def reasons(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``gpu``: the reasons against CUDA C++ are looked for as on a GPU, up to what is asked of the driver."""
+    find = modules.why_not
+    monkeypatch.setattr(modules, "why_not", lambda map_: modules._why_not(0) if find(map_) else None)
+    monkeypatch.setattr(modules, "_why_not_on", lambda index: json.loads("null"))  # which Dynamo cannot trace
+    for name in WITH_CHOICE:
+        monkeypatch.setitem(OPS[name].why_not, "cuda", REASONS[name])  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("reasons")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", WITH_CHOICE)
 def test_a_compiled_function_takes_what_is_taken_without(

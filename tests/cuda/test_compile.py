@@ -120,6 +120,23 @@ def test_what_is_of_other_sources_is_removed_where_it_cannot_be_made_again(
     assert compiler.state_of(data) is None and not list(data.iterdir())
 
 
+def test_a_compiler_that_does_not_run_leaves_nothing_of_other_sources(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tree / "data"
+    data.mkdir()
+    monkeypatch.setattr(sys, "argv", ["compile.py", "--output", str(data)])
+    for text in ("#!/bin/sh\nexit 127\n", "", "#!/bin/sh\necho of nothing\n"):
+        (data / "manifest.json").write_text('{"state": "other", "files": {}}')
+        (data / "one.first.sm_80.xz").touch()
+        (tree / "nvcc").write_text(text)
+        assert compiler.main() == 1
+        assert not list(data.iterdir()) and "Traceback" not in capsys.readouterr().err
+    write_compiler(tree)
+    (data / "manifest.json").write_text('{"state": "trunc')
+    assert compiler.main() == 0
+
+
 def test_a_compiler_of_nvidias_packages_is_found(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = tree / "site-packages" / "nvidia" / "cu13" / "bin"
     packages.mkdir(parents=True)

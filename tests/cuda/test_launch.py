@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ class Recorder(Driver):
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
         self.depth = 0
+
+    def version(self) -> int:
+        return 13010
 
     def enter(self, device: int) -> None:
         self.asked.append(("enter", device))
@@ -62,6 +66,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     monkeypatch.setattr(modules, "DATA", tmp_path)
     monkeypatch.setattr(modules, "_loaded", {})
     monkeypatch.setattr(modules, "_allowed", {})
+    monkeypatch.setattr(modules, "_thread", threading.local())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 70 + device, raising=False)
@@ -90,6 +95,17 @@ def test_a_file_is_loaded_once_a_device(driver: Recorder, monkeypatch: pytest.Mo
     kinds = [each[0] for each in driver.asked]
     assert kinds.count("load") == 2 and kinds.count("launch") == 6
     assert [each[4] for each in driver.asked if each[0] == "launch"] == [70, 70, 71, 71, 70, 70]
+
+
+def test_a_thread_has_a_context_before_its_first_launch(driver: Recorder) -> None:
+    tensors = {name: torch.empty(1) for name in "xy"}
+    one = launch()
+    one(tensors, {"scale": 1.0})
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [one(tensors, {"scale": 1.0}) for _ in range(2)])
+        thread.start()
+        thread.join()
+    assert [each[0] for each in driver.asked] == ["enter", "load", "launch", *["enter", "launch", "launch"] * 2]
 
 
 def test_shared_memory_is_asked_for_and_never_taken_back(driver: Recorder) -> None:
@@ -125,10 +141,12 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         assert "make cuda" in str(reason((9, 0)))
         (tmp_path / "manifest.json").write_text(json.dumps({"nvcc": "13.0", "state": "of older sources"}))
         assert "not those of this checkout" in str(reason((9, 0)))
-        (tmp_path / "manifest.json").write_text(json.dumps({"nvcc": "13.0", "state": compiler.state()}))
+        (tmp_path / "manifest.json").write_text(json.dumps({"cuda": "13.0", "state": compiler.state()}))
         assert reason((9, 0)) == "no CUDA driver: not found"
         monkeypatch.setattr(modules, "driver", Recorder)
         assert reason((9, 0)) is None
+        monkeypatch.setattr(Recorder, "version", lambda self: 12080)
+        assert reason((9, 0)) == "the driver is one for CUDA 12.8: the kernels want 13.0"
         monkeypatch.setattr(torch.version, "hip", "6.0")
         assert "NVIDIA" in str(reason((9, 0)))
     finally:

@@ -12,7 +12,6 @@ from mvkernels.cuda.attention import plan
 from mvkernels.cuda.attention.plan import backward_launches, forward_launches
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
-from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import INT32
 
@@ -36,7 +35,7 @@ def why_not(
     shape = tuple(query.shape)
     if tuple(key.shape[3:]) != shape[3:]:
         return "key and value maps of another size than the query map"
-    arch = configs.device_of(device.type, device.index).arch
+    arch = modules.arch_of(device.index)
     reason = plan.why_not(shape, value.shape[2], query.dtype, group, shift, bias is None, arch)
     for map_ in (query, key, value):
         if reason is None and plan.spans_too_far(map_.shape, map_.stride()):
@@ -44,6 +43,11 @@ def why_not(
     if reason is None and bias is not None and max(bias.shape[1:]) * max(bias.stride()[1:]) * 2 >= INT32:
         reason = "a head's bias spans 2**31 elements"
     return reason
+
+
+def _positive(scale: float) -> bool:
+    # Not what float32 has no room for.
+    return scale > 1e-30
 
 
 def forward(
@@ -67,7 +71,7 @@ def forward(
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     # Without a bias its pointer is not read; any tensor will do.
     tensors = dict(maps) | {"bias": query if bias is None else bias}
-    run(forward_launches(problem, scale > 0), tensors, {"scale2": scale * LOG2E})
+    run(forward_launches(problem, _positive(scale)), tensors, {"scale2": scale * LOG2E})
     return out
 
 
@@ -97,7 +101,7 @@ def backward(
         grad = grad.contiguous()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    launches, parts = backward_launches(problem, need_bias, scale > 0)
+    launches, parts = backward_launches(problem, need_bias, _positive(scale))
     tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
     if need_bias:
         rows = plan.rows_of(dbias.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +24,10 @@ PADDED = 16, 24, 32, 40, 48, 64
 
 def padded(*dims: int) -> int:
     """Channels that the tiles of a head have."""
-    return next(each for each in PADDED if each >= max(dims))
+    for each in PADDED:  # no more than torch.compile can trace
+        if each >= max(dims):
+            return each
+    raise ValueError(f"{max(dims)} channels: want at most {PADDED[-1]}")
 
 
 class Tiles:
@@ -229,7 +231,7 @@ def why_not(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {str(dtype).removeprefix('torch.')}: want float16, bfloat16 or float32"
     batch, heads, d, height, width = shape
-    for name, dim in ("head_dim", d), ("value_dim", value_dim):
+    for name, dim in (("head_dim", d), ("value_dim", value_dim)):
         if not PADDED[0] <= dim <= PADDED[-1] or dim % 4:
             return f"{name} {dim}: want a multiple of 4 from {PADDED[0]} to {PADDED[-1]}"
     dim = padded(d)
@@ -240,7 +242,7 @@ def why_not(
         return f"groups of {tokens} pixels: want at most {TOKENS}"
     if max(height, width) >= 1 << 15:
         return "a map is higher or wider than 32767 pixels"
-    if heads * max(d, value_dim) * height * width >= INT32 or batch * heads * height * width >= INT32:
+    if heads * max(d, value_dim) * height * width >= INT32 or batch * heads * height * width >= INT32 - TOKENS:
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
     tiles = Tiles(dtype, dim, plain=False)
@@ -251,11 +253,13 @@ def why_not(
 
 def spans_too_far(shape: Shape, strides: Shape) -> bool:
     """Whether 32-bit offsets do not reach all of a head of an image."""
-    return sum((size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:])) >= INT32
+    reach = [(size - 1) * abs(stride) for size, stride in zip(shape[2:], strides[2:])]
+    return sum(reach) >= INT32
 
 
 def tokens_of(sizes: Shape, group: tuple[int, int], shift: tuple[int, int] | None, free: bool) -> int:
     """Tokens of the largest group of a map, as :class:`~mvkernels.triton.maps.Geometry` has them."""
+    (height, width), (ph, pw) = sizes, group
     if shift is None:
-        return math.prod(-(-size // min(size, step)) for size, step in zip(sizes, group))
-    return math.prod(window_of(*axis, free)[0] for axis in zip(sizes, group, shift))
+        return -(-height // min(height, ph)) * -(-width // min(width, pw))
+    return window_of(height, ph, shift[0], free)[0] * window_of(width, pw, shift[1], free)[0]

@@ -25,7 +25,6 @@ from mvkernels.ops.multiscale_linear_attention.cuda import plan
 from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
 from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
 from mvkernels.ops.relu_linear_attention import backward_into, forward_into
-from mvkernels.triton import configs
 from mvkernels.triton.maps import INT32, needed
 from mvkernels.triton.problem import sums_dtype
 
@@ -41,10 +40,10 @@ def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor
     attention = OPS["multiscale_linear_attention"].why_not["triton"]
     if reason := modules.why_not(qkv) or attention(qkv, depthwise, pointwise, head_dim, *more):
         return reason
-    if max(qkv.shape[0] * qkv.shape[1] * qkv.shape[2] * qkv.shape[3] // 64, *qkv.shape[1:]) >= INT32:
+    batch, channels, height, width = qkv.shape
+    if max(batch * channels * height * width // 64, channels, height, width) >= INT32:
         return "more than 2**31 tiles"
-    device = configs.device_of(qkv.device.type, qkv.device.index)
-    return plan.why_not(qkv.dtype, head_dim, {w.shape[-1] for w in depthwise}, device.arch)
+    return plan.why_not(qkv.dtype, head_dim, [w.shape[-1] for w in depthwise], modules.arch_of(qkv.device.index))
 
 
 def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

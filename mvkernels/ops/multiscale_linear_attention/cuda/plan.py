@@ -80,11 +80,12 @@ def why_not(dtype: torch.dtype, head_dim: int, sides: Collection[int], arch: str
         return f"dtype {str(dtype).removeprefix('torch.')}: want bfloat16, float16, float32"
     if head_dim not in HEAD_DIMS:
         return f"head_dim {head_dim}: want {' or '.join(map(str, HEAD_DIMS))}"
-    if other := set(sides) - set(KERNELS):
-        return f"a depthwise kernel of {max(other)}: want {', '.join(map(str, KERNELS))}"
-    most = max(most_shared_bytes(dtype, head_dim, side) for side in sides)
-    if most > configs.shared_memory_of(arch):
-        return f"{most} bytes of shared memory: a block of this GPU has {configs.shared_memory_of(arch)}"
+    for side in sides:
+        if side not in KERNELS:
+            return f"a depthwise kernel of {side}: want {', '.join(map(str, KERNELS))}"
+        needed = most_shared_bytes(dtype, head_dim, side)
+        if needed > configs.shared_memory_of(arch):
+            return f"{needed} bytes of shared memory: a block of this GPU has {configs.shared_memory_of(arch)}"
     return None
 
 
