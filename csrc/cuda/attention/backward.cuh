@@ -151,7 +151,7 @@ __device__ __forceinline__ void finish_queries(
   uint32_t pairs = shared_address(place.pairs) + column * 16 * SIZE;
   uint32_t keys = shared_address(place.key) + from * 8 * SIZE;
   const Lanes<P, DP> lanes;
-  constexpr int AHEAD = DP == 48 ? 1 : 2;  // as registers allow
+  constexpr int AHEAD = P::HALF && DP > 40 ? 1 : 2;  // as registers allow
   float dq[COLUMNS][4];
 #pragma unroll
   for (int i = 0; i < 4 * COLUMNS; i++) dq[i / 4][i % 4] = 0.0f;
