@@ -174,6 +174,7 @@ ODD = {
     "peaked": replace(_SMALL, change=_peaked),
     "peaked, many keys": Case(1, 36, (32, 32), (2, 2), change=_peaked),
     "constant": replace(_SMALL, change=_constant),
+    "high scores": Case(1, 32, (8, 16), (8, 8), (0, 0), scale=3000 * 32**-0.5),
     "a row of -inf": replace(_WINDOWS, change=_row_without_weight),
     "negative scale": replace(_SMALL, scale=-0.3),
     "scale 0": replace(_WINDOWS, scale=0.0),

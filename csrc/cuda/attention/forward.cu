@@ -64,19 +64,37 @@ __device__ __forceinline__ bool add_keys(
       to.offset[r] = used * factor;
     }
   }
-  float parts[2][2] = {};
+  // Weights are summed as they are multiplied, rounded: of a row with one weight the result is that key's value. A sum of
+  // operands is a product with ones, and no sum over the lanes of a row is left to do.
+  float total[2] = {};
   typename P::template Left<16> p[TILES];
+  if constexpr (P::ROUNDED) {
+    typename P::template Right<16> ones;
+    P::set_ones(ones);
+    float sums[4] = {};
 #pragma unroll
-  for (int j = 0; j < TILES; j++) {
+    for (int j = 0; j < TILES; j++) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      float& x = s[j][i / 4][i % 4];
-      x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
-      parts[i / 2 % 2][i % 2] += x;
+      for (int i = 0; i < 8; i++)
+        s[j][i / 4][i % 4] = exp2_fast(fmaf(s[j][i / 4][i % 4], factor, -to.offset[i / 2 % 2]));
+      P::from_sums(p[j], s[j][0], s[j][1]);
+      P::template multiply<false>(sums, p[j], ones);
     }
-    P::from_sums(p[j], s[j][0], s[j][1]);
+    total[0] = sums[0], total[1] = sums[2];
+  } else {
+    float parts[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        float& x = s[j][i / 4][i % 4];
+        x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
+        parts[i / 2 % 2][i % 2] += x;
+      }
+      P::from_sums(p[j], s[j][0], s[j][1]);
+    }
+    total[0] = parts[0][0] + parts[0][1], total[1] = parts[1][0] + parts[1][1];
   }
-  const float total[2] = {parts[0][0] + parts[0][1], parts[1][0] + parts[1][1]};
   if (to.careful) {
     to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
   } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
@@ -169,8 +187,10 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float total = queries.total[r];
-      total += __shfl_xor_sync(~0u, total, 1);
-      total += __shfl_xor_sync(~0u, total, 2);
+      if constexpr (!P::ROUNDED) {
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+      }
       const float over = reciprocal_fast(total);
       const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
 #pragma unroll
@@ -208,12 +228,14 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
         global_smem, WARPS);                                                                                          \
   }
 // BLOCKS a processor: masks, a bias and 64 channels want more registers than four leave.
-#define FORWARDS(BLOCKS, DP)                                             \
+#define FORWARDS_OF_HALVES(BLOCKS, DP)                                   \
   FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 4, BLOCKS, DP) \
   FORWARD(bf16_plain, mvk::bf16, mvk::Halves<mvk::bf16>, true, 4, 4, DP) \
   FORWARD(f16, mvk::f16, mvk::Halves<mvk::f16>, false, 4, BLOCKS, DP)    \
-  FORWARD(f16_plain, mvk::f16, mvk::Halves<mvk::f16>, true, 4, 4, DP)    \
-  FORWARD(f32, float, mvk::Singles<true>, false, 8, 1, DP)               \
+  FORWARD(f16_plain, mvk::f16, mvk::Halves<mvk::f16>, true, 4, 4, DP)
+#define FORWARDS(BLOCKS, DP)                               \
+  FORWARDS_OF_HALVES(BLOCKS, DP)                           \
+  FORWARD(f32, float, mvk::Singles<true>, false, 8, 1, DP) \
   FORWARD(tf32, float, mvk::Singles<false>, false, 8, 1, DP)
 
 FORWARDS(4, 16)
@@ -221,4 +243,4 @@ FORWARDS(4, 24)
 FORWARDS(4, 32)
 FORWARDS(3, 40)
 FORWARDS(3, 48)
-FORWARDS(3, 64)
+FORWARDS_OF_HALVES(3, 64)

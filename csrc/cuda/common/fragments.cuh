@@ -30,6 +30,7 @@ template <typename T>
 struct Halves {
   using Element = T;
   static constexpr bool HALF = true;
+  static constexpr bool ROUNDED = true;  // what becomes an operand
   // Of a row with `columns` elements: an odd number of 16 bytes, so that eight rows lie in different banks.
   static __host__ __device__ constexpr int stride(int columns) { return ((columns + 7) / 8 | 1) * 8; }
   // Of a row with a multiple of 16 tokens, written by pairs of them, read by columns.
@@ -101,6 +102,7 @@ struct Halves {
     store_shared(mine, a.of[0]), store_shared(mine + 16 * stride, a.of[1]);
     store_shared(mine + 16, a.of[2]), store_shared(mine + 16 * stride + 16, a.of[3]);
   }
+  static __device__ __forceinline__ void set_ones(Right<16>& b) { b.of[0] = b.of[1] = pack<T>(1.0f, 1.0f); }
   template <bool TURNED>
   static __device__ __forceinline__ void multiply(float (&c)[4], const Left<16>& a, const Right<16>& b) {
     multiply_16<T>(c, a.of, b.of);
@@ -116,6 +118,7 @@ template <bool EXACT>
 struct Singles {
   using Element = float;
   static constexpr bool HALF = false;
+  static constexpr bool ROUNDED = !EXACT;
   static __host__ __device__ constexpr int stride(int columns) { return (columns + 7) / 8 * 8 + 4; }
   static __host__ __device__ constexpr int pairs_stride(int tokens) { return tokens + 4; }
 
@@ -185,6 +188,10 @@ struct Singles {
     const uint32_t mine = at + 4 * (g * stride + 2 * t);
     store_shared(mine, low[0], low[1]), store_shared(mine + 32 * stride, low[2], low[3]);
     store_shared(mine + 32, high[0], high[1]), store_shared(mine + 32 * stride + 32, high[2], high[3]);
+  }
+  static __device__ __forceinline__ void set_ones(Right<16>& b) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) b.set(i, 1.0f);
   }
   // TURNED: the transpose of another product, whose sums are these in every bit.
   template <bool TURNED, int K>

@@ -20,6 +20,8 @@ HELD = 64
 """Tokens of a group, at most, for sums of a bias's gradient to stay in shared memory."""
 PADDED = 16, 24, 32, 40, 48, 64
 """Channels of a head that there are kernels for."""
+SINGLE = 48
+"""The most of float32: of more the operands, in two parts each, do not fit the registers."""
 
 
 def padded(*dims: int) -> int:
@@ -234,6 +236,8 @@ def why_not(
     for name, dim in (("head_dim", d), ("value_dim", value_dim)):
         if not PADDED[0] <= dim <= PADDED[-1] or dim % 4:
             return f"{name} {dim}: want a multiple of 4 from {PADDED[0]} to {PADDED[-1]}"
+    if dtype == torch.float32 and max(d, value_dim) > SINGLE:
+        return f"float32 heads of {max(d, value_dim)} channels: want at most {SINGLE}"
     dim = padded(d)
     if padded(value_dim) != dim:
         return f"value_dim {value_dim}: want one that is padded to {dim} channels, as head_dim {d}"
