@@ -36,6 +36,7 @@ class Unit:
     target: str
     threads: int
     shared_bytes: int
+    op: str = ""
 
 
 def launches_of(case: Every, batch: int, name: str, device: Device) -> list[Launch]:

@@ -22,7 +22,7 @@ import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class Unit:
     constexprs: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
     options: tuple[tuple[str, int], ...]
+    op: str = ""
 
 
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
@@ -152,7 +153,8 @@ def plan(targets: list[str], dtypes: list[str], quick: bool, wanted: str, ops: l
             "aligned_bytes": aligned_bytes(case, DTYPES[name]), "backend": more["backend"],
         }  # fmt: skip
         if re.search(wanted, " ".join(map(str, row.values()))):
-            units.setdefault(unit, row)["cases"] += 1
+            # What several ops launch is in the file of each.
+            units.setdefault(replace(unit, op=case.op), row)["cases"] += 1
 
     for target, name, case in _walk(targets, dtypes, ops):
         for batch in (1, 128):

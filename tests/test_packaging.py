@@ -67,7 +67,8 @@ def test_kernels_in_cuda_are_data_of_every_wheel(checkout: Path) -> None:
     shutil.copy(ROOT / "csrc" / "cuda" / "compile.py", checkout / "csrc" / "cuda")
     (checkout / "csrc" / "cuda" / "one" / "first.cu").touch()
     compiler = checkout / "nvcc"
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && echo code > "$2"; shift; done\necho release 1.0\n')
+    loop = 'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo code > "$2"; shift; done'
+    compiler.write_text(f"#!/bin/sh\n{loop}\necho release 1.0\n")
     compiler.chmod(0o755)
     skip = {"MVKERNELS_SKIP_EXT": "1", "NVCC": str(compiler)}
     wanted = {f"mvkernels/cuda/data/one.first.{each}.xz" for each in ("sm_80", "sm_90a", "sm_100", "compute_80")}
