@@ -88,7 +88,8 @@ def structures(audit, op):
     """One unit for each set of products that a kernel of the op can have, whatever dtype it is launched so for."""
     units = {}
     for name in ("tf32", "bf16"):
-        for unit in audit.plan([TARGET], [name], False, "", [op]):
+        triton = [unit for unit in audit.plan([TARGET], [name], False, "", [op]) if isinstance(unit, audit.Unit)]
+        for unit in triton:
             constants = dict(unit.constexprs)
             if "PRECISION" in constants:
                 told = tuple(constants.get(each) for each in STRUCTURE)

@@ -26,7 +26,7 @@ def change(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> None:
 def test_all_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "all correct" in out and "not run: patch_attention on cuda: patch_attention has no cuda kernel" in out
+    assert "all correct" in out and "not run: patch_attention on cuda: the CUDA kernels run on CUDA tensors" in out
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_without_kernels_the_reference_is_verified(monkeypatch: pytest.MonkeyPat
     assert result.not_run == {
         (NAME, "cpp"): "not built",
         (NAME, "triton"): "no Triton",
-        (NAME, "cuda"): "patch_attention has no cuda kernel",
+        (NAME, "cuda"): "the CUDA kernels run on CUDA tensors, but these tensors are on cpu",
     }
 
 

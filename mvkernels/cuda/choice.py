@@ -15,8 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from mvkernels.dispatch.tracing import constant
 from mvkernels.triton import configs
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def is_faster(op: Op, arguments: tuple[Any, ...], backward: bool) -> bool:
     return _taken(op.name, device.type, device.index, tuple(_key(op, arguments, backward).items()))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _taken(op: str, type_: str, index: int | None, items: tuple[tuple[str, Any], ...]) -> bool:
     # What torch.compile would have to trace: files are read, and kept.
     of = configs.device_of(type_, index)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mvkernels.cuda.driver import Arguments, Driver, DriverError, driver
+from mvkernels.dispatch.tracing import constant
 from mvkernels.triton import configs
 
 DATA = Path(__file__).parent / "data"
@@ -63,7 +64,7 @@ def target_of(major: int, minor: int) -> str:
     return {8: "sm_80", 9: "sm_90a", 10: "sm_100"}.get(major, "compute_80")
 
 
-@torch.compiler.assume_constant_result  # files are read, which torch.compile cannot trace
+@constant  # files are read, which torch.compile cannot trace
 def _why_not(index: int | None) -> str | None:
     return _why_not_on(index)
 
@@ -87,7 +88,7 @@ def _why_not_on(index: int | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant
 def arch_of(index: int | None) -> str:
     """The architecture of a CUDA device, ``sm_90``."""
     return configs.device_of("cuda", index).arch

@@ -74,7 +74,11 @@ BAD = {
         "patch_attention: backend is 'cud', want one of auto",
         lambda: ((_map(*M),) * 3, {"backend": "cud"}),
     ),
-    "unavailable": (mvkernels.BackendUnavailable, "no cuda kernel", lambda: ((_map(*M),) * 3, {"backend": "cuda"})),
+    "unavailable": (
+        mvkernels.BackendUnavailable,
+        "run on CUDA tensors",
+        lambda: ((_map(*M),) * 3, {"backend": "cuda"}),
+    ),
 }
 
 

@@ -40,7 +40,11 @@ BAD = {
     "bias heads": (ValueError, r"= \(2, 9, 9\)", lambda: ((*[_map()] * 3, 3), {"bias": _map(1, 9, 9)})),
     "bias rank": (ValueError, "bias has 2 axes", lambda: ((*[_map()] * 3, 3), {"bias": _map(9, 9)})),
     "backend": (ValueError, "backend is 'cud', want one of auto", lambda: ((*[_map()] * 3, 3), {"backend": "cud"})),
-    "unavailable": (mvkernels.BackendUnavailable, "no cuda kernel", lambda: ((*[_map()] * 3, 3), {"backend": "cuda"})),
+    "unavailable": (
+        mvkernels.BackendUnavailable,
+        "run on CUDA tensors",
+        lambda: ((*[_map()] * 3, 3), {"backend": "cuda"}),
+    ),
 }
 
 

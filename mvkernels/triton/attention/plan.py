@@ -44,10 +44,18 @@ def _common(problem: AttentionProblem, geometry: Geometry, names: str) -> dict[s
     return meta | {"KIND": geometry.kind, "PRECISION": problem.precision}
 
 
-def _tiles(geometry: Geometry, *sizes: int) -> dict[str, Any]:
+def _tiles(problem: AttentionProblem, geometry: Geometry, *sizes: int) -> dict[str, Any]:
     # WHOLE and COLUMNS of tokens_of, for kernels with tiles of so many tokens.
     counts = (geometry.tokens, geometry.keys)
-    whole = geometry.equal and geometry.kind != CLIPPED and not any(count % size for count in counts for size in sizes)
+    # Of exact float32 the compiler makes an fma of a product and of what another lane has of a sum, unless a selection is
+    # between them: the lanes of a sum would not have the same bits.
+    exact = problem.dtype == torch.float32 and problem.precision == "ieee"
+    whole = (
+        not exact
+        and geometry.equal
+        and geometry.kind != CLIPPED
+        and not any(count % size for count in counts for size in sizes)
+    )
     columns = geometry.columns if whole and geometry.kind != UNEQUAL else 0
     return {"WHOLE": whole, "COLUMNS": columns if columns & (columns - 1) == 0 else 0}
 
@@ -89,7 +97,7 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
         "ONE_PASS": geometry.keys <= blocks["BLOCK_N"],
         "PROGRAMS_PER_UNIT": programs,
         "LOOP": problem.loop(geometry.keys),
-        **_tiles(geometry, blocks["BLOCK_M"] * blocks["Q_BLOCKS"], blocks["BLOCK_N"]),
+        **_tiles(problem, geometry, blocks["BLOCK_M"] * blocks["Q_BLOCKS"], blocks["BLOCK_N"]),
     }
     return [Launch(forward_kernels.forward_rows, "forward_rows", geometry.units * programs, pointers, ("scale2",),
                    ints, meta | blocks, options)]  # fmt: skip
@@ -162,7 +170,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
                 (*every[:-1], "partial" if need_bias else "q"),
                 scales,
                 (*ints, steps, items),
-                meta | flat | dbias | unit_blocks | _tiles(geometry, unit_blocks["BLOCK"]),
+                meta | flat | dbias | unit_blocks | _tiles(problem, geometry, unit_blocks["BLOCK"]),
                 unit_options,
             )
         )
@@ -176,7 +184,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
         blocks, options = _split("backward_blocks", problem, geometry)
         fused = most <= blocks.pop("FUSED_TOKENS") and geometry.units >= 2 * problem.device.processors
         sizes = (blocks[name] for name in ("Q_BLOCK_M", "Q_BLOCK_N", "K_BLOCK_M", "K_BLOCK_N"))
-        meta |= flat | blocks | {"LOOP": problem.loop(most)} | _tiles(geometry, *sizes)
+        meta |= flat | blocks | {"LOOP": problem.loop(most)} | _tiles(problem, geometry, *sizes)
         q_blocks, k_blocks = -(-geometry.tokens // blocks["Q_BLOCK_M"]), -(-geometry.keys // blocks["K_BLOCK_N"])
         for phases, programs in ((3, 1),) if fused else ((1, q_blocks), (2, k_blocks)):
             mine = {"PHASES": phases, "PROGRAMS_PER_UNIT": programs}
@@ -213,7 +221,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
                 _common(problem, geometry, "qkvg")
                 | flat
                 | {"LOOP": problem.loop(-(-items // slices))}
-                | _tiles(geometry, blocks["BLOCK_M"], blocks["BLOCK_N"])
+                | _tiles(problem, geometry, blocks["BLOCK_M"], blocks["BLOCK_N"])
                 | blocks,
                 options,
             )
