@@ -47,15 +47,11 @@ def _common(problem: AttentionProblem, geometry: Geometry, names: str) -> dict[s
 def _tiles(problem: AttentionProblem, geometry: Geometry, *sizes: int) -> dict[str, Any]:
     # WHOLE and COLUMNS of tokens_of, for kernels with tiles of so many tokens.
     counts = (geometry.tokens, geometry.keys)
-    # Of exact float32 the compiler makes an fma of a product and of what another lane has of a sum, unless a selection is
-    # between them: the lanes of a sum would not have the same bits.
+    cut = any(count % size for count in counts for size in sizes)
+    # Of exact float32 the compiler makes an fma of a product and what another lane has of a sum, unless there is a
+    # selection between: the lanes of a sum would not have the same bits.
     exact = problem.dtype == torch.float32 and problem.precision == "ieee"
-    whole = (
-        not exact
-        and geometry.equal
-        and geometry.kind != CLIPPED
-        and not any(count % size for count in counts for size in sizes)
-    )
+    whole = geometry.equal and geometry.kind != CLIPPED and not cut and not exact
     columns = geometry.columns if whole and geometry.kind != UNEQUAL else 0
     return {"WHOLE": whole, "COLUMNS": columns if columns & (columns - 1) == 0 else 0}
 
