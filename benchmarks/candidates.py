@@ -52,6 +52,7 @@ from mvkernels.report import commit, table
 from mvkernels.triton import configs
 from mvkernels.triton.repeated import RepeatedLaunch
 from tests.ptx import launches
+from tests.ptx.loading import program_of
 
 RESULTS = Path(__file__).parent / "results" / "ptx" / "candidates.csv"
 ARCH, DTYPE = "sm_90", torch.bfloat16
@@ -177,7 +178,7 @@ def executed(candidate: Candidate) -> tuple[dict[str, Any], list[str]]:
         if call.kernel != candidate.kernel:
             return
         registers, spill, _stack = taken(call.cubin)
-        warps = launches.program_of(call.ptx).module.threads // 32
+        warps = program_of(call.ptx).module.threads // 32
         resident = warps * occupancy(registers, call.shared_bytes, warps, ARCH)[0]
         row.update(registers=registers, shared_bytes=call.shared_bytes, warps=warps, resident_warps=resident)
         if spill:

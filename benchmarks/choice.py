@@ -38,19 +38,19 @@ def times_as_fast(rows: list[dict[str, str]]) -> dict[str, dict[str, dict[str, f
         if row["kernel"] == "all":
             calls[tuple(row[name] for name in SAME)][row["backend"], row["mode"]] = float(row["predicted_us"])
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for (device, op, model, label, batch, dtype, layout), us in calls.items():
+    for (device, op, model, label, _, dtype, layout), us in calls.items():
         for grad, modes in ((False, ("fwd",)), (True, ("fwd", "bwd"))):
             if not all((backend, mode) in us for backend in ("triton", "cuda") for mode in modes):
                 continue
             triton, cuda = (sum(us[backend, mode] for mode in modes) for backend in ("triton", "cuda"))
             arch = DEVICES[device].arch
-            kind = _class_of(device, op, model, label, int(batch), dtype, layout, grad)
+            kind = _class_of(device, op, model, label, dtype, layout, grad)
             of = found.setdefault(arch, {}).setdefault(op, {})
             of[kind] = round(min(of.get(kind, triton / cuda), triton / cuda), 2)
     return {arch: {op: dict(sorted(of.items())) for op, of in sorted(ops.items())} for arch, ops in found.items()}
 
 
-def _class_of(device: str, op: str, model: str, label: str, batch: int, dtype: str, layout: str, grad: bool) -> str:
+def _class_of(device: str, op: str, model: str, label: str, dtype: str, layout: str, grad: bool) -> str:
     case = next(each for each in OPS[op].suite("full") if (each.model, each.label) == (model, label))
     arguments = case.make(batch=1, dtype=getattr(torch, dtype), device="cpu", layout=layout)
     known = DEVICES[device]

@@ -15,9 +15,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from tests.ptx.loading import Driver
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,6 @@ class Launch:
     """In the order of the kernel's parameters."""
     alone: bool = True
     """Whether the PTX has this kernel only."""
-
-
-class _Driver:
-    # What Triton asks of a driver in order to compile.
-    def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return int(self.target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.target.arch, 10)
 
 
 def compiled(kernel: JITFunction[Any], arguments: Sequence[Any], grid: Any, options: dict[str, Any]) -> Launch:
@@ -139,5 +122,5 @@ def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch]
             stack.enter_context(mock.patch.object(Cuda, "__call__", launch))
             stack.enter_context(mock.patch.object(modules, "why_not", lambda *_: None))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(driver, "_active", _Driver(arch)))
+        stack.enter_context(mock.patch.object(driver, "_active", Driver(arch)))
         yield

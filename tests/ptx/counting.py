@@ -5,20 +5,16 @@ Nothing here knows of the library: what is launched are PTX, a grid and argument
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from tests.ptx import machine
-from tests.ptx.module import parse
-from tests.ptx.program import Program, encode
-
-FROM_REGION = 1 << 30
+from tests.ptx.loading import beginning, program_of, scalar
+from tests.ptx.program import Program
 
 
 @dataclass(frozen=True)
@@ -32,15 +28,6 @@ class Counted:
     """Of each instruction, by how many warps."""
     traffic: np.ndarray[Any, Any]
     """Of each tensor: sectors loaded, loaded and not in the first-level cache, stored; its passes."""
-
-
-@lru_cache(maxsize=256)
-def program_of(ptx: str, kernel: str) -> Program:
-    """A kernel's program; ``kernel`` is "" for a file that has one only."""
-    program = encode(parse(ptx, kernel))
-    if unknown := machine.unknown(program):
-        raise RuntimeError(f"the executor has no {', '.join(unknown)}")
-    return program
 
 
 def sample_of(blocks: int, most: int) -> list[int]:
@@ -60,15 +47,12 @@ def count(
     parameters = {name: 0 for name, _ in program.module.parameters}
     for value, (parameter, _) in zip(arguments, program.module.parameters, strict=False):
         if isinstance(value, torch.Tensor):
-            begin = int(len(regions) + 1 << machine.library().ptx_region_bits()) + FROM_REGION
-            parameters[parameter] = begin + value.data_ptr() % 256
+            parameters[parameter] = beginning(len(regions)) + value.data_ptr() % 256
             span = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
             span = span * value.element_size() if value.numel() else 0
             regions.append(machine.Region(parameters[parameter], span, value.data_ptr() if span else None, None, None))
-        elif isinstance(value, float):
-            parameters[parameter] = struct.unpack("<I", struct.pack("<f", value))[0]
         else:
-            parameters[parameter] = int(value)
+            parameters[parameter] = scalar(value)
     sample = machine.Sample(blocks, cache_bytes)
     counters, findings, _ = machine.run(program, 0, parameters, regions, shared_bytes, 1, sample=sample)
     if findings:

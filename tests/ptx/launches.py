@@ -8,19 +8,16 @@ specialisation and compiler, or nvcc's.
 
 from __future__ import annotations
 
-import struct
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 
@@ -31,31 +28,7 @@ from mvkernels.triton import configs
 from mvkernels.triton.repeated import RepeatedLaunch
 from tests.devices import PRETENDED
 from tests.ptx import machine, nvcc
-from tests.ptx.module import parse
-from tests.ptx.program import Program, encode
-
-FROM_REGION = 1 << 30
-"""How far from the beginning of its region a tensor lies, so that what is read before it is out of bounds too."""
-
-
-class Driver:
-    """What Triton asks of a driver in order to compile: no device, nothing is loaded or launched."""
-
-    def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        # By which a kernel keeps what it has compiled.
-        return int(self.target.arch)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.target.arch, 10)
+from tests.ptx.loading import Driver, beginning, program_of, scalar
 
 
 @dataclass(frozen=True)
@@ -136,11 +109,6 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
-def beginning(region: int) -> int:
-    """An address of the region with this number, which the first byte of a tensor may have."""
-    return int(region + 1 << machine.library().ptx_region_bits()) + FROM_REGION
-
-
 def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -> tuple[machine.Region, int]:
     # What the tensor spans, and of that the bytes of its elements.
     itemsize, begin = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
@@ -158,15 +126,6 @@ def _region(index: int, tensor: torch.Tensor, memory: Memory, keep: list[Any]) -
     keep += [allowed, trace]
     at = trace.ctypes.data + begin * machine.library().ptx_trace_bytes()
     return machine.Region(base, span, tensor.data_ptr(), None if allowed is None else allowed.ctypes.data, at), base
-
-
-@lru_cache(maxsize=64)
-def program_of(ptx: str, kernel: str = "") -> Program:
-    """A kernel's program; ``kernel`` says which one of a file of nvcc's."""
-    program = encode(parse(ptx, kernel))
-    if unknown := machine.unknown(program):
-        raise RuntimeError(f"the executor has no {', '.join(unknown)}")
-    return program
 
 
 @dataclass(frozen=True)
@@ -222,10 +181,8 @@ def execute(
         if isinstance(value, torch.Tensor):
             region, parameters[parameter] = _region(len(regions), value, memory, keep)
             regions.append(region)
-        elif isinstance(value, float):
-            parameters[parameter] = struct.unpack("<I", struct.pack("<f", value))[0]
         else:
-            parameters[parameter] = int(value)
+            parameters[parameter] = scalar(value)
     begin = time.perf_counter()
     counters, findings, memory.epoch = machine.run(
         program, call.blocks, parameters, regions, call.shared_bytes, memory.epoch, skewed, limit, effects

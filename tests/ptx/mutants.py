@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.ptx.launches import Call, Executed, Memory, bytes_of, execute, program_of
+from tests.ptx.launches import Call, Executed, Memory, bytes_of, execute
+from tests.ptx.loading import program_of
 from tests.ptx.module import parse
 
 

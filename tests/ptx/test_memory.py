@@ -7,7 +7,7 @@ import pytest
 
 from tests.ptx import assembly, machine
 from tests.ptx.bodies import COPY, DATA, DONE, PLACES, SEVERAL, run, shared_exchange
-from tests.ptx.launches import program_of
+from tests.ptx.loading import program_of
 from tests.ptx.module import Unsupported
 
 
