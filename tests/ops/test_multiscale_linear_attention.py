@@ -137,12 +137,14 @@ def test_triton(name):
     ("batch", "size", "found"), [(1, (9, 10), 3), (2, (9, 10), 6), (5, (9, 10), 9), (2, (9, 36), 6)]
 )
 def test_triton_sums_the_weights_gradients_over_slices_of_tiles_and_batch(batch, size, found):
-    from mvkernels.ops.multiscale_linear_attention.triton import launcher, plan
+    from mvkernels.ops.multiscale_linear_attention.triton import plan
 
     # Of 3 tiles or 11, and with 5 images or 11 tiles the last slice is not full.
     arguments = arguments_of(1, 8, size, kernels=(1,), biases=(True, True), batch=batch)
     maps = [(name, arguments["qkv"].unflatten(1, (3, 8))) for name in "gx"]
-    launches, slices = plan.weight_launches(launcher._problem(maps, 1, (None, None)))
+    launches, slices = plan.weight_launches(
+        plan.ScaleProblem.of(maps[0][1], maps, True, kernel=1, biases=(False, False))
+    )
     assert slices == found
     assert [one.name for one in launches] == ["weight_sums", "sum_slices", "weight_gradients"]
     assert_ok(testing.check(OP, arguments, "triton"))

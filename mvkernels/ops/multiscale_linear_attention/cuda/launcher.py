@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,14 @@ from mvkernels.cuda import modules
 from mvkernels.dispatch.checks import channels_last, empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.dispatch.registry import OPS
+from mvkernels.ops.multiscale_linear_attention import scales
 from mvkernels.ops.multiscale_linear_attention.cuda import plan
 from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
 from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
-from mvkernels.ops.relu_linear_attention import backward_into, forward_into
 from mvkernels.triton.maps import INT32, needed
-from mvkernels.triton.problem import sums_dtype
 
 _BYTES = 16
 """Of a load, and so the alignment of what is read so."""
-
-Biases = Sequence[Tensor | None]
 
 
 def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor], head_dim: int, *more: object
@@ -44,12 +42,6 @@ def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor
     if max(batch * channels * height * width // 64, channels, height, width) >= INT32:
         return "more than 2**31 tiles"
     return plan.why_not(qkv.dtype, head_dim, [w.shape[-1] for w in depthwise], modules.arch_of(qkv.device.index))
-
-
-def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    # q, k and v of a map (B, 3C, H, W): views (B, heads, head_dim, H, W).
-    query, key, value = map_.unflatten(1, (-1, 3, head_dim)).unbind(2)
-    return query, key, value
 
 
 def _aligned(map_: Tensor) -> bool:
@@ -116,66 +108,14 @@ class Convolutions:
         return tuple(found)
 
 
-def forward(
-    qkv: Tensor,
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    head_dim: int,
-    depthwise_bias: Biases,
-    pointwise_bias: Biases,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """qkv (B, 3C, H, W), any strides -> (out (B, (1 + S) C, H, W), dense in qkv's order; sums, contiguous).
-
-    sums (1 + S, B, heads, D + 1, D) are relu_linear_attention's of each scale.
-    """
-    batch, channels = qkv.shape[0], qkv.shape[1] // 3
-    scales, heads = 1 + len(depthwise), channels // head_dim
-    out = empty_map(qkv, scales * channels)
-    sums = qkv.new_empty((scales, batch, heads, head_dim + 1, head_dim), dtype=sums_dtype(qkv.dtype))
-    x = readable(qkv) if depthwise else qkv
-    for scale, part in enumerate(out.unflatten(1, (scales, heads, head_dim)).unbind(1)):
-        source = qkv
-        if scale:
-            i = scale - 1
-            biases = (depthwise_bias[i], pointwise_bias[i])
-            source = Convolutions(head_dim, depthwise[i], pointwise[i], biases).aggregate(x)
-        forward_into(part, sums[scale], *_heads(source, head_dim), eps)
-    return out, sums
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(out, sums): see :func:`mvkernels.ops.multiscale_linear_attention.scales.forward`."""
+    return scales.forward(Convolutions, readable, *arguments)
 
 
-def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    sums: Tensor,
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    head_dim: int,
-    depthwise_bias: Biases,
-    pointwise_bias: Biases,
-    eps: float,
-    weights: bool,
-) -> list[Tensor]:
-    """[dqkv, dense in qkv's order; then the gradients of the weights, list by list].
-
-    Empty tensors for what is not there, and for all weights without ``weights``. No atomics: the same bits each time.
-    """
-    grads = grad.unflatten(1, (1 + len(depthwise), -1, head_dim)).unbind(1)
+def backward(grad: Tensor, qkv: Tensor, sums: Tensor, depthwise: Sequence[Tensor], *more: Any) -> list[Tensor]:
+    """[dqkv, dense in qkv's order; then the gradients of the weights]: see ``scales.backward``."""
     in_place = not depthwise or channels_last(qkv)
     dqkv = empty_map(qkv, qkv.shape[1]) if in_place else _empty(qkv)
-    backward_into(_heads(dqkv, head_dim), grads[0], *_heads(qkv, head_dim), sums[0], eps)
-    x = readable(qkv) if depthwise else qkv
-    found = []
-    for i, (wide, mixing, *biases) in enumerate(zip(depthwise, pointwise, depthwise_bias, pointwise_bias)):
-        convolutions = Convolutions(head_dim, wide, mixing, (biases[0], biases[1]))
-        scale = convolutions.aggregate(x)
-        heads = _heads(scale, head_dim)
-        backward_into(heads, grads[1 + i], *heads, sums[1 + i], eps)
-        if weights:
-            found.append(convolutions.weight_gradients(scale, x))
-        else:
-            found.append(tuple(qkv.new_empty(0) for _ in range(4)))
-        convolutions.add_map_gradient(scale, dqkv)
-    if not in_place:
-        dqkv = empty_map(qkv, qkv.shape[1]).copy_(dqkv)
-    return [dqkv, *(each for kind in zip(*found) for each in kind)]
+    found = scales.backward(Convolutions, readable, dqkv, grad, qkv, sums, depthwise, *more)
+    return [dqkv if in_place else empty_map(qkv, qkv.shape[1]).copy_(dqkv), *found]

@@ -13,27 +13,28 @@ with channels last always.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvkernels.dispatch.checks import channels_last, empty_map
 from mvkernels.dispatch.launches import run
+from mvkernels.ops.multiscale_linear_attention import scales
 from mvkernels.ops.multiscale_linear_attention.triton.plan import (
     ScaleProblem,
     aggregate_launches,
     map_launches,
     weight_launches,
 )
-from mvkernels.ops.relu_linear_attention import backward_into, forward_into
 from mvkernels.ops.relu_linear_attention import why_not_triton as why_not_attention
 from mvkernels.triton.launch import INTERPRETED, parts
 from mvkernels.triton.maps import INT32
 from mvkernels.triton.problem import sums_dtype
 
 _MAX_KERNEL = 31
-
-Biases = Sequence[Tensor | None]
 
 
 def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor], head_dim: int, *_: object
@@ -48,123 +49,67 @@ def why_not(qkv: Tensor, depthwise: Sequence[Tensor], pointwise: Sequence[Tensor
     return reason
 
 
-def _heads(map_: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    # q, k and v of a map (B, 3C, H, W): views (B, heads, head_dim, H, W).
-    query, key, value = map_.unflatten(1, (-1, 3, head_dim)).unbind(2)
-    return query, key, value
-
-
-def _problem(named: Sequence[tuple[str, Tensor]], kernel: int, biases: Sequence[Tensor | None]) -> ScaleProblem:
-    given = (biases[0] is not None, biases[1] is not None)
-    return ScaleProblem.of(named[0][1], named, INTERPRETED, kernel=kernel, biases=given)
-
-
-def _weights(source: Tensor, wide: Tensor, mixing: Tensor, biases: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    # What the kernels read of a scale's weights: the depthwise one in the type of the sums, channels last. The pointer
-    # of a bias that is not there is not read.
-    first, second = (source if b is None else b.contiguous() for b in biases)
-    taps = wide.flatten(1).t()
-    held = torch.empty(taps.shape, dtype=sums_dtype(wide.dtype), device=wide.device).copy_(taps)
-    return {"taps": held, "m": mixing.contiguous(), "wb": first, "mb": second}
-
-
 def _channels_last(map_: Tensor) -> Tensor:
     return map_ if channels_last(map_) else map_.contiguous(memory_format=torch.channels_last)
 
 
-def _aggregate(x: Tensor, head_dim: int, weights: dict[str, Tensor], kernel: int, biases: Sequence[Tensor | None]
-               ) -> Tensor:  # fmt: skip
-    """A scale of the map x: a map of its size, channels last."""
-    out = torch.empty_like(x, memory_format=torch.channels_last)
-    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("x", x), ("o", out))]
-    run(aggregate_launches(_problem(named, kernel, biases)), dict(named) | weights, {})
-    return out
+@dataclass(frozen=True)
+class Convolutions:
+    """The two convolutions that make a scale, and what the kernels read of their weights."""
+
+    head_dim: int
+    wide: Tensor
+    mixing: Tensor
+    biases: tuple[Tensor | None, Tensor | None]
+
+    def _named(self, **maps: Tensor) -> dict[str, Tensor]:
+        return {name: each.unflatten(1, (-1, self.head_dim)) for name, each in maps.items()}
+
+    def _problem(self, named: dict[str, Tensor]) -> ScaleProblem:
+        given = (self.biases[0] is not None, self.biases[1] is not None)
+        maps = list(named.items())
+        return ScaleProblem.of(maps[0][1], maps, INTERPRETED, kernel=self.wide.shape[-1], biases=given)
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        # The depthwise one in the type of the sums, channels last. The pointer of a bias that is not there is not read.
+        mixing, taps = self.mixing.contiguous(), self.wide.flatten(1).t()
+        first, second = (mixing if b is None else b.contiguous() for b in self.biases)
+        held = torch.empty(taps.shape, dtype=sums_dtype(taps.dtype), device=taps.device).copy_(taps)
+        return {"taps": held, "m": mixing, "wb": first, "mb": second}
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        """The scale of a map: a map of its size, channels last."""
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        named = self._named(x=x, o=out)
+        run(aggregate_launches(self._problem(named)), named | self._weights, {})
+        return out
+
+    def add_map_gradient(self, grad: Tensor, to: Tensor) -> None:
+        """Add the gradient of x, given that of the scale, which is written over."""
+        named = self._named(e=grad, o=to)
+        run(map_launches(self._problem(named)), named | self._weights, {})
+
+    def weight_gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the four weights, given that of the scale; empty for a bias that is not there."""
+        named = self._named(g=grad, x=x)
+        problem = self._problem(named)
+        launches, slices = weight_launches(problem)
+        found = [t.new_empty(t.shape) for t in (self.wide, self.mixing)]
+        found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in self.biases]
+        size = (x.shape[1] // self.head_dim, problem.sum_rows, self.head_dim)
+        made = {"parts": parts(slices, x, size), "sums": x.new_empty(size, dtype=sums_dtype(x.dtype))}
+        results = dict(zip(("dw", "dm", "dwb", "dmb"), found))
+        run(launches, named | self._weights | made | results, {})
+        return tuple(found)
 
 
-def forward(
-    qkv: Tensor,
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    head_dim: int,
-    depthwise_bias: Biases,
-    pointwise_bias: Biases,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """qkv (B, 3C, H, W), any strides -> (out (B, (1 + S) C, H, W), dense in qkv's order; sums, contiguous).
-
-    sums (1 + S, B, heads, D + 1, D) are relu_linear_attention's of each scale.
-    """
-    batch, channels = qkv.shape[0], qkv.shape[1] // 3
-    scales, heads = 1 + len(depthwise), channels // head_dim
-    out = empty_map(qkv, scales * channels)
-    sums = qkv.new_empty((scales, batch, heads, head_dim + 1, head_dim), dtype=sums_dtype(qkv.dtype))
-    x = _channels_last(qkv) if depthwise else qkv
-    for scale, part in enumerate(out.unflatten(1, (scales, heads, head_dim)).unbind(1)):
-        source = qkv
-        if scale:
-            i = scale - 1
-            wide, biases = depthwise[i], (depthwise_bias[i], pointwise_bias[i])
-            source = _aggregate(x, head_dim, _weights(x, wide, pointwise[i], biases), wide.shape[-1], biases)
-        forward_into(part, sums[scale], *_heads(source, head_dim), eps)
-    return out, sums
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """(out, sums): see :func:`mvkernels.ops.multiscale_linear_attention.scales.forward`."""
+    return scales.forward(Convolutions, _channels_last, *arguments)
 
 
-def backward(
-    grad: Tensor,
-    qkv: Tensor,
-    sums: Tensor,
-    depthwise: Sequence[Tensor],
-    pointwise: Sequence[Tensor],
-    head_dim: int,
-    depthwise_bias: Biases,
-    pointwise_bias: Biases,
-    eps: float,
-    weights: bool,
-) -> list[Tensor]:
-    """[dqkv, dense in qkv's order; then the gradients of the weights, list by list].
-
-    Empty tensors for what is not there, and for all weights without ``weights``. No atomics: the same bits each time.
-    """
-    grads = grad.unflatten(1, (1 + len(depthwise), -1, head_dim)).unbind(1)
+def backward(grad: Tensor, qkv: Tensor, *more: Any) -> list[Tensor]:
+    """[dqkv, dense in qkv's order; then the gradients of the weights]: see ``scales.backward``."""
     dqkv = empty_map(qkv, qkv.shape[1])
-    backward_into(_heads(dqkv, head_dim), grads[0], *_heads(qkv, head_dim), sums[0], eps)
-    x = _channels_last(qkv) if depthwise else qkv
-    found = []
-    for i, (wide, mixing) in enumerate(zip(depthwise, pointwise)):
-        biases, kernel = (depthwise_bias[i], pointwise_bias[i]), wide.shape[-1]
-        held = _weights(x, wide, mixing, biases)
-        scale = _aggregate(x, head_dim, held, kernel, biases)
-        heads = _heads(scale, head_dim)
-        backward_into(heads, grads[1 + i], *heads, sums[1 + i], eps)
-        if weights:
-            found.append(_weight_gradients(scale, x, head_dim, held, wide, mixing, biases))
-        else:
-            found.append(tuple(qkv.new_empty(0) for _ in range(4)))
-        named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("e", scale), ("o", dqkv))]
-        run(map_launches(_problem(named, kernel, biases)), dict(named) | held, {})
-    return [dqkv, *(each for kind in zip(*found) for each in kind)]
-
-
-def _weight_gradients(
-    grad: Tensor,
-    x: Tensor,
-    head_dim: int,
-    held: dict[str, Tensor],
-    wide: Tensor,
-    mixing: Tensor,
-    biases: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
-    """The gradients of a scale's four weights, given that of its map; empty for a bias that is not there."""
-    named = [(name, each.unflatten(1, (-1, head_dim))) for name, each in (("g", grad), ("x", x))]
-    kernel = wide.shape[-1]
-    problem = _problem(named, kernel, biases)
-    launches, slices = weight_launches(problem)
-    found = [t.new_empty(t.shape) for t in (wide, mixing)]
-    found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in biases]
-    size = (x.shape[1] // head_dim, problem.sum_rows, head_dim)
-    made = {
-        "parts": parts(slices, x, size),
-        "sums": x.new_empty(size, dtype=sums_dtype(x.dtype)),
-    }
-    run(launches, dict(named) | held | made | dict(zip(("dw", "dm", "dwb", "dmb"), found)), {})
-    return tuple(found)
+    return [dqkv, *scales.backward(Convolutions, _channels_last, dqkv, grad, qkv, *more)]
