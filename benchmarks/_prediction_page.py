@@ -55,7 +55,8 @@ def kernels(now: list[Row]) -> Iterator[str]:
     furthest: dict[tuple[str, ...], Row] = {}
     for row in now:
         key = row["op"], row["backend"], row["kernel"]
-        if row["kernel"] == "all" or row["batch"] != BATCH or not float(row["floor_us"]):
+        ours = row["kernel"] != "all" and not row["kernel"].startswith("aten::")
+        if not ours or row["batch"] != BATCH or not float(row["floor_us"]):
             continue
         if key not in furthest or above(row) > above(furthest[key]):
             furthest[key] = row

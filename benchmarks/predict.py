@@ -11,7 +11,8 @@ executed (tests/ptx) on tensors of full size, to count what they do; the rest is
 
 Writes results/audit/prediction.csv: a row for each kernel of each call, and one of the whole call ("all"), forward and
 backward each. ``floor_us`` of a call is the op's floor at the peaks of the data sheet; of a kernel, the bytes that it
-touches, once. ``decides`` is the largest limit. ``host_us``, what the host takes to launch, is no part of the rest.
+touches, once. PyTorch's own kernels that an op calls have rows too, ``aten::mm``, with the least that they may take.
+``decides`` is the largest limit. ``host_us``, what the host takes to launch, is no part of the rest.
 
 A call is SLOW if its prediction is more than twice its floor, and more than 5 us, below which the launch decides.
 Exit status: 1 if one is SLOW on each backend that it runs on, 2 for bad usage.
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _forked
 import triton
 from _gpu_plan import SHAPES
-from _model import limits, suite, work
+from _model import library, limits, suite, work
 from _model.devices import DEVICES, Device
 from _results import merge
 
@@ -62,6 +63,9 @@ def rows(call: suite.Call, name: str, device: Device) -> list[dict[str, Any]]:
         parts = [limits.times(launch, device) for launch in each.launches]
         for launch, times in zip(each.launches, parts):
             found.append(same | of_kernel(launch, times, device))
+        for called in each.others:
+            parts.append(times := library.times(called, device, call.dtype))
+            found.append(same | {"kernel": called.kernel} | taken(times, called.bytes, device))
         total = {f"{key}_us": sum(times.each[key] for times in parts) for key in limits.NAMES}
         predicted = sum(times.predicted for times in parts)
         floor = floor_of(each, device, call.dtype)
@@ -78,14 +82,19 @@ def rows(call: suite.Call, name: str, device: Device) -> list[dict[str, Any]]:
 
 def of_kernel(launch: work.Work, times: limits.Times, device: Device) -> dict[str, Any]:
     """The columns of one launch."""
-    floor = launch.once_bytes / device.bytes * 1e6
     return {
         "kernel": launch.kernel, "grid": launch.grid, "warps": launch.warps, "registers": launch.registers,
         "spill_bytes": launch.spilled, "shared_bytes": launch.shared_bytes, "blocks_per_processor": launch.resident,
         "limited_by": launch.limited_by,
         "waves": round(launch.grid / device.processors / max(launch.resident, 1), 2),
         "warp_instructions": round(launch.warp_instructions),
-        **{f"{name}_us": f"{value:.4g}" for name, value in times.each.items()},
+    } | taken(times, launch.once_bytes, device)  # fmt: skip
+
+
+def taken(times: limits.Times, once_bytes: float, device: Device) -> dict[str, Any]:
+    """The columns of a kernel's times."""
+    floor = once_bytes / device.bytes * 1e6
+    return {f"{name}_us": f"{value:.4g}" for name, value in times.each.items()} | {
         "decides": times.decides, "host_us": limits.HOST, "predicted_us": f"{times.predicted:.4g}",
         "floor_us": f"{floor:.4g}", "ratio": f"{times.predicted / floor:.3g}" if floor else "", "verdict": "",
     }  # fmt: skip

@@ -47,7 +47,7 @@ PRODUCT = "\tfma.rn.f32 %r3, %r3, %r3, 0f3F800000;\n"
 def model() -> Iterator[SimpleNamespace]:
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        names = ("calls", "counts", "devices", "limits", "sass", "units", "validation", "warps", "work")
+        names = ("calls", "counts", "devices", "library", "limits", "sass", "units", "validation", "warps", "work")
         yield SimpleNamespace(
             **{name: importlib.import_module(f"_model.{name}") for name in names},
             tool=importlib.import_module("_machine_code").tool,
@@ -261,6 +261,31 @@ def test_a_kernel_of_nvcc_is_counted_too(model, tmp_path) -> None:
     assert other.registers < found.registers and sum(other.instructions.values()) < 20
     assert found.instructions["special"] == pytest.approx(21, rel=0.02)
     assert found.instructions["shared"] == pytest.approx(22, rel=0.02)
+
+
+def test_kernels_of_pytorch_are_seen_in_operators_and_take_their_bytes_or_products(model) -> None:
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        product = a.view(256, 64).t() @ b  # a view runs no kernel
+        return product.sum(0).expand(2, 32).contiguous()
+
+    seen = []
+    library = torch.library.Library("mvkernels_watched", "DEF")
+    library.define("product(Tensor a, Tensor b) -> Tensor")
+    library.impl("product", kernel, "CompositeExplicitAutograd")
+    a, b = torch.randn(64 * 256), torch.randn(256, 32)
+    with model.library.Watch(seen.append):
+        found = torch.ops.mvkernels_watched.product(a, b)
+        found.copy_(a[:32])
+    assert torch.equal(found, a[:32].expand(2, 32))
+    assert [each.kernel for each in seen] == ["aten::mm", "aten::sum", "aten::clone", "aten::copy_"]
+    assert [each.flops for each in seen] == [2 * 64 * 256 * 32, 0, 0, 0]
+    assert [each.bytes / 4 for each in seen] == [64 * 256 + 256 * 32 + 64 * 32, 65 * 32, 3 * 32, 3 * 32]
+    h100 = model.devices.DEVICES["H100"]
+    large, wide = (model.library.Called("aten::mm", bytes_, flops) for bytes_, flops in ((1e6, 1e12), (1e9, 1e6)))
+    times = [model.library.times(each, h100, "bfloat16") for each in (large, wide)]
+    assert [each.decides for each in times] == ["matrix", "memory"]
+    assert times[0].predicted == pytest.approx(1e12 / (0.8 * 989.4e12) * 1e6, rel=0.01)
+    assert times[1].predicted == pytest.approx(1e9 / 2.9e12 * 1e6, rel=0.01)
 
 
 def test_the_committed_prediction_has_the_ops_floors(model) -> None:

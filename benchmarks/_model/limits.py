@@ -62,11 +62,11 @@ def times(work: Work, device: Device, fit: Fitted = FITTED) -> Times:
     each["latency"] = turns * waiting / clock
     each["launch"] = fit.launch
     processors = each["latency"] + most * busiest / clock
-    predicted = _together((processors, each["second_cache"], each["memory"]), fit.power) + fit.launch
+    predicted = together((processors, each["second_cache"], each["memory"]), fit.power) + fit.launch
     return Times({name: each[name] for name in NAMES}, predicted)
 
 
-def _together(parts: tuple[float, ...], power: float) -> float:
-    # The largest if it is much larger, else more than it.
+def together(parts: tuple[float, ...], power: float) -> float:
+    """The largest if it is much larger, else more than it."""
     most = max(parts)
     return most * sum((part / most) ** power for part in parts) ** (1 / power) if most else 0.0

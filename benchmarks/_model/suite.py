@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 try:  # the commit whose times were measured has them here
     from mvkernels import launch as module
@@ -16,7 +17,7 @@ except ImportError:
     from mvkernels.dispatch.backend import can_run
     from mvkernels.dispatch.registry import OPS
     from mvkernels.triton import configs as module
-from _model import work
+from _model import library, work
 from _model.calls import Launch, watched
 from _model.devices import Device
 from mvkernels import testing
@@ -47,6 +48,8 @@ class Pass:
     mode: str
     """"fwd", "bwd"."""
     launches: Sequence[work.Work]
+    others: Sequence[library.Called]
+    """Kernels of PyTorch's."""
     bytes: int
     flops: int
     exponentials: int
@@ -87,25 +90,31 @@ def passes(call: Call, device: Device) -> list[Pass]:
     pretended = module.Device(device.name, device.arch, device.processors)
     written: dict[int, int] = {}
     log: list[work.Work] = []
+    others: list[library.Called] = []
 
     def watch(launch: Launch) -> None:
-        log.append(work.of(launch, device, written))
+        with _disable_current_modes():  # what counts a launch is none of its kernels
+            log.append(work.of(launch, device, written))
+
+    def passed(backward: bool) -> Pass:
+        # What was launched since the one before.
+        cost, launches = op.cost(arguments, backward), (tuple(log), tuple(others))
+        log.clear()
+        others.clear()
+        return Pass("bwd" if backward else "fwd", *launches, cost.bytes, cost.flops, cost.exponentials)
 
     found = []
     with watched(device.arch, pretended, list(OPS.values()), watch, module):
         if call.backend == "cuda" and not can_run(call.op, "cuda", **arguments)[0]:
             return []
-        for backward in (False, True):
-            log.clear()
-            if not backward:
-                out = op.function(**leaves, backend=call.backend)
-            elif has_backward(op) and out.requires_grad:
-                torch.autograd.grad(out, list(wanted.values()), torch.zeros_like(out), allow_unused=True)
-            else:
-                continue
-            cost = op.cost(arguments, backward)
-            mode = "bwd" if backward else "fwd"
-            found.append(Pass(mode, tuple(log), cost.bytes, cost.flops, cost.exponentials))
+        with library.Watch(others.append):
+            out = op.function(**leaves, backend=call.backend)
+        found.append(passed(False))
+        if has_backward(op) and out.requires_grad:
+            grad = torch.zeros_like(out)
+            with library.Watch(others.append):
+                torch.autograd.grad(out, list(wanted.values()), grad, allow_unused=True)
+            found.append(passed(True))
     return found
 
 
