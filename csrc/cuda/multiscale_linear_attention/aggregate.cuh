@@ -29,44 +29,38 @@ struct Aggregate {
     float* biases = taps + K * K * TAP_PITCH<D>;
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
-    read_taps<T, K, D, THREADS, false>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
-    read_bias<T, D, THREADS>(biases, first + (first_given ? channel : 0), first_given, left);
-    read_bias<T, D, THREADS>(biases + SLAB<D>, second + (second_given ? channel : 0), second_given, left);
-
+    const auto read_weights = [&] {
+      read_bias<T, D, THREADS>(biases, first + (first_given ? channel : 0), first_given, left);
+      read_bias<T, D, THREADS>(biases + SLAB<D>, second + (second_given ? channel : 0), second_given, left);
+      read_taps<T, K, D, THREADS, false>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
+    };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
     T* own = squares + warp * SQUARE * PITCH<T, D>;
     const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
-    input.each(tile, x + channel, from, [&](const T* pixels, int batch, int y, int x_) {
-      if (y + square_y >= height || x_ + square_x >= width) return;
-      if (2 * lane < SLAB<D>) {
-        float sums[SQUARE][2];
-        const float2 bias = read_two(biases + 2 * lane);
+    const auto nothing = [](int, int, int) {};
+    input.template each<false>(
+        tile, x + channel, from, read_weights, nothing, [&](const T* pixels, int batch, int y, int x_) {
+          if (y + square_y >= height || x_ + square_x >= width) return;
+          if (2 * lane < SLAB<D>) {
+            float sums[SQUARE][2];
+            const float2 bias = read_two(biases + 2 * lane);
 #pragma unroll
-        for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
-        add_taps<T, K, D, Input::COLS>(
-            sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
+            for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
+            add_taps<T, K, D, Input::COLS>(
+                sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
-        for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
-      }
-      __syncwarp();
-      multiply_groups<T, D, false>(own, mix, biases + SLAB<D>, [&](int p, int c, float low, float high) {
-        write_two(own + p * PITCH<T, D> + c, low, high);
-      });
-      __syncwarp();
-      T* plane = out + batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel;
-      constexpr int PIECES = SLAB<D> / VECTOR<T>;
-#pragma unroll
-      for (int j = 0; j < (SQUARE * PIECES + 31) / 32; ++j) {
-        const int index = lane + 32 * j, p = index / PIECES, c = index % PIECES * VECTOR<T>;
-        const int dy = p / SIDE, dx = p % SIDE;
-        if ((SQUARE * PIECES % 32 == 0 || p < SQUARE) && c < left && y + square_y + dy < height &&
-            x_ + square_x + dx < width) {
-          *reinterpret_cast<uint4*>(plane + dy * to.y + dx * to.x + c) =
-              *reinterpret_cast<const uint4*>(own + p * PITCH<T, D> + c);
-        }
-      }
-    });
+            for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+          }
+          __syncwarp();
+          multiply_groups<T, D, false>(own, mix, biases + SLAB<D>, [&](int p, int c, float low, float high) {
+            write_two(own + p * PITCH<T, D> + c, low, high);
+          });
+          __syncwarp();
+          store_square<T, D>(
+              own, out + batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel, to,
+              height - y - square_y, width - x_ - square_x, left);
+        });
   }
 };
 

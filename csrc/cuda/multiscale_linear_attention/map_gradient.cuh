@@ -2,8 +2,8 @@
 //
 // A block takes `steps` tiles of one slab. The gradient comes into shared memory with the border that the depthwise
 // kernel reaches, zeros where there is no map. The warps multiply it, 16 pixels at a time, with the transposed weights of
-// the groups, in place, rounded to the map's dtype. Then each warp sums the reversed taps of its square on top of what
-// the map of the gradient has, and stores that. The pixels of the border are multiplied by every block that reads them;
+// the groups, in place, rounded to the map's dtype. Meanwhile what the map of the gradient has comes to rows of each
+// warp's own; the warp sums the reversed taps of its square on top of it, and stores that 16 bytes a lane. The pixels of the border are multiplied by every block that reads them;
 // between the convolutions nothing goes through memory.
 #pragma once
 
@@ -23,48 +23,52 @@ struct MapGradient {
     const int slab = blockIdx.x % slabs, begin = blockIdx.x / slabs * steps;
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
-    T* mix = tile + buffers * Input::SIZE;
+    T* squares = tile + buffers * Input::SIZE;
+    T* mix = squares + WARPS * SQUARE * PITCH<T, D>;
     float* taps = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
-    read_taps<T, K, D, THREADS, true>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
-
+    const auto read_weights = [&] {
+      read_taps<T, K, D, THREADS, true>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
+    };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
+    T* own = squares + warp * SQUARE * PITCH<T, D>;
     const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
-    input.each(tile, grad + channel, from, [&](T* pixels, int batch, int y, int x) {
-      for (int j = warp; j < Input::SQUARES; j += WARPS) {
-        T* some = pixels + j * SQUARE * PITCH<T, D>;
-        multiply_groups<T, D, true>(some, mix, nullptr, [&](int p, int c, float low, float high) {
-          write_two(some + p * PITCH<T, D> + c, low, high);
+    const auto corner = [&](int batch, int y, int x) {
+      return out + batch * to.batch + (y + square_y) * to.y + (x + square_x) * to.x + channel;
+    };
+    const auto copy_square = [&](int batch, int y, int x) {
+      each_piece<T, D>(
+          own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left,
+          [](T* at, const T* from, bool there) { copy_async_if<16>(shared_address(at), from, there); });
+    };
+    input.template each<true>(
+        tile, grad + channel, from, read_weights, copy_square, [&](T* pixels, int batch, int y, int x) {
+          for (int j = warp; j < Input::SQUARES; j += WARPS) {
+            T* some = pixels + j * SQUARE * PITCH<T, D>;
+            multiply_groups<T, D, true>(some, mix, nullptr, [&](int p, int c, float low, float high) {
+              write_two(some + p * PITCH<T, D> + c, low, high);
+            });
+          }
+          wait_copies<1>();  // the square
+          __syncthreads();
+          if (y + square_y >= height || x + square_x >= width) return;
+          if (2 * lane < SLAB<D>) {
+            float sums[SQUARE][2];
+#pragma unroll
+            for (int p = 0; p < SQUARE; ++p) {
+              const float2 there = read_two(own + p * PITCH<T, D> + 2 * lane);
+              sums[p][0] = there.x, sums[p][1] = there.y;
+            }
+            add_taps<T, K, D, Input::COLS>(
+                sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
+#pragma unroll
+            for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+          }
+          __syncwarp();
+          store_square<T, D>(own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
         });
-      }
-      __syncthreads();
-      const int above = y + square_y, before = x + square_x;
-      if (above >= height || before >= width || 2 * lane >= min(SLAB<D>, left)) return;
-      T* plane = out + batch * to.batch + above * to.y + before * to.x + channel + 2 * lane;
-      float sums[SQUARE][2];
-#pragma unroll
-      for (int p = 0; p < SQUARE; ++p) {
-        float2 there = make_float2(0.0f, 0.0f);
-        if (above + p / SIDE < height && before + p % SIDE < width) {
-          there = read_two(plane + (p / SIDE) * to.y + (p % SIDE) * to.x);
-        }
-        sums[p][0] = there.x, sums[p][1] = there.y;
-      }
-      add_taps<T, K, D, Input::COLS>(
-          sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
-      // Addresses and bounds are computed again, so that no register holds them while the taps are summed.
-      int last_y = height - above, last_x = width - before;
-      int64_t next_y = to.y, next_x = to.x;
-      asm volatile("" : "+l"(next_y), "+l"(next_x), "+r"(last_y), "+r"(last_x));
-#pragma unroll
-      for (int p = 0; p < SQUARE; ++p) {
-        if (p / SIDE < last_y && p % SIDE < last_x) {
-          write_two(plane + (p / SIDE) * next_y + (p % SIDE) * next_x, sums[p][0], sums[p][1]);
-        }
-      }
-    });
   }
 };
 

@@ -113,6 +113,34 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
+// Calls each(place in shared memory, place in the map, whether there is such a place) for a warp's square: 16 bytes a
+// lane. `rows` and `columns`: of the map from the square's first pixel, `to`, on.
+template <typename T, int D, typename Each>
+__device__ __forceinline__ void each_piece(
+    T* own, T* to, const Strides& strides, int rows, int columns, int channels, Each each) {
+  constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
+  static_assert(SIDE % PIXELS == 0);
+  const int lane = threadIdx.x % 32, first = lane / PIECES, channel = lane % PIECES * VECTOR<T>;
+  own += first * PITCH<T, D> + channel;
+  to += first * strides.x + channel;
+  rows = channel < channels ? rows : 0;
+  columns -= first;
+#pragma unroll
+  for (int p = 0; p < SQUARE; p += PIXELS) {
+    each(
+        own + p * PITCH<T, D>, to + p / SIDE * strides.y + p % SIDE * strides.x, p / SIDE < rows && p % SIDE < columns);
+  }
+}
+
+// Stores a warp's square.
+template <typename T, int D>
+__device__ __forceinline__ void store_square(
+    T* own, T* to, const Strides& strides, int rows, int columns, int channels) {
+  each_piece<T, D>(own, to, strides, rows, columns, channels, [](const T* from, T* at, bool there) {
+    if (there) *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
+  });
+}
+
 // A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other.
 template <typename T, int K, int D, int TX>
 struct Tiles {
@@ -139,13 +167,19 @@ struct Tiles {
         buffers(buffers) {}
 
   // Calls work(tile, batch, y, x) for each tile; `map` is its first channel. With two buffers the next tile is copied
-  // while a block works on one.
-  template <typename Work>
-  __device__ __forceinline__ void each(T* memory, const T* map, const Strides& strides, Work work) const {
+  // while a block works on one. `begin_with` is called once, while the first tile is on its way. Before the next tile
+  // `start(batch, y, x)` may begin to copy more for this one: it is there after wait_copies<1>().
+  template <bool MORE, typename Begin, typename Start, typename Work>
+  __device__ __forceinline__ void each(
+      T* memory, const T* map, const Strides& strides, Begin begin_with, Start start, Work work) const {
     const int lead = buffers - 1;
     Place next(begin, columns, rows), place = next;
     for (int i = begin - lead; i < end; ++i) {
       if (i > begin) __syncthreads();  // the tile before is read
+      if (MORE && i >= begin) {
+        start(place.batch, place.y * TY, place.x * TX);
+        commit_copies();
+      }
       if (i + lead < end) {
         copy_tile<T, D, ROWS, COLS, WARPS>(
             memory + (i + lead - begin) % 2 * lead * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2,
@@ -153,12 +187,14 @@ struct Tiles {
         next.advance(columns, rows);
       }
       commit_copies();
+      if (i + lead == begin) begin_with();
       if (i < begin) continue;
+      // Of one buffer the tile is the last that was copied: groups of nothing stand for what follows it.
       if (lead == 0) {
-        wait_copies<0>();
-      } else {
-        wait_copies<1>();
+        commit_copies();
+        if (MORE) commit_copies();
       }
+      wait_copies<MORE ? 2 : 1>();
       __syncthreads();
       work(memory + (i - begin) % 2 * lead * SIZE, place.batch, place.y * TY, place.x * TX);
       place.advance(columns, rows);
@@ -169,11 +205,17 @@ struct Tiles {
 // The weights (channels, K * K) of a slab as float32 (K * K, TAP_PITCH); REVERSED: the last tap first.
 template <typename T, int K, int D, int THREADS, bool REVERSED>
 __device__ __forceinline__ void read_taps(float* taps, const T* wide, int channels) {
-  constexpr int TAPS = K * K;
-  for (int i = threadIdx.x; i < TAPS * SLAB<D>; i += THREADS) {
-    const int channel = i / TAPS, tap = i % TAPS;
-    taps[(REVERSED ? TAPS - 1 - tap : tap) * TAP_PITCH<D> + channel] =
-        channel < channels ? to_float(wide[static_cast<int64_t>(i)]) : 0.0f;
+  constexpr int TAPS = K * K, ALL = TAPS * SLAB<D>, EACH = (ALL + THREADS - 1) / THREADS;
+  T found[EACH];  // all are asked for before the first is there
+#pragma unroll
+  for (int j = 0; j < EACH; ++j) {
+    const int i = threadIdx.x + j * THREADS;
+    found[j] = i < min(ALL, channels * TAPS) ? wide[i] : from_float<T>(0.0f);
+  }
+#pragma unroll
+  for (int j = 0; j < EACH; ++j) {
+    const int i = threadIdx.x + j * THREADS, channel = i / TAPS, tap = i % TAPS;
+    if (i < ALL) taps[(REVERSED ? TAPS - 1 - tap : tap) * TAP_PITCH<D> + channel] = to_float(found[j]);
   }
 }
 
@@ -220,8 +262,8 @@ __device__ __forceinline__ void add_taps(float (&sums)[SQUARE][2], const T* tile
 }
 
 // Of 16 pixels the product of each group's D channels with its weights `mix` (out, in), or with their TRANSPOSE;
-// `store(pixel, channel, low, high)` gets two neighbouring channels at once. All of a group is read before it is stored,
-// so that it may be stored in place. `bias`: what is added, or null.
+// `store(pixel, channel, low, high)` gets two neighbouring channels at once. All is read before anything is stored, so
+// that it may be stored in place. `bias`: what is added, or null.
 template <typename T, int D, bool TRANSPOSE, typename Store>
 __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, const float* bias, Store store) {
   const int lane = threadIdx.x % 32;
@@ -272,24 +314,27 @@ __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, con
       for (int p = 0; p < SQUARE; ++p) store(p, channel, sums[p][0], sums[p][1]);
     }
   } else {
+    // All products before the first result is stored: none waits for another.
+    constexpr int GROUPS = SLAB<D> / D;
+    uint32_t a[GROUPS][D / 16][4];
 #pragma unroll
-    for (int group = 0; group < SLAB<D> / D; ++group) {
-      uint32_t a[D / 16][4];
+    for (int group = 0; group < GROUPS; ++group) {
 #pragma unroll
       for (int k = 0; k < D / 16; ++k) {
         const T* row = rows + lane % 16 * PITCH<T, D> + group * D + k * 16 + lane / 16 * 8;
-        load_matrices(a[k], shared_address(row));
+        load_matrices(a[group][k], shared_address(row));
       }
-      __syncwarp();
+    }
+    float c[SLAB<D> / 8][4];  // of 8 channels each
+#pragma unroll
+    for (int n = 0; n < SLAB<D> / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[n][i] = bias ? bias[n * 8 + lane % 4 * 2 + i % 2] : 0.0f;
+    }
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
 #pragma unroll
       for (int n = 0; n < D / 16; ++n) {  // two tiles of 8 channels
-        float c[2][4];
-        const int column = group * D + n * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) c[half][i] = bias ? bias[column + half * 8 + i % 2] : 0.0f;
-        }
 #pragma unroll
         for (int k = 0; k < D / 16; ++k) {
           uint32_t b[4];
@@ -301,15 +346,16 @@ __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, con
             load_matrices(b, shared_address(mix + out * MIX_PITCH<T, D> + k * 16 + lane / 8 % 2 * 8));
           }
           const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-          multiply_16<T>(c[0], a[k], low);
-          multiply_16<T>(c[1], a[k], high);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          store(lane / 4, column + half * 8, c[half][0], c[half][1]);
-          store(lane / 4 + 8, column + half * 8, c[half][2], c[half][3]);
+          multiply_16<T>(c[(group * D + n * 16) / 8], a[group][k], low);
+          multiply_16<T>(c[(group * D + n * 16) / 8 + 1], a[group][k], high);
         }
       }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < SLAB<D> / 8; ++n) {
+      store(lane / 4, n * 8 + lane % 4 * 2, c[n][0], c[n][1]);
+      store(lane / 4 + 8, n * 8 + lane % 4 * 2, c[n][2], c[n][3]);
     }
   }
 }

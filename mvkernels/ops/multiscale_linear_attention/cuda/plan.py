@@ -53,10 +53,9 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
     halo, pixels = (TILE_ROWS + side - 1) * (columns + side - 1), TILE_ROWS * columns
     weights = wide * (dim + vector) * size + 4 * side * side * (wide + 2)
     tile = -(-halo // _SQUARE) * _SQUARE * pitch * size
-    if kernel == "aggregate":
-        return buffers * tile + pixels * pitch * size + weights + 8 * wide
-    if kernel == "map_gradient":
-        return buffers * tile + weights
+    if kernel in ("aggregate", "map_gradient"):
+        biases = 8 * wide if kernel == "aggregate" else 0
+        return buffers * tile + pixels * pitch * size + weights + biases
     back = pixels * (wide + 8) * 4 if size == 2 else 0
     in_loop = (halo + pixels) * pitch * size + weights + back + 4 * wide
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
