@@ -47,8 +47,8 @@ struct Aggregate {
             const float2 bias = read_two(biases + 2 * lane);
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
-            add_taps<T, K, D, Input::COLS>(
-                sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
+            add_taps<T, K, D, Input::COLS, SLAB<D>>(
+                sums, pixels + (square_y * Input::COLS + square_x) * SLAB<D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
           }

@@ -13,7 +13,7 @@ namespace mvk::multiscale {
 
 template <typename T, int K, int D, int TX>
 struct MapGradient {
-  using Input = Tiles<T, K, D, TX>;
+  using Input = Tiles<T, K, D, TX, PITCH<T, D>>;
   static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
 
   static __device__ __forceinline__ void run(
@@ -38,13 +38,11 @@ struct MapGradient {
     const auto corner = [&](int batch, int y, int x) {
       return out + batch * to.batch + (y + square_y) * to.y + (x + square_x) * to.x + channel;
     };
-    const auto copy_square = [&](int batch, int y, int x) {
-      each_piece<T, D>(
-          own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left,
-          [](T* at, const T* from, bool there) { copy_async_if<16>(shared_address(at), from, there); });
+    const auto copy_there = [&](int batch, int y, int x) {
+      copy_square<T, D>(own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
     };
     input.template each<true>(
-        tile, grad + channel, from, read_weights, copy_square, [&](T* pixels, int batch, int y, int x) {
+        tile, grad + channel, from, read_weights, copy_there, [&](T* pixels, int batch, int y, int x) {
           for (int j = warp; j < Input::SQUARES; j += WARPS) {
             T* some = pixels + j * SQUARE * PITCH<T, D>;
             multiply_groups<T, D, true>(some, mix, nullptr, [&](int p, int c, float low, float high) {
@@ -61,7 +59,7 @@ struct MapGradient {
               const float2 there = read_two(own + p * PITCH<T, D> + 2 * lane);
               sums[p][0] = there.x, sums[p][1] = there.y;
             }
-            add_taps<T, K, D, Input::COLS>(
+            add_taps<T, K, D, Input::COLS, PITCH<T, D>>(
                 sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);

@@ -24,7 +24,8 @@ constexpr int VECTOR = 16 / static_cast<int>(sizeof(T));  // elements of a load
 template <int D>
 constexpr int SLAB = 64 / D * D;
 
-// Elements from one pixel to the next in shared memory: rows of a matrix that is read 8 rows at once use all banks.
+// Elements from one pixel to the next in shared memory, where rows of a matrix are read 8 at once: these use all banks.
+// What lanes read in runs alone is SLAB elements apart.
 template <typename T, int D>
 constexpr int PITCH = SLAB<D> + VECTOR<T>;
 
@@ -83,7 +84,7 @@ struct Place {
 // Starts copying ROWS x COLS pixels from (y, x) on, which may lie outside of the map: zeros then, as for channels that
 // are not there; of such a place the address is not read. A warp takes every WARPS-th row, a lane the same channels of
 // all its pixels, so that addresses only advance.
-template <typename T, int D, int ROWS, int COLS, int WARPS>
+template <typename T, int D, int ROWS, int COLS, int WARPS, int PIXEL>
 __device__ __forceinline__ void copy_tile(
     T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
   constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
@@ -94,7 +95,7 @@ __device__ __forceinline__ void copy_tile(
                          ((y + warp) * strides.y + (x + first) * strides.x + channel) * static_cast<int>(sizeof(T));
   const int64_t down = strides.y * (WARPS * static_cast<int>(sizeof(T)));
   const int64_t right = strides.x * (PIXELS * static_cast<int>(sizeof(T)));
-  const uint32_t at = shared_address(to + (warp * COLS + first) * PITCH<T, D> + channel);
+  const uint32_t at = shared_address(to + (warp * COLS + first) * PIXEL + channel);
   const bool used = channel < channels;
 #pragma unroll
   for (int j = 0; j < (ROWS + WARPS - 1) / WARPS; ++j) {
@@ -105,7 +106,7 @@ __device__ __forceinline__ void copy_tile(
         const bool keep = row && static_cast<unsigned>(x + first + i * PIXELS) < static_cast<unsigned>(width);
         if (COLS % PIXELS == 0 || i < COLS / PIXELS || first + i * PIXELS < COLS) {
           copy_async_if<16>(
-              at + (j * WARPS * COLS + i * PIXELS) * PITCH<T, D> * static_cast<int>(sizeof(T)),
+              at + (j * WARPS * COLS + i * PIXELS) * PIXEL * static_cast<int>(sizeof(T)),
               reinterpret_cast<const void*>(from + j * down + i * right), keep);
         }
       }
@@ -115,9 +116,9 @@ __device__ __forceinline__ void copy_tile(
 
 // Calls each(place in shared memory, place in the map, whether there is such a place) for a warp's square: 16 bytes a
 // lane. `rows` and `columns`: of the map from the square's first pixel, `to`, on.
-template <typename T, int D, typename Each>
+template <typename T, int D, typename Map, typename Each>
 __device__ __forceinline__ void each_piece(
-    T* own, T* to, const Strides& strides, int rows, int columns, int channels, Each each) {
+    T* own, Map* to, const Strides& strides, int rows, int columns, int channels, Each each) {
   constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
   static_assert(SIDE % PIXELS == 0);
   const int lane = threadIdx.x % 32, first = lane / PIECES, channel = lane % PIECES * VECTOR<T>;
@@ -132,7 +133,16 @@ __device__ __forceinline__ void each_piece(
   }
 }
 
-// Stores a warp's square.
+// Starts copying a warp's square, zeros where there is no map.
+template <typename T, int D>
+__device__ __forceinline__ void copy_square(
+    T* own, const T* from, const Strides& strides, int rows, int columns, int channels) {
+  each_piece<T, D>(own, from, strides, rows, columns, channels, [](T* to, const T* at, bool there) {
+    copy_async_if<16>(shared_address(to), at, there);
+  });
+}
+
+// Stores it.
 template <typename T, int D>
 __device__ __forceinline__ void store_square(
     T* own, T* to, const Strides& strides, int rows, int columns, int channels) {
@@ -141,17 +151,17 @@ __device__ __forceinline__ void store_square(
   });
 }
 
-// A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other.
-template <typename T, int K, int D, int TX>
+// A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other; PIXEL: elements from
+// one pixel to the next.
+template <typename T, int K, int D, int TX, int PIXEL = SLAB<D>>
 struct Tiles {
   static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
   static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1;
-  static constexpr int SQUARES =
-      (ROWS * COLS + SQUARE - 1) / SQUARE;                     // 16 pixels each, of which the last may be unused
-  static constexpr int SIZE = SQUARES * SQUARE * PITCH<T, D>;  // elements of a buffer
+  static constexpr int SQUARES = (ROWS * COLS + SQUARE - 1) / SQUARE;  // 16 pixels each, some of the last unused
+  static constexpr int SIZE = SQUARES * SQUARE * PIXEL;                // elements of a buffer
 
   int channels, left;  // of the map, from the slab's first channel on
-  int height, width, rows, columns, begin, end, buffers;
+  int height, width, rows, columns, begin, count, buffers;
 
   __device__ Tiles(
       int all_channels, int first_channel, int height, int width, int rows, int columns, int begin, int tiles,
@@ -163,7 +173,7 @@ struct Tiles {
         rows(rows),
         columns(columns),
         begin(begin),
-        end(min(begin + steps, tiles)),
+        count(min(steps, tiles - begin)),
         buffers(buffers) {}
 
   // Calls work(tile, batch, y, x) for each tile; `map` is its first channel. With two buffers the next tile is copied
@@ -173,22 +183,23 @@ struct Tiles {
   __device__ __forceinline__ void each(
       T* memory, const T* map, const Strides& strides, Begin begin_with, Start start, Work work) const {
     const int lead = buffers - 1;
-    Place next(begin, columns, rows), place = next;
-    for (int i = begin - lead; i < end; ++i) {
-      if (i > begin) __syncthreads();  // the tile before is read
-      if (MORE && i >= begin) {
+    Place place(begin, columns, rows);
+    for (int i = -lead; i < count; ++i) {
+      if (i > 0) __syncthreads();  // the tile before is read
+      if (MORE && i >= 0) {
         start(place.batch, place.y * TY, place.x * TX);
         commit_copies();
       }
-      if (i + lead < end) {
-        copy_tile<T, D, ROWS, COLS, WARPS>(
-            memory + (i + lead - begin) % 2 * lead * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2,
+      if (i + lead < count) {
+        Place next = place;
+        if (lead && i >= 0) next.advance(columns, rows);
+        copy_tile<T, D, ROWS, COLS, WARPS, PIXEL>(
+            memory + (i & lead ^ lead) * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2,
             next.x * TX - K / 2, height, width, strides, left);
-        next.advance(columns, rows);
       }
       commit_copies();
-      if (i + lead == begin) begin_with();
-      if (i < begin) continue;
+      if (i + lead == 0) begin_with();
+      if (i < 0) continue;
       // Of one buffer the tile is the last that was copied: groups of nothing stand for what follows it.
       if (lead == 0) {
         commit_copies();
@@ -196,7 +207,7 @@ struct Tiles {
       }
       wait_copies<MORE ? 2 : 1>();
       __syncthreads();
-      work(memory + (i - begin) % 2 * lead * SIZE, place.batch, place.y * TY, place.x * TX);
+      work(memory + (i & lead) * SIZE, place.batch, place.y * TY, place.x * TX);
       place.advance(columns, rows);
     }
   }
@@ -206,15 +217,17 @@ struct Tiles {
 template <typename T, int K, int D, int THREADS, bool REVERSED>
 __device__ __forceinline__ void read_taps(float* taps, const T* wide, int channels) {
   constexpr int TAPS = K * K, ALL = TAPS * SLAB<D>, EACH = (ALL + THREADS - 1) / THREADS;
-  T found[EACH];  // all are asked for before the first is there
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));  // or else addresses are computed before a loop, and kept in it
+  T found[EACH];                    // all are asked for before the first is there
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
-    const int i = threadIdx.x + j * THREADS;
+    const int i = thread + j * THREADS;
     found[j] = i < min(ALL, channels * TAPS) ? wide[i] : from_float<T>(0.0f);
   }
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
-    const int i = threadIdx.x + j * THREADS, channel = i / TAPS, tap = i % TAPS;
+    const int i = thread + j * THREADS, channel = i / TAPS, tap = i % TAPS;
     if (i < ALL) taps[(REVERSED ? TAPS - 1 - tap : tap) * TAP_PITCH<D> + channel] = to_float(found[j]);
   }
 }
@@ -238,13 +251,13 @@ __device__ __forceinline__ void read_bias(float* to, const T* bias, bool given, 
 
 // Adds to a lane's sums the taps of its two channels; `tile` is the first pixel under the square's first tap. Every pixel
 // is read and made float32 once.
-template <typename T, int K, int D, int COLS>
+template <typename T, int K, int D, int COLS, int PIXEL>
 __device__ __forceinline__ void add_taps(float (&sums)[SQUARE][2], const T* tile, const float* taps) {
 #pragma unroll
   for (int row = 0; row < SIDE + K - 1; ++row) {
 #pragma unroll
     for (int col = 0; col < SIDE + K - 1; ++col) {
-      const float2 value = read_two(tile + (row * COLS + col) * PITCH<T, D>);
+      const float2 value = read_two(tile + (row * COLS + col) * PIXEL);
 #pragma unroll
       for (int y = 0; y < SIDE; ++y) {
 #pragma unroll
@@ -261,9 +274,53 @@ __device__ __forceinline__ void add_taps(float (&sums)[SQUARE][2], const T* tile
   }
 }
 
-// Of 16 pixels the product of each group's D channels with its weights `mix` (out, in), or with their TRANSPOSE;
+// Of 16 pixels of a half type the product of each group's D channels with its weights `mix` (out, in), or with their
+// TRANSPOSE: fragments of 8 channels each. All are made before one is used: none waits for another. `bias`: what is
+// added, or null.
+template <typename T, int D, bool TRANSPOSE>
+__device__ __forceinline__ void multiply_halves(
+    float (&c)[SLAB<D> / 8][4], const T* rows, const T* mix, const float* bias) {
+  const int lane = threadIdx.x % 32;
+  constexpr int GROUPS = SLAB<D> / D;
+  uint32_t a[GROUPS][D / 16][4];
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      const T* row = rows + lane % 16 * PITCH<T, D> + group * D + k * 16 + lane / 16 * 8;
+      load_matrices(a[group][k], shared_address(row));
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < SLAB<D> / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[n][i] = bias ? bias[n * 8 + lane % 4 * 2 + i % 2] : 0.0f;
+  }
+#pragma unroll
+  for (int group = 0; group < GROUPS; ++group) {
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {  // two tiles of 8 channels
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        uint32_t b[4];
+        if constexpr (TRANSPOSE) {
+          const T* row = mix + (group * D + k * 16 + lane % 16) * MIX_PITCH<T, D> + n * 16 + lane / 16 * 8;
+          load_matrices_transposed(b, shared_address(row));
+        } else {
+          const int out = group * D + n * 16 + lane / 16 * 8 + lane % 8;
+          load_matrices(b, shared_address(mix + out * MIX_PITCH<T, D> + k * 16 + lane / 8 % 2 * 8));
+        }
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+        multiply_16<T>(c[(group * D + n * 16) / 8], a[group][k], low);
+        multiply_16<T>(c[(group * D + n * 16) / 8 + 1], a[group][k], high);
+      }
+    }
+  }
+}
+
+// The same of any type:
 // `store(pixel, channel, low, high)` gets two neighbouring channels at once. All is read before anything is stored, so
-// that it may be stored in place. `bias`: what is added, or null.
+// that it may be stored in place.
 template <typename T, int D, bool TRANSPOSE, typename Store>
 __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, const float* bias, Store store) {
   const int lane = threadIdx.x % 32;
@@ -314,43 +371,8 @@ __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, con
       for (int p = 0; p < SQUARE; ++p) store(p, channel, sums[p][0], sums[p][1]);
     }
   } else {
-    // All products before the first result is stored: none waits for another.
-    constexpr int GROUPS = SLAB<D> / D;
-    uint32_t a[GROUPS][D / 16][4];
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        const T* row = rows + lane % 16 * PITCH<T, D> + group * D + k * 16 + lane / 16 * 8;
-        load_matrices(a[group][k], shared_address(row));
-      }
-    }
-    float c[SLAB<D> / 8][4];  // of 8 channels each
-#pragma unroll
-    for (int n = 0; n < SLAB<D> / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[n][i] = bias ? bias[n * 8 + lane % 4 * 2 + i % 2] : 0.0f;
-    }
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {  // two tiles of 8 channels
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-          uint32_t b[4];
-          if constexpr (TRANSPOSE) {
-            const T* row = mix + (group * D + k * 16 + lane % 16) * MIX_PITCH<T, D> + n * 16 + lane / 16 * 8;
-            load_matrices_transposed(b, shared_address(row));
-          } else {
-            const int out = group * D + n * 16 + lane / 16 * 8 + lane % 8;
-            load_matrices(b, shared_address(mix + out * MIX_PITCH<T, D> + k * 16 + lane / 8 % 2 * 8));
-          }
-          const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-          multiply_16<T>(c[(group * D + n * 16) / 8], a[group][k], low);
-          multiply_16<T>(c[(group * D + n * 16) / 8 + 1], a[group][k], high);
-        }
-      }
-    }
+    float c[SLAB<D> / 8][4];
+    multiply_halves<T, D, TRANSPOSE>(c, rows, mix, bias);
     __syncwarp();
 #pragma unroll
     for (int n = 0; n < SLAB<D> / 8; ++n) {

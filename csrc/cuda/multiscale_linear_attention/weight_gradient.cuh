@@ -1,11 +1,12 @@
 // The gradients of both convolutions' weights and biases: sums over all pixels, in two stages.
 //
 // First stage: a block takes `steps` tiles of 8 x 8 pixels of one slab and keeps its sums in registers; at the end it
-// leaves them in `parts`. Of each tile come the map, with its border, and the gradient of the scale. A warp brings the
-// gradient of its square back through the pointwise convolution, in float32, and a lane multiplies it with every pixel
-// that the taps of its two channels reach: K * K sums for each. The warp also makes again what the depthwise convolution
-// gave, rounded to the map's dtype as in the forward. With that the block multiplies the gradient of the scale, over all
-// pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of the blocks.
+// leaves them in `parts`. Of each tile come the map, with its border, and the gradient of the scale, by asynchronous
+// copies. A warp makes again what the depthwise convolution gave in its square, rounded to the map's dtype as in the
+// forward. It brings the gradient of the square back through the pointwise convolution, in float32, and a lane multiplies
+// it with every pixel that the taps of its two channels reach: K * K sums for each. At last the block multiplies the
+// gradient of the scale with what the depthwise convolution gave, over all pixels of the tile, one band of 16 outputs a
+// warp. Second stage: the parts are added in the order of the blocks.
 #pragma once
 
 #include "tiles.cuh"
@@ -18,138 +19,131 @@ constexpr int PARTS = K * K + D + 2;
 
 template <typename T, int K, int D>
 struct WeightSums {
-  static constexpr int TX = 8, WARPS = 4, THREADS = 128;
-  static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1, PIXELS = TY * TX;
+  using Input = Tiles<T, K, D, 8>;
+  static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
+  static constexpr int PIXELS = WARPS * SQUARE;
   static constexpr bool HALF = sizeof(T) == 2;
   static constexpr int BANDS = SLAB<D> / 16;
   static constexpr int WIDE_PITCH = SLAB<D> + 8;  // of float32 rows: a fragment's lanes store to different banks
 
-  // The tile of the gradient, in the order of the squares; zeros outside of the map.
-  static __device__ __forceinline__ void copy_grad(
-      T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
-    constexpr int PIECES = SLAB<D> / VECTOR<T>, AT_ONCE = THREADS / PIECES;
-    static_assert(SQUARE % AT_ONCE == 0 && THREADS % PIECES == 0);
-    const int first = threadIdx.x / PIECES, channel = threadIdx.x % PIECES * VECTOR<T>;
-    const int py = y + first / SIDE, px = x + first % SIDE;
-    const uintptr_t from =
-        reinterpret_cast<uintptr_t>(plane) + (py * strides.y + px * strides.x + channel) * static_cast<int>(sizeof(T));
-    const uint32_t at = shared_address(to + first * PITCH<T, D> + channel);
-#pragma unroll
-    for (int i = 0; i < PIXELS / AT_ONCE; ++i) {
-      const int square = i * AT_ONCE / SQUARE;
-      const int down = square / 2 * SIDE + i * AT_ONCE % SQUARE / SIDE, right = square % 2 * SIDE;
-      const bool keep = py + down < height && px + right < width && channel < channels;
-      const int64_t further = (down * strides.y + right * strides.x) * static_cast<int>(sizeof(T));
-      copy_async_if<16>(
-          at + i * AT_ONCE * PITCH<T, D> * static_cast<int>(sizeof(T)), reinterpret_cast<const void*>(from + further),
-          keep);
-    }
-  }
-
   static __device__ __forceinline__ void run(
       unsigned char* memory, const T* grad, const T* x, const T* wide, const T* mixing, const T* first, float* parts,
       Strides from_grad, Strides from, int channels, int height, int width, int rows, int columns, int tiles, int steps,
-      int first_given, int biased) {
+      int buffers, int first_given, int biased) {
     const int slabs = (channels + SLAB<D> - 1) / SLAB<D>;
     const int slab = blockIdx.x % slabs, slice = blockIdx.x / slabs, begin = slice * steps;
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
-    T* grads = tile + ROWS * COLS * PITCH<T, D>;
-    T* depthwise = tile;  // takes the map's place once that is read
-    T* mix = grads + PIXELS * PITCH<T, D>;
+    T* grads = tile + buffers * Input::SIZE;
+    T* depthwise = grads + PIXELS * PITCH<T, D>;  // of float32 it takes the map's place once that is read
+    T* mix = depthwise + (HALF ? PIXELS * PITCH<T, D> : 0);
     float* back = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
-    float* taps = back + (HALF ? PIXELS * WIDE_PITCH : 0);
+    float* taps = back + (HALF ? PIXELS / 2 * WIDE_PITCH : 0);
     float* bias = taps + K * K * TAP_PITCH<D>;
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
-    read_taps<T, K, D, THREADS, false>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
-    read_bias<T, D, THREADS>(bias, first + (first_given ? channel : 0), first_given, left);
+    const auto read_weights = [&] {
+      read_bias<T, D, THREADS>(bias, first + (first_given ? channel : 0), first_given, left);
+      read_taps<T, K, D, THREADS, false>(taps, wide + static_cast<int64_t>(channel) * (K * K), left);
+    };
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / 2 * SIDE, square_x = warp % 2 * SIDE;
     const bool used = 2 * lane < SLAB<D>;
     T* own_grads = grads + warp * SQUARE * PITCH<T, D>;
-    float* own_back = back + warp * SQUARE * WIDE_PITCH;
-    const T* corner = tile + (square_y * COLS + square_x) * PITCH<T, D> + 2 * lane;
+    float* own_back = back + warp * (SQUARE / 2) * WIDE_PITCH;
     float tap_sums[K * K][2] = {};
     float bias_sums[2][2] = {};
     Mixed mixed = {};
-    const int end = min(begin + steps, tiles);
-    Place place(begin, columns, rows);
-    for (int i = begin; i < end; ++i, place.advance(columns, rows)) {
-      const int y = place.y * TY, x_ = place.x * TX;
-      if (i != begin) __syncthreads();  // the tiles before are read
-      copy_tile<T, D, ROWS, COLS, WARPS>(
-          tile, x + place.batch * from.batch + channel, y - K / 2, x_ - K / 2, height, width, from, left);
-      copy_grad(grads, grad + place.batch * from_grad.batch + channel, y, x_, height, width, from_grad, left);
-      commit_copies();
-      wait_copies<0>();
-      __syncthreads();
-      const bool inside = y + square_y < height && x_ + square_x < width;
-      float sums[SQUARE][2] = {};
-      if (inside) {
-        float2 own[HALF ? 1 : SQUARE];
-        multiply_groups<T, D, true>(own_grads, mix, nullptr, [&](int p, int c, float low, float high) {
-          if constexpr (HALF) {
-            write_two(own_back + p * WIDE_PITCH + c, low, high);
-          } else {
-            own[p] = make_float2(low, high);  // these are the lane's own channels
-          }
-        });
-        __syncwarp();
+    const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
+    const auto copy_grad = [&](int batch, int y, int x_) {
+      const T* square = grad + batch * from_grad.batch + (y + square_y) * from_grad.y + (x_ + square_x) * from_grad.x;
+      copy_square<T, D>(own_grads, square + channel, from_grad, height - y - square_y, width - x_ - square_x, left);
+    };
+    input.template each<true>(tile, x + channel, from, read_weights, copy_grad, [&](T* pixels, int, int y, int x_) {
+      const bool inside = y + square_y < height && x_ + square_x < width && used;
+      const T* corner = pixels + (square_y * Input::COLS + square_x) * SLAB<D> + 2 * lane;
+      T* made = HALF ? depthwise : pixels;
+      const auto make = [&] {
+        float sums[SQUARE][2] = {};
+        if (inside) {
+          const float2 start = read_two(bias + 2 * lane);
+#pragma unroll
+          for (int p = 0; p < SQUARE; ++p) sums[p][0] = start.x, sums[p][1] = start.y;
+          add_taps<T, K, D, Input::COLS, SLAB<D>>(sums, corner, taps + 2 * lane);
+        }
+        if (!HALF) __syncthreads();
         if (used) {
-          const auto given = [&](int p) {
-            if constexpr (HALF) {
-              return read_two(own_back + p * WIDE_PITCH + 2 * lane);
-            } else {
-              return own[p];
-            }
-          };
+#pragma unroll
+          for (int p = 0; p < SQUARE; ++p) {
+            write_two(made + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+          }
+        }
+      };
+      if (HALF) make();  // while the gradient is on its way
+      wait_copies<1>();
+      __syncwarp();
+      if (y + square_y < height && x_ + square_x < width) {
+        float2 given[SQUARE];
+        bring_back(given, own_grads, own_back, mix);
+        if (used) {
           if (biased) {
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) {
-              const float2 g = read_two(own_grads + p * PITCH<T, D> + 2 * lane), e = given(p);
-              bias_sums[0][0] += e.x, bias_sums[0][1] += e.y;
+              const float2 g = read_two(own_grads + p * PITCH<T, D> + 2 * lane);
+              bias_sums[0][0] += given[p].x, bias_sums[0][1] += given[p].y;
               bias_sums[1][0] += g.x, bias_sums[1][1] += g.y;
             }
           }
           add_products(tap_sums, corner, given);
-          // The map is read again: no register holds it from one sum to the other.
-          __syncwarp();
-          const float2 start = read_two(bias + 2 * lane);
-#pragma unroll
-          for (int p = 0; p < SQUARE; ++p) sums[p][0] = start.x, sums[p][1] = start.y;
-          add_taps<T, K, D, COLS>(sums, corner, taps + 2 * lane);
         }
       }
+      if (!HALF) make();
       __syncthreads();
-      if (used) {
-#pragma unroll
-        for (int p = 0; p < SQUARE; ++p) {
-          write_two(depthwise + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
-        }
-      }
-      __syncthreads();
-      mixed.add(grads, depthwise);
-    }
+      mixed.add(grads, made);
+    });
     finish(
         reinterpret_cast<float*>(memory), tap_sums, bias_sums, mixed,
         parts + static_cast<int64_t>(slice) * PARTS<K, D> * channels, channel, channels);
   }
 
-  // To each tap's sum: the gradient of every pixel of the square, times the pixel that the tap reaches from it.
-  template <typename Given>
-  static __device__ __forceinline__ void add_products(float (&sums)[K * K][2], const T* corner, Given gradient) {
-    float2 given[SIDE * SIDE];
+  // The gradient of a square's depthwise sums, of a lane's channels: the products of `grads` with the pointwise weights,
+  // in float32. Fragments go through 8 rows of a warp's own.
+  static __device__ __forceinline__ void bring_back(float2 (&to)[SQUARE], const T* grads, float* rows, const T* mix) {
+    if constexpr (HALF) {
+      const int lane = threadIdx.x % 32;
+      float c[SLAB<D> / 8][4];
+      multiply_halves<T, D, true>(c, grads, mix, nullptr);
 #pragma unroll
-    for (int p = 0; p < SIDE * SIDE; ++p) given[p] = gradient(p);
+      for (int half = 0; half < 2; ++half) {
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < SLAB<D> / 8; ++n) {
+          write_two(rows + lane / 4 * WIDE_PITCH + n * 8 + lane % 4 * 2, c[n][2 * half], c[n][2 * half + 1]);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int p = 0; p < SQUARE / 2; ++p) {
+          to[half * (SQUARE / 2) + p] = read_two(rows + p * WIDE_PITCH + min(2 * lane, SLAB<D> - 2));
+        }
+      }
+    } else {
+      multiply_groups<T, D, true>(grads, mix, nullptr, [&](int p, int, float low, float high) {
+        to[p] = make_float2(low, high);  // these are the lane's own channels
+      });
+    }
+  }
+
+  // To each tap's sum: the gradient of every pixel of the square, times the pixel that the tap reaches from it.
+  static __device__ __forceinline__ void add_products(
+      float (&sums)[K * K][2], const T* corner, const float2 (&given)[SQUARE]) {
 #pragma unroll
     for (int row = 0; row < SIDE + K - 1; ++row) {
 #pragma unroll
       for (int col = 0; col < SIDE + K - 1; ++col) {
-        const float2 value = read_two(corner + (row * COLS + col) * PITCH<T, D>);
+        const float2 value = read_two(corner + (row * Input::COLS + col) * SLAB<D>);
 #pragma unroll
-        for (int p = 0; p < SIDE * SIDE; ++p) {
+        for (int p = 0; p < SQUARE; ++p) {
           const int dy = row - p / SIDE, dx = col - p % SIDE;
           if (dy >= 0 && dy < K && dx >= 0 && dx < K) {
             sums[dy * K + dx][0] = fmaf(value.x, given[p].x, sums[dy * K + dx][0]);
@@ -283,14 +277,14 @@ __device__ __forceinline__ void weight_gradients(
   }
 }
 
-#define MULTISCALE_WEIGHT_SUMS(T, K, D)                                                                              \
-  extern "C" __global__ void __launch_bounds__(128, 3) multiscale_weight_sums_##T##_##K##_##D(                       \
-      const mvk::T* grad, const mvk::T* x, const mvk::T* wide, const mvk::T* mixing, const mvk::T* first,            \
-      float* parts, int64_t gsb, int64_t gsy, int64_t gsx, int64_t xsb, int64_t xsy, int64_t xsx, int channels,      \
-      int height, int width, int rows, int columns, int tiles, int steps, int first_given, int biased) {             \
-    mvk::multiscale::WeightSums<mvk::T, K, D>::run(                                                                  \
-        global_smem, grad, x, wide, mixing, first, parts, {gsb, gsy, gsx}, {xsb, xsy, xsx}, channels, height, width, \
-        rows, columns, tiles, steps, first_given, biased);                                                           \
+#define MULTISCALE_WEIGHT_SUMS(T, K, D)                                                                               \
+  extern "C" __global__ void __launch_bounds__(128, 3) multiscale_weight_sums_##T##_##K##_##D(                        \
+      const mvk::T* grad, const mvk::T* x, const mvk::T* wide, const mvk::T* mixing, const mvk::T* first,             \
+      float* parts, int64_t gsb, int64_t gsy, int64_t gsx, int64_t xsb, int64_t xsy, int64_t xsx, int channels,       \
+      int height, int width, int rows, int columns, int tiles, int steps, int buffers, int first_given, int biased) { \
+    mvk::multiscale::WeightSums<mvk::T, K, D>::run(                                                                   \
+        global_smem, grad, x, wide, mixing, first, parts, {gsb, gsy, gsx}, {xsb, xsy, xsx}, channels, height, width,  \
+        rows, columns, tiles, steps, buffers, first_given, biased);                                                   \
   }
 
 #define MULTISCALE_WEIGHT_GRADIENTS(T)                                                                           \

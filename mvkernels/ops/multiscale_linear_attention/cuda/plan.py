@@ -52,12 +52,14 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
     pitch = wide + vector
     halo, pixels = (TILE_ROWS + side - 1) * (columns + side - 1), TILE_ROWS * columns
     weights = wide * (dim + vector) * size + 4 * side * side * (wide + 2)
-    tile = -(-halo // _SQUARE) * _SQUARE * pitch * size
-    if kernel in ("aggregate", "map_gradient"):
-        biases = 8 * wide if kernel == "aggregate" else 0
-        return buffers * tile + pixels * pitch * size + weights + biases
-    back = pixels * (wide + 8) * 4 if size == 2 else 0
-    in_loop = (halo + pixels) * pitch * size + weights + back + 4 * wide
+    tile = -(-halo // _SQUARE) * _SQUARE * (pitch if kernel == "map_gradient" else wide) * size
+    in_loop = buffers * tile + pixels * pitch * size + weights
+    if kernel == "map_gradient":
+        return in_loop
+    if kernel == "aggregate":
+        return in_loop + 8 * wide
+    # What the depthwise convolution gave, and float32 rows of half a warp's square.
+    in_loop += 4 * wide + (pixels * pitch * size + pixels // 2 * (wide + 8) * 4 if size == 2 else 0)
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
 
 
@@ -165,13 +167,15 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     taps = problem.kernel**2
     size = plan.channels * (taps + plan.dim + 2)
     # As many blocks as are resident at once: each leaves its sums.
-    resident = plan.resident("weight_sums", 3, 1) * problem.device.processors
+    alone = plan.resident("weight_sums", 3, 1)
+    resident = alone * problem.device.processors
     most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)
     first, second = problem.biases
-    ints = (steps, int(first), int(first or second))
-    sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, ints)
+    buffers = 2 if steps > 1 and plan.resident("weight_sums", 3, 2) == alone else 1
+    ints = (steps, buffers, int(first), int(first or second))
+    sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, ints, buffers)
     last = Launch(
         plan.module, f"multiscale_weight_gradients_{plan.name}", -(-size // THREADS_OF_SUM), THREADS_OF_SUM, 0,
         ("parts", "dw", "dm", "dwb", "dmb"), (), (plan.channels, slices, taps, plan.dim, int(first), int(second)), (),
