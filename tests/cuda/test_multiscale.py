@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from torch.nn.functional import conv2d
 from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention.cuda import launcher, plan
+from mvkernels.triton import configs
 from tests.ptx import nvcc
 from tests.ptx.launches import Executed, executed
 
@@ -124,17 +126,22 @@ def test_a_block_takes_several_tiles() -> None:
 
 @pytest.mark.parametrize("kernel", ["aggregate", "map_gradient", "weight_sums"])
 def test_each_barrier_is_needed(kernel: str) -> None:
-    """Without one of a kernel's barriers a race is reported, or a value that nobody has written."""
+    """Without one of a kernel's barriers a race is reported, or a value that nobody has written: in blocks of several
+    tiles with two buffers, of one tile, or of several with one buffer."""
     groups, dim = 5, 16
     generator = torch.Generator().manual_seed(0)
     x, grad = (_map("normal", (2, groups, dim, 12, 18), "channels_last", torch.bfloat16, generator) for _ in range(2))
-    wide, mixing, both = _weights(groups * dim, dim, 5, (False, False), torch.bfloat16, generator)
+    wide, mixing, both = _weights(groups * dim, dim, 5, (True, True), torch.bfloat16, generator)
     convolutions = launcher.Convolutions(dim, wide, mixing, both)
     calls: dict[str, Callable[[], Any]] = {
         "aggregate": lambda: convolutions.aggregate(x),
         "map_gradient": lambda: convolutions.add_map_gradient(grad, torch.zeros_like(x)),
         "weight_sums": lambda: convolutions.weight_gradients(grad, x),
     }
+
+    def one_buffer(_: Any, kernel: str, by_registers: int, buffers: int) -> int:
+        return 2 - buffers
+
     ptx = nvcc.ptx_of("multiscale_linear_attention/bf16_5")
     begin = ptx.index(f".entry multiscale_{kernel}_bf16_5_{dim}{'' if kernel == 'weight_sums' else '_16'}(")
     end = ptx.find(".visible .entry", begin)
@@ -142,15 +149,18 @@ def test_each_barrier_is_needed(kernel: str) -> None:
     for barrier in barriers:
         without = ptx[: barrier.start()] + ptx[barrier.end() :]
         found = []
-        for processors in (1, 132):  # blocks with two buffers for several tiles, and with one for one
-            with (
-                executed(processors=processors) as log,
-                mock.patch.object(nvcc, "ptx_of", lambda file: without),  # noqa: B023
-            ):
+        for processors, resident in ((1, None), (132, None), (1, one_buffer)):
+            with ExitStack() as stack:
+                log = stack.enter_context(executed(processors=processors))
+                stack.enter_context(mock.patch.object(nvcc, "ptx_of", lambda file: without))  # noqa: B023
+                if resident:
+                    stack.enter_context(mock.patch.object(plan._Plan, "resident", resident))
+                configs.forget()
                 calls[kernel]()
+            configs.forget()
             found += [each for launch in log for each in launch.findings]
         assert found
-    assert len(barriers) == {"aggregate": 2, "map_gradient": 3, "weight_sums": 5}[kernel]
+    assert len(barriers) == {"aggregate": 3, "map_gradient": 4, "weight_sums": 7}[kernel]
 
 
 OPS_CASES = [

@@ -13,7 +13,7 @@ namespace mvk::multiscale {
 template <typename T, int K, int D, int TX>
 struct Aggregate {
   using Input = Tiles<T, K, D, TX>;
-  static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
+  static constexpr int THREADS = Input::THREADS, WARPS = THREADS / 32;
 
   static __device__ __forceinline__ void run(
       unsigned char* memory, const T* x, const T* wide, const T* mixing, const T* first, const T* second, T* out,
@@ -37,30 +37,29 @@ struct Aggregate {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
     T* own = squares + warp * SQUARE * PITCH<T, D>;
-    const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
-    const auto nothing = [](int, int, int) {};
-    input.template each<false>(
-        tile, x + channel, from, read_weights, nothing, [&](const T* pixels, int batch, int y, int x_) {
-          if (y + square_y >= height || x_ + square_x >= width) return;
-          if (2 * lane < SLAB<D>) {
-            float sums[SQUARE][2];
-            const float2 bias = read_two(biases + 2 * lane);
+    const Input input(left, height, width, rows, columns, begin, tiles, steps, buffers);
+    const auto no_more = [](int, int, int, int) {};
+    input.each(tile, x + channel, from, no_more, read_weights, [&](int, const T* pixels, int batch, int y, int x_) {
+      if (y + square_y >= height || x_ + square_x >= width) return;
+      if (2 * lane < SLAB<D>) {
+        float sums[SQUARE][2];
+        const float2 bias = read_two(biases + 2 * lane);
 #pragma unroll
-            for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
-            add_taps<T, K, D, Input::COLS, SLAB<D>>(
-                sums, pixels + (square_y * Input::COLS + square_x) * SLAB<D> + 2 * lane, taps + 2 * lane);
+        for (int p = 0; p < SQUARE; ++p) sums[p][0] = bias.x, sums[p][1] = bias.y;
+        add_taps<T, K, D, Input::COLS, SLAB<D>>(
+            sums, pixels + (square_y * Input::COLS + square_x) * SLAB<D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
-            for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
-          }
-          __syncwarp();
-          multiply_groups<T, D, false>(own, mix, biases + SLAB<D>, [&](int p, int c, float low, float high) {
-            write_two(own + p * PITCH<T, D> + c, low, high);
-          });
-          __syncwarp();
-          store_square<T, D>(
-              own, out + batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel, to,
-              height - y - square_y, width - x_ - square_x, left);
-        });
+        for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+      }
+      __syncwarp();
+      multiply_groups<T, D, false>(own, mix, biases + SLAB<D>, [&](int p, int c, float low, float high) {
+        write_two(own + p * PITCH<T, D> + c, low, high);
+      });
+      __syncwarp();
+      store_square<T, D, PITCH<T, D>>(
+          own, out + batch * to.batch + (y + square_y) * to.y + (x_ + square_x) * to.x + channel, to,
+          height - y - square_y, width - x_ - square_x, left);
+    });
   }
 };
 

@@ -13,8 +13,8 @@ namespace mvk::multiscale {
 
 template <typename T, int K, int D, int TX>
 struct MapGradient {
-  using Input = Tiles<T, K, D, TX, PITCH<T, D>>;
-  static constexpr int WARPS = Input::WARPS, THREADS = Input::THREADS;
+  static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
+  using Input = Tiles<T, K, D, TX, WARPS, PITCH<T, D>>;
 
   static __device__ __forceinline__ void run(
       unsigned char* memory, const T* grad, const T* wide, const T* mixing, T* out, Strides from, Strides to,
@@ -24,7 +24,7 @@ struct MapGradient {
     const int channel = slab * SLAB<D>, left = channels - channel;
     T* tile = reinterpret_cast<T*>(memory);
     T* squares = tile + buffers * Input::SIZE;
-    T* mix = squares + WARPS * SQUARE * PITCH<T, D>;
+    T* mix = squares + buffers * WARPS * SQUARE * SLAB<D>;
     float* taps = reinterpret_cast<float*>(mix + SLAB<D> * MIX_PITCH<T, D>);
 
     copy_mixing<T, D, THREADS>(mix, mixing + static_cast<int64_t>(channel) * D, left);
@@ -33,39 +33,41 @@ struct MapGradient {
     };
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int square_y = warp / (TX / SIDE) * SIDE, square_x = warp % (TX / SIDE) * SIDE;
-    T* own = squares + warp * SQUARE * PITCH<T, D>;
-    const Input input(channels, channel, height, width, rows, columns, begin, tiles, steps, buffers);
+    const Input input(left, height, width, rows, columns, begin, tiles, steps, buffers);
+    const auto own = [&](int buffer) { return squares + (buffer * WARPS + warp) * SQUARE * SLAB<D>; };
     const auto corner = [&](int batch, int y, int x) {
       return out + batch * to.batch + (y + square_y) * to.y + (x + square_x) * to.x + channel;
     };
-    const auto copy_there = [&](int batch, int y, int x) {
-      copy_square<T, D>(own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
+    const auto copy_there = [&](int buffer, int batch, int y, int x) {
+      copy_square<T, D, SLAB<D>>(
+          own(buffer), corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
     };
-    input.template each<true>(
-        tile, grad + channel, from, read_weights, copy_there, [&](T* pixels, int batch, int y, int x) {
+    input.each(
+        tile, grad + channel, from, copy_there, read_weights, [&](int buffer, T* pixels, int batch, int y, int x) {
           for (int j = warp; j < Input::SQUARES; j += WARPS) {
             T* some = pixels + j * SQUARE * PITCH<T, D>;
             multiply_groups<T, D, true>(some, mix, nullptr, [&](int p, int c, float low, float high) {
               write_two(some + p * PITCH<T, D> + c, low, high);
             });
           }
-          wait_copies<1>();  // the square
           __syncthreads();
           if (y + square_y >= height || x + square_x >= width) return;
+          T* square = own(buffer);
           if (2 * lane < SLAB<D>) {
             float sums[SQUARE][2];
 #pragma unroll
             for (int p = 0; p < SQUARE; ++p) {
-              const float2 there = read_two(own + p * PITCH<T, D> + 2 * lane);
+              const float2 there = read_two(square + p * SLAB<D> + 2 * lane);
               sums[p][0] = there.x, sums[p][1] = there.y;
             }
             add_taps<T, K, D, Input::COLS, PITCH<T, D>>(
                 sums, pixels + (square_y * Input::COLS + square_x) * PITCH<T, D> + 2 * lane, taps + 2 * lane);
 #pragma unroll
-            for (int p = 0; p < SQUARE; ++p) write_two(own + p * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+            for (int p = 0; p < SQUARE; ++p) write_two(square + p * SLAB<D> + 2 * lane, sums[p][0], sums[p][1]);
           }
           __syncwarp();
-          store_square<T, D>(own, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
+          store_square<T, D, SLAB<D>>(
+              square, corner(batch, y, x), to, height - y - square_y, width - x - square_x, left);
         });
   }
 };

@@ -55,6 +55,13 @@ __device__ __forceinline__ void write_two<float>(float* to, float low, float hig
   *reinterpret_cast<float2*>(to) = make_float2(low, high);
 }
 
+// The same number. What follows from it is computed where it is wanted: else the compiler does so before a loop, and
+// keeps it in registers all the time.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A map (batch, pixels, channels) as kernels take it: strides in elements.
 struct Strides {
   int64_t batch, y, x;
@@ -89,7 +96,7 @@ __device__ __forceinline__ void copy_tile(
     T* to, const T* plane, int y, int x, int height, int width, const Strides& strides, int channels) {
   constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
   static_assert(32 % PIECES == 0);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = opaque(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int first = lane / PIECES, channel = lane % PIECES * VECTOR<T>;
   const uintptr_t from = reinterpret_cast<uintptr_t>(plane) +
                          ((y + warp) * strides.y + (x + first) * strides.x + channel) * static_cast<int>(sizeof(T));
@@ -114,60 +121,56 @@ __device__ __forceinline__ void copy_tile(
   }
 }
 
-// Calls each(place in shared memory, place in the map, whether there is such a place) for a warp's square: 16 bytes a
-// lane. `rows` and `columns`: of the map from the square's first pixel, `to`, on.
-template <typename T, int D, typename Map, typename Each>
+// Calls each(place in shared memory, place in the map, whether there is such a place) for a square: 16 bytes a lane.
+// `rows` and `columns`: of the map from the square's first pixel, `to`, on; PIXEL: elements from one pixel to the next.
+template <typename T, int D, int PIXEL, typename Map, typename Each>
 __device__ __forceinline__ void each_piece(
     T* own, Map* to, const Strides& strides, int rows, int columns, int channels, Each each) {
   constexpr int PIECES = SLAB<D> / VECTOR<T>, PIXELS = 32 / PIECES;
   static_assert(SIDE % PIXELS == 0);
   const int lane = threadIdx.x % 32, first = lane / PIECES, channel = lane % PIECES * VECTOR<T>;
-  own += first * PITCH<T, D> + channel;
+  own += first * PIXEL + channel;
   to += first * strides.x + channel;
   rows = channel < channels ? rows : 0;
   columns -= first;
 #pragma unroll
   for (int p = 0; p < SQUARE; p += PIXELS) {
-    each(
-        own + p * PITCH<T, D>, to + p / SIDE * strides.y + p % SIDE * strides.x, p / SIDE < rows && p % SIDE < columns);
+    each(own + p * PIXEL, to + p / SIDE * strides.y + p % SIDE * strides.x, p / SIDE < rows && p % SIDE < columns);
   }
 }
 
 // Starts copying a warp's square, zeros where there is no map.
-template <typename T, int D>
+template <typename T, int D, int PIXEL>
 __device__ __forceinline__ void copy_square(
     T* own, const T* from, const Strides& strides, int rows, int columns, int channels) {
-  each_piece<T, D>(own, from, strides, rows, columns, channels, [](T* to, const T* at, bool there) {
+  each_piece<T, D, PIXEL>(own, from, strides, rows, columns, channels, [](T* to, const T* at, bool there) {
     copy_async_if<16>(shared_address(to), at, there);
   });
 }
 
 // Stores it.
-template <typename T, int D>
+template <typename T, int D, int PIXEL>
 __device__ __forceinline__ void store_square(
     T* own, T* to, const Strides& strides, int rows, int columns, int channels) {
-  each_piece<T, D>(own, to, strides, rows, columns, channels, [](const T* from, T* at, bool there) {
+  each_piece<T, D, PIXEL>(own, to, strides, rows, columns, channels, [](const T* from, T* at, bool there) {
     if (there) *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
   });
 }
 
-// A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other; PIXEL: elements from
-// one pixel to the next.
-template <typename T, int K, int D, int TX, int PIXEL = SLAB<D>>
+// A block's tiles of one slab, with the border that a kernel of K x K reaches, one after the other. WARPS: of a block;
+// PIXEL: elements from one pixel to the next.
+template <typename T, int K, int D, int TX, int WARPS = TY / SIDE * (TX / SIDE), int PIXEL = SLAB<D>>
 struct Tiles {
-  static constexpr int WARPS = TY / SIDE * (TX / SIDE), THREADS = 32 * WARPS;
+  static constexpr int THREADS = 32 * WARPS;
   static constexpr int ROWS = TY + K - 1, COLS = TX + K - 1;
   static constexpr int SQUARES = (ROWS * COLS + SQUARE - 1) / SQUARE;  // 16 pixels each, some of the last unused
   static constexpr int SIZE = SQUARES * SQUARE * PIXEL;                // elements of a buffer
 
-  int channels, left;  // of the map, from the slab's first channel on
+  int left;  // channels of the map, from the slab's first on
   int height, width, rows, columns, begin, count, buffers;
 
-  __device__ Tiles(
-      int all_channels, int first_channel, int height, int width, int rows, int columns, int begin, int tiles,
-      int steps, int buffers)
-      : channels(all_channels),
-        left(all_channels - first_channel),
+  __device__ Tiles(int left, int height, int width, int rows, int columns, int begin, int tiles, int steps, int buffers)
+      : left(left),
         height(height),
         width(width),
         rows(rows),
@@ -176,38 +179,39 @@ struct Tiles {
         count(min(steps, tiles - begin)),
         buffers(buffers) {}
 
-  // Calls work(tile, batch, y, x) for each tile; `map` is its first channel. With two buffers the next tile is copied
-  // while a block works on one. `begin_with` is called once, while the first tile is on its way. Before the next tile
-  // `start(batch, y, x)` may begin to copy more for this one: it is there after wait_copies<1>().
-  template <bool MORE, typename Begin, typename Start, typename Work>
+  // Calls work(buffer, tile, batch, y, x) for each tile; `map` is its first channel. With two buffers the next tile is
+  // copied while a block works on one. copy_more(buffer, batch, y, x) starts copying what else is read of a tile, and
+  // prepare() is called once, while the first tile is on its way.
+  template <typename More, typename Prepare, typename Work>
   __device__ __forceinline__ void each(
-      T* memory, const T* map, const Strides& strides, Begin begin_with, Start start, Work work) const {
+      T* memory, const T* map, const Strides& strides, More copy_more, Prepare prepare, Work work) const {
     const int lead = buffers - 1;
     Place place(begin, columns, rows);
     for (int i = -lead; i < count; ++i) {
-      if (i > 0) __syncthreads();  // the tile before is read
-      if (MORE && i >= 0) {
-        start(place.batch, place.y * TY, place.x * TX);
-        commit_copies();
+      if (lead && i >= 0) {
+        wait_copies<0>();
+        __syncthreads();  // this tile is there, and the one before is read
+      } else if (i > 0) {
+        __syncthreads();
       }
       if (i + lead < count) {
         Place next = place;
         if (lead && i >= 0) next.advance(columns, rows);
+        const int buffer = (i + lead) % 2 * lead;
         copy_tile<T, D, ROWS, COLS, WARPS, PIXEL>(
-            memory + (i & lead ^ lead) * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2,
-            next.x * TX - K / 2, height, width, strides, left);
-      }
-      commit_copies();
-      if (i + lead == 0) begin_with();
-      if (i < 0) continue;
-      // Of one buffer the tile is the last that was copied: groups of nothing stand for what follows it.
-      if (lead == 0) {
+            memory + buffer * SIZE, map + next.batch * strides.batch, next.y * TY - K / 2, next.x * TX - K / 2, height,
+            width, strides, left);
+        copy_more(buffer, next.batch, next.y * TY, next.x * TX);
         commit_copies();
-        if (MORE) commit_copies();
       }
-      wait_copies<MORE ? 2 : 1>();
-      __syncthreads();
-      work(memory + (i & lead) * SIZE, place.batch, place.y * TY, place.x * TX);
+      if (i + lead == 0) prepare();
+      if (i < 0) continue;
+      if (!lead) {
+        wait_copies<0>();
+        __syncthreads();
+      }
+      const int buffer = i % 2 * lead;
+      work(buffer, memory + buffer * SIZE, place.batch, place.y * TY, place.x * TX);
       place.advance(columns, rows);
     }
   }
@@ -217,9 +221,8 @@ struct Tiles {
 template <typename T, int K, int D, int THREADS, bool REVERSED>
 __device__ __forceinline__ void read_taps(float* taps, const T* wide, int channels) {
   constexpr int TAPS = K * K, ALL = TAPS * SLAB<D>, EACH = (ALL + THREADS - 1) / THREADS;
-  int thread = threadIdx.x;
-  asm volatile("" : "+r"(thread));  // or else addresses are computed before a loop, and kept in it
-  T found[EACH];                    // all are asked for before the first is there
+  const int thread = opaque(threadIdx.x);
+  T found[EACH];  // all are asked for before the first is there
 #pragma unroll
   for (int j = 0; j < EACH; ++j) {
     const int i = thread + j * THREADS;
@@ -323,7 +326,7 @@ __device__ __forceinline__ void multiply_halves(
 // that it may be stored in place.
 template <typename T, int D, bool TRANSPOSE, typename Store>
 __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, const float* bias, Store store) {
-  const int lane = threadIdx.x % 32;
+  const int lane = opaque(threadIdx.x) % 32;
   if constexpr (sizeof(T) == 4) {
     // Exact products, by fma: a lane has the two channels of all 16 pixels.
     const int channel = 2 * lane, first = channel / D * D;

@@ -51,15 +51,15 @@ def shared_bytes(kernel: str, dtype: torch.dtype, dim: int, side: int, columns: 
     vector = 16 // size
     pitch = wide + vector
     halo, pixels = (TILE_ROWS + side - 1) * (columns + side - 1), TILE_ROWS * columns
-    weights = wide * (dim + vector) * size + 4 * side * side * (wide + 2)
-    tile = -(-halo // _SQUARE) * _SQUARE * (pitch if kernel == "map_gradient" else wide) * size
-    in_loop = buffers * tile + pixels * pitch * size + weights
+    weights = wide * (dim + vector) * size + -(-4 * side * side * (wide + 2) // 16) * 16
+    tile = -(-halo // _SQUARE) * _SQUARE * (pitch if kernel == "map_gradient" else wide)
     if kernel == "map_gradient":
-        return in_loop
+        return buffers * (tile + pixels * wide) * size + weights
     if kernel == "aggregate":
-        return in_loop + 8 * wide
-    # What the depthwise convolution gave, and float32 rows of half a warp's square.
-    in_loop += 4 * wide + (pixels * pitch * size + pixels // 2 * (wide + 8) * 4 if size == 2 else 0)
+        return (buffers * tile + pixels * pitch) * size + weights + 8 * wide
+    # Beside a tile its gradient, what the depthwise convolution gave, and float32 rows of half a warp's square.
+    in_loop = (buffers * (tile + pixels * pitch) + pixels * pitch) * size + weights + 4 * wide
+    in_loop += pixels // 2 * (wide + 8) * 4 if size == 2 else 0
     return max(in_loop, 4 * (side * side + 2) * wide * 4)
 
 
@@ -115,8 +115,9 @@ class _Plan:
         if kernel != "weight_sums":
             full += f"_{self.tile}"
         sizes = (self.channels, self.height, self.width, self.rows, self.columns, self.tiles)
+        warps = TILE_ROWS // SIDE * (self.tile // SIDE) * (2 if kernel == "weight_sums" else 1)
         return Launch(
-            self.module, full, self.slabs * slices, TILE_ROWS // SIDE * (self.tile // SIDE) * 32,
+            self.module, full, self.slabs * slices, 32 * warps,
             shared_bytes(kernel, self.problem.dtype, self.dim, side, self.tile, buffers), tuple(pointers.split()),
             self._strides(names), (*sizes, *ints), (),
         )  # fmt: skip
@@ -167,13 +168,14 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     taps = problem.kernel**2
     size = plan.channels * (taps + plan.dim + 2)
     # As many blocks as are resident at once: each leaves its sums.
-    alone = plan.resident("weight_sums", 3, 1)
+    by_registers = 1 if problem.dtype == torch.float32 else 2
+    alone = plan.resident("weight_sums", by_registers, 1)
     resident = alone * problem.device.processors
     most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)
     first, second = problem.biases
-    buffers = 2 if steps > 1 and plan.resident("weight_sums", 3, 2) == alone else 1
+    buffers = 2 if steps > 1 and plan.resident("weight_sums", by_registers, 2) == alone else 1
     ints = (steps, buffers, int(first), int(first or second))
     sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, ints, buffers)
     last = Launch(
