@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -122,6 +123,24 @@ def test_a_block_takes_several_tiles() -> None:
     assert aggregate.grid == gradient.grid < 2 * 3 * 3 * slabs
     assert [launch.ints[6:8] for launch in (aggregate, gradient)] == [(aggregate.ints[6], 2)] * 2, "steps, buffers"
     assert sums.grid == slabs * slices < 2 * 3 * 5 * slabs
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_120"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_fit(arch: str, dtype: torch.dtype) -> None:
+    """No block wants more shared memory than one may have, with one buffer or with two; some have two."""
+    device = configs.Device("", arch, 2)
+    seen = set()
+    for dim, side, width in itertools.product(plan.HEAD_DIMS, plan.KERNELS, (7, 40)):
+        assert plan.why_not(dtype, dim, [side], arch) is None
+        x = torch.empty(4, 6, dim, 40, width, dtype=dtype)
+        with mock.patch.object(configs, "device_of", lambda *_: device):
+            problem = plan.ScaleProblem.of(x, [(name, x) for name in "xog"], False, kernel=side, biases=(False, False))
+        launches = [*plan.aggregate_launches(problem), *plan.map_launches(problem), plan.weight_launches(problem)[0][0]]
+        for launch in launches:
+            assert launch.shared_bytes <= configs.shared_memory_of(arch)
+            seen.add(launch.ints[7])
+    assert 2 in seen
 
 
 @pytest.mark.parametrize("kernel", ["aggregate", "map_gradient", "weight_sums"])

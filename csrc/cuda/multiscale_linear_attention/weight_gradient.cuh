@@ -162,7 +162,7 @@ struct WeightSums {
     const int thread = opaque(threadIdx.x), lane = thread % 32, warp = thread / 32;
     if constexpr (HALF) {
       const int out = warp * 16, in = out / D * D;
-#pragma unroll 1
+#pragma unroll 2
       for (int k = 0; k < PIXELS / 16; ++k) {
         uint32_t a[4];
         const int pixel = k * 16 + lane / 16 * 8 + lane % 8;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void weight_gradients(
             channel = static_cast<int>(i - static_cast<int64_t>(line) * channels);
   if ((line == taps + dim && !first_given) || (line == taps + dim + 1 && !second_given)) return;
   float sum = 0.0f;
-#pragma unroll 8
+#pragma unroll 32
   for (int slice = 0; slice < slices; ++slice) sum += parts[slice * size + i];
   const T value = from_float<T>(sum);
   if (line < taps) {

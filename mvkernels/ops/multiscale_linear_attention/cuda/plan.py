@@ -123,11 +123,16 @@ class _Plan:
         )  # fmt: skip
 
     def resident(self, kernel: str, by_registers: int, buffers: int) -> int:
-        """Blocks of a kernel that a processor has at once, of which the registers allow so many."""
+        """Blocks of a kernel that a processor has at once, of which the registers allow so many; 0 if none fits."""
         problem = self.problem
         need = shared_bytes(kernel, problem.dtype, self.dim, problem.kernel, self.tile, buffers)
         whole = configs.shared_memory_of(problem.device.arch) + _RESERVED
-        return max(1, min(by_registers, whole // (need + _RESERVED)))
+        return min(by_registers, whole // (need + _RESERVED))
+
+    def buffers(self, kernel: str, by_registers: int, steps: int) -> int:
+        """Of a block for its tiles: two only where the second takes no other block's place."""
+        resident = [self.resident(kernel, by_registers, buffers) for buffers in (1, 2)]
+        return 2 if steps > 1 and resident[0] == resident[1] else 1
 
     def over_tiles(self, kernel: str, pointers: str, names: str, more: tuple[int, ...]) -> Launch:
         """A launch of a kernel whose blocks leave no sums: so many tiles a block that all are done soonest."""
@@ -139,8 +144,7 @@ class _Plan:
             return -(-self.slabs * -(-self.tiles // steps) // at_once) * (steps + _START)
 
         steps = min(range(1, 1 + max(1, min(_MOST_STEPS, self.tiles))), key=time)
-        # A second buffer only where it takes no other block's place.
-        buffers = 2 if steps > 1 and self.resident(kernel, by_registers, 2) == alone else 1
+        buffers = self.buffers(kernel, by_registers, steps)
         return self.launch(kernel, pointers, names, -(-self.tiles // steps), (steps, buffers, *more), buffers)
 
 
@@ -167,15 +171,14 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], tuple[int, int
     plan = _Plan(problem, TILE_ROWS)
     taps = problem.kernel**2
     size = plan.channels * (taps + plan.dim + 2)
-    # As many blocks as are resident at once: each leaves its sums.
+    # As many blocks as are resident at once: each leaves its sums. The kernel's bounds say how many registers allow.
     by_registers = 1 if problem.dtype == torch.float32 else 2
-    alone = plan.resident("weight_sums", by_registers, 1)
-    resident = alone * problem.device.processors
+    resident = plan.resident("weight_sums", by_registers, 1) * problem.device.processors
     most = max(1, min(plan.tiles, resident // plan.slabs, PARTS_BYTES // (4 * size)))
     steps = -(-plan.tiles // most)
     slices = -(-plan.tiles // steps)
     first, second = problem.biases
-    buffers = 2 if steps > 1 and plan.resident("weight_sums", by_registers, 2) == alone else 1
+    buffers = plan.buffers("weight_sums", by_registers, steps)
     ints = (steps, buffers, int(first), int(first or second))
     sums = plan.launch("weight_sums", "g x wide m wb parts", "g x", slices, ints, buffers)
     last = Launch(
