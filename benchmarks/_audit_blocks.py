@@ -30,10 +30,8 @@ class Layer:
             (batch, c, self.size, self.size), (), DTYPES[name], "tf32" if name == "tf32" else "ieee", device,
             2 * c, self.heads, (self.patch, self.patch), True,
         )  # fmt: skip
-        # For training, where the attention is written too: without that, it is the same code and less of it.
-        before, after = patch_transformer_layer.forward_launches(problem, True)
         ffn, _, qkv, _ = patch_transformer_layer.backward_launches(problem)
-        return [*before, *after, ffn, qkv]
+        return [*patch_transformer_layer.forward_launches(problem), ffn, qkv]
 
     def columns(self) -> dict[str, Any]:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.patch,

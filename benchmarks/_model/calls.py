@@ -120,7 +120,8 @@ def watched(arch: str, device: Any, ops: Sequence[Any], watch: Callable[[Launch]
                 watch(of_cuda(cuda, tensors, floats, arch))
 
             stack.enter_context(mock.patch.object(Cuda, "__call__", launch))
-            stack.enter_context(mock.patch.object(modules, "why_not", lambda *_: None))
+            why_not = None if shutil.which("nvcc") else "there is no nvcc"
+            stack.enter_context(mock.patch.object(modules, "why_not", lambda *_: why_not))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(driver, "_active", Driver(arch)))
         yield

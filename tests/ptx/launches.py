@@ -253,7 +253,7 @@ def executed(
             if "triton" in op.why_not:
                 enter(mock.patch.dict(op.why_not, {"triton": lambda *_, **__: None}))
         enter(mock.patch.object(RepeatedLaunch, "__call__", launch))
-        enter(mock.patch.object(modules, "why_not", lambda *_: None))
+        enter(mock.patch.object(modules, "why_not", lambda *_: nvcc.why_not() or None))
         enter(mock.patch.object(Launch, "__call__", launch_of_nvcc))
         enter(mock.patch.object(driver, "_active", Driver(arch)))
         yield log

@@ -5,6 +5,8 @@ An op's own launcher gives its arguments as these: ``group``, the size of patche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mvkernels.cuda import modules
@@ -93,13 +95,31 @@ def backward(
     without ``need_bias``. No atomics: the same bits in every run.
     """
     dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
+    dbias = backward_into(op, (dq, dk, dv), grad, query, key, value, group, shift, bias, scale, need_bias)
+    return dq, dk, dv, dbias
+
+
+def backward_into(
+    op: str,
+    grads: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: Pair,
+    shift: Pair | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> torch.Tensor:
+    """Write dquery, dkey, dvalue to ``grads``, whose strides may be any, and return dbias, as :func:`backward`."""
     need_bias = need_bias and bias is not None
     dbias = query.new_empty(bias.shape if need_bias and bias is not None else (0,))
-    if dq.numel() == 0:
-        return dq, dk, dv, dbias.zero_()
+    if query.numel() == 0:
+        return dbias.zero_()
     if plan.spans_too_far(grad.shape, grad.stride()):
         grad = grad.contiguous()
-    maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
+    maps = (("q", query), ("k", key), ("v", value), ("g", grad), *zip(("dq", "dk", "dv"), grads))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     launches, parts = backward_launches(problem, need_bias, _positive(scale))
     tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
@@ -107,4 +127,4 @@ def backward(
         rows = plan.rows_of(dbias.shape[1])
         tensors["partial"] = query.new_empty((parts, dbias.shape[0], rows, rows), dtype=torch.float32)
     run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
-    return dq, dk, dv, dbias
+    return dbias

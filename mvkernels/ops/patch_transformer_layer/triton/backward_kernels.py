@@ -1,8 +1,9 @@
 """Backward Triton kernels of the layer: what autograd would keep is made again from the map, block by block.
 
 What the weights' gradients need (the normalised rows, the hidden rows and their gradient) is written once and
-multiplied by PyTorch's own products. Sums over all rows (gradients of the norms and the biases) are taken in two
-stages: each program writes its own, and they are added afterwards.
+multiplied by PyTorch's own products. After its C channels a normalised row has a 1 and zeros, ONES numbers in all: so
+the same product sums the gradient of the bias. Other sums over all rows (gradients of the norms, and of the biases that
+are added to the map) are taken in two stages: each program writes its own, and they are added afterwards.
 """
 
 import triton
@@ -25,7 +26,7 @@ from mvkernels.triton.tiles import load_tile, round_tf32, store_tile
 @triton.jit
 def _through_norm(
     dx_ptr, x_ptr, residual_ptr, gamma_ptr, beta_ptr, normed_ptr, sums_ptr, outer_ptr, left, eps,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, OUTER: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ONES: tl.constexpr, OUTER: tl.constexpr,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     ONE: tl.constexpr = C1 if C1 > 0 else 1
@@ -68,7 +69,11 @@ def _through_norm(
             d1 = d1 * g1[None, :]
             along += tl.sum(d1 * x1, 1)
             total += tl.sum(d1, 1)
-        store_tile(normed_ptr, n0, n1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
+        to = tl.multiple_of(m * (C + ONES), ALIGN)
+        store_tile(normed_ptr, n0, n1, to, keep, 1, C, C0, C1, 1, ALIGN, False)
+        last = tl.arange(0, 16)
+        one = tl.where(last[None, :] == 0, tl.full([ROWS, 16], 1.0, tl.float32), 0.0).to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + C + to[:, None] + last[None, :], one, mask=keep[:, None] & (last < ONES)[None, :])
         tl.debug_barrier()  # all have read what some will now write over
         along = along / C
         total = total / C
@@ -91,13 +96,13 @@ def _through_norm(
 
 # Of y = x + silu(norm(x) W1^T + b1) W2^T + b2, for a block of rows: the hidden rows and the gradient before the
 # activation, BLOCK_F channels at a time; dx, whose sum over hidden channels stays in registers; the normalised rows.
-# Sums of a program: C each for gamma, beta, b2 and the columns of dx, then F for b1.
+# Sums of a program: C each for gamma, beta, b2 and the columns of dx.
 @triton.jit(do_not_specialize=["rows"])
 def ffn_backward(
     g_ptr, x_ptr, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2_ptr, hidden_ptr, dhidden_ptr, normed_ptr, dx_ptr, sums_ptr,
     eps, rows,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, F: tl.constexpr, ALIGN: tl.constexpr, FALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+    ONES: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     WHOLE: tl.constexpr = "ieee" if CHUNK > 0 else PRECISION
@@ -106,7 +111,7 @@ def ffn_backward(
     m = tl.arange(0, BLOCK_M)
     keep = first + m < rows
     at = tl.multiple_of(m * C, ALIGN)
-    sums_ptr += pid * (4 * C + F)
+    sums_ptr += pid * (4 * C)
     x_ptr += first * C
     g_ptr += first * C
     hidden_ptr += first * F
@@ -128,13 +133,11 @@ def ffn_backward(
             C, C0, C1, F, ALIGN, False, True, PRECISION, CHUNK,
         )  # fmt: skip
         gate = 1.0 / (1.0 + tl.exp(-a))
+        hidden = a * gate
         inside = keep[:, None] & keep_f[None, :]
         to = tl.multiple_of(m * F, FALIGN)[:, None] + f[None, :]
-        tl.store(hidden_ptr + to, (a * gate).to(hidden_ptr.dtype.element_ty), mask=inside)
-        # Outside, by selection: rows there were normalised from zeros.
-        da = tl.where(inside, dh * gate * (1.0 + a * (1.0 - gate)), 0.0)
-        tl.store(sums_ptr + 4 * C + f, tl.sum(da, 0), mask=keep_f)
-        da = da.to(x_ptr.dtype.element_ty)
+        tl.store(hidden_ptr + to, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+        da = (dh * (gate + hidden * (1.0 - gate))).to(x_ptr.dtype.element_ty)
         tl.store(dhidden_ptr + to, da, mask=inside)
         da = round_tf32(da, PRECISION)
         w0, w1 = load_tile(w1_ptr, tl.multiple_of(f * C, ALIGN), keep_f, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
@@ -145,25 +148,25 @@ def ffn_backward(
     store_tile(dx_ptr, d0, d1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
     tl.debug_barrier()  # what other threads of this program wrote is read below
     _through_norm(
-        dx_ptr, x_ptr, g_ptr, gamma_ptr, beta_ptr, normed_ptr + first * C, sums_ptr, sums_ptr + 2 * C, rows - first,
-        eps, C, C0, C1, ALIGN, True, BLOCK_M, ROWS,
+        dx_ptr, x_ptr, g_ptr, gamma_ptr, beta_ptr, normed_ptr + first * (C + ONES), sums_ptr, sums_ptr + 2 * C,
+        rows - first, eps, C, C0, C1, ALIGN, ONES, True, BLOCK_M, ROWS,
     )  # fmt: skip
 
 
 # Of qkv = norm(x) W^T + b, for a block of rows: dx = residual + the gradient through the norm, and the normalised rows.
-# Sums of a program: C each for gamma and beta, then 3C for b.
+# Sums of a program: C each for gamma and beta.
 @triton.jit(do_not_specialize=["rows"])
 def qkv_backward(
     dqkv_ptr, residual_ptr, x_ptr, gamma_ptr, beta_ptr, w_ptr, normed_ptr, dx_ptr, sums_ptr, eps, rows,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ONES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     first = pid * BLOCK_M
     m = tl.arange(0, BLOCK_M)
     keep = first + m < rows
     at = tl.multiple_of(m * C, ALIGN)
-    sums_ptr += pid * (5 * C)
+    sums_ptr += pid * (2 * C)
     dqkv_ptr += first * (3 * C)
     d0 = tl.zeros([BLOCK_M, C0], tl.float32)
     d1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
@@ -172,7 +175,6 @@ def qkv_backward(
         keep_k = k < 3 * C
         from_ = tl.multiple_of(m * (3 * C), ALIGN)[:, None] + k[None, :]
         a = tl.load(dqkv_ptr + from_, mask=keep[:, None] & keep_k[None, :], other=0.0)
-        tl.store(sums_ptr + 2 * C + k, tl.sum(a.to(tl.float32), 0), mask=keep_k)
         a = round_tf32(a, PRECISION)
         w0, w1 = load_tile(w_ptr, tl.multiple_of(k * C, ALIGN), keep_k, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
         d0 = tl.dot(a, w0, d0, input_precision=PRECISION)
@@ -182,6 +184,7 @@ def qkv_backward(
     store_tile(dx_ptr, d0, d1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
     tl.debug_barrier()  # what other threads of this program wrote is read below
     _through_norm(
-        dx_ptr, x_ptr + first * C, residual_ptr + first * C, gamma_ptr, beta_ptr, normed_ptr + first * C, sums_ptr,
-        sums_ptr, rows - first, eps, C, C0, C1, ALIGN, False, BLOCK_M, ROWS,
+        dx_ptr, x_ptr + first * C, residual_ptr + first * C, gamma_ptr, beta_ptr,
+        normed_ptr + first * (C + ONES), sums_ptr, sums_ptr, rows - first, eps, C, C0, C1, ALIGN, ONES, False, BLOCK_M,
+        ROWS,
     )  # fmt: skip

@@ -1,8 +1,7 @@
 """Default launch configurations of the layer's Triton kernels. Needs no Triton.
 
-A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs, or tokens of the largest group rounded up to a
-power of two), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products, ``tf32``), ``few`` (1 where
-blocks of 64 rows are fewer than processors) and ``arch``. The choices here are those that `make audit` shows to need no
+A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
+float32 products, ``tf32``), ``few`` (1 where blocks of 64 rows are fewer than processors) and ``arch``. The choices here are those that `make audit` shows to need no
 spills and to fit shared memory on every architecture it compiles for.
 
 ``layer`` is no kernel: its FUSED says whether the modules of :mod:`mvkernels.nn` take this op rather than the
@@ -18,7 +17,6 @@ from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heu
 from mvkernels.triton.maps import pieces
 
 OP = "patch_transformer_layer"
-_ALL = 1 << 30
 _TILES = ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8))
 """Rows, columns and warps to try."""
 
@@ -44,25 +42,6 @@ def _linear_rows(key: Mapping[str, Any]) -> Config:
         if _wide(key) > 128:
             config["num_warps"] = 8
     return {**config, "STEPS": 1 if key["few"] and key["arch"] != "interpreter" else 64}
-
-
-@heuristic(OP, "attend_rows")
-def _attend_rows(key: Mapping[str, Any]) -> Config:
-    # MAX_TOKENS: the largest group that this kernel takes; beyond it attention is patch_attention's own forward, and
-    # the projection a kernel after it.
-    whole = half(key) or key["arch"] == "interpreter"
-    config = {"MAX_TOKENS": _ALL if whole else 0, "BLOCK_M": _rows(key), "BLOCK_N": 64}
-    if _wide(key) > 128 and key["arch"] not in ROOMY:
-        config |= {"BLOCK_N": 32}
-    return config | {"num_warps": 8 if _wide(key) > 128 and not key["few"] else 4, "num_stages": 1}
-
-
-@heuristic(OP, "attend_packed")
-def _attend_packed(key: Mapping[str, Any]) -> Config:
-    tokens = min(max(key["n"], 16), 32)
-    limit = 0 if exact(key) else 32
-    return {"MAX_TOKENS": limit, "TOKENS": tokens, "UNITS": 32 // tokens if key["few"] else 64 // tokens,
-            "num_warps": 8 if _wide(key) > 128 and not key["few"] else 4, "num_stages": 1}  # fmt: skip
 
 
 @heuristic(OP, "norm_ffn")
@@ -115,22 +94,6 @@ def _linear_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
     steps = 1 if key["few"] else 64
     found = [{"BLOCK_M": m, "BLOCK_N": n, "STEPS": steps, "num_warps": w} for m, n, w in _TILES]
     return [*found, {"STEPS": 2}, {"num_stages": 3}]
-
-
-@candidates(OP, "attend_rows")
-def _attend_rows_candidates(key: Mapping[str, Any]) -> list[Config]:
-    if key["dtype"] == "f32":
-        return []
-    # 0: attention and projection apart.
-    tiles = [(16, 64, 4), (32, 64, 4), *_TILES[1:4]]
-    return [{"MAX_TOKENS": 0}, *({"BLOCK_M": m, "BLOCK_N": n, "num_warps": w} for m, n, w in tiles), {"num_stages": 2}]
-
-
-@candidates(OP, "attend_packed")
-def _attend_packed_candidates(key: Mapping[str, Any]) -> list[Config]:
-    if key["dtype"] == "f32":
-        return []
-    return [{"MAX_TOKENS": 0}, *({"UNITS": units, "num_warps": warps} for units in (1, 2, 4) for warps in (4, 8))]
 
 
 @candidates(OP, "norm_ffn")

@@ -1,14 +1,15 @@
-"""The layer on Triton: three kernels forward, and a backward that makes again what it needs.
+"""The layer on Triton: four kernels forward, and a backward that makes again what it needs.
 
 | | forward | backward |
 | --- | --- | --- |
 | norm + qkv | ``linear_rows`` | ``qkv_backward`` |
-| attention + projection + residual | ``attend_packed`` (groups of up to 32 tokens), ``attend_rows`` (up to 256), else \
-patch_attention's forward and ``linear_rows`` | patch_attention's backward into a packed dqkv |
+| attention | patch_attention's | patch_attention's, into a packed dqkv |
+| projection + residual | ``linear_rows`` | plain products |
 | norm + feed-forward + residual | ``norm_ffn`` | ``ffn_backward`` |
 
-The gradients of the weights, and the projection's way back, are plain matrix products and PyTorch's own. What follows
-from shapes and dtype is planned once and cached (plan.py); the static audit compiles the very same launches.
+patch_attention's kernels are those that "auto" takes of it, in Triton or in CUDA C++. The gradients of the weights, and
+the projection's way back, are plain matrix products and PyTorch's own. What follows from shapes and dtype is planned
+once and cached (plan.py); the static audit compiles the very same launches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.ops.patch_attention import KERNELS as ATTENTION
-from mvkernels.ops.patch_attention import backward_into
+from mvkernels.ops.patch_attention import backward_into, fastest_on_gpu
 from mvkernels.ops.patch_attention import why_not_triton as why_not_attention
 from mvkernels.ops.patch_transformer_layer.triton.configs import OP
 from mvkernels.ops.patch_transformer_layer.triton.plan import (
@@ -31,7 +32,7 @@ from mvkernels.ops.patch_transformer_layer.triton.plan import (
     key_of,
 )
 from mvkernels.triton import configs
-from mvkernels.triton.launch import INTERPRETED, LOG2E
+from mvkernels.triton.launch import INTERPRETED
 from mvkernels.triton.maps import INT32, divides, lanes
 
 _MAX_CHANNELS = 256
@@ -94,6 +95,12 @@ def _maps(packed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor,
     return query, key, value
 
 
+def _with_bias(grad: torch.Tensor, normed: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of a weight and its bias, from that of their output, and rows that have a 1 after the channels."""
+    both = grad.t().mm(normed)
+    return both[:, :channels].contiguous(), both[:, channels].clone()
+
+
 def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """(out, qkv, attention, middle); the last three are empty unless the last argument is True.
 
@@ -106,17 +113,18 @@ def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors = _tensors(given)
     rows = tensors["x"]
     problem = problem_of(x, tensors["fc1_weight"].shape[0], heads, (ph, pw), given[4] is not None)
-    before, after = forward_launches(problem, save)
+    to_qkv, project, ffn = forward_launches(problem)
     tensors["qkv"] = rows.new_empty((b, height, width, 3 * c))
+    floats = {"eps": eps}
+    run([to_qkv], tensors, floats)
+    maps = _maps(tensors["qkv"], heads)
+    kernels = ATTENTION[fastest_on_gpu(*maps, (ph, pw), None, scale, backward=save)]
+    attention = kernels[0](*maps, ph, pw, None, scale)
+    tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
+    if not save:
+        del tensors["qkv"], maps
     tensors["middle"], tensors["out"] = rows.new_empty(rows.shape), rows.new_empty(rows.shape)
-    # In inference, nothing is written to the attention.
-    tensors["attention"] = rows.new_empty(rows.shape) if save and not after else rows
-    floats = {"eps": eps, "scale2": scale * LOG2E}
-    run(before, tensors, floats)
-    if after:
-        attention = ATTENTION["triton"][0](*_maps(tensors["qkv"], heads), ph, pw, None, scale)
-        tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
-        run(after, tensors, floats)
+    run([project, ffn], tensors, floats)
     out = tensors["out"].permute(0, 3, 1, 2)
     if x.stride(1) != 1:
         out = empty_map(x, c).copy_(out)
@@ -138,44 +146,47 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors = _tensors(given)
     rows = tensors["x"]
     hidden = tensors["fc1_weight"].shape[0]
-    ffn, ffn_programs, to_x, programs = backward_launches(problem_of(x, hidden, heads, (ph, pw), given[4] is not None))
+    problem = problem_of(x, hidden, heads, (ph, pw), given[4] is not None)
+    ffn, ffn_programs, to_x, programs = backward_launches(problem)
     count = b * height * width
 
     def empty(channels: int) -> torch.Tensor:
         return rows.new_empty((count, channels))
 
     tensors |= {"grad": grad.permute(0, 2, 3, 1).contiguous(), "middle": middle}
-    tensors |= {"hidden": empty(hidden), "dhidden": empty(hidden), "normed2": empty(c), "dmiddle": empty(c)}
-    tensors["ffn_sums"] = rows.new_empty((ffn_programs, 4 * c + hidden), dtype=torch.float32)
+    tensors |= {"hidden": empty(hidden), "dhidden": empty(hidden), "dmiddle": empty(c)}
+    tensors["normed2"] = empty(c + problem.ones)
+    tensors["ffn_sums"] = rows.new_empty((ffn_programs, 4 * c), dtype=torch.float32)
     floats = {"eps": eps}
     run([ffn], tensors, floats)
     of_grad, dmiddle = tensors["grad"].view(count, c), tensors["dmiddle"]
     dfc2 = of_grad.t().mm(tensors["hidden"])
-    dfc1 = tensors["dhidden"].t().mm(tensors["normed2"])
-    dgamma2, dbeta2, dfc2_bias, dproj_bias, dfc1_bias = (
-        tensors["ffn_sums"].sum(0).to(x.dtype).split((c, c, c, c, hidden))
-    )  # fmt: skip
+    dfc1, dfc1_bias = _with_bias(tensors["dhidden"], tensors["normed2"], c)
+    dgamma2, dbeta2, dfc2_bias, dproj_bias = tensors["ffn_sums"].sum(0).to(x.dtype).split(c)
     for name in ("hidden", "dhidden", "normed2", "grad"):
         del tensors[name]
 
     dproj = dmiddle.t().mm(attention.view(count, c))
     dattention = dmiddle.mm(tensors["proj_weight"]).view(b, height, width, heads, -1).permute(0, 3, 4, 1, 2)
     tensors["dqkv"] = empty(3 * c)
+    maps = _maps(qkv, heads)
     backward_into(
-        _maps(tensors["dqkv"].view(b, height, width, -1), heads), dattention, *_maps(qkv, heads),
-        ph, pw, None, scale, False, packed=3,
+        fastest_on_gpu(*maps, (ph, pw), None, scale, backward=True),
+        _maps(tensors["dqkv"].view(b, height, width, -1), heads), dattention, *maps, ph, pw, None, scale, False,
+        packed=3,
     )  # fmt: skip
-    tensors |= {"normed1": empty(c), "dx": rows.new_empty(rows.shape)}
-    tensors["qkv_sums"] = rows.new_empty((programs, 5 * c), dtype=torch.float32)
+    tensors |= {"normed1": empty(c + problem.ones), "dx": rows.new_empty(rows.shape)}
+    tensors["qkv_sums"] = rows.new_empty((programs, 2 * c), dtype=torch.float32)
     run([to_x], tensors, floats)
-    dqkv = tensors["dqkv"].t().mm(tensors["normed1"])
-    dgamma1, dbeta1, dqkv_bias = tensors["qkv_sums"].sum(0).to(x.dtype).split((c, c, 3 * c))
+    dqkv, dqkv_bias = _with_bias(tensors["dqkv"], tensors["normed1"], c)
+    dgamma1, dbeta1 = tensors["qkv_sums"].sum(0).to(x.dtype).split(c)
     dx = tensors["dx"].permute(0, 3, 1, 2)
     if x.stride(1) != 1:
         dx = empty_map(x, c).copy_(dx)
-    vectors = (dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias)
     # Operators may not return views of one another.
-    dgamma1, dbeta1, dqkv_bias, dproj_bias, dgamma2, dbeta2, dfc1_bias, dfc2_bias = (v.clone() for v in vectors)
+    dgamma1, dbeta1, dproj_bias, dgamma2, dbeta2, dfc2_bias = (
+        each.clone() for each in (dgamma1, dbeta1, dproj_bias, dgamma2, dbeta2, dfc2_bias)
+    )
     if given[4] is None:
         dqkv_bias = x.new_empty(0)
     return (dx, dgamma1, dbeta1, dqkv, dqkv_bias, dproj, dproj_bias, dgamma2, dbeta2, dfc1, dfc1_bias, dfc2,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mvkernels.ops.patch_transformer_layer.triton import attention_kernels, backward_kernels, row_kernels
+from mvkernels.ops.patch_transformer_layer.triton import backward_kernels, row_kernels
 from mvkernels.ops.patch_transformer_layer.triton.configs import OP
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch
-from mvkernels.triton.maps import lanes, low_bit, pieces
+from mvkernels.triton.maps import low_bit, pieces
 from mvkernels.triton.problem import Problem
 
 
@@ -27,6 +27,11 @@ class LayerProblem(Problem):
     def rows(self) -> int:
         """Pixels of all maps."""
         return self.shape[0] * self.shape[2] * self.shape[3]
+
+    @property
+    def ones(self) -> int:
+        """Numbers after the channels of a normalised row, of which the first is 1: as many as keep rows aligned."""
+        return 16 - self.shape[1] % 8
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -64,56 +69,27 @@ def _linear(problem: LayerProblem, pointers: tuple[str, ...], outputs: int, **wh
 
 
 @configs.memo
-def forward_launches(problem: LayerProblem, save: bool) -> tuple[list[Launch], list[Launch]]:
-    """The launches before attention, and those after; or all of them and none, where attention is one of them.
+def forward_launches(problem: LayerProblem) -> tuple[Launch, Launch, Launch]:
+    """``linear_rows`` from ``x`` to ``qkv``; the projection by it, from ``attention`` to ``middle``; ``norm_ffn``.
 
-    Tensors are the parameters by name, ``x qkv attention middle out``; floats ``eps scale2``. In between, the
-    caller runs patch_attention's own forward from ``qkv`` to ``attention``: for exact float32, whose
-    products want small tiles, and not the sum over the heads in registers beside them.
+    Tensors are the parameters by name, ``x qkv attention middle out``; floats ``eps``.
     """
-    _, channels, height, width = problem.shape
-    groups, tokens = problem.groups
-    ph, pw = min(problem.patch[0], height), min(problem.patch[1], width)
+    channels = problem.shape[1]
     qkv = _linear(
         problem, ("x", "norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "x", "qkv"), 3 * channels,
         NORM=True, BIAS=problem.bias, RESIDUAL=False,
     )  # fmt: skip
+    project = _linear(
+        problem, ("attention", "proj_bias", "proj_bias", "proj_weight", "proj_bias", "x", "middle"), channels,
+        NORM=False, BIAS=True, RESIDUAL=True,
+    )  # fmt: skip
     blocks, options = _split("norm_ffn", problem, f=problem.hidden)
-    pointers: tuple[str, ...]
     pointers = ("middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "out")
     ffn = Launch(
         row_kernels.norm_ffn, "norm_ffn", -(-problem.rows // blocks["BLOCK_M"]), pointers, ("eps",), (problem.rows,),
         _common(problem) | {"F": problem.hidden} | blocks, options,
     )  # fmt: skip
-
-    head_dim = channels // problem.heads
-    d0, d1 = pieces(head_dim)
-    heads = {"HEADS": problem.heads, "D": head_dim, "D0": d0, "D1": d1, "SAVE": save}
-    meta = _common(problem) | heads
-    meta["ALIGN"] = low_bit(head_dim, limit=meta["ALIGN"])
-    size = lanes(tokens)
-    kernel = "attend_packed" if tokens <= 32 else "attend_rows"
-    pointers = ("qkv", "proj_weight", "proj_bias", "x", "middle", "attention")
-    blocks, options = _split(kernel, problem, n=min(size, 512))
-    if tokens > blocks.pop("MAX_TOKENS"):
-        project = _linear(
-            problem, ("attention", "proj_bias", "proj_bias", "proj_weight", "proj_bias", "x", "middle"), channels,
-            NORM=False, BIAS=True, RESIDUAL=True,
-        )  # fmt: skip
-        return [qkv], [project, ffn]
-    ints: tuple[int, ...] = (height, width, ph, pw)
-    if kernel == "attend_packed":
-        attend = Launch(attention_kernels.attend_packed, kernel, -(-groups // blocks["UNITS"]), pointers, ("scale2",),
-                        (*ints, groups), meta | blocks, options)  # fmt: skip
-    else:
-        blocks["BLOCK_M"] = min(blocks["BLOCK_M"], size)
-        programs = -(-tokens // blocks["BLOCK_M"])
-        blocks["BLOCK_N"] = min(blocks["BLOCK_N"], size)
-        meta |= {"ONE_PASS": tokens <= blocks["BLOCK_N"], "PROGRAMS_PER_GROUP": programs} | blocks
-        meta["LOOP"] = problem.loop(tokens)
-        attend = Launch(attention_kernels.attend_rows, kernel, groups * programs, pointers, ("scale2",), ints, meta,
-                        options)  # fmt: skip
-    return [qkv, attend, ffn], []
+    return qkv, project, ffn
 
 
 @configs.memo
@@ -126,7 +102,11 @@ def backward_launches(problem: LayerProblem) -> tuple[Launch, int, Launch, int]:
     blocks, options = _split("ffn_backward", problem, f=problem.hidden)
     blocks["ROWS"] = min(blocks["ROWS"], blocks["BLOCK_M"])
     programs = -(-problem.rows // blocks["BLOCK_M"])
-    meta = {"F": problem.hidden, "FALIGN": low_bit(problem.hidden, limit=16 // problem.dtype.itemsize)}
+    meta = {
+        "F": problem.hidden,
+        "ONES": problem.ones,
+        "FALIGN": low_bit(problem.hidden, limit=16 // problem.dtype.itemsize),
+    }
     pointers: tuple[str, ...]
     pointers = ("grad", "middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "hidden",
                 "dhidden", "normed2", "dmiddle", "ffn_sums")  # fmt: skip
@@ -137,5 +117,5 @@ def backward_launches(problem: LayerProblem) -> tuple[Launch, int, Launch, int]:
     more = -(-problem.rows // blocks["BLOCK_M"])
     pointers = ("dqkv", "dmiddle", "x", "norm1_weight", "norm1_bias", "qkv_weight", "normed1", "dx", "qkv_sums")
     qkv = Launch(backward_kernels.qkv_backward, "qkv_backward", more, pointers, ("eps",), (problem.rows,),
-                 _common(problem) | blocks, options)  # fmt: skip
+                 _common(problem) | {"ONES": problem.ones} | blocks, options)  # fmt: skip
     return ffn, programs, qkv, more
