@@ -24,7 +24,7 @@ OP = OPS["patch_transformer_layer"]
 PHASES = (Phase.explicit, Phase.generate)  # to shrink a failure takes the interpreter minutes
 DTYPES = (torch.float32, torch.float16) + (() if DEVICE == "cpu" else (torch.bfloat16,))
 on_triton = interpreter if DEVICE == "cpu" else lambda test: test
-CONFIGS = ("linear_rows", "norm_ffn", "ffn_backward", "qkv_backward")
+CONFIGS = ("linear_rows", "norm_ffn", "ffn_backward", "norm_backward")
 
 
 def arguments_of(

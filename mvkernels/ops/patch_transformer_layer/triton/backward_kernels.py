@@ -14,22 +14,31 @@ from mvkernels.ops.patch_transformer_layer.triton.row_kernels import (
     load_vector,
     normed_rows,
     product,
+    sigmoid,
     store_sums,
 )
-from mvkernels.triton.tiles import load_tile, round_tf32, store_tile
+from mvkernels.triton.tiles import load_tile, store_tile
 
 
-# The second part of both kernels: the gradient of the normalised rows, which the first part has left at dx_ptr, becomes
-# that of the rows, plus the residual's. It went through memory (the cache, that is) because each thread has much of the
-# accumulator of a product, and all that is needed here does not fit beside it. Writes the normalised rows too, and the
-# sums of the program: C each for gamma and beta, and with OUTER, at outer_ptr, of the residual and of dx.
-@triton.jit
-def _through_norm(
-    dx_ptr, x_ptr, residual_ptr, gamma_ptr, beta_ptr, normed_ptr, sums_ptr, outer_ptr, left, eps,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ONES: tl.constexpr, OUTER: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+# Of y = norm(x): dx = residual + the gradient through the norm, and the normalised rows. A program goes over its
+# BLOCK_M rows ROWS at a time; its sums stay in registers: C each for gamma and beta, and with OUTER of the residual and
+# of dx. Each map is read or written once.
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward(
+    d_ptr, x_ptr, residual_ptr, gamma_ptr, beta_ptr, normed_ptr, dx_ptr, sums_ptr, eps, rows,
+    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ONES: tl.constexpr, OUTER: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     ONE: tl.constexpr = C1 if C1 > 0 else 1
+    pid = tl.program_id(0).to(tl.int64)
+    first = pid * BLOCK_M
+    left = rows - first
+    d_ptr += first * C
+    x_ptr += first * C
+    residual_ptr += first * C
+    normed_ptr += first * (C + ONES)
+    dx_ptr += first * C
+    sums_ptr += pid * ((4 if OUTER else 2) * C)
     g0, g1 = load_vector(gamma_ptr, C, C0, C1)
     b0, b1 = load_vector(beta_ptr, C, C0, C1)
     gammas0 = tl.zeros([ROWS, C0], tl.float32)
@@ -45,11 +54,11 @@ def _through_norm(
         keep = m < left
         at = tl.multiple_of(m * C, ALIGN)
         x0, x1 = load_tile(x_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
+        d0, d1 = load_tile(d_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
+        r0, r1 = load_tile(residual_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
         x0, x1, _, _, over = centred_rows(x_ptr, x0, x1, at, keep, eps, C, C0, C1)
-        d0, d1 = load_tile(dx_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
         d0 = d0.to(tl.float32)
         d1 = d1.to(tl.float32)
-        r0, r1 = load_tile(residual_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False)
         r0 = r0.to(tl.float32)
         r1 = r1.to(tl.float32)
         # Rows outside are 0 by selection: eps may be 0, and then their deviation is.
@@ -74,7 +83,6 @@ def _through_norm(
         last = tl.arange(0, 16)
         one = tl.where(last[None, :] == 0, tl.full([ROWS, 16], 1.0, tl.float32), 0.0).to(normed_ptr.dtype.element_ty)
         tl.store(normed_ptr + C + to[:, None] + last[None, :], one, mask=keep[:, None] & (last < ONES)[None, :])
-        tl.debug_barrier()  # all have read what some will now write over
         along = along / C
         total = total / C
         d0 = tl.where(keep[:, None], (d0 - total[:, None] - x0 * along[:, None]) * over[:, None], 0.0) + r0
@@ -90,36 +98,29 @@ def _through_norm(
     store_sums(sums_ptr, gammas0, gammas1, C, C0, C1)
     store_sums(sums_ptr + C, betas0, betas1, C, C0, C1)
     if OUTER:
-        store_sums(outer_ptr, residuals0, residuals1, C, C0, C1)
-        store_sums(outer_ptr + C, outs0, outs1, C, C0, C1)
+        store_sums(sums_ptr + 2 * C, residuals0, residuals1, C, C0, C1)
+        store_sums(sums_ptr + 3 * C, outs0, outs1, C, C0, C1)
 
 
 # Of y = x + silu(norm(x) W1^T + b1) W2^T + b2, for a block of rows: the hidden rows and the gradient before the
-# activation, BLOCK_F channels at a time; dx, whose sum over hidden channels stays in registers; the normalised rows.
-# Sums of a program: C each for gamma, beta, b2 and the columns of dx.
+# activation, BLOCK_F channels at a time.
 @triton.jit(do_not_specialize=["rows"])
 def ffn_backward(
-    g_ptr, x_ptr, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2_ptr, hidden_ptr, dhidden_ptr, normed_ptr, dx_ptr, sums_ptr,
-    eps, rows,
+    g_ptr, x_ptr, gamma_ptr, beta_ptr, w1_ptr, b1_ptr, w2_ptr, hidden_ptr, dhidden_ptr, eps, rows,
     C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, F: tl.constexpr, ALIGN: tl.constexpr, FALIGN: tl.constexpr,
-    ONES: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, PTX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     WHOLE: tl.constexpr = "ieee" if CHUNK > 0 else PRECISION
-    pid = tl.program_id(0).to(tl.int64)
-    first = pid * BLOCK_M
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
     m = tl.arange(0, BLOCK_M)
     keep = first + m < rows
     at = tl.multiple_of(m * C, ALIGN)
-    sums_ptr += pid * (4 * C)
     x_ptr += first * C
     g_ptr += first * C
     hidden_ptr += first * F
     dhidden_ptr += first * F
     n0, n1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     g0, g1 = load_tile(g_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
-    d0 = tl.zeros([BLOCK_M, C0], tl.float32)
-    d1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
     for start in range(0, F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         keep_f = f < F
@@ -132,59 +133,10 @@ def ffn_backward(
             g0, g1, g_ptr, at, keep, lead, mean, over, gamma_ptr, beta_ptr, w2_ptr, f, keep_f,
             C, C0, C1, F, ALIGN, False, True, PRECISION, CHUNK,
         )  # fmt: skip
-        gate = 1.0 / (1.0 + tl.exp(-a))
+        gate = sigmoid(a, PTX)
         hidden = a * gate
         inside = keep[:, None] & keep_f[None, :]
         to = tl.multiple_of(m * F, FALIGN)[:, None] + f[None, :]
         tl.store(hidden_ptr + to, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
-        da = (dh * (gate + hidden * (1.0 - gate))).to(x_ptr.dtype.element_ty)
-        tl.store(dhidden_ptr + to, da, mask=inside)
-        da = round_tf32(da, PRECISION)
-        w0, w1 = load_tile(w1_ptr, tl.multiple_of(f * C, ALIGN), keep_f, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
-        d0 = tl.dot(da, w0, d0, input_precision=PRECISION)
-        if C1 > 0:
-            d1 = tl.dot(da, w1, d1, input_precision=PRECISION)
-    dx_ptr += first * C
-    store_tile(dx_ptr, d0, d1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
-    tl.debug_barrier()  # what other threads of this program wrote is read below
-    _through_norm(
-        dx_ptr, x_ptr, g_ptr, gamma_ptr, beta_ptr, normed_ptr + first * (C + ONES), sums_ptr, sums_ptr + 2 * C,
-        rows - first, eps, C, C0, C1, ALIGN, ONES, True, BLOCK_M, ROWS,
-    )  # fmt: skip
-
-
-# Of qkv = norm(x) W^T + b, for a block of rows: dx = residual + the gradient through the norm, and the normalised rows.
-# Sums of a program: C each for gamma and beta.
-@triton.jit(do_not_specialize=["rows"])
-def qkv_backward(
-    dqkv_ptr, residual_ptr, x_ptr, gamma_ptr, beta_ptr, w_ptr, normed_ptr, dx_ptr, sums_ptr, eps, rows,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, ALIGN: tl.constexpr, ONES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    first = pid * BLOCK_M
-    m = tl.arange(0, BLOCK_M)
-    keep = first + m < rows
-    at = tl.multiple_of(m * C, ALIGN)
-    sums_ptr += pid * (2 * C)
-    dqkv_ptr += first * (3 * C)
-    d0 = tl.zeros([BLOCK_M, C0], tl.float32)
-    d1 = tl.zeros([BLOCK_M, C1 if C1 > 0 else 1], tl.float32)
-    for start in range(0, 3 * C, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        keep_k = k < 3 * C
-        from_ = tl.multiple_of(m * (3 * C), ALIGN)[:, None] + k[None, :]
-        a = tl.load(dqkv_ptr + from_, mask=keep[:, None] & keep_k[None, :], other=0.0)
-        a = round_tf32(a, PRECISION)
-        w0, w1 = load_tile(w_ptr, tl.multiple_of(k * C, ALIGN), keep_k, 1, C, C0, C1, 1, ALIGN, False, PRECISION)
-        d0 = tl.dot(a, w0, d0, input_precision=PRECISION)
-        if C1 > 0:
-            d1 = tl.dot(a, w1, d1, input_precision=PRECISION)
-    dx_ptr += first * C
-    store_tile(dx_ptr, d0, d1, at, keep, 1, C, C0, C1, 1, ALIGN, False)
-    tl.debug_barrier()  # what other threads of this program wrote is read below
-    _through_norm(
-        dx_ptr, x_ptr + first * C, residual_ptr + first * C, gamma_ptr, beta_ptr,
-        normed_ptr + first * (C + ONES), sums_ptr, sums_ptr, rows - first, eps, C, C0, C1, ALIGN, ONES, False, BLOCK_M,
-        ROWS,
-    )  # fmt: skip
+        da = dh * (gate + hidden * (1.0 - gate))
+        tl.store(dhidden_ptr + to, da.to(dhidden_ptr.dtype.element_ty), mask=inside)

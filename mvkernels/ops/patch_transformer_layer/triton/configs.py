@@ -1,8 +1,8 @@
 """Default launch configurations of the layer's Triton kernels. Needs no Triton.
 
 A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
-float32 products, ``tf32``), ``few`` (1 where blocks of 64 rows are fewer than processors) and ``arch``. The choices here are those that `make audit` shows to need no
-spills and to fit shared memory on every architecture it compiles for.
+float32 products, ``tf32``), ``few`` (1 where blocks of 64 rows are fewer than processors) and ``arch``. The choices
+here are those that `make audit` shows to need no spills and to fit shared memory on every architecture it compiles for.
 
 ``layer`` is no kernel: its FUSED says whether the modules of :mod:`mvkernels.nn` take this op rather than the
 attention alone with PyTorch's norms and products around it. Nothing was measured where no file says so: 0.
@@ -56,29 +56,17 @@ def _norm_ffn(key: Mapping[str, Any]) -> Config:
             "num_stages": 2}  # fmt: skip
 
 
-# ROWS: how many at a time go through the norm's gradient, when the products are done.
 @heuristic(OP, "ffn_backward")
 def _ffn_backward(key: Mapping[str, Any]) -> Config:
-    config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
-    if exact(key):
-        return {**config, "BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16}
-    if key["dtype"] == "tf32":
-        return {**config, "BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16}
-    # Two operands of all channels stay beside the sum, unless they do not fit: then the rows are read again.
-    whole = _wide(key) <= (160 if key["arch"] in ROOMY else 96)
-    block = 32 if whole or key["arch"] in ROOMY else 16
-    return {**config, "BLOCK_M": _rows(key), "BLOCK_F": block, "CHUNK": 0 if whole else 32}
-
-
-@heuristic(OP, "qkv_backward")
-def _qkv_backward(key: Mapping[str, Any]) -> Config:
-    config = {"ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
     if not half(key) and key["arch"] != "interpreter":
-        return {**config, "BLOCK_M": 16, "BLOCK_K": 16}
-    # Rows of the gradient are summed and multiplied. Of what both registers and warp groups' products read, Triton's
-    # pipeline for sm_90 keeps one buffer, and copies into it while a product still reads it (triton-lang/triton#6691).
-    # For sm_100 it keeps two.
-    return {**config, "BLOCK_M": _rows(key), "BLOCK_K": 32, "num_stages": 1 if key["arch"] == "sm_90" else 2}
+        return {"BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_M": _rows(key), "BLOCK_F": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+
+
+# ROWS: how many at a time go through the norm's gradient.
+@heuristic(OP, "norm_backward")
+def _norm_backward(key: Mapping[str, Any]) -> Config:
+    return {"BLOCK_M": 64, "ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
 
 
 @heuristic(OP, "layer")
@@ -113,10 +101,6 @@ def _ffn_tiles() -> list[Config]:
     return [{"BLOCK_M": m, "BLOCK_F": f, "num_warps": w} for m, f, w in tiles]
 
 
-@candidates(OP, "qkv_backward")
-def _qkv_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
-    if key["dtype"] == "f32":
-        return []
-    tiles = [(32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8)]
-    stages = [] if key["arch"] == "sm_90" else [{"num_stages": 3}]
-    return [*({"BLOCK_M": m, "BLOCK_K": k, "num_warps": w} for m, k, w in tiles), *stages]
+@candidates(OP, "norm_backward")
+def _norm_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
+    return [{"BLOCK_M": m, "ROWS": r, "num_warps": w} for m in (64, 128, 256) for r, w in ((4, 2), (8, 4), (16, 4))]

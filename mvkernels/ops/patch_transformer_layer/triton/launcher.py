@@ -2,14 +2,14 @@
 
 | | forward | backward |
 | --- | --- | --- |
-| norm + qkv | ``linear_rows`` | ``qkv_backward`` |
+| norm + qkv | ``linear_rows`` | a plain product, ``norm_backward`` |
 | attention | patch_attention's | patch_attention's, into a packed dqkv |
-| projection + residual | ``linear_rows`` | plain products |
-| norm + feed-forward + residual | ``norm_ffn`` | ``ffn_backward`` |
+| projection + residual | ``linear_rows`` | a plain product |
+| norm + feed-forward + residual | ``norm_ffn`` | ``ffn_backward``, a plain product, ``norm_backward`` |
 
-patch_attention's kernels are those that "auto" takes of it, in Triton or in CUDA C++. The gradients of the weights, and
-the projection's way back, are plain matrix products and PyTorch's own. What follows from shapes and dtype is planned
-once and cached (plan.py); the static audit compiles the very same launches.
+patch_attention's kernels are those that "auto" takes of it, in Triton or in CUDA C++. Plain matrix products, those of
+the weights' gradients among them, are PyTorch's own. What follows from shapes and dtype is planned once and cached
+(plan.py); the static audit compiles the very same launches.
 """
 
 from __future__ import annotations
@@ -147,39 +147,43 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     rows = tensors["x"]
     hidden = tensors["fc1_weight"].shape[0]
     problem = problem_of(x, hidden, heads, (ph, pw), given[4] is not None)
-    ffn, ffn_programs, to_x, programs = backward_launches(problem)
+    ffn, second, first, programs = backward_launches(problem)
     count = b * height * width
+    floats = {"eps": eps}
 
     def empty(channels: int) -> torch.Tensor:
         return rows.new_empty((count, channels))
 
+    def sums(parts: int) -> torch.Tensor:
+        return rows.new_empty((programs, parts * c), dtype=torch.float32)
+
     tensors |= {"grad": grad.permute(0, 2, 3, 1).contiguous(), "middle": middle}
-    tensors |= {"hidden": empty(hidden), "dhidden": empty(hidden), "dmiddle": empty(c)}
-    tensors["normed2"] = empty(c + problem.ones)
-    tensors["ffn_sums"] = rows.new_empty((ffn_programs, 4 * c), dtype=torch.float32)
-    floats = {"eps": eps}
+    tensors |= {"hidden": empty(hidden), "dhidden": empty(hidden)}
     run([ffn], tensors, floats)
-    of_grad, dmiddle = tensors["grad"].view(count, c), tensors["dmiddle"]
-    dfc2 = of_grad.t().mm(tensors["hidden"])
-    dfc1, dfc1_bias = _with_bias(tensors["dhidden"], tensors["normed2"], c)
-    dgamma2, dbeta2, dfc2_bias, dproj_bias = tensors["ffn_sums"].sum(0).to(x.dtype).split(c)
-    for name in ("hidden", "dhidden", "normed2", "grad"):
-        del tensors[name]
+    dfc2 = tensors["grad"].view(count, c).t().mm(tensors.pop("hidden"))
+    dhidden = tensors.pop("dhidden")
+    tensors |= {"dnormed2": dhidden.mm(tensors["fc1_weight"]), "normed2": empty(c + problem.ones)}
+    tensors |= {"dmiddle": empty(c), "sums2": sums(4)}
+    run([second], tensors, floats)
+    dfc1, dfc1_bias = _with_bias(dhidden, tensors.pop("normed2"), c)
+    dgamma2, dbeta2, dfc2_bias, dproj_bias = tensors.pop("sums2").sum(0).to(x.dtype).split(c)
+    dmiddle = tensors["dmiddle"]
+    del dhidden, tensors["grad"], tensors["dnormed2"]
 
     dproj = dmiddle.t().mm(attention.view(count, c))
     dattention = dmiddle.mm(tensors["proj_weight"]).view(b, height, width, heads, -1).permute(0, 3, 4, 1, 2)
-    tensors["dqkv"] = empty(3 * c)
+    dqkv = empty(3 * c)
     maps = _maps(qkv, heads)
     backward_into(
         fastest_on_gpu(*maps, (ph, pw), None, scale, backward=True),
-        _maps(tensors["dqkv"].view(b, height, width, -1), heads), dattention, *maps, ph, pw, None, scale, False,
-        packed=3,
+        _maps(dqkv.view(b, height, width, -1), heads), dattention, *maps, ph, pw, None, scale, False, packed=3,
     )  # fmt: skip
-    tensors |= {"normed1": empty(c + problem.ones), "dx": rows.new_empty(rows.shape)}
-    tensors["qkv_sums"] = rows.new_empty((programs, 2 * c), dtype=torch.float32)
-    run([to_x], tensors, floats)
-    dqkv, dqkv_bias = _with_bias(tensors["dqkv"], tensors["normed1"], c)
-    dgamma1, dbeta1 = tensors["qkv_sums"].sum(0).to(x.dtype).split(c)
+    del dattention
+    tensors |= {"dnormed1": dqkv.mm(tensors["qkv_weight"]), "normed1": empty(c + problem.ones)}
+    tensors |= {"dx": rows.new_empty(rows.shape), "sums1": sums(2)}
+    run([first], tensors, floats)
+    dqkv_weight, dqkv_bias = _with_bias(dqkv, tensors["normed1"], c)
+    dgamma1, dbeta1 = tensors["sums1"].sum(0).to(x.dtype).split(c)
     dx = tensors["dx"].permute(0, 3, 1, 2)
     if x.stride(1) != 1:
         dx = empty_map(x, c).copy_(dx)
@@ -189,5 +193,5 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     )
     if given[4] is None:
         dqkv_bias = x.new_empty(0)
-    return (dx, dgamma1, dbeta1, dqkv, dqkv_bias, dproj, dproj_bias, dgamma2, dbeta2, dfc1, dfc1_bias, dfc2,
+    return (dx, dgamma1, dbeta1, dqkv_weight, dqkv_bias, dproj, dproj_bias, dgamma2, dbeta2, dfc1, dfc1_bias, dfc2,
             dfc2_bias)  # fmt: skip

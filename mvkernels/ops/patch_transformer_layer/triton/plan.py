@@ -29,6 +29,11 @@ class LayerProblem(Problem):
         return self.shape[0] * self.shape[2] * self.shape[3]
 
     @property
+    def nvidia(self) -> bool:
+        """Whether the device executes PTX."""
+        return self.device.arch.startswith("sm_")
+
+    @property
     def ones(self) -> int:
         """Numbers after the channels of a normalised row, of which the first is 1: as many as keep rows aligned."""
         return 16 - self.shape[1] % 8
@@ -87,35 +92,43 @@ def forward_launches(problem: LayerProblem) -> tuple[Launch, Launch, Launch]:
     pointers = ("middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "out")
     ffn = Launch(
         row_kernels.norm_ffn, "norm_ffn", -(-problem.rows // blocks["BLOCK_M"]), pointers, ("eps",), (problem.rows,),
-        _common(problem) | {"F": problem.hidden} | blocks, options,
+        _common(problem) | {"F": problem.hidden, "PTX": problem.nvidia} | blocks, options,
     )  # fmt: skip
     return qkv, project, ffn
 
 
-@configs.memo
-def backward_launches(problem: LayerProblem) -> tuple[Launch, int, Launch, int]:
-    """(``ffn_backward``, its programs, ``qkv_backward``, its programs).
-
-    Tensors beside forward's: ``grad``, ``hidden dhidden normed2 dmiddle ffn_sums`` written by the first, ``dqkv``, and
-    ``normed1 dx qkv_sums`` written by the second. Each program has its own row of the sums.
-    """
-    blocks, options = _split("ffn_backward", problem, f=problem.hidden)
+def _norm(problem: LayerProblem, pointers: tuple[str, ...], outer: bool) -> tuple[Launch, int]:
+    blocks, options = _split("norm_backward", problem)
     blocks["ROWS"] = min(blocks["ROWS"], blocks["BLOCK_M"])
     programs = -(-problem.rows // blocks["BLOCK_M"])
+    meta = _common(problem) | {"ONES": problem.ones, "OUTER": outer} | blocks
+    launch = Launch(backward_kernels.norm_backward, "norm_backward", programs, pointers, ("eps",), (problem.rows,), meta,
+                    options)  # fmt: skip
+    return launch, programs
+
+
+@configs.memo
+def backward_launches(problem: LayerProblem) -> tuple[Launch, Launch, Launch, int]:
+    """``ffn_backward``, ``norm_backward`` of the second norm, that of the first, and the programs of these two.
+
+    Tensors beside forward's: ``grad``, ``hidden dhidden`` written by the first, ``dnormed2``, ``normed2 dmiddle sums2``
+    written by the second, ``dnormed1``, and ``normed1 dx sums1`` written by the third. Each program has its own row of
+    the sums.
+    """
+    blocks, options = _split("ffn_backward", problem, f=problem.hidden)
     meta = {
         "F": problem.hidden,
-        "ONES": problem.ones,
+        "PTX": problem.nvidia,
         "FALIGN": low_bit(problem.hidden, limit=16 // problem.dtype.itemsize),
     }
-    pointers: tuple[str, ...]
     pointers = ("grad", "middle", "norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "hidden",
-                "dhidden", "normed2", "dmiddle", "ffn_sums")  # fmt: skip
-    ffn = Launch(backward_kernels.ffn_backward, "ffn_backward", programs, pointers, ("eps",), (problem.rows,),
-                 _common(problem) | meta | blocks, options)  # fmt: skip
-    blocks, options = _split("qkv_backward", problem)
-    blocks["ROWS"] = min(blocks["ROWS"], blocks["BLOCK_M"])
-    more = -(-problem.rows // blocks["BLOCK_M"])
-    pointers = ("dqkv", "dmiddle", "x", "norm1_weight", "norm1_bias", "qkv_weight", "normed1", "dx", "qkv_sums")
-    qkv = Launch(backward_kernels.qkv_backward, "qkv_backward", more, pointers, ("eps",), (problem.rows,),
-                 _common(problem) | {"ONES": problem.ones} | blocks, options)  # fmt: skip
-    return ffn, programs, qkv, more
+                "dhidden")  # fmt: skip
+    ffn = Launch(backward_kernels.ffn_backward, "ffn_backward", -(-problem.rows // blocks["BLOCK_M"]), pointers,
+                 ("eps",), (problem.rows,), _common(problem) | meta | blocks, options)  # fmt: skip
+    second, programs = _norm(
+        problem, ("dnormed2", "middle", "grad", "norm2_weight", "norm2_bias", "normed2", "dmiddle", "sums2"), True
+    )
+    first, _ = _norm(
+        problem, ("dnormed1", "x", "dmiddle", "norm1_weight", "norm1_bias", "normed1", "dx", "sums1"), False
+    )
+    return ffn, second, first, programs
