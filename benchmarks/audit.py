@@ -76,7 +76,7 @@ class Unit:
 def unit_of(launch: Any, target: str, dtype: torch.dtype) -> Unit:
     """What a launch compiles to: types and specialisations as the runtime would find them."""
     sums = {"rows", "partial", "stats", "stats_parts", "sums", "dsums", "parts", "taps"}
-    sums |= {"dq_sums", "dk_sums", "dv_sums", "ffn_sums", "qkv_sums"}
+    sums |= {"dq_sums", "dk_sums", "dv_sums", "sums1", "sums2"}
     sum_type = "*fp64" if dtype == torch.float64 else "*fp32"
     indices = {"index", "index_parts"}
     names = list(launch.kernel.arg_names)

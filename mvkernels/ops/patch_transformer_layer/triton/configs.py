@@ -1,8 +1,9 @@
 """Default launch configurations of the layer's Triton kernels. Needs no Triton.
 
 A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
-float32 products, ``tf32``), ``few`` (1 where blocks of 64 rows are fewer than processors) and ``arch``. The choices
-here are those that `make audit` shows to need no spills and to fit shared memory on every architecture it compiles for.
+float32 products, ``tf32``), ``few`` (0 where blocks of 128 rows are as many as processors or more, 1 where those of 32
+are, else 2) and ``arch``. The choices here are those that the model of time takes least for, of those that `make audit`
+shows to need no spills and to fit shared memory on every architecture it compiles for.
 
 ``layer`` is no kernel: its FUSED says whether the modules of :mod:`mvkernels.nn` take this op rather than the
 attention alone with PyTorch's norms and products around it. Nothing was measured where no file says so: 0.
@@ -17,7 +18,7 @@ from mvkernels.triton.configs import ROOMY, Config, candidates, exact, half, heu
 from mvkernels.triton.maps import pieces
 
 OP = "patch_transformer_layer"
-_TILES = ((32, 64, 4), (64, 32, 4), (64, 64, 4), (64, 128, 8), (128, 64, 8), (128, 128, 8))
+_TILES = ((32, 64, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8))
 """Rows, columns and warps to try."""
 
 
@@ -26,22 +27,29 @@ def _wide(key: Mapping[str, Any]) -> int:
 
 
 def _rows(key: Mapping[str, Any]) -> int:
-    # Of a block: few where there are few in all, but an interpreter runs one program after the other.
-    return 16 if key["few"] and key["arch"] != "interpreter" else 64
+    # Of a block: few where there are few in all, but an interpreter runs one program after the other. Weights are read
+    # once a block, and products of warp groups want 64 rows; of more channels than 192 twice as many would spill.
+    if key["arch"] == "interpreter":
+        return 64
+    if key["few"] == 2:
+        return 16
+    return 128 if key["few"] == 0 and _wide(key) <= 192 and key["arch"] in ROOMY else 64
 
 
 @heuristic(OP, "linear_rows")
 def _linear_rows(key: Mapping[str, Any]) -> Config:
     # STEPS: blocks of outputs that a program takes one after the other; all of them if rows fill the machine.
+    steps = 1 if key["few"] and key["arch"] != "interpreter" else 64
     if exact(key):
         config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
     elif key["dtype"] == "tf32":
         config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+    elif key["arch"] in ROOMY:
+        config = {"BLOCK_M": max(_rows(key), 64), "BLOCK_N": 128 if key["few"] == 1 else 64, "CHUNK": 0,
+                  "num_warps": 8 if key["few"] == 0 and key["n"] <= key["c"] else 4, "num_stages": 1}  # fmt: skip
     else:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "CHUNK": 0, "num_warps": 4, "num_stages": 2}
-        if _wide(key) > 128:
-            config["num_warps"] = 8
-    return {**config, "STEPS": 1 if key["few"] and key["arch"] != "interpreter" else 64}
+        config = {"BLOCK_M": 64, "BLOCK_N": 64, "CHUNK": 0, "num_warps": 8 if _wide(key) > 128 else 4, "num_stages": 2}
+    return {**config, "STEPS": steps}
 
 
 @heuristic(OP, "norm_ffn")
@@ -50,23 +58,37 @@ def _norm_ffn(key: Mapping[str, Any]) -> Config:
         return {"BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
     if key["dtype"] == "tf32":
         return {"BLOCK_M": 32, "BLOCK_F": 16, "CHUNK": 0, "num_warps": 8, "num_stages": 1}
-    wide = _wide(key) > 128
-    block = 16 if wide and key["arch"] not in ROOMY else 32
-    return {"BLOCK_M": _rows(key), "BLOCK_F": block, "CHUNK": 0, "num_warps": 8 if wide else 4,
-            "num_stages": 2}  # fmt: skip
+    rows, wide = _rows(key), _wide(key)
+    config = {"BLOCK_M": rows, "BLOCK_F": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 2}
+    if key["arch"] not in ROOMY:
+        return config | ({"BLOCK_F": 16, "num_warps": 8} if wide > 96 else {})
+    if rows == 128:
+        return config | {"BLOCK_F": 64 if wide <= 144 else 32, "num_warps": 8, "num_stages": 3}
+    if rows == 64:
+        return config | {"BLOCK_F": 64, "num_warps": 8, "num_stages": 2 if wide <= 144 else 1}
+    return config
 
 
 @heuristic(OP, "ffn_backward")
 def _ffn_backward(key: Mapping[str, Any]) -> Config:
     if not half(key) and key["arch"] != "interpreter":
         return {"BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_M": _rows(key), "BLOCK_F": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+    rows, wide = _rows(key), _wide(key)
+    config = {"BLOCK_M": rows, "BLOCK_F": 32, "CHUNK": 0, "num_warps": 8 if rows >= 64 else 4, "num_stages": 1}
+    if key["arch"] in ROOMY:
+        return config | {"BLOCK_F": 64 if rows < 128 or wide > 144 else 32}
+    return config | ({"BLOCK_F": 16} if wide > 128 else {"num_warps": 4})
 
 
 # ROWS: how many at a time go through the norm's gradient.
 @heuristic(OP, "norm_backward")
 def _norm_backward(key: Mapping[str, Any]) -> Config:
-    return {"BLOCK_M": 64, "ROWS": 8 if key["arch"] != "interpreter" else 64, "num_warps": 4, "num_stages": 1}
+    if key["arch"] == "interpreter":
+        return {"BLOCK_M": 64, "ROWS": 64, "num_warps": 4, "num_stages": 1}
+    config = {"ROWS": 8 if _wide(key) <= 144 else 4, "num_warps": 2, "num_stages": 1}
+    if key["few"]:
+        return {**config, "BLOCK_M": 16, "ROWS": 4}
+    return {**config, "BLOCK_M": 128 if _wide(key) <= 144 else 64}
 
 
 @heuristic(OP, "layer")
@@ -91,16 +113,14 @@ def _norm_ffn_candidates(key: Mapping[str, Any]) -> list[Config]:
 
 @candidates(OP, "ffn_backward")
 def _ffn_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
-    # On sm_90 not the fault of qkv_backward's pipeline: what is copied overwrites what a product still reads.
-    stages = [] if key["arch"] == "sm_90" else [{"num_stages": 3}]
-    return [*_ffn_tiles(), *stages] if key["dtype"] != "f32" else []
+    return [*_ffn_tiles(), {"num_stages": 2}] if key["dtype"] != "f32" else []
 
 
 def _ffn_tiles() -> list[Config]:
-    tiles = [(16, 32, 4), (32, 32, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (128, 32, 8)]
+    tiles = [(16, 32, 4), (32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8)]
     return [{"BLOCK_M": m, "BLOCK_F": f, "num_warps": w} for m, f, w in tiles]
 
 
 @candidates(OP, "norm_backward")
 def _norm_backward_candidates(key: Mapping[str, Any]) -> list[Config]:
-    return [{"BLOCK_M": m, "ROWS": r, "num_warps": w} for m in (64, 128, 256) for r, w in ((4, 2), (8, 4), (16, 4))]
+    return [{"BLOCK_M": m, "ROWS": r, "num_warps": w} for m in (16, 64, 128) for r, w in ((4, 2), (8, 2), (8, 4))]

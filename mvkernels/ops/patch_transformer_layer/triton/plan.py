@@ -48,7 +48,8 @@ class LayerProblem(Problem):
 
 def key_of(problem: LayerProblem) -> dict[str, Any]:
     """What every configuration may depend on."""
-    few = int(problem.rows < 64 * problem.device.processors)
+    processors = problem.device.processors
+    few = (problem.rows < 128 * processors) + (problem.rows < 32 * processors)
     return {"c": problem.shape[1], "dtype": problem.key_dtype, "few": few, "arch": problem.device.arch}
 
 
