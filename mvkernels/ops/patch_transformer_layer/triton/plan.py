@@ -103,8 +103,8 @@ def _norm(problem: LayerProblem, pointers: tuple[str, ...], outer: bool) -> tupl
     blocks["ROWS"] = min(blocks["ROWS"], blocks["BLOCK_M"])
     programs = -(-problem.rows // blocks["BLOCK_M"])
     meta = _common(problem) | {"ONES": problem.ones, "OUTER": outer} | blocks
-    launch = Launch(backward_kernels.norm_backward, "norm_backward", programs, pointers, ("eps",), (problem.rows,), meta,
-                    options)  # fmt: skip
+    launch = Launch(backward_kernels.norm_backward, "norm_backward", programs, pointers, ("eps",), (problem.rows,),
+                    meta, options)  # fmt: skip
     return launch, programs
 
 
