@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from mvkernels import testing
 from mvkernels.cuda.attention import launcher, plan
 from mvkernels.dispatch.registry import OPS
+from mvkernels.triton.attention.problem import AttentionProblem
 from tests.cuda import attention_cases as cases
 from tests.cuda.attention_cases import Case
-from tests.ptx import nvcc
+from tests.ptx import launches, nvcc
 from tests.ptx.cases import of_op
 
 pytestmark = pytest.mark.skipif(bool(nvcc.why_not()), reason=nvcc.why_not())
@@ -71,6 +73,29 @@ def test_the_gradient_of_a_bias_is_a_sum_of_parts(processors: int) -> None:
     assert not cases.faults(case, "bf16", processors=processors)
     large = Case(1, 16, (16, 16), (8, 16), (0, 0), bias=True, batch=3)
     assert not cases.faults(large, "f32", processors=processors)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16", "f32"])
+def test_the_order_of_a_bias(kind: str) -> None:
+    """Lane by lane as the sums of a product; the second copy has keys as rows; -inf beyond the last key."""
+    heads, tokens, tiles = 2, 21, 2
+    bias = torch.randn(tokens, heads, tokens).to(cases.DTYPES[kind]).permute(1, 2, 0)
+    map_ = torch.zeros(1, heads, 16, 3, 7, dtype=bias.dtype)
+    named = [(name, map_) for name in "qkv"]
+    problem = AttentionProblem.of_call("patch_attention", named, bias, (1, 1), None, False)
+    with launches.executed() as log:
+        ordered = bias.new_empty(plan.ordered_size(heads, tokens, 2))
+        for each in plan.order_launches(problem, problem.geometry, 2):
+            each({"bias": bias, "ordered": ordered}, {})
+    assert not log[0].findings
+    padded = torch.zeros(2, heads, 16 * tiles, 16 * tiles)
+    padded[0, :, :, tokens:] = padded[1, :, tokens:] = -math.inf
+    padded[0, :, :tokens, :tokens], padded[1, :, :tokens, :tokens] = bias.float(), bias.float().mT
+    # (copies, heads, tiles, a row's upper bit, its lower ones, tiles, a column's upper bit, two bits, its lowest)
+    bits = padded.reshape(2, heads, tiles, 2, 8, tiles, 2, 4, 2)
+    # In float32 half of all lanes' numbers, then the other half.
+    order = (0, 1, 2, 5, 6, 4, 7, 3, 8) if kind == "f32" else (0, 1, 2, 5, 4, 7, 6, 3, 8)
+    assert torch.equal(ordered.float(), bits.permute(order).reshape(ordered.shape))
 
 
 def test_few_bank_conflicts_where_a_row_is_an_odd_number_of_16_bytes() -> None:

@@ -4,6 +4,7 @@
 // a time, whose rows it prefetches for itself. Scores of 64 keys are in registers, and their probabilities become the
 // left operand of the product with v there. Larger groups go over their keys with a running maximum. q, k, v and out
 // move once; out leaves by way of the place of its queries, in whole rows.
+#include "bias.cuh"
 #include "products.cuh"
 #include "rows.cuh"
 
@@ -13,10 +14,15 @@ template <typename T>
 struct Forward {
   Map<const T> query, key, value;
   Map<T> out;
-  Bias<T> bias;
+  OrderedBias<T> bias;
   Groups groups;
   int channels, value_channels;
-  float scale2;
+  float scale, scale2;  // scale2: scale times log2(e)
+
+  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
+  __device__ __forceinline__ bool scaled() const { return bias.exists() || scale2 <= 0; }
+  // By what scores are multiplied after that.
+  __device__ __forceinline__ float factor() const { return scaled() ? LOG2E : scale2; }
 };
 
 // What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is the
@@ -36,15 +42,22 @@ struct Queries {
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ bool add_keys(
     Queries<P, DP>& to, const Forward<typename P::Element>& given, const Unit& unit, const uint32_t* masks,
-    uint32_t key, uint32_t value, int tile, int first, float factor, const Lanes<P, DP>& lanes) {
+    uint32_t key, uint32_t value, const typename P::Element* bias, int first, float factor, const Lanes<P, DP>& lanes) {
   constexpr int ROWS = 16 * P::stride(DP) * sizeof(typename P::Element);
-  const bool scaled = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0);
+  using Order = OrderedBias<typename P::Element>;
+  const bool biased = !PLAIN && given.bias.exists();
   float s[TILES][2][4];
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
     to.q.template multiply<false>(s[j], key + j * ROWS, lanes);
-    if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-    if (!PLAIN && !unit.full) mask_columns(s[j], masks[first + j], -INFINITY);
+    if (biased) {
+      Order::add(s[j], given.scale, bias + (first + j) * 256);
+    } else if (!PLAIN && given.scale2 <= 0) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] *= given.scale;
+    }
+    // A bias is -inf beyond the last token.
+    if (!PLAIN && (biased ? unit.cut : !unit.full)) mask_columns(s[j], masks[first + j], -INFINITY);
   }
   if (to.careful) {
     float highest[2] = {to.top[0], to.top[1]};
@@ -145,8 +158,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     load_unit_rows<T, DP, STRIDE, PLAIN>(keys + i * rows * STRIDE, map, channels, pixels, rows, member, team);
   }
 
-  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
-  const float factor = !PLAIN && (given.bias.head >= 0 || given.scale2 <= 0) ? 1.0f : given.scale2;
+  const float factor = PLAIN ? given.scale2 : given.factor();
   const uint32_t values = rows * STRIDE * SIZE;
   Lanes<P, DP> lanes;
   if constexpr (DP < 64) lanes.keep();
@@ -169,16 +181,17 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 
     uint32_t at = shared_address(keys);
     int first = 0;
+    const T* const bias = PLAIN ? nullptr : given.bias.template row<false>(unit.head, tile);
 #pragma unroll 1
     while (first + AT_ONCE <= rows / 16) {
-      if (add_keys<P, DP, PLAIN, AT_ONCE>(queries, given, unit, masks, at, at + values, tile, first, factor, lanes)) {
+      if (add_keys<P, DP, PLAIN, AT_ONCE>(queries, given, unit, masks, at, at + values, bias, first, factor, lanes)) {
         first += AT_ONCE, at += AT_ONCE * 16 * STRIDE * SIZE;
       }
     }
     if constexpr (AT_ONCE > 1) {
 #pragma unroll 1
       while (first < rows / 16) {
-        if (add_keys<P, DP, PLAIN, 1>(queries, given, unit, masks, at, at + values, tile, first, factor, lanes)) {
+        if (add_keys<P, DP, PLAIN, 1>(queries, given, unit, masks, at, at + values, bias, first, factor, lanes)) {
           first++, at += 16 * STRIDE * SIZE;
         }
       }
@@ -207,25 +220,26 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 
 }  // namespace mvk::attention
 
-#define FORWARD(NAME, TYPE, PRODUCTS, PLAIN, WARPS, BLOCKS, DP)                                                       \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_forward_##NAME##_##DP(                   \
-      const TYPE* q, const TYPE* k, const TYPE* v, TYPE* o, const TYPE* bias, int64_t qb, int64_t qh, int64_t kb,     \
-      int64_t kh, int64_t vb, int64_t vh, int64_t ob, int64_t oh, int64_t bh, int qd, int qy, int qx, int kd, int ky, \
-      int kx, int vd, int vy, int vx, int od, int oy, int ox, int bm, int bn, int tokens, int d, int dv, int heads,   \
-      int height, int width, int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows,  \
-      int team, float scale2) {                                                                                       \
-    extern __shared__ __align__(16) unsigned char global_smem[];                                                      \
-    mvk::attention::forward<PRODUCTS, DP, PLAIN>(                                                                     \
-        {{q, qb, qh, qd, qy, qx},                                                                                     \
-         {k, kb, kh, kd, ky, kx},                                                                                     \
-         {v, vb, vh, vd, vy, vx},                                                                                     \
-         {o, ob, oh, od, oy, ox},                                                                                     \
-         {bias, bh, bm, bn, tokens},                                                                                  \
-         {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                            \
-         d,                                                                                                           \
-         dv,                                                                                                          \
-         scale2},                                                                                                     \
-        global_smem, WARPS);                                                                                          \
+#define FORWARD(NAME, TYPE, PRODUCTS, PLAIN, WARPS, BLOCKS, DP)                                                      \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) attention_forward_##NAME##_##DP(                  \
+      const TYPE* q, const TYPE* k, const TYPE* v, TYPE* o, const TYPE* bias, int64_t qb, int64_t qh, int64_t kb,    \
+      int64_t kh, int64_t vb, int64_t vh, int64_t ob, int64_t oh, int qd, int qy, int qx, int kd, int ky, int kx,    \
+      int vd, int vy, int vx, int od, int oy, int ox, int tiles, int d, int dv, int heads, int height, int width,    \
+      int ph, int pw, int sy, int sx, int down, int across, int windows, int units, int rows, int team, float scale, \
+      float scale2) {                                                                                                \
+    extern __shared__ __align__(16) unsigned char global_smem[];                                                     \
+    mvk::attention::forward<PRODUCTS, DP, PLAIN>(                                                                    \
+        {{q, qb, qh, qd, qy, qx},                                                                                    \
+         {k, kb, kh, kd, ky, kx},                                                                                    \
+         {v, vb, vh, vd, vy, vx},                                                                                    \
+         {o, ob, oh, od, oy, ox},                                                                                    \
+         {bias, heads, tiles},                                                                                       \
+         {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                           \
+         d,                                                                                                          \
+         dv,                                                                                                         \
+         scale,                                                                                                      \
+         scale2},                                                                                                    \
+        global_smem, WARPS);                                                                                         \
   }
 // BLOCKS a processor: masks, a bias and 64 channels want more registers than four leave.
 #define FORWARDS_OF_HALVES(BLOCKS, DP)                                   \

@@ -22,6 +22,7 @@ struct Unit {
   int64_t batch, head;
   int y0, x0, tall, wide;  // tokens along both axes
   bool exists, full;       // full: all rows are tokens
+  bool cut;                // some of the tokens of a whole group are missing
 };
 
 __device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
@@ -41,10 +42,12 @@ __device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
     unit.tall = (groups.height - gy + groups.ph - 1) / groups.ph;
     unit.wide = (groups.width - gx + groups.pw - 1) / groups.pw;
   }
+  unit.cut = false;  // groups with a bias are all of one size
   unit.full = unit.exists && unit.tall * unit.wide == groups.rows;
   if (groups.windows) {
-    unit.full &= unit.y0 >= 0 && unit.x0 >= 0;
-    unit.full &= unit.y0 + groups.ph <= groups.height && unit.x0 + groups.pw <= groups.width;
+    unit.cut = unit.y0 < 0 || unit.x0 < 0;
+    unit.cut |= unit.y0 + groups.ph > groups.height || unit.x0 + groups.pw > groups.width;
+    unit.full &= !unit.cut;
   }
   return unit;
 }

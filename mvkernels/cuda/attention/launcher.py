@@ -52,6 +52,14 @@ def _positive(scale: float) -> bool:
     return scale > 1e-30
 
 
+def _ordered(query: torch.Tensor, bias: torch.Tensor | None, copies: int) -> torch.Tensor:
+    """Where a bias is brought into order; without one the pointer is not read, and any tensor will do."""
+    if bias is None:
+        return query
+    heads, tokens, _ = bias.shape
+    return query.new_empty(plan.ordered_size(heads, tokens, copies))
+
+
 def forward(
     op: str,
     query: torch.Tensor,
@@ -71,9 +79,10 @@ def forward(
         return out
     maps = (("q", query), ("k", key), ("v", value), ("o", out))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    # Without a bias its pointer is not read; any tensor will do.
-    tensors = dict(maps) | {"bias": query if bias is None else bias}
-    run(forward_launches(problem, _positive(scale)), tensors, {"scale2": scale * LOG2E})
+    tensors = dict(maps) | {"ordered": _ordered(query, bias, 1)}
+    if bias is not None:
+        tensors["bias"] = bias
+    run(forward_launches(problem, _positive(scale)), tensors, {"scale": scale, "scale2": scale * LOG2E})
     return out
 
 

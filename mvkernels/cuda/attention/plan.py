@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -143,9 +144,35 @@ def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
     return geometry.bias[0], (*geometry.bias[1:], geometry.tokens)
 
 
+def ordered_size(heads: int, tokens: int, copies: int) -> Shape:
+    """Of a bias in the order of csrc/cuda/attention/bias.cuh."""
+    tiles = rows_of(tokens) // 16
+    return copies, heads, tiles, tiles, 256
+
+
+def _bias_tiles(problem: AttentionProblem, geometry: Geometry) -> int:
+    """Of a row of scores; 0 if there is no bias."""
+    return 0 if problem.bias is None else rows_of(geometry.tokens) // 16
+
+
+def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int) -> list[Launch]:
+    """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys."""
+    if problem.bias is None:
+        return []
+    heads, tokens = problem.shape[1], geometry.tokens
+    threads = math.prod(ordered_size(heads, tokens, copies)) // 8
+    return [
+        Launch("attention/order", f"attention_order_{_kind(problem.dtype)}", -(-threads // 128), 128, 0,
+               ("bias", "ordered"), geometry.bias, (heads, tokens, _bias_tiles(problem, geometry), copies), ())
+    ]  # fmt: skip
+
+
 @configs.memo
 def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
-    """The launches of a forward call; tensors ``q k v o bias``, floats ``scale2``. ``positive``: the scale is."""
+    """The launches of a forward call. ``positive``: the scale is.
+
+    Tensors ``q k v o bias ordered``, floats ``scale scale2``.
+    """
     geometry = problem.geometry
     d, dv = problem.shape[2], problem.value_dim
     plain = _is_plain(problem, geometry, positive)
@@ -154,15 +181,15 @@ def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
     room = configs.shared_memory_of(problem.device.arch)
     team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "o"))
-    bias_head, bias = _bias(problem, geometry)
     warps = tiles.forward_warps
     name = _name(problem, "forward", False, plain)
     return [
+        *order_launches(problem, geometry, 1),
         Launch(
             "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
-            ("q", "k", "v", "o", "bias"), (*longs, bias_head),
-            (*ints, *bias, d, dv, *_groups(geometry, rows, team)), ("scale2",),
-        )
+            ("q", "k", "v", "o", "ordered"), longs,
+            (*ints, _bias_tiles(problem, geometry), d, dv, *_groups(geometry, rows, team)), ("scale", "scale2"),
+        ),
     ]  # fmt: skip
 
 
