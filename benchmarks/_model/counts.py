@@ -63,6 +63,8 @@ def kind_of_ptx(name: str) -> str | None:
 
 def kind_of(instruction: Instruction) -> str | None:
     """The same of the machine instruction."""
+    if instruction.guard == "@!PT":  # never executed: ptxas puts some before asynchronous copies
+        return None
     parts = instruction.name.split(".")
     name = ".".join(parts[:2]) if parts[0] == "MUFU" else parts[0]
     return name if name in ONE_TO_ONE else None
@@ -111,7 +113,8 @@ def executions(code: Code, names: Sequence[str], sources: Sequence[str], execute
             add(into[i] + out[i], 0.0, EXACT)
             continue
         add(out[i] - into[i], float(i == 0), EXACT / (prior[i] + 1))
-        add(out[i], prior[i], PRIOR / (prior[i] + 0.1))
+        if code.of(code.blocks[i])[0].base != "BSYNC":  # where branches meet: its line may be that of either
+            add(out[i], prior[i], PRIOR / (prior[i] + 0.1))
     static: dict[tuple[str, str], np.ndarray[Any, Any]] = defaultdict(lambda: np.zeros(variables))
     for i, block in enumerate(code.blocks):
         for each in code.of(block):
