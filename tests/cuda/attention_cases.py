@@ -138,6 +138,10 @@ FEW = (
     Case(1, 28, (24, 12), (12, 12), (0, 0), strides="contiguous"),
     Case(2, 48, (13, 14), (12, 12), (6, 6), strides="expanded"),
     Case(3, 60, (2, 1), (1, 1), dv=64),
+    Case(1, 48, (16, 16), (2, 2), strides="channels_last"),
+    Case(2, 40, (12, 16), (8, 8), (4, 4), strides="channels_last", bias=True),
+    Case(1, 24, (10, 10), (5, 5), (0, 0), strides="channels_last", bias=True),
+    Case(2, 32, (12, 20), (12, 12), (0, 6), strides="channels_last", bias=True),
 )
 """Run in each dtype: each number of channels, of warps of a unit and of units of a block; each way to move a row."""
 

@@ -55,7 +55,7 @@ __device__ __forceinline__ void add_queries(
   constexpr int EACH = P::HALF ? TILES : 1;
   const int lane = lane_id(), query = 2 * (lane & 3);
   const bool special = !PLAIN && (!unit.full || given.steps > 0);
-  const bool scaled = !PLAIN && given.scaled();
+  const bool biased = !PLAIN && given.bias.exists();
   const float factor = PLAIN ? given.scale2 : given.factor();
   const uint32_t q = shared_address(place.query) + block * 16 * ROW;
   const uint32_t g = shared_address(place.grad) + block * 16 * ROW;
@@ -70,11 +70,17 @@ __device__ __forceinline__ void add_queries(
     } else {
       multiply_turned<P, DP>(p, shared_address(place.key) + (first + start) * 16 * ROW, q, lanes);
     }
-    if (scaled) {
+    if (biased) {
 #pragma unroll
       for (int m = 0; m < EACH; m++) {
-        given.bias.template scale<true>(p[m], given.scale2, unit.head, block * 16, (first + start + m) * 16);
+        // Beyond the last key of all there is no tile.
+        const int tile = start + m < count ? first + start + m : first;
+        const typename P::Element* const row = given.bias.template row<true>(unit.head, tile);
+        OrderedBias<typename P::Element>::add(p[m], given.scale, row + block * 256);
       }
+    } else if (!PLAIN && given.scale2 <= 0) {
+#pragma unroll
+      for (int i = 0; i < 8 * EACH; i++) p[i / 8][i / 4 % 2][i % 4] *= given.scale;
     }
 #pragma unroll
     for (int n = 0; n < 2; n++) {

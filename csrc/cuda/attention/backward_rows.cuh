@@ -1,31 +1,10 @@
 // The backward's first pass: what is known of the rows of scores, 16 queries to a warp. Also what all of its passes
-// share: a call's arguments, and a unit in shared memory.
+// share: a unit in shared memory.
 #pragma once
 
-#include "products.cuh"
-#include "rows.cuh"
+#include "backward_call.cuh"
 
 namespace mvk::attention {
-
-template <typename T>
-struct Backward {
-  Map<const T> query, key, value, grad;
-  Map<T> query_grad, key_grad, value_grad;
-  Bias<T> bias;
-  Groups groups;
-  int channels, value_channels;
-  float scale, scale2;
-  // With the bias's gradient, a block has units of one head, `steps` for each team in turn, of which there are `items`
-  // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
-  float* partial;
-  int steps, items;
-  int queries;  // whose dS lies in shared memory at once: a multiple of 16
-  int held;     // whether sums of dS lie in shared memory until the last unit of a team
-
-  // Whether scores are scaled before the maximum is looked for, and by what they are multiplied after it.
-  __device__ __forceinline__ bool scaled() const { return bias.head >= 0 || scale2 <= 0; }
-  __device__ __forceinline__ float factor() const { return scaled() ? 1.0f : scale2; }
-};
 
 // What a team has, found once.
 struct Kept {
@@ -79,10 +58,10 @@ struct Rows {
 // Adds the TILES times 16 keys from tile `first` on, and says whether it could, or has to be called again.
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ bool add_keys(
-    Rows<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile,
-    int first, const Lanes<P, DP>& lanes) {
+    Rows<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit,
+    const typename P::Element* bias, int first, const Lanes<P, DP>& lanes) {
   constexpr int ROW = Place<P, DP>::ROW;
-  const bool scaled = !PLAIN && given.scaled();
+  const bool biased = !PLAIN && given.bias.exists();
   const float factor = PLAIN ? given.scale2 : given.factor();
   const uint32_t key = shared_address(place.key) + first * 16 * ROW;
   const uint32_t value = shared_address(place.value) + first * 16 * ROW;
@@ -90,8 +69,14 @@ __device__ __forceinline__ bool add_keys(
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
     to.q.template multiply<false>(s[j], key + j * 16 * ROW, lanes);
-    if (scaled) given.bias.template scale<false>(s[j], given.scale2, unit.head, tile * 16, (first + j) * 16);
-    if (!PLAIN && !unit.full) mask_columns(s[j], place.masks[first + j], -INFINITY);
+    if (biased) {
+      OrderedBias<typename P::Element>::add(s[j], given.scale, bias + (first + j) * 256);
+    } else if (!PLAIN && given.scale2 <= 0) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] *= given.scale;
+    }
+    // A bias is -inf beyond the last token.
+    if (!PLAIN && (biased ? unit.cut : !unit.full)) mask_columns(s[j], place.masks[first + j], -INFINITY);
   }
   if (to.careful) {
     float highest[2] = {to.top[0], to.top[1]};
@@ -144,15 +129,16 @@ __device__ __forceinline__ void find_rows(
   Rows<P, DP> found;
   found.q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
   found.g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
+  const typename P::Element* const bias = PLAIN ? nullptr : given.bias.template row<false>(unit.head, tile);
   int first = 0;
 #pragma unroll 1
   while (first + AT_ONCE <= tiles) {
-    if (add_keys<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, tile, first, lanes)) first += AT_ONCE;
+    if (add_keys<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, bias, first, lanes)) first += AT_ONCE;
   }
   if constexpr (AT_ONCE > 1) {
 #pragma unroll 1
     while (first < tiles) {
-      if (add_keys<P, DP, PLAIN, 1>(found, given, place, unit, tile, first, lanes)) first++;
+      if (add_keys<P, DP, PLAIN, 1>(found, given, place, unit, bias, first, lanes)) first++;
     }
   }
 #pragma unroll

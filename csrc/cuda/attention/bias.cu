@@ -6,15 +6,16 @@ namespace mvk::attention {
 constexpr int THREADS = 128;
 
 // A thread has a sum of the parts, which are as the lanes of the backward have them: by tiles of 16 queries and 16 keys, of
-// 8 queries and a lane of four sums each. Neighbours are read together.
+// 8 columns and a lane of four sums each. Rows are queries, or, turned, keys. Neighbours are read together.
 template <typename T>
 __device__ __forceinline__ void sum_parts(
-    const float* partial, T* out, int64_t size, int parts, int tiles, int tokens) {
+    const float* partial, T* out, int64_t size, int parts, int tiles, int tokens, int turned) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
   if (at >= size) return;
   const int inside = at % 256, lane = inside / 4 % 32, tile = at / 256 % (tiles * tiles);
-  const int query = tile / tiles * 16 + inside / 128 * 8 + 2 * (lane % 4) + inside % 2;
-  const int key = tile % tiles * 16 + inside / 2 % 2 * 8 + lane / 4;
+  const int column = inside / 128 * 8 + 2 * (lane % 4) + inside % 2, row = inside / 2 % 2 * 8 + lane / 4;
+  const int query = tile / tiles * 16 + (turned ? column : row);
+  const int key = tile % tiles * 16 + (turned ? row : column);
   if (query >= tokens || key >= tokens) return;
   float total = 0.0f;
 #pragma unroll 16
@@ -25,10 +26,10 @@ __device__ __forceinline__ void sum_parts(
 
 }  // namespace mvk::attention
 
-#define BIAS(NAME, TYPE)                                                                                       \
-  extern "C" __global__ void __launch_bounds__(mvk::attention::THREADS)                                        \
-      attention_bias_##NAME(const float* partial, TYPE* out, int64_t size, int parts, int tiles, int tokens) { \
-    mvk::attention::sum_parts(partial, out, size, parts, tiles, tokens);                                       \
+#define BIAS(NAME, TYPE)                                                                             \
+  extern "C" __global__ void __launch_bounds__(mvk::attention::THREADS) attention_bias_##NAME(       \
+      const float* partial, TYPE* out, int64_t size, int parts, int tiles, int tokens, int turned) { \
+    mvk::attention::sum_parts(partial, out, size, parts, tiles, tokens, turned);                     \
   }
 
 BIAS(bf16, mvk::bf16)

@@ -42,17 +42,19 @@ struct OrderedBias {
   }
 
   // scores * scale + bias. Their exponentials are then powers of e.
+  static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const uint4& all) {
+    const uint32_t words[4] = {all.x, all.y, all.z, all.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float two[2];
+      to_floats(two, words[i], T());
+      float* const x = &s[i / 2][i % 2 * 2];
+      x[0] = fmaf(x[0], scale, two[0]), x[1] = fmaf(x[1], scale, two[1]);
+    }
+  }
   static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const T* tile) {
     if constexpr (sizeof(T) == 2) {
-      const uint4 all = __ldg(reinterpret_cast<const uint4*>(tile) + lane_id());
-      const uint32_t words[4] = {all.x, all.y, all.z, all.w};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float two[2];
-        to_floats(two, words[i], T());
-        float* const x = &s[i / 2][i % 2 * 2];
-        x[0] = fmaf(x[0], scale, two[0]), x[1] = fmaf(x[1], scale, two[1]);
-      }
+      add(s, scale, __ldg(reinterpret_cast<const uint4*>(tile) + lane_id()));
     } else {
 #pragma unroll
       for (int n = 0; n < 2; n++) {

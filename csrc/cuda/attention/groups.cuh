@@ -25,15 +25,19 @@ struct Unit {
   bool cut;                // some of the tokens of a whole group are missing
 };
 
-__device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
+// Divides by a number that the host knows: n / it = (2 n by >> 32) >> shift, for 0 <= n < 2^31.
+struct Divisor {
+  uint32_t by;
+  int shift;
+  __device__ __forceinline__ int divide(int n) const {
+    return static_cast<int>(__umulhi(2 * static_cast<uint32_t>(n), by) >> shift);
+  }
+};
+
+// Of a group by its numbers along both axes. `exists` is left to who asks.
+__device__ __forceinline__ Unit unit_at(const Groups& groups, int64_t batch, int gy, int gx, int head) {
   Unit unit;
-  unit.exists = index < groups.units;
-  unit.head = index % groups.heads;
-  int rest = index / groups.heads;
-  const int gx = rest % groups.across;
-  rest /= groups.across;
-  const int gy = rest % groups.down;
-  unit.batch = rest / groups.down;
+  unit.batch = batch, unit.head = head;
   if (groups.windows) {
     unit.y0 = groups.sy + gy * groups.ph, unit.x0 = groups.sx + gx * groups.pw;
     unit.tall = groups.ph, unit.wide = groups.pw;
@@ -43,12 +47,20 @@ __device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
     unit.wide = (groups.width - gx + groups.pw - 1) / groups.pw;
   }
   unit.cut = false;  // groups with a bias are all of one size
-  unit.full = unit.exists && unit.tall * unit.wide == groups.rows;
   if (groups.windows) {
     unit.cut = unit.y0 < 0 || unit.x0 < 0;
     unit.cut |= unit.y0 + groups.ph > groups.height || unit.x0 + groups.pw > groups.width;
-    unit.full &= !unit.cut;
   }
+  unit.full = !unit.cut && unit.tall * unit.wide == groups.rows;
+  return unit;
+}
+
+__device__ __forceinline__ Unit unit_of(const Groups& groups, int index) {
+  const int head = index % groups.heads, group = index / groups.heads, gx = group % groups.across;
+  const int row = group / groups.across;
+  Unit unit = unit_at(groups, row / groups.down, row % groups.down, gx, head);
+  unit.exists = index < groups.units;
+  unit.full &= unit.exists;
   return unit;
 }
 

@@ -35,7 +35,8 @@ struct Map {
 template <int PIECES>
 struct Pieces {
   static constexpr int STEP = 32 / PIECES, COUNT = (16 + STEP - 1) / STEP;
-  int row = lane_id() / PIECES, piece = lane_id() % PIECES;
+  int row, piece;
+  __device__ __forceinline__ explicit Pieces(int lane = lane_id()) : row(lane / PIECES), piece(lane % PIECES) {}
   __device__ __forceinline__ bool some() const { return 32 % PIECES == 0 || row < STEP; }
   __device__ __forceinline__ bool has(int i) const { return 16 % STEP == 0 || i < COUNT - 1 || row + i * STEP < 16; }
   // All at once: nothing is read from shared memory between two copies.
@@ -62,6 +63,24 @@ __device__ __forceinline__ void load_wide(uint32_t tile, const Map<const T>& map
     const bool none = !FULL && places[i] < 0;
     const T* const at = from + (none ? 0 : map.offset(places[i]));
     copy_async<BYTES>(to + i * Mine::STEP * STRIDE * sizeof(T), at, none ? 0 : there);
+  }
+}
+
+// The same of whole pieces: channels are a multiple of those of one.
+template <typename T, int STRIDE, bool FULL, int BYTES, class MINE>
+__device__ __forceinline__ void load_pieces(
+    uint32_t tile, const Map<const T>& map, int channels, const MINE& mine, const int (&places)[MINE::COUNT]) {
+  constexpr int EACH = BYTES / sizeof(T);
+  if (!mine.some()) return;
+  const bool there = mine.piece * EACH < channels;
+  const T* const from = map.at + (there ? mine.piece * EACH : 0);
+  const uint32_t to = tile + (mine.row * STRIDE + mine.piece * EACH) * sizeof(T);
+#pragma unroll
+  for (int i = 0; i < MINE::COUNT; i++) {
+    if (!mine.has(i)) continue;
+    const bool none = !FULL && places[i] < 0;
+    const T* const at = from + (none ? 0 : map.offset(places[i]));
+    copy_async_if<BYTES>(to + i * MINE::STEP * STRIDE * sizeof(T), at, there && !none);
   }
 }
 
@@ -102,6 +121,25 @@ __device__ __forceinline__ void load_unit_rows(
   }
 }
 
+// At once: the compiler may divide what it stores of a structure.
+__device__ __forceinline__ void store_word(void* to, const uint4& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ __forceinline__ void store_word(void* to, const uint2& x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store_word_if(void* to, const uint4& x, bool keep) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(to), "r"(x.x),
+               "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(keep))
+               : "memory");
+}
+__device__ __forceinline__ void store_word_if(void* to, const uint2& x, bool keep) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p st.global.v2.b32 [%0], {%1, %2};}" ::"l"(to), "r"(x.x),
+               "r"(x.y), "r"(static_cast<int>(keep))
+               : "memory");
+}
+
 template <typename T, int DP, int STRIDE, bool FULL, typename WORD>
 __device__ __forceinline__ void store_wide(const T* tile, const Map<T>& map, int channels, const int* pixels) {
   constexpr int EACH = sizeof(WORD) / sizeof(T);
@@ -119,7 +157,7 @@ __device__ __forceinline__ void store_wide(const T* tile, const Map<T>& map, int
   }
 #pragma unroll
   for (int i = 0; i < Mine::COUNT; i++) {
-    if (mine.has(i) && (FULL || places[i] >= 0)) *reinterpret_cast<WORD*>(to + map.offset(places[i])) = words[i];
+    if (mine.has(i) && (FULL || places[i] >= 0)) store_word(to + map.offset(places[i]), words[i]);
   }
 }
 

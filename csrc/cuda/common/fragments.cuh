@@ -19,6 +19,33 @@ __device__ __forceinline__ float load_shared(uint32_t at) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
   return x;
 }
+__device__ __forceinline__ void load_shared(float4& x, uint32_t at) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(at)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(uint4& x, uint32_t at) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(at)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(uint2& x, uint32_t at) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at) : "memory");
+}
+// Without a branch, around which the compiler would make two versions of all that follows.
+__device__ __forceinline__ void load_shared_if(float4& x, uint32_t at, bool keep) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];}"
+               : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+               : "r"(at), "r"(static_cast<int>(keep))
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_if(uint32_t at, const float4& x, bool keep) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.shared.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(at), "f"(x.x),
+               "f"(x.y), "f"(x.z), "f"(x.w), "r"(static_cast<int>(keep))
+               : "memory");
+}
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
 }

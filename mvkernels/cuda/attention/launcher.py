@@ -5,6 +5,7 @@ An op's own launcher gives its arguments as these: ``group``, the size of patche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -130,10 +131,13 @@ def backward_into(
         grad = grad.contiguous()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), *zip(("dq", "dk", "dv"), grads))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    launches, parts = backward_launches(problem, need_bias, _positive(scale))
-    tensors = dict(maps) | {"bias": query if bias is None else bias, "partial": query, "dbias": dbias}
+    aligned = math.gcd(16, *(map_.data_ptr() for _, map_ in maps))
+    launches, shapes = backward_launches(problem, need_bias, _positive(scale), aligned)
+    # Without a bias pointers are not read; any tensor will do.
+    tensors = dict(maps) | {"partial": query, "dbias": dbias, "ordered": query}
+    if bias is not None:
+        tensors |= {"bias": bias, "ordered": query.new_empty(shapes["ordered"])}
     if need_bias:
-        rows = plan.rows_of(dbias.shape[1])
-        tensors["partial"] = query.new_empty((parts, dbias.shape[0], rows, rows), dtype=torch.float32)
+        tensors["partial"] = query.new_empty(shapes["partial"], dtype=torch.float32)
     run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
     return dbias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -47,9 +48,10 @@ class Tiles:
         self.keys = 16 if half and (plain or dim < 64) else 32
         """That a warp owns in the backward."""
 
-    def backward_warps(self, rows: int) -> int:
+    @property
+    def backward_warps(self) -> int:
         """Of a block."""
-        return 8 if rows <= 8 * self.keys else 16
+        return 256 // self.keys
 
     def forward(self, rows: int, team: int) -> int:
         """Bytes of a block that has units of so many rows, one for each team of warps."""
@@ -58,16 +60,15 @@ class Tiles:
 
     def backward(self, rows: int, queries: int, held: bool, team: int) -> int:
         """As :meth:`forward`, with dS of so many queries at once, and sums of it if they are ``held``."""
-        units = self.backward_warps(rows) // team
+        units = self.backward_warps // team
         pairs = rows * (queries + self.gap) * self.size
         sums = 4 * rows**2 * held
         return units * (4 * rows * self.row + pairs + sums + 12 * rows + 48) + _tokens(units, rows)
 
     def queries(self, rows: int, team: int, held: bool, room: int) -> int:
-        """Whose dS lies in shared memory at once: as many as fit beside the other blocks of a processor."""
-        blocks = 2 if self.keys == 16 and self.backward_warps(rows) == 8 else 1
+        """Whose dS lies in shared memory at once: as many as fit."""
         found = rows
-        while found > 16 and self.backward(rows, found, held, team) > (room + 1024) // blocks - 1024:
+        while found > 16 and self.backward(rows, found, held, team) > room:
             found = -(-found // 32) * 16
         return found
 
@@ -98,16 +99,20 @@ def _kind(dtype: torch.dtype) -> str:
 
 def _is_plain(problem: AttentionProblem, geometry: Geometry, positive: bool) -> bool:
     """Whether a call is for the kernels that have no masks, no bias and no scale below 0."""
-    _, height, width, ph, pw = geometry.sizes
-    whole = geometry.kind == WINDOWS or (geometry.kind == PATCHES and height % ph == 0 and width % pw == 0)
+    whole = geometry.kind in (WINDOWS, PATCHES) and _is_equal(geometry)
     half = problem.dtype.itemsize == 2
     return half and positive and problem.bias is None and whole and geometry.tokens % 16 == 0
 
 
-def _name(problem: AttentionProblem, direction: str, large: bool, plain: bool) -> str:
+def _is_equal(geometry: Geometry) -> bool:
+    """Whether all groups are of one size; windows may be cut."""
+    _, height, width, ph, pw = geometry.sizes
+    return geometry.kind >= WINDOWS or (geometry.kind == PATCHES and height % ph == 0 and width % pw == 0)
+
+
+def _name(problem: AttentionProblem, direction: str, more: str) -> str:
     kind = "tf32" if problem.precision == "tf32" else _kind(problem.dtype)
-    kind += "_large" * large + "_plain" * plain
-    return f"attention_{direction}_{kind}_{padded(problem.shape[2], problem.value_dim)}"
+    return f"attention_{direction}_{kind}{more}_{padded(problem.shape[2], problem.value_dim)}"
 
 
 def _strides(geometry: Geometry, names: tuple[str, ...]) -> tuple[Shape, Shape]:
@@ -155,15 +160,19 @@ def _bias_tiles(problem: AttentionProblem, geometry: Geometry) -> int:
     return 0 if problem.bias is None else rows_of(geometry.tokens) // 16
 
 
-def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int) -> list[Launch]:
-    """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys."""
+def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, rows: int = 0) -> list[Launch]:
+    """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys.
+
+    ``rows``: of a unit in shared memory, if more than its tokens need.
+    """
     if problem.bias is None:
         return []
     heads, tokens = problem.shape[1], geometry.tokens
-    threads = math.prod(ordered_size(heads, tokens, copies)) // 8
+    rows = rows or rows_of(tokens)
+    threads = math.prod(ordered_size(heads, rows, copies)) // 8
     return [
         Launch("attention/order", f"attention_order_{_kind(problem.dtype)}", -(-threads // 128), 128, 0,
-               ("bias", "ordered"), geometry.bias, (heads, tokens, _bias_tiles(problem, geometry), copies), ())
+               ("bias", "ordered"), geometry.bias, (heads, tokens, rows // 16, copies), ())
     ]  # fmt: skip
 
 
@@ -182,7 +191,7 @@ def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
     team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
     longs, ints = _strides(geometry, ("q", "k", "v", "o"))
     warps = tiles.forward_warps
-    name = _name(problem, "forward", False, plain)
+    name = _name(problem, "forward", "_plain" * plain)
     return [
         *order_launches(problem, geometry, 1),
         Launch(
@@ -193,58 +202,151 @@ def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
     ]  # fmt: skip
 
 
-def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int) -> tuple[int, int, int]:
+def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int, rows: int) -> tuple[int, int, int]:
     """(blocks of a head, units in turn of each team, units of a head): work for every processor, and few partial sums.
 
-    A block has ``units`` at once.
+    A block has ``units`` at once, of so many ``rows``.
     """
     heads = problem.shape[1]
     items = geometry.units // heads
     most = max(1, 4 * problem.device.processors // heads)
-    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * rows_of(geometry.tokens) ** 2 * units)))
+    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * rows**2 * units)))
     steps = -(-items // (most * units))
     return -(-items // (steps * units)), steps, items
 
 
-@configs.memo
-def backward_launches(problem: AttentionProblem, need_bias: bool, positive: bool) -> tuple[list[Launch], int]:
-    """(launches, parts of the bias's gradient).
+def divisor_of(n: int) -> tuple[int, int]:
+    """A Divisor of csrc/cuda/attention/groups.cuh: the two numbers that divide by ``n``, from 1 to 2**30."""
+    shift = (n - 1).bit_length()
+    by = -(-(1 << (31 + shift)) // n)
+    return by - (1 << 32 if by >= 1 << 31 else 0), shift
 
-    Tensors ``q k v g bias dq dk dv partial dbias``, floats ``scale scale2``.
-    """
-    geometry = problem.geometry
-    d, dv = problem.shape[2], problem.value_dim
-    plain = _is_plain(problem, geometry, positive)
-    tiles = Tiles(problem.dtype, padded(d, dv), plain)
+
+@dataclass(frozen=True)
+class _Backward:
+    """How a backward is divided."""
+
+    module: str
+    kind: str
+    """Part of the kernel's name."""
+    warps: int
+    """Of a block."""
+    team: int
+    """Of a unit."""
+    rows: int
+    """Of a unit in shared memory."""
+    queries: int
+    """Whose dS lies in shared memory at once."""
+    held: bool
+    """Whether sums of the bias's gradient stay in shared memory from unit to unit."""
+    shared_bytes: int
+    copies: int
+    """Of the bias, in order."""
+    bytes: int = 0
+    """That rows are moved by."""
+
+
+def row_bytes(problem: AttentionProblem, geometry: Geometry, aligned: int) -> int:
+    """16 or 8 where every row of every map can be moved by so many, else less. ``aligned``: to what tensors are."""
+    size = problem.dtype.itemsize
+    found = [aligned, size * problem.shape[2], size * problem.value_dim]
+    for batch, head, channel, y, x in geometry.strides.values():
+        if channel != 1 or max(abs(batch), abs(head)) >= INT32:
+            return size
+        found += [size * abs(step) for step in (batch, head, y, x)]
+    return math.gcd(16, *found)
+
+
+def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) -> int:
+    """Of the smallest kernel that has whole rows of scores in registers; 0 if none is for these groups."""
+    tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
+    if problem.dtype.itemsize != 2 or not _is_equal(geometry):
+        return 0
+    if plain and tokens in (16, 64):
+        return tokens
+    # Those of 144 tokens want more registers than later architectures leave.
+    large = (144,) if problem.device.arch.startswith(("sm_8", "sm_9")) else ()
+    kernels = (56, 64, *large) if dim == 32 else (64,)
+    # Of fewer tokens most would be padding.
+    return next((each for each in kernels if each * 0.5 < tokens <= each and (each != 144 or tokens > 128)), 0)
+
+
+def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, row: int) -> _Backward:
+    # Whole rows of scores: csrc/cuda/attention/backward_whole.cuh.
+    tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
+    rows = rows_of(tokens)
+    team = rows // 16
+    warps = max(team, 4)
+    pairs, sums = 2 * rows * (rows + tiles.gap) * tiles.size, 4 * rows**2 * need_bias
+    state = (team + (10 if team > 4 else 3)) // 4 * 16
+    needed = warps // team * (4 * rows * tiles.row + pairs + 4 * rows + state + sums)
+    kind = "_plain" * plain + f"_{tokens}"
+    return _Backward("backward_whole", kind, warps, team, rows, 0, need_bias, needed, 1, row)
+
+
+def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, plain: bool) -> _Backward:
+    # Of each warp some keys: csrc/cuda/attention/backward.cuh.
+    tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
     rows = rows_of(geometry.tokens)
     room = configs.shared_memory_of(problem.device.arch)
-    warps = tiles.backward_warps(rows)
+    warps = tiles.backward_warps
     held = need_bias and rows <= HELD
     team = team_of(-(-rows // tiles.keys), warps, partial(tiles.backward, rows, 16, held), room)
     queries = tiles.queries(rows, team, held, room)
+    kind = "_plain" * plain
+    needed = tiles.backward(rows, queries, held, team)
+    return _Backward("backward", kind, warps, team, rows, queries, held, needed, 2)
+
+
+def _divided(problem: AttentionProblem, geometry: Geometry, need_bias: bool, positive: bool, aligned: int) -> _Backward:
+    plain, row = _is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
+    if row >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
+        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64), row)
+        if found.shared_bytes <= configs.shared_memory_of(problem.device.arch):
+            return found
+    return _by_keys(problem, geometry, need_bias, plain)
+
+
+@configs.memo
+def backward_launches(
+    problem: AttentionProblem, need_bias: bool, positive: bool, aligned: int = 16
+) -> tuple[list[Launch], dict[str, Shape]]:
+    """(launches, shapes of the tensors ``partial`` and ``ordered``). ``aligned``: bytes, to which all maps are.
+
+    Tensors ``q k v g bias dq dk dv partial dbias ordered``, floats ``scale scale2``.
+    """
+    geometry = problem.geometry
+    d, dv = problem.shape[2], problem.value_dim
+    how = _divided(problem, geometry, need_bias, positive, aligned)
     longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
-    bias_head, bias = _bias(problem, geometry)
-    units = warps // team
+    units = how.warps // how.team
     grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
     if need_bias:
-        blocks, steps, items = _parts_of(problem, geometry, units)
-        grid, parts = blocks * problem.shape[1], blocks * (1 if held else units)
-    pointers = ("q", "k", "v", "g", "bias", "dq", "dk", "dv", "partial")
+        blocks, steps, items = _parts_of(problem, geometry, units, how.rows)
+        grid, parts = blocks * problem.shape[1], blocks * (1 if how.held else units)
+    groups, heads = _groups(geometry, how.rows, how.team), problem.shape[1]
+    pointers = ("q", "k", "v", "g", "ordered", "dq", "dk", "dv", "partial")
+    by_heads, by_across, by_down = divisor_of(heads), divisor_of(groups[8]), divisor_of(groups[7])
     launches = [
+        *order_launches(problem, geometry, how.copies, how.rows),
         Launch(
-            "attention/backward", _name(problem, "backward", warps > 8, plain), grid, 32 * warps,
-            tiles.backward(rows, queries, held, team), pointers, (*longs, bias_head),
-            (*ints, *bias, d, dv, *_groups(geometry, rows, team), steps, items, queries, int(held)),
+            f"attention/{how.module}", _name(problem, "backward", how.kind), grid, 32 * how.warps,
+            how.shared_bytes, pointers, longs,
+            (*ints, 0 if problem.bias is None else how.rows // 16, geometry.tokens, d, dv, *groups,
+             steps, items, how.queries, int(how.held), how.bytes, *by_heads, *by_across, *by_down),
             ("scale", "scale2"),
-        )
+        ),
     ]  # fmt: skip
     if need_bias:
-        size, kind = problem.shape[1] * rows**2, _kind(problem.dtype)
+        size, turned = heads * how.rows**2, int(how.copies > 1)
         launches.append(
-            Launch("attention/bias", f"attention_bias_{kind}", -(-size // 128), 128, 0, ("partial", "dbias"), (size,),
-                   (parts, rows // 16, geometry.tokens), ())
+            Launch("attention/bias", f"attention_bias_{_kind(problem.dtype)}", -(-size // 128), 128, 0,
+                   ("partial", "dbias"), (size,), (parts, how.rows // 16, geometry.tokens, turned), ())
         )  # fmt: skip
-    return launches, parts
+    return launches, {
+        "partial": (parts, heads, how.rows, how.rows),
+        "ordered": ordered_size(heads, how.rows, how.copies),
+    }
 
 
 def why_not(
@@ -277,7 +379,7 @@ def why_not(
         return "batch * heads * pixels, or an image, passes 2**31"
     rows = rows_of(tokens)
     tiles = Tiles(dtype, dim, plain=False)
-    if tiles.backward(rows, 16, False, tiles.backward_warps(rows)) > configs.shared_memory_of(arch):
+    if tiles.backward(rows, 16, False, tiles.backward_warps) > configs.shared_memory_of(arch):
         return f"{rows} pixels of {dim} channels in {dtype.itemsize} bytes each do not fit the shared memory"
     return None
 
