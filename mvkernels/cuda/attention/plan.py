@@ -202,15 +202,17 @@ def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
     ]  # fmt: skip
 
 
-def _parts_of(problem: AttentionProblem, geometry: Geometry, units: int, rows: int) -> tuple[int, int, int]:
-    """(blocks of a head, units in turn of each team, units of a head): work for every processor, and few partial sums.
+def _parts_of(problem: AttentionProblem, geometry: Geometry, how: _Backward) -> tuple[int, int, int]:
+    """(blocks of a head, units in turn of each team, units of a head): as many blocks as all processors hold at once.
 
-    A block has ``units`` at once, of so many ``rows``.
+    Each has partial sums of its own.
     """
-    heads = problem.shape[1]
+    heads, units = problem.shape[1], how.warps // how.team
     items = geometry.units // heads
-    most = max(1, 4 * problem.device.processors // heads)
-    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * rows**2 * units)))
+    room = configs.shared_memory_of(problem.device.arch)
+    resident = max(1, min(16 // how.warps, (room + 1024) // (how.shared_bytes + 1024)))
+    most = max(1, resident * problem.device.processors // heads)
+    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * how.rows**2 * units)))
     steps = -(-items // (most * units))
     return -(-items // (steps * units)), steps, items
 
@@ -322,7 +324,7 @@ def backward_launches(
     units = how.warps // how.team
     grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
     if need_bias:
-        blocks, steps, items = _parts_of(problem, geometry, units, how.rows)
+        blocks, steps, items = _parts_of(problem, geometry, how)
         grid, parts = blocks * problem.shape[1], blocks * (1 if how.held else units)
     groups, heads = _groups(geometry, how.rows, how.team), problem.shape[1]
     pointers = ("q", "k", "v", "g", "ordered", "dq", "dk", "dv", "partial")
