@@ -171,6 +171,7 @@ def _row_without_weight(arguments: dict[str, Any]) -> None:
 
 _SMALL = Case(2, 36, (9, 7), (2, 2), batch=2)
 _WINDOWS = Case(2, 32, (9, 10), (4, 4), (2, 2), bias=True)
+_SWIN = Case(2, 32, (14, 14), (7, 7), (3, 3), strides="channels_last", bias=True)
 ODD = {
     "nan in patches": replace(_SMALL, change=_pixel(math.nan)),
     "inf in patches": replace(_SMALL, change=_pixel(math.inf)),
@@ -182,5 +183,16 @@ ODD = {
     "a row of -inf": replace(_WINDOWS, change=_row_without_weight),
     "negative scale": replace(_SMALL, scale=-0.3),
     "scale 0": replace(_WINDOWS, scale=0.0),
+    "nan in whole rows": replace(_SWIN, change=_pixel(math.nan)),
+    "inf in whole rows": replace(_SWIN, change=_pixel(math.inf)),
+    "peaked whole rows": replace(_SWIN, change=_peaked),
+    "peaked whole rows of patches": Case(2, 48, (16, 16), (2, 2), strides="channels_last", change=_peaked),
+    "peaked windows of 12 x 12": Case(1, 32, (12, 20), (12, 12), (0, 2), "channels_last", True, change=_peaked),
+    "inf in windows of 12 x 12": Case(
+        1, 32, (12, 12), (12, 12), (0, 0), "channels_last", True, change=_pixel(math.inf)
+    ),
+    "constant whole rows": replace(_SWIN, change=_constant),
+    "a whole row of -inf": replace(_SWIN, change=_row_without_weight),
+    "negative scale, whole rows": Case(2, 40, (8, 13), (8, 8), (0, 3), strides="channels_last", scale=-0.3),
 }
 """Inputs that are unlike others."""

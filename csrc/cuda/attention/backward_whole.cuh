@@ -65,7 +65,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
   // Of 16 queries and 16 keys: P and dS from weights and dP, to shared memory; dS also as left operand, and to the sums.
   __device__ __forceinline__ void finish(
       typename P::template Left<16>& left, float (&p)[2][4], float (&ds)[2][4], const float (&share)[2],
-      const float (&delta)[2], int tile, const bool (&there)[2]) const {
+      const float (&delta)[2], int tile, const bool (&there)[2], const Unit& unit) const {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       float &x = p[i / 4][i % 4], &dx = ds[i / 4][i % 4];
@@ -77,6 +77,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
         x = dx = 0.0f;
       }
     }
+    // Of a row without weight dS is NaN, but not for the sums of keys that do not exist in this window.
+    if (!PLAIN && unit.cut) mask_columns(ds, mask_of(unit, tile), 0.0f);
     if (!PLAIN) {
 #pragma unroll
       for (int n = 0; n < 2; n++) {
@@ -183,7 +185,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
         grad.template multiply<false>(ds[j], at + VALUE + j * 16 * ROW, lanes);
       }
       typename P::template Left<16> left;
-      finish(left, s[j], ds[j], total, delta, j, there);
+      finish(left, s[j], ds[j], total, delta, j, there, unit);
       add(dq, left, at + KEY + j * 16 * ROW, 2 * j + 1 == EIGHTS, lanes);
     }
   }
