@@ -18,6 +18,8 @@ from _audit_targets import DTYPES
 from _machine_code import occupancy, tool
 
 from mvkernels.cuda.attention import plan as attention
+from mvkernels.cuda.attention.backward_plan import backward_launches
+from mvkernels.cuda.attention.forward_plan import forward_launches
 from mvkernels.cuda.launch import Launch
 from mvkernels.ops.multiscale_linear_attention.cuda import plan as multiscale
 from mvkernels.triton.configs import Device, shared_memory_of
@@ -54,8 +56,8 @@ def launches_of(case: Every, batch: int, name: str, device: Device) -> list[Laun
             launch
             for positive in (True, False)  # the scale: it has kernels of its own
             for launch in (
-                *attention.forward_launches(forward, positive),
-                *attention.backward_launches(backward, case.bias, positive)[0],
+                *forward_launches(forward, positive)[0],
+                *backward_launches(backward, case.bias, positive)[0],
             )
         ]
     if isinstance(case, Multiscale):

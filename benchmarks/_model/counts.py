@@ -112,9 +112,10 @@ def executions(code: Code, names: Sequence[str], sources: Sequence[str], execute
         if code.blocks[i].next == [i]:  # the jump to itself after the end
             add(into[i] + out[i], 0.0, EXACT)
             continue
-        add(out[i] - into[i], float(i == 0), EXACT / (prior[i] + 1))
-        if code.of(code.blocks[i])[0].base != "BSYNC":  # where branches meet: its line may be that of either
-            add(out[i], prior[i], PRIOR / (prior[i] + 0.1))
+        likely = prior[i]
+        add(out[i] - into[i], float(i == 0), EXACT / ((likely or 0.0) + 1))
+        if likely is not None:
+            add(out[i], likely, PRIOR / (likely + 0.1))
     static: dict[tuple[str, str], np.ndarray[Any, Any]] = defaultdict(lambda: np.zeros(variables))
     for i, block in enumerate(code.blocks):
         for each in code.of(block):
@@ -127,10 +128,14 @@ def executions(code: Code, names: Sequence[str], sources: Sequence[str], execute
     return Executions(code, [float(x) for x in out @ flow])
 
 
-def _prior(code: Code, block: Any, mean: dict[str, float], copies: dict[tuple[str, str], int]) -> float:
-    counts = [mean[each.source] for each in code.of(block) if each.source in mean]
+def _prior(code: Code, block: Any, mean: dict[str, float], copies: dict[tuple[str, str], int]) -> float | None:
+    # Where branches meet again stands the line of one of them, which says nothing.
+    found = [each for each in code.of(block) if each.base not in ("BSYNC", "NOP")]
+    if not found:
+        return None
+    counts = [mean[each.source] for each in found if each.source in mean]
     here: dict[tuple[str, str], int] = defaultdict(int)
-    for each in code.of(block):
+    for each in found:
         if kind := kind_of(each):
             here[kind, each.source] += 1
     unrolled = [count / copies[key] for key, count in here.items() if key in copies]

@@ -155,7 +155,7 @@ def _pixel(value: float) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def _peaked(arguments: dict[str, Any]) -> None:
+def peaked(arguments: dict[str, Any]) -> None:
     arguments["query"] = arguments["query"] * 200
 
 
@@ -176,8 +176,8 @@ ODD = {
     "nan in patches": replace(_SMALL, change=_pixel(math.nan)),
     "inf in patches": replace(_SMALL, change=_pixel(math.inf)),
     "nan in windows": replace(_WINDOWS, change=_pixel(math.nan)),
-    "peaked": replace(_SMALL, change=_peaked),
-    "peaked, many keys": Case(1, 36, (32, 32), (2, 2), change=_peaked),
+    "peaked": replace(_SMALL, change=peaked),
+    "peaked, many keys": Case(1, 36, (32, 32), (2, 2), change=peaked),
     "constant": replace(_SMALL, change=_constant),
     "high scores": Case(1, 32, (8, 16), (8, 8), (0, 0), scale=3000 * 32**-0.5),
     "a row of -inf": replace(_WINDOWS, change=_row_without_weight),
@@ -185,9 +185,9 @@ ODD = {
     "scale 0": replace(_WINDOWS, scale=0.0),
     "nan in whole rows": replace(_SWIN, change=_pixel(math.nan)),
     "inf in whole rows": replace(_SWIN, change=_pixel(math.inf)),
-    "peaked whole rows": replace(_SWIN, change=_peaked),
-    "peaked whole rows of patches": Case(2, 48, (16, 16), (2, 2), strides="channels_last", change=_peaked),
-    "peaked windows of 12 x 12": Case(1, 32, (12, 20), (12, 12), (0, 2), "channels_last", True, change=_peaked),
+    "peaked whole rows": replace(_SWIN, change=peaked),
+    "peaked whole rows of patches": Case(2, 48, (16, 16), (2, 2), strides="channels_last", change=peaked),
+    "peaked windows of 12 x 12": Case(1, 32, (12, 20), (12, 12), (0, 2), "channels_last", True, change=peaked),
     "inf in windows of 12 x 12": Case(
         1, 32, (12, 12), (12, 12), (0, 0), "channels_last", True, change=_pixel(math.inf)
     ),

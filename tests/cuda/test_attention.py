@@ -11,7 +11,9 @@ import torch
 
 from mvkernels import testing
 from mvkernels.cuda.attention import launcher, plan
+from mvkernels.cuda.attention.forward_plan import forward_launches
 from mvkernels.dispatch.registry import OPS
+from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
 from tests.cuda import attention_cases as cases
 from tests.cuda.attention_cases import Case
@@ -73,6 +75,63 @@ def test_the_gradient_of_a_bias_is_a_sum_of_parts(processors: int) -> None:
     assert not cases.faults(case, "bf16", processors=processors)
     large = Case(1, 16, (16, 16), (8, 16), (0, 0), bias=True, batch=3)
     assert not cases.faults(large, "f32", processors=processors)
+
+
+SMALL = (
+    Case(2, 32, (17, 20), (7, 7), (3, 5), bias=True, batch=3),
+    Case(1, 32, (19, 13), (8, 8), (0, 2), bias=True, batch=2, strides="channels_last"),
+    Case(2, 16, (14, 15), (7, 7), (0, 0), batch=2),
+    Case(3, 24, (14, 8), (2, 1), bias=True, batch=2),
+    Case(1, 56, (16, 32), (2, 4), dv=64, batch=3, strides="channels_last"),
+    Case(2, 48, (7, 8), (1, 1), batch=9),
+    Case(1, 40, (9, 9), (8, 7), (4, 4), bias=True, strides="channels_last"),
+)
+
+
+LARGE = (
+    Case(1, 32, (25, 14), (12, 12), (6, 6), bias=True, batch=2),
+    Case(2, 32, (10, 20), (10, 10), (0, 0), bias=True, strides="channels_last"),
+    Case(1, 32, (14, 14), (1, 1), bias=True, batch=2),
+    Case(1, 32, (16, 17), (16, 16), (0, 3), bias=True),
+    Case(1, 32, (12, 24), (12, 12), (0, 0), bias=True, change=cases.peaked),
+)
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("case", (*SMALL, *LARGE), ids=str)
+def test_units_one_after_the_other(case: Case, processors: int) -> None:
+    """Of one block, which goes on from row to row and from image to image; the last may have fewer."""
+    kind = "f16" if case.d == 40 or case.size == (14, 14) else "bf16"
+    comparisons, log, _ = cases.run(case, kind, processors=processors)
+    assert not cases.wrong(comparisons, log)
+    assert ("large" if case in LARGE else "small") in log[0].kernel + log[1].kernel
+
+
+def test_units_that_do_not_fit_a_smaller_shared_memory() -> None:
+    """Of compute capability 8.9: the general kernels need a third of it."""
+    map_, bias = torch.zeros(1, 1, 32, 14, 14, dtype=torch.bfloat16), torch.zeros(1, 196, 196, dtype=torch.bfloat16)
+    named = [(name, map_.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)) for name in "qkvo"]
+    problem = AttentionProblem.of_call("patch_attention", named, bias, (1, 1), None, False)
+    for arch, word in (("sm_90", "large"), ("sm_89", "bf16_32")):
+        device = replace(problem.device, arch=arch)
+        launches_of, shapes = forward_launches(replace(problem, device=device), True)
+        assert word in launches_of[-1].kernel
+        assert launches_of[-1].shared_bytes <= configs.shared_memory_of(arch)
+        assert shapes["ordered"][2] == launches_of[0].ints[2]
+
+
+@pytest.mark.parametrize("change", ["offset", "channels", "scale"])
+def test_what_small_kernels_leave_to_others(change: str) -> None:
+    def offset(arguments: dict[str, Any]) -> None:
+        query = arguments["query"]
+        place = torch.empty_strided((query.numel() + 4,), (1,), dtype=query.dtype)[4:]
+        arguments["query"] = torch.as_strided(place, query.shape, query.stride()).copy_(query)
+
+    case = Case(1, 20 if change == "channels" else 16, (8, 8), (1, 1), strides="channels_last")
+    case = replace(case, scale=-0.2 if change == "scale" else None, change=offset if change == "offset" else None)
+    comparisons, log, _ = cases.run(case, "bf16")
+    assert not cases.wrong(comparisons, log)
+    assert "small" not in log[0].kernel
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f16", "f32"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from mvkernels.cuda.attention import plan
+from mvkernels.cuda.attention import backward_plan as plan
 from mvkernels.triton.attention.problem import AttentionProblem
 from tests.cuda.attention_cases import Case, laid
 from tests.devices import PRETENDED

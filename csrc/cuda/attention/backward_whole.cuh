@@ -31,7 +31,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
   using Scores = float[TILES][2][4];
   // Tiles of the bias that are read while the copies are under way.
   static constexpr int AHEAD = AGAIN ? 4 : TILES;
-  using Bias = uint4[AHEAD];
+  using Bias = typename OrderedBias<T>::Words[AHEAD];
 
   // The products of the warp's 16 rows of a tile and all rows of another.
   __device__ __forceinline__ void multiply(Scores& c, int left, int right, const Lanes<P, DP>& lanes) const {
@@ -48,7 +48,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     if (PLAIN || !given.bias.exists()) return;
     const T* const row = given.bias.template row<false>(unit.head, member);
 #pragma unroll
-    for (int j = 0; j < AHEAD; j++) to[j] = __ldg(reinterpret_cast<const uint4*>(row + j * 256) + lane);
+    for (int j = 0; j < AHEAD; j++) OrderedBias<T>::load(to[j], row + j * 256);
   }
   // Which of 16 tokens exist.
   __device__ __forceinline__ uint32_t mask_of(const Unit& unit, int tile) const {

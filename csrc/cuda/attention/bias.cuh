@@ -41,29 +41,36 @@ struct OrderedBias {
     }
   }
 
+  // The words of a lane.
+  struct Words {
+    uint4 of[sizeof(T) / 2];
+  };
+  static __device__ __forceinline__ void load(Words& words, const T* tile) {
+#pragma unroll
+    for (int n = 0; n < static_cast<int>(sizeof(T) / 2); n++) {
+      words.of[n] = __ldg(reinterpret_cast<const uint4*>(tile) + lane_id() + 32 * n);
+    }
+  }
   // scores * scale + bias. Their exponentials are then powers of e.
-  static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const uint4& all) {
-    const uint32_t words[4] = {all.x, all.y, all.z, all.w};
+  static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const Words& words) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float two[2];
-      to_floats(two, words[i], T());
+      if constexpr (sizeof(T) == 2) {
+        const uint4& all = words.of[0];
+        to_floats(two, i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w, T());
+      } else {
+        const uint4& half = words.of[i / 2];
+        two[0] = __uint_as_float(i % 2 ? half.z : half.x), two[1] = __uint_as_float(i % 2 ? half.w : half.y);
+      }
       float* const x = &s[i / 2][i % 2 * 2];
       x[0] = fmaf(x[0], scale, two[0]), x[1] = fmaf(x[1], scale, two[1]);
     }
   }
   static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const T* tile) {
-    if constexpr (sizeof(T) == 2) {
-      add(s, scale, __ldg(reinterpret_cast<const uint4*>(tile) + lane_id()));
-    } else {
-#pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const float4 four = __ldg(reinterpret_cast<const float4*>(tile) + lane_id() + 32 * n);
-        float (&x)[4] = s[n];
-        x[0] = fmaf(x[0], scale, four.x), x[1] = fmaf(x[1], scale, four.y);
-        x[2] = fmaf(x[2], scale, four.z), x[3] = fmaf(x[3], scale, four.w);
-      }
-    }
+    Words words;
+    load(words, tile);
+    add(s, scale, words);
   }
 };
 

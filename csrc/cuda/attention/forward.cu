@@ -4,8 +4,7 @@
 // a time, whose rows it prefetches for itself. Scores of 64 keys are in registers, and their probabilities become the
 // left operand of the product with v there. Larger groups go over their keys with a running maximum. q, k, v and out
 // move once; out leaves by way of the place of its queries, in whole rows.
-#include "bias.cuh"
-#include "products.cuh"
+#include "queries.cuh"
 #include "rows.cuh"
 
 namespace mvk::attention {
@@ -14,117 +13,17 @@ template <typename T>
 struct Forward {
   Map<const T> query, key, value;
   Map<T> out;
-  OrderedBias<T> bias;
+  Scores<T> scores;
   Groups groups;
   int channels, value_channels;
-  float scale, scale2;  // scale2: scale times log2(e)
-
-  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
-  __device__ __forceinline__ bool scaled() const { return bias.exists() || scale2 <= 0; }
-  // By what scores are multiplied after that.
-  __device__ __forceinline__ float factor() const { return scaled() ? LOG2E : scale2; }
 };
-
-// What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is the
-// score that the offset is made of, of rows lane / 4 and lane / 4 + 8. It is the highest of the keys that were
-// searched for it: `careful` says that the next keys have to be.
-template <class P, int DP>
-struct Queries {
-  Channels<P, DP> q;
-  float o[DP / 8][4];
-  float top[2] = {-INFINITY, -INFINITY}, offset[2], total[2] = {0.0f, 0.0f};
-  bool careful = true;
-};
-
-// Adds the keys of TILES times 16 rows, whose first is at `key`, and says whether it could: if not, because a weight
-// became too large, they have to be added again, with care. A later key may well be higher than `top`: to up to 2^15
-// weights are as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller.
-template <class P, int DP, bool PLAIN, int TILES>
-__device__ __forceinline__ bool add_keys(
-    Queries<P, DP>& to, const Forward<typename P::Element>& given, const Unit& unit, const uint32_t* masks,
-    uint32_t key, uint32_t value, const typename P::Element* bias, int first, float factor, const Lanes<P, DP>& lanes) {
-  constexpr int ROWS = 16 * P::stride(DP) * sizeof(typename P::Element);
-  using Order = OrderedBias<typename P::Element>;
-  const bool biased = !PLAIN && given.bias.exists();
-  float s[TILES][2][4];
-#pragma unroll
-  for (int j = 0; j < TILES; j++) {
-    to.q.template multiply<false>(s[j], key + j * ROWS, lanes);
-    if (biased) {
-      Order::add(s[j], given.scale, bias + (first + j) * 256);
-    } else if (!PLAIN && given.scale2 <= 0) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] *= given.scale;
-    }
-    // A bias is -inf beyond the last token.
-    if (!PLAIN && (biased ? unit.cut : !unit.full)) mask_columns(s[j], masks[first + j], -INFINITY);
-  }
-  if (to.careful) {
-    float highest[2] = {to.top[0], to.top[1]};
-#pragma unroll
-    for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
-      // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-      const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
-      const float shrink = exp2_fast((to.top[r] - used) * factor);
-      to.total[r] *= shrink;
-#pragma unroll
-      for (int i = 0; i < DP / 4; i++) to.o[i / 2][2 * r + i % 2] *= shrink;
-      to.top[r] = highest[r];
-      to.offset[r] = used * factor;
-    }
-  }
-  // Weights are summed as they are multiplied, rounded: of a row with one weight the result is that key's value. A sum of
-  // operands is a product with ones, and no sum over the lanes of a row is left to do.
-  float total[2] = {};
-  typename P::template Left<16> p[TILES];
-  if constexpr (P::ROUNDED) {
-    typename P::template Right<16> ones;
-    P::set_ones(ones);
-    float sums[4] = {};
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        s[j][i / 4][i % 4] = exp2_fast(fmaf(s[j][i / 4][i % 4], factor, -to.offset[i / 2 % 2]));
-      P::from_sums(p[j], s[j][0], s[j][1]);
-      P::template multiply<false>(sums, p[j], ones);
-    }
-    total[0] = sums[0], total[1] = sums[2];
-  } else {
-    float parts[2][2] = {};
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        float& x = s[j][i / 4][i % 4];
-        x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
-        parts[i / 2 % 2][i % 2] += x;
-      }
-      P::from_sums(p[j], s[j][0], s[j][1]);
-    }
-    total[0] = parts[0][0] + parts[0][1], total[1] = parts[1][0] + parts[1][1];
-  }
-  if (to.careful) {
-    to.careful = __any_sync(~0u, to.top[0] == -INFINITY || to.top[1] == -INFINITY);
-  } else if (__any_sync(~0u, !(fmaxf(total[0], total[1]) < 32768.0f))) {
-    to.careful = true;
-    return false;
-  }
-  to.total[0] += total[0], to.total[1] += total[1];
-#pragma unroll
-  for (int j = 0; j < TILES; j++) add_tokens<P, DP / 8>(to.o, p[j], value + j * ROWS, lanes);
-  return true;
-}
 
 // PLAIN: every unit has a token in each row, there is no bias, and the scale is above 0.
 template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void forward(const Forward<typename P::Element>& given, unsigned char* shared, int warps) {
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
+  constexpr Keys KEYS = PLAIN ? Keys::PLAIN : Keys::ANY;
   // Times 16 keys, whose scores are in registers; from sm_100 on the compiler needs more of these for float32.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int FLOATS = DP <= 24 ? 4 : DP <= 48 ? 2 : 1;
@@ -158,7 +57,9 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     load_unit_rows<T, DP, STRIDE, PLAIN>(keys + i * rows * STRIDE, map, channels, pixels, rows, member, team);
   }
 
-  const float factor = PLAIN ? given.scale2 : given.factor();
+  // A bias is -inf beyond the last token.
+  const bool missing = !PLAIN && (given.scores.bias.exists() ? unit.cut : !unit.full);
+  const float factor = PLAIN ? given.scores.scale2 : given.scores.factor();
   const uint32_t values = rows * STRIDE * SIZE;
   Lanes<P, DP> lanes;
   if constexpr (DP < 64) lanes.keep();
@@ -176,22 +77,22 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
     }
     Queries<P, DP> queries;
     queries.q.load(shared_address(here), lanes);
-#pragma unroll
-    for (int i = 0; i < 4 * COLUMNS; i++) queries.o[i / 4][i % 4] = 0.0f;
-
+    const T* const bias = PLAIN ? nullptr : given.scores.bias.template row<false>(unit.head, tile);
+    queries.begin();
     uint32_t at = shared_address(keys);
     int first = 0;
-    const T* const bias = PLAIN ? nullptr : given.bias.template row<false>(unit.head, tile);
 #pragma unroll 1
     while (first + AT_ONCE <= rows / 16) {
-      if (add_keys<P, DP, PLAIN, AT_ONCE>(queries, given, unit, masks, at, at + values, bias, first, factor, lanes)) {
+      if (add_keys<P, DP, KEYS, AT_ONCE>(
+              queries, given.scores, missing, masks + first, at, at + values, bias + first * 256, factor, lanes)) {
         first += AT_ONCE, at += AT_ONCE * 16 * STRIDE * SIZE;
       }
     }
     if constexpr (AT_ONCE > 1) {
 #pragma unroll 1
       while (first < rows / 16) {
-        if (add_keys<P, DP, PLAIN, 1>(queries, given, unit, masks, at, at + values, bias, first, factor, lanes)) {
+        if (add_keys<P, DP, KEYS, 1>(
+                queries, given.scores, missing, masks + first, at, at + values, bias + first * 256, factor, lanes)) {
           first++, at += 16 * STRIDE * SIZE;
         }
       }
@@ -233,15 +134,13 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
          {k, kb, kh, kd, ky, kx},                                                                                    \
          {v, vb, vh, vd, vy, vx},                                                                                    \
          {o, ob, oh, od, oy, ox},                                                                                    \
-         {bias, heads, tiles},                                                                                       \
+         {{bias, heads, tiles}, scale, scale2},                                                                      \
          {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team},                           \
          d,                                                                                                          \
-         dv,                                                                                                         \
-         scale,                                                                                                      \
-         scale2},                                                                                                    \
+         dv},                                                                                                        \
         global_smem, WARPS);                                                                                         \
   }
-// BLOCKS a processor: masks, a bias and 64 channels want more registers than four leave.
+// BLOCKS a processor: masks, a bias and many channels want more registers than four leave.
 #define FORWARDS_OF_HALVES(BLOCKS, DP)                                   \
   FORWARD(bf16, mvk::bf16, mvk::Halves<mvk::bf16>, false, 4, BLOCKS, DP) \
   FORWARD(bf16_plain, mvk::bf16, mvk::Halves<mvk::bf16>, true, 4, 4, DP) \

@@ -125,45 +125,6 @@ __device__ __forceinline__ void multiply_turned(
   }
 }
 
-template <typename T>
-struct Bias {
-  const T* at;
-  int64_t head;  // negative: there is no bias
-  int query, key, tokens;
-
-  // Scores in base 2 of the queries from m on and the keys from n on, 16 of each; TURNED: rows are keys.
-  template <bool TURNED>
-  __device__ __forceinline__ void scale(float (&s)[2][4], float scale2, int64_t unit_head, int m, int n) const {
-    if (head < 0) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) s[i / 4][i % 4] *= scale2;
-      return;
-    }
-    const int row = (TURNED ? n : m) + (lane_id() >> 2), column = (TURNED ? m : n) + 2 * (lane_id() & 3);
-    const int row_step = TURNED ? key : query, column_step = TURNED ? query : key;
-    const T* const from = at + unit_head * head;
-    T of[8];
-    if (max(m, n) + 16 <= tokens) {
-      const T* const columns = from + (row * row_step + column * column_step);
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const T* const here = columns + (c / 2 * 8 + c % 2) * column_step;
-        of[c / 2 * 4 + c % 2] = here[0], of[c / 2 * 4 + c % 2 + 2] = here[8 * row_step];
-      }
-    } else {
-      // The last token again and again, which is masked later.
-      const int first = min(row, tokens - 1) * row_step, second = min(row + 8, tokens - 1) * row_step;
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const int here = min(column + c / 2 * 8 + c % 2, tokens - 1) * column_step;
-        of[c / 2 * 4 + c % 2] = from[first + here], of[c / 2 * 4 + c % 2 + 2] = from[second + here];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) s[i / 4][i % 4] = fmaf(to_float(of[i]), LOG2E, s[i / 4][i % 4] * scale2);
-  }
-};
-
 // -inf where the mask of 16 columns says that there is no token.
 __device__ __forceinline__ void mask_columns(float (&s)[2][4], uint32_t mask, float with) {
   if (mask == 0xffff) return;

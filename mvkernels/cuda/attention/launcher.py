@@ -6,13 +6,15 @@ An op's own launcher gives its arguments as these: ``group``, the size of patche
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from mvkernels.cuda import modules
 from mvkernels.cuda.attention import plan
-from mvkernels.cuda.attention.plan import backward_launches, forward_launches
+from mvkernels.cuda.attention.backward_plan import backward_launches
+from mvkernels.cuda.attention.forward_plan import forward_launches
+from mvkernels.cuda.launch import Launch
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.triton.attention.problem import AttentionProblem
@@ -53,12 +55,23 @@ def _positive(scale: float) -> bool:
     return scale > 1e-30
 
 
-def _ordered(query: torch.Tensor, bias: torch.Tensor | None, copies: int) -> torch.Tensor:
-    """Where a bias is brought into order; without one the pointer is not read, and any tensor will do."""
-    if bias is None:
-        return query
-    heads, tokens, _ = bias.shape
-    return query.new_empty(plan.ordered_size(heads, tokens, copies))
+def _run(
+    launches: Sequence[Launch],
+    shapes: Mapping[str, Sequence[int]],
+    tensors: dict[str, torch.Tensor],
+    bias: torch.Tensor | None,
+    scale: float,
+) -> None:
+    # Of what is not there the pointer is not read: any tensor will do.
+    query = tensors["q"]
+    tensors = {"bias": query if bias is None else bias, "ordered": query, "partial": query} | tensors
+    for name, shape in shapes.items():
+        tensors[name] = query.new_empty(shape, dtype=torch.float32 if name == "partial" else query.dtype)
+    run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
+
+
+def _aligned(maps: Sequence[tuple[str, torch.Tensor]]) -> int:
+    return math.gcd(16, *(map_.data_ptr() for _, map_ in maps))
 
 
 def forward(
@@ -80,10 +93,8 @@ def forward(
         return out
     maps = (("q", query), ("k", key), ("v", value), ("o", out))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    tensors = dict(maps) | {"ordered": _ordered(query, bias, 1)}
-    if bias is not None:
-        tensors["bias"] = bias
-    run(forward_launches(problem, _positive(scale)), tensors, {"scale": scale, "scale2": scale * LOG2E})
+    launches, shapes = forward_launches(problem, _positive(scale), _aligned(maps))
+    _run(launches, shapes, dict(maps), bias, scale)
     return out
 
 
@@ -131,13 +142,6 @@ def backward_into(
         grad = grad.contiguous()
     maps = (("q", query), ("k", key), ("v", value), ("g", grad), *zip(("dq", "dk", "dv"), grads))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
-    aligned = math.gcd(16, *(map_.data_ptr() for _, map_ in maps))
-    launches, shapes = backward_launches(problem, need_bias, _positive(scale), aligned)
-    # Without a bias pointers are not read; any tensor will do.
-    tensors = dict(maps) | {"partial": query, "dbias": dbias, "ordered": query}
-    if bias is not None:
-        tensors |= {"bias": bias, "ordered": query.new_empty(shapes["ordered"])}
-    if need_bias:
-        tensors["partial"] = query.new_empty(shapes["partial"], dtype=torch.float32)
-    run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
+    launches, shapes = backward_launches(problem, need_bias, _positive(scale), _aligned(maps))
+    _run(launches, shapes, dict(maps) | {"dbias": dbias}, bias, scale)
     return dbias

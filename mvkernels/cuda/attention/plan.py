@@ -1,11 +1,12 @@
-"""Which CUDA C++ kernels run a call, with what: all that follows from shapes, strides and dtype alone."""
+"""What plans of forward and backward share: sizes, names and arguments of kernels, and which calls they take.
+
+All of it follows from shapes, strides and dtype alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -16,10 +17,6 @@ from mvkernels.triton.maps import INT32, PATCHES, WINDOWS, Geometry, Shape, wind
 
 TOKENS = 256
 """Of a group, at most."""
-PARTS_BYTES = 64 << 20
-"""Of partial sums of a bias's gradient, at most: small beside any map that makes so many."""
-HELD = 64
-"""Tokens of a group, at most, for sums of a bias's gradient to stay in shared memory."""
 PADDED = 16, 24, 32, 40, 48, 64
 """Channels of a head that there are kernels for."""
 SINGLE = 48
@@ -93,34 +90,34 @@ def team_of(jobs: int, warps: int, needed: Callable[[int], int], room: int) -> i
     return team
 
 
-def _kind(dtype: torch.dtype) -> str:
+def kind_of(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
 
 
-def _is_plain(problem: AttentionProblem, geometry: Geometry, positive: bool) -> bool:
+def is_plain(problem: AttentionProblem, geometry: Geometry, positive: bool) -> bool:
     """Whether a call is for the kernels that have no masks, no bias and no scale below 0."""
-    whole = geometry.kind in (WINDOWS, PATCHES) and _is_equal(geometry)
+    whole = geometry.kind in (WINDOWS, PATCHES) and is_equal(geometry)
     half = problem.dtype.itemsize == 2
     return half and positive and problem.bias is None and whole and geometry.tokens % 16 == 0
 
 
-def _is_equal(geometry: Geometry) -> bool:
+def is_equal(geometry: Geometry) -> bool:
     """Whether all groups are of one size; windows may be cut."""
     _, height, width, ph, pw = geometry.sizes
     return geometry.kind >= WINDOWS or (geometry.kind == PATCHES and height % ph == 0 and width % pw == 0)
 
 
-def _name(problem: AttentionProblem, direction: str, more: str) -> str:
-    kind = "tf32" if problem.precision == "tf32" else _kind(problem.dtype)
+def name_of(problem: AttentionProblem, direction: str, more: str) -> str:
+    kind = "tf32" if problem.precision == "tf32" else kind_of(problem.dtype)
     return f"attention_{direction}_{kind}{more}_{padded(problem.shape[2], problem.value_dim)}"
 
 
-def _strides(geometry: Geometry, names: tuple[str, ...]) -> tuple[Shape, Shape]:
+def strides_of(geometry: Geometry, names: tuple[str, ...]) -> tuple[Shape, Shape]:
     strides = [geometry.strides[name] for name in names]
     return sum((each[:2] for each in strides), ()), sum((each[2:] for each in strides), ())
 
 
-def _groups(geometry: Geometry, rows: int, team: int) -> Shape:
+def groups_of(geometry: Geometry, rows: int, team: int) -> Shape:
     heads, height, width, ph, pw = geometry.sizes
     windows = geometry.kind >= WINDOWS
     down, across = ph, pw
@@ -142,110 +139,29 @@ def _groups(geometry: Geometry, rows: int, team: int) -> Shape:
     )
 
 
-def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
+def bias_of(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
     """Its stride over heads, negative if there is none; over queries and keys, and how many of these there are."""
     if problem.bias is None:
         return -1, (0, 0, geometry.tokens)
     return geometry.bias[0], (*geometry.bias[1:], geometry.tokens)
 
 
-def ordered_size(heads: int, tokens: int, copies: int) -> Shape:
-    """Of a bias in the order of csrc/cuda/attention/bias.cuh."""
-    tiles = rows_of(tokens) // 16
+def ordered_size(heads: int, tokens: int, copies: int, tiles: int = 0) -> Shape:
+    """Of a bias in the order of csrc/cuda/attention/bias.cuh, in so many tiles of 16 x 16, else as few as hold it."""
+    tiles = tiles or rows_of(tokens) // 16
     return copies, heads, tiles, tiles, 256
 
 
-def _bias_tiles(problem: AttentionProblem, geometry: Geometry) -> int:
-    """Of a row of scores; 0 if there is no bias."""
-    return 0 if problem.bias is None else rows_of(geometry.tokens) // 16
-
-
-def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, rows: int = 0) -> list[Launch]:
-    """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys.
-
-    ``rows``: of a unit in shared memory, if more than its tokens need.
-    """
+def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, tiles: int = 0) -> list[Launch]:
+    """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys."""
     if problem.bias is None:
         return []
     heads, tokens = problem.shape[1], geometry.tokens
-    rows = rows or rows_of(tokens)
-    threads = math.prod(ordered_size(heads, rows, copies)) // 8
+    size = ordered_size(heads, tokens, copies, tiles)
     return [
-        Launch("attention/order", f"attention_order_{_kind(problem.dtype)}", -(-threads // 128), 128, 0,
-               ("bias", "ordered"), geometry.bias, (heads, tokens, rows // 16, copies), ())
+        Launch("attention/order", f"attention_order_{kind_of(problem.dtype)}", -(-math.prod(size) // 1024), 128, 0,
+               ("bias", "ordered"), geometry.bias, (heads, tokens, size[2], copies), ())
     ]  # fmt: skip
-
-
-@configs.memo
-def forward_launches(problem: AttentionProblem, positive: bool) -> list[Launch]:
-    """The launches of a forward call. ``positive``: the scale is.
-
-    Tensors ``q k v o bias ordered``, floats ``scale scale2``.
-    """
-    geometry = problem.geometry
-    d, dv = problem.shape[2], problem.value_dim
-    plain = _is_plain(problem, geometry, positive)
-    tiles = Tiles(problem.dtype, padded(d, dv), plain)
-    rows = rows_of(geometry.tokens)
-    room = configs.shared_memory_of(problem.device.arch)
-    team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
-    longs, ints = _strides(geometry, ("q", "k", "v", "o"))
-    warps = tiles.forward_warps
-    name = _name(problem, "forward", "_plain" * plain)
-    return [
-        *order_launches(problem, geometry, 1),
-        Launch(
-            "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
-            ("q", "k", "v", "o", "ordered"), longs,
-            (*ints, _bias_tiles(problem, geometry), d, dv, *_groups(geometry, rows, team)), ("scale", "scale2"),
-        ),
-    ]  # fmt: skip
-
-
-def _parts_of(problem: AttentionProblem, geometry: Geometry, how: _Backward) -> tuple[int, int, int]:
-    """(blocks of a head, units in turn of each team, units of a head): as many blocks as all processors hold at once.
-
-    Each has partial sums of its own.
-    """
-    heads, units = problem.shape[1], how.warps // how.team
-    items = geometry.units // heads
-    room = configs.shared_memory_of(problem.device.arch)
-    resident = max(1, min(16 // how.warps, (room + 1024) // (how.shared_bytes + 1024)))
-    most = max(1, resident * problem.device.processors // heads)
-    most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * how.rows**2 * units)))
-    steps = -(-items // (most * units))
-    return -(-items // (steps * units)), steps, items
-
-
-def divisor_of(n: int) -> tuple[int, int]:
-    """A Divisor of csrc/cuda/attention/groups.cuh: the two numbers that divide by ``n``, from 1 to 2**30."""
-    shift = (n - 1).bit_length()
-    by = -(-(1 << (31 + shift)) // n)
-    return by - (1 << 32 if by >= 1 << 31 else 0), shift
-
-
-@dataclass(frozen=True)
-class _Backward:
-    """How a backward is divided."""
-
-    module: str
-    kind: str
-    """Part of the kernel's name."""
-    warps: int
-    """Of a block."""
-    team: int
-    """Of a unit."""
-    rows: int
-    """Of a unit in shared memory."""
-    queries: int
-    """Whose dS lies in shared memory at once."""
-    held: bool
-    """Whether sums of the bias's gradient stay in shared memory from unit to unit."""
-    shared_bytes: int
-    copies: int
-    """Of the bias, in order."""
-    bytes: int = 0
-    """That rows are moved by."""
 
 
 def row_bytes(problem: AttentionProblem, geometry: Geometry, aligned: int) -> int:
@@ -257,98 +173,6 @@ def row_bytes(problem: AttentionProblem, geometry: Geometry, aligned: int) -> in
             return size
         found += [size * abs(step) for step in (batch, head, y, x)]
     return math.gcd(16, *found)
-
-
-def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) -> int:
-    """Of the smallest kernel that has whole rows of scores in registers; 0 if none is for these groups."""
-    tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
-    if problem.dtype.itemsize != 2 or not _is_equal(geometry):
-        return 0
-    if plain and tokens in (16, 64):
-        return tokens
-    # Those of 144 tokens want more registers than later architectures leave.
-    large = (144,) if problem.device.arch.startswith(("sm_8", "sm_9")) else ()
-    kernels = (56, 64, *large) if dim == 32 else (64,)
-    # Of fewer tokens most would be padding.
-    return next((each for each in kernels if each * 0.5 < tokens <= each and (each != 144 or tokens > 128)), 0)
-
-
-def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, row: int) -> _Backward:
-    # Whole rows of scores: csrc/cuda/attention/backward_whole.cuh.
-    tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
-    rows = rows_of(tokens)
-    team = rows // 16
-    warps = max(team, 4)
-    pairs, sums = 2 * rows * (rows + tiles.gap) * tiles.size, 4 * rows**2 * need_bias
-    state = (team + (10 if team > 4 else 3)) // 4 * 16
-    needed = warps // team * (4 * rows * tiles.row + pairs + 4 * rows + state + sums)
-    kind = "_plain" * plain + f"_{tokens}"
-    return _Backward("backward_whole", kind, warps, team, rows, 0, need_bias, needed, 1, row)
-
-
-def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, plain: bool) -> _Backward:
-    # Of each warp some keys: csrc/cuda/attention/backward.cuh.
-    tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
-    rows = rows_of(geometry.tokens)
-    room = configs.shared_memory_of(problem.device.arch)
-    warps = tiles.backward_warps
-    held = need_bias and rows <= HELD
-    team = team_of(-(-rows // tiles.keys), warps, partial(tiles.backward, rows, 16, held), room)
-    queries = tiles.queries(rows, team, held, room)
-    kind = "_plain" * plain
-    needed = tiles.backward(rows, queries, held, team)
-    return _Backward("backward", kind, warps, team, rows, queries, held, needed, 2)
-
-
-def _divided(problem: AttentionProblem, geometry: Geometry, need_bias: bool, positive: bool, aligned: int) -> _Backward:
-    plain, row = _is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
-    if row >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
-        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64), row)
-        if found.shared_bytes <= configs.shared_memory_of(problem.device.arch):
-            return found
-    return _by_keys(problem, geometry, need_bias, plain)
-
-
-@configs.memo
-def backward_launches(
-    problem: AttentionProblem, need_bias: bool, positive: bool, aligned: int = 16
-) -> tuple[list[Launch], dict[str, Shape]]:
-    """(launches, shapes of the tensors ``partial`` and ``ordered``). ``aligned``: bytes, to which all maps are.
-
-    Tensors ``q k v g bias dq dk dv partial dbias ordered``, floats ``scale scale2``.
-    """
-    geometry = problem.geometry
-    d, dv = problem.shape[2], problem.value_dim
-    how = _divided(problem, geometry, need_bias, positive, aligned)
-    longs, ints = _strides(geometry, ("q", "k", "v", "g", "dq", "dk", "dv"))
-    units = how.warps // how.team
-    grid, steps, items, parts = -(-geometry.units // units), 0, 0, 0
-    if need_bias:
-        blocks, steps, items = _parts_of(problem, geometry, how)
-        grid, parts = blocks * problem.shape[1], blocks * (1 if how.held else units)
-    groups, heads = _groups(geometry, how.rows, how.team), problem.shape[1]
-    pointers = ("q", "k", "v", "g", "ordered", "dq", "dk", "dv", "partial")
-    by_heads, by_across, by_down = divisor_of(heads), divisor_of(groups[8]), divisor_of(groups[7])
-    launches = [
-        *order_launches(problem, geometry, how.copies, how.rows),
-        Launch(
-            f"attention/{how.module}", _name(problem, "backward", how.kind), grid, 32 * how.warps,
-            how.shared_bytes, pointers, longs,
-            (*ints, 0 if problem.bias is None else how.rows // 16, geometry.tokens, d, dv, *groups,
-             steps, items, how.queries, int(how.held), how.bytes, *by_heads, *by_across, *by_down),
-            ("scale", "scale2"),
-        ),
-    ]  # fmt: skip
-    if need_bias:
-        size, turned = heads * how.rows**2, int(how.copies > 1)
-        launches.append(
-            Launch("attention/bias", f"attention_bias_{_kind(problem.dtype)}", -(-size // 128), 128, 0,
-                   ("partial", "dbias"), (size,), (parts, how.rows // 16, geometry.tokens, turned), ())
-        )  # fmt: skip
-    return launches, {
-        "partial": (parts, heads, how.rows, how.rows),
-        "ordered": ordered_size(heads, how.rows, how.copies),
-    }
 
 
 def why_not(

@@ -1,0 +1,112 @@
+"""The launches of a forward: which of its kernels take a call, and how units are divided among blocks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mvkernels.cuda.attention.plan import (
+    Tiles,
+    bias_of,
+    groups_of,
+    is_equal,
+    is_plain,
+    kind_of,
+    name_of,
+    order_launches,
+    ordered_size,
+    padded,
+    row_bytes,
+    rows_of,
+    strides_of,
+    team_of,
+)
+from mvkernels.cuda.launch import Launch
+from mvkernels.triton import configs
+from mvkernels.triton.attention.problem import AttentionProblem
+from mvkernels.triton.maps import CLIPPED, WINDOWS, Geometry, Shape
+
+WALKED = 49, 256
+"""Tokens of a group for blocks to go from unit to unit, of 32 channels and with a bias if there are more than 64."""
+LARGE = (9, 3, 2), (13, 5, 1), (16, 4, 1)
+"""Of more than 64 tokens there, (warps of a block, tiles of 16 keys at once, blocks of a processor)."""
+
+
+def _walks(problem: AttentionProblem, geometry: Geometry, aligned: int) -> bool:
+    """Whether csrc/cuda/attention/walk.cuh takes the units and rows of a call."""
+    tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
+    if problem.dtype.itemsize != 2 or not is_equal(geometry) or not WALKED[0] <= tokens <= WALKED[-1]:
+        return False
+    if tokens > 64 and (problem.bias is None or dim != 32):
+        return False
+    return row_bytes(problem, geometry, aligned) == 16
+
+
+def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch], dict[str, Shape]]:
+    """A forward whose blocks have several units of a head each, and a warp for each 16 tokens of a unit."""
+    heads, d, dv = problem.shape[1], problem.shape[2], problem.value_dim
+    dim, rows, tiles, order = padded(d, dv), rows_of(geometry.tokens), 0, list[Launch]()
+    longs: Shape = ()
+    more: Shape = ()
+    if rows <= 64:
+        bias_head, bias = bias_of(problem, geometry)
+        plain = problem.bias is None and geometry.kind != CLIPPED and geometry.tokens == 64
+        kind = "plain" if plain else "56" if geometry.tokens <= 56 else "64"
+        size, warps, most, pointer, longs, ints = "small", 4, 4, "bias", (bias_head,), bias
+    else:
+        warps, at_once, most = next(each for each in LARGE if 16 * each[0] >= rows)
+        rows = -(-rows // (16 * at_once)) * 16 * at_once
+        tiles, order = rows // 16, order_launches(problem, geometry, 1, rows // 16)
+        size, kind, pointer = "large", str(warps), "ordered"
+        ints, more = (tiles, geometry.tokens), (rows,)
+    shared = 6 * rows * Tiles(problem.dtype, dim, True).row + 4 * (rows + 18 + 4 * warps)
+    resident = max(1, min(most, (configs.shared_memory_of(problem.device.arch) + 1024) // (shared + 1024)))
+    items = geometry.units // heads
+    steps = -(-items // max(1, resident * problem.device.processors // heads))
+    _, height, width, ph, pw = geometry.sizes
+    windows = geometry.kind >= WINDOWS
+    walk = (items, steps, *((ph, pw, height - ph, width - pw) if windows else (1, 1, height, width)))
+    strides, strides_inside = strides_of(geometry, ("q", "k", "v", "o"))
+    launch = Launch(
+        f"attention/forward_{size}", f"attention_forward_{size}_{kind_of(problem.dtype)}_{kind}_{dim}",
+        -(-items // steps) * heads, 32 * warps, shared, ("q", "k", "v", "o", pointer), (*strides, *longs),
+        (*strides_inside, *ints, d, dv, *groups_of(geometry, 0, 1)[:10], *walk, *more), ("scale", "scale2"),
+    )  # fmt: skip
+    return [*order, launch], _ordered(problem, tiles)
+
+
+def _ordered(problem: AttentionProblem, tiles: int) -> dict[str, Shape]:
+    return {"ordered": ordered_size(problem.shape[1], 16 * tiles, 1)} if tiles else {}
+
+
+@configs.memo
+def forward_launches(
+    problem: AttentionProblem, positive: bool, aligned: int = 16
+) -> tuple[list[Launch], dict[str, Shape]]:
+    """(launches, shapes of the tensors that only these need). ``aligned``: bytes, to which all maps are.
+
+    Tensors ``q k v o bias ordered``, floats ``scale scale2``. ``positive``: the scale is.
+    """
+    geometry = problem.geometry
+    room = configs.shared_memory_of(problem.device.arch)
+    if positive and _walks(problem, geometry, aligned):
+        walking = _walking(problem, geometry)
+        if walking[0][-1].shared_bytes <= room:
+            return walking
+    d, dv = problem.shape[2], problem.value_dim
+    plain = is_plain(problem, geometry, positive)
+    tiles = Tiles(problem.dtype, padded(d, dv), plain)
+    rows = rows_of(geometry.tokens)
+    team = team_of(rows // 16, tiles.forward_warps, partial(tiles.forward, rows), room)
+    longs, ints = strides_of(geometry, ("q", "k", "v", "o"))
+    warps = tiles.forward_warps
+    name = name_of(problem, "forward", "_plain" * plain)
+    tiles_across = 0 if problem.bias is None else rows // 16
+    launches = [
+        *order_launches(problem, geometry, 1),
+        Launch(
+            "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
+            ("q", "k", "v", "o", "ordered"), longs,
+            (*ints, tiles_across, d, dv, *groups_of(geometry, rows, team)), ("scale", "scale2"),
+        ),
+    ]  # fmt: skip
+    return launches, _ordered(problem, tiles_across)
