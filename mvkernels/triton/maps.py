@@ -148,6 +148,9 @@ class Geometry:
         self.equal = equal or not (height % gh or width % gw)
         """Whether all groups have as many tokens, in as many columns."""
         self.n_align = low_bit(self.tokens, self.keys, limit=self.vector) if equal else 1
+        """Of the tokens of every group."""
+        self.k_align = low_bit(self.keys, limit=self.vector) if self.kind == UNEQUAL else self.n_align
+        """Of those that they attend to."""
         self.maps: dict[str, tuple[int, int]] = {name: self._layout(s, areas[name]) for name, s in seen.items()}
         """(LAYOUT, ALIGN) of each map, as :mod:`mvkernels.triton.tiles` has them."""
         self.bias_align = 0

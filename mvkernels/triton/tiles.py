@@ -34,8 +34,12 @@ def unit_of(unit, heads, ph, pw):
 
 @triton.jit
 def group_extent(offset, size, patch):
-    """How many of ``size`` rows (columns) lie at ``offset`` modulo ``patch``; 0 if none does."""
-    return (size - offset + patch - 1) // patch
+    """How many of ``size`` rows (columns) lie at ``offset``, less than ``patch``, modulo ``patch``; 0 if none does.
+
+    What is divided does not depend on the offset: a loop over groups finds it done.
+    """
+    each = size // patch
+    return each + (offset < size - each * patch).to(tl.int32)
 
 
 @triton.jit

@@ -3,9 +3,21 @@
 import triton
 import triton.language as tl
 
-from mvkernels.triton.attention.backward_kernels import GRAD, INPUTS, equal_groups
+from mvkernels.triton.attention.backward_kernels import GRAD, INPUTS
 from mvkernels.triton.attention.forward_kernels import bias_tile
-from mvkernels.triton.attention.groups import CLIPPED, SIZES, UNEQUAL, WINDOWS, group_of, span_of, tokens_of
+from mvkernels.triton.attention.groups import (
+    CLIPPED,
+    SIZES,
+    UNEQUAL,
+    WINDOWS,
+    added_digits,
+    digits_of,
+    equal_groups,
+    first_pixel,
+    groups_of,
+    span_of,
+    tokens_of,
+)
 from mvkernels.triton.attention.row_kernels import ROWS, load_rows, masked
 from mvkernels.triton.tiles import (
     divider,
@@ -26,7 +38,7 @@ def bias_partials(
     gsb, gsh, gsd, gsy, gsx, heads, H, W, ph, pw, KH, KW, sy, sx, bsh, bsm, bsn, slices, items, m_blocks, n_blocks,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LG: tl.constexpr, AG: tl.constexpr, N_ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr,
@@ -39,7 +51,7 @@ def bias_partials(
     m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = pid // m_blocks
     # All groups are equal where there is a bias.
-    queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, KIND)
+    queries, keys = equal_groups(H, W, ph, pw, KH, KW, N_ALIGN, K_ALIGN, KIND)
     width = divider(pw if KIND >= WINDOWS else W // pw)
     key_width = width
     if KIND == UNEQUAL:
@@ -48,9 +60,14 @@ def bias_partials(
     inside = (m < queries)[:, None] & of_keys[None, :]
     bias = bias_tile(bias_ptr, head.to(tl.int64), m, n, inside, bsh, bsm, bsn, BIAS_ALIGN)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    down, across = groups_of(H, W, ph, pw, sy, sx, KIND)
+    each, gy, gx = digits_of(part, down, across)
+    further = digits_of(slices, down, across)
+    wide_head = head.to(tl.int64)
     for step in range(0, (items - part + slices - 1) // slices if LOOP == 0 else LOOP):
         item = part + step * slices
-        batch, wide_head, y0, x0 = group_of(item * heads + head, heads, H, W, ph, pw, sy, sx, KIND)
+        batch = each.to(tl.int64)
+        y0, x0 = first_pixel(gy, gx, ph, pw, sy, sx, KIND)
         group = (y0, x0, ph, pw, W)
         _, end = span_of(queries, y0, H, ph, pw, KIND)
         my, mx, keep_m = tokens_of(m, end, width, group, KIND, LINEAR, WIDE, WHOLE, COLUMNS)
@@ -80,6 +97,7 @@ def bias_partials(
         dp = dot_nt(g0, g1, v0, v1, V1, PRECISION)
         beside = tl.where(n[None, :] == peak[:, None], -rest[:, None], dp - delta[:, None])
         total += tl.where(here & keep_m[:, None], p * beside, 0.0)
+        each, gy, gx = added_digits((each, gy, gx), further, down, across)
     area = queries.to(tl.int64) * keys
     base = partial_ptr + (part * heads + head) * area
     tl.store(base + m[:, None] * keys.to(tl.int64) + n[None, :], total, mask=inside)

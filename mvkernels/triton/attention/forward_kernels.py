@@ -76,7 +76,8 @@ def forward_rows(
     heads, H, W, ph, pw, KH, KW, sy, sx, bsh, bsm, bsn,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
-    LO: tl.constexpr, AO: tl.constexpr, N_ALIGN: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
+    LO: tl.constexpr, AO: tl.constexpr, N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr,
+    BIAS: tl.constexpr, BIAS_ALIGN: tl.constexpr,
     KIND: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
     WHOLE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, ONE_PASS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_BLOCKS: tl.constexpr,
@@ -98,7 +99,7 @@ def forward_rows(
     last = end
     key_width = width
     if KIND == UNEQUAL:
-        last = tl.multiple_of(KH * KW, N_ALIGN)
+        last = tl.multiple_of(KH * KW, K_ALIGN)
         key_width = divider(KW)
     osb, osh, osd, osy, osx = dense_strides(heads, DV, H, W, LO)
     q_ptr += plane(batch, head, qsb, qsh, LQ, AQ)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mvkernels.triton import maps
-from mvkernels.triton.tiles import group_extent, pixel_of, unit_of
+from mvkernels.triton.tiles import divider, group_extent, pixel_of, unit_of
 
 UNEQUAL, WINDOWS, CLIPPED = (tl.constexpr(kind) for kind in (maps.UNEQUAL, maps.WINDOWS, maps.CLIPPED))
 
@@ -21,17 +21,80 @@ SIZES = ["heads", "H", "W", "ph", "pw", "KH", "KW", "sy", "sx", "bsh", "bsm", "b
 
 
 @triton.jit
-def group_of(unit, heads, H, W, ph, pw, sy, sx, KIND: tl.constexpr):
-    """(batch as int64, head as int64, y0, x0) of a unit or a vector of units: its first pixel, or corner."""
+def groups_of(H, W, ph, pw, sy, sx, KIND: tl.constexpr):
+    """(down, across): how many groups a map has along each axis."""
     if KIND >= WINDOWS:
         down = (H - sy + ph - 1) // ph
         across = (W - sx + pw - 1) // pw
-        batch, head, gy, gx = unit_of(unit, heads, down, across)
-        y0 = sy + gy * ph
-        x0 = sx + gx * pw
     else:
-        batch, head, y0, x0 = unit_of(unit, heads, ph, pw)
+        down, across = ph, pw
+    return down, across
+
+
+@triton.jit
+def first_pixel(gy, gx, ph, pw, sy, sx, KIND: tl.constexpr):
+    """(y0, x0) of a group: its first pixel, or corner."""
+    if KIND >= WINDOWS:
+        gy = sy + gy * ph
+        gx = sx + gx * pw
+    return gy, gx
+
+
+@triton.jit
+def group_of(unit, heads, H, W, ph, pw, sy, sx, KIND: tl.constexpr):
+    """(batch as int64, head as int64, y0, x0) of a unit or a vector of units: its first pixel, or corner."""
+    down, across = groups_of(H, W, ph, pw, sy, sx, KIND)
+    batch, head, gy, gx = unit_of(unit, heads, down, across)
+    y0, x0 = first_pixel(gy, gx, ph, pw, sy, sx, KIND)
     return batch, head, y0, x0
+
+
+@triton.jit
+def digits_of(item, down, across):
+    """(batch, gy, gx) of group ``item`` of all of a head's."""
+    rest = item // across
+    batch = rest // down
+    return batch, rest - batch * down, item - rest * across
+
+
+@triton.jit
+def added_digits(a, b, down, across):
+    """:func:`digits_of` a sum, from those of two numbers: a loop over groups compares and adds, and divides nothing."""
+    gx = a[2] + b[2]
+    carry = (gx >= across).to(tl.int32)
+    gx -= carry * across
+    gy = a[1] + b[1] + carry
+    carry = (gy >= down).to(tl.int32)
+    return a[0] + b[0] + carry, gy - carry * down, gx
+
+
+@triton.jit
+def next_group(batch, y0, x0, H, W, ph, pw, sy, sx, KIND: tl.constexpr):
+    """(batch, y0, x0) of the group after this one, of the same head: without a division, for loops over groups."""
+    if KIND >= WINDOWS:
+        left, top, right, bottom, across, down = sx, sy, W, H, pw, ph
+    else:
+        left, top, right, bottom, across, down = 0, 0, pw, ph, 1, 1
+    x0 += across
+    over = x0 >= right
+    x0 = tl.where(over, left, x0)
+    y0 = tl.where(over, y0 + down, y0)
+    over = y0 >= bottom
+    return batch + over.to(tl.int64), tl.where(over, top, y0), x0
+
+
+@triton.jit
+def dividers(W, pw, KIND: tl.constexpr):
+    """:func:`divider` of the columns of a group, of the fewest and of one more."""
+    fewest = pw if KIND >= WINDOWS else W // pw
+    return divider(fewest), divider(fewest + 1)
+
+
+@triton.jit
+def divider_of(columns, both):
+    """Which of the :func:`dividers` is that of a group."""
+    fewest, more = both
+    return columns, tl.where(columns > fewest[0], more[1], fewest[1])
 
 
 @triton.jit
@@ -53,6 +116,14 @@ def extent_of(y0, x0, H, W, ph, pw, KIND: tl.constexpr):
         rows = group_extent(y0, H, ph)
         columns = group_extent(x0, W, pw)
     return rows, columns
+
+
+@triton.jit
+def equal_groups(H, W, ph, pw, KH, KW, N_ALIGN: tl.constexpr, K_ALIGN: tl.constexpr, KIND: tl.constexpr):
+    """(queries, keys) of each group where there is a bias: all are equal."""
+    rows, columns = (ph, pw) if KIND >= WINDOWS else (H // ph, W // pw)
+    queries = tl.multiple_of(rows * columns, N_ALIGN)
+    return queries, tl.multiple_of(KH * KW, K_ALIGN) if KIND == UNEQUAL else queries
 
 
 @triton.jit

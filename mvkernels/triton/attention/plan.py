@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mvkernels.triton import configs
-from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels
+from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels, unit_kernels
 from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
@@ -87,6 +87,7 @@ def forward_launches(problem: AttentionProblem) -> list[Launch]:
     programs = -(-steps // blocks["Q_BLOCKS"])
     meta |= {
         "N_ALIGN": geometry.n_align,
+        "K_ALIGN": geometry.k_align,
         "BIAS_ALIGN": geometry.bias_align,
         "LINEAR": geometry.linear,
         "WIDE": geometry.wide,
@@ -128,6 +129,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
         meta[which] = min(align, meta.get(which, align))
     flat: dict[str, Any] = {
         "N_ALIGN": geometry.n_align,
+        "K_ALIGN": geometry.k_align,
         "BIAS_ALIGN": geometry.bias_align,
         "LINEAR": geometry.linear,
         "WIDE": geometry.wide,
@@ -160,7 +162,7 @@ def backward_launches(problem: AttentionProblem, need_bias: bool, packed: int = 
         dbias = {"DBIAS": need_bias, "LOOP": 1 if problem.bias is None else problem.loop(steps)}
         launches.append(
             Launch(
-                backward_kernels.backward_unit,
+                unit_kernels.backward_unit,
                 "backward_unit",
                 heads * parts,
                 (*every[:-1], "partial" if need_bias else "q"),
