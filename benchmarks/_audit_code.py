@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from _audit_loops import findings, in_loops
 from _machine_code import PROCESSORS, occupancy, taken
+from _model import sass
 
 from mvkernels.triton.configs import shared_memory_of
 
@@ -20,7 +22,8 @@ def nvidia(compiled: Any, target: str, warps: int) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     registers, spill, stack = taken(compiled.asm["cubin"])
     matrix, count = matrix_instructions(ptx)
-    return measured(compiled, target, warps, registers, spill, stack, matrix, count, global_loads(ptx))
+    loops = in_loops(sass.parse(sass.disassembled(compiled.asm["cubin"]), compiled.metadata.name))
+    return loops | measured(compiled, target, warps, registers, spill, stack, matrix, count, global_loads(ptx))
 
 
 def matrix_instructions(ptx: str) -> tuple[str, int]:
@@ -91,7 +94,8 @@ def verdict(row: dict[str, Any]) -> str:
     than FEWEST_WARPS fit a processor. MATRIX: a kernel has products of half types, or of float32 that may round to
     TF32, and no matrix instruction (products of exact float32 need none). LOADS: on NVIDIA, a kernel with products
     loads less than NARROWEST_LOAD bytes a thread at once, though rows are aligned to as many. The sums of partial
-    results have no products; they are held to the first three.
+    results have no products; they are held to the first three. DIVISION and NARROW, on NVIDIA: a loop divides integers,
+    or loads less than 4 bytes a thread though channels are contiguous (_audit_loops.py, also on what is exempt).
     """
     multiplies = row.get("multiplies")
     if row["spill_bytes"]:
@@ -105,4 +109,4 @@ def verdict(row: dict[str, Any]) -> str:
     wanted = min(row.get("aligned_bytes", 0), NARROWEST_LOAD)
     if multiplies and row.get("target", "").startswith("sm_") and row["widest_load"] < wanted:
         return "LOADS"
-    return "ok"
+    return next((name for name, exempt in findings(row) if not exempt), "ok")

@@ -14,8 +14,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _audit_cases import Case, Every, Multiscale, problem_of
+from _audit_loops import in_loops
 from _audit_targets import DTYPES
 from _machine_code import occupancy, tool
+from _model import sass
 
 from mvkernels.cuda.attention import plan as attention
 from mvkernels.cuda.attention.backward_plan import backward_launches
@@ -78,18 +80,18 @@ def units_of(case: Every, target: str, name: str, device: Device) -> Iterator[tu
 
 
 @cache
-def _code_of(module: str, target: str) -> dict[str, tuple[int, int, int, str]]:
-    """Of each kernel: registers, bytes of them that are kept in memory, other bytes of stack, and its machine code."""
+def _code_of(module: str, target: str) -> dict[str, tuple[int, int, int, str, dict[str, int]]]:
+    """Of each kernel: registers, bytes of them that are kept in memory, other stack, machine code and loops."""
     file = nvcc.file_of(module, CODE[target])
     usage = subprocess.run([tool("cuobjdump"), "-res-usage", str(file)], check=True, capture_output=True, text=True)
-    code = subprocess.run([tool("nvdisasm"), "-c", str(file)], check=True, capture_output=True, text=True).stdout
+    code = sass.disassembled(file.read_bytes())
     found = {}
     pattern = r"Function (\w+):\s*REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)"
     for kernel, registers, stack, local in re.findall(pattern, usage.stdout):
         text = code.partition(f".section\t.text.{kernel},")[2].partition("\n\t.section\t")[0]
         kept = int(stack) + int(local)
         spilled = kept if re.search(r"\b(LDL|STL)\b", text) else 0
-        found[kernel] = int(registers), spilled, kept - spilled, text
+        found[kernel] = int(registers), spilled, kept - spilled, text, in_loops(sass.parse(code, kernel))
     return found
 
 
@@ -103,14 +105,14 @@ def widest_load(code: str) -> list[int]:
 def compile_unit(unit: Unit) -> dict[str, Any]:
     """The columns that come from the code. Never raises: an error is a row."""
     try:
-        registers, spilled, stack, code = _code_of(unit.module, unit.target)[unit.kernel]
+        registers, spilled, stack, code, loops = _code_of(unit.module, unit.target)[unit.kernel]
     except Exception as error:
         return {"verdict": "ERROR " + " ".join(str(error).split())[:200]}
     warps = unit.threads // 32
     blocks, bound = occupancy(registers, unit.shared_bytes, warps, unit.target)
     products = len(re.findall(r"\bHMMA\b", code))
     loads = widest_load(code)
-    return {
+    return loops | {
         "registers": registers, "spill_bytes": spilled, "stack_bytes": stack, "shared_bytes": unit.shared_bytes,
         "shared_limit": shared_memory_of(unit.target), "blocks_per_processor": blocks,
         "warps_per_processor": blocks * warps, "matrix": "mma.sync" if products else "-",

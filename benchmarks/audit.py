@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where it is imported by its pa
 import _audit_nvcc
 from _audit_cases import OPS, Every, aligned_bytes, suite
 from _audit_code import amd, nvidia, verdict
+from _audit_loops import exceptions
 from _audit_targets import DTYPES, TARGETS
 
 from mvkernels import files
@@ -47,7 +48,7 @@ COLUMNS = [
     "layout", "config", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "shared_limit",
     "blocks_per_processor", "warps_per_processor", "matrix", "widest_load", "verdict", "cases", "triton", "date",
     "matrix_instructions", "wide_loads", "limited_by", "occupancy", "multiplies", "matrix_products", "aligned_bytes",
-    "backend",
+    "backend", "loop_divisions", "loop_narrow_loads",
 ]  # fmt: skip
 SHOWN = [
     "kernel", "target", "dtype", "head_dim", "value_dim", "tokens", "bias", "layout", "config", "registers",
@@ -250,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = [row for row in rows if row["verdict"] != "ok"]
     print(table([[row.get(name, "") for name in SHOWN] for row in (bad if arguments.bad else rows)], SHOWN))
     registers = max((row.get("registers", 0) for row in rows), default=0)
+    print(*exceptions(rows), sep="\n")
     print(f"{len(rows)} kernels for {sum(row['cases'] for row in rows)} launches, at most {registers} registers, "
           f"{len(bad)} with a finding")  # fmt: skip
     whole = not (arguments.target or arguments.dtype or arguments.quick or arguments.filter)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
 
-from mvkernels.dispatch.registry import OPS
+from mvkernels.dispatch.registry import OPS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "audit.py"
@@ -92,12 +93,76 @@ FINDINGS = [
     ({"widest_load": 4}, "LOADS"),
     ({"widest_load": 4, "aligned_bytes": 4}, "ok"),
     ({"widest_load": 4, "multiplies": 0}, "ok"),
+    ({"loop_divisions": 1}, "DIVISION"),
+    ({"loop_narrow_loads": 1, "layout": "last"}, "NARROW"),
+    ({"loop_narrow_loads": 1, "layout": "first"}, "ok"),
+    ({"loop_narrow_loads": 1, "layout": "last", "bias": 1, "tokens": 144}, "NARROW"),
+    ({"loop_narrow_loads": 1, "layout": "last", "bias": 1, "tokens": 49}, "ok"),
 ]
 
 
 @pytest.mark.parametrize(("change", "wanted"), FINDINGS, ids=[f"{i}-{f[1]}" for i, f in enumerate(FINDINGS)])
 def test_what_counts_as_a_finding(audit, change, wanted):
     assert audit.verdict(SOUND | change) == wanted
+
+
+@triton.jit
+def _rows_by_division(x_ptr, out_ptr, width, steps, DIVIDES: tl.constexpr):
+    # Sums of some rows; which row a step has is divided out anew, or was known before.
+    n = tl.arange(0, 32)
+    total = tl.zeros([32], tl.float32)
+    row = steps // width
+    for step in range(steps):
+        if DIVIDES:
+            row = (step * steps) // width
+        total += tl.load(x_ptr + row * 32 + n)
+        row += 1
+    tl.store(out_ptr + n, total)
+
+
+@triton.jit
+def _columns(x_ptr, out_ptr, steps, stride, STRIDED: tl.constexpr):
+    # Sums of 64 neighbours of a row; with a stride that only the call knows, one element at a time.
+    n = tl.arange(0, 64)
+    total = tl.zeros([64], tl.float32)
+    for step in range(steps):
+        total += tl.load(x_ptr + step * 64 + (n * stride if STRIDED else n)).to(tl.float32)
+    tl.store(out_ptr + n, total)
+
+
+def _loops_of(kernel, signature, **constexprs):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    at = {(kernel.arg_names.index(name),): value for name, value in constexprs.items()}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature | dict.fromkeys(constexprs, "constexpr"),
+        constexprs=at,
+        attrs={(0,): [["tt.divisibility", 16]]},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    import _audit_code as code
+
+    return code.nvidia(compiled, "sm_90", 1)
+
+
+@pytest.mark.parametrize("width", ["i32", "i64"])
+@pytest.mark.parametrize("divides", [False, True])
+def test_integer_divisions_in_loops_are_found(audit, width, divides):
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "width": width, "steps": "i32"}
+    found = _loops_of(_rows_by_division, signature, DIVIDES=divides)
+    assert (found["loop_divisions"] > 0) == divides and found["loop_narrow_loads"] == 0
+    assert audit.verdict(SOUND | {"loop_divisions": found["loop_divisions"]}) == ("DIVISION" if divides else "ok")
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_narrow_loads_in_loops_are_found(audit, strided):
+    signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32", "stride": "i32"}
+    found = _loops_of(_columns, signature, STRIDED=strided)
+    assert (found["loop_narrow_loads"] > 0) == strided and found["loop_divisions"] == 0
+    row = SOUND | {"layout": "last", "loop_narrow_loads": found["loop_narrow_loads"]}
+    assert audit.verdict(row) == ("NARROW" if strided else "ok")
 
 
 def test_a_finding_is_status_1(audit, monkeypatch, capsys):
