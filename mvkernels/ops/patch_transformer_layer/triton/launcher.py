@@ -101,6 +101,11 @@ def _with_bias(grad: torch.Tensor, normed: torch.Tensor, channels: int) -> tuple
     return both[:, :channels].contiguous(), both[:, channels].clone()
 
 
+def _vectors(sums: torch.Tensor, dtype: torch.dtype, channels: int) -> list[torch.Tensor]:
+    """Totals of programs' sums, so many channels each. Memory is its own for each: operators return no views."""
+    return [each.to(dtype, copy=True) for each in sums.sum(0).split(channels)]
+
+
 def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """(out, qkv, attention, middle); the last three are empty unless the last argument is True.
 
@@ -166,7 +171,7 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors |= {"dmiddle": empty(c), "sums2": sums(4)}
     run([second], tensors, floats)
     dfc1, dfc1_bias = _with_bias(dhidden, tensors.pop("normed2"), c)
-    dgamma2, dbeta2, dfc2_bias, dproj_bias = tensors.pop("sums2").sum(0).to(x.dtype).split(c)
+    dgamma2, dbeta2, dfc2_bias, dproj_bias = _vectors(tensors.pop("sums2"), x.dtype, c)
     dmiddle = tensors["dmiddle"]
     del dhidden, tensors["grad"], tensors["dnormed2"]
 
@@ -183,14 +188,10 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     tensors |= {"dx": rows.new_empty(rows.shape), "sums1": sums(2)}
     run([first], tensors, floats)
     dqkv_weight, dqkv_bias = _with_bias(dqkv, tensors["normed1"], c)
-    dgamma1, dbeta1 = tensors["sums1"].sum(0).to(x.dtype).split(c)
+    dgamma1, dbeta1 = _vectors(tensors["sums1"], x.dtype, c)
     dx = tensors["dx"].permute(0, 3, 1, 2)
     if x.stride(1) != 1:
         dx = empty_map(x, c).copy_(dx)
-    # Operators may not return views of one another.
-    dgamma1, dbeta1, dproj_bias, dgamma2, dbeta2, dfc2_bias = (
-        each.clone() for each in (dgamma1, dbeta1, dproj_bias, dgamma2, dbeta2, dfc2_bias)
-    )
     if given[4] is None:
         dqkv_bias = x.new_empty(0)
     return (dx, dgamma1, dbeta1, dqkv_weight, dqkv_bias, dproj, dproj_bias, dgamma2, dbeta2, dfc1, dfc1_bias, dfc2,
