@@ -44,6 +44,10 @@ def in_loops(code: Code) -> dict[str, int]:
 
 
 EXCEPTIONS = (
+    ("DIVISION", r"^attention_(forward|backward)_",
+     "CUDA C++: where the tokens of a unit lie is found once a unit, before its tiles, by as many threads as tokens"),
+    ("NARROW", r"^attention_(forward|backward)_",
+     "CUDA C++ for all strides: with contiguous channels another loop is taken, which moves 8 or 16 bytes"),
     ("NARROW", r"^(multiscale_|aggregate|depthwise|map_|weight)",
      "weights of a depthwise convolution: those of a tap lie K * K apart"),
 )  # fmt: skip

@@ -35,6 +35,9 @@ TARGETS = {
     "compute_80": ("-ptx", "-arch=compute_80"),
 }
 MOST_BYTES = 4 << 20
+_LZMA = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+PACKED = {"-cubin": _LZMA | {"lc": 0, "lp": 4, "pb": 4}, "-ptx": _LZMA | {"pb": 0}}
+"""How files are compressed: an instruction is 16 bytes, and text has no such steps."""
 FLAGS = ("-std=c++17", "-I", str(HERE))
 STRICT = ("-Xptxas", "--warn-on-spills", "--Werror", "all-warnings")
 """What is shipped keeps all that it has in registers."""
@@ -122,7 +125,7 @@ def build(data: Path, jobs: int) -> dict[str, int]:
     def one(job: tuple[Path, str]) -> tuple[str, int]:
         source, target = job
         name = f"{module_of(source).replace('/', '.')}.{target}.xz"
-        packed = lzma.compress(compiled(source, target, *STRICT), preset=9 | lzma.PRESET_EXTREME)
+        packed = lzma.compress(compiled(source, target, *STRICT), filters=[PACKED[TARGETS[target][0]]])
         (data / name).write_bytes(packed)
         return name, len(packed)
 

@@ -1,4 +1,4 @@
-// The backward's kernels for groups of up to 64 tokens: backward_whole.cuh, for each type and each number of channels.
+// The backward's kernels for groups of up to 64 tokens, and of 144: backward_whole.cuh, for each type.
 #include "backward_whole.cuh"
 
 // From sm_100 on the compiler needs more registers.
@@ -15,24 +15,23 @@
     const mvk::attention::Backward<TYPE> given = BACKWARD_GIVEN;                                  \
     mvk::attention::Whole<mvk::Halves<TYPE>, DP, PLAIN, TOKENS, WARPS>(given, global_smem).run(); \
   }
-// BLOCKS a processor: masks, a bias and many channels want more registers than four leave.
-#define WHOLES_OF(NAME, TYPE, BLOCKS, DP)       \
-  WHOLE(NAME##_plain, TYPE, true, 16, 4, 4, DP) \
-  WHOLE(NAME##_plain, TYPE, true, 64, 4, 4, DP) \
-  WHOLE(NAME, TYPE, false, 64, 4, BLOCKS, DP)
-#define WHOLES(BLOCKS, DP)               \
-  WHOLES_OF(bf16, mvk::bf16, BLOCKS, DP) \
-  WHOLES_OF(f16, mvk::f16, BLOCKS, DP)
+#define PLAIN_WHOLES(DP)                           \
+  WHOLE(bf16_plain, mvk::bf16, true, 16, 4, 4, DP) \
+  WHOLE(bf16_plain, mvk::bf16, true, 64, 4, 4, DP) \
+  WHOLE(f16_plain, mvk::f16, true, 16, 4, 4, DP)   \
+  WHOLE(f16_plain, mvk::f16, true, 64, 4, 4, DP)
 
-WHOLES(4, 16)
-WHOLES(3, 24)
-WHOLES(4, 32)
-WHOLES(3, 40)
-WHOLES(3, 48)
-WHOLES(3, 64)
-// Windows of 7 x 7.
+PLAIN_WHOLES(16)
+PLAIN_WHOLES(24)
+PLAIN_WHOLES(32)
+PLAIN_WHOLES(40)
+PLAIN_WHOLES(48)
+PLAIN_WHOLES(64)
+// Windows of 7 x 7 and of 8 x 8, with heads of 32 channels as all models of windows have them.
 WHOLE(bf16, mvk::bf16, false, 56, 4, 4, 32)
 WHOLE(f16, mvk::f16, false, 56, 4, 4, 32)
+WHOLE(bf16, mvk::bf16, false, 64, 4, 4, 32)
+WHOLE(f16, mvk::f16, false, 64, 4, 4, 32)
 // Windows of 12 x 12: nine warps with 168 registers each, which is not enough from sm_100 on.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 1000
 WHOLE(bf16, mvk::bf16, false, 144, 9, 1, 32)

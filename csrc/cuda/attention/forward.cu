@@ -24,13 +24,13 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
   using T = typename P::Element;
   constexpr int STRIDE = P::stride(DP), SIZE = sizeof(T), COLUMNS = DP / 8;
   constexpr Keys KEYS = PLAIN ? Keys::PLAIN : Keys::ANY;
-  // Times 16 keys, whose scores are in registers; from sm_100 on the compiler needs more of these for float32.
+  // Times 16 keys, whose scores are in registers; from sm_100 on the compiler needs more of these.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  constexpr int FLOATS = DP <= 24 ? 4 : DP <= 48 ? 2 : 1;
+  constexpr int FLOATS = DP <= 24 ? 4 : DP <= 48 ? 2 : 1, FEWER = 40;
 #else
-  constexpr int FLOATS = DP <= 40 ? 4 : DP <= 48 ? 2 : 1;
+  constexpr int FLOATS = DP <= 40 ? 4 : DP <= 48 ? 2 : 1, FEWER = 64;
 #endif
-  constexpr int AT_ONCE = !P::HALF ? FLOATS : PLAIN && DP > 48 ? 2 : 4;
+  constexpr int AT_ONCE = !P::HALF ? FLOATS : PLAIN && DP >= FEWER ? 2 : 4;
   const Groups& groups = given.groups;
   const int rows = groups.rows, team = 1 << groups.team_bits, lane = lane_id(), warp = threadIdx.x >> 5;
   const int units = warps >> groups.team_bits, mine = warp >> groups.team_bits, member = warp & (team - 1),

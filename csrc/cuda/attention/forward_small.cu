@@ -1,4 +1,4 @@
-// The forward's kernels for groups of 49 to 64 tokens: small.cuh, for each type and each number of channels.
+// The forward's kernels for groups of 49 to 64 tokens: small.cuh, for each type.
 #include "small.cuh"
 
 #define FORWARD(NAME, TYPE, COLUMNS, BIASED, BLOCKS, DP)                                                              \
@@ -29,18 +29,18 @@
          scale2},                                                                                                     \
         global_smem);                                                                                                 \
   }
-#define FORWARDS_OF(NAME, TYPE, BLOCKS, DP)     \
-  FORWARD(NAME##_56, TYPE, 7, true, BLOCKS, DP) \
-  FORWARD(NAME##_64, TYPE, 8, true, BLOCKS, DP) \
-  FORWARD(NAME##_plain, TYPE, 8, false, 4, DP)
-#define FORWARDS(BLOCKS, DP)               \
-  FORWARDS_OF(bf16, mvk::bf16, BLOCKS, DP) \
-  FORWARDS_OF(f16, mvk::f16, BLOCKS, DP)
+#define FORWARDS(DP)                              \
+  FORWARD(bf16_plain, mvk::bf16, 8, false, 4, DP) \
+  FORWARD(f16_plain, mvk::f16, 8, false, 4, DP)
 
-// BLOCKS a processor: a bias and many channels want more registers than four leave.
-FORWARDS(4, 16)
-FORWARDS(4, 24)
-FORWARDS(4, 32)
-FORWARDS(3, 40)
-FORWARDS(3, 48)
-FORWARDS(3, 64)
+FORWARDS(16)
+FORWARDS(24)
+FORWARDS(32)
+FORWARDS(40)
+FORWARDS(48)
+FORWARDS(64)
+// Windows of 7 x 7 and of 8 x 8, with heads of 32 channels as all models of windows have them.
+FORWARD(bf16_56, mvk::bf16, 7, true, 4, 32)
+FORWARD(f16_56, mvk::f16, 7, true, 4, 32)
+FORWARD(bf16_64, mvk::bf16, 8, true, 4, 32)
+FORWARD(f16_64, mvk::f16, 8, true, 4, 32)

@@ -84,9 +84,10 @@ def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) ->
         return 0
     if plain and tokens in (16, 64):
         return tokens
-    # Those of 144 tokens want more registers than later architectures leave.
+    # With masks and a bias there are those of windows, whose heads have 32 channels. Those of 144 tokens want more
+    # registers than later architectures leave.
     large = (144,) if problem.device.arch.startswith(("sm_8", "sm_9")) else ()
-    kernels = (56, 64, *large) if dim == 32 else (64,)
+    kernels = (56, 64, *large) if dim == 32 else ()
     # Of fewer tokens most would be padding.
     return next((each for each in kernels if each * 0.5 < tokens <= each and (each != 144 or tokens > 128)), 0)
 

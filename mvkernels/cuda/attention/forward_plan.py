@@ -26,9 +26,14 @@ from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import CLIPPED, WINDOWS, Geometry, Shape
 
 WALKED = 49, 256
-"""Tokens of a group for blocks to go from unit to unit, of 32 channels and with a bias if there are more than 64."""
+"""Tokens of a group for blocks to go from unit to unit: with 32 channels, as the heads of windows have, and a bias if
+there are more than 64; with other numbers of channels only 64 tokens without a bias."""
 LARGE = (9, 3, 2), (13, 5, 1), (16, 4, 1)
 """Of more than 64 tokens there, (warps of a block, tiles of 16 keys at once, blocks of a processor)."""
+
+
+def _is_plain_small(problem: AttentionProblem, geometry: Geometry) -> bool:
+    return problem.bias is None and geometry.kind != CLIPPED and geometry.tokens == 64
 
 
 def _walks(problem: AttentionProblem, geometry: Geometry, aligned: int) -> bool:
@@ -36,7 +41,7 @@ def _walks(problem: AttentionProblem, geometry: Geometry, aligned: int) -> bool:
     tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
     if problem.dtype.itemsize != 2 or not is_equal(geometry) or not WALKED[0] <= tokens <= WALKED[-1]:
         return False
-    if tokens > 64 and (problem.bias is None or dim != 32):
+    if not _is_plain_small(problem, geometry) and (dim != 32 or (tokens > 64 and problem.bias is None)):
         return False
     return row_bytes(problem, geometry, aligned) == 16
 
@@ -49,7 +54,7 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
     more: Shape = ()
     if rows <= 64:
         bias_head, bias = bias_of(problem, geometry)
-        plain = problem.bias is None and geometry.kind != CLIPPED and geometry.tokens == 64
+        plain = _is_plain_small(problem, geometry)
         kind = "plain" if plain else "56" if geometry.tokens <= 56 else "64"
         size, warps, most, pointer, longs, ints = "small", 4, 4, "bias", (bias_head,), bias
     else:
