@@ -11,6 +11,9 @@ import torch
 
 from mvkernels.cuda import modules
 from mvkernels.cuda.driver import Arguments
+from mvkernels.triton import configs
+
+_RESERVED = 1 << 10  # bytes of shared memory, beside those that a block asks for
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,8 @@ class Launch:
         arguments = Arguments.of(self._layout.pack(*pointers, *self.longs, *self.ints, *values))
         stream = torch._C._cuda_getCurrentRawStream(device)
         modules.launch(device, function, self.grid, self.threads, self.shared_bytes, stream, arguments)
+
+
+def fitting(arch: str, shared_bytes: int) -> int:
+    """Blocks with so much shared memory each that a processor has room for."""
+    return (configs.shared_memory_of(arch) + _RESERVED) // (shared_bytes + _RESERVED)

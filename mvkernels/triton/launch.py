@@ -15,9 +15,6 @@ from mvkernels.triton.maps import INT32, low_bit
 from mvkernels.triton.problem import Problem, precision_of, sums_dtype
 from mvkernels.triton.repeated import RepeatedLaunch
 
-PARTS_BYTES = 64 << 20
-"""Of partial sums that one launch may leave: small beside any map that makes so many."""
-LOG2E = 1.4426950408889634
 # Decided when the kernels were decorated, as Triton itself does.
 INTERPRETED = not isinstance(tiles.load_tile, triton.JITFunction)
 

@@ -14,6 +14,11 @@ from mvkernels.triton.maps import Shape
 
 P = TypeVar("P", bound="Problem")
 
+LOG2E = 1.4426950408889634
+"""What a scale is multiplied by for exponentials that are powers of two."""
+PARTS_BYTES = 64 << 20
+"""Of partial sums that one launch may leave: small beside any map that makes so many."""
+
 
 def precision_of(dtype: torch.dtype, device_type: str) -> str:
     """How products of inputs are taken: "tf32" where the user lets float32 products round, else "ieee"."""

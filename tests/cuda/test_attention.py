@@ -145,8 +145,8 @@ def test_the_order_of_a_bias(kind: str) -> None:
     named = [(name, map_) for name in "qkv"]
     problem = AttentionProblem.of_call("patch_attention", named, bias, (1, 1), None, False)
     with launches.executed() as log:
-        ordered = bias.new_empty(plan.ordered_size(heads, tokens, 2))
-        for each in plan.order_launches(problem, problem.geometry, 2):
+        ordered = bias.new_empty(plan.ordered_size(heads, 2, tiles))
+        for each in plan.order_launches(problem, problem.geometry, 2, tiles):
             each({"bias": bias, "ordered": ordered}, {})
     assert not log[0].findings
     padded = torch.zeros(2, heads, 16 * tiles, 16 * tiles)

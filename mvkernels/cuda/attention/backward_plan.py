@@ -7,6 +7,7 @@ from functools import partial
 
 from mvkernels.cuda.attention.plan import (
     Tiles,
+    groups_along,
     groups_of,
     is_equal,
     is_plain,
@@ -20,13 +21,12 @@ from mvkernels.cuda.attention.plan import (
     strides_of,
     team_of,
 )
-from mvkernels.cuda.launch import Launch
+from mvkernels.cuda.launch import Launch, fitting
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import Geometry, Shape
+from mvkernels.triton.problem import PARTS_BYTES
 
-PARTS_BYTES = 64 << 20
-"""Of partial sums of a bias's gradient, at most: small beside any map that makes so many."""
 HELD = 64
 """Tokens of a group, at most, for sums of a bias's gradient to stay in shared memory."""
 
@@ -62,8 +62,7 @@ def _parts_of(problem: AttentionProblem, geometry: Geometry, how: _Backward) -> 
     """
     heads, units = problem.shape[1], how.warps // how.team
     items = geometry.units // heads
-    room = configs.shared_memory_of(problem.device.arch)
-    resident = max(1, min(16 // how.warps, (room + 1024) // (how.shared_bytes + 1024)))
+    resident = max(1, min(16 // how.warps, fitting(problem.device.arch, how.shared_bytes)))
     most = max(1, resident * problem.device.processors // heads)
     most = max(1, min(most, -(-items // units), PARTS_BYTES // (4 * heads * how.rows**2 * units)))
     steps = -(-items // (most * units))
@@ -92,17 +91,15 @@ def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) ->
     return next((each for each in kernels if each * 0.5 < tokens <= each and (each != 144 or tokens > 128)), 0)
 
 
-def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, row: int) -> _Backward:
+def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, width: int) -> _Backward:
     # Whole rows of scores: csrc/cuda/attention/backward_whole.cuh.
     tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
     rows = rows_of(tokens)
     team = rows // 16
     warps = max(team, 4)
-    pairs, sums = 2 * rows * (rows + tiles.gap) * tiles.size, 4 * rows**2 * need_bias
-    state = (team + (10 if team > 4 else 3)) // 4 * 16
-    needed = warps // team * (4 * rows * tiles.row + pairs + 4 * rows + state + sums)
+    needed = tiles.whole(rows, team, warps, need_bias)
     kind = "_plain" * plain + f"_{tokens}"
-    return _Backward("backward_whole", kind, warps, team, rows, 0, need_bias, needed, 1, row)
+    return _Backward("backward_whole", kind, warps, team, rows, 0, need_bias, needed, 1, width)
 
 
 def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, plain: bool) -> _Backward:
@@ -120,9 +117,9 @@ def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, pla
 
 
 def _divided(problem: AttentionProblem, geometry: Geometry, need_bias: bool, positive: bool, aligned: int) -> _Backward:
-    plain, row = is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
-    if row >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
-        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64), row)
+    plain, width = is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
+    if width >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
+        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64), width)
         if found.shared_bytes <= configs.shared_memory_of(problem.device.arch):
             return found
     return _by_keys(problem, geometry, need_bias, plain)
@@ -145,22 +142,23 @@ def backward_launches(
     if need_bias:
         blocks, steps, items = _parts_of(problem, geometry, how)
         grid, parts = blocks * problem.shape[1], blocks * (1 if how.held else units)
-    groups, heads = groups_of(geometry, how.rows, how.team), problem.shape[1]
+    heads, (down, across) = problem.shape[1], groups_along(geometry)
     pointers = ("q", "k", "v", "g", "ordered", "dq", "dk", "dv", "partial")
-    by_heads, by_across, by_down = divisor_of(heads), divisor_of(groups[8]), divisor_of(groups[7])
+    by_heads, by_across, by_down = divisor_of(heads), divisor_of(across), divisor_of(down)
     shapes: dict[str, Shape] = {}
     launches = [
         *order_launches(problem, geometry, how.copies, how.rows // 16),
         Launch(
             f"attention/{how.module}", name_of(problem, "backward", how.kind), grid, 32 * how.warps,
             how.shared_bytes, pointers, longs,
-            (*ints, 0 if problem.bias is None else how.rows // 16, geometry.tokens, d, dv, *groups,
+            (*ints, 0 if problem.bias is None else how.rows // 16, geometry.tokens, d, dv,
+             *groups_of(geometry, how.rows, how.team),
              steps, items, how.queries, int(how.held), how.bytes, *by_heads, *by_across, *by_down),
             ("scale", "scale2"),
         ),
     ]  # fmt: skip
     if problem.bias is not None:
-        shapes["ordered"] = ordered_size(heads, how.rows, how.copies)
+        shapes["ordered"] = ordered_size(heads, how.copies, how.rows // 16)
     if need_bias:
         size, turned = heads * how.rows**2, int(how.copies > 1)
         shapes["partial"] = parts, heads, how.rows, how.rows

@@ -6,11 +6,11 @@ from functools import partial
 
 from mvkernels.cuda.attention.plan import (
     Tiles,
-    bias_of,
     groups_of,
     is_equal,
     is_plain,
     kind_of,
+    lattice_of,
     name_of,
     order_launches,
     ordered_size,
@@ -20,7 +20,7 @@ from mvkernels.cuda.attention.plan import (
     strides_of,
     team_of,
 )
-from mvkernels.cuda.launch import Launch
+from mvkernels.cuda.launch import Launch, fitting
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import CLIPPED, WINDOWS, Geometry, Shape
@@ -46,6 +46,13 @@ def _walks(problem: AttentionProblem, geometry: Geometry, aligned: int) -> bool:
     return row_bytes(problem, geometry, aligned) == 16
 
 
+def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
+    """Its stride over heads, negative if there is none; over queries and keys, and how many of these there are."""
+    if problem.bias is None:
+        return -1, (0, 0, geometry.tokens)
+    return geometry.bias[0], (*geometry.bias[1:], geometry.tokens)
+
+
 def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch], dict[str, Shape]]:
     """A forward whose blocks have several units of a head each, and a warp for each 16 tokens of a unit."""
     heads, d, dv = problem.shape[1], problem.shape[2], problem.value_dim
@@ -53,7 +60,7 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
     longs: Shape = ()
     more: Shape = ()
     if rows <= 64:
-        bias_head, bias = bias_of(problem, geometry)
+        bias_head, bias = _bias(problem, geometry)
         plain = _is_plain_small(problem, geometry)
         kind = "plain" if plain else "56" if geometry.tokens <= 56 else "64"
         size, warps, most, pointer, longs, ints = "small", 4, 4, "bias", (bias_head,), bias
@@ -63,8 +70,8 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
         tiles, order = rows // 16, order_launches(problem, geometry, 1, rows // 16)
         size, kind, pointer = "large", str(warps), "ordered"
         ints, more = (tiles, geometry.tokens), (rows,)
-    shared = 6 * rows * Tiles(problem.dtype, dim, True).row + 4 * (rows + 18 + 4 * warps)
-    resident = max(1, min(most, (configs.shared_memory_of(problem.device.arch) + 1024) // (shared + 1024)))
+    shared = Tiles(problem.dtype, dim, True).walking(rows, warps)
+    resident = max(1, min(most, fitting(problem.device.arch, shared)))
     items = geometry.units // heads
     steps = -(-items // max(1, resident * problem.device.processors // heads))
     _, height, width, ph, pw = geometry.sizes
@@ -74,13 +81,13 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
     launch = Launch(
         f"attention/forward_{size}", f"attention_forward_{size}_{kind_of(problem.dtype)}_{kind}_{dim}",
         -(-items // steps) * heads, 32 * warps, shared, ("q", "k", "v", "o", pointer), (*strides, *longs),
-        (*strides_inside, *ints, d, dv, *groups_of(geometry, 0, 1)[:10], *walk, *more), ("scale", "scale2"),
+        (*strides_inside, *ints, d, dv, *lattice_of(geometry), *walk, *more), ("scale", "scale2"),
     )  # fmt: skip
     return [*order, launch], _ordered(problem, tiles)
 
 
 def _ordered(problem: AttentionProblem, tiles: int) -> dict[str, Shape]:
-    return {"ordered": ordered_size(problem.shape[1], 16 * tiles, 1)} if tiles else {}
+    return {"ordered": ordered_size(problem.shape[1], 1, tiles)} if tiles else {}
 
 
 @configs.memo
@@ -107,7 +114,7 @@ def forward_launches(
     name = name_of(problem, "forward", "_plain" * plain)
     tiles_across = 0 if problem.bias is None else rows // 16
     launches = [
-        *order_launches(problem, geometry, 1),
+        *order_launches(problem, geometry, 1, tiles_across),
         Launch(
             "attention/forward", name, -(-geometry.units // (warps // team)), 32 * warps, tiles.forward(rows, team),
             ("q", "k", "v", "o", "ordered"), longs,

@@ -19,10 +19,9 @@ from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import INT32
+from mvkernels.triton.problem import LOG2E
 
 Pair = tuple[int, int]
-
-LOG2E = 1.4426950408889634
 
 
 def why_not(

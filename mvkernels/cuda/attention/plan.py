@@ -62,6 +62,16 @@ class Tiles:
         sums = 4 * rows**2 * held
         return units * (4 * rows * self.row + pairs + sums + 12 * rows + 48) + _tokens(units, rows)
 
+    def walking(self, rows: int, warps: int) -> int:
+        """Bytes of a block of csrc/cuda/attention/walk.cuh: q, k and v of two units, and what a Walk keeps of them."""
+        return 6 * rows * self.row + 4 * (rows + 2 * 9 + 4 * warps)
+
+    def whole(self, rows: int, team: int, warps: int, held: bool) -> int:
+        """Bytes of a block of csrc/cuda/attention/whole_unit.cuh: what a WholeUnit says of each team's."""
+        pairs = 2 * rows * (rows + self.gap) * self.size
+        masks_and_state = (team + (10 if team > 4 else 3)) // 4 * 16
+        return warps // team * (4 * rows * self.row + pairs + 4 * rows + masks_and_state + 4 * rows**2 * held)
+
     def queries(self, rows: int, team: int, held: bool, room: int) -> int:
         """Whose dS lies in shared memory at once: as many as fit."""
         found = rows
@@ -108,59 +118,49 @@ def is_equal(geometry: Geometry) -> bool:
 
 
 def name_of(problem: AttentionProblem, direction: str, more: str) -> str:
+    """Of a kernel of csrc/cuda/attention; ``more`` says which of those of a type."""
     kind = "tf32" if problem.precision == "tf32" else kind_of(problem.dtype)
     return f"attention_{direction}_{kind}{more}_{padded(problem.shape[2], problem.value_dim)}"
 
 
 def strides_of(geometry: Geometry, names: tuple[str, ...]) -> tuple[Shape, Shape]:
+    """Of these maps: (over batch and heads, 64-bit; over channels, y and x, 32-bit)."""
     strides = [geometry.strides[name] for name in names]
     return sum((each[:2] for each in strides), ()), sum((each[2:] for each in strides), ())
 
 
+def groups_along(geometry: Geometry) -> tuple[int, int]:
+    """How many groups a map has along y and x."""
+    _, height, width, ph, pw = geometry.sizes
+    if geometry.kind < WINDOWS:
+        return ph, pw
+    return -(-(height - geometry.starts[0]) // ph), -(-(width - geometry.starts[1]) // pw)
+
+
+def lattice_of(geometry: Geometry) -> Shape:
+    """What Groups of csrc/cuda/attention/groups.cuh begins with: where the pixels of each group are."""
+    return *geometry.sizes, *geometry.starts, *groups_along(geometry), int(geometry.kind >= WINDOWS)
+
+
 def groups_of(geometry: Geometry, rows: int, team: int) -> Shape:
-    heads, height, width, ph, pw = geometry.sizes
-    windows = geometry.kind >= WINDOWS
-    down, across = ph, pw
-    if windows:
-        down, across = -(-(height - geometry.starts[0]) // ph), -(-(width - geometry.starts[1]) // pw)
-    return (
-        heads,
-        height,
-        width,
-        ph,
-        pw,
-        *geometry.starts,
-        down,
-        across,
-        int(windows),
-        geometry.units,
-        rows,
-        team.bit_length() - 1,
-    )
+    """All of Groups, for teams of so many warps that each have so many ``rows`` of a unit in shared memory."""
+    return *lattice_of(geometry), geometry.units, rows, team.bit_length() - 1
 
 
-def bias_of(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
-    """Its stride over heads, negative if there is none; over queries and keys, and how many of these there are."""
-    if problem.bias is None:
-        return -1, (0, 0, geometry.tokens)
-    return geometry.bias[0], (*geometry.bias[1:], geometry.tokens)
-
-
-def ordered_size(heads: int, tokens: int, copies: int, tiles: int = 0) -> Shape:
-    """Of a bias in the order of csrc/cuda/attention/bias.cuh, in so many tiles of 16 x 16, else as few as hold it."""
-    tiles = tiles or rows_of(tokens) // 16
+def ordered_size(heads: int, copies: int, tiles: int) -> Shape:
+    """Of a bias in the order of csrc/cuda/attention/bias.cuh, in so many tiles of 16 x 16 along both axes."""
     return copies, heads, tiles, tiles, 256
 
 
-def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, tiles: int = 0) -> list[Launch]:
+def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, tiles: int) -> list[Launch]:
     """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys."""
     if problem.bias is None:
         return []
     heads, tokens = problem.shape[1], geometry.tokens
-    size = ordered_size(heads, tokens, copies, tiles)
+    size = ordered_size(heads, copies, tiles)
     return [
         Launch("attention/order", f"attention_order_{kind_of(problem.dtype)}", -(-math.prod(size) // 1024), 128, 0,
-               ("bias", "ordered"), geometry.bias, (heads, tokens, size[2], copies), ())
+               ("bias", "ordered"), geometry.bias, (heads, tokens, tiles, copies), ())
     ]  # fmt: skip
 
 

@@ -25,8 +25,9 @@ from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.triton.attention import row_kernels
 from mvkernels.triton.attention.plan import AttentionProblem, backward_launches, forward_launches
-from mvkernels.triton.launch import INTERPRETED, LOG2E, parts, why_not_triton, why_too_large
+from mvkernels.triton.launch import INTERPRETED, parts, why_not_triton, why_too_large
 from mvkernels.triton.maps import INT32
+from mvkernels.triton.problem import LOG2E
 
 Pair = tuple[int, int]
 

@@ -10,8 +10,9 @@ from mvkernels.triton import configs
 from mvkernels.triton.attention import backward_kernels, bias_kernels, forward_kernels, packed_kernels, unit_kernels
 from mvkernels.triton.attention.configs import WINDOW
 from mvkernels.triton.attention.problem import AttentionProblem
-from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
+from mvkernels.triton.launch import Launch, sum_slices
 from mvkernels.triton.maps import CLIPPED, UNEQUAL, Geometry, Shape, lanes, pieces
+from mvkernels.triton.problem import PARTS_BYTES
 
 
 def _key(problem: AttentionProblem, geometry: Geometry) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from mvkernels.dispatch.launches import run
 from mvkernels.triton.bridge.configs import TOKENS, is_wide, widest_of_pair
 from mvkernels.triton.launch import (
     INTERPRETED,
-    LOG2E,
     Launch,
     in_two,
     merge_tile,
@@ -21,7 +20,7 @@ from mvkernels.triton.launch import (
     why_too_large,
 )
 from mvkernels.triton.maps import INT32, Geometry, Shape, lanes, low_bit, pieces
-from mvkernels.triton.problem import Problem
+from mvkernels.triton.problem import LOG2E, Problem
 
 SCALE2 = ("scale2", "scale2_low")
 SCALES = ("scale", "scale_low", *SCALE2)

@@ -10,11 +10,11 @@ from collections.abc import Collection
 
 import torch
 
-from mvkernels.cuda.launch import Launch
+from mvkernels.cuda.launch import Launch, fitting
 from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
 from mvkernels.triton import configs
-from mvkernels.triton.launch import PARTS_BYTES
 from mvkernels.triton.maps import needed
+from mvkernels.triton.problem import PARTS_BYTES
 
 FOLDER = "multiscale_linear_attention"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -27,7 +27,6 @@ _SQUARE = SIDE * SIDE
 _MOST_STEPS = 32
 # Before its first tile a block reads weights and waits for memory: about as long as a tile takes.
 _START = 1
-_RESERVED = 1 << 10  # of shared memory, with every block
 
 
 def slab(dim: int) -> int:
@@ -126,8 +125,7 @@ class _Plan:
         """Blocks of a kernel that a processor has at once, of which the registers allow so many; 0 if none fits."""
         problem = self.problem
         need = shared_bytes(kernel, problem.dtype, self.dim, problem.kernel, self.tile, buffers)
-        whole = configs.shared_memory_of(problem.device.arch) + _RESERVED
-        return min(by_registers, whole // (need + _RESERVED))
+        return min(by_registers, fitting(problem.device.arch, need))
 
     def buffers(self, kernel: str, by_registers: int, steps: int) -> int:
         """Of a block for its tiles: two only where the second takes no other block's place."""

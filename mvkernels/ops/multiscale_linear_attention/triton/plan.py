@@ -8,9 +8,9 @@ from typing import Any
 from mvkernels.ops.multiscale_linear_attention.triton import kernels
 from mvkernels.ops.multiscale_linear_attention.triton.configs import OP
 from mvkernels.triton import configs
-from mvkernels.triton.launch import PARTS_BYTES, Launch, sum_slices
+from mvkernels.triton.launch import Launch, sum_slices
 from mvkernels.triton.maps import INT32, divides, lanes, low_bit, needed
-from mvkernels.triton.problem import Problem
+from mvkernels.triton.problem import PARTS_BYTES, Problem
 
 # Taps times channels side by side in the product that makes the weights' gradients: more would not fit beside the sums.
 _LANES = 256
