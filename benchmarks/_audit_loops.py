@@ -48,7 +48,7 @@ EXCEPTIONS = (
      "CUDA C++: where the tokens of a unit lie is found once a unit, before its tiles, by as many threads as tokens"),
     ("NARROW", r"^attention_(forward|backward)_",
      "CUDA C++ for all strides: with contiguous channels another loop is taken, which moves 8 or 16 bytes"),
-    ("NARROW", r"^(multiscale_|aggregate|depthwise|map_|weight)",
+    ("NARROW", r"^(multiscale_|aggregate|depthwise|weight)",
      "weights of a depthwise convolution: those of a tap lie K * K apart"),
 )  # fmt: skip
 """(finding, kernels as a pattern, reason) of what cannot be mended, beside :func:`why_narrow`."""

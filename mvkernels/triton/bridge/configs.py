@@ -51,13 +51,13 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
 @heuristic(TO_MOBILE, "forward_pixels")
 def _forward_pixels(key: Mapping[str, Any]) -> Config:
     if key["last"] and half(key):
-        return _config(key, 8192, 64 if _few(key) and width(key["d"]) > 32 else 128)
+        return _config(key, 8192, 64 if _pipelined(key) and width(key["d"]) > 32 else 128)
     return _config(key, 4096, 128)
 
 
 @heuristic(TO_FORMER, "forward_slices")
 def _forward_slices(key: Mapping[str, Any]) -> Config:
-    if not _few(key):
+    if not _pipelined(key):
         return _slices(key)
     # A single warp waits for no other: what it finds of its pixels is put together at the end. Sums of wide heads do
     # not fit its registers.
@@ -70,7 +70,7 @@ def _forward_slices(key: Mapping[str, Any]) -> Config:
 # pixels of a tile, for the products that sum over them.
 @heuristic(TO_FORMER, "backward_slices")
 def _backward_slices(key: Mapping[str, Any]) -> Config:
-    if not _few(key):
+    if not _pipelined(key):
         return _slices(key) | {"ALONE": 0, "PARTS": 1}
     warps = 16 if width(key["d"]) <= 32 else 8 if width(key["d"]) <= 64 else 4
     return {"BLOCK": 16 * warps, "PROGRAMS": 1, "ALONE": 1, "PARTS": warps, "num_warps": warps, "num_stages": 3}
@@ -81,7 +81,7 @@ def _slices(key: Mapping[str, Any]) -> Config:
     return _config(key, most if half(key) else 2048, 64)
 
 
-def _few(key: Mapping[str, Any]) -> bool:
+def _pipelined(key: Mapping[str, Any]) -> bool:
     """Whether tiles are copied to shared memory while others are computed: one block of tokens, of a half type, and
     contiguous channels."""
     last = key["last"] and key["d"] <= 192 and key["arch"].startswith(("sm_", "interpreter"))

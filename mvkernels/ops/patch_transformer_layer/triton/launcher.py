@@ -68,7 +68,7 @@ def problem_of(x: torch.Tensor, hidden: int, heads: int, patch: tuple[int, int],
 
 def layer_key(problem: LayerProblem, grad: bool) -> dict[str, Any]:
     """Under which it is noted whether the layer is faster fused; ``grad``: forward and backward."""
-    size = min(512, lanes(problem.groups[1]))
+    size = min(512, lanes(problem.tokens))
     return key_of(problem) | {"f": problem.hidden, "n": size, "grad": int(grad)}
 
 

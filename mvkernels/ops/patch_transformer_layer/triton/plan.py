@@ -39,11 +39,11 @@ class LayerProblem(Problem):
         return 16 - self.shape[1] % 8
 
     @property
-    def groups(self) -> tuple[int, int]:
-        """(how many groups, tokens of the largest)."""
-        batch, _, height, width = self.shape
+    def tokens(self) -> int:
+        """Of the largest group."""
+        height, width = self.shape[2:]
         ph, pw = min(self.patch[0], height), min(self.patch[1], width)
-        return batch * ph * pw, -(-height // ph) * -(-width // pw)
+        return -(-height // ph) * -(-width // pw)
 
 
 def key_of(problem: LayerProblem) -> dict[str, Any]:
