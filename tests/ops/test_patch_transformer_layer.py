@@ -210,9 +210,9 @@ def test_any_shape_and_strides(**problem):
 @pytest.mark.parametrize(
     ("heads", "head_dim", "size"),
     [(4, 36, (2, 4)), (2, 40, (10, 8)), (1, 12, (9, 8))],
-    ids=["144 channels, packed", "80 channels, one pass", "keys in blocks"],
+    ids=["144 channels, groups of 2", "80 channels, groups of 40", "12 channels, a group of 72"],
 )
-def test_each_kernel_of_attention(heads, head_dim, size, dtype):
+def test_groups_of_each_size(heads, head_dim, size, dtype):
     patch = (1, 1) if size == (9, 8) else (2, 1) if size == (10, 8) else (2, 2)
     assert_ok(testing.check(OP, arguments_of(heads, head_dim, 24, size, patch, 1, dtype), "triton"))
 
