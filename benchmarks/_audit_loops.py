@@ -43,11 +43,15 @@ def in_loops(code: Code) -> dict[str, int]:
     return {"loop_divisions": sum(map(divides, each_one)), "loop_narrow_loads": sum(map(narrow, each_one))}
 
 
+GENERAL = r"^attention_(forward|backward)_(bf16|f16|f32|tf32)(_plain)?_\d+$"
+"""Kernels in CUDA C++ for all strides and sizes of groups; those for certain ones are held to the rules."""
 EXCEPTIONS = (
-    ("DIVISION", r"^attention_(forward|backward)_",
+    ("DIVISION", GENERAL,
      "CUDA C++: where the tokens of a unit lie is found once a unit, before its tiles, by as many threads as tokens"),
-    ("NARROW", r"^attention_(forward|backward)_",
+    ("NARROW", GENERAL,
      "CUDA C++ for all strides: with contiguous channels another loop is taken, which moves 8 or 16 bytes"),
+    ("NARROW", r"^(linear_rows|norm_ffn|norm_backward|ffn_backward)$",
+     "one number of each row or channel of a block: the first channel, by which rows are centred, or a bias"),
     ("NARROW", r"^(multiscale_|aggregate|depthwise|weight)",
      "weights of a depthwise convolution: those of a tap lie K * K apart"),
 )  # fmt: skip

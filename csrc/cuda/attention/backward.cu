@@ -7,8 +7,8 @@
     extern __shared__ __align__(16) unsigned char global_smem[];                              \
     mvk::attention::backward<PRODUCTS, DP, PLAIN, TILES, WARPS>(BACKWARD_GIVEN, global_smem); \
   }
-// Sixteen warps; with masks, a bias and 64 channels a warp needs more registers than there are for so many: there are eight,
-// which own 32 keys each, and so do all in float32.
+// Sixteen warps; with masks, a bias and 64 channels a warp needs more registers than there are for so many: there are
+// eight, which own 32 keys each, and so do all in float32.
 #define PLAIN_BACKWARD(NAME, TYPE, DP) BACKWARD(NAME##_plain, TYPE, mvk::Halves<TYPE>, true, 1, 16, 1, DP)
 #define BACKWARDS_OF_HALVES(NAME, TYPE, DP) \
   PLAIN_BACKWARD(NAME, TYPE, DP)            \

@@ -1,14 +1,14 @@
-// Softmax attention inside groups of pixels, backward.
+// Softmax attention inside groups of pixels, backward: what backward_whole.cuh does not take.
 //
 // With P the probabilities, dP = dout V^T and delta the row sums of P dP: dV = P^T dout, dS = P (dP - delta),
 // dQ = scale dS K, dK = scale dS^T Q. A team of warps has one unit, whose q, k, v and dout it brings to shared memory,
 // once. Two passes over the scores follow.
 //
 // Queries: each warp takes 16 at a time, goes over the keys with a running maximum, and leaves the maximum, 1 / sum and
-// delta of each row. Keys: each warp owns 16 or 32, whose dK and dV are in its registers while it goes over the queries, 16 at a
-// time. Rows of its tiles are keys, so P and dS become left operands where they are. dS goes to shared memory as well, by
-// way of which the team finishes dQ of these queries. Each gradient then leaves by way of the place of its input, in
-// whole rows, and is stored once.
+// delta of each row. Keys: each warp owns 16 or 32, whose dK and dV are in its registers while it goes over the
+// queries, 16 at a time. Rows of its tiles are keys, so P and dS become left operands where they are. dS goes to shared
+// memory as well, by way of which the team finishes dQ of these queries. Each gradient then leaves by way of the place
+// of its input, in whole rows, and is stored once.
 //
 // P is made of the same bits in both passes: delta of a row whose P is 1 somewhere is that key's dP, and dS is 0.
 #pragma once
@@ -43,9 +43,9 @@ __device__ __forceinline__ float4 added(const float (&x)[4], const float4& y) {
   return {x[0] + y.x, x[1] + y.y, x[2] + y.z, x[3] + y.w};
 }
 
-// dK and dV of TILES times 16 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in place.pairs,
-// in columns from 16 `column` on. What is read of the queries serves all of these keys, in float32 16 of them: their
-// operands, each in two parts, leave no registers for more.
+// dK and dV of TILES times 16 keys, of which `count` times 16 exist, from 16 queries; dS of these is left in
+// place.pairs, in columns from 16 `column` on. What is read of the queries serves all of these keys, in float32 16 of
+// them: their operands, each in two parts, leave no registers for more.
 template <class P, int DP, bool PLAIN, int TILES>
 __device__ __forceinline__ void add_queries(
     float (&dk)[TILES][DP / 8][4], float (&dv)[TILES][DP / 8][4], const Own<P, DP, PLAIN, TILES>& own,
@@ -55,8 +55,8 @@ __device__ __forceinline__ void add_queries(
   constexpr int EACH = P::HALF ? TILES : 1;
   const int lane = lane_id(), query = 2 * (lane & 3);
   const bool special = !PLAIN && (!unit.full || given.steps > 0);
-  const bool biased = !PLAIN && given.bias.exists();
-  const float factor = PLAIN ? given.scale2 : given.factor();
+  const bool biased = !PLAIN && given.scores.bias.exists();
+  const float factor = PLAIN ? given.scores.scale2 : given.scores.factor();
   const uint32_t q = shared_address(place.query) + block * 16 * ROW;
   const uint32_t g = shared_address(place.grad) + block * 16 * ROW;
   const float* const found = place.found + block * Place<P, DP>::FOUND + query;
@@ -75,12 +75,12 @@ __device__ __forceinline__ void add_queries(
       for (int m = 0; m < EACH; m++) {
         // Beyond the last key of all there is no tile.
         const int tile = start + m < count ? first + start + m : first;
-        const typename P::Element* const row = given.bias.template row<true>(unit.head, tile);
-        OrderedBias<typename P::Element>::add(p[m], given.scale, row + block * 256);
+        const typename P::Element* const row = given.scores.bias.template row<true>(unit.head, tile);
+        OrderedBias<typename P::Element>::add(p[m], given.scores.scale, row + block * 256);
       }
-    } else if (!PLAIN && given.scale2 <= 0) {
+    } else if (!PLAIN && given.scores.scale2 <= 0) {
 #pragma unroll
-      for (int i = 0; i < 8 * EACH; i++) p[i / 8][i / 4 % 2][i % 4] *= given.scale;
+      for (int i = 0; i < 8 * EACH; i++) p[i / 8][i / 4 % 2][i % 4] *= given.scores.scale;
     }
 #pragma unroll
     for (int n = 0; n < 2; n++) {
@@ -149,7 +149,8 @@ __device__ __forceinline__ void add_queries(
   }
 }
 
-// dQ of 16 queries, whose dS has the columns from 16 `column` on, to their place: COLUMNS times eight channels, from eight times `from` on.
+// dQ of 16 queries, whose dS has the columns from 16 `column` on, to their place: COLUMNS times eight channels, from
+// eight times `from` on.
 template <class P, int DP, int COLUMNS>
 __device__ __forceinline__ void finish_queries(
     const Place<P, DP>& place, int rows, int block, int column, int from, float scale) {
@@ -279,7 +280,7 @@ __device__ __forceinline__ void pass_over_keys(
     constexpr int JOBS = !P::HALF ? COLUMNS : DP < 48 ? 1 : 2;
     for (int job = work.member; job < blocks * JOBS; job += work.lanes / 32) {
       finish_queries<P, DP, COLUMNS / JOBS>(
-          place, rows, begin + job / JOBS, job / JOBS, job % JOBS * (COLUMNS / JOBS), given.scale);
+          place, rows, begin + job / JOBS, job / JOBS, job % JOBS * (COLUMNS / JOBS), given.scores.scale);
     }
   }
   __syncthreads();
@@ -292,7 +293,8 @@ __device__ __forceinline__ void pass_over_keys(
       for (int n = 0; n < COLUMNS; n++) {
         const uint32_t to = at + n * 8 * SIZE;
         P::store(
-            shared_address(place.key) + to, dk[m][n][2 * half] * given.scale, dk[m][n][2 * half + 1] * given.scale);
+            shared_address(place.key) + to, dk[m][n][2 * half] * given.scores.scale,
+            dk[m][n][2 * half + 1] * given.scores.scale);
         P::store(shared_address(place.value) + to, dv[m][n][2 * half], dv[m][n][2 * half + 1]);
       }
     }

@@ -11,23 +11,19 @@ template <typename T>
 struct Backward {
   Map<const T> query, key, value, grad;
   Map<T> query_grad, key_grad, value_grad;
-  OrderedBias<T> bias;
+  Scores<T> scores;
   int tokens;  // of a group at most
   Groups groups;
   int channels, value_channels;
-  float scale, scale2;
   // With the bias's gradient, a block has units of one head, `steps` for each team in turn, of which there are `items`
-  // in all; sums of dS are left in partial (teams of the grid, heads, queries, keys).
+  // in all. Sums of dS are left in partial, (parts, heads, tiles of queries, tiles of keys, 16 x 16), a tile as the
+  // lanes of a warp hold the sums of two products. A part is a block's where sums are held, else a team's.
   float* partial;
   int steps, items;
   int queries;  // whose dS lies in shared memory at once: a multiple of 16
   int held;     // whether sums of dS lie in shared memory until the last unit of a team
   int bytes;    // that rows of all maps are aligned to, where that was asked for
   Divisor by_heads, by_across, by_down;
-
-  // Whether scores are scaled before the maximum is looked for, and by what they are multiplied after it.
-  __device__ __forceinline__ bool scaled() const { return bias.exists() || scale2 <= 0; }
-  __device__ __forceinline__ float factor() const { return scaled() ? LOG2E : scale2; }
 };
 
 }  // namespace mvk::attention
@@ -46,9 +42,9 @@ struct Backward {
   {                                                                                                                 \
     {q, qb, qh, qd, qy, qx}, {k, kb, kh, kd, ky, kx}, {v, vb, vh, vd, vy, vx}, {g, gb, gh, gd, gy, gx},             \
         {dq, dqb, dqh, dqd, dqy, dqx}, {dk, dkb, dkh, dkd, dky, dkx}, {dv, dvb, dvh, dvd, dvy, dvx},                \
-        {bias, heads, tiles}, tokens,                                                                               \
+        {{bias, heads, tiles}, scale, scale2}, tokens,                                                              \
         {heads, height, width, ph, pw, sy, sx, down, across, windows, units, rows, team}, channels, value_channels, \
-        scale, scale2, partial, steps, items, queries, held, bytes, {static_cast<uint32_t>(by_heads), heads_shift}, \
+        partial, steps, items, queries, held, bytes, {static_cast<uint32_t>(by_heads), heads_shift},                \
         {static_cast<uint32_t>(by_across), across_shift}, {                                                         \
       static_cast<uint32_t>(by_down), down_shift                                                                    \
     }                                                                                                               \

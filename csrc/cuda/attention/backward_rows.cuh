@@ -49,7 +49,7 @@ struct Place {
 // What a warp finds of 16 queries: the highest score of the keys that were searched for it, and sums of weights, and of
 // weights times dP. `careful`: as in the forward, the next keys have to be searched.
 template <class P, int DP>
-struct Rows {
+struct RowSums {
   Channels<P, DP> q, g;
   float top[2] = {-INFINITY, -INFINITY}, used[2], total[2] = {0.0f, 0.0f}, delta[2] = {0.0f, 0.0f};
   bool careful = true;
@@ -57,12 +57,12 @@ struct Rows {
 
 // Adds the TILES times 16 keys from tile `first` on, and says whether it could, or has to be called again.
 template <class P, int DP, bool PLAIN, int TILES>
-__device__ __forceinline__ bool add_keys(
-    Rows<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit,
+__device__ __forceinline__ bool add_keys_to_rows(
+    RowSums<P, DP>& to, const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit,
     const typename P::Element* bias, int first, const Lanes<P, DP>& lanes) {
   constexpr int ROW = Place<P, DP>::ROW;
-  const bool biased = !PLAIN && given.bias.exists();
-  const float factor = PLAIN ? given.scale2 : given.factor();
+  const bool biased = !PLAIN && given.scores.bias.exists();
+  const float factor = PLAIN ? given.scores.scale2 : given.scores.factor();
   const uint32_t key = shared_address(place.key) + first * 16 * ROW;
   const uint32_t value = shared_address(place.value) + first * 16 * ROW;
   float s[TILES][2][4];
@@ -70,10 +70,10 @@ __device__ __forceinline__ bool add_keys(
   for (int j = 0; j < TILES; j++) {
     to.q.template multiply<false>(s[j], key + j * 16 * ROW, lanes);
     if (biased) {
-      OrderedBias<typename P::Element>::add(s[j], given.scale, bias + (first + j) * 256);
-    } else if (!PLAIN && given.scale2 <= 0) {
+      OrderedBias<typename P::Element>::add(s[j], given.scores.scale, bias + (first + j) * 256);
+    } else if (!PLAIN && given.scores.scale2 <= 0) {
 #pragma unroll
-      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] *= given.scale;
+      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] *= given.scores.scale;
     }
     // A bias is -inf beyond the last token.
     if (!PLAIN && (biased ? unit.cut : !unit.full)) mask_columns(s[j], place.masks[first + j], -INFINITY);
@@ -84,8 +84,7 @@ __device__ __forceinline__ bool add_keys(
     for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+      highest[r] = max_of_row(highest[r]);
       to.used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
       const float shrink = exp2_fast((to.top[r] - to.used[r]) * factor);
       to.total[r] *= shrink, to.delta[r] *= shrink;
@@ -118,36 +117,32 @@ __device__ __forceinline__ bool add_keys(
   return true;
 }
 
-// What is known of the rows of 16 queries: the score that is subtracted, the logarithm of 1 / the sum of 2^(score - that),
-// and delta.
+// What is known of the rows of 16 queries: the score that is subtracted, the logarithm of 1 / the sum of 2^(score -
+// that), and delta.
 template <class P, int DP, bool PLAIN>
 __device__ __forceinline__ void find_rows(
     const Backward<typename P::Element>& given, const Place<P, DP>& place, const Unit& unit, int tile) {
   constexpr int ROW = Place<P, DP>::ROW, AT_ONCE = !P::HALF ? 1 : PLAIN && DP <= 40 ? 4 : 2;
   const int lane = lane_id(), tiles = given.groups.rows / 16;
   const Lanes<P, DP> lanes;
-  Rows<P, DP> found;
+  RowSums<P, DP> found;
   found.q.load(shared_address(place.query) + tile * 16 * ROW, lanes);
   found.g.load(shared_address(place.grad) + tile * 16 * ROW, lanes);
-  const typename P::Element* const bias = PLAIN ? nullptr : given.bias.template row<false>(unit.head, tile);
+  const typename P::Element* const bias = PLAIN ? nullptr : given.scores.bias.template row<false>(unit.head, tile);
   int first = 0;
 #pragma unroll 1
   while (first + AT_ONCE <= tiles) {
-    if (add_keys<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, bias, first, lanes)) first += AT_ONCE;
+    if (add_keys_to_rows<P, DP, PLAIN, AT_ONCE>(found, given, place, unit, bias, first, lanes)) first += AT_ONCE;
   }
   if constexpr (AT_ONCE > 1) {
 #pragma unroll 1
     while (first < tiles) {
-      if (add_keys<P, DP, PLAIN, 1>(found, given, place, unit, bias, first, lanes)) first++;
+      if (add_keys_to_rows<P, DP, PLAIN, 1>(found, given, place, unit, bias, first, lanes)) first++;
     }
   }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-#pragma unroll
-    for (int apart = 1; apart < 4; apart *= 2) {
-      found.total[r] += __shfl_xor_sync(~0u, found.total[r], apart);
-      found.delta[r] += __shfl_xor_sync(~0u, found.delta[r], apart);
-    }
+    found.total[r] = sum_of_row(found.total[r]), found.delta[r] = sum_of_row(found.delta[r]);
     if ((lane & 3) == 0) {
       float* const to = place.found + tile * Place<P, DP>::FOUND + (lane >> 2) + 8 * r;
       const float share = reciprocal_fast(found.total[r]);

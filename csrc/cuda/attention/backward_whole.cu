@@ -1,4 +1,4 @@
-// The backward's kernels for groups of up to 64 tokens, and of 144: backward_whole.cuh, for each type.
+// The backward's kernels for groups of up to 64 tokens, and of 129 to 144: backward_whole.cuh, for each type.
 #include "backward_whole.cuh"
 
 // From sm_100 on the compiler needs more registers.

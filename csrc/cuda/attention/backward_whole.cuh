@@ -1,13 +1,14 @@
-// Softmax attention inside groups of up to 64 pixels, backward, in half types: whole rows of scores in registers.
+// Softmax attention inside groups of up to 144 pixels, backward, in half types: whole rows of scores in registers.
 //
 // A team has as many warps as its unit has tiles of 16 tokens. Each warp brings 16 rows of q, k, v and dout to shared
-// memory, once, and then has 16 queries against all keys: their scores and dP are in its registers, so softmax, delta and
-// dS need no other warp, and dS becomes the left operand of dQ where it is. P and dS go to shared memory, once, as
-// half types. From there each warp takes the columns of 16 keys, for their dV and dK: five products in all, and every
-// exponential once. Gradients leave in whole rows by way of the warp's own rows of k and v, which nobody needs by then.
+// memory, once, and then has 16 queries against all keys: their scores and dP are in its registers, so softmax, delta
+// and dS need no other warp, and dS becomes the left operand of dQ where it is. P and dS go to shared memory, once, as
+// half types. From there each warp takes the columns of 16 keys, for their dV and dK. That is five products and each
+// exponential once; of more than 64 tokens dP is a sixth, computed again. Gradients leave in whole rows by way of the
+// warp's own rows of k and v, which nobody needs by then.
 //
-// Sums of dS for the bias's gradient stay in shared memory from unit to unit. A lane always has the same
-// elements, so no barrier guards them.
+// Sums of dS for the bias's gradient stay in shared memory from unit to unit. A lane always has the same elements, so
+// no barrier guards them.
 #pragma once
 
 #include "whole_unit.cuh"
@@ -17,24 +18,24 @@ namespace mvk::attention {
 // As WholeUnit, with what is computed.
 template <class P, int DP, bool PLAIN, int TOKENS, int WARPS>
 struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
-  using Own = WholeUnit<P, DP, PLAIN, TOKENS, WARPS>;
+  using Base = WholeUnit<P, DP, PLAIN, TOKENS, WARPS>;
   using T = typename P::Element;
-  using Own::AGAIN, Own::COLUMNS, Own::EIGHTS, Own::HELD, Own::PAIRS, Own::ROW, Own::ROWS, Own::SIZE, Own::TILES,
-      Own::UNITS;
-  using Own::find, Own::forget, Own::load, Own::number_of, Own::number_own_tokens, Own::pack_sums, Own::placed,
-      Own::put;
-  using Own::GRAD, Own::KEY, Own::MASKS, Own::PIXELS, Own::QUERY, Own::SCORES, Own::STATE, Own::SUMS, Own::VALUE;
-  using Own::store, Own::wait_for_team;
-  using Own::WEIGHTS, Own::at, Own::given, Own::lane, Own::member, Own::mine;
-  using Own::WholeUnit;
-  using Sums = float[COLUMNS][4];
-  using Scores = float[TILES][2][4];
+  using Base::AGAIN, Base::COLUMNS, Base::EIGHTS, Base::HELD, Base::PAIRS, Base::ROW, Base::ROWS, Base::SIZE,
+      Base::TILES, Base::UNITS;
+  using Base::find, Base::forget, Base::load, Base::number_of, Base::number_own_tokens, Base::pack_sums, Base::placed,
+      Base::put;
+  using Base::GRAD, Base::KEY, Base::MASKS, Base::PIXELS, Base::QUERY, Base::DS, Base::STATE, Base::SUMS, Base::VALUE;
+  using Base::PROBABILITIES, Base::at, Base::given, Base::lane, Base::member, Base::mine;
+  using Base::store, Base::wait_for_team;
+  using Base::WholeUnit;
+  using Sums = typename Base::Sums;
+  using Tiles = float[TILES][2][4];
   // Tiles of the bias that are read while the copies are under way.
   static constexpr int AHEAD = AGAIN ? 4 : TILES;
   using Bias = typename OrderedBias<T>::Words[AHEAD];
 
   // The products of the warp's 16 rows of a tile and all rows of another.
-  __device__ __forceinline__ void multiply(Scores& c, int left, int right, const Lanes<P, DP>& lanes) const {
+  __device__ __forceinline__ void multiply(Tiles& c, int left, int right, const Lanes<P, DP>& lanes) const {
     Channels<P, DP> a;
     a.load(at + left + member * 16 * ROW, lanes);
 #pragma unroll
@@ -45,8 +46,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     // Of what has no value on some path the compiler keeps the value of the step before.
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) to[j] = {};
-    if (PLAIN || !given.bias.exists()) return;
-    const T* const row = given.bias.template row<false>(unit.head, member);
+    if (PLAIN || !given.scores.bias.exists()) return;
+    const T* const row = given.scores.bias.template row<false>(unit.head, member);
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) OrderedBias<T>::load(to[j], row + j * 256);
   }
@@ -62,7 +63,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     if (lane == 0) store_shared(at + MASKS + 4 * member, there);
   }
 
-  // Of 16 queries and 16 keys: P and dS from weights and dP, to shared memory; dS also as left operand, and to the sums.
+  // Of 16 queries and 16 keys: P and dS from weights and dP, to shared memory; dS also as left operand, and to the
+  // sums.
   __device__ __forceinline__ void finish(
       typename P::template Left<16>& left, float (&p)[2][4], float (&ds)[2][4], const float (&share)[2],
       const float (&delta)[2], int tile, const bool (&there)[2], const Unit& unit) const {
@@ -94,8 +96,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     typename P::template Left<16> weights;
     P::from_sums(weights, p[0], p[1]);
     P::from_sums(left, ds[0], ds[1]);
-    P::store_tokens(to + WEIGHTS, PAIRS, weights, p[0], p[1]);
-    P::store_tokens(to + SCORES, PAIRS, left, ds[0], ds[1]);
+    P::store_tokens(to + PROBABILITIES, PAIRS, weights, p[0], p[1]);
+    P::store_tokens(to + DS, PAIRS, left, ds[0], ds[1]);
   }
   __device__ __forceinline__ void clear_sums() const {
 #pragma unroll 1
@@ -106,21 +108,21 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
 
   // P and dS of 16 queries, and their dQ, not yet scaled.
   __device__ __forceinline__ void score(Sums& dq, const Bias& bias, const Unit& unit, const Lanes<P, DP>& lanes) const {
-    const float factor = PLAIN ? given.scale2 : given.factor();
-    Scores s;
+    const float factor = PLAIN ? given.scores.scale2 : given.scores.factor();
+    Tiles s;
     multiply(s, QUERY, KEY, lanes);
-    if (!PLAIN && given.bias.exists()) {
+    if (!PLAIN && given.scores.bias.exists()) {
 #pragma unroll
-      for (int j = 0; j < AHEAD; j++) OrderedBias<T>::add(s[j], given.scale, bias[j]);
-      const T* const row = given.bias.template row<false>(unit.head, member);
+      for (int j = 0; j < AHEAD; j++) OrderedBias<T>::add(s[j], given.scores.scale, bias[j]);
+      const T* const row = given.scores.bias.template row<false>(unit.head, member);
 #pragma unroll
-      for (int j = AHEAD; j < TILES; j++) OrderedBias<T>::add(s[j], given.scale, row + j * 256);
-    } else if (!PLAIN && given.scaled()) {
+      for (int j = AHEAD; j < TILES; j++) OrderedBias<T>::add(s[j], given.scores.scale, row + j * 256);
+    } else if (!PLAIN && given.scores.scaled()) {
 #pragma unroll
-      for (int i = 0; i < 4 * EIGHTS; i++) s[i / 8][i / 4 % 2][i % 4] *= given.scale;
+      for (int i = 0; i < 4 * EIGHTS; i++) s[i / 8][i / 4 % 2][i % 4] *= given.scores.scale;
     }
     // A bias is -inf beyond the last token.
-    if (!PLAIN && (given.bias.exists() ? unit.cut : !unit.full)) {
+    if (!PLAIN && (given.scores.bias.exists() ? unit.cut : !unit.full)) {
 #pragma unroll
       for (int j = 0; j < TILES; j++) mask_columns(s[j], mask_of(unit, j), -INFINITY);
     }
@@ -129,12 +131,11 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     for (int i = 0; i < 4 * EIGHTS; i++) used[i / 2 % 2] = fmaxf(used[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      used[r] = fmaxf(used[r], __shfl_xor_sync(~0u, used[r], 1));
-      used[r] = fmaxf(used[r], __shfl_xor_sync(~0u, used[r], 2));
+      used[r] = max_of_row(used[r]);
       // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
       if (!PLAIN && used[r] == -INFINITY) used[r] = 0.0f;
     }
-    Scores ds;
+    Tiles ds;
     Channels<P, DP> grad;
     grad.load(at + GRAD + member * 16 * ROW, lanes);
 #pragma unroll
@@ -152,11 +153,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-#pragma unroll
-      for (int apart = 1; apart < 4; apart *= 2) {
-        total[r] += __shfl_xor_sync(~0u, total[r], apart);
-        delta[r] += __shfl_xor_sync(~0u, delta[r], apart);
-      }
+      total[r] = sum_of_row(total[r]), delta[r] = sum_of_row(delta[r]);
       total[r] = reciprocal_fast(total[r]);
       delta[r] *= total[r];
     }
@@ -213,7 +210,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     }
   }
 
-  // Of a unit, of which P and dS are in shared memory: dQ, which the registers have, and dK and dV, of the warp's 16 keys.
+  // Of a unit, of which P and dS are in shared memory: dQ, which the registers have, and dK and dV, of the warp's 16
+  // keys.
   __device__ __forceinline__ void finish_keys(
       uint32_t (&packed)[COLUMNS][2], const Unit& unit, const Lanes<P, DP>& lanes) const {
     put(VALUE, packed);
@@ -223,12 +221,12 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     for (int i = 0; i < TILES; i++) {
       const uint32_t column = at + (i * 16 * PAIRS + member * 16) * SIZE;
       typename P::template Left<16> a;
-      P::load_transposed(a, column + WEIGHTS, PAIRS);
+      P::load_transposed(a, column + PROBABILITIES, PAIRS);
       add(dv, a, at + GRAD + i * 16 * ROW, 2 * i + 1 == EIGHTS, lanes);
-      P::load_transposed(a, column + SCORES, PAIRS);
+      P::load_transposed(a, column + DS, PAIRS);
       add(dk, a, at + QUERY + i * 16 * ROW, 2 * i + 1 == EIGHTS, lanes);
     }
-    pack_sums(packed, dk, given.scale);
+    pack_sums(packed, dk, given.scores.scale);
     put(KEY, packed);
     store(KEY, given.key_grad, unit, given.channels);
     pack_sums(packed, dv, 1.0f);
@@ -236,7 +234,8 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
     store(VALUE, given.value_grad, unit, given.value_channels);
   }
 
-  // By way of memory, where registers have no room for what is wanted again: the compiler does not know that it is the same.
+  // By way of memory, where registers have no room for what is wanted again: the compiler does not know that it is the
+  // same. The last number is 0: added to lane and member it makes them, too, new to the compiler.
   __device__ __forceinline__ void leave_state(const Unit& unit, int step) const {
     const int state[7] = {static_cast<int>(unit.batch),
                           static_cast<int>(unit.head),
@@ -278,7 +277,7 @@ struct Whole : WholeUnit<P, DP, PLAIN, TOKENS, WARPS> {
       {
         Sums dq = {};
         score(dq, bias, unit, lanes);
-        pack_sums(packed, dq, given.scale);
+        pack_sums(packed, dq, given.scores.scale);
       }
       forget();
       wait_for_team();

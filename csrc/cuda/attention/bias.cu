@@ -1,12 +1,13 @@
-// The gradient of a bias: sums of parts, in the order of the parts, so that every run gives the same bits.
+// The gradient of a bias: sums of the parts that the backward left, in their order, so that every run gives the same
+// bits.
 #include "../common/numbers.cuh"
 
 namespace mvk::attention {
 
 constexpr int THREADS = 128;
 
-// A thread has a sum of the parts, which are as the lanes of the backward have them: by tiles of 16 queries and 16 keys, of
-// 8 columns and a lane of four sums each. Rows are queries, or, turned, keys. Neighbours are read together.
+// A thread has a sum of the parts, which are as the lanes of the backward have them: by tiles of 16 queries and 16
+// keys, of 8 columns and a lane of four sums each. Rows are queries, or, turned, keys. Neighbours are read together.
 template <typename T>
 __device__ __forceinline__ void sum_parts(
     const float* partial, T* out, int64_t size, int parts, int tiles, int tokens, int turned) {

@@ -1,18 +1,10 @@
-// A bias as order.cu leaves it: (copies, heads, tiles of rows, tiles of columns, 16 x 16), a tile as the lanes of a warp
-// hold the sums of two products of 16 rows and 8 columns. In the second copy rows are keys.
+// A bias as order.cu leaves it: (copies, heads, tiles of rows, tiles of columns, 16 x 16), a tile as the lanes of a
+// warp hold the sums of two products of 16 rows and 8 columns. In the second copy rows are keys.
 #pragma once
 
 #include "../common/fragments.cuh"
 
 namespace mvk::attention {
-
-__device__ __forceinline__ void to_floats(float (&x)[2], uint32_t both, bf16) {
-  x[0] = __uint_as_float(both << 16), x[1] = __uint_as_float(both & 0xffff0000u);
-}
-__device__ __forceinline__ void to_floats(float (&x)[2], uint32_t both, f16) {
-  const float2 found = __half22float2(*reinterpret_cast<const __half2*>(&both));
-  x[0] = found.x, x[1] = found.y;
-}
 
 template <typename T>
 struct OrderedBias {
@@ -27,7 +19,8 @@ struct OrderedBias {
     return at + ((TURNED ? heads + head : head) * tiles + tile) * (256 * tiles);
   }
 
-  // What a lane has of a tile, in the order of its scores. Half types take 16 bytes, float32 twice that, 512 bytes apart.
+  // What a lane has of a tile, in the order of its scores. Half types take 16 bytes, float32 twice that, 512 bytes
+  // apart.
   static __device__ __forceinline__ void store(T* tile, int lane, const T (&from)[8]) {
     if constexpr (sizeof(T) == 2) {
       uint4 all;
@@ -55,16 +48,16 @@ struct OrderedBias {
   static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const Words& words) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float two[2];
+      float2 two;
       if constexpr (sizeof(T) == 2) {
         const uint4& all = words.of[0];
-        to_floats(two, i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w, T());
+        two = unpack<T>(i == 0 ? all.x : i == 1 ? all.y : i == 2 ? all.z : all.w);
       } else {
         const uint4& half = words.of[i / 2];
-        two[0] = __uint_as_float(i % 2 ? half.z : half.x), two[1] = __uint_as_float(i % 2 ? half.w : half.y);
+        two = {__uint_as_float(i % 2 ? half.z : half.x), __uint_as_float(i % 2 ? half.w : half.y)};
       }
       float* const x = &s[i / 2][i % 2 * 2];
-      x[0] = fmaf(x[0], scale, two[0]), x[1] = fmaf(x[1], scale, two[1]);
+      x[0] = fmaf(x[0], scale, two.x), x[1] = fmaf(x[1], scale, two.y);
     }
   }
   static __device__ __forceinline__ void add(float (&s)[2][4], float scale, const T* tile) {
@@ -72,6 +65,20 @@ struct OrderedBias {
     load(words, tile);
     add(s, scale, words);
   }
+};
+
+constexpr float LOG2E = 1.4426950408889634f;
+
+// A bias and a scale of scores.
+template <typename T>
+struct Scores {
+  OrderedBias<T> bias;
+  float scale, scale2;  // scale2: scale times log2(e)
+
+  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
+  __device__ __forceinline__ bool scaled() const { return bias.exists() || scale2 <= 0; }
+  // By what scores are multiplied after that.
+  __device__ __forceinline__ float factor() const { return scaled() ? LOG2E : scale2; }
 };
 
 }  // namespace mvk::attention

@@ -1,9 +1,10 @@
-// Softmax attention inside groups of pixels, forward.
+// Softmax attention inside groups of pixels, forward: the groups, types and strides that small.cuh and large.cuh do not
+// take.
 //
-// A team of warps has one unit. It brings k and v of the unit to shared memory, once; then each warp takes 16 queries at
-// a time, whose rows it prefetches for itself. Scores of 64 keys are in registers, and their probabilities become the
-// left operand of the product with v there. Larger groups go over their keys with a running maximum. q, k, v and out
-// move once; out leaves by way of the place of its queries, in whole rows.
+// A team of warps has one unit. It brings k and v of the unit to shared memory, once. Then each warp takes 16 queries
+// at a time, whose rows it copies for itself while it computes the 16 before. Scores of 16 to 64 keys are in registers,
+// and their weights become the left operand of the product with v there. q, k, v and out move once; out leaves by way
+// of the place of its queries, in whole rows.
 #include "queries.cuh"
 #include "rows.cuh"
 
@@ -101,10 +102,7 @@ __device__ __forceinline__ void forward(const Forward<typename P::Element>& give
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       float total = queries.total[r];
-      if constexpr (!P::ROUNDED) {
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-      }
+      if constexpr (!P::ROUNDED) total = sum_of_row(total);
       const float over = reciprocal_fast(total);
       const uint32_t at = shared_address(here) + ((lane / 4 + 8 * r) * STRIDE + 2 * (lane & 3)) * SIZE;
 #pragma unroll

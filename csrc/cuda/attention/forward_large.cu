@@ -1,4 +1,4 @@
-// The forward's kernels for groups of 65 to 256 tokens and heads of 32 channels: large.cuh, for each type.
+// The forward's kernels for groups of 65 to 256 tokens with a bias and heads of 32 channels: large.cuh, for each type.
 #include "large.cuh"
 
 #define FORWARD(NAME, TYPE, WARPS, BLOCKS, TILES, DP)                                                                 \

@@ -24,7 +24,7 @@
           step_x,                                                                                                     \
           last_y,                                                                                                     \
           last_x},                                                                                                    \
-         {bias, bh, bm, bn, tokens},                                                                                  \
+         {bias, bh, bm, bn},                                                                                          \
          scale,                                                                                                       \
          scale2},                                                                                                     \
         global_smem);                                                                                                 \

@@ -1,12 +1,12 @@
 // Which pixels attend to each other: a unit is one group of one head of one image of the batch.
 //
-// Patches: pixels (y0 + i ph, x0 + j pw), of which a map has ph * pw groups, not all of one size where the patch does not
-// divide the map. Windows: rectangles of ph x pw pixels, the first at (sy, sx), which may reach beyond the map. Tokens of
-// a window are numbered as if they did not, so that a bias is indexed by their numbers; what lies outside is zeros in
-// shared memory, has no weight and is not stored.
+// Patches: pixels (y0 + i ph, x0 + j pw), of which a map has ph * pw groups, not all of one size where the patch does
+// not divide the map. Windows: rectangles of ph x pw pixels, the first at (sy, sx), which may reach beyond the map.
+// Tokens of a window are numbered as if they did not, so that a bias is indexed by their numbers; what lies outside is
+// zeros in shared memory, has no weight and is not stored.
 //
-// A team of 1 << team_bits warps has a unit to itself. Of each unit there are `rows` tokens in shared
-// memory, a multiple of 16: where each token's pixel is, and of each 16 tokens a word that says which exist.
+// A team of 1 << team_bits warps has a unit to itself. Of each unit there are `rows` tokens in shared memory, a
+// multiple of 16: where each token's pixel is, and of each 16 tokens a word that says which exist.
 #pragma once
 
 #include "../common/fragments.cuh"
@@ -46,7 +46,7 @@ __device__ __forceinline__ Unit unit_at(const Groups& groups, int64_t batch, int
     unit.tall = (groups.height - gy + groups.ph - 1) / groups.ph;
     unit.wide = (groups.width - gx + groups.pw - 1) / groups.pw;
   }
-  unit.cut = false;  // groups with a bias are all of one size
+  unit.cut = false;  // of patches no token is missing: their groups may differ in size, but then there is no bias
   if (groups.windows) {
     unit.cut = unit.y0 < 0 || unit.x0 < 0;
     unit.cut |= unit.y0 + groups.ph > groups.height || unit.x0 + groups.pw > groups.width;

@@ -1,8 +1,8 @@
-// Softmax attention inside groups of 65 to 256 pixels, forward, in half types.
+// Softmax attention with a bias inside groups of 65 to 256 pixels, forward, in half types.
 //
-// A block has units of one head, one after the other; while it computes one, the rows of the next come to shared memory.
-// A warp has 16 queries of each, and goes over the keys, TILES times 16 at once, as in queries.cuh. A bias stays in the
-// first-level cache from one unit to the next. q, k, v and out move once.
+// A block has units of one head, one after the other; while it computes one, the rows of the next come to shared
+// memory. A warp has 16 queries of each, and goes over the keys, TILES times 16 at once, as in queries.cuh. A bias
+// stays in the first-level cache from one unit to the next. q, k, v and out move once.
 #pragma once
 
 #include "queries.cuh"
@@ -37,7 +37,7 @@ __device__ __forceinline__ void forward_large(const Large<typename P::Element>& 
   const int lane = lane_id(), warp = threadIdx.x >> 5, head = blockIdx.x % given.walked.groups.heads;
   const int rows = given.rows;
   Walk<P, DP, true, false>::find_places(given.walked, shared, rows);
-  // Rows that no warp brings.
+  // Rows that no warp brings. Their keys have no weight, but 0 times what lies there may be NaN.
   for (int at = threadIdx.x; at < 6 * rows * ROW / 4; at += 32 * WARPS) {
     if (at * 4 % (rows * ROW) >= 16 * WARPS * ROW) reinterpret_cast<uint32_t*>(shared)[at] = 0;
   }

@@ -1,5 +1,6 @@
-// A bias in the order in which warps hold scores, so that a lane reads what it needs of a tile with one or two loads of 16
-// bytes: tile after tile of 16 queries and 16 keys, padded to whole tiles. Small beside any map, and read many times.
+// A bias in the order in which warps hold scores, so that a lane reads what it needs of a tile with one or two loads of
+// 16 bytes: tile after tile of 16 queries and 16 keys, padded to whole tiles. Small beside any map, and read many
+// times.
 //
 // A thread makes a lane's part of a tile: eight reads, which go on at once, and a write.
 #include "bias.cuh"
@@ -8,8 +9,8 @@ namespace mvk::attention {
 
 constexpr int ORDER_THREADS = 128;
 
-// Keys beyond the last have no weight; queries beyond it are not stored. Of `copies`, the second is for tiles whose rows
-// are keys.
+// Keys beyond the last have no weight; queries beyond it are not stored. Of `copies`, the second is for tiles whose
+// rows are keys.
 template <typename T>
 __device__ __forceinline__ void order_bias(
     const T* bias, T* ordered, int64_t head_stride, int64_t query_stride, int64_t key_stride, int heads, int tokens,

@@ -5,7 +5,15 @@
 
 namespace mvk::attention {
 
-constexpr float LOG2E = 1.4426950408889634f;
+// Of the four lanes that have a row of the sums of a product.
+__device__ __forceinline__ float max_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float sum_of_row(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
 
 template <class P, int DP>
 using Lanes = typename P::template Lanes<P::stride(DP)>;
@@ -43,7 +51,7 @@ struct Channels {
   }
 };
 
-// As Channels::multiply, turned, for several A: what is read of B serves all.
+// The same as Channels::multiply, turned, for several A: what is read of B serves all.
 template <class P, int DP, int TILES>
 __device__ __forceinline__ void multiply_all(
     float (&c)[TILES][2][4], const Channels<P, DP> (&a)[TILES], uint32_t at, const Lanes<P, DP>& lanes) {
@@ -92,8 +100,8 @@ __device__ __forceinline__ void add_tokens(
   add_tokens<P, COLUMNS>(reinterpret_cast<Sums&>(c), reinterpret_cast<Operands&>(a), at, lanes);
 }
 
-// The products of tiles of 16 rows, one after the other from `left` on, and of 16 rows of another, all of as many columns
-// as there are channels. All is as in Channels, and so are the sums of a product that is the transpose of one of those.
+// The products of tiles of 16 rows, one after the other from `left` on, with 16 rows of another tile, over all
+// channels. Their sums are, bit by bit, those of Channels::multiply of the transposed product.
 template <class P, int DP, int TILES>
 __device__ __forceinline__ void multiply_turned(
     float (&c)[TILES][2][4], uint32_t left, uint32_t right, const Lanes<P, DP>& lanes) {
@@ -125,7 +133,7 @@ __device__ __forceinline__ void multiply_turned(
   }
 }
 
-// -inf where the mask of 16 columns says that there is no token.
+// Replaces the columns, of 16, that are no tokens according to the mask.
 __device__ __forceinline__ void mask_columns(float (&s)[2][4], uint32_t mask, float with) {
   if (mask == 0xffff) return;
   mask >>= 2 * (lane_id() & 3);

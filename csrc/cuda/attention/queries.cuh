@@ -1,4 +1,4 @@
-// What a warp of the forward knows of 16 queries, and how keys are added to it.
+// Sums of 16 queries of a warp of the forward, and how keys are added to them.
 #pragma once
 
 #include "bias.cuh"
@@ -6,22 +6,11 @@
 
 namespace mvk::attention {
 
-template <typename T>
-struct Scores {
-  OrderedBias<T> bias;
-  float scale, scale2;  // scale2: scale times log2(e)
-
-  // Scores are multiplied before the maximum is looked for where there is a bias, and where that turns their order.
-  __device__ __forceinline__ bool scaled() const { return bias.exists() || scale2 <= 0; }
-  // By what scores are multiplied after that.
-  __device__ __forceinline__ float factor() const { return scaled() ? LOG2E : scale2; }
-};
-
-// What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is the
-// score that the offset is made of, of rows lane / 4 and lane / 4 + 8. It is the highest of the keys that were
-// searched for it: `careful` says that the next keys have to be. A later key may well be higher: to up to 2^15 weights are
-// as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller. Where the sum of
-// weights is more, keys are added once more, with care: of ANY keys and of PLAIN ones those that were added last, of
+// What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is
+// the score that the offset is made of, of rows lane / 4 and lane / 4 + 8. It is the highest of the keys that were
+// searched for it: `careful` says that the next keys have to be. A later key may well be higher: to up to 2^15 weights
+// are as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller. Where the sum
+// of weights is more, keys are added once more, with care: of ANY keys and of PLAIN ones those that were added last, of
 // others, whose loop is then without a branch, all keys, `always` with care.
 template <class P, int DP>
 struct Queries {
@@ -43,7 +32,8 @@ struct Queries {
   }
 };
 
-// What keys may be: without a bias, all there, a scale above 0; anything; with a bias, all there; with one, some missing.
+// What keys may be: without a bias, all there, a scale above 0; anything; with a bias, all there; with one, some
+// missing.
 enum class Keys { PLAIN, ANY, BIASED, CUT };
 
 // Adds the keys of TILES times 16 rows, whose first is at `key`, and says whether it could, or has to be called again.
@@ -82,8 +72,7 @@ __device__ __forceinline__ bool add_keys(
     for (int i = 0; i < 8 * TILES; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+      highest[r] = max_of_row(highest[r]);
       // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
       const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
       const float shrink = exp2_fast((to.top[r] - used) * factor);
@@ -94,8 +83,8 @@ __device__ __forceinline__ bool add_keys(
       to.offset[r] = used * factor;
     }
   }
-  // Weights are summed as they are multiplied, rounded: of a row with one weight the result is that key's value. A sum of
-  // operands is a product with ones, and no sum over the lanes of a row is left to do.
+  // Weights are summed as they are multiplied, rounded: of a row with one weight the result is that key's value. A sum
+  // of operands is a product with ones, and no sum over the lanes of a row is left to do.
   float total[2] = {};
   typename P::template Left<16> p[TILES];
   if constexpr (P::ROUNDED) {

@@ -1,7 +1,8 @@
 // Rows of a unit between a map in global and a tile in shared memory, a row a token.
 //
-// Where channels are contiguous and rows aligned, lanes move 16 or 8 bytes each, neighbours in a row first, and to shared
-// memory without passing through registers. Other maps are moved by elements; with channels apart lanes take the tokens.
+// Where channels are contiguous and rows aligned, lanes move 16 or 8 bytes each, neighbours in a row first, and to
+// shared memory without passing through registers. Other maps are moved by elements; with channels apart lanes take the
+// tokens.
 #pragma once
 
 #include "../common/copies.cuh"
@@ -84,8 +85,8 @@ __device__ __forceinline__ void load_pieces(
   }
 }
 
-// By a warp, 16 rows; FULL: each is a token. Zeros where there is no token, and beyond the channels, up to DP. `width` is
-// that of the map. Ends with a commit of copies.
+// By a warp, 16 rows; FULL: each is a token. Zeros where there is no token, and beyond the channels, up to DP. `width`
+// is that of the map. Ends with a commit of copies.
 template <typename T, int DP, int STRIDE, bool FULL>
 __device__ __forceinline__ void load_rows(
     T* tile, const Map<const T>& map, int width, int channels, const int* pixels) {

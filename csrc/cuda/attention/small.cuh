@@ -16,7 +16,7 @@ template <typename T>
 struct Bias {
   const T* at;
   int64_t head;  // negative: there is no bias
-  int query, key, tokens;
+  int query, key;
 };
 
 template <typename T>
@@ -36,7 +36,7 @@ __device__ __forceinline__ void forward_small(const Small<typename P::Element>& 
   float start[BIASED ? COLUMNS : 1][4];
   if constexpr (BIASED) {
     // Beyond the last token that token again, so that all reads go on at once.
-    const int last = given.bias.tokens - 1, row = 16 * warp + lane / 4, column = 2 * (lane & 3);
+    const int last = given.walked.tokens - 1, row = 16 * warp + lane / 4, column = 2 * (lane & 3);
     T of[COLUMNS][4];
     if (given.bias.head >= 0) {
       const T* const from = given.bias.at + head * given.bias.head;
@@ -108,12 +108,11 @@ __device__ __forceinline__ void forward_small(const Small<typename P::Element>& 
     for (int i = 0; i < 4 * COLUMNS; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 4][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(~0u, highest[r], 2));
+      highest[r] = max_of_row(highest[r]);
       // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
       offset[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * given.scale2;
     }
-    // Sums of rounded weights are products with ones, see forward.cu.
+    // Sums of rounded weights are products with ones, see queries.cuh.
     float o[DP / 8][4] = {}, sums[4] = {};
     typename P::template Right<16> ones;
     P::set_ones(ones);

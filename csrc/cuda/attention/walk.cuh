@@ -1,13 +1,14 @@
 // Units of a head, one after the other: how a block finds them, and brings the rows of the next while it computes one.
 //
-// What depends on where a token lies in its group is computed once; a unit only adds where its group begins. All rows of
-// all maps are aligned to 16 bytes. A warp moves the rows of its own 16 tokens.
+// What depends on where a token lies in its group is computed once; a unit only adds where its group begins. All rows
+// of all maps are aligned to 16 bytes. A warp moves the rows of its own 16 tokens.
 #pragma once
 
 #include "rows.cuh"
 
 namespace mvk::attention {
 
+// Maps, their groups, and how the units of a head are divided among blocks.
 template <typename T>
 struct Walked {
   Map<const T> query, key, value;
@@ -53,7 +54,7 @@ struct Position {
 
 // Where a lane's pieces of its warp's 16 rows are in a map. KEPT: in registers from unit to unit, else found for each.
 template <typename T, int DP, bool KEPT>
-struct Rows {
+struct Addresses {
   using Mine = Pieces<DP / 8>;
   const char* at;  // the first token of a unit
   uint32_t further[KEPT ? Mine::COUNT : 1];
@@ -87,8 +88,8 @@ struct Rows {
   }
 };
 
-// Two places for q, k and v of a unit lie one after the other at `shared`, of `rows` tokens each; then where each token of
-// a group is, and of the unit of each place which tokens exist. CUT: units may reach beyond the map.
+// Two places for q, k and v of a unit lie one after the other at `shared`, of `rows` tokens each; then where each token
+// of a group is, and of the unit of each place which tokens exist. CUT: units may reach beyond the map.
 template <class P, int DP, bool CUT, bool KEPT>
 struct Walk {
   using T = typename P::Element;
@@ -104,8 +105,8 @@ struct Walk {
   Position next;
   int* const places;
   uint32_t* const masks;
-  Rows<const T, DP, KEPT> query, key, value;
-  Rows<T, DP, KEPT> out;
+  Addresses<const T, DP, KEPT> query, key, value;
+  Addresses<T, DP, KEPT> out;
   uint32_t buffer = 0;  // bytes to the place of the unit that is computed
   uint32_t at;          // of a lane's first piece
   uint32_t whole = 0;   // a bit for each row that a lane moves
@@ -141,8 +142,8 @@ struct Walk {
     if (KEPT) find(), out.find(given.out, given, next, head);
     load_unit(0);
   }
-  // Which rows a lane moves is found anew for each unit, if it is not kept: the compiler is told that its index may have
-  // changed.
+  // Which rows a lane moves is found anew for each unit, if it is not kept: the compiler is told that its index may
+  // have changed.
   __device__ __forceinline__ void begin() {
     int thread = threadIdx.x;
     if constexpr (!KEPT) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -156,7 +157,7 @@ struct Walk {
     value.find(given.value, given, next, head);
   }
   __device__ __forceinline__ void load(
-      const Rows<const T, DP, KEPT>& from, const Map<const T>& map, int channels, uint32_t to) const {
+      const Addresses<const T, DP, KEPT>& from, const Map<const T>& map, int channels, uint32_t to) const {
     const bool there = mine.piece * 8 < channels;
 #pragma unroll
     for (int i = 0; i < Mine::COUNT; i++) {
@@ -203,7 +204,8 @@ struct Walk {
     commit_copies();
   }
   __device__ __forceinline__ bool more() const { return left > 0; }
-  // Waits for the rows of the next unit, which then is the one to compute, and begins to bring those of the one after it.
+  // Waits for the rows of the next unit, which then is the one to compute, and begins to bring those of the one after
+  // it.
   __device__ __forceinline__ void enter() {
     wait_copies<0>();
     __syncthreads();

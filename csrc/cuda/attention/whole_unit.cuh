@@ -5,8 +5,9 @@
 
 namespace mvk::attention {
 
-// TOKENS: of a unit at most, a multiple of 8. Rows are aligned to given.bytes, 16 or 8, and channels a multiple of as many
-// bytes; strides fit 32 bits; all units have equally many rows and columns of tokens, of which a window may be cut.
+// TOKENS: of a unit at most, a multiple of 8. Rows are aligned to given.bytes, 16 or 8, and channels a multiple of as
+// many bytes; strides fit 32 bits; all units have equally many rows and columns of tokens, of which a window may be
+// cut.
 template <class P, int DP, bool PLAIN, int TOKENS, int WARPS>
 struct WholeUnit {
   using T = typename P::Element;
@@ -16,8 +17,8 @@ struct WholeUnit {
   // dP of many keys is computed again, with the same bits, where registers do not hold it beside the scores.
   static constexpr bool AGAIN = TILES > 4;
   // Bytes of a team's shared memory, and where in it things are.
-  static constexpr int QUERY = 0, KEY = ROWS * ROW, VALUE = 2 * KEY, GRAD = 3 * KEY, WEIGHTS = 4 * KEY;
-  static constexpr int SCORES = WEIGHTS + ROWS * PAIRS * SIZE, PIXELS = SCORES + ROWS * PAIRS * SIZE;
+  static constexpr int QUERY = 0, KEY = ROWS * ROW, VALUE = 2 * KEY, GRAD = 3 * KEY, PROBABILITIES = 4 * KEY;
+  static constexpr int DS = PROBABILITIES + ROWS * PAIRS * SIZE, PIXELS = DS + ROWS * PAIRS * SIZE;
   static constexpr int MASKS = PIXELS + 4 * ROWS, STATE = MASKS + 4 * TILES;
   static constexpr int SUMS = MASKS + (AGAIN ? TILES + 10 : TILES + 3) / 4 * 16, HELD = ROWS * ROWS * 4;
   using Sums = float[COLUMNS][4];
@@ -117,7 +118,7 @@ struct WholeUnit {
       load_pieces_of<8>(unit);
     }
   }
-  // Sums of a product by way of the warp's own rows of a tile.
+  // The warp's own rows of a tile, to a map.
   template <typename WORD>
   __device__ __forceinline__ void store_pieces(int tile, const Map<T>& map, const Unit& unit, int channels) const {
     using Mine = Pieces<DP * SIZE / sizeof(WORD)>;
@@ -148,11 +149,13 @@ struct WholeUnit {
       store_pieces<uint2>(tile, map, unit, channels);
     }
   }
+  // Sums of a product, as half types, to the warp's own rows of a tile.
   __device__ __forceinline__ void put(int tile, const uint32_t (&packed)[COLUMNS][2]) const {
     const uint32_t to = at + tile + (member * 16 + (lane >> 2)) * ROW + 4 * (lane & 3);
 #pragma unroll
     for (int i = 0; i < 2 * COLUMNS; i++) store_shared(to + i / 2 * 16 + i % 2 * 8 * ROW, packed[i / 2][i % 2]);
   }
+  // As half types, so that they take half of the registers until they can be put.
   static __device__ __forceinline__ void pack_sums(uint32_t (&packed)[COLUMNS][2], const Sums& of, float factor) {
 #pragma unroll
     for (int i = 0; i < 2 * COLUMNS; i++) {

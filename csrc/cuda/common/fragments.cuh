@@ -1,11 +1,11 @@
 // Operands of a warp's products: of half types as they are, of float32 as TF32, split in two where products are exact.
 //
 // Left<K> is 16 rows of K columns (A of the PTX manual), Right<K> K rows of 8 columns (B), K is 16 or 8. Tiles lie in
-// shared memory by rows of `stride` elements; `at` is the address of the first element that is asked for. A product over
-// K = 8 columns of what a tile has left reads no more than those.
+// shared memory by rows of `stride` elements; `at` is the address of the first element that is asked for. A product
+// over K = 8 columns of what a tile has left reads no more than those.
 //
-// Sums of a product become the left operand of the next without leaving their registers. Where TF32 is that operand, its
-// columns t and t + 4 are the columns 2t and 2t + 1 of the sums: the right operand's rows go in the same order.
+// Sums of a product become the left operand of the next without leaving their registers. Where TF32 is that operand,
+// its columns t and t + 4 are the columns 2t and 2t + 1 of the sums: the right operand's rows go in the same order.
 #pragma once
 
 #include "matrix.cuh"
@@ -72,8 +72,8 @@ struct Halves {
     uint32_t of[K / 8];
   };
 
-  // What a lane adds to the address of a tile whose rows have STRIDE elements. Of loads of two matrices only the first 16
-  // lanes' addresses count: `row` serves all loads but those of right operands by 16 columns.
+  // What a lane adds to the address of a tile whose rows have STRIDE elements. Of loads of two matrices only the first
+  // 16 lanes' addresses count: `row` serves all loads but those of right operands by 16 columns.
   template <int STRIDE>
   struct Lanes {
     uint32_t row = 2 * ((lane_id() & 15) * STRIDE + (lane_id() >> 4) * 8);

@@ -46,6 +46,18 @@ __device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
   return both;
 }
 
+// And back.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t both);
+template <>
+__device__ __forceinline__ float2 unpack<f16>(uint32_t both) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&both));
+}
+template <>
+__device__ __forceinline__ float2 unpack<bf16>(uint32_t both) {
+  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+}
+
 // 2 to the power of x; of -inf it is 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -1,9 +1,10 @@
 // Both convolutions of a scale, in one pass over the map.
 //
-// A block takes `steps` tiles of one slab, so that its weights are read once. The pixels of a tile and of its border come
-// by asynchronous copies, with zeros where there is no map. Each warp sums the taps of its square, rounds them to the
-// map's dtype into rows of its own, as two convolutions one after the other would, multiplies these with the groups'
-// weights, and stores the result 16 bytes a lane. What the depthwise convolution gives never leaves the processor.
+// A block takes `steps` tiles of one slab, so that its weights are read once. The pixels of a tile and of its border
+// come by asynchronous copies, with zeros where there is no map. Each warp sums the taps of its square, rounds them to
+// the map's dtype into rows of its own, as two convolutions one after the other would, multiplies these with the
+// groups' weights, and stores the result 16 bytes a lane. What the depthwise convolution gives never leaves the
+// processor.
 #pragma once
 
 #include "tiles.cuh"

@@ -1,10 +1,11 @@
 // The gradient of a scale's map, brought back through both convolutions and added to that of qkv, in one pass.
 //
 // A block takes `steps` tiles of one slab. The gradient comes into shared memory with the border that the depthwise
-// kernel reaches, zeros where there is no map. The warps multiply it, 16 pixels at a time, with the transposed weights of
-// the groups, in place, rounded to the map's dtype. Meanwhile what the map of the gradient has comes to rows of each
-// warp's own; the warp sums the reversed taps of its square on top of it, and stores that 16 bytes a lane. The pixels of the border are multiplied by every block that reads them;
-// between the convolutions nothing goes through memory.
+// kernel reaches, zeros where there is no map. The warps multiply it, 16 pixels at a time, with the transposed weights
+// of the groups, in place, rounded to the map's dtype. Meanwhile what the map of the gradient has comes to rows of each
+// warp's own; the warp sums the reversed taps of its square on top of it, and stores the sum, 16 bytes a lane. The
+// pixels of the border are multiplied by every block that reads them; between the convolutions nothing goes through
+// memory.
 #pragma once
 
 #include "tiles.cuh"

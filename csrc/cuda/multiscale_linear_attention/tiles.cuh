@@ -1,8 +1,8 @@
 // What the kernels of multiscale_linear_attention's convolutions share.
 //
-// Maps have their channels contiguous. A block works on SLAB channels, whole groups of D, of a tile of TY x TX pixels. A
-// warp has a square of 4 x 4 pixels of it, and a lane two channels of these: 32 sums, and every access to shared memory
-// of a pixel is one run of all lanes.
+// Maps have their channels contiguous. A block works on SLAB channels, whole groups of D, of a tile of TY x TX pixels.
+// A warp has a square of 4 x 4 pixels of it, and a lane two channels of these: 32 sums, and every access to shared
+// memory of a pixel is one run of all lanes.
 #pragma once
 
 #include "common/copies.cuh"
@@ -38,12 +38,9 @@ constexpr int MIX_PITCH = D + VECTOR<T>;
 
 // Two neighbouring channels as float32, and back.
 __device__ __forceinline__ float2 read_two(const float* at) { return *reinterpret_cast<const float2*>(at); }
-__device__ __forceinline__ float2 read_two(const f16* at) {
-  return __half22float2(*reinterpret_cast<const __half2*>(at));
-}
-__device__ __forceinline__ float2 read_two(const bf16* at) {
-  const uint32_t both = *reinterpret_cast<const uint32_t*>(at);
-  return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
+template <typename T>
+__device__ __forceinline__ float2 read_two(const T* at) {
+  return unpack<T>(*reinterpret_cast<const uint32_t*>(at));
 }
 
 template <typename T>
@@ -148,7 +145,7 @@ __device__ __forceinline__ void copy_square(
   });
 }
 
-// Stores it.
+// Stores a warp's square.
 template <typename T, int D, int PIXEL>
 __device__ __forceinline__ void store_square(
     T* own, T* to, const Strides& strides, int rows, int columns, int channels) {
@@ -252,8 +249,8 @@ __device__ __forceinline__ void read_bias(float* to, const T* bias, bool given, 
   for (int i = threadIdx.x; i < SLAB<D>; i += THREADS) to[i] = given && i < channels ? to_float(bias[i]) : 0.0f;
 }
 
-// Adds to a lane's sums the taps of its two channels; `tile` is the first pixel under the square's first tap. Every pixel
-// is read and made float32 once.
+// Adds to a lane's sums the taps of its two channels; `tile` is the first pixel under the square's first tap. Every
+// pixel is read and made float32 once.
 template <typename T, int K, int D, int COLS, int PIXEL>
 __device__ __forceinline__ void add_taps(float (&sums)[SQUARE][2], const T* tile, const float* taps) {
 #pragma unroll
@@ -321,9 +318,8 @@ __device__ __forceinline__ void multiply_halves(
   }
 }
 
-// The same of any type:
-// `store(pixel, channel, low, high)` gets two neighbouring channels at once. All is read before anything is stored, so
-// that it may be stored in place.
+// The same of any type: `store(pixel, channel, low, high)` gets two neighbouring channels at once. All is read before
+// anything is stored, so that it may be stored in place.
 template <typename T, int D, bool TRANSPOSE, typename Store>
 __device__ __forceinline__ void multiply_groups(const T* rows, const T* mix, const float* bias, Store store) {
   const int lane = opaque(threadIdx.x) % 32;

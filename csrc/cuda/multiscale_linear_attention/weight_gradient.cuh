@@ -4,9 +4,10 @@
 // leaves them in `parts`. Of each tile come the map, with its border, and the gradient of the scale, by asynchronous
 // copies. Each square of the tile has two warps, so that neither needs more than half of the registers. One, a maker,
 // makes again what the depthwise convolution gave, rounded to the map's dtype as in the forward. The other brings the
-// gradient back through the pointwise convolution, in float32, and a lane multiplies it with every pixel that the taps of
-// its two channels reach: K * K sums for each. Then the makers multiply the gradient of the scale with what they made, over
-// all pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of the blocks.
+// gradient back through the pointwise convolution, in float32, and a lane multiplies it with every pixel that the taps
+// of its two channels reach: K * K sums for each. Then the makers multiply the gradient of the scale with what they
+// made, over all pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of
+// the blocks.
 #pragma once
 
 #include "tiles.cuh"
@@ -26,7 +27,8 @@ struct WeightSums {
   static constexpr int WIDE_PITCH = SLAB<D> + 8;  // of float32 rows: a fragment's lanes store to different banks
   static_assert(SLAB<D> == 64);                   // two channels a lane, and a band of 16 outputs for each maker
 
-  // A lane's registers: the sums of taps; or what the makers keep from one tile to the next, and their sums of a square.
+  // A lane's registers: the sums of taps; or what the makers keep from one tile to the next, and their sums of a
+  // square.
   using Taps = float[K * K][2];
   using Mixed = float[D / 8][4];
   using Sums = float[SQUARE][2];
@@ -107,8 +109,8 @@ struct WeightSums {
     finish(reinterpret_cast<float*>(tile), kept, mix, parts, channel, channels, biased);
   }
 
-  // The gradient of a square's depthwise sums, of a lane's channels: the products of `grads` with the pointwise weights,
-  // in float32. Fragments go through 8 rows of a warp's own.
+  // The gradient of a square's depthwise sums, of a lane's channels: the products of `grads` with the pointwise
+  // weights, in float32. Fragments go through 8 rows of a warp's own.
   static __device__ __forceinline__ void bring_back(float2 (&to)[SQUARE], const T* grads, float* rows, const T* mix) {
     if constexpr (HALF) {
       const int lane = threadIdx.x % 32;
