@@ -24,14 +24,6 @@ _ONE_PIECE = {"tf32": (96, 96), "f32": (64, 32), "f64": (32, 16)}
 
 TO_FORMER, TO_MOBILE = "mobile_to_former", "former_to_mobile"
 
-# The widest heads of which a program takes two: beyond that the registers hold fewer pixels, and nothing is gained.
-_PAIRS = {
-    (TO_FORMER, "forward_slices"): 96,
-    (TO_FORMER, "backward_slices"): 48,
-    (TO_MOBILE, "forward_pixels"): 32,
-    (TO_MOBILE, "backward_slices"): 16,
-}
-
 
 def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
     # ``elements``: of a tile (pixels x channels) that four warps can hold beside what they sum.
@@ -50,42 +42,14 @@ def _config(key: Mapping[str, Any], elements: int, most: int) -> Config:
 # the smallest maps.
 @heuristic(TO_MOBILE, "forward_pixels")
 def _forward_pixels(key: Mapping[str, Any]) -> Config:
-    if key["last"] and half(key):
-        return _config(key, 8192, 64 if _pipelined(key) and width(key["d"]) > 32 else 128)
-    return _config(key, 4096, 128)
+    return _config(key, 8192 if key["last"] and half(key) else 4096, 128)
 
 
 @heuristic(TO_FORMER, "forward_slices")
-def _forward_slices(key: Mapping[str, Any]) -> Config:
-    if not _pipelined(key):
-        return _slices(key)
-    # A single warp waits for no other: what it finds of its pixels is put together at the end. Sums of wide heads do
-    # not fit its registers.
-    if width(key["d"]) <= 64:
-        return {"BLOCK": 64, "PROGRAMS": 8, "num_warps": 1, "num_stages": 3}
-    return {"BLOCK": 128 if width(key["d"]) <= 96 else 64, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3}
-
-
-# ALONE: a map stays in one program where all processors have one, which then needs no other launch. PARTS: of the
-# pixels of a tile, for the products that sum over them.
 @heuristic(TO_FORMER, "backward_slices")
-def _backward_slices(key: Mapping[str, Any]) -> Config:
-    if not _pipelined(key):
-        return _slices(key) | {"ALONE": 0, "PARTS": 1}
-    warps = 16 if width(key["d"]) <= 32 else 8 if width(key["d"]) <= 64 else 4
-    return {"BLOCK": 16 * warps, "PROGRAMS": 1, "ALONE": 1, "PARTS": warps, "num_warps": warps, "num_stages": 3}
-
-
 def _slices(key: Mapping[str, Any]) -> Config:
     most = 8192 if _by_warps(key) and key["last"] and key["m"] == TOKENS else 4096
     return _config(key, most if half(key) else 2048, 64)
-
-
-def _pipelined(key: Mapping[str, Any]) -> bool:
-    """Whether tiles are copied to shared memory while others are computed: one block of tokens, of a half type, and
-    contiguous channels."""
-    last = key["last"] and key["d"] <= 192 and key["arch"].startswith(("sm_", "interpreter"))
-    return bool(last and half(key) and key["m"] == TOKENS)
 
 
 @heuristic(TO_MOBILE, "backward_slices")
@@ -104,11 +68,6 @@ def _slices_of_two(key: Mapping[str, Any]) -> Config:
 def _by_warps(key: Mapping[str, Any]) -> bool:
     """Whether four warps multiply together, 64 rows at a time, with an operand in shared memory: large tiles fit."""
     return str(key["arch"]).startswith(("sm_9", "sm_10"))
-
-
-def widest_of_pair(op: str, kernel: str) -> int:
-    """Channels of the widest heads of which a program of this kernel takes two."""
-    return _PAIRS[op, kernel]
 
 
 def is_wide(key: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mvkernels.dispatch.launches import run
-from mvkernels.triton.bridge.configs import TOKENS, is_wide, widest_of_pair
+from mvkernels.triton.bridge.configs import TOKENS, is_wide
 from mvkernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -19,7 +19,7 @@ from mvkernels.triton.launch import (
     why_not_triton,
     why_too_large,
 )
-from mvkernels.triton.maps import INT32, Geometry, Shape, lanes, low_bit, pieces
+from mvkernels.triton.maps import INT32, Geometry, lanes, low_bit, pieces
 from mvkernels.triton.problem import LOG2E, Problem
 
 SCALE2 = ("scale2", "scale2_low")
@@ -60,28 +60,14 @@ def launch(launches: Sequence[Launch], tensors: dict[str, torch.Tensor], scale: 
     run(launches, tensors, in_two(tensors["x"].dtype, scale=scale, scale2=scale * LOG2E))
 
 
-def paired(problem: BridgeProblem, maps: Sequence[tuple[str, Shape]], widest: int) -> bool:
-    """Whether programs take two heads: both fit a block of tokens, and in all maps their channels lie side by side.
-
-    Half types only: products on the ordinary cores hold their operands in registers.
-    """
-    heads, d = problem.shape[1:3]
-    few = problem.tokens <= TOKENS // 2 and heads % 2 == 0 and problem.dtype.itemsize == 2 and d <= widest
-    return few and all(sd == 1 and sh == d for _, (_, sh, sd, _, _) in maps)
-
-
 class Plan:
     """Sizes, strides and alignments of a call as the kernels see them, and the configuration of one of them."""
 
     def __init__(self, problem: BridgeProblem, kernel: str, names: str):
         self.problem, self.names = problem, names
-        shape, of_maps = problem.shape, tuple((name, s) for name, s in problem.strides if len(s) == 5)
-        self.pair = paired(problem, of_maps, widest_of_pair(problem.op, kernel))
-        if self.pair:  # two heads as one of twice the channels
-            shape = (shape[0], shape[1] // 2, 2 * shape[2], *shape[3:])
-            of_maps = tuple((name, (sb, 2 * sh, sd, sy, sx)) for name, (sb, sh, sd, sy, sx) in of_maps)
-        batch, heads, d = shape[:3]
-        self.map, self.d = Geometry(shape, of_maps, problem.dtype.itemsize), d
+        batch, heads, d = problem.shape[:3]
+        of_maps = tuple((name, s) for name, s in problem.strides if len(s) == 5)
+        self.map = Geometry(problem.shape, of_maps, problem.dtype.itemsize)
         self.token_strides = {name: s for name, s in problem.strides if len(s) == 4}
         key = self._key()
         self.wide = is_wide(key)
@@ -89,26 +75,23 @@ class Plan:
         config, self.options = problem.split(problem.op, self.kernel, key)
         self.block = min(config["BLOCK"], lanes(self.map.area))
         self.tiles = -(-self.map.area // self.block)
-        self.units, self.rows = batch * heads, batch * problem.shape[1] * problem.tokens
+        self.units, self.rows = batch * heads, batch * heads * problem.tokens
         self.token_blocks = -(-problem.tokens // TOKENS)
         # Pieces of a wide head, a program each.
         self.pieces = -(-d // config["SLICE"]) if self.wide else 1
         # Few units: their pixels are cut, such that every processor has programs.
         programs = self.units * self.token_blocks * self.pieces
         wanted = config["PROGRAMS"] * problem.device.processors // programs
-        if 4 * programs >= 3 * problem.device.processors and (self.tiles <= _FEW or config.get("ALONE")):
+        if self.tiles <= _FEW and programs >= problem.device.processors:
             wanted = 1  # the second stage would take longer
         self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
         self.slices = -(-self.tiles // self.steps)
-        # Whether all tiles are whole, and all slices have as many.
-        self.exact = self.map.area % self.block == 0 and self.tiles % self.steps == 0
-        self.parts = min(config.get("PARTS", 1), self.block // 16)  # of as many pixels as a product takes
         self.meta = self._meta() | ({name: config[name] for name in ("SLICE", "DEPTH")} if self.wide else self._whole())
 
     def _key(self) -> dict[str, Any]:
         problem = self.problem
         return {
-            "d": self.d,
+            "d": problem.shape[2],
             "m": TOKENS if problem.tokens <= TOKENS else 2 * TOKENS,
             "dtype": problem.key_dtype,
             "last": int(self.map.maps["x"][0] == 1),
@@ -116,7 +99,7 @@ class Plan:
         }
 
     def _meta(self) -> dict[str, Any]:
-        meta = {"M": self.problem.tokens, "D": self.d, "TOKENS": TOKENS, "BLOCK": self.block}
+        meta = {"M": self.problem.tokens, "D": self.problem.shape[2], "TOKENS": TOKENS, "BLOCK": self.block}
         meta |= {"N_ALIGN": self.map.n_align, "LINEAR": self.map.linear, "WIDE": self.map.wide}
         for name in self.names:
             layout = self.map.maps[name] if name in self.map.maps else self._token_layout(*self.token_strides[name])
@@ -124,18 +107,18 @@ class Plan:
         return meta | {"PRECISION": self.problem.precision}
 
     def _whole(self) -> dict[str, int]:
-        problem, d = self.problem, self.d
+        problem, d = self.problem, self.problem.shape[2]
         d0, d1 = pieces(d, problem.dtype.itemsize == 4 and problem.precision == "ieee")
         if problem.dtype == torch.float64:
             d0, d1 = lanes(d), 0
-        return {"D0": d0, "D1": d1, "PAIR": self.pair, "WHOLE": self.exact}
+        return {"D0": d0, "D1": d1}
 
     def _token_layout(self, sb: int, sh: int, sm: int, sd: int) -> tuple[int, int]:
         return (1, low_bit(sb, sh, sm, limit=self.map.vector)) if sd == 1 else (0, 1)
 
     def made_map(self, name: str) -> dict[str, Any]:
         """Layout of the map that is allocated like x, under ``L<name>`` and ``A<name>``."""
-        layout, align = self.map.dense(dict(self.problem.strides)["x"][2] == 1, self.d)
+        layout, align = self.map.dense(dict(self.problem.strides)["x"][2] == 1, self.problem.shape[2])
         return {"L" + name: layout, "A" + name: align}
 
     def strides(self) -> tuple[int, ...]:
@@ -160,7 +143,7 @@ class Plan:
     def backward(self, kernel: Any, pointers: tuple[str, ...], meta: dict[str, Any]) -> list[Launch]:
         """Gradients of map and tokens: at once with one block of tokens, else one after the other."""
         both = [(1, True, True)] if self.token_blocks == 1 else [(1, True, False), (self.token_blocks, False, True)]
-        meta = self.meta | meta | ({} if self.wide else {"PARTS": self.parts})
+        meta = self.meta | meta
         return [
             self.launch(kernel, blocks * self.pieces, pointers, SCALES, meta | {"DX": dx, "DTOKENS": dtokens})
             for blocks, dx, dtokens in both

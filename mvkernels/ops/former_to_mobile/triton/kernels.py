@@ -3,28 +3,18 @@
 import triton
 import triton.language as tl
 
-from mvkernels.triton.bridge.tiles import (
-    MAP,
-    SIZES,
-    add_pixels,
-    inside,
-    load_tokens,
-    no_sums,
-    of_all,
-    place,
-    store_tokens,
-    tokens_of,
-    unit_of,
-)
+from mvkernels.triton.bridge.tiles import MAP, SIZES, load_tokens, store_tokens, unit_of
 from mvkernels.triton.tiles import (
     dense_strides,
     divider,
     dot_nt,
     exact,
     load_tile,
+    pixel_of,
     plane,
     round_tf32,
     round_tile,
+    row_offsets,
     store_tile,
 )
 
@@ -33,15 +23,16 @@ _TOKENS = ["ksb", "ksh", "ksm", "ksd", "vsb", "vsh", "vsm", "vsd"]
 
 @triton.jit
 def _token_block(
-    block, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+    block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr, TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr, PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Keys and values of a block of tokens, and which of them are tokens.
-    m, own, keep, _row = tokens_of(unit, block, M, TOKENS, PAIR)
-    k0, k1 = load_tokens(k_ptr, batch, head, m, own, keep, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK, PRECISION, PAIR)
-    v0, v1 = load_tokens(v_ptr, batch, head, m, own, keep, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV, PRECISION, PAIR)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep = m < M
+    k0, k1 = load_tokens(k_ptr, batch, head, m, keep, ksb, ksh, ksm, ksd, D, D0, D1, LK, AK, PRECISION)
+    v0, v1 = load_tokens(v_ptr, batch, head, m, keep, vsb, vsh, vsm, vsd, D, D0, D1, LV, AV, PRECISION)
     return k0, k1, v0, v1, keep
 
 
@@ -49,32 +40,6 @@ def _token_block(
 def _scores(x0, x1, k0, k1, keep_m, factor, D1: tl.constexpr, PRECISION: tl.constexpr):
     # (pixels, tokens), -inf past the last token.
     return tl.where(keep_m[None, :], dot_nt(x0, x1, k0, k1, D1, PRECISION) * factor, -float("inf"))
-
-
-# A row of scores is a pixel's, of a pair of heads two rows side by side: what follows finds one number of each row, of
-# (pixels, tokens) for (pixels, 1 or 2), and writes it to the places of the row again.
-@triton.jit
-def _rows(tile):
-    return tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
-
-
-@triton.jit
-def _highest(scores, PAIR: tl.constexpr):
-    return tl.max(_rows(scores), 2) if PAIR else tl.max(scores, 1)[:, None]
-
-
-@triton.jit
-def _added(tile, PAIR: tl.constexpr):
-    return tl.sum(_rows(tile), 2) if PAIR else tl.sum(tile, 1)[:, None]
-
-
-@triton.jit
-def _spread(numbers, TOKENS: tl.constexpr, PAIR: tl.constexpr):
-    if PAIR:
-        all: tl.constexpr = [numbers.shape[0], 2, TOKENS // 2]
-        return tl.reshape(tl.broadcast_to(numbers[:, :, None], all), [numbers.shape[0], TOKENS])
-    else:
-        return numbers
 
 
 @triton.jit
@@ -94,8 +59,7 @@ def forward_pixels(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LO: tl.constexpr, AO: tl.constexpr, N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr, PAIR: tl.constexpr, WHOLE: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, _block, part = unit_of(tl.program_id(0), heads, 1, slices)
@@ -105,67 +69,42 @@ def forward_pixels(
     ob, oh, od, oy, ox = dense_strides(heads, D, H, W, LO)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     out_ptr += plane(batch, head, ob, oh, LO, AO)
-    start = part.to(tl.int32) * BLOCK
-    keep = inside(start, tl.multiple_of(H * W, N_ALIGN), BLOCK, WHOLE)
-    width = divider(W)
-    tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE)
-    x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE)
+    n = part.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    keep = n < tl.multiple_of(H * W, N_ALIGN)
+    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
+    x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
     q0, q1 = round_tile(x0, x1, D1, PRECISION)
-    if M <= TOKENS:
+    top = tl.full([BLOCK], -float("inf"), ACC)
+    total = tl.zeros([BLOCK], ACC)
+    sum0 = tl.zeros([BLOCK, D0], ACC)
+    sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
+    for block in range(0, (M + TOKENS - 1) // TOKENS):
         k0, k1, v0, v1, keep_m = _token_block(
-            0, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-            M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION, PAIR,
+            block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+            M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
         )  # fmt: skip
-        scores = _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION)
-        p = tl.exp2(scores - _spread(_highest(scores, PAIR), TOKENS, PAIR))
-        p = p * _spread(1.0 / _added(p, PAIR), TOKENS, PAIR)
+        top, p, fade = _rescale(top, _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION))
+        total = total * fade + tl.sum(p, 1)
         p = round_tf32(p.to(v0.dtype), PRECISION)
-        sum0 = tl.dot(p, v0, input_precision=PRECISION, out_dtype=ACC)
-        sum1 = tl.dot(p, v1, input_precision=PRECISION, out_dtype=ACC) if D1 > 0 else sum0
-    else:
-        top = tl.full([BLOCK], -float("inf"), ACC)
-        total = tl.zeros([BLOCK], ACC)
-        sum0 = tl.zeros([BLOCK, D0], ACC)
-        sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
-        for block in range(0, (M + TOKENS - 1) // TOKENS):
-            k0, k1, v0, v1, keep_m = _token_block(
-                block, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-                M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION, PAIR,
-            )  # fmt: skip
-            top, p, fade = _rescale(top, _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION))
-            total = total * fade + tl.sum(p, 1)
-            p = round_tf32(p.to(v0.dtype), PRECISION)
-            sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
-            if D1 > 0:
-                sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
-        sum0 = sum0 / total[:, None]
-        sum1 = sum1 / total[:, None]
+        sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+        if D1 > 0:
+            sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+    sum0 = sum0 / total[:, None]
+    sum1 = sum1 / total[:, None]
     if RESIDUAL:
         sum0 += x0.to(ACC)
         if D1 > 0:
             sum1 += x1.to(ACC)
-    tile, at = place(out_ptr, start, width, oy, ox, BLOCK, LO, AO, LINEAR, WIDE)
-    store_tile(tile, sum0, sum1, at, keep, od, D, D0, D1, LO, AO, WIDE)
+    store_tile(out_ptr, sum0, sum1, row_offsets(y, x, oy, ox, LO, AO, LINEAR), keep, od, D, D0, D1, LO, AO, WIDE)
 
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile whose maxima and sums are known.
 @triton.jit
 def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    there = keep[:, None] & keep_m[None, :]
-    p = tl.where(there, tl.exp2(scores - base) * share, 0.0)
-    ds = tl.where(there, p * (dp - delta), 0.0)
+    inside = keep[:, None] & keep_m[None, :]
+    p = tl.where(inside, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
+    ds = tl.where(inside, p * (dp - delta[:, None]), 0.0)
     return round_tf32(p.to(dtype), PRECISION), round_tf32(ds.to(dtype), PRECISION)
-
-
-# A number of each pixel, of a pair of heads two, at the channels [START, START + WIDTH) of its head.
-@triton.jit
-def _of_channels(numbers, START: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, PAIR: tl.constexpr):
-    if PAIR:
-        first, second = tl.split(numbers)
-        of_first = START + tl.arange(0, WIDTH) < D // 2
-        return tl.where(of_first[None, :], first[:, None], second[:, None])
-    else:
-        return numbers
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dkey and
@@ -180,8 +119,7 @@ def backward_slices(
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr,
     LV: tl.constexpr, AV: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
-    PAIR: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    DX: tl.constexpr, DTOKENS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -195,52 +133,54 @@ def backward_slices(
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     k0, k1, v0, v1, keep_m = _token_block(
-        block, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-        M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION, PAIR,
+        block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+        M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
     )  # fmt: skip
-    dk0 = no_sums(PARTS, TOKENS, D0, ACC)
-    dk1 = no_sums(PARTS, TOKENS, D1 if D1 > 0 else 1, ACC)
-    dv0 = no_sums(PARTS, TOKENS, D0, ACC)
-    dv1 = no_sums(PARTS, TOKENS, D1 if D1 > 0 else 1, ACC)
+    dk0 = tl.zeros([TOKENS, D0], ACC)
+    dk1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    dv0 = tl.zeros([TOKENS, D0], ACC)
+    dv1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        start = (part.to(tl.int32) * steps + step) * BLOCK
-        keep = inside(start, pixels, BLOCK, WHOLE)
-        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, PAIR)
-        x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
-        tile, at = place(g_ptr, start, width, gsy, gsx, BLOCK, LG, AG, LINEAR, WIDE, PAIR)
-        r0, r1 = load_tile(tile, at, keep, gsd, D, D0, D1, LG, AG, WIDE)
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
+        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
+        x0, x1 = load_tile(x_ptr, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        at = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
+        r0, r1 = load_tile(g_ptr, at, keep, gsd, D, D0, D1, LG, AG, WIDE)
         g0, g1 = round_tile(r0, r1, D1, PRECISION)
         scores = _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION)
         dp = dot_nt(g0, g1, v0, v1, D1, PRECISION)
         if M <= TOKENS:
-            base = _spread(_highest(scores, PAIR), TOKENS, PAIR)
-            p = tl.exp2(scores - base)
-            share = 1.0 / _added(p, PAIR)
-            delta = _spread(_added(p * dp, PAIR) * share, TOKENS, PAIR)
-            share = _spread(share, TOKENS, PAIR)
+            base = tl.max(scores, 1)
+            p = tl.exp2(scores - base[:, None])
+            share = 1.0 / tl.sum(p, 1)
+            delta = tl.sum(p * dp, 1) * share
         else:
             top = tl.full([BLOCK], -float("inf"), ACC)
             total = tl.zeros([BLOCK], ACC)
             delta = tl.zeros([BLOCK], ACC)
             for other in range(0, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b = _token_block(
-                    other, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION, PAIR,
+                    other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
                 )  # fmt: skip
                 top, p, fade = _rescale(top, _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION))
                 total = total * fade + tl.sum(p, 1)
                 delta = delta * fade + tl.sum(p * dot_nt(g0, g1, b0, b1, D1, PRECISION), 1)
-            base = tl.where(top == -float("inf"), 0.0, top)[:, None]
-            share = 1.0 / total[:, None]
-            delta = delta[:, None] * share
+            base = tl.where(top == -float("inf"), 0.0, top)
+            share = 1.0 / total
+            delta = delta * share
         p, ds = _gradients(scores, dp, keep, base, share, delta, keep_m, x0.dtype, PRECISION)
         if DTOKENS:
-            dv0 = add_pixels(p, g0, dv0, PARTS, PRECISION, ACC)
-            dk0 = add_pixels(ds, x0, dk0, PARTS, PRECISION, ACC)
+            pt = tl.trans(p)
+            dst = tl.trans(ds)
+            dv0 = tl.dot(pt, g0, dv0, input_precision=PRECISION, out_dtype=ACC)
+            dk0 = tl.dot(dst, x0, dk0, input_precision=PRECISION, out_dtype=ACC)
             if D1 > 0:
-                dv1 = add_pixels(p, g1, dv1, PARTS, PRECISION, ACC)
-                dk1 = add_pixels(ds, x1, dk1, PARTS, PRECISION, ACC)
+                dv1 = tl.dot(pt, g1, dv1, input_precision=PRECISION, out_dtype=ACC)
+                dk1 = tl.dot(dst, x1, dk1, input_precision=PRECISION, out_dtype=ACC)
         if DX:
             dx0 = tl.dot(ds, k0, input_precision=PRECISION, out_dtype=ACC)
             dx1 = dx0
@@ -248,13 +188,13 @@ def backward_slices(
                 dx1 = tl.dot(ds, k1, input_precision=PRECISION, out_dtype=ACC)
             # The sum of a pixel's ds is 0, but for their rounding to a half type: what that leaves is taken off again,
             # times the mean key.
-            left = _added(ds.to(ACC), PAIR)
+            left = tl.sum(ds.to(ACC), 1)
             keys0 = tl.sum(k0.to(ACC), 0)
             keys1 = tl.sum(k1.to(ACC), 0)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
                 a0, a1, b0, b1, keep_b = _token_block(
-                    other, unit, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
-                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION, PAIR,
+                    other, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+                    M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
                 )  # fmt: skip
                 scores = _scores(x0, x1, a0, a1, keep_b, factor, D1, PRECISION)
                 dp = dot_nt(g0, g1, b0, b1, D1, PRECISION)
@@ -262,25 +202,23 @@ def backward_slices(
                 dx0 = tl.dot(ds, a0, dx0, input_precision=PRECISION, out_dtype=ACC)
                 if D1 > 0:
                     dx1 = tl.dot(ds, a1, dx1, input_precision=PRECISION, out_dtype=ACC)
-                left += _added(ds.to(ACC), PAIR)
+                left += tl.sum(ds.to(ACC), 1)
                 keys0 += tl.sum(a0.to(ACC), 0)
                 keys1 += tl.sum(a1.to(ACC), 0)
-            left = left / M
-            dx0 = (dx0 - _of_channels(left, 0, D0, D, PAIR) * keys0[None, :]) * scale
+            left = (left / M)[:, None]
+            dx0 = (dx0 - left * keys0[None, :]) * scale
             if D1 > 0:
-                dx1 = (dx1 - _of_channels(left, D0, D1, D, PAIR) * keys1[None, :]) * scale
+                dx1 = (dx1 - left * keys1[None, :]) * scale
             if RESIDUAL:
                 dx0 += r0.to(ACC)
                 if D1 > 0:
                     dx1 += r1.to(ACC)
-            tile, at = place(dx_ptr, start, width, dxy, dxx, BLOCK, LD, AD, LINEAR, WIDE, PAIR)
-            store_tile(tile, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
+            at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
+            store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
     if DTOKENS:
-        _m, own, keep_m, row = tokens_of(unit, block, M, TOKENS, PAIR)
-        row += part * rows
-        dk0 = of_all(dk0, PARTS) * scale
-        dv0 = of_all(dv0, PARTS)
-        dk1 = of_all(dk1, PARTS) * scale if D1 > 0 else dk0
-        dv1 = of_all(dv1, PARTS) if D1 > 0 else dv0
-        store_tokens(dk_ptr, dk0, dk1, row, own, keep_m, D, D0, D1, PAIR)
-        store_tokens(dv_ptr, dv0, dv1, row, own, keep_m, D, D0, D1, PAIR)
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        if D1 > 0:
+            dk1 = dk1 * scale
+        store_tokens(dk_ptr, dk0 * scale, dk1, row, m < M, D, D0, D1)
+        store_tokens(dv_ptr, dv0, dv1, row, m < M, D, D0, D1)

@@ -148,17 +148,7 @@ def backward_wide(
                     g_ptr, at_g, keep, gsd, v_ptr, m, vsm, vsd,
                     M, D, DEPTH, LG, AG, WIDE, LV, AV, PRECISION, TOKENS, BLOCK, ACC,
                 )  # fmt: skip
-            p, ds = _gradients(
-                scores,
-                dp,
-                keep,
-                base[:, None],
-                share[:, None],
-                delta[:, None],
-                m < M,
-                x_ptr.dtype.element_ty,
-                PRECISION,
-            )
+            p, ds = _gradients(scores, dp, keep, base, share, delta, m < M, x_ptr.dtype.element_ty, PRECISION)
             if DTOKENS:
                 here = load_slice(g_ptr, at_g, keep, gsd, start, SLICE, D, LG, AG, WIDE, PRECISION)
                 dv = tl.dot(tl.trans(p), here, dv, input_precision=PRECISION, out_dtype=ACC)

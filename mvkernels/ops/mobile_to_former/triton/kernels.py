@@ -20,29 +20,17 @@ from mvkernels.ops.mobile_to_former.triton.row_kernels import (
     rows_of,
     store_rows,
 )
-from mvkernels.triton.bridge.tiles import (
-    GRAD,
-    MAP,
-    QUERY,
-    SIZES,
-    add_pixels,
-    inside,
-    load_tokens,
-    no_sums,
-    of_all,
-    place,
-    store_tokens,
-    tokens_of,
-    unit_of,
-)
+from mvkernels.triton.bridge.tiles import GRAD, MAP, QUERY, SIZES, load_tokens, store_tokens, unit_of
 from mvkernels.triton.tiles import (
     dense_strides,
     divider,
     dot_nt,
     exact,
     load_tile,
+    pixel_of,
     plane,
     round_tf32,
+    row_offsets,
     slices_of,
     store_tile,
 )
@@ -58,15 +46,16 @@ def forward_slices(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    PAIR: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
     batch = unit // heads
     head = unit % heads
     factor = exact(scale2, scale2_low, ACC)
-    m, own, keep_m, row = tokens_of(unit, block, M, TOKENS, PAIR)
-    q0, q1 = load_tokens(q_ptr, batch, head, m, own, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION, PAIR)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
     top = tl.full([TOKENS], -float("inf"), ACC)
@@ -75,10 +64,12 @@ def forward_slices(
     sum1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        start = (part.to(tl.int32) * steps + step) * BLOCK
-        keep = inside(start, pixels, BLOCK, WHOLE)
-        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE)
-        x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
         scores = tl.where(keep[None, :], dot_nt(q0, q1, x0, x1, D1, PRECISION) * factor, -float("inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         # A row with no score above -inf yet has to stay 0, not become inf - inf.
@@ -91,6 +82,7 @@ def forward_slices(
         sum0 = tl.dot(p, x0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
             sum1 = tl.dot(p, x1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+    row = unit * M + m
     if SPLIT:
         row += part * rows
         tl.store(stats_ptr + row * 2, top, mask=keep_m)
@@ -98,7 +90,7 @@ def forward_slices(
     else:
         sum0 = sum0 / total[:, None]
         sum1 = sum1 / total[:, None]
-    store_tokens(out_ptr, sum0, sum1, row, own, keep_m, D, D0, D1, PAIR)
+    store_tokens(out_ptr, sum0, sum1, row, keep_m, D, D0, D1)
 
 
 # Second stage: one program takes ROWS rows (batch, head, token) over all slices, PARTS of them at once: loads that wait
@@ -143,26 +135,6 @@ def forward_merge(
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# What is known of the rows of a block of tokens after some tiles of pixels: each element of a tile has its own.
-@triton.jit
-def _rows(
-    x_ptr, q0, q1, g0, g1, keep_m, factor, first, steps, pixels, width, xsd, xsy, xsx,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
-    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
-    for step in range(0, steps if LOOP == 0 else LOOP):
-        start = (first + step) * BLOCK
-        n = start + tl.arange(0, BLOCK)
-        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, LX == 1)
-        x0, x1 = load_tile(tile, at, inside(start, pixels, BLOCK, WHOLE), xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
-        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, (n < pixels)[:, None] & keep_m[None, :])
-        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
-        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
-    return rows_of(top, total, index, base, rest)
-
-
 # The backward's first stage. One program: a block of tokens against one slice of a unit's pixels. It has the tokens and
 # their gradient in registers, reads the slice once, and writes four numbers and an index of each token.
 @triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
@@ -172,23 +144,33 @@ def backward_rows(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
     N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    PAIR: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
     batch = unit // heads
     head = unit % heads
     factor = exact(scale2, scale2_low, ACC)
-    m, own, keep_m, row = tokens_of(unit, block, M, TOKENS, PAIR)
-    q0, q1 = load_tokens(q_ptr, batch, head, m, own, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION, PAIR)
-    g0, g1 = load_tokens(g_ptr, batch, head, m, own, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION, PAIR)
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep_m = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep_m, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top, total, index, base, rest = _rows(
-        x_ptr, q0, q1, g0, g1, keep_m, factor, part.to(tl.int32) * steps, steps, pixels, divider(W), xsd, xsy, xsx,
-        D, D0, D1, LX, AX, LINEAR, WIDE, PRECISION, WHOLE, TOKENS, BLOCK, LOOP, ACC,
-    )  # fmt: skip
-    store_rows(stats_ptr, index_ptr, row + part * rows, keep_m, top, total, index, base, rest)
+    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
+    width = divider(W)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < pixels
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
+        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
+        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    top, total, index, base, rest = rows_of(top, total, index, base, rest)
+    store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
 # Where there is more than one slice: one program takes ROWS rows over all slices, PARTS of them at once, as
@@ -223,19 +205,21 @@ def backward_merge(
     store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest)
 
 
-# Queries of a block of tokens, their gradient, which there are, and their rows.
+# Queries of a block of tokens, their gradient, and what is known of their rows.
 @triton.jit
 def _token_block(
-    block, batch, head, unit, q_ptr, g_ptr,
+    block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr, PAIR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    m, own, keep, row = tokens_of(unit, block, M, TOKENS, PAIR)
-    q0, q1 = load_tokens(q_ptr, batch, head, m, own, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION, PAIR)
-    g0, g1 = load_tokens(g_ptr, batch, head, m, own, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION, PAIR)
-    return q0, q1, g0, g1, keep, row
+    m = block * TOKENS + tl.arange(0, TOKENS)
+    keep = m < M
+    q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
+    g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
+    top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep)
+    return q0, q1, g0, g1, keep, top, total, index, base, rest
 
 
 @triton.jit
@@ -251,9 +235,7 @@ def _gradients(
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
-# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block. ALONE:
-# with one block and one slice the program finds what is known of the rows itself, and reads the map again from the
-# caches.
+# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block.
 @triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
 def backward_slices(
     g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
@@ -263,8 +245,7 @@ def backward_slices(
     LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
-    PAIR: tl.constexpr, ALONE: tl.constexpr, PARTS: tl.constexpr,
-    WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -276,35 +257,28 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    q0, q1, g0, g1, keep_m, row = _token_block(
-        block, batch, head, unit, q_ptr, g_ptr,
-        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION, PAIR,
+    q0, q1, g0, g1, keep_m, top, total, index, base, rest = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
     )  # fmt: skip
-    dq0 = no_sums(PARTS, TOKENS, D0, ACC)
-    dq1 = no_sums(PARTS, TOKENS, D1 if D1 > 0 else 1, ACC)
+    dq0 = tl.zeros([TOKENS, D0], ACC)
+    dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     width = divider(W)
-    if ALONE:
-        top, total, index, base, rest = _rows(
-            x_ptr, q0, q1, g0, g1, keep_m, factor, 0, steps, pixels, width, xsd, xsy, xsx,
-            D, D0, D1, LX, AX, LINEAR, WIDE, PRECISION, WHOLE, TOKENS, BLOCK, LOOP, ACC,
-        )  # fmt: skip
-        total = tl.where(keep_m, total, 1.0)  # of no token: gradients of 0
-    else:
-        top, total, index, base, rest = load_rows(stats_ptr, index_ptr, row, keep_m)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        start = (part.to(tl.int32) * steps + step) * BLOCK
-        n = start + tl.arange(0, BLOCK)
+        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < pixels
-        there = inside(start, pixels, BLOCK, WHOLE)
-        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, LX == 1)
-        x0, x1 = load_tile(tile, at, there, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
+        x0, x1 = load_tile(
+            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
+        )
         p, ds = _gradients(
             x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor, D1, PRECISION
         )
         if DTOKENS:
-            dq0 = add_pixels(ds, x0, dq0, PARTS, PRECISION, ACC)
+            dst = tl.trans(ds)
+            dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
             if D1 > 0:
-                dq1 = add_pixels(ds, x1, dq1, PARTS, PRECISION, ACC)
+                dq1 = tl.dot(dst, x1, dq1, input_precision=PRECISION, out_dtype=ACC)
         if DX:
             dx0 = tl.dot(ds, q0, input_precision=PRECISION, out_dtype=ACC) * scale
             dx0 = tl.dot(p, g0, dx0, input_precision=PRECISION, out_dtype=ACC)
@@ -313,11 +287,10 @@ def backward_slices(
                 dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
                 dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
             for other in range(1, (M + TOKENS - 1) // TOKENS):
-                a0, a1, b0, b1, keep_b, row_b = _token_block(
-                    other, batch, head, unit, q_ptr, g_ptr,
-                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION, PAIR,
+                a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b = _token_block(
+                    other, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
                 )  # fmt: skip
-                top_b, total_b, index_b, base_b, rest_b = load_rows(stats_ptr, index_ptr, row_b, keep_b)
                 p, ds = _gradients(
                     x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,
                     D1, PRECISION,
@@ -327,10 +300,11 @@ def backward_slices(
                 if D1 > 0:
                     dx1 += tl.dot(ds, a1, input_precision=PRECISION, out_dtype=ACC) * scale
                     dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
-            tile, at = place(dx_ptr, start, width, dxy, dxx, BLOCK, LD, AD, LINEAR, WIDE, LX == 1)
-            store_tile(tile, dx0, dx1, at, there, dxd, D, D0, D1, LD, AD, WIDE)
+            at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
+            store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
     if DTOKENS:
-        _m, own, keep_m, row = tokens_of(unit, block, M, TOKENS, PAIR)
-        dq0 = of_all(dq0, PARTS) * scale
-        dq1 = of_all(dq1, PARTS) * scale if D1 > 0 else dq0
-        store_tokens(dq_ptr, dq0, dq1, row + part * rows, own, keep_m, D, D0, D1, PAIR)
+        m = block * TOKENS + tl.arange(0, TOKENS)
+        row = unit * M + m + part * rows
+        if D1 > 0:
+            dq1 = dq1 * scale
+        store_tokens(dq_ptr, dq0 * scale, dq1, row, m < M, D, D0, D1)

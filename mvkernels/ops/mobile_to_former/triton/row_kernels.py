@@ -17,18 +17,19 @@ def masked(products, factor, inside):
 # of the rest are of other pixels: its error is relative to their weight, and not to a dP that cancels out.
 # Each element of the tile has its own, of the pixels that it has met: nothing is exchanged between threads until
 # rows_of puts them together.
-# Of the old and the new score of an element one is the highest, and its power of two is 1.
 @triton.jit
 def add_tile(scores, dp, n, top, total, index, base, rest):
     higher = scores > top
-    weight = tl.exp2(-tl.abs(scores - top))
-    fade = tl.where(higher, weight, 1.0)
-    other = dp - base
+    highest = tl.maximum(top, scores)
+    # An element with no score above -inf yet has to stay 0, not become inf - inf.
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    fade = tl.exp2(top - shift)
+    e = tl.exp2(scores - shift)
+    moved = tl.where(higher, dp, base)
     # At the first pixel this adds 0 times the base: all of the row is NaN where that is not finite, as it should be.
-    rest = rest * fade + weight * other * tl.where(higher, -total, 1.0)
-    total = total * fade + tl.where(higher, 1.0, weight)
-    index = tl.where(higher, n[:, None], index)
-    return tl.maximum(top, scores), total, index, tl.where(higher, dp, base), rest
+    rest = rest * fade + total * fade * (base - moved) + tl.where(higher, 0.0, e * (dp - moved))
+    total = total * fade + e
+    return highest, total, tl.where(higher, n[:, None], index), moved, rest
 
 
 @triton.jit
@@ -45,14 +46,10 @@ def rows_of(top, total, index, base, rest):
 
 @triton.jit
 def no_tile(BLOCK: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
-    """(top, total, index, base, rest) of the elements before the first tile: each pixel another's index.
-
-    The top is the lowest number, and not -inf, whose difference to a score of -inf would be none.
-    """
-    LOWEST: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
+    """(top, total, index, base, rest) of the elements before the first tile: each pixel another's index."""
     zero = tl.zeros([BLOCK, TOKENS], ACC)
     index = tl.zeros([BLOCK, TOKENS], tl.int32) + tl.arange(0, BLOCK)[:, None]
-    return tl.full([BLOCK, TOKENS], LOWEST, ACC), zero, index, zero, zero
+    return tl.full([BLOCK, TOKENS], -float("inf"), ACC), zero, index, zero, zero
 
 
 @triton.jit
@@ -86,4 +83,4 @@ def gradients(scores, dp, n, inside, top, total, index, base, rest):
     p = tl.exp2(scores - shift[None, :]) * share[None, :]
     # The base cancels out for the row's own pixel alone; for the others what it rounds off is relative to their weight.
     dp = tl.where(n[:, None] == index[None, :], -rest[None, :], dp - (base + rest)[None, :])
-    return p, p * dp
+    return p, tl.where(inside, p * dp, 0.0)
