@@ -78,7 +78,12 @@ def launched(launcher: Callable[[], Any], which: str, fake: Callable[..., Any]) 
         if first.shape[0] == 0:  # a grid of no blocks cannot be launched
             found = fake(first, *rest)
             return found.zero_() if isinstance(found, Tensor) else type(found)(each.zero_() for each in found)
-        return getattr(launcher(), which)(first, *rest)
+        function = getattr(launcher(), which)
+        if torch.is_autocast_enabled(first.device.type):
+            # Arguments were cast before, or are those of a forward outside: products in here keep their dtype.
+            with torch.autocast(first.device.type, enabled=False):
+                return function(first, *rest)
+        return function(first, *rest)
 
     return implementation
 

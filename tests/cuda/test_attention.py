@@ -96,7 +96,15 @@ LARGE = (
     Case(1, 32, (14, 14), (1, 1), bias=True, batch=2),
     Case(1, 32, (16, 17), (16, 16), (0, 3), bias=True),
     Case(1, 32, (12, 24), (12, 12), (0, 0), bias=True, change=cases.peaked),
+    Case(1, 32, (11, 15), (11, 15), (0, 0), bias=True, strides="channels_last"),
 )
+BETWEEN = (
+    Case(1, 32, (18, 9), (9, 9), (0, 4), bias=True, batch=2, strides="channels_last"),
+    Case(1, 32, (8, 24), (8, 12), (0, 0), bias=True, strides="channels_last"),
+    Case(1, 32, (10, 32), (10, 16), (0, 0), bias=True, strides="channels_last"),
+    Case(1, 32, (12, 13), (1, 1), bias=True, batch=2, strides="channels_last"),
+)
+"""Of fewer tokens than blocks of so many warps bring: 81, 96, 160, 156."""
 
 
 @pytest.mark.parametrize("processors", [1, 132])
@@ -107,6 +115,38 @@ def test_units_one_after_the_other(case: Case, processors: int) -> None:
     comparisons, log, _ = cases.run(case, kind, processors=processors)
     assert not cases.wrong(comparisons, log)
     assert ("large" if case in LARGE else "small") in log[0].kernel + log[1].kernel
+
+
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("case", BETWEEN, ids=str)
+def test_units_of_fewer_rows_than_warps_bring(case: Case, processors: int) -> None:
+    assert not cases.faults(case, "bf16", processors=processors)
+
+
+LARGE_SCORES = {"f16": 12000.0, "bf16": 1e6, "f32": 1e6}
+
+
+@pytest.mark.parametrize("kind", LARGE_SCORES)
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (4, 8)], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_scores_of_any_size(kind: str, size: tuple[int, int], bias: bool) -> None:
+    """Nothing of a score's rounding is left in an exponent; a bias may mask a row as a whole by a large number."""
+
+    def large(arguments: dict[str, Any]) -> None:
+        for name in ("query", "key"):
+            arguments[name] = arguments[name] * LARGE_SCORES[kind]
+
+    def masked(arguments: dict[str, Any]) -> None:
+        arguments["bias"][0, 2] = torch.finfo(arguments["bias"].dtype).min
+
+    for strides in ("channels_last", "contiguous"):
+        case = Case(1, 32, size, size, (0, 0), strides, bias)
+        _, _, found = cases.run(replace(case, change=large), kind)
+        assert found["out"].isfinite().all()
+        if bias:
+            comparisons, log, found = cases.run(replace(case, change=masked), kind)
+            assert found["out"].isfinite().all()
+            assert not cases.wrong(comparisons, log)
 
 
 def test_units_that_do_not_fit_a_smaller_shared_memory() -> None:

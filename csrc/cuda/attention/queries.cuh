@@ -6,8 +6,9 @@
 
 namespace mvk::attention {
 
-// What a warp knows of its 16 queries: sums of 2^(score factor - offset) times values, and of these weights; `top` is
-// the score that the offset is made of, of rows lane / 4 and lane / 4 + 8. It is the highest of the keys that were
+// What a warp knows of its 16 queries: sums of 2^((score - used) factor) times values, and of these weights. `used` is
+// `top`, of rows lane / 4 and lane / 4 + 8, or 0 if that is -inf: it is subtracted before it is multiplied, so that no
+// rounding of it is left however high scores are. `top` is the highest of the keys that were
 // searched for it: `careful` says that the next keys have to be. A later key may well be higher: to up to 2^15 weights
 // are as accurate as ever, and neither need a maximum to be looked for nor the sums to be made smaller. Where the sum
 // of weights is more, keys are added once more, with care: of ANY keys and of PLAIN ones those that were added last, of
@@ -16,7 +17,7 @@ template <class P, int DP>
 struct Queries {
   Channels<P, DP> q;
   float o[DP / 8][4];
-  float top[2], offset[2], total[2];
+  float top[2], used[2], total[2];
   bool careful = true, always = false;
 
   __device__ __forceinline__ void begin() {
@@ -74,13 +75,12 @@ __device__ __forceinline__ bool add_keys(
     for (int r = 0; r < 2; r++) {
       highest[r] = max_of_row(highest[r]);
       // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-      const float used = highest[r] == -INFINITY ? 0.0f : highest[r];
-      const float shrink = exp2_fast((to.top[r] - used) * factor);
+      to.used[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
+      const float shrink = exp2_fast((to.top[r] - to.used[r]) * factor);
       to.total[r] *= shrink;
 #pragma unroll
       for (int i = 0; i < DP / 4; i++) to.o[i / 2][2 * r + i % 2] *= shrink;
       to.top[r] = highest[r];
-      to.offset[r] = used * factor;
     }
   }
   // Weights are summed as they are multiplied, rounded: of a row with one weight the result is that key's value. A sum
@@ -94,8 +94,7 @@ __device__ __forceinline__ bool add_keys(
 #pragma unroll
     for (int j = 0; j < TILES; j++) {
 #pragma unroll
-      for (int i = 0; i < 8; i++)
-        s[j][i / 4][i % 4] = exp2_fast(fmaf(s[j][i / 4][i % 4], factor, -to.offset[i / 2 % 2]));
+      for (int i = 0; i < 8; i++) s[j][i / 4][i % 4] = exp2_fast((s[j][i / 4][i % 4] - to.used[i / 2 % 2]) * factor);
       P::from_sums(p[j], s[j][0], s[j][1]);
       P::template multiply<false>(sums, p[j], ones);
     }
@@ -107,7 +106,7 @@ __device__ __forceinline__ bool add_keys(
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         float& x = s[j][i / 4][i % 4];
-        x = exp2_fast(fmaf(x, factor, -to.offset[i / 2 % 2]));
+        x = exp2_fast((x - to.used[i / 2 % 2]) * factor);
         parts[i / 2 % 2][i % 2] += x;
       }
       P::from_sums(p[j], s[j][0], s[j][1]);

@@ -103,14 +103,14 @@ __device__ __forceinline__ void forward_small(const Small<typename P::Element>& 
         }
       }
     }
-    float highest[2] = {s[0][0], s[0][2]}, offset[2];
+    float highest[2] = {s[0][0], s[0][2]};
 #pragma unroll
     for (int i = 0; i < 4 * COLUMNS; i++) highest[i / 2 % 2] = fmaxf(highest[i / 2 % 2], s[i / 4][i % 4]);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       highest[r] = max_of_row(highest[r]);
       // A row of -inf alone must come out as NaN (0 / 0), without -inf - -inf on the way.
-      offset[r] = highest[r] == -INFINITY ? 0.0f : highest[r] * given.scale2;
+      if (highest[r] == -INFINITY) highest[r] = 0.0f;
     }
     // Sums of rounded weights are products with ones, see queries.cuh.
     float o[DP / 8][4] = {}, sums[4] = {};
@@ -121,7 +121,7 @@ __device__ __forceinline__ void forward_small(const Small<typename P::Element>& 
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         float& x = s[2 * j + i / 4][i % 4];
-        x = 2 * j + i / 4 < COLUMNS ? exp2_fast(fmaf(x, given.scale2, -offset[i / 2 % 2])) : 0.0f;
+        x = 2 * j + i / 4 < COLUMNS ? exp2_fast((x - highest[i / 2 % 2]) * given.scale2) : 0.0f;
       }
       typename P::template Left<16> p;
       P::from_sums(p, s[2 * j], s[2 * j + 1]);

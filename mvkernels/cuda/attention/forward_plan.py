@@ -43,7 +43,18 @@ def _walks(problem: AttentionProblem, geometry: Geometry, aligned: int) -> bool:
         return False
     if not _is_plain_small(problem, geometry) and (dim != 32 or (tokens > 64 and problem.bias is None)):
         return False
+    if tokens > 64:
+        # Each warp brings rows of its own, also one that has no queries.
+        warps, _, rows = _large(tokens)
+        if rows < 16 * warps:
+            return False
     return row_bytes(problem, geometry, aligned) == 16
+
+
+def _large(tokens: int) -> tuple[int, int, int]:
+    """(warps of a block, blocks of a processor, rows in shared memory) for more than 64 tokens."""
+    warps, at_once, blocks = next(each for each in LARGE if 16 * each[0] >= tokens)
+    return warps, blocks, -(-tokens // (16 * at_once)) * 16 * at_once
 
 
 def _bias(problem: AttentionProblem, geometry: Geometry) -> tuple[int, Shape]:
@@ -65,8 +76,7 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
         kind = "plain" if plain else "56" if geometry.tokens <= 56 else "64"
         size, warps, most, pointer, longs, ints = "small", 4, 4, "bias", (bias_head,), bias
     else:
-        warps, at_once, most = next(each for each in LARGE if 16 * each[0] >= rows)
-        rows = -(-rows // (16 * at_once)) * 16 * at_once
+        warps, most, rows = _large(geometry.tokens)
         tiles, order = rows // 16, order_launches(problem, geometry, 1, rows // 16)
         size, kind, pointer = "large", str(warps), "ordered"
         ints, more = (tiles, geometry.tokens), (rows,)

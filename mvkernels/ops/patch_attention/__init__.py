@@ -17,15 +17,7 @@ from mvkernels.ops.patch_attention.autograd import KERNELS, PatchAttentionFuncti
 from mvkernels.ops.patch_attention.reference import patch_attention as reference
 from mvkernels.ops.patch_attention.third_party import THIRD_PARTY
 
-__all__ = [
-    "KERNELS",
-    "OP",
-    "PatchAttentionFunction",
-    "backward_into",
-    "fastest_on_gpu",
-    "patch_attention",
-    "why_not_triton",
-]
+__all__ = ["KERNELS", "OP", "PatchAttentionFunction", "backward_into", "patch_attention", "why_not_triton"]
 
 _NAME = "patch_attention"
 
@@ -132,18 +124,9 @@ def _check(
     return query, key, value, (ph, pw), bias, scale
 
 
-def fastest_on_gpu(*arguments: Any, backward: bool) -> str:
-    """For other ops: "cuda" or "triton", whichever "auto" takes of the two for these checked arguments.
-
-    With ``backward`` for a forward and a backward. Triton's kernels must be able to run them."""
-    reason = OP.why_not["cuda"](*arguments)
-    return "cuda" if reason is None and choice.is_faster(OP, arguments, backward) else "triton"
-
-
-def backward_into(backend: str, *arguments: Any, **settings: Any) -> Tensor:
-    """The backward for other ops, of "cuda" or "triton": see the launchers' ``backward_into``."""
-    kernels = cuda_launcher() if backend == "cuda" else launcher()
-    dbias: Tensor = kernels.backward_into(*arguments, **settings)
+def backward_into(*arguments: Any, **settings: Any) -> Tensor:
+    """The Triton backward for other ops: see the launcher's ``backward_into``."""
+    dbias: Tensor = launcher().backward_into(*arguments, **settings)
     return dbias
 
 

@@ -3,13 +3,12 @@
 | | forward | backward |
 | --- | --- | --- |
 | norm + qkv | ``linear_rows`` | a plain product, ``norm_backward`` |
-| attention | patch_attention's | patch_attention's, into a packed dqkv |
+| attention | patch_attention's, on Triton | the same, into a packed dqkv |
 | projection + residual | ``linear_rows`` | a plain product |
 | norm + feed-forward + residual | ``norm_ffn`` | ``ffn_backward``, a plain product, ``norm_backward`` |
 
-patch_attention's kernels are those that "auto" takes of it, in Triton or in CUDA C++. Plain matrix products, those of
-the weights' gradients among them, are PyTorch's own. What follows from shapes and dtype is planned once and cached
-(plan.py); the static audit compiles the very same launches.
+Plain matrix products, those of the weights' gradients among them, are PyTorch's own. What follows from shapes and dtype
+is planned once and cached (plan.py); the static audit compiles the very same launches.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from mvkernels.dispatch.checks import empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.ops.patch_attention import KERNELS as ATTENTION
-from mvkernels.ops.patch_attention import backward_into, fastest_on_gpu
+from mvkernels.ops.patch_attention import backward_into
 from mvkernels.ops.patch_attention import why_not_triton as why_not_attention
 from mvkernels.ops.patch_transformer_layer.triton.configs import OP
 from mvkernels.ops.patch_transformer_layer.triton.plan import (
@@ -123,8 +122,7 @@ def forward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     floats = {"eps": eps}
     run([to_qkv], tensors, floats)
     maps = _maps(tensors["qkv"], heads)
-    kernels = ATTENTION[fastest_on_gpu(*maps, (ph, pw), None, scale, backward=save)]
-    attention = kernels[0](*maps, ph, pw, None, scale)
+    attention = ATTENTION["triton"][0](*maps, ph, pw, None, scale)
     tensors["attention"] = attention.permute(0, 3, 4, 1, 2).flatten(-2)
     if not save:
         del tensors["qkv"], maps
@@ -179,10 +177,8 @@ def backward(*arguments: Any) -> tuple[torch.Tensor, ...]:
     dattention = dmiddle.mm(tensors["proj_weight"]).view(b, height, width, heads, -1).permute(0, 3, 4, 1, 2)
     dqkv = empty(3 * c)
     maps = _maps(qkv, heads)
-    backward_into(
-        fastest_on_gpu(*maps, (ph, pw), None, scale, backward=True),
-        _maps(dqkv.view(b, height, width, -1), heads), dattention, *maps, ph, pw, None, scale, False, packed=3,
-    )  # fmt: skip
+    dmaps = _maps(dqkv.view(b, height, width, -1), heads)
+    backward_into(dmaps, dattention, *maps, ph, pw, None, scale, False, packed=3)
     del dattention
     tensors |= {"dnormed1": dqkv.mm(tensors["qkv_weight"]), "normed1": empty(c + problem.ones)}
     tensors |= {"dx": rows.new_empty(rows.shape), "sums1": sums(2)}
