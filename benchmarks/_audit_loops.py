@@ -48,6 +48,8 @@ GENERAL = r"^attention_(forward|backward)_(bf16|f16|f32|tf32)(_plain)?_\d+$"
 EXCEPTIONS = (
     ("DIVISION", GENERAL,
      "CUDA C++: where the tokens of a unit lie is found once a unit, before its tiles, by as many threads as tokens"),
+    ("DIVISION", r"^attention_(backward_\w+_\d+_\d+|forward_large_\w+)$",
+     "CUDA C++: once a unit, in the loop over units; the loops over its tiles divide nothing"),
     ("NARROW", GENERAL,
      "CUDA C++ for all strides: with contiguous channels another loop is taken, which moves 8 or 16 bytes"),
     ("NARROW", r"^(linear_rows|norm_ffn|norm_backward|ffn_backward)$",

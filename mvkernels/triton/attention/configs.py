@@ -88,7 +88,8 @@ def _backward_unit(key: Mapping[str, Any]) -> Config:
     # Which tokens of a window lie where, and inside the map, takes registers too.
     cramped |= nvidia and _clipped(key) and wide > 32
     windows = "clipped" in key  # of patches and of two maps it is not a part of the key
-    warps = 8 if key["bias"] and windows and key["arch"] in ("sm_100", "sm_103") else 4
+    few = key["arch"] in ("sm_100", "sm_103") or (key["arch"] == "sm_90" and key["dtype"] == "f16")
+    warps = 8 if key["bias"] and windows and few else 4
     return {"MAX_TOKENS": 0 if cramped else 64, "BLOCK": 64, "num_warps": warps, "num_stages": 1}
 
 
@@ -129,7 +130,8 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     elif not key["arch"].startswith("gfx"):
         config |= {"Q_BLOCK_N": 32}
         tight = _clipped(key) and (wide > 32 or not key["wide"] or key["arch"] != "sm_90")
-        if tight or (wide > 32 and not key["wide"]) or (key["bias"] and key["arch"] not in ROOMY):
+        narrow = not key["wide"] and (wide > 32 or key["bias"])
+        if tight or narrow or (key["bias"] and key["arch"] not in ROOMY):
             config |= {"K_BLOCK_M": 16}
     return config
 
