@@ -14,7 +14,7 @@ from mvkernels.cuda.attention.plan import (
     kind_of,
     name_of,
     order_launches,
-    ordered_size,
+    ordered_shapes,
     padded,
     row_bytes,
     rows_of,
@@ -145,7 +145,7 @@ def backward_launches(
     heads, (down, across) = problem.shape[1], groups_along(geometry)
     pointers = ("q", "k", "v", "g", "ordered", "dq", "dk", "dv", "partial")
     by_heads, by_across, by_down = divisor_of(heads), divisor_of(across), divisor_of(down)
-    shapes: dict[str, Shape] = {}
+    shapes = ordered_shapes(problem, how.copies, how.rows // 16)
     launches = [
         *order_launches(problem, geometry, how.copies, how.rows // 16),
         Launch(
@@ -157,8 +157,6 @@ def backward_launches(
             ("scale", "scale2"),
         ),
     ]  # fmt: skip
-    if problem.bias is not None:
-        shapes["ordered"] = ordered_size(heads, how.copies, how.rows // 16)
     if need_bias:
         size, turned = heads * how.rows**2, int(how.copies > 1)
         shapes["partial"] = parts, heads, how.rows, how.rows

@@ -13,7 +13,7 @@ from mvkernels.cuda.attention.plan import (
     lattice_of,
     name_of,
     order_launches,
-    ordered_size,
+    ordered_shapes,
     padded,
     row_bytes,
     rows_of,
@@ -93,11 +93,7 @@ def _walking(problem: AttentionProblem, geometry: Geometry) -> tuple[list[Launch
         -(-items // steps) * heads, 32 * warps, shared, ("q", "k", "v", "o", pointer), (*strides, *longs),
         (*strides_inside, *ints, d, dv, *lattice_of(geometry), *walk, *more), ("scale", "scale2"),
     )  # fmt: skip
-    return [*order, launch], _ordered(problem, tiles)
-
-
-def _ordered(problem: AttentionProblem, tiles: int) -> dict[str, Shape]:
-    return {"ordered": ordered_size(problem.shape[1], 1, tiles)} if tiles else {}
+    return [*order, launch], ordered_shapes(problem, 1, tiles)
 
 
 @configs.memo
@@ -131,4 +127,4 @@ def forward_launches(
             (*ints, tiles_across, d, dv, *groups_of(geometry, rows, team)), ("scale", "scale2"),
         ),
     ]  # fmt: skip
-    return launches, _ordered(problem, tiles_across)
+    return launches, ordered_shapes(problem, 1, tiles_across)

@@ -152,6 +152,11 @@ def ordered_size(heads: int, copies: int, tiles: int) -> Shape:
     return copies, heads, tiles, tiles, 256
 
 
+def ordered_shapes(problem: AttentionProblem, copies: int, tiles: int) -> dict[str, Shape]:
+    """Of the tensor ``ordered`` that :func:`order_launches` fills, if there is a bias to order."""
+    return {} if problem.bias is None or not tiles else {"ordered": ordered_size(problem.shape[1], copies, tiles)}
+
+
 def order_launches(problem: AttentionProblem, geometry: Geometry, copies: int, tiles: int) -> list[Launch]:
     """Brings ``bias`` into the order of ``ordered``; of two copies the second is for tiles whose rows are keys."""
     if problem.bias is None:
