@@ -88,14 +88,17 @@ def launched(launcher: Callable[[], Any], which: str, fake: Callable[..., Any]) 
     return implementation
 
 
-def why_not(launcher: Callable[[], Any]) -> Callable[..., str | None]:
-    """An op's ``why_not`` for a GPU's backend: its launcher's, if that can be imported."""
+def why_not(launcher: Callable[[], Any], needs: str = "") -> Callable[..., str | None]:
+    """An op's ``why_not`` for a GPU's backend: its launcher's, if that can be imported.
+
+    ``needs`` says what a backend needs Triton for if it is called otherwise.
+    """
 
     def of_launcher(*arguments: Any) -> str | None:
         try:
             found = launcher()
         except ImportError as error:
-            return f"Triton cannot be imported: {error}"
+            return f"{needs}Triton cannot be imported: {error}"
         reason: str | None = found.why_not(*arguments)
         return reason
 

@@ -37,9 +37,9 @@ wanted = _Wanted()
 def fused_layers(fuse: bool = True) -> Iterator[None]:
     """Context manager: run the transformer layers of this thread as one fused op each, where the result is the same.
 
-    It applies to MobileViT layers (:class:`PatchTransformer` and swapped models) on backends "triton" and "cpp", on the
-    latter where no gradient is recorded. The fused op is :func:`mvkernels.patch_transformer_layer`, and on "cpp" it
-    packs the weights in every call. A layer whose modules are not plain ones, or have hooks, is not fused.
+    It applies to MobileViT layers (:class:`PatchTransformer` and swapped models) on backends "triton", "cuda" and
+    "cpp", on the last where no gradient is recorded. The fused op is :func:`mvkernels.patch_transformer_layer`, and on
+    "cpp" it packs the weights in every call. A layer whose modules are not plain ones, or have hooks, is not fused.
 
     Args:
         fuse: True fuses the layers, False fuses none.
@@ -77,9 +77,10 @@ def fused_layer(
     compiling = torch.compiler.is_compiling()
     if wanted.value is None and compiling:
         return None
-    fused = requested(backend)
+    fused = called = requested(backend)
     if fused == "auto":
-        fused = "cpp" if x.is_cpu else "triton"
+        # Of a GPU's backends the op takes the faster one: CUDA C++ runs no layer that Triton cannot run.
+        fused, called = ("cpp", "cpp") if x.is_cpu else ("triton", "auto")
     if fused not in OP.why_not:
         return None
     if not compiling and type(x) not in _DENSE:
@@ -95,13 +96,13 @@ def fused_layer(
     if reason_against(OP, fused, (map_, *parameters, heads, patch_size, eps, scale, "silu", None)):
         return None
     if wanted.value is None:
-        from mvkernels.ops.patch_transformer_layer.triton.launcher import measured_faster, problem_of
+        from mvkernels.ops.patch_transformer_layer.triton.plan import measured_faster, problem_of
 
         grad = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, *parameters))
         if not measured_faster(problem_of(map_, parameters[8].shape[0], heads, patch_size), grad):
             return None
     settings: dict[str, Any] = {"heads": heads, "patch_size": patch_size, "eps": eps, "scale": scale}
-    return patch_transformer_layer(map_, *parameters, **settings, backend=fused).permute(0, 2, 3, 1)
+    return patch_transformer_layer(map_, *parameters, **settings, backend=called).permute(0, 2, 3, 1)
 
 
 def _parameters(

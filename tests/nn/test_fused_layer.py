@@ -163,7 +163,7 @@ def test_what_was_measured_decides(taken, fused, monkeypatch):
     """As a device that is no CPU is asked; the CPU itself never is."""
     model, x = stack(), picture()
     monkeypatch.setattr(
-        "mvkernels.ops.patch_transformer_layer.triton.launcher.measured_faster", lambda problem, grad: bool(fused)
+        "mvkernels.ops.patch_transformer_layer.triton.plan.measured_faster", lambda problem, grad: bool(fused)
     )
     arguments = (*(getattr(model.layers[0], n) for n in ("norm1", "qkv", "proj", "norm2", "fc1", "activation", "fc2")),)
 

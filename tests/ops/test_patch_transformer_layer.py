@@ -348,7 +348,7 @@ def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_pa
     assert [f.best for f in findings] == [{"FUSED": 1} if times[1] < times[0] else {}] * 2
     assert all(f.refused == 0 for f in findings) and tune.tune_choice(OP, arguments, DEVICE, done) == []
 
-    kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton.launcher")
+    kernels = pytest.importorskip("mvkernels.ops.patch_transformer_layer.triton.plan")
     described = kernels.problem_of(arguments["x"], 20, 2, (2, 2))
     monkeypatch.setattr(configs, "CONFIGS", tmp_path)
     tune.save(configs.file_of(described.device.name), OP.name, findings, described.device)

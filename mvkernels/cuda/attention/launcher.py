@@ -115,14 +115,32 @@ def backward(
     without ``need_bias``. No atomics: the same bits in every run.
     """
     dq, dk, dv = (empty_map(map_, map_.shape[2]) for map_ in (query, key, value))
+    dbias = backward_into(op, (dq, dk, dv), grad, query, key, value, group, shift, bias, scale, need_bias)
+    return dq, dk, dv, dbias
+
+
+def backward_into(
+    op: str,
+    grads: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: Pair,
+    shift: Pair | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> torch.Tensor:
+    """Write dquery, dkey, dvalue to ``grads``, whatever their strides, and return dbias, as :func:`backward`."""
     need_bias = need_bias and bias is not None
     dbias = query.new_empty(bias.shape if need_bias and bias is not None else (0,))
     if query.numel() == 0:
-        return dq, dk, dv, dbias.zero_()
+        return dbias.zero_()
     if plan.spans_too_far(grad.shape, grad.stride()):
         grad = grad.contiguous()
-    maps = (("q", query), ("k", key), ("v", value), ("g", grad), ("dq", dq), ("dk", dk), ("dv", dv))
+    maps = (("q", query), ("k", key), ("v", value), ("g", grad), *zip(("dq", "dk", "dv"), grads))
     problem = AttentionProblem.of_call(op, maps, bias, group, shift, False)
     launches, shapes = backward_launches(problem, need_bias, _positive(scale), _aligned(maps))
     _run(launches, shapes, dict(maps) | {"dbias": dbias}, bias, scale)
-    return dq, dk, dv, dbias
+    return dbias

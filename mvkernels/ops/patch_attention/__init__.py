@@ -124,9 +124,13 @@ def _check(
     return query, key, value, (ph, pw), bias, scale
 
 
-def backward_into(*arguments: Any, **settings: Any) -> Tensor:
-    """The Triton backward for other ops: see the launcher's ``backward_into``."""
-    dbias: Tensor = launcher().backward_into(*arguments, **settings)
+def backward_into(backend: str, *arguments: Any, packed: int = 1) -> Tensor:
+    """The backward on Triton or in CUDA C++ for other ops: see the launchers' ``backward_into``."""
+    dbias: Tensor
+    if backend == "cuda":  # these kernels take the strides of each gradient
+        dbias = cuda_launcher().backward_into(*arguments)
+    else:
+        dbias = launcher().backward_into(*arguments, packed=packed)
     return dbias
 
 

@@ -9,14 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import choose, requested
 from mvkernels.dispatch.registry import Composed, Op, register
 from mvkernels.ops.common import packed as weights
 from mvkernels.ops.patch_transformer_layer import cpp, suite
-from mvkernels.ops.patch_transformer_layer.autograd import KERNELS, TENSORS, PatchTransformerLayerFunction, launcher
+from mvkernels.ops.patch_transformer_layer.autograd import (
+    KERNELS,
+    TENSORS,
+    PatchTransformerLayerFunction,
+    cuda_launcher,
+    launcher,
+)
 from mvkernels.ops.patch_transformer_layer.composed import composed
 from mvkernels.ops.patch_transformer_layer.reference import patch_transformer_layer as reference
+from mvkernels.triton.problem import key_dtype, precision_of
 
 __all__ = ["OP", "PatchTransformerLayerFunction", "pack_patch_transformer_layer", "patch_transformer_layer"]
 
@@ -225,15 +233,26 @@ def _check_shapes(cast: Mapping[str, Any], c: int) -> None:
 
 
 def _layer_key(arguments: Mapping[str, Any], grad: bool) -> Mapping[str, Any]:
+    from mvkernels.ops.patch_transformer_layer.triton import plan
+
     hidden, patch = arguments["fc1_weight"].shape[0], arguments["patch_size"]
-    return launcher().layer_key(launcher().problem_of(arguments["x"], hidden, arguments["heads"], patch), grad)
+    return plan.layer_key(plan.problem_of(arguments["x"], hidden, arguments["heads"], patch), grad)
+
+
+def _choice(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    x, heads, (ph, pw) = arguments[0], arguments[TENSORS], arguments[TENSORS + 1]
+    return {
+        "n": choice.tokens(-(-x.shape[2] // ph) * -(-x.shape[3] // pw)),
+        "d": choice.channels(x.shape[1] // heads),
+        "dtype": key_dtype(x.dtype, precision_of(x.dtype, x.device.type)),
+    }
 
 
 def _packed(arguments: Mapping[str, Any]) -> Tensor:
     return pack_patch_transformer_layer(*[arguments[name] for name in _PARAMETERS])
 
 
-why_not_triton = library.why_not(launcher)
+choice.register(_NAME)
 
 OP = register(
     Op(
@@ -242,12 +261,17 @@ OP = register(
         reference=reference,
         check=_check,
         maps=("x",),
-        why_not={"cpp": cpp.why_not, "triton": why_not_triton},
+        why_not={
+            "cpp": cpp.why_not,
+            "triton": library.why_not(launcher),
+            "cuda": library.why_not(cuda_launcher, "the kernels around the attention are Triton's. "),
+        },
         suite=suite.cases,
         peers=suite.PEERS,
         cost=suite.cost,
         forward_only=frozenset({"cpp"}),
         pack=_packed,
         composed=Composed(composed, "layer", _layer_key),
+        choice=_choice,
     )
 )

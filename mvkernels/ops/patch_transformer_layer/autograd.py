@@ -60,10 +60,18 @@ def launcher() -> Any:
     return launcher
 
 
+def cuda_launcher() -> Any:
+    """The module that launches Triton's kernels with the attention in CUDA C++, imported only here."""
+    from mvkernels.ops.patch_transformer_layer.cuda import launcher
+
+    return launcher
+
+
 KERNELS = {
-    "triton": library.pair(
-        "triton", _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), launcher
+    backend: library.pair(
+        backend, _NAME, (_FORWARD, _BACKWARD), (_fake_forward, _fake_backward), (_count, _count_backward), each
     )
+    for backend, each in (("triton", launcher), ("cuda", cuda_launcher))
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mvkernels.cuda.attention import launcher
@@ -47,3 +49,21 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dquery, dkey, dvalue, dbias): see the shared launcher's ``backward``."""
     return launcher.backward(_NAME, grad, query, key, value, (patch_h, patch_w), None, bias, scale, need_bias)
+
+
+def backward_into(
+    grads: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    patch_h: int,
+    patch_w: int,
+    bias: torch.Tensor | None,
+    scale: float,
+    need_bias: bool,
+) -> torch.Tensor:
+    """Write dquery, dkey, dvalue to ``grads`` and return dbias: see the shared launcher's ``backward_into``."""
+    return launcher.backward_into(
+        _NAME, grads, grad, query, key, value, (patch_h, patch_w), None, bias, scale, need_bias
+    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mvkernels.ops.patch_transformer_layer.triton import backward_kernels, row_kernels
 from mvkernels.ops.patch_transformer_layer.triton.configs import OP
 from mvkernels.triton import configs
-from mvkernels.triton.launch import Launch
-from mvkernels.triton.maps import low_bit, pieces
+from mvkernels.triton.launch import INTERPRETED, Launch
+from mvkernels.triton.maps import lanes, low_bit, pieces
 from mvkernels.triton.problem import Problem
 
 
@@ -51,6 +53,23 @@ def key_of(problem: LayerProblem) -> dict[str, Any]:
     processors = problem.device.processors
     few = (problem.rows < 128 * processors) + (problem.rows < 32 * processors)
     return {"c": problem.shape[1], "dtype": problem.key_dtype, "few": few, "arch": problem.device.arch}
+
+
+def problem_of(x: torch.Tensor, hidden: int, heads: int, patch: tuple[int, int], bias: bool = True) -> LayerProblem:
+    """The launcher's description of a call on the map x (B, C, H, W)."""
+    return LayerProblem.of(x, (), INTERPRETED, hidden=hidden, heads=heads, patch=patch, bias=bias)
+
+
+def layer_key(problem: LayerProblem, grad: bool) -> dict[str, Any]:
+    """Under which it is noted whether the layer is faster fused; ``grad``: forward and backward."""
+    size = min(512, lanes(problem.tokens))
+    return key_of(problem) | {"f": problem.hidden, "n": size, "grad": int(grad)}
+
+
+@configs.memo
+def measured_faster(problem: LayerProblem, grad: bool) -> bool:
+    """Whether the device's configuration file says that such layers are faster fused."""
+    return bool(configs.config(OP, "layer", problem.device.name, layer_key(problem, grad))["FUSED"])
 
 
 def _split(kernel: str, problem: LayerProblem, **more: int) -> tuple[dict[str, Any], dict[str, int]]:

@@ -1,0 +1,1 @@
+"""The layer with its attention in CUDA C++."""
