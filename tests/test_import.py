@@ -41,6 +41,9 @@ q = torch.randn(1, 2, 4, 6, 6, requires_grad=True)
 mvkernels.patch_attention(q, q, q, 2).sum().backward()
 assert q.grad.isfinite().all()
 print(mvkernels.can_run("patch_attention", "cpp", q, q, q), mvkernels.can_run("patch_attention", "triton", q, q, q))
+x, one, square = torch.randn(1, 8, 4, 4), torch.ones(8), torch.eye(8)
+layer = x, one, one, torch.randn(24, 8), None, square, one, one, one, square, one, square, one, 2
+print(mvkernels.can_run("patch_transformer_layer", "cuda", *layer))
 """
 
 
@@ -53,7 +56,8 @@ def test_without_the_extension():
 def test_without_triton():
     done = python(BLOCK.format(blocked=["triton"]) + USE)
     assert done.returncode == 0, done.stderr
-    assert "Triton cannot be imported" in done.stdout
+    assert done.stdout.count("Triton cannot be imported") == 2
+    assert "the kernels around the attention are Triton's. Triton cannot be imported" in done.stdout
 
 
 def test_a_stale_extension_is_refused_with_the_reason():
