@@ -54,7 +54,7 @@ def kernels(now: list[Row]) -> Iterator[str]:
     """A line for each kernel, at the shape where it is furthest from the time that the bytes it touches take."""
     furthest: dict[tuple[str, ...], Row] = {}
     for row in now:
-        key = row["op"], row["backend"], row["kernel"]
+        key = row["op"], row["kernel"]  # of two backends some are the same
         ours = row["kernel"] != "all" and not row["kernel"].startswith("aten::")
         if not ours or row["batch"] != BATCH or not float(row["floor_us"]):
             continue
@@ -62,7 +62,7 @@ def kernels(now: list[Row]) -> Iterator[str]:
             furthest[key] = row
     yield from header("op", "kernel", "where it is furthest", "bytes once", "predicted", "limited by", "registers",
                       "warps of a processor")  # fmt: skip
-    for (op, _, kernel), row in sorted(furthest.items()):
+    for (op, kernel), row in sorted(furthest.items()):
         resident = int(row["warps"]) * int(row["blocks_per_processor"])
         shape = f"{row['model']} {row['label']}, {MODE[row['mode']]}"
         yield line(op, f"`{kernel}`", shape, us(row["floor_us"]), us(row["predicted_us"]), LIMIT[row["decides"]],

@@ -157,14 +157,9 @@ def test_three_projections_are_joined(taken):
     torch.testing.assert_close(one, three)
 
 
-@on_triton
-@pytest.mark.parametrize("fused", [0, 1])
-def test_what_was_measured_decides(taken, fused, monkeypatch):
-    """As a device that is no CPU is asked; the CPU itself never is."""
+def elsewhere(monkeypatch, backend):
+    """A layer on rows that are asked for as those on a device that is no CPU."""
     model, x = stack(), picture()
-    monkeypatch.setattr(
-        "mvkernels.ops.patch_transformer_layer.triton.plan.measured_faster", lambda problem, grad: bool(fused)
-    )
     arguments = (*(getattr(model.layers[0], n) for n in ("norm1", "qkv", "proj", "norm2", "fc1", "activation", "fc2")),)
 
     class Elsewhere(torch.Tensor):
@@ -175,8 +170,25 @@ def test_what_was_measured_decides(taken, fused, monkeypatch):
     if DEVICE == "cpu":
         rows = rows.as_subclass(Elsewhere)
     with torch.no_grad():
-        out = fused_layer.fused_layer(rows, *arguments, 2, (2, 2), None, (), "triton")
+        return fused_layer.fused_layer(rows, *arguments, 2, (2, 2), None, (), backend)
+
+
+@on_triton
+@pytest.mark.parametrize("fused", [0, 1])
+def test_what_was_measured_decides(taken, fused, monkeypatch):
+    """As a device that is no CPU is asked; the CPU itself never is."""
+    monkeypatch.setattr(
+        "mvkernels.ops.patch_transformer_layer.triton.plan.measured_faster", lambda problem, grad: bool(fused)
+    )
+    out = elsewhere(monkeypatch, "triton")
     assert (out is not None) == bool(fused) and len(taken) == fused
+
+
+@on_triton
+def test_on_a_gpu_the_op_chooses_between_triton_and_cuda(taken, monkeypatch):
+    with fused_layers():
+        assert elsewhere(monkeypatch, None) is not None
+    assert taken == ["auto"]
 
 
 def test_a_cpu_is_as_it_was(taken, monkeypatch):
