@@ -335,6 +335,26 @@ def test_grids_stay_in_one_dimension_and_few_rows_go_to_more_programs():
     assert all(each.grid < 2**31 for each in plan.forward_launches(larger))
 
 
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [
+        ({}, (256, 128, 256)),
+        ({"batch": 33}, (256, 128, 256)),
+        ({"batch": 32}, (128, 128, 128)),
+        ({"channels": 96}, (128, 128, 256)),
+        ({"channels": 192}, (128, 128, 128)),
+        ({"arch": "sm_80"}, (64, 64, 64)),
+    ],
+    ids=str,
+)
+def test_blocks_have_256_rows_where_processors_have_one_each(more, rows):
+    """Of that many rows, half types, and channels whose rows fit the registers."""
+    plan, described = problem(**more)
+    qkv, project, _ = plan.forward_launches(described)
+    ffn, *_ = plan.backward_launches(described)
+    assert tuple(each.meta["BLOCK_M"] for each in (qkv, project, ffn)) == rows
+
+
 @on_triton
 @pytest.mark.parametrize("times", [(3.0, 2.0), (2.0, 3.0)], ids=["faster", "slower"])
 def test_tuning_notes_where_the_layer_is_faster_fused(times, monkeypatch, tmp_path):

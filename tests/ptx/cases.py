@@ -205,6 +205,15 @@ def _residual(
     return name, strides, (_block, sizes, strides, activation, expands, biases)
 
 
+def _layer(size: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """MobileViT-S's first one, on a map of this size."""
+    case = next(each for each in OPS["patch_transformer_layer"].suite("full") if each.shape["channels"] == 144)
+    generator = torch.Generator().manual_seed(0)
+    return case.make(1, dtype, device) | {
+        "x": testing.make_map((1, 144, *size), "channels_last", dtype, device, generator)
+    }
+
+
 _WIDE = ("2x256 7x7", "contiguous", ({5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)},))
 # As many maps as a small GPU has processors, and more: one stays in one program, several tiles of pairs of heads.
 _PAIR = ("2x12 20x17", "channels_last", ({5: (4, 2, 12, 20, 17), 4: (4, 2, 6, 12)},))
@@ -228,6 +237,8 @@ MORE: dict[str, tuple[More, ...]] = {
         _windows(2, 32, 13, 14, window=12, shift=6),
         _windows(1, 36, 20, 17, window=16, shift=5, strides="transposed"),
     ),
+    # On a small GPU enough rows for the largest blocks, and one more.
+    "patch_transformer_layer": (("4x36 19x27", "channels_last", (_layer, (19, 27))),),
     "mobile_to_former": (_WIDE, _PAIR),
     "former_to_mobile": (_WIDE, _PAIR),
     "inverted_residual": (
@@ -263,7 +274,7 @@ FEW = {
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256", "2x12 20x17"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
     "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),
-    "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8", "4x16_32x32"),
+    "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8", "4x16_32x32", "4x36 19x27"),
     "inverted_residual": (
         "16-32-16 9x7",
         "k3s2",

@@ -119,8 +119,9 @@ def ffn_backward(
     g_ptr += first * C
     hidden_ptr += first * F
     dhidden_ptr += first * F
-    n0, n1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
+    # First, so that it lies in shared memory when the rows that are normalised need the registers.
     g0, g1 = load_tile(g_ptr, at, keep, 1, C, C0, C1, 1, ALIGN, False, WHOLE)
+    n0, n1, lead, mean, over = normed_rows(x_ptr, gamma_ptr, beta_ptr, at, keep, eps, C, C0, C1, ALIGN, WHOLE)
     for start in range(0, F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         keep_f = f < F

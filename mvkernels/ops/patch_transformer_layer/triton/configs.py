@@ -2,8 +2,9 @@
 
 A key has ``c`` (channels), ``f`` (hidden channels) or ``n`` (outputs), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact
 float32 products, ``tf32``), ``few`` (0 where blocks of 128 rows are as many as processors or more, 1 where those of 32
-are, else 2) and ``arch``. The choices here are those that the model of time takes least for, of those that `make audit`
-shows to need no spills and to fit shared memory on every architecture it compiles for.
+are, else 2), for ``linear_rows`` and ``ffn_backward`` ``many`` (1 where those of 256 are) and ``arch``. The choices
+here are those that the model of time takes least for, of those that `make audit` shows to need no spills and to fit
+shared memory on every architecture it compiles for.
 
 ``layer`` is no kernel: its FUSED says whether the modules of :mod:`mvkernels.nn` take this op rather than the
 attention alone with PyTorch's norms and products around it. Nothing was measured where no file says so: 0.
@@ -36,6 +37,12 @@ def _rows(key: Mapping[str, Any]) -> int:
     return 128 if key["few"] == 0 and _wide(key) <= 192 and key["arch"] in ROOMY else 64
 
 
+def _many(key: Mapping[str, Any]) -> bool:
+    # Whether blocks have 256 rows: that halves again what is read of the weights. Of more channels they would spill.
+    compiled = key["arch"] in ROOMY and key["arch"] != "interpreter"
+    return bool(compiled and key["many"] and half(key) and _wide(key) <= 144)
+
+
 @heuristic(OP, "linear_rows")
 def _linear_rows(key: Mapping[str, Any]) -> Config:
     # STEPS: blocks of outputs that a program takes one after the other; all of them if rows fill the machine.
@@ -44,6 +51,8 @@ def _linear_rows(key: Mapping[str, Any]) -> Config:
         config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
     elif key["dtype"] == "tf32":
         config = {"BLOCK_M": 32, "BLOCK_N": 32, "CHUNK": 0, "num_warps": 4, "num_stages": 1}
+    elif _many(key) and _wide(key) > 96 and key["n"] > key["c"]:
+        config = {"BLOCK_M": 256, "BLOCK_N": 64, "CHUNK": 0, "num_warps": 8, "num_stages": 3}
     elif key["arch"] in ROOMY:
         config = {"BLOCK_M": max(_rows(key), 64), "BLOCK_N": 128 if key["few"] == 1 else 64, "CHUNK": 0,
                   "num_warps": 8 if key["few"] == 0 and key["n"] <= key["c"] else 4, "num_stages": 1}  # fmt: skip
@@ -73,6 +82,8 @@ def _norm_ffn(key: Mapping[str, Any]) -> Config:
 def _ffn_backward(key: Mapping[str, Any]) -> Config:
     if not half(key) and key["arch"] != "interpreter":
         return {"BLOCK_M": 16, "BLOCK_F": 16, "CHUNK": 16, "num_warps": 4, "num_stages": 1}
+    if _many(key):
+        return {"BLOCK_M": 256, "BLOCK_F": 32, "CHUNK": 0, "num_warps": 8, "num_stages": 3}
     rows, wide = _rows(key), _wide(key)
     config = {"BLOCK_M": rows, "BLOCK_F": 32, "CHUNK": 0, "num_warps": 8 if rows >= 64 else 4, "num_stages": 1}
     if key["arch"] in ROOMY:

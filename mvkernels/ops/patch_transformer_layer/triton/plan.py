@@ -72,6 +72,10 @@ def measured_faster(problem: LayerProblem, grad: bool) -> bool:
     return bool(configs.config(OP, "layer", problem.device.name, layer_key(problem, grad))["FUSED"])
 
 
+def _many(problem: LayerProblem) -> int:
+    return int(problem.rows >= 256 * problem.device.processors)
+
+
 def _split(kernel: str, problem: LayerProblem, **more: int) -> tuple[dict[str, Any], dict[str, int]]:
     return problem.split(OP, kernel, key_of(problem) | more)
 
@@ -84,7 +88,7 @@ def _common(problem: LayerProblem) -> dict[str, Any]:
 
 
 def _linear(problem: LayerProblem, pointers: tuple[str, ...], outputs: int, **what: bool) -> Launch:
-    blocks, options = _split("linear_rows", problem, n=outputs)
+    blocks, options = _split("linear_rows", problem, n=outputs, many=_many(problem))
     columns = -(-outputs // blocks["BLOCK_N"])
     blocks["STEPS"] = min(blocks["STEPS"], columns)
     programs = -(-columns // blocks["STEPS"])
@@ -135,7 +139,7 @@ def backward_launches(problem: LayerProblem) -> tuple[Launch, Launch, Launch, in
     written by the second, ``dnormed1``, and ``normed1 dx sums1`` written by the third. Each program has its own row of
     the sums.
     """
-    blocks, options = _split("ffn_backward", problem, f=problem.hidden)
+    blocks, options = _split("ffn_backward", problem, f=problem.hidden, many=_many(problem))
     meta = {
         "F": problem.hidden,
         "PTX": problem.nvidia,
