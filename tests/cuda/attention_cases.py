@@ -142,6 +142,7 @@ FEW = (
     Case(2, 40, (12, 16), (8, 8), (4, 4), strides="channels_last", bias=True),
     Case(1, 24, (10, 10), (5, 5), (0, 0), strides="channels_last", bias=True),
     Case(2, 32, (12, 20), (12, 12), (0, 6), strides="channels_last", bias=True),
+    Case(1, 16, (16, 16), (16, 16), (0, 0), strides="packed", batch=2),
 )
 """Run in each dtype: each number of channels, of warps of a unit and of units of a block; each way to move a row."""
 
@@ -169,6 +170,18 @@ def _row_without_weight(arguments: dict[str, Any]) -> None:
     arguments["bias"][0, :, 5] = -math.inf
 
 
+def _tiny(arguments: dict[str, Any]) -> None:
+    # Scores times a scale of 3e38 are about 1.
+    arguments["query"], arguments["key"] = arguments["query"] * 2**-66, arguments["key"] * 2**-64
+
+
+def _rising(arguments: dict[str, Any]) -> None:
+    # Of the rows of a map the last has keys whose weights pass 2^15 where the first ones give the maximum.
+    arguments["key"] = arguments["key"].clone()
+    arguments["key"][..., -1, :] *= 40
+
+
+_MANY = Case(1, 24, (16, 16), (1, 1), strides="channels_last")
 _SMALL = Case(2, 36, (9, 7), (2, 2), batch=2)
 _WINDOWS = Case(2, 32, (9, 10), (4, 4), (2, 2), bias=True)
 _SWIN = Case(2, 32, (14, 14), (7, 7), (3, 3), strides="channels_last", bias=True)
@@ -178,10 +191,16 @@ ODD = {
     "nan in windows": replace(_WINDOWS, change=_pixel(math.nan)),
     "peaked": replace(_SMALL, change=peaked),
     "peaked, many keys": Case(1, 36, (32, 32), (2, 2), change=peaked),
+    "peaked, many keys in whole rows": replace(_MANY, change=peaked),
+    "nan in many keys": replace(_MANY, change=_pixel(math.nan)),
+    "inf in many keys": replace(_MANY, change=_pixel(math.inf)),
+    "constant, many keys": replace(_MANY, change=_constant),
+    "later keys much higher": replace(_MANY, change=_rising),
     "constant": replace(_SMALL, change=_constant),
     "high scores": Case(1, 32, (8, 16), (8, 8), (0, 0), scale=3000 * 32**-0.5),
     "a row of -inf": replace(_WINDOWS, change=_row_without_weight),
     "negative scale": replace(_SMALL, scale=-0.3),
+    "a scale near float32's largest": replace(_SMALL, scale=3e38, change=_tiny),
     "scale 0": replace(_WINDOWS, scale=0.0),
     "nan in whole rows": replace(_SWIN, change=_pixel(math.nan)),
     "inf in whole rows": replace(_SWIN, change=_pixel(math.inf)),

@@ -123,6 +123,14 @@ def test_units_of_fewer_rows_than_warps_bring(case: Case, processors: int) -> No
     assert not cases.faults(case, "bf16", processors=processors)
 
 
+@pytest.mark.parametrize("scale", [1e39, -1e39])
+def test_a_scale_beyond_float32(scale: float) -> None:
+    """It is infinite, as in PyTorch's own products of float32."""
+    case = Case(1, 16, (8, 8), (2, 2), scale=scale)
+    _, _, found = cases.run(case, "f32")
+    assert torch.equal(found["out"].isnan(), OPS[case.op].reference(**case.arguments(torch.float32)).isnan())
+
+
 LARGE_SCORES = {"f16": 12000.0, "bf16": 1e6, "f32": 1e6}
 
 

@@ -37,6 +37,10 @@ def test_which_kernel_a_call_takes() -> None:
     assert _kernel(replace(mobilevit, size=(8, 8))) == "bf16_plain_16_64"
     assert _kernel(replace(mobilevit, size=(16, 15))) == "bf16_64"  # patches of two sizes
     assert _kernel(replace(mobilevit, size=(32, 32))) == "bf16_plain_64"
+    for d, dim in ((16, 16), (24, 24), (36, 40)):  # 256 tokens
+        many = replace(mobilevit, size=(32, 32), d=d)
+        assert _kernel(many) == _kernel(many, aligned=8) == f"bf16_plain_256_{dim}"
+        assert _kernel(many, arch="sm_80") == _kernel(replace(many, strides="contiguous")) == f"bf16_plain_{dim}"
     large = replace(swin, size=(24, 24), group=(12, 12), shift=(0, 0))
     assert _kernel(large) == "bf16_144_32"
     assert _kernel(large, arch="sm_80") == "bf16_32"  # sums of the bias's gradient do not fit

@@ -1,4 +1,4 @@
-// A unit of backward_whole.cuh: what of it is where in shared memory, and how its rows come there and gradients leave.
+// A unit of backward_whole.cuh and backward_parts.cuh: what of it is where in shared memory, and how its rows come there and gradients leave.
 #pragma once
 
 #include "backward_call.cuh"
@@ -7,13 +7,13 @@ namespace mvk::attention {
 
 // TOKENS: of a unit at most, a multiple of 8. Rows are aligned to given.bytes, 16 or 8, and channels a multiple of as
 // many bytes; strides fit 32 bits; all units have equally many rows and columns of tokens, of which a window may be
-// cut.
-template <class P, int DP, bool PLAIN, int TOKENS, int WARPS>
+// cut. KEYS: whose P and dS are in shared memory at once.
+template <class P, int DP, bool PLAIN, int TOKENS, int WARPS, int KEYS = (TOKENS + 15) / 16 * 16>
 struct WholeUnit {
   using T = typename P::Element;
   static constexpr int TILES = (TOKENS + 15) / 16, ROWS = 16 * TILES, EIGHTS = TOKENS / 8, UNITS = WARPS / TILES;
   static constexpr int SIZE = sizeof(T), ROW = P::stride(DP) * SIZE, COLUMNS = DP / 8;
-  static constexpr int PAIRS = P::pairs_stride(ROWS);  // of a row of P and dS: a query's
+  static constexpr int PAIRS = P::pairs_stride(KEYS);  // of a row of P and dS: a query's
   // dP of many keys is computed again, with the same bits, where registers do not hold it beside the scores.
   static constexpr bool AGAIN = TILES > 4;
   // Bytes of a team's shared memory, and where in it things are.

@@ -41,6 +41,12 @@ __device__ __forceinline__ void load_shared_if(float4& x, uint32_t at, bool keep
                : "r"(at), "r"(static_cast<int>(keep))
                : "memory");
 }
+__device__ __forceinline__ void load_shared_if(uint32_t& x, uint32_t at, bool keep) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p ld.shared.b32 %0, [%1];}"
+               : "+r"(x)
+               : "r"(at), "r"(static_cast<int>(keep))
+               : "memory");
+}
 __device__ __forceinline__ void store_shared_if(uint32_t at, const float4& x, bool keep) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %5, 0; @p st.shared.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(at), "f"(x.x),
                "f"(x.y), "f"(x.z), "f"(x.w), "r"(static_cast<int>(keep))

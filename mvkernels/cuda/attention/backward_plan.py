@@ -27,6 +27,8 @@ from mvkernels.triton.attention.problem import AttentionProblem
 from mvkernels.triton.maps import Geometry, Shape
 from mvkernels.triton.problem import PARTS_BYTES
 
+PARTS = 16, 24, 40
+"""Channels of the heads that have a kernel for 256 tokens without a bias."""
 HELD = 64
 """Tokens of a group, at most, for sums of a bias's gradient to stay in shared memory."""
 
@@ -81,7 +83,7 @@ def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) ->
     tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
     if problem.dtype.itemsize != 2 or not is_equal(geometry):
         return 0
-    if plain and tokens in (16, 64):
+    if plain and (tokens in (16, 64) or (tokens == 256 and dim in PARTS)):
         return tokens
     # With masks and a bias there are those of windows, whose heads have 32 channels. Those of 144 tokens want more
     # registers than later architectures leave.
@@ -97,9 +99,11 @@ def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain
     rows = rows_of(tokens)
     team = rows // 16
     warps = max(team, 4)
-    needed = tiles.whole(rows, team, warps, need_bias)
+    # Of 256 tokens half of the keys at a time: csrc/cuda/attention/backward_parts.cuh.
+    module, keys = ("backward_parts", rows // 2) if tokens == 256 else ("backward_whole", rows)
+    needed = tiles.whole(rows, keys, team, warps, need_bias)
     kind = "_plain" * plain + f"_{tokens}"
-    return _Backward("backward_whole", kind, warps, team, rows, 0, need_bias, needed, 1, width)
+    return _Backward(module, kind, warps, team, rows, 0, need_bias, needed, 1, width)
 
 
 def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, plain: bool) -> _Backward:
@@ -119,7 +123,7 @@ def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, pla
 def _divided(problem: AttentionProblem, geometry: Geometry, need_bias: bool, positive: bool, aligned: int) -> _Backward:
     plain, width = is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
     if width >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
-        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64), width)
+        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64, 256), width)
         if found.shared_bytes <= configs.shared_memory_of(problem.device.arch):
             return found
     return _by_keys(problem, geometry, need_bias, plain)

@@ -5,6 +5,7 @@ An op's own launcher gives its arguments as these: ``group``, the size of patche
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Mapping, Sequence
 
@@ -50,8 +51,8 @@ def why_not(
 
 
 def _positive(scale: float) -> bool:
-    # Not what float32 has no room for.
-    return scale > 1e-30
+    # And so that float32 has room for it and for its multiples.
+    return 1e-30 < scale < 1e38
 
 
 def _run(
@@ -66,7 +67,10 @@ def _run(
     tensors = {"bias": query if bias is None else bias, "ordered": query, "partial": query} | tensors
     for name, shape in shapes.items():
         tensors[name] = query.new_empty(shape, dtype=torch.float32 if name == "partial" else query.dtype)
-    run(launches, tensors, {"scale": scale, "scale2": scale * LOG2E})
+    # Kernels that are given no scale2 multiply scores by the scale first, as the reference does; what float32 has no
+    # room for is infinite there, too.
+    scales = {"scale": ctypes.c_float(scale).value, "scale2": scale * LOG2E if _positive(scale) else 0.0}
+    run(launches, tensors, scales)
 
 
 def _aligned(maps: Sequence[tuple[str, torch.Tensor]]) -> int:

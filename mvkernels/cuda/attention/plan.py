@@ -66,9 +66,9 @@ class Tiles:
         """Bytes of a block of csrc/cuda/attention/walk.cuh: q, k and v of two units, and what a Walk keeps of them."""
         return 6 * rows * self.row + 4 * (rows + 2 * 9 + 4 * warps)
 
-    def whole(self, rows: int, team: int, warps: int, held: bool) -> int:
+    def whole(self, rows: int, keys: int, team: int, warps: int, held: bool) -> int:
         """Bytes of a block of csrc/cuda/attention/whole_unit.cuh: what a WholeUnit says of each team's."""
-        pairs = 2 * rows * (rows + self.gap) * self.size
+        pairs = 2 * rows * (keys + self.gap) * self.size
         masks_and_state = (team + (10 if team > 4 else 3)) // 4 * 16
         return warps // team * (4 * rows * self.row + pairs + 4 * rows + masks_and_state + 4 * rows**2 * held)
 
