@@ -123,6 +123,15 @@ def test_units_of_fewer_rows_than_warps_bring(case: Case, processors: int) -> No
     assert not cases.faults(case, "bf16", processors=processors)
 
 
+def test_a_scale_near_the_largest_of_float32() -> None:
+    """Its product with log2(e) has no room there."""
+
+    def tiny(arguments: dict[str, Any]) -> None:
+        arguments["query"], arguments["key"] = arguments["query"] * 2**-66, arguments["key"] * 2**-62
+
+    assert not cases.faults(Case(2, 36, (9, 7), (2, 2), scale=3e38, change=tiny), "bf16")
+
+
 @pytest.mark.parametrize("scale", [1e39, -1e39])
 def test_a_scale_beyond_float32(scale: float) -> None:
     """It is infinite, as in PyTorch's own products of float32."""

@@ -1,7 +1,7 @@
 // A call of the backward: its arguments, and the parameters of all of its kernels, which are the same.
 #pragma once
 
-#include "bias.cuh"
+#include "ordered_bias.cuh"
 #include "products.cuh"
 #include "rows.cuh"
 

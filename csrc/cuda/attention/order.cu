@@ -3,7 +3,7 @@
 // times.
 //
 // A thread makes a lane's part of a tile: eight reads, which go on at once, and a write.
-#include "bias.cuh"
+#include "ordered_bias.cuh"
 
 namespace mvk::attention {
 

@@ -1,7 +1,7 @@
 // Sums of 16 queries of a warp of the forward, and how keys are added to them.
 #pragma once
 
-#include "bias.cuh"
+#include "ordered_bias.cuh"
 #include "products.cuh"
 
 namespace mvk::attention {

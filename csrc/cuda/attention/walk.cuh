@@ -250,7 +250,7 @@ struct Walk {
       uint4 all;
       load_shared(all, at + buffer + i * Mine::STEP * ROW);
       const char* const to = out.of(given.out, mine, i, places + first_row);
-      if (moved >> i & 1) *reinterpret_cast<uint4*>(const_cast<char*>(to)) = all;
+      if (moved >> i & 1) store_word(const_cast<char*>(to), all);
     }
   }
   __device__ __forceinline__ void leave() {

@@ -148,7 +148,7 @@ def groups_of(geometry: Geometry, rows: int, team: int) -> Shape:
 
 
 def ordered_size(heads: int, copies: int, tiles: int) -> Shape:
-    """Of a bias in the order of csrc/cuda/attention/bias.cuh, in so many tiles of 16 x 16 along both axes."""
+    """Of a bias in the order of csrc/cuda/attention/ordered_bias.cuh, in so many tiles of 16 x 16 along both axes."""
     return copies, heads, tiles, tiles, 256
 
 
