@@ -17,6 +17,7 @@ from torch.nn.functional import conv2d
 from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention.cuda import launcher, plan
+from mvkernels.ops.multiscale_linear_attention.triton import launcher as triton
 from mvkernels.triton import configs
 from tests.ptx import nvcc
 from tests.ptx.launches import Executed, executed
@@ -107,6 +108,83 @@ def test_convolutions_and_their_gradients(case: tuple[Any, ...], dtype: torch.dt
     assert all(torch.equal(*pair) for pair in zip(gradients, again, strict=True))
     results = {"out": out, "dx": to} | {f"dw{i}": each for i, each in enumerate(gradients)}
     _held(str(case), results, held, log)
+
+
+def _by_taps(x: Tensor, wide: Tensor, mixing: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Both convolutions, tap by tap: what lies beyond the border is no term, not even as a zero."""
+    (height, width), (groups, dim) = x.shape[2:], (x.shape[1] // mixing.shape[1], mixing.shape[1])
+    each = first[:, None, None].expand(x.shape).clone()
+    reach = wide.shape[-1] // 2
+
+    def cut(size: int, step: int) -> tuple[slice, slice]:
+        return slice(max(0, -step), size - max(0, step)), slice(max(0, step), size + min(0, step))
+
+    for dy, dx in itertools.product(range(-reach, reach + 1), repeat=2):
+        if abs(dy) < height and abs(dx) < width:
+            (y, to_y), (x_, to_x) = cut(height, dy), cut(width, dx)
+            each[..., y, x_] += x[..., to_y, to_x] * wide[:, 0, dy + reach, dx + reach, None, None]
+    mixed = torch.einsum("goi,bgihw->bgohw", mixing.view(groups, dim, dim), each.unflatten(1, (groups, dim)))
+    return mixed.flatten(1, 2) + second[:, None, None]
+
+
+# Side of the kernel, H, W, processors; a pixel of the border is then in a whole square, or in one that the map cuts.
+BORDERS = [(3, 4, 5, 132), (5, 8, 8, 132), (5, 7, 14, 1), (3, 1, 2, 132), (5, 9, 17, 1)]
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("border", BORDERS, ids=str)
+def test_nan_and_infinity_reach_only_what_they_are_a_term_of(
+    border: tuple[int, ...], dtype: torch.dtype, backend: str
+) -> None:
+    """One pixel of the map or of the gradient: all gradients, and the scale, of any channel, pixel and tap."""
+    side, height, width, processors = border
+    groups, dim = 5, 16
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, groups, dim, height, width)
+    x, grad, before = (_map("normal", shape, "channels_last", dtype, generator) for _ in range(3))
+    wide, mixing, (first, second) = _weights(groups * dim, dim, side, (True, True), dtype, generator)
+    module: Any = launcher if backend == "cuda" else triton
+    places = [(0, 0), (height - 1, width - 1), (height // 2, 0)]
+    bad = [(which, place, torch.nan) for which in (0, 1) for place in places]
+    bad += [(1, (0, 0), torch.inf), (0, (height - 1, width - 1), -torch.inf)]
+
+    def results(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        convolutions = module.Convolutions(dim, wide, mixing, (first, second))
+        out, found = convolutions.aggregate(x), convolutions.weight_gradients(grad, x)
+        to = before.clone(memory_format=torch.preserve_format)
+        convolutions.add_map_gradient(grad.clone(memory_format=torch.preserve_format), to)
+        return {"out": out, "dx": to, **{f"dw{i}": each for i, each in enumerate(found)}}
+
+    with executed(processors=processors) as log:
+        clean = results(x, grad)
+        for which, (y, x_), value in bad:
+            maps = [x.clone(memory_format=torch.preserve_format), grad.clone(memory_format=torch.preserve_format)]
+            maps[which][1, 19, y, x_] = value
+            leaves = [each.double().requires_grad_() for each in (maps[0], wide, mixing, first, second)]
+            out = _by_taps(*leaves)
+            wanted = [out.detach(), *torch.autograd.grad(out, leaves, maps[1].double())]
+            wanted[1] = wanted[1] + before.double()
+            for (name, found), exact in zip(results(*maps).items(), wanted, strict=True):
+                told = f"{name} of {value} at {y, x_} in {'gradient' if which else 'map'}"
+                assert torch.equal(found.isfinite(), exact.isfinite()), told
+                rest, same = found[exact.isfinite()], clean[name][exact.isfinite()]
+                torch.testing.assert_close(rest, same, msg=lambda text, told=told: f"{told}: {text}")
+    assert not [found for launch in log for found in launch.findings]
+
+
+def test_a_depthwise_sum_beyond_the_border_may_pass_the_largest_float16() -> None:
+    """It is made beside those of the map's pixels, is of no use to anyone, and must not turn a gradient into NaN."""
+    dim, width = 16, 5
+    x = (torch.arange(width) * 15000.0).expand(1, dim, width, width).half()
+    x = x.contiguous(memory_format=torch.channels_last)
+    wide = torch.zeros(dim, 1, 5, 5, dtype=torch.float16)
+    wide[:, 0, 2, 1], wide[:, 0, 2, 2] = 2.0, -2.0  # -30000 at each pixel, and twice 60000 on the right of the last
+    mixing = torch.eye(dim, dtype=torch.float16)[:, :, None, None].contiguous()
+    grad = torch.full_like(x, 2.0**-7)
+    with executed():
+        found = launcher.Convolutions(dim, wide, mixing, (None, None)).weight_gradients(grad, x)[1]
+    torch.testing.assert_close(found, torch.full_like(found, -30000.0 * 2.0**-7 * (width - 1) * width))
 
 
 def test_a_block_takes_several_tiles() -> None:

@@ -8,6 +8,9 @@
 // of its two channels reach: K * K sums for each. Then the makers multiply the gradient of the scale with what they
 // made, over all pixels of the tile, one band of 16 outputs a warp. Second stage: the parts are added in the order of
 // the blocks.
+//
+// Beyond the border the map and the gradient are zeros, so that no product needs a mask. But zero times an infinity or
+// NaN is NaN. So a lane whose sums of taps are not finite at the end sums again, without what lies beyond the border.
 #pragma once
 
 #include "tiles.cuh"
@@ -79,9 +82,12 @@ struct WeightSums {
 #pragma unroll
         for (int p = 0; p < SQUARE; ++p) sums[p][0] = start.x, sums[p][1] = start.y;
         if (inside) add_taps<T, K, D, Input::COLS, SLAB<D>>(sums, corner, taps + 2 * lane);
+        const int down = height - y - square_y, right = width - x_ - square_x;
 #pragma unroll
         for (int p = 0; p < SQUARE; ++p) {
-          write_two(depthwise + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane, sums[p][0], sums[p][1]);
+          const bool there = p / SIDE < down && p % SIDE < right;  // beyond the border the sum may be infinite
+          T* to = depthwise + (warp * SQUARE + p) * PITCH<T, D> + 2 * lane;
+          write_two(to, there ? sums[p][0] : 0.0f, there ? sums[p][1] : 0.0f);
         }
       } else if (inside) {
         const T* own = given + warp * SQUARE * PITCH<T, D>;
@@ -100,7 +106,12 @@ struct WeightSums {
         }
       }
     });
-    const int slice = opaque(blockIdx.x) / ((opaque(channels) + SLAB<D> - 1) / SLAB<D>);
+    const int blocks = opaque(blockIdx.x), all_slabs = (opaque(channels) + SLAB<D> - 1) / SLAB<D>;
+    const int slice = blocks / all_slabs;
+    if (!makes && !finite(*reinterpret_cast<Taps*>(kept))) {
+      const Input again(left, height, width, rows, columns, slice * steps, tiles, steps, buffers);
+      sum_inside(*reinterpret_cast<Taps*>(kept), grad + channel, x + channel, mix, from_grad, from, again);
+    }
     parts += static_cast<int64_t>(slice) * PARTS<K, D> * channels;
     if (makes) {
       store_mixed(
@@ -151,6 +162,50 @@ struct WeightSums {
             sums[dy * K + dx][1] = fmaf(value.y, given[p].y, sums[dy * K + dx][1]);
           }
         }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ bool finite(const Taps& sums) {
+    float zero = 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < K * K; ++tap) zero = fmaf(sums[tap][0], 0.0f, fmaf(sums[tap][1], 0.0f, zero));
+    return zero == 0.0f;
+  }
+
+  // A lane's sums of taps once more, from global memory: only pixels of the map are multiplied. This is slow, and rare.
+  static __device__ __forceinline__ void sum_inside(
+      Taps& sums, const T* grad, const T* x, const T* mix, const Strides& from_grad, const Strides& from,
+      const Input& input) {
+    const int thread = opaque(threadIdx.x), warp = thread / 32 % OWNERS;
+    const int own = thread % 32 * 2, first = own / D * D;
+#pragma unroll
+    for (int tap = 0; tap < K * K; ++tap) sums[tap][0] = sums[tap][1] = 0.0f;
+    Place place(input.begin, input.columns, input.rows);
+#pragma unroll 1
+    for (int i = 0; i < input.count * SQUARE; ++i) {
+      if (i && i % SQUARE == 0) place.advance(input.columns, input.rows);
+      const int y = place.y * TY + warp / 2 * SIDE + i % SQUARE / SIDE;
+      const int x_ = place.x * 8 + warp % 2 * SIDE + i % SIDE;
+      if (y >= input.height || x_ >= input.width) continue;
+      const T* given = grad + place.batch * from_grad.batch + y * from_grad.y + x_ * from_grad.x + first;
+      float2 returned = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+      for (int out = 0; out < D; ++out) {
+        const float2 weight = read_two(mix + (first + out) * MIX_PITCH<T, D> + own - first);
+        const float g = to_float(given[out]);
+        returned.x = fmaf(g, weight.x, returned.x), returned.y = fmaf(g, weight.y, returned.y);
+      }
+      const T* pixel = x + place.batch * from.batch + (y - K / 2) * from.y + (x_ - K / 2) * from.x + own;
+#pragma unroll
+      for (int tap = 0; tap < K * K; ++tap) {
+        if (tap && tap % K == 0) pixel += from.y - (K - 1) * from.x;
+        if (tap % K) pixel += from.x;
+        const int row = opaque(y) + tap / K - K / 2, col = opaque(x_) + tap % K - K / 2;
+        if (row < 0 || row >= input.height || col < 0 || col >= input.width) continue;
+        const float2 value = read_two(pixel);
+        sums[tap][0] = fmaf(value.x, returned.x, sums[tap][0]);
+        sums[tap][1] = fmaf(value.y, returned.y, sums[tap][1]);
       }
     }
   }

@@ -181,21 +181,19 @@ def depthwise_backward(
 # TAPS * WIDTH lanes. Images follow each other in the inner loop, so that where a tile's pixels and their neighbours
 # lie, and whether these are inside, is found once for all of them. What it adds to S goes to (slice, group, K * K * D,
 # D); with a bias there is one row more, for the sum of g. The sums stay in registers.
-@triton.jit(do_not_specialize=_G + _X + _SIZES + ["batches", "images", "parts"])
-def weight_sums(
-    g_ptr, x_ptr, s_ptr,
-    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, batches, images, parts,
-    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
+#
+# Beyond the border x is 0 in these products. That times an infinity or NaN in g is NaN, where S has no such term. So
+# if S is not finite it is summed again with 0 for what is not finite in g, and each tap that meets such a pixel is NaN.
+@triton.jit
+def _products(
+    g_ptr, x_ptr,
+    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches, images, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, TAPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
-    LOOP: tl.constexpr, IMAGES: tl.constexpr,
+    PRECISION: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr,
+    FINITE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    pid = tl.program_id(0)
-    group = (pid % groups).to(tl.int64)
-    rest = pid // groups
-    chunk = rest % CHUNKS
-    part = rest // CHUNKS
+    """(S, the sum of g); unless FINITE with 0 for what is not finite in g."""
     lanes = tl.arange(0, TAPS * WIDTH)
     tap = chunk * TAPS + lanes // WIDTH
     channel = lanes % WIDTH
@@ -215,14 +213,11 @@ def weight_sums(
     width = divider(W)
     sums = tl.zeros([TAPS * WIDTH, WIDTH], ACC)
     total = tl.zeros([BLOCK, WIDTH], ACC)
-    first = part // parts * images
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part % parts * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < H * W
         y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
-        ty = y[:, None] + dy[None, :]
-        tx = x[:, None] + dx[None, :]
-        there = keep[:, None] & used[None, :] & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+        there = _reached(y, x, tap, used, keep, H, W, K)
         offsets = row_offsets(y, x, xsy, xsx, LX, AX, False)[:, None] + along[None, :]
         for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
             batch = first + image
@@ -232,15 +227,93 @@ def weight_sums(
             g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
             x_at = x_ptr + plane(tl.cast(batch, tl.int64), group, xsb, xsh, LX, AX)
             g = _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
+            if BIASED:
+                total += g.to(ACC)
+            if not FINITE:
+                g = tl.where(g.to(ACC) * 0.0 == 0.0, g, 0.0).to(g.dtype)
             values = tl.load(x_at + offsets, mask=there, other=0.0)
             left = round_tf32(tl.trans(values), PRECISION)
             sums = tl.dot(left, round_tf32(g, PRECISION), sums, input_precision=PRECISION, out_dtype=ACC)
-            if WB or MB:
-                total += g.to(ACC)
+    return sums, total
+
+
+@triton.jit
+def _met(
+    g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images, chunk,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, WIDE: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """For each channel of g a bit for each tap that meets a pixel where it is not finite."""
+    bit = tl.arange(0, TAPS)
+    tap = chunk * TAPS + bit
+    width = divider(W)
+    met = tl.zeros([1, WIDTH], tl.int32)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < H * W
+        y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
+        meets = tl.sum(tl.where(_reached(y, x, tap, tap < K * K, keep, H, W, K), 1 << bit[None, :], 0), 1)
+        for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
+            batch = first + image
+            if IMAGES > 0:
+                keep = keep & (batch < batches)
+            g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
+            g = _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
+            met = met | tl.reduce(tl.where(g.to(ACC) * 0.0 == 0.0, 0, meets[:, None]), 0, _either)[None, :]
+    return met
+
+
+@triton.jit
+def _reached(y, x, tap, used, keep, H, W, K: tl.constexpr):
+    # (pixels, taps): whether a tap reaches a pixel of the map from here.
+    ty = y[:, None] + (tap // K - K // 2)[None, :]
+    tx = x[:, None] + (tap % K - K // 2)[None, :]
+    return keep[:, None] & used[None, :] & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=_G + _X + _SIZES + ["batches", "images", "parts"])
+def weight_sums(
+    g_ptr, x_ptr, s_ptr,
+    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, groups, H, W, tiles, slices, steps, batches, images, parts,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, TAPS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    group = (pid % groups).to(tl.int64)
+    rest = pid // groups
+    chunk = rest % CHUNKS
+    part = rest // CHUNKS
+    begin = part % parts * steps
+    first = part // parts * images
+    sums, total = _products(
+        g_ptr, x_ptr, gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches,
+        images, chunk, D, WIDTH, K, WB or MB, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES, True, ACC,
+    )  # fmt: skip
+    lanes = tl.arange(0, TAPS * WIDTH)
+    if tl.sum(tl.sum(sums * 0.0, 1), 0) != 0.0:
+        sums, _ = _products(
+            g_ptr, x_ptr, gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches,
+            images, chunk, D, WIDTH, K, False, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES, False, ACC,
+        )  # fmt: skip
+        met = _met(
+            g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images, chunk,
+            D, WIDTH, K, LG, AG, WIDE, TAPS, BLOCK, LOOP, IMAGES, ACC,
+        )  # fmt: skip
+        sums = tl.where(((met >> (lanes // WIDTH)[:, None]) & 1) == 1, float("nan"), sums)
+    tap = chunk * TAPS + lanes // WIDTH
+    channel = lanes % WIDTH
     cols = tl.arange(0, WIDTH)
     s_ptr += (part.to(tl.int64) * groups + group) * ((K * K * D + (1 if WB or MB else 0)) * D)
     at = (tap * D + channel)[:, None] * D + cols[None, :]
-    tl.store(s_ptr + at, sums, mask=used[:, None] & (cols < D)[None, :])
+    tl.store(s_ptr + at, sums, mask=((tap < K * K) & (channel < D))[:, None] & (cols < D)[None, :])
     if WB or MB:
         tl.store(s_ptr + K * K * D * D + cols, tl.sum(total, 0), mask=(cols < D) & (chunk == 0))
 
