@@ -100,7 +100,8 @@ def test_convolutions_and_their_gradients(case: tuple[Any, ...], dtype: torch.dt
     with executed(processors=processors) as log:
         convolutions = launcher.Convolutions(dim, wide, mixing, both)
         read = launcher.readable(x)
-        out = convolutions.aggregate(read)
+        out = torch.empty_like(read)
+        convolutions.aggregate(read, out)
         gradients = [each for each in convolutions.weight_gradients(grad, read) if each.numel()]
         again = [each for each in convolutions.weight_gradients(grad, read) if each.numel()]
         to = before.clone(memory_format=torch.preserve_format)
@@ -151,7 +152,8 @@ def test_nan_and_infinity_reach_only_what_they_are_a_term_of(
 
     def results(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         convolutions = module.Convolutions(dim, wide, mixing, (first, second))
-        out, found = convolutions.aggregate(x), convolutions.weight_gradients(grad, x)
+        out, found = torch.empty_like(x), convolutions.weight_gradients(grad, x)
+        convolutions.aggregate(x, out)
         to = before.clone(memory_format=torch.preserve_format)
         convolutions.add_map_gradient(grad.clone(memory_format=torch.preserve_format), to)
         return {"out": out, "dx": to, **{f"dw{i}": each for i, each in enumerate(found)}}
@@ -231,7 +233,7 @@ def test_each_barrier_is_needed(kernel: str) -> None:
     wide, mixing, both = _weights(groups * dim, dim, 5, (True, True), torch.bfloat16, generator)
     convolutions = launcher.Convolutions(dim, wide, mixing, both)
     calls: dict[str, Callable[[], Any]] = {
-        "aggregate": lambda: convolutions.aggregate(x),
+        "aggregate": lambda: convolutions.aggregate(x, torch.empty_like(x)),
         "map_gradient": lambda: convolutions.add_map_gradient(grad, torch.zeros_like(x)),
         "weight_sums": lambda: convolutions.weight_gradients(grad, x),
     }

@@ -11,7 +11,6 @@ with channels first after.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +24,6 @@ from mvkernels.dispatch.registry import OPS
 from mvkernels.ops.multiscale_linear_attention import scales
 from mvkernels.ops.multiscale_linear_attention.cuda import plan
 from mvkernels.ops.multiscale_linear_attention.cuda.plan import aggregate_launches, map_launches, weight_launches
-from mvkernels.ops.multiscale_linear_attention.triton.plan import ScaleProblem
 from mvkernels.triton.maps import INT32, needed
 
 _BYTES = 16
@@ -52,29 +50,13 @@ def _aligned(map_: Tensor) -> bool:
     return all(stride * map_.element_size() % _BYTES == 0 for stride in (strides[0], *strides[3:]))
 
 
-def _empty(like: Tensor) -> Tensor:
-    batch, channels, height, width = like.shape
-    return like.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
-
-
 def readable(map_: Tensor) -> Tensor:
     """A map (B, C, H, W) as the kernels read it: itself, or a copy."""
-    return map_ if _aligned(map_) else _empty(map_).copy_(map_)
+    return map_ if _aligned(map_) else scales.empty_scale(map_).copy_(map_)
 
 
-@dataclass(frozen=True)
-class Convolutions:
-    """The two convolutions that make a scale, and what the kernels read of their weights."""
-
-    head_dim: int
-    wide: Tensor
-    mixing: Tensor
-    biases: tuple[Tensor | None, Tensor | None]
-
-    def _problem(self, **maps: Tensor) -> ScaleProblem:
-        named = [(name, each.unflatten(1, (-1, self.head_dim))) for name, each in maps.items()]
-        given = (self.biases[0] is not None, self.biases[1] is not None)
-        return ScaleProblem.of(named[0][1], named, False, kernel=self.wide.shape[-1], biases=given)
+class Convolutions(scales.Convolutions):
+    """Those of the kernels here, on maps as :func:`readable` gives them, and what these read of the weights."""
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -85,27 +67,21 @@ class Convolutions:
         first, second = (mixing if b is None else b.contiguous() for b in self.biases)
         return {"wide": self.wide.contiguous(), "m": mixing, "wb": first, "mb": second}
 
-    def aggregate(self, x: Tensor) -> Tensor:
-        """The scale of a map that :func:`readable` gave: a map of its size, channels last."""
-        maps = {"x": x, "o": _empty(x)}
-        run(aggregate_launches(self._problem(**maps)), maps | self._tensors, {})
-        return maps["o"]
+    def aggregate(self, x: Tensor, to: Tensor) -> None:
+        problem, maps = self.named(x=x, o=to)
+        run(aggregate_launches(problem), maps | self._tensors, {})
 
     def add_map_gradient(self, grad: Tensor, to: Tensor) -> None:
-        """Add the gradient of x, given that of the scale; both maps as :func:`readable` gives them."""
-        maps = {"g": grad, "o": to}
-        run(map_launches(self._problem(**maps)), maps | self._tensors, {})
+        problem, maps = self.named(g=grad, o=to)
+        run(map_launches(problem), maps | self._tensors, {})
 
     def weight_gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the four weights, given that of the scale; empty for a bias that is not there."""
-        maps = {"g": grad, "x": x}
-        launches, shape = weight_launches(self._problem(**maps))
-        found = [t.new_empty(t.shape) for t in (self.wide, self.mixing)]
-        found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in self.biases]
+        problem, maps = self.named(g=grad, x=x)
+        launches, shape = weight_launches(problem)
+        found = self.empty_gradients()
         parts = x.new_empty(shape, dtype=torch.float32)
-        results = dict(zip(("dw", "dm", "dwb", "dmb"), found))
-        run(launches, maps | self._tensors | {"parts": parts} | results, {})
-        return tuple(found)
+        run(launches, maps | self._tensors | {"parts": parts} | found, {})
+        return tuple(found.values())
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -116,6 +92,6 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, qkv: Tensor, sums: Tensor, depthwise: Sequence[Tensor], *more: Any) -> list[Tensor]:
     """[dqkv, dense in qkv's order; then the gradients of the weights]: see ``scales.backward``."""
     in_place = not depthwise or channels_last(qkv)
-    dqkv = empty_map(qkv, qkv.shape[1]) if in_place else _empty(qkv)
+    dqkv = empty_map(qkv, qkv.shape[1]) if in_place else scales.empty_scale(qkv)
     found = scales.backward(Convolutions, readable, dqkv, grad, qkv, sums, depthwise, *more)
     return [dqkv if in_place else empty_map(qkv, qkv.shape[1]).copy_(dqkv), *found]

@@ -13,7 +13,6 @@ with channels last always.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -24,13 +23,12 @@ from mvkernels.dispatch.checks import channels_last, empty_map
 from mvkernels.dispatch.launches import run
 from mvkernels.ops.multiscale_linear_attention import scales
 from mvkernels.ops.multiscale_linear_attention.triton.plan import (
-    ScaleProblem,
     aggregate_launches,
     map_launches,
     weight_launches,
 )
 from mvkernels.ops.relu_linear_attention import why_not_triton as why_not_attention
-from mvkernels.triton.launch import INTERPRETED, parts
+from mvkernels.triton.launch import parts
 from mvkernels.triton.maps import INT32
 from mvkernels.triton.problem import sums_dtype
 
@@ -53,22 +51,8 @@ def _channels_last(map_: Tensor) -> Tensor:
     return map_ if channels_last(map_) else map_.contiguous(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class Convolutions:
-    """The two convolutions that make a scale, and what the kernels read of their weights."""
-
-    head_dim: int
-    wide: Tensor
-    mixing: Tensor
-    biases: tuple[Tensor | None, Tensor | None]
-
-    def _named(self, **maps: Tensor) -> dict[str, Tensor]:
-        return {name: each.unflatten(1, (-1, self.head_dim)) for name, each in maps.items()}
-
-    def _problem(self, named: dict[str, Tensor]) -> ScaleProblem:
-        given = (self.biases[0] is not None, self.biases[1] is not None)
-        maps = list(named.items())
-        return ScaleProblem.of(maps[0][1], maps, INTERPRETED, kernel=self.wide.shape[-1], biases=given)
+class Convolutions(scales.Convolutions):
+    """Those of the kernels here, on maps with channels last, and what these read of the weights."""
 
     @cached_property
     def _weights(self) -> dict[str, Tensor]:
@@ -78,30 +62,22 @@ class Convolutions:
         held = torch.empty(taps.shape, dtype=sums_dtype(taps.dtype), device=taps.device).copy_(taps)
         return {"taps": held, "m": mixing, "wb": first, "mb": second}
 
-    def aggregate(self, x: Tensor) -> Tensor:
-        """The scale of a map: a map of its size, channels last."""
-        out = torch.empty_like(x, memory_format=torch.channels_last)
-        named = self._named(x=x, o=out)
-        run(aggregate_launches(self._problem(named)), named | self._weights, {})
-        return out
+    def aggregate(self, x: Tensor, to: Tensor) -> None:
+        problem, maps = self.named(x=x, o=to)
+        run(aggregate_launches(problem), maps | self._weights, {})
 
     def add_map_gradient(self, grad: Tensor, to: Tensor) -> None:
-        """Add the gradient of x, given that of the scale, which is written over."""
-        named = self._named(e=grad, o=to)
-        run(map_launches(self._problem(named)), named | self._weights, {})
+        problem, maps = self.named(e=grad, o=to)
+        run(map_launches(problem), maps | self._weights, {})
 
     def weight_gradients(self, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the four weights, given that of the scale; empty for a bias that is not there."""
-        named = self._named(g=grad, x=x)
-        problem = self._problem(named)
+        problem, maps = self.named(g=grad, x=x)
         launches, slices = weight_launches(problem)
-        found = [t.new_empty(t.shape) for t in (self.wide, self.mixing)]
-        found += [x.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in self.biases]
+        found = self.empty_gradients()
         size = (x.shape[1] // self.head_dim, problem.sum_rows, self.head_dim)
         made = {"parts": parts(slices, x, size), "sums": x.new_empty(size, dtype=sums_dtype(x.dtype))}
-        results = dict(zip(("dw", "dm", "dwb", "dmb"), found))
-        run(launches, named | self._weights | made | results, {})
-        return tuple(found)
+        run(launches, maps | self._weights | made | found, {})
+        return tuple(found.values())
 
 
 def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
