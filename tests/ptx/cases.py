@@ -215,8 +215,8 @@ def _layer(size: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, 
 
 
 _WIDE = ("2x256 7x7", "contiguous", ({5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)},))
-# As many maps as a small GPU has processors, and more: one stays in one program, several tiles of pairs of heads.
-_PAIR = ("2x12 20x17", "channels_last", ({5: (4, 2, 12, 20, 17), 4: (4, 2, 6, 12)},))
+# As many maps as a small GPU has processors, and more: one stays in one program, several tiles.
+_ALONE = ("2x12 20x17", "channels_last", ({5: (4, 2, 12, 20, 17), 4: (4, 2, 6, 12)},))
 MORE: dict[str, tuple[More, ...]] = {
     "patch_attention": (
         ("2x36 21x19", "packed", ({5: (1, 2, 36, 21, 19)},)),
@@ -239,8 +239,8 @@ MORE: dict[str, tuple[More, ...]] = {
     ),
     # On a small GPU enough rows for the largest blocks, and one more.
     "patch_transformer_layer": (("4x36 19x27", "channels_last", (_layer, (19, 27))),),
-    "mobile_to_former": (_WIDE, _PAIR),
-    "former_to_mobile": (_WIDE, _PAIR),
+    "mobile_to_former": (_WIDE, _ALONE),
+    "former_to_mobile": (_WIDE, _ALONE),
     "inverted_residual": (
         _residual(48, 80, 24, 3, 2, 13, 11),
         _residual(24, 40, 72, 3, 1, 6, 9, activation="hardswish"),
@@ -270,7 +270,7 @@ FEW = {
         "7x8 to 3x3",
     ),
     "window_attention": ("3x32 9x7", "14x14_w7s3", "8x16 w8", "9x10 w4s2", "13x14 w12s6"),
-    "mobile_to_former": ("2x6 9x7", "2x24_14x14_m3", "2x256", "2x12 20x17"),
+    "mobile_to_former": ("2x24_14x14_m3", "2x6 9x7", "2x256", "2x12 20x17"),
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256", "2x12 20x17"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
     "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mvkernels.dispatch.launches import run
-from mvkernels.triton.bridge.configs import TOKENS, is_wide
+from mvkernels.triton.bridge.configs import TOKENS, is_wide, rounded, tokens_at_once
 from mvkernels.triton.launch import (
     INTERPRETED,
     Launch,
@@ -76,30 +76,34 @@ class Plan:
         self.block = min(config["BLOCK"], lanes(self.map.area))
         self.tiles = -(-self.map.area // self.block)
         self.units, self.rows = batch * heads, batch * heads * problem.tokens
-        self.token_blocks = -(-problem.tokens // TOKENS)
+        self.tokens = TOKENS if self.wide else tokens_at_once(key)
+        self.token_blocks = -(-problem.tokens // self.tokens)
         # Pieces of a wide head, a program each.
         self.pieces = -(-d // config["SLICE"]) if self.wide else 1
         # Few units: their pixels are cut, such that every processor has programs.
         programs = self.units * self.token_blocks * self.pieces
         wanted = config["PROGRAMS"] * problem.device.processors // programs
-        if self.tiles <= _FEW and programs >= problem.device.processors:
+        if 4 * programs >= 3 * problem.device.processors and (self.tiles <= _FEW or config.get("ALONE")):
             wanted = 1  # the second stage would take longer
         self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
         self.slices = -(-self.tiles // self.steps)
+        # Whether all tiles are whole, and all slices have as many.
+        self.exact = self.map.area % self.block == 0 and self.tiles % self.steps == 0
+        self.parts = min(config.get("PARTS", 1), self.block // 16)  # of as many pixels as a product takes
         self.meta = self._meta() | ({name: config[name] for name in ("SLICE", "DEPTH")} if self.wide else self._whole())
 
     def _key(self) -> dict[str, Any]:
         problem = self.problem
         return {
             "d": problem.shape[2],
-            "m": TOKENS if problem.tokens <= TOKENS else 2 * TOKENS,
+            "m": rounded(problem.op, problem.tokens),
             "dtype": problem.key_dtype,
             "last": int(self.map.maps["x"][0] == 1),
             "arch": problem.device.arch,
         }
 
     def _meta(self) -> dict[str, Any]:
-        meta = {"M": self.problem.tokens, "D": self.problem.shape[2], "TOKENS": TOKENS, "BLOCK": self.block}
+        meta = {"M": self.problem.tokens, "D": self.problem.shape[2], "TOKENS": self.tokens, "BLOCK": self.block}
         meta |= {"N_ALIGN": self.map.n_align, "LINEAR": self.map.linear, "WIDE": self.map.wide}
         for name in self.names:
             layout = self.map.maps[name] if name in self.map.maps else self._token_layout(*self.token_strides[name])
@@ -111,7 +115,7 @@ class Plan:
         d0, d1 = pieces(d, problem.dtype.itemsize == 4 and problem.precision == "ieee")
         if problem.dtype == torch.float64:
             d0, d1 = lanes(d), 0
-        return {"D0": d0, "D1": d1}
+        return {"D0": d0, "D1": d1, "WHOLE": self.exact}
 
     def _token_layout(self, sb: int, sh: int, sm: int, sd: int) -> tuple[int, int]:
         return (1, low_bit(sb, sh, sm, limit=self.map.vector)) if sd == 1 else (0, 1)

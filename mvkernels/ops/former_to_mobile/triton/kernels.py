@@ -3,18 +3,16 @@
 import triton
 import triton.language as tl
 
-from mvkernels.triton.bridge.tiles import MAP, SIZES, load_tokens, store_tokens, unit_of
+from mvkernels.triton.bridge.tiles import MAP, SIZES, inside, load_tokens, place, store_tokens, unit_of
 from mvkernels.triton.tiles import (
     dense_strides,
     divider,
     dot_nt,
     exact,
     load_tile,
-    pixel_of,
     plane,
     round_tf32,
     round_tile,
-    row_offsets,
     store_tile,
 )
 
@@ -59,7 +57,8 @@ def forward_pixels(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr, LV: tl.constexpr, AV: tl.constexpr,
     LO: tl.constexpr, AO: tl.constexpr, N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, _block, part = unit_of(tl.program_id(0), heads, 1, slices)
@@ -69,41 +68,55 @@ def forward_pixels(
     ob, oh, od, oy, ox = dense_strides(heads, D, H, W, LO)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     out_ptr += plane(batch, head, ob, oh, LO, AO)
-    n = part.to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    keep = n < tl.multiple_of(H * W, N_ALIGN)
-    y, x = pixel_of(n, divider(W), 0, 0, 1, 1, LINEAR, WIDE)
-    x0, x1 = load_tile(x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE)
+    start = part.to(tl.int32) * BLOCK
+    keep = inside(start, tl.multiple_of(H * W, N_ALIGN), BLOCK, WHOLE)
+    width = divider(W)
+    tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE)
+    x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE)
     q0, q1 = round_tile(x0, x1, D1, PRECISION)
-    top = tl.full([BLOCK], -float("inf"), ACC)
-    total = tl.zeros([BLOCK], ACC)
-    sum0 = tl.zeros([BLOCK, D0], ACC)
-    sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
-    for block in range(0, (M + TOKENS - 1) // TOKENS):
+    if M <= TOKENS:
         k0, k1, v0, v1, keep_m = _token_block(
-            block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+            0, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
             M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
         )  # fmt: skip
-        top, p, fade = _rescale(top, _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION))
-        total = total * fade + tl.sum(p, 1)
+        scores = _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION)
+        p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        p = p * (1.0 / tl.sum(p, 1))[:, None]
         p = round_tf32(p.to(v0.dtype), PRECISION)
-        sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
-        if D1 > 0:
-            sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
-    sum0 = sum0 / total[:, None]
-    sum1 = sum1 / total[:, None]
+        sum0 = tl.dot(p, v0, input_precision=PRECISION, out_dtype=ACC)
+        sum1 = tl.dot(p, v1, input_precision=PRECISION, out_dtype=ACC) if D1 > 0 else sum0
+    else:
+        top = tl.full([BLOCK], -float("inf"), ACC)
+        total = tl.zeros([BLOCK], ACC)
+        sum0 = tl.zeros([BLOCK, D0], ACC)
+        sum1 = tl.zeros([BLOCK, D1 if D1 > 0 else 1], ACC)
+        for block in range(0, (M + TOKENS - 1) // TOKENS):
+            k0, k1, v0, v1, keep_m = _token_block(
+                block, batch, head, k_ptr, v_ptr, ksb, ksh, ksm, ksd, vsb, vsh, vsm, vsd,
+                M, D, D0, D1, LK, AK, LV, AV, TOKENS, PRECISION,
+            )  # fmt: skip
+            top, p, fade = _rescale(top, _scores(q0, q1, k0, k1, keep_m, factor, D1, PRECISION))
+            total = total * fade + tl.sum(p, 1)
+            p = round_tf32(p.to(v0.dtype), PRECISION)
+            sum0 = tl.dot(p, v0, sum0 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+            if D1 > 0:
+                sum1 = tl.dot(p, v1, sum1 * fade[:, None], input_precision=PRECISION, out_dtype=ACC)
+        sum0 = sum0 / total[:, None]
+        sum1 = sum1 / total[:, None]
     if RESIDUAL:
         sum0 += x0.to(ACC)
         if D1 > 0:
             sum1 += x1.to(ACC)
-    store_tile(out_ptr, sum0, sum1, row_offsets(y, x, oy, ox, LO, AO, LINEAR), keep, od, D, D0, D1, LO, AO, WIDE)
+    tile, at = place(out_ptr, start, width, oy, ox, BLOCK, LO, AO, LINEAR, WIDE)
+    store_tile(tile, sum0, sum1, at, keep, od, D, D0, D1, LO, AO, WIDE)
 
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile whose maxima and sums are known.
 @triton.jit
 def _gradients(scores, dp, keep, base, share, delta, keep_m, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    inside = keep[:, None] & keep_m[None, :]
-    p = tl.where(inside, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
-    ds = tl.where(inside, p * (dp - delta[:, None]), 0.0)
+    there = keep[:, None] & keep_m[None, :]
+    p = tl.where(there, tl.exp2(scores - base[:, None]) * share[:, None], 0.0)
+    ds = tl.where(there, p * (dp - delta[:, None]), 0.0)
     return round_tf32(p.to(dtype), PRECISION), round_tf32(ds.to(dtype), PRECISION)
 
 
@@ -119,7 +132,8 @@ def backward_slices(
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, LK: tl.constexpr, AK: tl.constexpr,
     LV: tl.constexpr, AV: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RESIDUAL: tl.constexpr,
-    DX: tl.constexpr, DTOKENS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    WHOLE: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -142,13 +156,12 @@ def backward_slices(
     dv1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        keep = n < pixels
-        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
-        at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
-        x0, x1 = load_tile(x_ptr, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
-        at = row_offsets(y, x, gsy, gsx, LG, AG, LINEAR)
-        r0, r1 = load_tile(g_ptr, at, keep, gsd, D, D0, D1, LG, AG, WIDE)
+        start = (part.to(tl.int32) * steps + step) * BLOCK
+        keep = inside(start, pixels, BLOCK, WHOLE)
+        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, False)
+        x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        tile, at = place(g_ptr, start, width, gsy, gsx, BLOCK, LG, AG, LINEAR, WIDE, False)
+        r0, r1 = load_tile(tile, at, keep, gsd, D, D0, D1, LG, AG, WIDE)
         g0, g1 = round_tile(r0, r1, D1, PRECISION)
         scores = _scores(x0, x1, k0, k1, keep_m, factor, D1, PRECISION)
         dp = dot_nt(g0, g1, v0, v1, D1, PRECISION)
@@ -213,8 +226,8 @@ def backward_slices(
                 dx0 += r0.to(ACC)
                 if D1 > 0:
                     dx1 += r1.to(ACC)
-            at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
-            store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
+            tile, at = place(dx_ptr, start, width, dxy, dxx, BLOCK, LD, AD, LINEAR, WIDE, False)
+            store_tile(tile, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
     if DTOKENS:
         m = block * TOKENS + tl.arange(0, TOKENS)
         row = unit * M + m + part * rows

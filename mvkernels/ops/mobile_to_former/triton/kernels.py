@@ -20,17 +20,29 @@ from mvkernels.ops.mobile_to_former.triton.row_kernels import (
     rows_of,
     store_rows,
 )
-from mvkernels.triton.bridge.tiles import GRAD, MAP, QUERY, SIZES, load_tokens, store_tokens, unit_of
+from mvkernels.triton.bridge.tiles import (
+    GRAD,
+    MAP,
+    QUERY,
+    SIZES,
+    add_pixels,
+    along_tokens,
+    inside,
+    load_tokens,
+    no_sums,
+    of_all,
+    place,
+    store_tokens,
+    unit_of,
+)
 from mvkernels.triton.tiles import (
     dense_strides,
     divider,
     dot_nt,
     exact,
     load_tile,
-    pixel_of,
     plane,
     round_tf32,
-    row_offsets,
     slices_of,
     store_tile,
 )
@@ -46,7 +58,7 @@ def forward_slices(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -64,12 +76,10 @@ def forward_slices(
     sum1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
     width = divider(W)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        keep = n < pixels
-        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(
-            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
-        )
+        start = (part.to(tl.int32) * steps + step) * BLOCK
+        keep = inside(start, pixels, BLOCK, WHOLE)
+        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE)
+        x0, x1 = load_tile(tile, at, keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
         scores = tl.where(keep[None, :], dot_nt(q0, q1, x0, x1, D1, PRECISION) * factor, -float("inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         # A row with no score above -inf yet has to stay 0, not become inf - inf.
@@ -135,6 +145,26 @@ def forward_merge(
     tl.store(out_ptr + row[:, None] * D + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+# What is known of the rows of a block of tokens after the ``steps`` tiles of pixels from the ``first`` on.
+@triton.jit
+def _rows(
+    x_ptr, q0, q1, g0, g1, keep_m, factor, first, steps, pixels, width, xsd, xsy, xsx,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        start = (first + step) * BLOCK
+        n = start + tl.arange(0, BLOCK)
+        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, LX == 1)
+        x0, x1 = load_tile(tile, at, inside(start, pixels, BLOCK, WHOLE), xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
+        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, (n < pixels)[:, None] & keep_m[None, :])
+        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
+        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
+    return rows_of(top, total, index, base, rest)
+
+
 # The backward's first stage. One program: a block of tokens against one slice of a unit's pixels. It has the tokens and
 # their gradient in registers, reads the slice once, and writes four numbers and an index of each token.
 @triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
@@ -144,7 +174,7 @@ def backward_rows(
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
     N_ALIGN: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -157,19 +187,10 @@ def backward_rows(
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep_m, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
     x_ptr += plane(batch, head, xsb, xsh, LX, AX)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    top, total, index, base, rest = no_tile(BLOCK, TOKENS, ACC)
-    width = divider(W)
-    for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
-        keep = n < pixels
-        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(
-            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
-        )
-        scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
-        dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
-        top, total, index, base, rest = add_tile(scores, dp, n, top, total, index, base, rest)
-    top, total, index, base, rest = rows_of(top, total, index, base, rest)
+    top, total, index, base, rest = _rows(
+        x_ptr, q0, q1, g0, g1, keep_m, factor, part.to(tl.int32) * steps, steps, pixels, divider(W), xsd, xsy, xsx,
+        D, D0, D1, LX, AX, LINEAR, WIDE, PRECISION, WHOLE, TOKENS, BLOCK, LOOP, ACC,
+    )  # fmt: skip
     store_rows(stats_ptr, index_ptr, unit * M + m + part * rows, keep_m, top, total, index, base, rest)
 
 
@@ -205,10 +226,10 @@ def backward_merge(
     store_rows(stats_ptr, index_ptr, row, keep, top, total, index, base, rest)
 
 
-# Queries of a block of tokens, their gradient, and what is known of their rows.
+# Queries of a block of tokens, their gradient, which there are, and their rows.
 @triton.jit
 def _token_block(
-    block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+    block, batch, head, unit, q_ptr, g_ptr,
     qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd,
     M: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     LQ: tl.constexpr, AQ: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, TOKENS: tl.constexpr,
@@ -218,8 +239,7 @@ def _token_block(
     keep = m < M
     q0, q1 = load_tokens(q_ptr, batch, head, m, keep, qsb, qsh, qsm, qsd, D, D0, D1, LQ, AQ, PRECISION)
     g0, g1 = load_tokens(g_ptr, batch, head, m, keep, gsb, gsh, gsm, gsd, D, D0, D1, LG, AG, PRECISION)
-    top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep)
-    return q0, q1, g0, g1, keep, top, total, index, base, rest
+    return q0, q1, g0, g1, keep, unit * M + m
 
 
 @triton.jit
@@ -227,15 +247,17 @@ def _gradients(
     x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor,
     D1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    inside = keep[:, None] & keep_m[None, :]
-    scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, inside)
+    scores = masked(dot_nt(x0, x1, q0, q1, D1, PRECISION), factor, keep[:, None] & keep_m[None, :])
     dp = dot_nt(x0, x1, g0, g1, D1, PRECISION)
-    p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
-    return round_tf32(p.to(x0.dtype), PRECISION), round_tf32(ds.to(x0.dtype), PRECISION)
+    p, ds = gradients(scores, dp, n, top, total, index, base, rest)
+    p = round_tf32(p.to(x0.dtype), PRECISION)
+    return along_tokens(p), along_tokens(round_tf32(ds.to(x0.dtype), PRECISION))
 
 
 # One program, one slice of a unit's pixels: DX, their gradient, from all tokens; DTOKENS, what they add to dquery.
-# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block.
+# Both at once with one block of tokens; beyond that a launch each, the second with a program for each block. ALONE:
+# with one block and one slice the program finds what is known of the rows itself, and reads the map again from the
+# caches.
 @triton.jit(do_not_specialize=GRAD + QUERY + MAP + SIZES)
 def backward_slices(
     g_ptr, q_ptr, x_ptr, stats_ptr, index_ptr, dq_ptr, dx_ptr, scale, scale_low, scale2, scale2_low,
@@ -245,7 +267,8 @@ def backward_slices(
     LG: tl.constexpr, AG: tl.constexpr, LQ: tl.constexpr, AQ: tl.constexpr,
     LX: tl.constexpr, AX: tl.constexpr, LD: tl.constexpr, AD: tl.constexpr, N_ALIGN: tl.constexpr,
     LINEAR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, DX: tl.constexpr, DTOKENS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
+    ALONE: tl.constexpr, PARTS: tl.constexpr, WHOLE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     unit, block, part = unit_of(tl.program_id(0), heads, blocks, slices)
@@ -257,54 +280,67 @@ def backward_slices(
     dxb, dxh, dxd, dxy, dxx = dense_strides(heads, D, H, W, LD)
     dx_ptr += plane(batch, head, dxb, dxh, LD, AD)
     pixels = tl.multiple_of(H * W, N_ALIGN)
-    q0, q1, g0, g1, keep_m, top, total, index, base, rest = _token_block(
-        block, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
+    q0, q1, g0, g1, keep_m, row = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr,
         qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
     )  # fmt: skip
-    dq0 = tl.zeros([TOKENS, D0], ACC)
-    dq1 = tl.zeros([TOKENS, D1 if D1 > 0 else 1], ACC)
+    # As operands of products that sum over tokens, along_tokens.
+    ACROSS: tl.constexpr = max(TOKENS, 16)
+    wq0, wq1, wg0, wg1, keep_w, row_w = _token_block(
+        block, batch, head, unit, q_ptr, g_ptr,
+        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, ACROSS, PRECISION,
+    )  # fmt: skip
+    dq0 = no_sums(PARTS, ACROSS, D0, ACC)
+    dq1 = no_sums(PARTS, ACROSS, D1 if D1 > 0 else 1, ACC)
     width = divider(W)
+    if ALONE:
+        top, total, index, base, rest = _rows(
+            x_ptr, q0, q1, g0, g1, keep_m, factor, 0, steps, pixels, width, xsd, xsy, xsx,
+            D, D0, D1, LX, AX, LINEAR, WIDE, PRECISION, WHOLE, TOKENS, BLOCK, LOOP, ACC,
+        )  # fmt: skip
+        total = tl.where(keep_m, total, 1.0)  # of no token: gradients of 0
+    else:
+        top, total, index, base, rest = load_rows(stats_ptr, index_ptr, row, keep_m)
     for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (part.to(tl.int32) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        start = (part.to(tl.int32) * steps + step) * BLOCK
+        n = start + tl.arange(0, BLOCK)
         keep = n < pixels
-        y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
-        x0, x1 = load_tile(
-            x_ptr, row_offsets(y, x, xsy, xsx, LX, AX, LINEAR), keep, xsd, D, D0, D1, LX, AX, WIDE, PRECISION
-        )
+        there = inside(start, pixels, BLOCK, WHOLE)
+        tile, at = place(x_ptr, start, width, xsy, xsx, BLOCK, LX, AX, LINEAR, WIDE, LX == 1)
+        x0, x1 = load_tile(tile, at, there, xsd, D, D0, D1, LX, AX, WIDE, PRECISION)
         p, ds = _gradients(
             x0, x1, n, keep, q0, q1, g0, g1, keep_m, top, total, index, base, rest, factor, D1, PRECISION
         )
         if DTOKENS:
-            dst = tl.trans(ds)
-            dq0 = tl.dot(dst, x0, dq0, input_precision=PRECISION, out_dtype=ACC)
+            dq0 = add_pixels(ds, x0, dq0, PARTS, PRECISION, ACC)
             if D1 > 0:
-                dq1 = tl.dot(dst, x1, dq1, input_precision=PRECISION, out_dtype=ACC)
+                dq1 = add_pixels(ds, x1, dq1, PARTS, PRECISION, ACC)
         if DX:
-            dx0 = tl.dot(ds, q0, input_precision=PRECISION, out_dtype=ACC) * scale
-            dx0 = tl.dot(p, g0, dx0, input_precision=PRECISION, out_dtype=ACC)
+            dx0 = tl.dot(ds, wq0, input_precision=PRECISION, out_dtype=ACC) * scale
+            dx0 = tl.dot(p, wg0, dx0, input_precision=PRECISION, out_dtype=ACC)
             dx1 = dx0
             if D1 > 0:
-                dx1 = tl.dot(ds, q1, input_precision=PRECISION, out_dtype=ACC) * scale
-                dx1 = tl.dot(p, g1, dx1, input_precision=PRECISION, out_dtype=ACC)
-            for other in range(1, (M + TOKENS - 1) // TOKENS):
-                a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b = _token_block(
-                    other, batch, head, unit, q_ptr, g_ptr, stats_ptr, index_ptr,
-                    qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
-                )  # fmt: skip
-                p, ds = _gradients(
-                    x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,
-                    D1, PRECISION,
-                )  # fmt: skip
-                dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
-                dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
-                if D1 > 0:
-                    dx1 += tl.dot(ds, a1, input_precision=PRECISION, out_dtype=ACC) * scale
-                    dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
-            at = row_offsets(y, x, dxy, dxx, LD, AD, LINEAR)
-            store_tile(dx_ptr, dx0, dx1, at, keep, dxd, D, D0, D1, LD, AD, WIDE)
+                dx1 = tl.dot(ds, wq1, input_precision=PRECISION, out_dtype=ACC) * scale
+                dx1 = tl.dot(p, wg1, dx1, input_precision=PRECISION, out_dtype=ACC)
+            if M > TOKENS:
+                for other in range(1, (M + TOKENS - 1) // TOKENS):
+                    a0, a1, b0, b1, keep_b, row_b = _token_block(
+                        other, batch, head, unit, q_ptr, g_ptr,
+                        qsb, qsh, qsm, qsd, gsb, gsh, gsm, gsd, M, D, D0, D1, LQ, AQ, LG, AG, TOKENS, PRECISION,
+                    )  # fmt: skip
+                    top_b, total_b, index_b, base_b, rest_b = load_rows(stats_ptr, index_ptr, row_b, keep_b)
+                    p, ds = _gradients(
+                        x0, x1, n, keep, a0, a1, b0, b1, keep_b, top_b, total_b, index_b, base_b, rest_b, factor,
+                        D1, PRECISION,
+                    )  # fmt: skip
+                    dx0 += tl.dot(ds, a0, input_precision=PRECISION, out_dtype=ACC) * scale
+                    dx0 = tl.dot(p, b0, dx0, input_precision=PRECISION, out_dtype=ACC)
+                    if D1 > 0:
+                        dx1 += tl.dot(ds, a1, input_precision=PRECISION, out_dtype=ACC) * scale
+                        dx1 = tl.dot(p, b1, dx1, input_precision=PRECISION, out_dtype=ACC)
+            tile, at = place(dx_ptr, start, width, dxy, dxx, BLOCK, LD, AD, LINEAR, WIDE, LX == 1)
+            store_tile(tile, dx0, dx1, at, there, dxd, D, D0, D1, LD, AD, WIDE)
     if DTOKENS:
-        m = block * TOKENS + tl.arange(0, TOKENS)
-        row = unit * M + m + part * rows
-        if D1 > 0:
-            dq1 = dq1 * scale
-        store_tokens(dq_ptr, dq0 * scale, dq1, row, m < M, D, D0, D1)
+        dq0 = of_all(dq0, PARTS) * scale
+        dq1 = of_all(dq1, PARTS) * scale if D1 > 0 else dq0
+        store_tokens(dq_ptr, dq0, dq1, row_w + part * rows, keep_w, D, D0, D1)

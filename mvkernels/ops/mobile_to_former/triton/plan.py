@@ -39,10 +39,15 @@ def backward_launches(problem: BridgeProblem) -> tuple[list[Launch], int]:
     rows, whole = ("stats_parts", "index_parts"), ("stats", "index")
     kernel = wide_kernels.rows_wide if plan.wide else kernels.backward_rows
     meta = {name: value for name, value in plan.meta.items() if name != "SLICE"}
-    launches = [plan.launch(kernel, plan.token_blocks, ("g", "q", "x", *(rows if split else whole)), SCALE2, meta)]
+    alone = not plan.wide and not split and plan.token_blocks == 1
+    launches = []
+    if not alone:
+        found = rows if split else whole
+        launches.append(plan.launch(kernel, plan.token_blocks, ("g", "q", "x", *found), SCALE2, meta))
     if split:
         launches.append(plan.merge(kernels.backward_merge, 1, (*rows, *whole), {}))
     kernel = wide_kernels.backward_wide if plan.wide else kernels.backward_slices
     pointers = ("g", "q", "x", *whole, "dq_sums" if split else "dq", "dx")
-    launches += plan.backward(kernel, pointers, plan.made_map("D"))
+    meta = plan.made_map("D") | ({} if plan.wide else {"ALONE": alone, "PARTS": plan.parts})
+    launches += plan.backward(kernel, pointers, meta)
     return launches + ([plan.sum_slices("dq")] if split else []), plan.slices

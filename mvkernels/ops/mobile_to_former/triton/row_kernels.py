@@ -17,19 +17,18 @@ def masked(products, factor, inside):
 # of the rest are of other pixels: its error is relative to their weight, and not to a dP that cancels out.
 # Each element of the tile has its own, of the pixels that it has met: nothing is exchanged between threads until
 # rows_of puts them together.
+# Of the old and the new score of an element one is the highest, and its power of two is 1.
 @triton.jit
 def add_tile(scores, dp, n, top, total, index, base, rest):
     higher = scores > top
-    highest = tl.maximum(top, scores)
-    # An element with no score above -inf yet has to stay 0, not become inf - inf.
-    shift = tl.where(highest == -float("inf"), 0.0, highest)
-    fade = tl.exp2(top - shift)
-    e = tl.exp2(scores - shift)
-    moved = tl.where(higher, dp, base)
+    weight = tl.exp2(-tl.abs(scores - top))
+    fade = tl.where(higher, weight, 1.0)
+    other = dp - base
     # At the first pixel this adds 0 times the base: all of the row is NaN where that is not finite, as it should be.
-    rest = rest * fade + total * fade * (base - moved) + tl.where(higher, 0.0, e * (dp - moved))
-    total = total * fade + e
-    return highest, total, tl.where(higher, n[:, None], index), moved, rest
+    rest = rest * fade + weight * other * tl.where(higher, -total, 1.0)
+    total = total * fade + tl.where(higher, 1.0, weight)
+    index = tl.where(higher, n[:, None], index)
+    return tl.maximum(top, scores), total, index, tl.where(higher, dp, base), rest
 
 
 @triton.jit
@@ -41,15 +40,21 @@ def rows_of(top, total, index, base, rest):
     moved = tl.sum(tl.where(own, base, 0.0), 0)
     fade = tl.exp2(top - tl.where(highest == -float("inf"), 0.0, highest)[None, :])
     rest = tl.sum(fade * (rest + total * (base - moved[None, :])), 0)
-    return highest, tl.sum(fade * total, 0), at, moved, rest
+    # Where the highest is infinite the row is NaN, as inf - inf is: add_tile has not taken that difference.
+    total = tl.where(highest == float("inf"), float("nan"), tl.sum(fade * total, 0))
+    return highest, total, at, moved, rest
 
 
 @triton.jit
 def no_tile(BLOCK: tl.constexpr, TOKENS: tl.constexpr, ACC: tl.constexpr):
-    """(top, total, index, base, rest) of the elements before the first tile: each pixel another's index."""
+    """(top, total, index, base, rest) of the elements before the first tile: each pixel another's index.
+
+    The top is the lowest number, and not -inf, whose difference to a score of -inf would be none.
+    """
+    LOWEST: tl.constexpr = -1.7976931348623157e308 if tl.float64 == ACC else -3.4028234663852886e38
     zero = tl.zeros([BLOCK, TOKENS], ACC)
     index = tl.zeros([BLOCK, TOKENS], tl.int32) + tl.arange(0, BLOCK)[:, None]
-    return tl.full([BLOCK, TOKENS], -float("inf"), ACC), zero, index, zero, zero
+    return tl.full([BLOCK, TOKENS], LOWEST, ACC), zero, index, zero, zero
 
 
 @triton.jit
@@ -74,13 +79,13 @@ def load_rows(stats_ptr, index_ptr, row, keep, TOP: tl.constexpr = 0.0, TOTAL: t
 
 # Probabilities and the gradient of the scores, (pixels, tokens), of a tile's scores and dP. backward_rows had the
 # same scores, for it sums the same tiles in the same way: where a pixel is all of a row p is 1, and the gradient of
-# its score 0.
+# its score 0. Outside scores are -inf, and both are 0.
 @triton.jit
-def gradients(scores, dp, n, inside, top, total, index, base, rest):
+def gradients(scores, dp, n, top, total, index, base, rest):
     share = 1.0 / total
     shift = tl.where(top == -float("inf"), 0.0, top)
     rest = rest * share
     p = tl.exp2(scores - shift[None, :]) * share[None, :]
     # The base cancels out for the row's own pixel alone; for the others what it rounds off is relative to their weight.
     dp = tl.where(n[:, None] == index[None, :], -rest[None, :], dp - (base + rest)[None, :])
-    return p, tl.where(inside, p * dp, 0.0)
+    return p, p * dp

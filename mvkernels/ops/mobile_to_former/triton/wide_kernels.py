@@ -80,8 +80,8 @@ def forward_wide(
     store_slice(out_ptr, sums, row.to(tl.int64) * D, keep_m, 1, start, SLICE, D, 1, 1, True)
 
 
-# Scores and dP, (pixels, tokens), of a tile and a block of tokens, and which of them are inside. Both stages of the
-# backward call this, so that their scores are the same.
+# Scores and dP, (pixels, tokens), of a tile and a block of tokens. Both stages of the backward call this, so that their
+# scores are the same.
 @triton.jit
 def _scores(
     q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
@@ -89,7 +89,6 @@ def _scores(
     LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    inside = keep[:, None] & keep_m[None, :]
     scores = products(
         x_ptr, at, keep, xsd, q_ptr, q_rows, keep_m, qsd,
         BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LQ, AQ, True, PRECISION, ACC,
@@ -98,7 +97,7 @@ def _scores(
         x_ptr, at, keep, xsd, g_ptr, g_rows, keep_m, gsd,
         BLOCK, TOKENS, DEPTH, D, LX, AX, WIDE, LG, AG, True, PRECISION, ACC,
     )  # fmt: skip
-    return masked(scores, factor, inside), dp, inside
+    return masked(scores, factor, keep[:, None] & keep_m[None, :]), dp
 
 
 # One program: as backward_rows. It needs no piece of the channels: all that it sums are scalars of a token.
@@ -131,7 +130,7 @@ def rows_wide(
         keep = n < pixels
         y, x = pixel_of(n, width, 0, 0, 1, 1, LINEAR, WIDE)
         at = row_offsets(y, x, xsy, xsx, LX, AX, LINEAR)
-        scores, dp, _inside = _scores(
+        scores, dp = _scores(
             q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
             D, DEPTH, LQ, AQ, LG, AG, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
         )  # fmt: skip
@@ -181,12 +180,12 @@ def backward_wide(
             keep_m = m < M
             q_rows = token_rows(m, qsm, LQ, AQ)
             g_rows = token_rows(m, gsm, LG, AG)
-            scores, dp, inside = _scores(
+            scores, dp = _scores(
                 q_ptr, q_rows, g_ptr, g_rows, keep_m, x_ptr, at, keep, factor, qsd, gsd, xsd,
                 D, DEPTH, LQ, AQ, LG, AG, LX, AX, WIDE, PRECISION, TOKENS, BLOCK, ACC,
             )  # fmt: skip
             top, total, index, base, rest = load_rows(stats_ptr, index_ptr, unit * M + m, keep_m)
-            p, ds = gradients(scores, dp, n, inside, top, total, index, base, rest)
+            p, ds = gradients(scores, dp, n, top, total, index, base, rest)
             p = round_tf32(p.to(x_ptr.dtype.element_ty), PRECISION)
             ds = round_tf32(ds.to(x_ptr.dtype.element_ty), PRECISION)
             if DTOKENS:
