@@ -241,7 +241,7 @@ def test_each_barrier_is_needed(kernel: str) -> None:
     def one_buffer(_: Any, kernel: str, by_registers: int, buffers: int) -> int:
         return 2 - buffers
 
-    ptx = nvcc.ptx_of("multiscale_linear_attention/bf16_5")
+    ptx = nvcc.ptx_of("multiscale_linear_attention/half_5")
     begin = ptx.index(f".entry multiscale_{kernel}_bf16_5_{dim}{'' if kernel == 'weight_sums' else '_16'}(")
     end = ptx.find(".visible .entry", begin)
     barriers = [each for each in re.finditer(r"bar\.sync\s+0;", ptx) if begin < each.start() < end]

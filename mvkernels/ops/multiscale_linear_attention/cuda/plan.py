@@ -98,7 +98,7 @@ class _Plan:
         self.rows, self.columns = -(-self.height // TILE_ROWS), -(-self.width // columns)
         self.tiles = batch * self.rows * self.columns
         self.name = NAMES[problem.dtype]
-        self.module = f"{FOLDER}/{self.name}_{problem.kernel}"
+        self.module = f"{FOLDER}/{'half' if problem.dtype.itemsize == 2 else self.name}_{problem.kernel}"
 
     def _strides(self, names: str) -> tuple[int, ...]:
         strides = dict(self.problem.strides)

@@ -1,4 +1,0 @@
-// bfloat16 maps and depthwise kernels of 5 x 5.
-#include "kernels.cuh"
-
-MULTISCALE_KERNELS(bf16, 5)

@@ -1,4 +1,0 @@
-// float16 maps and depthwise kernels of 3 x 3.
-#include "kernels.cuh"
-
-MULTISCALE_KERNELS(f16, 3)
