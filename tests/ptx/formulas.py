@@ -130,12 +130,12 @@ def integers() -> list[Instruction]:
     return found
 
 
-def bit_field(a: int, b: int, c: int, signed: bool) -> int:
-    """PTX ISA, bfe: the field's bits below 32; above them the sign, which is that of the field's highest bit or of the
-    word's."""
+def bit_field(a: int, b: int, c: int, signed: bool, width: int) -> int:
+    """PTX ISA, bfe: the field's bits below ``width``; above them the sign, which is that of the field's highest bit or
+    of the word's."""
     position, length = b & 255, c & 255
-    sign = signed and length > 0 and a >> min(position + length - 1, 31) & 1
-    bits = [(a >> position + i & 1 if position + i < 32 else sign) if i < length else sign for i in range(32)]
+    sign = signed and length > 0 and a >> min(position + length - 1, width - 1) & 1
+    bits = [(a >> position + i & 1 if position + i < width else sign) if i < length else sign for i in range(width)]
     return sum(int(bit) << i for i, bit in enumerate(bits))
 
 
@@ -158,9 +158,18 @@ def permuted(a: int, b: int, c: int) -> int:
 
 def oddities() -> list[Instruction]:
     return [
-        Instruction("bfe.u32", "u32 u32 u32", "u32", wrapped(lambda a, b, c: bit_field(a, b, c, False), "u32")),
-        Instruction(
-            "bfe.s32", "s32 u32 u32", "s32", wrapped(lambda a, b, c: bit_field(a & 0xFFFFFFFF, b, c, True), "s32")
+        *(
+            Instruction(
+                f"bfe.{sign}{width}",
+                f"{sign}{width} u32 u32",
+                f"{sign}{width}",
+                wrapped(
+                    lambda a, b, c, sign=sign, width=width: bit_field(a & (1 << width) - 1, b, c, sign == "s", width),
+                    f"{sign}{width}",
+                ),
+            )
+            for sign in "us"
+            for width in (32, 64)
         ),
         Instruction("bfi.b32", "b32 b32 u32 u32", "b32", wrapped(inserted, "b32")),
         Instruction("prmt.b32", "b32 b32 b32", "b32", wrapped(permuted, "b32")),

@@ -95,14 +95,16 @@ T shift_right(T a, uint32_t by) {
 
 template <class T>
 T bit_field(T a, uint32_t from, uint32_t length) {
+  using Word = std::make_unsigned_t<T>;
+  constexpr uint32_t bits = 8 * sizeof(T);
   from &= 255, length &= 255;
-  const uint32_t top = std::min(from + length - 1, 31u);
   if (length == 0) return 0;
-  const bool sign = std::is_signed_v<T> && (static_cast<uint32_t>(a) >> top & 1);
-  const uint64_t field = from > 31 ? 0 : static_cast<uint32_t>(a) >> from;
-  const uint64_t kept = length >= 32 ? ~0ull : (1ull << length) - 1;
-  const uint64_t inside = from + length > 32 ? (from > 31 ? 0 : (1ull << (32 - from)) - 1) : kept;
-  return static_cast<T>(static_cast<uint32_t>((field & inside) | (sign ? ~inside : 0)));
+  const uint32_t top = std::min(from + length - 1, bits - 1);
+  const bool sign = std::is_signed_v<T> && (static_cast<Word>(a) >> top & 1);
+  const Word field = from >= bits ? 0 : static_cast<Word>(a) >> from;
+  const uint32_t inside = from >= bits ? 0 : std::min(length, bits - from);
+  const Word kept = inside >= bits ? ~Word{0} : static_cast<Word>((Word{1} << inside) - 1);
+  return static_cast<T>((field & kept) | (sign ? ~kept : Word{0}));
 }
 
 // The low bits of a in place of a field of b.
@@ -290,6 +292,8 @@ void add_arithmetic() {
   add_bits<uint16_t>("b16"), add_bits<uint32_t>("b32"), add_bits<uint64_t>("b64");
   lanewise<bit_field<int32_t>>("bfe.s32", INTEGER);
   lanewise<bit_field<uint32_t>>("bfe.u32", INTEGER);
+  lanewise<bit_field<int64_t>>("bfe.s64", INTEGER);
+  lanewise<bit_field<uint64_t>>("bfe.u64", INTEGER);
   lanewise<insert_field>("bfi.b32", INTEGER);
   lanewise<permute>("prmt.b32", INTEGER);
 
