@@ -29,7 +29,7 @@ prediction = pytest.importorskip("mvkernels.ops.inverted_residual.triton.predict
 
 OP = OPS["inverted_residual"]
 CHANNELS = st.sampled_from([1, 3, 8, 16, 20, 24, 33, 40])
-CELLS = [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 2)]
+TILES = [(1, 1, 1), (2, 4, 2), (4, 4, 4), (8, 2, 1), (2, 16, 8), (4, 8, 2)]
 
 
 def in_dtype(arguments: dict[str, Any], dtype: torch.dtype, kind: str) -> dict[str, Any]:
@@ -84,15 +84,16 @@ def test_any_block_map_and_strides(arguments):
 @settings(max_examples=24, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     arguments=problems(),
-    cells=st.sampled_from(CELLS),
-    chunk=st.sampled_from([0, 16, 32]),
+    tile=st.sampled_from(TILES),
+    chunk=st.sampled_from([16, 32]),
     blocks=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32]), st.sampled_from([16, 64])),
+    programs=st.sampled_from([1, 3]),
 )
-def test_any_configuration(arguments, cells, chunk, blocks):
-    names = ("BLOCK", "BLOCK_H", "BLOCK_O")
-    change = {"SY": cells[0], "SX": cells[1], "CHUNK": chunk} | dict(zip(names, blocks))
+def test_any_configuration(arguments, tile, chunk, blocks, programs):
+    names = ("BLOCK_M", "BLOCK_H", "BLOCK_O")
+    change = dict(zip(("TY", "TX", "SX"), tile)) | {"CHUNK": chunk, "PROGRAMS": programs} | dict(zip(names, blocks))
     problem = problem_of(arguments)
-    with configs.trying(OP.name, "forward_cells", configs.key_text(plan.key_of(problem)), change):
+    with configs.trying(OP.name, "forward_tiles", configs.key_text(plan.key_of(problem)), change):
         check(arguments)
 
 
@@ -202,35 +203,52 @@ def block(sizes: tuple[int, ...], side: int, batch: int, device: str = "sm_90", 
 
 def test_grids_and_offsets_of_large_maps():
     (launch,) = plan.forward_launches(block((64, 256, 64, 3, 1), 512, 256))
-    pixels = launch.meta["SY"] * launch.meta["SX"] * launch.meta["BLOCK"]
-    assert launch.grid == 256 * 512**2 // pixels and not launch.meta["WIDE"]
-    (launch,) = plan.forward_launches(block((64, 256, 64, 3, 1), 6000, 1))
-    assert launch.meta["WIDE"] and launch.grid < 2**31
+    tiles = launch.ints[-3]
+    assert tiles == 256 * 512**2 // (launch.meta["TY"] * launch.meta["TX"]) and not launch.meta["WIDE"]
+    assert launch.grid == 132 and launch.meta["HALO_Y"] and launch.meta["HALO_X"]
+    # Inside of a tile offsets are 32-bit, unless it alone spans more.
+    large = block((64, 256, 64, 3, 1), 6000, 1)
+    assert not plan.forward_launches(large)[0].meta["WIDE"]
+    apart = replace(large, strides=(("x", (1 << 40, 1, 1 << 27, 64)),))
+    assert plan.forward_launches(apart)[0].meta["WIDE"]
+
+
+@pytest.mark.parametrize("device", PRETENDED)
+@pytest.mark.parametrize("case", OP.suite("full"), ids=str)
+def test_what_programs_store_of_expanded_maps_fits_the_second_level_cache(case, device):
+    """Half of it, so that a read of what was stored a moment ago needs no memory."""
+    arguments = case.make(batch=128, dtype=torch.bfloat16, device="meta", layout="channels_last")
+    names = ("x", "expand", "depthwise", "project", "stride", "activation", "residual")
+    problem = launcher.problem_of(*(arguments[name] for name in names))
+    (launch,) = plan.forward_launches(replace(problem, device=PRETENDED[device]))
+    assert 2 * launch.grid * launch.meta["SLOT"] <= prediction.PEAKS[PRETENDED[device].arch].cache / 2
 
 
 def test_where_it_is_predicted_to_be_faster():
-    """Maps that three kernels move and few channels: yes. Many channels, whose products are made several times: no."""
+    """Maps that three kernels move and few channels: yes. Many channels of small maps, which stay in the cache: no."""
     for device in PRETENDED:
-        assert launcher.faster(block((32, 128, 64, 3, 2), 64, 128, device))
+        assert launcher.faster(block((16, 64, 32, 3, 2), 128, 128, device))
         assert not launcher.faster(block((256, 1024, 256, 3, 1), 8, 128, device))
     assert not launcher.faster(
-        replace(block((32, 128, 64, 3, 2), 64, 128), device=configs.Device("other", "gfx942", 304))
+        replace(block((16, 64, 32, 3, 2), 128, 128), device=configs.Device("other", "gfx942", 304))
     )
 
 
 def test_the_prediction_follows_its_terms():
     peaks = prediction.PEAKS["sm_90"]
     key = launcher.block_key(block((32, 128, 64, 3, 1), 64, 128))
-    config = {"SY": 2, "SX": 2, "BLOCK": 16, "BLOCK_O": 64}
+    config = {"TY": 8, "TX": 16, "SX": 4, "BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_O": 64, "CHUNK": 32, "PROGRAMS": 2}
     three, one = prediction.three_kernels(key, peaks), prediction.one_kernel(key, config, peaks)
     # By hand: 4096 * 128 pixels over 132 processors, hidden maps of 128 channels written and read; all is bytes.
     pixels = 4096 * 128 / 132
     moved = 2 * pixels * (32 + 128 + 128 + 128 + 128 + 64) / peaks.bytes
     assert three == pytest.approx(moved + 3 * prediction.LAUNCH)
-    elements = math.ceil(4096 * 128 / 64 / 132) * 64 * 128
-    instructions = 4 * (4 + 1.5 + 1) + 9 + 4 + 4
-    alone = elements * instructions / 128 / prediction.REACHED
-    assert one == pytest.approx(alone * prediction.WAITING + prediction.LAUNCH)
+    # Tiles of 10 * 18 pixels with their borders take three blocks of 64; instructions decide.
+    tiles = 4096 * 128 / 128 / 132
+    instructions = 192 / 128 * (4 + prediction.OTHERS) + 1.2 * 6 * 3 / 4 + 9 + 4 + prediction.OTHERS
+    busy = math.ceil(tiles) * 128 * 128 * instructions / 128 / prediction.REACHED
+    waiting = prediction.WAITING * math.ceil(tiles / 2) * 2 * (2 + 3)
+    assert one == pytest.approx(prediction.BUSY * busy + waiting + prediction.LAUNCH)
     assert prediction.three_kernels(key | {"n": 1}, peaks) == pytest.approx(3 * prediction.LAUNCH, rel=0.01)
     assert not prediction.worthwhile(key | {"arch": "gfx942"}, config)
 

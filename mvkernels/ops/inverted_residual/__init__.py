@@ -43,8 +43,8 @@ def inverted_residual(
         hidden = f(depthwise(f(expand(x))))
         out = project(hidden)  (+ x)
 
-    The hidden map, several times as large as x, is not stored: on a CPU it stays in the processor's cache, on a GPU in
-    registers. There is no backward: a call that records a gradient is the reference's.
+    The hidden map, several times as large as x, does not go through memory: on a CPU it stays in the processor's cache,
+    on a GPU in the second-level cache. There is no backward: a call that records a gradient is the reference's.
 
     Args:
         x: feature map (B, C, H, W), any strides. A channels-last map, also a slice of the channels of a larger one, is

@@ -1,18 +1,18 @@
 """The Triton kernel of inverted_residual. plan.py says what it is launched with.
 
-A program has BLOCK *cells*, rectangles of SY x SX pixels of the result, of any maps of the batch, and all hidden
-channels of theirs, BLOCK_H at a time. The pixels with the same place in their cells are a tile (cells, channels), so
-that neighbours are in tiles of their own and the depthwise convolution adds whole tiles: no pixel moves between
-threads, and nothing is indexed. For every place that the kernels of a cell reach, within the cell and around it, one
-product makes the tile of the expanded map, which is activated, set to 0 outside of the map, and added to all sums that
-have a tap there: ((SY - 1) STRIDE + K) ((SX - 1) STRIDE + K) products for a cell, where a stored map would take SY SX
-STRIDE^2. With SY = 1 no sum uses two rows of its kernel at a time, so the rows are a loop, which takes fewer registers.
+A program has one tile after the other, TY x TX pixels of the result, and all hidden channels of theirs, BLOCK_H at a
+time. Of these it makes the expanded map once for all pixels that the depthwise kernels of the tile reach, BLOCK_M at a
+time: one product, activated, set to 0 outside of the map, and stored in x's dtype to a slice of a buffer that is this
+program's alone. After a barrier the depthwise convolution reads from there. A lane has a few channels of a *cell*, SX
+pixels of the result next to each other: what it reads in a row of the kernel it adds to all sums that have a tap there.
+The activated sums of all cells are the rows of one operand of the projection.
 
-In registers: the SY SX tiles of depthwise sums of a block of hidden channels, and those of the result, BLOCK_O
-channels. The expanded map is in no memory. With SY > 1 and an expansion the compiler takes the loads of x out of the
-loop over hidden channels and keeps the tiles in shared memory, so each pixel is read once for each place at which a
-cell reaches it; else once more for each block of hidden channels, from the cache. Weights are read once a program, the
-result is written once. Sums are float32. What the projection multiplies is rounded to x's dtype, as its weights are.
+In registers: the sums of a block of hidden channels, and those of the result, BLOCK_O channels. The buffer is small
+enough to stay in the second-level cache: half types of the expanded map are written and read there once, times what
+tiles share at their borders, and read again from the first-level cache. x is read once for each block of hidden
+channels, from the caches but for the first time; weights are read once a tile; the result is written once. The
+depthwise weights are copied once a program, channels next to each other. Sums are float32. What is stored between, and
+what the projection multiplies, is rounded to x's dtype.
 """
 
 import triton
@@ -28,14 +28,28 @@ def _and(values, another):
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr):
+def _gated(x, power, PTX: tl.constexpr):
+    # x / (1 + 2^power). With PTX by NVIDIA's approximate instructions alone: they are as exact as what the compiler
+    # makes of the formula, which takes more instructions for denormal numbers, that nothing here can tell from 0.
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $2; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 t, t;"
+            " mul.f32 $0, $1, t; }",
+            "=r,r,r", [x, power], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return x / (1.0 + tl.exp2(power))
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, PTX: tl.constexpr):
     """The activation of this name; NaN stays NaN."""
     if ACT == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "relu6":
         x = tl.maximum(tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL), 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
-        x = x / (1.0 + tl.exp2(-LOG2E * x))
+        x = _gated(x, -LOG2E * x, PTX)
     elif ACT == "hardswish":
         x = x * tl.maximum(tl.minimum(x * (1.0 / 6.0) + 0.5, 1.0), 0.0)
     elif ACT == "gelu":
@@ -44,9 +58,9 @@ def activate(x, ACT: tl.constexpr):
         s = tl.minimum(x * x, 28.09)
         q = (-5.20101784e-09 * s + 3.84683772e-07) * s - 1.14470995e-05
         q = (q * s + 1.59353680e-04) * s + 9.57040076e-05
-        x = x / (1.0 + tl.exp2(((q * s - 1.04838726e-01) * s - 2.30220715) * x))
+        x = _gated(x, ((q * s - 1.04838726e-01) * s - 2.30220715) * x, PTX)
     elif ACT == "gelu_tanh":  # 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y))
-        x = x / (1.0 + tl.exp2((-0.102943240 * (x * x) - 2.30220820) * x))
+        x = _gated(x, (-0.102943240 * (x * x) - 2.30220820) * x, PTX)
     return x
 
 
@@ -74,171 +88,249 @@ def channels(
 
 
 @triton.jit
-def _vector(ptr, at, keep, step, GIVEN: tl.constexpr):
+def _wide(x, PAIRS: tl.constexpr):
+    # x in float32. PAIRS: of NVIDIA's kernels, where each register has two: of such bfloat16 the compiler makes three
+    # instructions and not two.
+    if PAIRS and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _vector(ptr, at, keep, GIVEN: tl.constexpr):
     # Parameters of these channels, float32; zeros if there are none.
     if GIVEN:
-        return tl.load(ptr + at * step, mask=keep, other=0.0).to(tl.float32)
+        return tl.load(ptr + at, mask=keep, other=0.0).to(tl.float32)
     else:
         return tl.zeros_like(at).to(tl.float32)
 
 
 @triton.jit
-def _taps(ptr, h, keep_h, COUNT: tl.constexpr, STEP: tl.constexpr):
-    # So many taps of the depthwise kernels of these channels, which lie next to each other.
-    taps = ()
-    for tap in tl.static_range(COUNT):
-        taps = _and(taps, _vector(ptr + tap, h, keep_h, STEP, True))
-    return taps
+def _taps(
+    wd_ptr, taps_ptr, HIDDEN: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    # The depthwise weights (HIDDEN, K^2) as (K^2, PADDED), zeros past HIDDEN. LANES: K^2 or more.
+    tap = tl.arange(0, LANES)
+    for first in range(0, PADDED, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        keep = (tap < K * K)[:, None]
+        weights = tl.load(wd_ptr + (h[None, :] * (K * K) + tap[:, None]), mask=keep & (h < HIDDEN)[None, :], other=0.0)
+        tl.store(taps_ptr + (tap[:, None] * PADDED + h[None, :]), weights, mask=keep)
 
 
 @triton.jit
-def _expanded(
-    x_ptr, w_ptr, w0, w1, rows, inside, stride, h, keep_h,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, LAYOUT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    WALIGN: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+def _expand(
+    x_ptr, we_ptr, be_ptr, map_ptr, y0, x0, H, W, xsc, xsy, xsx, first_h, pixels,
+    C: tl.constexpr, HIDDEN: tl.constexpr, BE: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr, LX: tl.constexpr,
+    AX: tl.constexpr, AC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, RY: tl.constexpr,
+    RX: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    # (cells, BLOCK_H), float32: the pixels at ``rows`` times the weights of the hidden channels h.
-    if CHUNK > 0:
-        out = tl.zeros([inside.shape[0], h.shape[0]], tl.float32)
-        for first in range(0, C, CHUNK):
-            x = round_tf32(channels(x_ptr, rows, inside, stride, first, C, CHUNK, LAYOUT, ALIGN, WIDE), PRECISION)
-            w = round_tf32(channels(w_ptr, h * C, keep_h, 1, first, C, CHUNK, 1, WALIGN, False), PRECISION)
+    # BLOCK_H channels of the expanded map at the RY x RX pixels from (y0, x0), stored pixel after pixel.
+    cols = tl.arange(0, BLOCK_H)
+    h = first_h + cols
+    keep_h = h < HIDDEN
+    bias = _vector(be_ptr, h, keep_h, BE)
+    first = 0
+    while first < pixels:
+        pixel = first + tl.arange(0, BLOCK_M)
+        py = pixel // RX
+        px = pixel - py * RX
+        inside = (y0 + py >= 0) & (y0 + py < H) & (x0 + px >= 0) & (x0 + px < W)
+        rows = py * xsy + px * xsx
+        out = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+        for c in range(0, C, CHUNK):
+            x = round_tf32(channels(x_ptr, rows, inside, xsc, c, C, CHUNK, LX, AX, WIDE), PRECISION)
+            w = round_tf32(channels(we_ptr, h * C, keep_h, 1, c, C, CHUNK, 1, AC, False), PRECISION)
             out = tl.dot(x, tl.trans(w), out, input_precision=PRECISION)
+        # Outside of the map the hidden map is padded with 0, not with what a bias alone would give.
+        out = tl.where(inside[:, None], activate(out + bias[None, :], ACT, PTX), 0.0)
+        tl.store(map_ptr + (pixel * BLOCK_H)[:, None] + cols[None, :], out.to(map_ptr.dtype.element_ty))
+        first += BLOCK_M
+
+
+@triton.jit
+def _joined(parts, COUNT: tl.constexpr):
+    # (M, N) tiles p_0 ... as one of (COUNT M, N): row COUNT m + i is row m of p_i.
+    M: tl.constexpr = parts[0].shape[0]
+    N: tl.constexpr = parts[0].shape[1]
+    if COUNT == 1:
+        return parts[0]
+    elif COUNT == 2:
+        return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), (2 * M, N))
     else:
-        x = round_tf32(channels(x_ptr, rows, inside, stride, 0, C, C0, LAYOUT, ALIGN, WIDE), PRECISION)
-        out = tl.dot(x, tl.trans(w0), input_precision=PRECISION)
-        if C1 > 0:
-            x = round_tf32(channels(x_ptr, rows, inside, stride, C0, C, C1, LAYOUT, ALIGN, WIDE), PRECISION)
-            out = tl.dot(x, tl.trans(w1), out, input_precision=PRECISION)
-    return out
-
-
-@triton.jit
-def _tap(total, each, taps, TY: tl.constexpr, TX: tl.constexpr, K: tl.constexpr):
-    # A depthwise sum with what lies at this place of its kernel, if it is one.
-    if TY >= 0 and TY < K and TX >= 0 and TX < K:
-        total += each * taps[TY * K + TX][None, :]
-    return total
-
-
-@triton.jit
-def _row(
-    sums, taps, x_ptr, we_ptr, w0, w1, bias, corner, keep, y, x, dy, H, W, xsc, xsy, xsx, h, keep_h, first,
-    DY: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HIDDEN: tl.constexpr, K: tl.constexpr,
-    STRIDE: tl.constexpr, EXPANDS: tl.constexpr, ACT: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
-    AC: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, SY: tl.constexpr,
-    SX: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    # The depthwise sums with what row dy of all that the kernels of a cell reach gives them. DY is dy, or 0 where the
-    # taps are those of this row alone.
-    for dx in tl.static_range((SX - 1) * STRIDE + K):
-        inside = keep & (y >= -dy) & (y < H - dy) & (x >= -dx) & (x < W - dx)
-        rows = corner + (dy * xsy + dx * xsx)
-        if EXPANDS:
-            each = _expanded(
-                x_ptr, we_ptr, w0, w1, rows, inside, xsc, h, keep_h, C, C0, C1, LX, AX, WIDE, AC, PRECISION, CHUNK
-            )
-            # Outside of the map the hidden map is padded with 0, not with what a bias alone would give.
-            each = tl.where(inside[:, None], activate(each + bias[None, :], ACT), 0.0)
+        even = tl.join(parts[0], parts[2])
+        odd = tl.join(parts[1], parts[3])
+        if COUNT == 8:
+            even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+            odd = tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+            return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (8 * M, N))
         else:
-            each = channels(x_ptr, rows, inside, xsc, first, HIDDEN, BLOCK_H, LX, AX, WIDE).to(tl.float32)
-        added = ()
-        for place in tl.static_range(SY * SX):
-            total = _tap(sums[place], each, taps, DY - place // SX * STRIDE, dx - place % SX * STRIDE, K)
-            added = _and(added, total)
-        sums = added
-    return sums
+            return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (4 * M, N))
 
 
-_INTS = ["xsb", "xsc", "xsy", "xsx", "H", "W", "OH", "OW", "down", "across", "cells"]
+_INTS = ["xsb", "xsc", "xsy", "xsx", "H", "W", "OH", "OW", "down", "across", "tiles", "programs", "pixels"]
 
 
-# One program: BLOCK cells, BLOCK_O channels of the result. Programs of the same cells follow each other.
+# One program: tiles pid, pid + programs, ...
 @triton.jit(do_not_specialize=_INTS)
-def forward_cells(
-    x_ptr, we_ptr, be_ptr, wd_ptr, bd_ptr, wp_ptr, bp_ptr, o_ptr,
-    xsb, xsc, xsy, xsx, H, W, OH, OW, down, across, cells,
-    C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr,
+def forward_tiles(
+    x_ptr, we_ptr, be_ptr, wd_ptr, bd_ptr, wp_ptr, bp_ptr, scratch_ptr, o_ptr,
+    xsb, xsc, xsy, xsx, H, W, OH, OW, down, across, tiles, programs, pixels,
+    C: tl.constexpr, HIDDEN: tl.constexpr, OUTPUTS: tl.constexpr, K: tl.constexpr,
     STRIDE: tl.constexpr, EXPANDS: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr,
-    RESIDUAL: tl.constexpr, ACT: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, AC: tl.constexpr, AH: tl.constexpr,
-    AO: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, SY: tl.constexpr,
-    SX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
+    AC: tl.constexpr, AH: tl.constexpr, AO: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, HALO_Y: tl.constexpr, HALO_X: tl.constexpr, SLOT: tl.constexpr, TAPS: tl.constexpr,
+    LANES: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, SX: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     O_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_O - 1) // BLOCK_O
+    PADDED: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H * BLOCK_H
     HALF: tl.constexpr = K // 2
-    pid = tl.program_id(0)
-    first_o = pid % O_BLOCKS * BLOCK_O
-    cell = pid // O_BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    keep = cell < cells
-    row = cell // across
-    oy = row % down * SY
-    ox = (cell - row * across) * SX
-    batch = (row // down).to(tl.int64)
-    y = oy * STRIDE - HALF
-    x = ox * STRIDE - HALF
-    corner = batch * xsb + y.to(tl.int64) * xsy + x.to(tl.int64) * xsx  # where a cell's first kernel begins
+    UP: tl.constexpr = HALF if HALO_Y else 0
+    LEFT: tl.constexpr = HALF if HALO_X else 0
+    RY: tl.constexpr = (TY - 1) * STRIDE + K if HALO_Y else TY * STRIDE
+    RX: tl.constexpr = (TX - 1) * STRIDE + K if HALO_X else TX * STRIDE
+    CELLS: tl.constexpr = TY * TX // SX
+    if AX > 1:  # tells the compiler what divides them: of a number alone a hint is lost when it is folded
+        xsb = xsb // AX * AX
+        xsy = xsy // AX * AX
+        xsx = xsx // AX * AX
     if WIDE:
         xsy = xsy.to(tl.int64)
         xsx = xsx.to(tl.int64)
+    pid = tl.program_id(0)
+    taps_ptr = scratch_ptr + pid.to(tl.int64) * SLOT
+    map_ptr = taps_ptr + TAPS
+    _taps(wd_ptr, taps_ptr, HIDDEN, PADDED, K, LANES, BLOCK_H)
 
-    o = first_o + tl.arange(0, BLOCK_O)
-    keep_o = o < OUTPUTS
-    outs = ()
-    for _ in tl.static_range(SY * SX):
-        outs = _and(outs, tl.zeros([BLOCK, BLOCK_O], tl.float32))
-    for first in range(0, HIDDEN, BLOCK_H):
-        h = first + tl.arange(0, BLOCK_H)
-        keep_h = h < HIDDEN
-        bias = _vector(be_ptr, h, keep_h, 1, BE)
-        w0 = bias
-        w1 = bias
-        if EXPANDS and CHUNK == 0:
-            w0 = round_tf32(channels(we_ptr, h * C, keep_h, 1, 0, C, C0, 1, AC, False), PRECISION)
-            if C1 > 0:
-                w1 = round_tf32(channels(we_ptr, h * C, keep_h, 1, C0, C, C1, 1, AC, False), PRECISION)
-        sums = ()
-        for _ in tl.static_range(SY * SX):
-            sums = _and(sums, tl.zeros([BLOCK, BLOCK_H], tl.float32))
-        if SY == 1:  # no sum has two rows of its kernel in one: a loop holds what one row takes
-            for dy in range(0, K):
-                taps = _taps(wd_ptr + dy * K, h, keep_h, K, K * K)
-                sums = _row(
-                    sums, taps, x_ptr, we_ptr, w0, w1, bias, corner, keep, y, x, dy, H, W, xsc, xsy, xsx, h, keep_h,
-                    first, 0, C, C0, C1, HIDDEN, K, STRIDE, EXPANDS, ACT, LX, AX, AC, WIDE, PRECISION, CHUNK, SY, SX,
-                    BLOCK_H,
-                )  # fmt: skip
-        else:
-            taps = _taps(wd_ptr, h, keep_h, K * K, K * K)
-            for dy in tl.static_range((SY - 1) * STRIDE + K):
-                sums = _row(
-                    sums, taps, x_ptr, we_ptr, w0, w1, bias, corner, keep, y, x, dy, H, W, xsc, xsy, xsx, h, keep_h,
-                    first, dy, C, C0, C1, HIDDEN, K, STRIDE, EXPANDS, ACT, LX, AX, AC, WIDE, PRECISION, CHUNK, SY, SX,
-                    BLOCK_H,
-                )  # fmt: skip
-        bias = _vector(bd_ptr, h, keep_h, 1, BD)
-        narrow = round_tf32(channels(wp_ptr, o * HIDDEN, keep_o, 1, first, HIDDEN, BLOCK_H, 1, AH, False), PRECISION)
-        added = ()
-        for place in tl.static_range(SY * SX):
-            hidden = activate(sums[place] + bias[None, :], ACT)
-            if HIDDEN % BLOCK_H != 0:  # of an infinity that no weight asks for, NaN would be left
-                hidden = tl.where(keep_h[None, :], hidden, 0.0)
-            hidden = round_tf32(hidden.to(x_ptr.dtype.element_ty), PRECISION)
-            added = _and(added, tl.dot(hidden, tl.trans(narrow), outs[place], input_precision=PRECISION))
-        outs = added
-
-    bias = _vector(bp_ptr, o, keep_o, 1, BP)
+    cell = tl.arange(0, CELLS)
+    cy = cell // (TX // SX) * STRIDE
+    cx = cell % (TX // SX) * (SX * STRIDE)
+    cols = tl.arange(0, BLOCK_H)
+    nowhere = tl.zeros([CELLS], tl.int32)
+    # Where the first tap of a cell is in the rectangle.
+    near_ptrs = map_ptr + (((cy + (UP - HALF)) * RX + cx + (LEFT - HALF)) * BLOCK_H)[:, None] + cols[None, :]
+    at = tl.arange(0, TY * TX)
+    py = at // TX
+    px = at % TX
     area = OH.to(tl.int64) * OW
-    for place in tl.static_range(SY * SX):
-        there = keep & (oy + place // SX < OH) & (ox + place % SX < OW)
-        out = outs[place] + bias[None, :]
+
+    # The place of a tile and the step to the next one: of the channels, across, down and in the batch. Nothing is
+    # divided in the loop.
+    part = pid % O_BLOCKS
+    ix = pid // O_BLOCKS
+    iy = ix // across
+    batch = iy // down
+    ix -= iy * across
+    iy -= batch * down
+    step_part = programs % O_BLOCKS
+    step_x = programs // O_BLOCKS
+    step_y = step_x // across
+    step_batch = step_y // down
+    step_x -= step_y * across
+    step_y -= step_batch * down
+
+    tile = pid
+    while tile < tiles:
+        first_o = part * BLOCK_O
+        oy = iy * TY
+        ox = ix * TX
+        y0 = oy * STRIDE - UP
+        x0 = ox * STRIDE - LEFT
+        plane = batch.to(tl.int64) * xsb + (oy * STRIDE).to(tl.int64) * xsy + (ox * STRIDE).to(tl.int64) * xsx
+        corner = batch.to(tl.int64) * xsb + y0.to(tl.int64) * xsy + x0.to(tl.int64) * xsx
+        o = first_o + tl.arange(0, BLOCK_O)
+        keep_o = o < OUTPUTS
+        out = tl.zeros([TY * TX, BLOCK_O], tl.float32)
+        for first in range(0, HIDDEN, BLOCK_H):
+            # What follows writes where the block before has read, and reads what other threads have written.
+            tl.debug_barrier()
+            if EXPANDS:
+                _expand(
+                    x_ptr + corner, we_ptr, be_ptr, map_ptr, y0, x0, H, W, xsc, xsy, xsx, first, pixels, C, HIDDEN, BE,
+                    ACT, PTX, LX, AX, AC, WIDE, PRECISION, RY, RX, CHUNK, BLOCK_M, BLOCK_H,
+                )  # fmt: skip
+                tl.debug_barrier()
+            h = first + cols
+            keep_h = h < HIDDEN
+            bias = tl.zeros([CELLS, BLOCK_H], tl.float32)
+            if BD:  # every row of the tile the same: each thread loads what it needs
+                bias = tl.load(bd_ptr + (nowhere[:, None] + h[None, :]), mask=keep_h[None, :], other=0.0).to(tl.float32)
+            sums = ()
+            for _ in tl.static_range(SX):
+                sums = _and(sums, bias)
+            for dy in range(0, K):
+                w_ptrs = taps_ptr + (dy * K * PADDED + first) + nowhere[:, None] + cols[None, :]
+                weights = ()
+                for dx in tl.static_range(K):
+                    weights = _and(weights, _wide(tl.load(w_ptrs + dx * PADDED), PAIRS))
+                for dx in tl.static_range((SX - 1) * STRIDE + K):
+                    if EXPANDS:
+                        there = nowhere == 0
+                        if not HALO_Y:
+                            there = there & (cy + dy >= HALF) & (cy + dy < RY + HALF)
+                        if not HALO_X:
+                            there = there & (cx + dx >= HALF) & (cx + dx < RX + HALF)
+                        if HALO_X and HALO_Y:
+                            each = tl.load(near_ptrs + (dy * RX + dx) * BLOCK_H)
+                        else:
+                            each = tl.load(near_ptrs + (dy * RX + dx) * BLOCK_H, mask=there[:, None], other=0.0)
+                    else:
+                        ty = oy * STRIDE + cy - HALF + dy
+                        tx = ox * STRIDE + cx - HALF + dx
+                        there = (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+                        rows = (cy - HALF + dy) * xsy + (cx - HALF + dx) * xsx
+                        each = channels(x_ptr + plane, rows, there, xsc, first, HIDDEN, BLOCK_H, LX, AX, WIDE)
+                    each = _wide(each, PAIRS)
+                    added = ()
+                    for place in tl.static_range(SX):
+                        total = sums[place]
+                        if dx - place * STRIDE >= 0 and dx - place * STRIDE < K:
+                            total += each * weights[dx - place * STRIDE]
+                        added = _and(added, total)
+                    sums = added
+            hidden = ()
+            for place in tl.static_range(SX):
+                each = activate(sums[place], ACT, PTX)
+                if HIDDEN % BLOCK_H != 0:  # of an infinity that no weight asks for, NaN would be left
+                    each = tl.where(keep_h[None, :], each, 0.0)
+                hidden = _and(hidden, each.to(x_ptr.dtype.element_ty))
+            narrow = channels(wp_ptr, o * HIDDEN, keep_o, 1, first, HIDDEN, BLOCK_H, 1, AH, False)
+            out = tl.dot(round_tf32(_joined(hidden, SX), PRECISION), tl.trans(round_tf32(narrow, PRECISION)), out,
+                         input_precision=PRECISION)  # fmt: skip
+
+        there = (oy + py < OH) & (ox + px < OW)
+        out += _vector(bp_ptr, o, keep_o, BP)[None, :]
         if RESIDUAL:
-            rows = corner + ((place // SX + HALF) * xsy + (place % SX + HALF) * xsx)
-            out += channels(x_ptr, rows, there, xsc, first_o, OUTPUTS, BLOCK_O, LX, AX, WIDE).to(tl.float32)
-        pixel = (oy + place // SX).to(tl.int64) * OW + (ox + place % SX)
+            rows = py * xsy + px * xsx
+            out += channels(x_ptr + plane, rows, there, xsc, first_o, OUTPUTS, BLOCK_O, LX, AX, WIDE).to(tl.float32)
         value = out.to(o_ptr.dtype.element_ty)
+        to = batch.to(tl.int64) * area + oy.to(tl.int64) * OW + ox
+        within = py * OW + px
         if LX == 1:
-            to = tl.multiple_of((batch * area + pixel) * OUTPUTS, AO)[:, None] + o[None, :]
-            tl.store(o_ptr + to, value, mask=there[:, None] & keep_o[None, :])
+            to = tl.multiple_of(to * OUTPUTS, AO)
+            within = tl.multiple_of((within.to(tl.int64) if WIDE else within) * OUTPUTS, AO)
+            tl.store(o_ptr + to + (within[:, None] + o[None, :]), value, mask=there[:, None] & keep_o[None, :])
         else:
-            to = (batch * OUTPUTS * area + pixel)[None, :] + (o * area)[:, None]
-            tl.store(o_ptr + to, tl.trans(value), mask=keep_o[:, None] & there[None, :])
+            to += batch.to(tl.int64) * (OUTPUTS - 1) * area
+            tl.store(o_ptr + to + (within[None, :] + (o * area)[:, None]), tl.trans(value),
+                     mask=keep_o[:, None] & there[None, :])  # fmt: skip
+        tile += programs
+        part += step_part
+        ix += step_x
+        iy += step_y
+        batch += step_batch
+        if part >= O_BLOCKS:
+            part -= O_BLOCKS
+            ix += 1
+        if ix >= across:
+            ix -= across
+            iy += 1
+        if iy >= down:
+            iy -= down
+            batch += 1

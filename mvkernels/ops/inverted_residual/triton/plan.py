@@ -10,7 +10,7 @@ from mvkernels.ops.inverted_residual.triton import kernels
 from mvkernels.ops.inverted_residual.triton.configs import OP
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch
-from mvkernels.triton.maps import INT32, lanes, low_bit, pieces
+from mvkernels.triton.maps import INT32, lanes, low_bit
 from mvkernels.triton.problem import Problem
 
 
@@ -44,15 +44,20 @@ def key_of(problem: BlockProblem) -> dict[str, Any]:
         "k": problem.kernel,
         "s": problem.stride,
         "dtype": problem.key_dtype,
-        "few": int(pixels < 128 * problem.device.processors),
+        "few": int(pixels < 32 * problem.device.processors),
         "last": int(problem.strides[0][1][1] == 1),
     }
 
 
+def _power(count: int) -> int:
+    # The least power of two of at least so many.
+    return 1 << (count - 1).bit_length()
+
+
 @configs.memo
 def forward_launches(problem: BlockProblem) -> list[Launch]:
-    """The kernel; tensors ``x we be wd bd wp bp o``, of which those that are not there are not read."""
-    blocks, options = problem.split(OP, "forward_cells", key_of(problem))
+    """The kernel; tensors ``x we be wd bd wp bp scratch o``, of which those that are not there are not read."""
+    blocks, options = problem.split(OP, "forward_tiles", key_of(problem))
     batch, channels, height, width = problem.shape
     (after_y, after_x), outputs = problem.after, problem.outputs
     ((_, strides),) = problem.strides
@@ -60,28 +65,40 @@ def forward_launches(problem: BlockProblem) -> list[Launch]:
     sb, sc, sy, sx = (stride if size > 1 else 0 for stride, size in zip(strides, problem.shape))
     last = strides[1] == 1
     vector = 16 // problem.dtype.itemsize
-    reach = problem.kernel + 2 * (blocks["SY"] + blocks["SX"])
-    extent = channels * abs(sc) + (height + reach) * abs(sy) + (width + reach) * abs(sx)
-    c0, c1 = pieces(channels)
-    blocks["SY"], blocks["SX"] = min(blocks["SY"], after_y), min(blocks["SX"], after_x)
+    per = blocks.pop("PROGRAMS")
     blocks["BLOCK_H"] = min(blocks["BLOCK_H"], lanes(problem.hidden))
-    down, across = -(-after_y // blocks["SY"]), -(-after_x // blocks["SX"])
-    cells = batch * down * across
-    grid = -(-cells // blocks["BLOCK"]) * -(-outputs // blocks["BLOCK_O"])
-    meta: dict[str, Any] = {
-        "C": channels,
-        "C0": c0,
-        "C1": c1,
-        "HIDDEN": problem.hidden,
-        "OUTPUTS": outputs,
-        "K": problem.kernel,
-    }
+    ty, tx = blocks["TY"], blocks["TX"] = min(blocks["TY"], _power(after_y)), min(blocks["TX"], _power(after_x))
+    blocks["SX"] = min(blocks["SX"], tx)
+    down, across = -(-after_y // ty), -(-after_x // tx)
+    tiles = batch * down * across * -(-outputs // blocks["BLOCK_O"])
+    # Each program has a slice of the scratch: one for each tile would go through the memory.
+    grid = min(tiles, per * problem.device.processors)
+    halo = down > 1, across > 1
+    rect = [(side - 1) * problem.stride + problem.kernel if more else side * problem.stride
+            for side, more in zip((ty, tx), halo)]  # fmt: skip
+    padded = -(-problem.hidden // blocks["BLOCK_H"]) * blocks["BLOCK_H"]
+    taps = -(-(problem.kernel**2) * padded // 64) * 64
+    pixels = -(-math.prod(rect) // blocks["BLOCK_M"]) * blocks["BLOCK_M"]
+    slot = taps + pixels * blocks["BLOCK_H"] * problem.expands
+    extent = channels * abs(sc) + (rect[0] + 2 * problem.kernel) * abs(sy) + (rect[1] + 2 * problem.kernel) * abs(sx)
+    extent = max(extent, ty * after_x * outputs)
+    meta: dict[str, Any] = {"C": channels, "HIDDEN": problem.hidden, "OUTPUTS": outputs, "K": problem.kernel}
     meta |= {"STRIDE": problem.stride, "EXPANDS": problem.expands, "RESIDUAL": problem.residual}
     meta |= dict(zip(("BE", "BD", "BP"), problem.biases)) | {"ACT": problem.activation or ""}
+    meta |= {"PTX": problem.device.arch.startswith("sm_")}
     meta |= {"LX": int(last), "AX": low_bit(sb, sy, sx, limit=vector) if last else 1}
     meta |= {f"A{name}": low_bit(count, limit=vector)
              for name, count in (("C", channels), ("H", problem.hidden), ("O", outputs))}  # fmt: skip
-    meta |= {"WIDE": extent >= INT32, "PRECISION": problem.precision} | blocks
-    ints = (sb, sc, sy, sx, height, width, after_y, after_x, down, across, cells)
-    pointers = ("x", "we", "be", "wd", "bd", "wp", "bp", "o")
-    return [Launch(kernels.forward_cells, "forward_cells", grid, pointers, (), ints, meta, options)]
+    meta |= {"WIDE": extent >= INT32, "PRECISION": problem.precision}
+    lanes_of_a_row = ty * tx // blocks["SX"] * blocks["BLOCK_H"]
+    meta |= {"PAIRS": meta["PTX"] and problem.expands and lanes_of_a_row >= 64 * options["num_warps"]}
+    meta |= {
+        "HALO_Y": halo[0],
+        "HALO_X": halo[1],
+        "SLOT": slot,
+        "TAPS": taps,
+        "LANES": _power(problem.kernel**2),
+    } | blocks
+    ints = (sb, sc, sy, sx, height, width, after_y, after_x, down, across, tiles, grid, math.prod(rect))
+    pointers = ("x", "we", "be", "wd", "bd", "wp", "bp", "scratch", "o")
+    return [Launch(kernels.forward_tiles, "forward_tiles", grid, pointers, (), ints, meta, options)]

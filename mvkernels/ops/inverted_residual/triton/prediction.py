@@ -2,10 +2,11 @@
 
 Nothing of this was measured on a GPU. In cycles of one processor, for a batch that all share: each of the three
 kernels (expansion, depthwise convolution, projection, each with its activation in it, which is less than PyTorch does)
-takes what its bytes or its products take, whichever is more, and a launch. The one kernel moves x and the result alone,
-but makes values of the expanded map several times over, on the cores that also sum the taps: it takes what its bytes
-take, or WAITING times what its instructions, its exponentials or its matrix products take, whichever is most, for as
-many programs as the busiest processor has, and a launch. Needs no Triton.
+takes what its bytes or its products take, whichever is more, and a launch. The one kernel moves x and the result alone
+from and to memory, but makes the expanded map at the border of a tile again for its neighbours, and stores and reads it
+through the second-level cache: it takes what its bytes take, or a sum for as many tiles as the busiest processor has,
+and a launch. Of the sum are BUSY times what its instructions, its exponentials, its matrix products or the bytes of
+that cache take, whichever is most, and WAITING cycles for each of the steps that follow each other. Needs no Triton.
 """
 
 from __future__ import annotations
@@ -45,12 +46,15 @@ LAUNCH = 5000
 """Cycles from the end of a kernel to the first results of the next."""
 REACHED = 0.7
 """Of the peaks of instructions and matrix units, by either."""
-WAITING = 2.3
-"""Times as long as its busiest unit needs the one kernel takes, whose few warps wait for each other: the median of what
-benchmarks/predict.py finds in the compiled code at the models' shapes, of 1.7 to 8."""
-MARGIN = 0.9
-INSTRUCTIONS = {"": 0, "relu": 1, "relu6": 2, "hardswish": 4, "silu": 9, "gelu_tanh": 12, "gelu": 18}
+BUSY, WAITING = 0.87, 620
+"""Of the time of the busiest unit what counts, and cycles that a step waits: by least squares from what
+benchmarks/predict.py finds in the code compiled for an H100, in bfloat16, at the models' 14 shapes of 3 x 3 at batch
+128. Of these the formula gives 0.71 to 1.18 times the cycles."""
+MARGIN = 0.8
+INSTRUCTIONS = {"": 0, "relu": 1, "relu6": 2, "hardswish": 4, "silu": 5, "gelu_tanh": 8, "gelu": 14}
 """Of an activation, as counted in the kernel's code for sm_90."""
+OTHERS = 8
+"""Of an element of the expanded map, or of the depthwise sums: bias, rounding, stores, addresses and masks."""
 
 
 def _flops(key: Mapping[str, Any], peaks: Peaks) -> float:
@@ -86,23 +90,28 @@ def three_kernels(key: Mapping[str, Any], peaks: Peaks) -> float:
 
 def one_kernel(key: Mapping[str, Any], config: Mapping[str, Any], peaks: Peaks) -> float:
     """Cycles of the one kernel in this configuration."""
-    side, stride, act = key["k"], key["s"], key["act"]
-    places = config["SY"] * config["SX"]
-    reach = ((config["SY"] - 1) * stride + side) * ((config["SX"] - 1) * stride + side) / places
-    blocks = math.ceil(key["o"] / config["BLOCK_O"])
-    programs = math.ceil(key["n"] / (config["BLOCK"] * places)) * blocks
-    elements = math.ceil(programs / peaks.processors) * config["BLOCK"] * places * key["h"]
-    each = INSTRUCTIONS[act] + 1.5 + key["c"] / 32 if key["c"] else 1.5
-    each += 0 if config["SY"] > 1 else 6  # what is read again for each block of hidden channels, and its masks
-    instructions = reach * each + side**2 + INSTRUCTIONS[act] + 4
-    applied = reach * (key["c"] > 0) + 1
-    exponentials = 2 * applied * (act in EXPONENTIAL)
+    side, stride, act, item = key["k"], key["s"], key["act"], _itemsize(key)
+    places = config["TY"] * config["TX"]
+    sides = [(config[axis] - 1) * stride + side for axis in ("TY", "TX")]
+    # Of the expanded map, blocks a tile, and elements for each one of the depthwise sums.
+    expanded = math.ceil(math.prod(sides) / config["BLOCK_M"]) if key["c"] else 0
+    reach = expanded * config["BLOCK_M"] / places
+    tiles = math.ceil(key["n"] / places) * math.ceil(key["o"] / config["BLOCK_O"])
+    elements = math.ceil(tiles / peaks.processors) * places * key["h"]
+    read = ((config["SX"] - 1) * stride + side) * side / config["SX"]  # for each of the sums
+    instructions = reach * (INSTRUCTIONS[act] + OTHERS) + 1.2 * read + side**2 + INSTRUCTIONS[act] + OTHERS
+    exponentials = 2 * (reach + 1) * (act in EXPONENTIAL)
     flops = 2 * (reach * key["c"] + config["BLOCK_O"])
-    time = max(instructions / _ISSUED, exponentials / _EXPONENTIALS) / REACHED
-    time = WAITING * elements * max(time, flops / _flops(key, peaks))
+    cached = 2 * reach * item / (CACHED * peaks.bytes)
+    each = max(
+        instructions / _ISSUED / REACHED, exponentials / _EXPONENTIALS / REACHED, flops / _flops(key, peaks), cached
+    )
+    chunks = (1 + math.ceil(key["c"] / config["CHUNK"])) / 2
+    steps = math.ceil(key["h"] / config["BLOCK_H"]) * (2 + expanded * chunks)
+    time = BUSY * elements * each + WAITING * steps * math.ceil(tiles / peaks.processors / config["PROGRAMS"])
     pixels = key["n"] / peaks.processors
     x, out = pixels * stride**2 * (key["c"] or key["h"]), pixels * key["o"]
-    return max(time, (x + out) * _itemsize(key) / peaks.bytes) + LAUNCH
+    return max(time, (x + out) * item / peaks.bytes) + LAUNCH
 
 
 def worthwhile(key: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
