@@ -153,6 +153,14 @@ def _expand(
 
 
 @triton.jit
+def _tap(total, each, weights, DX: tl.constexpr, K: tl.constexpr):
+    # A depthwise sum with what lies at this place of a row of its kernel, if it is one.
+    if DX >= 0 and DX < K:
+        total += each * weights[DX]
+    return total
+
+
+@triton.jit
 def _joined(parts, COUNT: tl.constexpr):
     # (M, N) tiles p_0 ... as one of (COUNT M, N): row COUNT m + i is row m of p_i.
     M: tl.constexpr = parts[0].shape[0]
@@ -289,10 +297,7 @@ def forward_tiles(
                     each = _wide(each, PAIRS)
                     added = ()
                     for place in tl.static_range(SX):
-                        total = sums[place]
-                        if dx - place * STRIDE >= 0 and dx - place * STRIDE < K:
-                            total += each * weights[dx - place * STRIDE]
-                        added = _and(added, total)
+                        added = _and(added, _tap(sums[place], each, weights, dx - place * STRIDE, K))
                     sums = added
             hidden = ()
             for place in tl.static_range(SX):
