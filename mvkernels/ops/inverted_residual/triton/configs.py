@@ -54,8 +54,12 @@ def _forward_tiles(key: Mapping[str, Any]) -> Config:
     if key["o"] > 64 or key["k"] > 3:
         return many | ({} if hopper else {"TX": 8, "num_warps": 8})
     if key["c"] > 32:
+        if not key["last"]:
+            return many | {"TX": 8, "num_warps": 8}
         return many | ({"TY": 16} if hopper else {"num_warps": 8})
     many |= {"PROGRAMS": 2, "num_warps": 8, "maxnreg": 128}
+    if not hopper:
+        many["TX"] = 8
     return many | {"TX": 8, "BLOCK_H": 128} if key["s"] == 2 and key["o"] > 32 else many
 
 

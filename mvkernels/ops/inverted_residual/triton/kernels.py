@@ -109,17 +109,15 @@ def _vector(ptr, at, keep, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _taps(
-    wd_ptr, taps_ptr, HIDDEN: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, LANES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    # The depthwise weights (HIDDEN, K^2) as (K^2, PADDED), zeros past HIDDEN. LANES: K^2 or more.
-    tap = tl.arange(0, LANES)
-    for first in range(0, PADDED, BLOCK_H):
-        h = first + tl.arange(0, BLOCK_H)
-        keep = (tap < K * K)[:, None]
-        weights = tl.load(wd_ptr + (h[None, :] * (K * K) + tap[:, None]), mask=keep & (h < HIDDEN)[None, :], other=0.0)
-        tl.store(taps_ptr + (tap[:, None] * PADDED + h[None, :]), weights, mask=keep)
+def _taps(wd_ptr, taps_ptr, HIDDEN: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    # The depthwise weights (HIDDEN, K^2) as (K^2, PADDED), zeros past HIDDEN. Read as they lie: nothing waits for what is
+    # written one by one.
+    for first in range(0, K * K * PADDED, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        h = at // (K * K)
+        tap = at - h * (K * K)
+        weights = tl.load(wd_ptr + at, mask=at < HIDDEN * K * K, other=0.0)
+        tl.store(taps_ptr + tap * PADDED + h, weights, mask=h < PADDED)
 
 
 @triton.jit
@@ -193,7 +191,7 @@ def forward_tiles(
     RESIDUAL: tl.constexpr, ACT: tl.constexpr, PTX: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr,
     AC: tl.constexpr, AH: tl.constexpr, AO: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     PAIRS: tl.constexpr, HALO_Y: tl.constexpr, HALO_X: tl.constexpr, SLOT: tl.constexpr, TAPS: tl.constexpr,
-    LANES: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr, SX: tl.constexpr, CHUNK: tl.constexpr,
+    TY: tl.constexpr, TX: tl.constexpr, SX: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     O_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_O - 1) // BLOCK_O
@@ -214,7 +212,7 @@ def forward_tiles(
     pid = tl.program_id(0)
     taps_ptr = scratch_ptr + pid.to(tl.int64) * SLOT
     map_ptr = taps_ptr + TAPS
-    _taps(wd_ptr, taps_ptr, HIDDEN, PADDED, K, LANES, BLOCK_H)
+    _taps(wd_ptr, taps_ptr, HIDDEN, PADDED, K, 1024)
 
     cell = tl.arange(0, CELLS)
     cy = cell // (TX // SX) * STRIDE

@@ -92,13 +92,7 @@ def forward_launches(problem: BlockProblem) -> list[Launch]:
     meta |= {"WIDE": extent >= INT32, "PRECISION": problem.precision}
     lanes_of_a_row = ty * tx // blocks["SX"] * blocks["BLOCK_H"]
     meta |= {"PAIRS": meta["PTX"] and problem.expands and lanes_of_a_row >= 64 * options["num_warps"]}
-    meta |= {
-        "HALO_Y": halo[0],
-        "HALO_X": halo[1],
-        "SLOT": slot,
-        "TAPS": taps,
-        "LANES": _power(problem.kernel**2),
-    } | blocks
+    meta |= {"HALO_Y": halo[0], "HALO_X": halo[1], "SLOT": slot, "TAPS": taps} | blocks
     ints = (sb, sc, sy, sx, height, width, after_y, after_x, down, across, tiles, grid, math.prod(rect))
     pointers = ("x", "we", "be", "wd", "bd", "wp", "bp", "scratch", "o")
     return [Launch(kernels.forward_tiles, "forward_tiles", grid, pointers, (), ints, meta, options)]
