@@ -3,7 +3,7 @@
 A key has ``c`` (channels of x; 0 without an expansion), ``h`` (hidden channels), ``o`` (channels of the result), ``k``
 and ``s`` (side and stride of the depthwise kernel), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products,
 ``tf32``), ``few`` (1 where 32 pixels of the result a processor are more than there are), ``last`` (1 for a
-channels-last x) and ``arch``. A program has TY x TX pixels of the result at a time, in cells of SX next to each other,
+channels-last x whose pixels are aligned to 4 bytes) and ``arch``. A program has TY x TX pixels of the result at a time, in cells of SX next to each other,
 BLOCK_H hidden channels at a time, and BLOCK_O channels of the result. The expansion is taken BLOCK_M pixels and CHUNK
 channels of x at a time. There are at most PROGRAMS programs a processor.
 
@@ -58,7 +58,7 @@ def _forward_tiles(key: Mapping[str, Any]) -> Config:
             return many | {"TX": 8, "num_warps": 8}
         return many | ({"TY": 16} if hopper else {"num_warps": 8})
     many |= {"PROGRAMS": 2, "num_warps": 8, "maxnreg": 128}
-    if not hopper:
+    if not (key["last"] or hopper):
         many["TX"] = 8
     return many | {"TX": 8, "BLOCK_H": 128} if key["s"] == 2 and key["o"] > 32 else many
 

@@ -110,8 +110,8 @@ def _vector(ptr, at, keep, GIVEN: tl.constexpr):
 
 @triton.jit
 def _taps(wd_ptr, taps_ptr, HIDDEN: tl.constexpr, PADDED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    # The depthwise weights (HIDDEN, K^2) as (K^2, PADDED), zeros past HIDDEN. Read as they lie: nothing waits for what is
-    # written one by one.
+    # The depthwise weights (HIDDEN, K^2) as (K^2, PADDED), zeros past HIDDEN. Read as they lie: nothing waits for
+    # what is written one by one.
     for first in range(0, K * K * PADDED, BLOCK):
         at = first + tl.arange(0, BLOCK)
         h = at // (K * K)

@@ -34,9 +34,17 @@ class BlockProblem(Problem):
         return -(-self.shape[2] // self.stride), -(-self.shape[3] // self.stride)
 
 
+def _strides(problem: BlockProblem) -> tuple[int, ...]:
+    # Of x; those of sizes of 1 lead nowhere.
+    ((_, strides),) = problem.strides
+    return tuple(stride if size > 1 else 0 for stride, size in zip(strides, problem.shape))
+
+
 def key_of(problem: BlockProblem) -> dict[str, Any]:
     """What a configuration may depend on."""
     pixels = problem.shape[0] * math.prod(problem.after)
+    sb, _, sy, sx = _strides(problem)
+    aligned = low_bit(sb, sy, sx, limit=4) * problem.dtype.itemsize >= 4
     return {
         "c": problem.shape[1] if problem.expands else 0,
         "h": problem.hidden,
@@ -45,7 +53,7 @@ def key_of(problem: BlockProblem) -> dict[str, Any]:
         "s": problem.stride,
         "dtype": problem.key_dtype,
         "few": int(pixels < 32 * problem.device.processors),
-        "last": int(problem.strides[0][1][1] == 1),
+        "last": int(problem.strides[0][1][1] == 1 and aligned),
     }
 
 
@@ -60,10 +68,8 @@ def forward_launches(problem: BlockProblem) -> list[Launch]:
     blocks, options = problem.split(OP, "forward_tiles", key_of(problem))
     batch, channels, height, width = problem.shape
     (after_y, after_x), outputs = problem.after, problem.outputs
-    ((_, strides),) = problem.strides
-    # Strides of sizes of 1 lead nowhere.
-    sb, sc, sy, sx = (stride if size > 1 else 0 for stride, size in zip(strides, problem.shape))
-    last = strides[1] == 1
+    sb, sc, sy, sx = _strides(problem)
+    last = problem.strides[0][1][1] == 1
     vector = 16 // problem.dtype.itemsize
     per = blocks.pop("PROGRAMS")
     blocks["BLOCK_H"] = min(blocks["BLOCK_H"], lanes(problem.hidden))
