@@ -3,9 +3,9 @@
 A key has ``c`` (channels of x; 0 without an expansion), ``h`` (hidden channels), ``o`` (channels of the result), ``k``
 and ``s`` (side and stride of the depthwise kernel), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products,
 ``tf32``), ``few`` (1 where 32 pixels of the result a processor are more than there are), ``last`` (1 for a
-channels-last x whose pixels are aligned to 4 bytes) and ``arch``. A program has TY x TX pixels of the result at a time, in cells of SX next to each other,
-BLOCK_H hidden channels at a time, and BLOCK_O channels of the result. The expansion is taken BLOCK_M pixels and CHUNK
-channels of x at a time. There are at most PROGRAMS programs a processor.
+channels-last x whose pixels are aligned to 4 bytes) and ``arch``. A program has TY x TX pixels of the result at a time,
+in cells of SX next to each other, BLOCK_H hidden channels at a time, and BLOCK_O channels of the result. The expansion
+is taken BLOCK_M pixels and CHUNK channels of x at a time. There are at most PROGRAMS programs a processor.
 
 The choices for half types on NVIDIA are those that benchmarks/predict.py found fastest at the models' shapes among
 those that `make audit` shows to need no spills. 16 warps, or 8 of at most 128 registers a thread, twice, are what a
