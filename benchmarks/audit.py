@@ -128,7 +128,7 @@ def compile_unit(unit: Unit | _audit_nvcc.Unit) -> dict[str, Any]:
             return amd(triton.compile(source, target=target, options=options), unit.target, warps)
         row = nvidia(triton.compile(source, target=target, options=options), unit.target, warps)
         limit = min(255, 65536 // (32 * warps))
-        if row["spill_bytes"] and row["registers"] < limit:
+        if row["spill_bytes"] and row["registers"] < limit and "maxnreg" not in options:
             # ptxas parks a few bytes to fit one more block on a processor. Told to take what it needs it
             # does not spill: then this is its choice and not a want of registers.
             free = nvidia(
