@@ -42,7 +42,7 @@ def _forward_tiles(key: Mapping[str, Any]) -> Config:
     if exact(key) and not interpreted:
         return config | {"BLOCK_M": 16, "CHUNK": 16, "BLOCK_O": min(32, wide)}
     if interpreted or not half(key) or not _nvidia(key):
-        return config | {"TY": 8}
+        return config | {"TY": 8, "num_warps": 8 if key["o"] > 128 else 4}
     if key["few"]:
         warps = 16 if wide > 128 else 8 if wide > 64 else 4
         return config | {"BLOCK_H": 64, "BLOCK_O": min(256, wide), "num_warps": warps}
@@ -57,9 +57,12 @@ def _forward_tiles(key: Mapping[str, Any]) -> Config:
         if not key["last"]:
             return many | {"TX": 8, "num_warps": 8}
         return many | ({"TY": 16} if hopper else {"num_warps": 8})
-    many |= {"PROGRAMS": 2, "num_warps": 8, "maxnreg": 128}
-    if not (key["last"] or hopper):
-        many["TX"] = 8
+    many["PROGRAMS"] = 2
+    if not key["last"]:
+        return many | {"TX": 8, "num_warps": 8}
+    if not hopper:
+        return many | {"TX": 16 if key["o"] <= 32 else 8, "num_warps": 4}
+    many |= {"num_warps": 8, "maxnreg": 128}
     return many | {"TX": 8, "BLOCK_H": 128} if key["s"] == 2 and key["o"] > 32 else many
 
 
