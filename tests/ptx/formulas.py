@@ -99,6 +99,7 @@ def integers() -> list[Instruction]:
             Instruction(f"add.{kind}", two, kind, of(operator.add)),
             Instruction(f"sub.{kind}", two, kind, of(operator.sub)),
             Instruction(f"mul.lo.{kind}", two, kind, of(operator.mul)),
+            Instruction(f"mul.hi.{kind}", two, kind, of(lambda a, b, w=width: a * b >> w)),
             Instruction(f"mad.lo.{kind}", three, kind, of(lambda a, b, c: a * b + c)),
             Instruction(f"div.{kind}", two, kind, of(quotient)),
             Instruction(f"rem.{kind}", two, kind, of(lambda a, b: a if b == 0 else a - quotient(a, b) * b)),
@@ -114,7 +115,6 @@ def integers() -> list[Instruction]:
             found += [
                 Instruction(f"mul.wide.{kind}", two, wide, wrapped(operator.mul, wide)),
                 Instruction(f"mad.wide.{kind}", f"{two} {wide}", wide, wrapped(lambda a, b, c: a * b + c, wide)),
-                Instruction(f"mul.hi.{kind}", two, kind, of(lambda a, b, w=width: a * b >> w)),
             ]
     for kind in ("b16", "b32", "b64"):
         two = f"{kind} {kind}"

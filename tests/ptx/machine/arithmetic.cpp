@@ -135,6 +135,9 @@ void add_integers(const std::string& type) {
   lanewise<[](T a, T b) { return static_cast<T>(uint64_t(a) * uint64_t(b)); }>("mul.lo." + type, INTEGER);
   lanewise<[](T a, T b, T c) { return static_cast<T>(uint64_t(a) * uint64_t(b) + uint64_t(c)); }>(
       "mad.lo." + type, INTEGER);
+  using Product = std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>;
+  lanewise<[](T a, T b) { return static_cast<T>(Product{a} * Product{b} >> (8 * sizeof(T))); }>(
+      "mul.hi." + type, INTEGER);
   lanewise<quotient<T>>("div." + type, INTEGER);
   lanewise<remainder<T>>("rem." + type, INTEGER);
   lanewise<maximum<T>>("max." + type, INTEGER);
@@ -154,8 +157,6 @@ void add_wide(const std::string& type) {
   lanewise<[](T a, T b, Wide c) {
     return static_cast<Wide>(uint64_t(static_cast<Wide>(a) * static_cast<Wide>(b)) + uint64_t(c));
   }>("mad.wide." + type, INTEGER);
-  lanewise<[](T a, T b) { return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b) >> (8 * sizeof(T))); }>(
-      "mul.hi." + type, INTEGER);
 }
 
 template <class T>

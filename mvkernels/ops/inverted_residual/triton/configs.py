@@ -2,7 +2,7 @@
 
 A key has ``c`` (channels of x; 0 without an expansion), ``h`` (hidden channels), ``o`` (channels of the result), ``k``
 and ``s`` (side and stride of the depthwise kernel), ``dtype`` (``f16``, ``bf16``, ``f32`` for exact float32 products,
-``tf32``), ``few`` (1 where 32 pixels of the result a processor are more than there are), ``last`` (1 for a
+``tf32``), ``few`` (1 where 8 pixels of the result a processor are more than there are), ``last`` (1 for a
 channels-last x whose pixels are aligned to 4 bytes) and ``arch``. A program has TY x TX pixels of the result at a time,
 in cells of SX next to each other, BLOCK_H hidden channels at a time, and BLOCK_O channels of the result. The expansion
 is taken BLOCK_M pixels and CHUNK channels of x at a time. There are at most PROGRAMS programs a processor.
@@ -43,9 +43,8 @@ def _forward_tiles(key: Mapping[str, Any]) -> Config:
         return config | {"BLOCK_M": 16, "CHUNK": 16, "BLOCK_O": min(32, wide)}
     if interpreted or not half(key) or not _nvidia(key):
         return config | {"TY": 8, "num_warps": 8 if key["o"] > 128 else 4}
-    if key["few"]:
-        warps = 16 if wide > 128 else 8 if wide > 64 else 4
-        return config | {"BLOCK_H": 64, "BLOCK_O": min(256, wide), "num_warps": warps}
+    if key["few"] and wide <= 128:
+        return config | {"BLOCK_H": 64, "BLOCK_O": wide, "num_warps": 8 if wide > 64 else 4}
     many = config | {"TY": 8, "TX": 16, "SX": 4, "BLOCK_M": 64, "BLOCK_H": 64, "BLOCK_O": min(256, wide),
                      "CHUNK": min(64, lanes(key["c"])), "PROGRAMS": 1, "num_warps": 16}  # fmt: skip
     hopper = key["arch"] == "sm_90"  # elsewhere operands of products are in registers too

@@ -52,7 +52,7 @@ def key_of(problem: BlockProblem) -> dict[str, Any]:
         "k": problem.kernel,
         "s": problem.stride,
         "dtype": problem.key_dtype,
-        "few": int(pixels < 32 * problem.device.processors),
+        "few": int(pixels < 8 * problem.device.processors),
         "last": int(problem.strides[0][1][1] == 1 and aligned),
     }
 
