@@ -176,6 +176,14 @@ def _rising(arguments: dict[str, Any]) -> None:
     arguments["key"][..., -1, :] *= 40
 
 
+def _beyond_the_smallest(arguments: dict[str, Any]) -> None:
+    # Of one query the scores with the first 64 keys are -inf in float32, all others are 0.
+    query, key = (torch.zeros_like(arguments[name]) for name in ("query", "key"))
+    query[:, :, 0, 0, 0] = 2.0**83
+    key[:, :, 0, :4] = -(2.0**83)
+    arguments |= {"query": query, "key": key}
+
+
 _MANY = Case(1, 24, (16, 16), (1, 1), strides="channels_last")
 _SMALL = Case(2, 36, (9, 7), (2, 2), batch=2)
 _WINDOWS = Case(2, 32, (9, 10), (4, 4), (2, 2), bias=True)
@@ -191,6 +199,7 @@ ODD = {
     "inf in many keys": replace(_MANY, change=_pixel(math.inf)),
     "constant, many keys": replace(_MANY, change=_constant),
     "later keys much higher": replace(_MANY, change=_rising),
+    "first keys of -inf": replace(_MANY, change=_beyond_the_smallest),
     "constant": replace(_SMALL, change=_constant),
     "high scores": Case(1, 32, (8, 16), (8, 8), (0, 0), scale=3000 * 32**-0.5),
     "a row of -inf": replace(_WINDOWS, change=_row_without_weight),

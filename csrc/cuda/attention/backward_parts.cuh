@@ -193,7 +193,8 @@ struct Parts : WholeUnit<P, DP, true, 256, 16, 128> {
 #pragma unroll 1
       do {
         weigh(rows, known);
-        again = !known && __any_sync(~0u, !(fmaxf(rows.total[0], rows.total[1]) < 32768.0f));
+        // A sum is NaN where no score of the first keys is above -infinity: fmaxf would hide it.
+        again = !known && __any_sync(~0u, !(rows.total[0] < 32768.0f && rows.total[1] < 32768.0f));
         if (again) search(rows.top);
         known = true;
       } while (again);

@@ -1,4 +1,5 @@
-// A unit of backward_whole.cuh and backward_parts.cuh: what of it is where in shared memory, and how its rows come there and gradients leave.
+// A unit of backward_whole.cuh and backward_parts.cuh: what of it is where in shared memory, how its rows come there, and
+// how gradients leave.
 #pragma once
 
 #include "backward_call.cuh"

@@ -79,7 +79,7 @@ def divisor_of(n: int) -> tuple[int, int]:
 
 
 def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) -> int:
-    """Of the smallest kernel that has whole rows of scores in registers; 0 if none is for these groups."""
+    """Of the smallest kernel whose warps have whole rows of scores; 0 if none is for these groups."""
     tokens, dim = geometry.tokens, padded(problem.shape[2], problem.value_dim)
     if problem.dtype.itemsize != 2 or not is_equal(geometry):
         return 0
@@ -93,8 +93,8 @@ def _whole_tokens(problem: AttentionProblem, geometry: Geometry, plain: bool) ->
     return next((each for each in kernels if each * 0.5 < tokens <= each and (each != 144 or tokens > 128)), 0)
 
 
-def _in_registers(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, width: int) -> _Backward:
-    # Whole rows of scores: csrc/cuda/attention/backward_whole.cuh.
+def _by_queries(problem: AttentionProblem, tokens: int, need_bias: bool, plain: bool, width: int) -> _Backward:
+    # Of each warp some queries, with all keys: csrc/cuda/attention/backward_whole.cuh.
     tiles = Tiles(problem.dtype, padded(problem.shape[2], problem.value_dim), plain)
     rows = rows_of(tokens)
     team = rows // 16
@@ -123,7 +123,7 @@ def _by_keys(problem: AttentionProblem, geometry: Geometry, need_bias: bool, pla
 def _divided(problem: AttentionProblem, geometry: Geometry, need_bias: bool, positive: bool, aligned: int) -> _Backward:
     plain, width = is_plain(problem, geometry, positive), row_bytes(problem, geometry, aligned)
     if width >= 8 and (tokens := _whole_tokens(problem, geometry, plain)):
-        found = _in_registers(problem, tokens, need_bias, plain and geometry.tokens in (16, 64, 256), width)
+        found = _by_queries(problem, tokens, need_bias, plain and geometry.tokens in (16, 64, 256), width)
         if found.shared_bytes <= configs.shared_memory_of(problem.device.arch):
             return found
     return _by_keys(problem, geometry, need_bias, plain)

@@ -59,8 +59,8 @@ def _forward_slices(key: Mapping[str, Any]) -> Config:
     return {"BLOCK": 128 if width(key["d"]) <= 96 else 64, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3}
 
 
-# ALONE: a map stays in one program where all processors have one, which then needs no other launch. PARTS: of the
-# pixels of a tile, for the products that sum over them.
+# ALONE: a map stays in one program where three quarters of the processors have one; it then needs no other launch.
+# PARTS: of the pixels of a tile, for the products that sum over them.
 @heuristic(TO_FORMER, "backward_slices")
 def _backward_slices(key: Mapping[str, Any]) -> Config:
     if not _few(key):

@@ -84,7 +84,7 @@ class Plan:
         programs = self.units * self.token_blocks * self.pieces
         wanted = config["PROGRAMS"] * problem.device.processors // programs
         if 4 * programs >= 3 * problem.device.processors and (self.tiles <= _FEW or config.get("ALONE")):
-            wanted = 1  # the second stage would take longer
+            wanted = 1  # another launch would take longer than some idle processors
         self.steps = -(-self.tiles // max(1, min(wanted, self.tiles)))
         self.slices = -(-self.tiles // self.steps)
         # Whether all tiles are whole, and all slices have as many.
