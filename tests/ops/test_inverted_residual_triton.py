@@ -214,7 +214,7 @@ def test_grids_and_offsets_of_large_maps():
 
 
 @pytest.mark.parametrize("device", PRETENDED)
-@pytest.mark.parametrize("case", OP.suite("full"), ids=str)
+@pytest.mark.parametrize("case", OP.suite("full"), ids=lambda case: f"{case.model} {case.label}")
 def test_what_programs_store_of_expanded_maps_fits_the_second_level_cache(case, device):
     """Half of it, so that a read of what was stored a moment ago needs no memory."""
     arguments = case.make(batch=128, dtype=torch.bfloat16, device="meta", layout="channels_last")
