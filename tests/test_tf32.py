@@ -103,8 +103,11 @@ def unrounded(ttir):
     made, found, products = {}, [], 0
 
     def rounded(name):
-        moved = re.match(r"tt\.(?:trans|reshape) (%[\w#]+)", made.get(name, ""))
-        return rounded(moved.group(1)) if moved else ROUNDED in made.get(name, "")
+        how = made.get(name, "")
+        moved = re.match(r"tt\.(?:trans|reshape|join) (%[\w#]+)(?:, (%[\w#]+))?", how)
+        if moved:
+            return all(rounded(part) for part in moved.groups() if part)
+        return ROUNDED in how or how.startswith("arith.constant dense<0.000000e+00>")
 
     for name, how in re.findall(r"^\s*(%[\w#]+) = (.*)", ttir, re.MULTILINE):  # in order: regions may repeat names
         made[name] = how
