@@ -11,7 +11,7 @@ import torch
 import triton
 
 from mvkernels.triton import configs, tiles
-from mvkernels.triton.maps import INT32, low_bit
+from mvkernels.triton.maps import INT32, low_bit, power_of_two
 from mvkernels.triton.problem import Problem, precision_of, sums_dtype
 from mvkernels.triton.repeated import RepeatedLaunch
 
@@ -60,7 +60,7 @@ def merge_tile(slices: int, elements: int, least: int) -> tuple[int, int, dict[s
 
     ``elements`` of a tile for few slices, and the ``least`` columns of one for many.
     """
-    parts_at_once = min(128, 1 << (slices - 1).bit_length(), max(1, 4096 // least))
+    parts_at_once = min(128, power_of_two(slices), max(1, 4096 // least))
     columns = max(least, elements // parts_at_once)
     return parts_at_once, columns, {"num_warps": 8 if parts_at_once * columns >= 4096 else 4, "num_stages": 1}
 

@@ -31,9 +31,14 @@ def width(d: int) -> int:
     return sum(pieces(d))
 
 
+def power_of_two(count: int) -> int:
+    """The least one that is not below ``count``, from 1 on."""
+    return 1 << (count - 1).bit_length()
+
+
 def lanes(d: int) -> int:
     """Lanes that ``d`` channels, or rows, take in one piece: a power of two, at least the 16 of matrix instructions."""
-    return max(16, 1 << (d - 1).bit_length())
+    return max(16, power_of_two(d))
 
 
 def divides(height: int, width: int) -> bool:

@@ -13,7 +13,7 @@ import torch
 from mvkernels.cuda.launch import Launch
 from mvkernels.triton import configs
 from mvkernels.triton.attention.problem import AttentionProblem
-from mvkernels.triton.maps import INT32, PATCHES, WINDOWS, Geometry, Shape, window_of
+from mvkernels.triton.maps import INT32, PATCHES, WINDOWS, Geometry, Shape, power_of_two, window_of
 
 TOKENS = 256
 """Of a group, at most."""
@@ -94,7 +94,7 @@ def team_of(jobs: int, warps: int, needed: Callable[[int], int], room: int) -> i
 
     ``needed`` says what shared memory a block needs with such teams, ``room`` how much there is.
     """
-    team = int(min(warps, 1 << (jobs - 1).bit_length()))
+    team = min(warps, power_of_two(jobs))
     while team < warps and needed(team) > room:
         team *= 2
     return team

@@ -14,7 +14,7 @@ from mvkernels.ops.inverted_residual.triton.configs import OP
 from mvkernels.ops.inverted_residual.triton.plan import BlockProblem, forward_launches, key_of
 from mvkernels.triton import configs
 from mvkernels.triton.launch import INTERPRETED, why_not_triton
-from mvkernels.triton.maps import INT32
+from mvkernels.triton.maps import INT32, power_of_two
 
 _NAMES = tuple(ACTIVATIONS)
 _MAX_KERNEL = 7
@@ -58,7 +58,7 @@ def block_key(problem: BlockProblem) -> dict[str, Any]:
     """Under which it is noted whether such a block is faster by the kernel."""
     pixels = problem.shape[0] * math.prod(problem.after)
     more = {"act": problem.activation or "", "residual": int(problem.residual), "arch": problem.device.arch}
-    return key_of(problem) | {"n": 1 << (pixels - 1).bit_length()} | more
+    return key_of(problem) | {"n": power_of_two(pixels)} | more
 
 
 @configs.memo

@@ -10,7 +10,7 @@ from mvkernels.ops.inverted_residual.triton import kernels
 from mvkernels.ops.inverted_residual.triton.configs import OP
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch
-from mvkernels.triton.maps import INT32, lanes, low_bit
+from mvkernels.triton.maps import INT32, lanes, low_bit, power_of_two
 from mvkernels.triton.problem import Problem
 
 
@@ -57,11 +57,6 @@ def key_of(problem: BlockProblem) -> dict[str, Any]:
     }
 
 
-def _power(count: int) -> int:
-    # The least power of two of at least so many.
-    return 1 << (count - 1).bit_length()
-
-
 @configs.memo
 def forward_launches(problem: BlockProblem) -> list[Launch]:
     """The kernel; tensors ``x we be wd bd wp bp scratch o``, of which those that are not there are not read."""
@@ -73,7 +68,8 @@ def forward_launches(problem: BlockProblem) -> list[Launch]:
     vector = 16 // problem.dtype.itemsize
     per = blocks.pop("PROGRAMS")
     blocks["BLOCK_H"] = min(blocks["BLOCK_H"], lanes(problem.hidden))
-    ty, tx = blocks["TY"], blocks["TX"] = min(blocks["TY"], _power(after_y)), min(blocks["TX"], _power(after_x))
+    ty = blocks["TY"] = min(blocks["TY"], power_of_two(after_y))
+    tx = blocks["TX"] = min(blocks["TX"], power_of_two(after_x))
     blocks["SX"] = min(blocks["SX"], tx)
     down, across = -(-after_y // ty), -(-after_x // tx)
     tiles = batch * down * across * -(-outputs // blocks["BLOCK_O"])

@@ -9,7 +9,7 @@ from mvkernels.ops.multiscale_linear_attention.triton import kernels
 from mvkernels.ops.multiscale_linear_attention.triton.configs import OP
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch, sum_slices
-from mvkernels.triton.maps import INT32, divides, lanes, low_bit, needed
+from mvkernels.triton.maps import INT32, divides, lanes, low_bit, needed, power_of_two
 from mvkernels.triton.problem import PARTS_BYTES, Problem
 
 # Taps times channels side by side in the product that makes the weights' gradients: more would not fit beside the sums.
@@ -98,7 +98,7 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     plan = _Plan(problem, "weight_sums", "x")
     size = plan.groups * problem.sum_rows * plan.d
     itemsize = max(4, problem.dtype.itemsize)
-    taps = min(max(1, _LANES // lanes(plan.d)), 1 << (problem.kernel**2 - 1).bit_length())
+    taps = min(max(1, _LANES // lanes(plan.d)), power_of_two(problem.kernel**2))
     chunks = -(-(problem.kernel**2) // taps)
     programs = plan.groups * chunks
     (parts, steps), (batch_parts, images) = plan.split(programs, max(1, PARTS_BYTES // (itemsize * size)))
