@@ -56,14 +56,29 @@ class Tf32Products(TorchDispatchMode):
     """Inside it float32 operands of matrix products and convolutions are those that tf32 has nearest to them.
 
     What PyTorch may do where the user allows tf32: whether it does depends on the size of a product and the device.
+    With a ``seed`` each operand is off by as much as its rounding, but up or down at random: one of the errors that
+    are to be expected of a formula whose steps are taken differently.
     """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def _operand(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        rounded = to_tf32(x)
+        if self._generator is None:
+            return rounded
+        signs = _signs(x, self._generator).to(x.dtype)
+        return torch.where(x.isfinite(), x + signs * (rounded - x), x)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in _PRODUCTS:
             operands = _PRODUCTS[func]
-            args = tuple(to_tf32(a) if i in operands and isinstance(a, Tensor) else a for i, a in enumerate(args))
+            args = tuple(self._operand(a) if i in operands else a for i, a in enumerate(args))
         return func(*args, **(kwargs or {}))
 
 
@@ -84,6 +99,15 @@ _PRODUCTS = {
     _aten.convolution_backward.default: (0, 1, 2),
 }
 """Which arguments are operands."""
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """-1 or 1 at random for each element, in float64; drawn on the CPU, to be the same on every device."""
+    count = min(like.numel(), _SIGNS)
+    signs = torch.randint(2, (count,), generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(like.device)
+    if count < like.numel():
+        signs = signs.repeat(-(-like.numel() // count))[: like.numel()]
+    return signs.view(like.shape)
 
 
 def _dtype(func: Any, args: Sequence[Any], operands: Sequence[Tensor]) -> torch.dtype:
@@ -108,13 +132,8 @@ class _Sums:
 
     def off(self, total: Tensor, count: Tensor, squares: Tensor) -> Tensor:
         """The sum of some terms with its error, ``count`` being how many count and ``squares`` the sum of t^2."""
-        count_of = min(total.numel(), _SIGNS)
-        signs = torch.randint(2, (count_of,), generator=self.generator, dtype=torch.float64).mul_(2).sub_(1)
-        signs = signs.to(total.device)
-        if count_of < total.numel():
-            signs = signs.repeat(-(-total.numel() // count_of))[: total.numel()]
         size = self.unit * ((count - 1).clamp(min=0) * 2 / 27 * (2 * total.square() + squares)).sqrt()
-        return total + signs.view(total.shape) * size
+        return total + _signs(total, self.generator) * size
 
     def counts(self, factors: Tensor) -> Tensor:
         """1 where a factor is large enough to count, else 0."""

@@ -208,11 +208,15 @@ class Yardstick:
     Args:
         formula: ``formula(dtype)`` returns the results of PyTorch in this dtype, with the names of :func:`run`.
         dtype: the dtype of the results that are compared with them.
+        tf32: whether the operands of products in float32 may be rounded to tf32. Whether PyTorch takes what it may
+            depends on a product's size; ours are held to what is allowed.
     """
 
-    def __init__(self, formula: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> None:
-        self._formula, self._dtype = formula, dtype
-        self.exact, self.baseline = formula(torch.float64), formula(dtype)
+    def __init__(
+        self, formula: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype, tf32: bool = False
+    ) -> None:
+        self._formula, self._dtype, self._tf32 = formula, dtype, tf32
+        self.exact, self.baseline = formula(torch.float64), self._rounded(dtype)
         self._drawn: list[dict[str, Tensor]] = []
 
     def expected(self, name: str, count: int = DRAWS[0]) -> list[Tensor]:
@@ -224,8 +228,12 @@ class Yardstick:
         for seed in range(len(self._drawn) // len(dtypes), count):
             for dtype in dtypes:
                 with ExpectedRounding(seed):
-                    self._drawn.append(self._formula(dtype))
+                    self._drawn.append(self._rounded(dtype, seed))
         return [drawn[name].to(self._dtype) for drawn in self._drawn[: count * len(dtypes)]]
+
+    def _rounded(self, dtype: torch.dtype, seed: int | None = None) -> dict[str, Tensor]:
+        with Tf32Products(seed) if self._tf32 and dtype == torch.float32 else nullcontext():
+            return self._formula(dtype)
 
     def expected_error(self, name: str) -> float:
         """The expected error of a result."""
@@ -262,16 +270,12 @@ def yardstick(op: Op, arguments: Mapping[str, Any], wanted: Sequence[str]) -> tu
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(shape, generator=generator, dtype=torch.float64).to(first.device, first.dtype)
 
-    # Whether PyTorch takes what it may depends on a product's size; ours are held to what is allowed.
-    allowed = configs.tf32_allowed(first.device.type)
-
     def formula(dtype: torch.dtype) -> dict[str, Tensor]:
         # Inputs in float64 for the exact values; else as they are, and only what is computed from them in the dtype.
         inputs = dtype if dtype == torch.float64 else None
-        with Tf32Products() if allowed and dtype == torch.float32 else nullcontext():
-            return run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent, inputs)
+        return run(lambda **kw: op.reference(**kw, compute_dtype=dtype), arguments, wanted, cotangent, inputs)
 
-    return Yardstick(formula, first.dtype), cotangent
+    return Yardstick(formula, first.dtype, configs.tf32_allowed(first.device.type)), cotangent
 
 
 def check(

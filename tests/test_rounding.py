@@ -131,3 +131,15 @@ def test_operands_of_products_in_tf32_are_rounded_to_nearest():
         found = torch.autograd.grad(out, (a, b, c), grad)
     for one, other in zip(found, torch.autograd.grad(expected, (*operands, c), grad), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_errors_of_tf32_are_drawn_with_random_signs():
+    operand, exact = torch.tensor([[1 + 2**-12, -1.0]]), torch.ones(2, 1)
+
+    def formula(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        return {"difference": operand.to(dtype) @ exact.to(dtype)}
+
+    held = testing.Yardstick(formula, torch.float32, tf32=True)
+    assert held.exact["difference"] == 2**-12 and held.baseline["difference"] == 0
+    # What tf32 holds stays as it is; what it rounds is off by as much, up or down.
+    assert {round(drawn.item() * 2**11, 3) for drawn in held.expected("difference", 16)} == {0, 1}
