@@ -209,6 +209,8 @@ def _layer(size: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, 
 _WIDE = ("2x256 7x7", "contiguous", ({5: (1, 2, 256, 7, 7), 4: (1, 2, 6, 256)},))
 # As many maps as a small GPU has processors, and more: one stays in one program, several tiles.
 _ALONE = ("2x12 20x17", "channels_last", ({5: (4, 2, 12, 20, 17), 4: (4, 2, 6, 12)},))
+# Tokens and channels that fill no tile.
+_MANY = ("2x96 7x7 m17", "channels_last", ({5: (1, 2, 96, 7, 7), 4: (1, 2, 17, 96)},))
 MORE: dict[str, tuple[More, ...]] = {
     "patch_attention": (
         ("2x36 21x19", "packed", ({5: (1, 2, 36, 21, 19)},)),
@@ -232,7 +234,7 @@ MORE: dict[str, tuple[More, ...]] = {
     # On a small GPU enough rows for the largest blocks, and one more.
     "patch_transformer_layer": (("4x36 19x27", "channels_last", (_layer, (19, 27))),),
     "mobile_to_former": (_WIDE, _ALONE),
-    "former_to_mobile": (_WIDE, _ALONE),
+    "former_to_mobile": (_WIDE, _ALONE, _MANY),
     "inverted_residual": (
         _residual(48, 80, 24, 3, 2, 13, 11),
         _residual(24, 40, 72, 3, 1, 6, 9, activation="hardswish"),

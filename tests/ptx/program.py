@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tests.ptx.module import BYTES, Module, Statement, Unsupported
 
-HEAD = 16
+HEAD = 24
 """Bytes before a register's lanes. The machine says the same of itself, which machine.py checks."""
 LANES = 32
 SHARED_BASE = 1024

@@ -93,6 +93,26 @@ def test_what_nobody_has_defined_may_be_read_but_not_stored() -> None:
     assert run(read + "add.s32 %r5, %r6, 1;", DATA)[1].findings == []
 
 
+HALVES = {
+    "parts": "mov.b32 {%rs1, %rs2}, %r7;",
+    "a pair of them": "mov.b32 {%rs1, %rs2}, %r7; mov.b32 %r8, {%rs1, %rs2}; mov.b32 {%rs1, %rs2}, %r8;",
+    "a copy, of which memory takes the lower": (
+        "mov.b32 %r8, %r7; st.shared.b16 [%r9], %r8; ld.shared.b16 %rs1, [%r9]; mov.b32 {%rs3, %rs2}, %r8;"
+    ),
+    "a product": "mul.bf16x2 %r8, %r7, %r7; mov.b32 {%rs1, %rs2}, %r8;",
+    "a choice": "setp.lt.u32 %p1, %r0, 99; selp.b32 %r8, %r7, %r0, %p1; mov.b32 {%rs1, %rs2}, %r8;",
+    "a comparison": "setp.lt.bf16x2 %p1|%p2, %r7, %r7; selp.b16 %rs1, 1, 2, %p1; selp.b16 %rs2, 1, 2, %p2;",
+}
+"""%rs1 of the lower half of %r7, and %rs2 of the upper half."""
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_each_half_of_32_bits_is_defined_by_itself(name: str) -> None:
+    body = "mov.b32 %r6, 0x3f800000; cvt.rn.bf16x2.f32 %r7, %r77, %r6;" + HALVES[name]
+    assert run(body + "cvt.u32.u16 %r5, %rs1;")[1].findings == []
+    assert run(body + "cvt.u32.u16 %r5, %rs2;")[1].kinds == {"undefined value"}
+
+
 def test_a_fault_says_where() -> None:
     _, result = run("ld.global.b32 %r5, [%rd9+4]; mov.b32 %r5, 0;")
     found = next(each for each in result.findings if each.kind == "out of bounds")

@@ -266,8 +266,8 @@ void select(Warp& warp, const Instruction& in, Mask active) {
   const T *a = warp.lanes<T>(in.operand[1]), *b = warp.lanes<T>(in.operand[2]);
   T result[LANES];
   for (int lane = 0; lane < LANES; lane++) result[lane] = first >> lane & 1 ? a[lane] : b[lane];
-  const Mask chosen = (warp.defined(in.operand[1]) & first) | (warp.defined(in.operand[2]) & ~first);
-  warp.put(in.operand[0], result, active, known & chosen);
+  const Defined chosen = (warp.halves(in.operand[1]) & first) | (warp.halves(in.operand[2]) & ~first);
+  warp.put(in.operand[0], result, active, chosen & known);
 }
 
 template <auto F, int OPERANDS>

@@ -14,8 +14,13 @@ uint32_t to_tf32(float x) {
 }
 
 template <class H>
-uint32_t pair_of(float high, float low) {
-  return static_cast<uint32_t>(std::bit_cast<uint16_t>(H(high))) << 16 | std::bit_cast<uint16_t>(H(low));
+void pair_of(Warp& warp, const Instruction& in, Mask active) {
+  const float *high = warp.lanes<float>(in.operand[1]), *low = warp.lanes<float>(in.operand[2]);
+  H result[2 * LANES];
+  for (int lane = 0; lane < LANES; lane++) result[2 * lane] = H(low[lane]), result[2 * lane + 1] = H(high[lane]);
+  warp.put(
+      in.operand[0], reinterpret_cast<uint32_t*>(result), active,
+      {warp.defined(in.operand[2]), warp.defined(in.operand[1])});
 }
 
 // What does not fit becomes the nearest that does; NaN zero, or the highest bit where one side has 64 bits.
@@ -57,7 +62,7 @@ void from_integers(const std::string& from) {
 // even between wgmma's fence and wgmma.
 template <class T>
 void move(Warp& warp, const Instruction& in, Mask active) {
-  warp.put(in.operand[0], warp.lanes<T>(in.operand[1]), active, warp.defined(in.operand[1]));
+  warp.put(in.operand[0], warp.lanes<T>(in.operand[1]), active, warp.halves(in.operand[1]));
   if (in.operand[0] >= 0) warp.head(in.operand[0]).written = warp.head(in.operand[1]).written;
 }
 
@@ -76,17 +81,19 @@ void unpack(Warp& warp, const Instruction& in, Mask active) {
       std::memcpy(lanes + lane * bytes, warp.lanes<uint8_t>(whole) + lane * in.a + part * bytes, bytes);
     }
     if (bytes == 4) warp.put(in.operand[part], reinterpret_cast<uint32_t*>(lanes), active, warp.defined(whole));
-    if (bytes == 2) warp.put(in.operand[part], reinterpret_cast<uint16_t*>(lanes), active, warp.defined(whole));
+    const Mask half = part ? warp.halves(whole).high : warp.halves(whole).low;
+    if (bytes == 2) warp.put(in.operand[part], reinterpret_cast<uint16_t*>(lanes), active, half);
   }
 }
 
 void pack(Warp& warp, const Instruction& in, Mask active) {
   const int parts = in.count - 1, bytes = in.a / parts;
   uint8_t lanes[LANES * 8];
-  Mask defined = ALL;
+  Defined defined = ALL;
   for (int part = 0; part < parts; part++) {
     const int64_t from = in.operand[1 + part];
-    defined &= warp.defined(from);
+    const Mask known = warp.defined(from);
+    defined = defined & (in.a > 4 ? known : part ? Defined(ALL, known) : Defined(known, ALL));
     for (int lane = 0; lane < LANES; lane++) {
       std::memcpy(lanes + lane * in.a + part * bytes, warp.lanes<uint8_t>(from) + lane * bytes, bytes);
     }
@@ -105,8 +112,8 @@ void add_conversions() {
   lanewise<[](Half a) { return static_cast<float>(a); }>("cvt.f32.f16", CONVERT);
   lanewise<[](float a) { return Bfloat(a); }>("cvt.rn.bf16.f32", CONVERT);
   lanewise<[](float a) { return Half(a); }>("cvt.rn.f16.f32", CONVERT);
-  lanewise<pair_of<Bfloat>>("cvt.rn.bf16x2.f32", CONVERT);
-  lanewise<pair_of<Half>>("cvt.rn.f16x2.f32", CONVERT);
+  opcodes()["cvt.rn.bf16x2.f32"] = {pair_of<Bfloat>, CONVERT};
+  opcodes()["cvt.rn.f16x2.f32"] = {pair_of<Half>, CONVERT};
   lanewise<[](float a) { return static_cast<double>(a); }>("cvt.f64.f32", CONVERT);
   lanewise<[](double a) { return static_cast<float>(a); }>("cvt.rn.f32.f64", CONVERT);
   lanewise<to_tf32>("cvt.rna.tf32.f32", CONVERT);

@@ -61,7 +61,7 @@ void in_pairs(const std::string& name, Class kind) {
         for (int half = 0; half < 2 * LANES; half++) result[half] = F(a[half], b[half]);
         warp.put(
             in.operand[0], reinterpret_cast<uint32_t*>(result), active,
-            warp.defined(in.operand[1]) & warp.defined(in.operand[2]));
+            warp.halves(in.operand[1]) & warp.halves(in.operand[2]));
       },
       kind};
 }
@@ -81,11 +81,11 @@ void comparison(const std::string& how, const std::string& type) {
     opcodes()["setp." + how + "." + type + "x2"] = {
         [](Warp& warp, const Instruction& in, Mask active) {
           const T *a = warp.lanes<T>(in.operand[2]), *b = warp.lanes<T>(in.operand[3]);
-          const Mask defined = warp.defined(in.operand[2]) & warp.defined(in.operand[3]);
+          const Defined defined = warp.halves(in.operand[2]) & warp.halves(in.operand[3]);
           for (int half = 0; half < 2; half++) {
             Mask result = 0;
             for (int lane = 0; lane < LANES; lane++) result |= Mask(F(a[2 * lane + half], b[2 * lane + half])) << lane;
-            warp.put_predicate(in.operand[half], result, active, defined);
+            warp.put_predicate(in.operand[half], result, active, half ? defined.high : defined.low);
           }
         },
         PREDICATE};

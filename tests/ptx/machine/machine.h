@@ -63,13 +63,24 @@ struct Instruction : Opcode {
   int count = 0;
 };
 
+// Which lanes hold a defined value: of 32 bits the lower and the upper half, for a pair of halves may have one alone.
+// Of other widths both are alike.
+struct Defined {
+  Mask low, high;
+  Defined(Mask both) : low(both), high(both) {}
+  Defined(Mask low, Mask high) : low(low), high(high) {}
+  Mask whole() const { return low & high; }
+  Defined operator&(Defined other) const { return {low & other.low, high & other.high}; }
+  Defined operator|(Defined other) const { return {low | other.low, high | other.high}; }
+};
+
 // Heads a register's lanes in the file; a predicate's lanes are one Mask.
-struct Register {
-  Mask defined;
+struct alignas(8) Register {
+  Defined defined;
   uint16_t in_flight;  // asynchronous products that will write it
   uint16_t wanted;     // asynchronous products that will read it
   uint32_t written;    // when, in the clock of its warp
-  Mask held;           // what `defined` will be when none is in flight; meanwhile it is 0
+  Defined held;        // what `defined` will be when none is in flight; meanwhile it is 0
 };
 
 // What is known of one byte. Epochs are the stretches between two barriers of a block, numbered on and on.
@@ -212,7 +223,8 @@ struct Warp {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(file.data()) + at + sizeof(Register));
   }
   Mask& predicate(int64_t at) { return *lanes<Mask>(at); }
-  Mask defined(int64_t at) { return head(at).defined; }
+  Mask defined(int64_t at) { return head(at).defined.whole(); }
+  Defined halves(int64_t at) { return head(at).defined; }
 
   void took_effect(uint64_t value, int lane) {
     const uint64_t mixed = (value + 64 * index + lane + 1) * 0x9e3779b97f4a7c15u;
@@ -226,13 +238,13 @@ struct Warp {
     return active == ALL;
   }
 
-  void note(Register& head, Mask active, Mask defined) {
+  void note(Register& head, Mask active, Defined defined) {
     if ((head.in_flight || head.wanted) && !finishing) fault(IN_FLIGHT);
-    head.defined = (head.defined & ~active) | (defined & active);
+    head.defined = (head.defined & Defined(~active)) | (defined & Defined(active));
     head.written = clock;
   }
   template <class T>
-  void put(int64_t to, const T* values, Mask active, Mask defined) {
+  void put(int64_t to, const T* values, Mask active, Defined defined) {
     if (to < 0) return;  // a sink
     note(head(to), active, defined);
     T* mine = lanes<T>(to);

@@ -77,7 +77,8 @@ void store(Warp& warp, const Instruction& in, Mask active) {
                                     : addresses<uint64_t>(warp, in.operand[0], in.operand[1], bytes, active);
   (SHARED_SPACE ? count_shared : count_global)(warp, at.of.data(), bytes, at.usable, true);
   Mask defined = ALL;
-  for (int i = 0; i < in.b; i++) defined &= warp.defined(registers[i]);
+  // Of a wider register two bytes are the lower half.
+  for (int i = 0; i < in.b; i++) defined &= in.a == 2 ? warp.halves(registers[i]).low : warp.defined(registers[i]);
   if (!SHARED_SPACE && (at.usable & ~defined)) warp.fault(UNDEFINED);
   for (int lane = 0; lane < LANES; lane++) {
     if (!(at.usable >> lane & 1)) continue;
@@ -202,7 +203,7 @@ void store_matrices(Warp& warp, const Instruction& in, Mask active) {
         const auto value = static_cast<uint16_t>(warp.lanes<uint32_t>(reg)[lane] >> 16 * half);
         write_shared(
             warp, lane, static_cast<uint32_t>(rows.address[giver]) + 2 * column, 2, &value,
-            warp.defined(reg) >> lane & 1);
+            (half ? warp.halves(reg).high : warp.halves(reg).low) >> lane & 1);
       }
     }
   }
