@@ -157,6 +157,7 @@ class Multiscale:
     kernel: int
     layout: str
     dtypes: tuple[str, ...]
+    biased: bool = False
 
     op = "multiscale_linear_attention"
 
@@ -169,7 +170,7 @@ class Multiscale:
         }
         return multiscale_linear_attention.ScaleProblem(
             (batch, groups, d, n, n), tuple((each, strides[o if each == "o" else "last"]) for each in names),
-            DTYPES[name], "tf32" if name == "tf32" else "ieee", device, self.kernel, (False, False),
+            DTYPES[name], "tf32" if name == "tf32" else "ieee", device, self.kernel, (self.biased, self.biased),
         )  # fmt: skip
 
     def launches(self, batch: int, name: str, device: Device) -> list[Any]:
@@ -180,7 +181,7 @@ class Multiscale:
 
     def columns(self) -> dict[str, Any]:
         return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,
-                "layout": self.layout}  # fmt: skip
+                "bias": "both" if self.biased else "", "layout": self.layout}  # fmt: skip
 
 
 Every = Case | Bridge | Linear | Multiscale | Layer | Residual
@@ -199,7 +200,8 @@ def multiscales() -> list[Multiscale]:
     shapes += [(16, 32, 32, 5, "last", both), (16, 32, 16, 3, "first", half), (16, 32, 16, 7, "last", half)]
     shapes += [(8, 24, 15, 5, "first", half), (4, 64, 32, 5, "first", both), (4, 64, 32, 5, "last", both)]
     shapes += [(4, 32, 14, 5, "first", ("fp64",))]
-    return [Multiscale(*shape) for shape in shapes]
+    biased = [Multiscale(4, d, 14, 5, "last", single, biased=True) for d in (16, 32, 64)]
+    return [Multiscale(*shape) for shape in shapes] + biased
 
 
 def linears() -> list[Linear]:

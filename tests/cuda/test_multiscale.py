@@ -170,6 +170,9 @@ def test_nan_and_infinity_reach_only_what_they_are_a_term_of(
             for (name, found), exact in zip(results(*maps).items(), wanted, strict=True):
                 told = f"{name} of {value} at {y, x_} in {'gradient' if which else 'map'}"
                 assert torch.equal(found.isfinite(), exact.isfinite()), told
+                # Triton's kernels sum over taps and channels last, where infinities of both signs make NaN.
+                if backend == "cuda" or (name, which) not in {("dw0", 0), ("dw1", 0), ("dw1", 1)}:
+                    assert torch.equal(found.isnan(), exact.isnan()), told
                 rest, same = found[exact.isfinite()], clean[name][exact.isfinite()]
                 torch.testing.assert_close(rest, same, msg=lambda text, told=told: f"{told}: {text}")
     assert not [found for launch in log for found in launch.findings]

@@ -197,6 +197,20 @@ def _residual(
     return name, strides, (_block, sizes, strides, activation, expands, biases)
 
 
+def _biased(heads: int, dim: int, kernel: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """A scale of multiscale_linear_attention whose convolutions have biases."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 3 * heads * dim
+    drawn = {
+        "depthwise": torch.randn(channels, 1, kernel, kernel, generator=generator) / kernel,
+        "pointwise": torch.randn(channels, dim, 1, 1, generator=generator) * dim**-0.5,
+        "depthwise_bias": torch.randn(channels, generator=generator),
+        "pointwise_bias": torch.randn(channels, generator=generator),
+    }
+    qkv = testing.make_map((2, channels, 7, 9), "channels_last", dtype, device, generator)
+    return {"qkv": qkv, "head_dim": dim} | {name: (each.to(device, dtype),) for name, each in drawn.items()}
+
+
 def _layer(size: tuple[int, int], dtype: torch.dtype, device: str) -> dict[str, Any]:
     """MobileViT-S's first one, on a map of this size."""
     case = next(each for each in OPS["patch_transformer_layer"].suite("full") if each.shape["channels"] == 144)
@@ -230,6 +244,10 @@ MORE: dict[str, tuple[More, ...]] = {
         _windows(2, 32, 16, 13, window=8, shift=3, strides="contiguous", bias=False),
         _windows(2, 32, 13, 14, window=12, shift=6),
         _windows(1, 36, 20, 17, window=16, shift=5, strides="transposed"),
+    ),
+    "multiscale_linear_attention": tuple(
+        (f"2x{dim} 7x9 k{kernel}, biases", "channels_last", (_biased, 2, dim, kernel))
+        for dim, kernel in ((16, 3), (32, 5), (64, 3))
     ),
     # On a small GPU enough rows for the largest blocks, and one more.
     "patch_transformer_layer": (("4x36 19x27", "channels_last", (_layer, (19, 27))),),
@@ -267,7 +285,7 @@ FEW = {
     "mobile_to_former": ("2x24_14x14_m3", "2x6 9x7", "2x256", "2x12 20x17"),
     "former_to_mobile": ("2x6 9x7", "2x24_14x14_m3", "2x256", "2x12 20x17"),
     "relu_linear_attention": ("8x16 9x7", "8x16_14x14", "8x16 8x8, batch 2 sliced"),
-    "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset"),
+    "multiscale_linear_attention": ("4x16 9x7", "4x16_14x14", "4x16 8x8, batch 2 offset", "2x32 7x9", "2x64 7x9"),
     "patch_transformer_layer": ("4x16 9x7", "4x20_16x16", "4x24_8x8", "4x16_32x32", "4x36 19x27"),
     "inverted_residual": (
         "16-32-16 9x7",

@@ -180,20 +180,22 @@ def depthwise_backward(
 # One program: a slice of the tiles and a slice of the batch of one group, and TAPS of the K * K taps, side by side in
 # TAPS * WIDTH lanes. Images follow each other in the inner loop, so that where a tile's pixels and their neighbours
 # lie, and whether these are inside, is found once for all of them. What it adds to S goes to (slice, group, K * K * D,
-# D); with a bias there is one row more, for the sum of g. The sums stay in registers.
+# D); with a bias there is one row more, for the sum of g. The sums stay in registers. g is read again for its own sum:
+# Triton has one buffer for a tile that is multiplied and also summed, and overwrites what a product still reads
+# (triton-lang/triton#6691).
 #
 # Beyond the border x is 0 in these products. That times an infinity or NaN in g is NaN, where S has no such term. So
-# if S is not finite it is summed again with 0 for what is not finite in g, and each tap that meets such a pixel is NaN.
+# if S is not finite it is summed again tap by tap, with 0 for the pixels of g from which the tap reaches nothing.
 @triton.jit
 def _products(
     g_ptr, x_ptr,
-    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches, images, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BIASED: tl.constexpr,
+    gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches, images, chunk, only,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
     LG: tl.constexpr, AG: tl.constexpr, LX: tl.constexpr, AX: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr,
-    FINITE: tl.constexpr, ACC: tl.constexpr,
+    ALL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(S, the sum of g); unless FINITE with 0 for what is not finite in g."""
+    """S of a chunk of taps; unless ALL are wanted, only that of the tap ``only`` is right."""
     lanes = tl.arange(0, TAPS * WIDTH)
     tap = chunk * TAPS + lanes // WIDTH
     channel = lanes % WIDTH
@@ -212,7 +214,6 @@ def _products(
         along += beside
     width = divider(W)
     sums = tl.zeros([TAPS * WIDTH, WIDTH], ACC)
-    total = tl.zeros([BLOCK, WIDTH], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < H * W
@@ -227,40 +228,35 @@ def _products(
             g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
             x_at = x_ptr + plane(tl.cast(batch, tl.int64), group, xsb, xsh, LX, AX)
             g = _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
-            if BIASED:
-                total += g.to(ACC)
-            if not FINITE:
-                g = tl.where(g.to(ACC) * 0.0 == 0.0, g, 0.0).to(g.dtype)
+            if not ALL:
+                one = only + tl.zeros([1], tl.int32)
+                g = tl.where(_reached(y, x, one, one < K * K, keep, H, W, K), g, 0.0).to(g.dtype)
             values = tl.load(x_at + offsets, mask=there, other=0.0)
             left = round_tf32(tl.trans(values), PRECISION)
             sums = tl.dot(left, round_tf32(g, PRECISION), sums, input_precision=PRECISION, out_dtype=ACC)
-    return sums, total
+    return sums
 
 
 @triton.jit
-def _met(
-    g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images, chunk,
-    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, WIDE: tl.constexpr,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr,
+def _total(
+    g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images,
+    D: tl.constexpr, WIDTH: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """For each channel of g a bit for each tap that meets a pixel where it is not finite."""
-    bit = tl.arange(0, TAPS)
-    tap = chunk * TAPS + bit
+    """The sum of g, of each channel."""
     width = divider(W)
-    met = tl.zeros([1, WIDTH], tl.int32)
+    total = tl.zeros([BLOCK, WIDTH], ACC)
     for step in range(0, steps if LOOP == 0 else LOOP):
         n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
         keep = n < H * W
         y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
-        meets = tl.sum(tl.where(_reached(y, x, tap, tap < K * K, keep, H, W, K), 1 << bit[None, :], 0), 1)
         for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
             batch = first + image
             if IMAGES > 0:
                 keep = keep & (batch < batches)
             g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
-            g = _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE)
-            met = met | tl.reduce(tl.where(g.to(ACC) * 0.0 == 0.0, 0, meets[:, None]), 0, _either)[None, :]
-    return met
+            total += _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE).to(ACC)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -269,11 +265,6 @@ def _reached(y, x, tap, used, keep, H, W, K: tl.constexpr):
     ty = y[:, None] + (tap // K - K // 2)[None, :]
     tx = x[:, None] + (tap % K - K // 2)[None, :]
     return keep[:, None] & used[None, :] & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
-
-
-@triton.jit
-def _either(a, b):
-    return a | b
 
 
 @triton.jit(do_not_specialize=_G + _X + _SIZES + ["batches", "images", "parts"])
@@ -293,29 +284,32 @@ def weight_sums(
     part = rest // CHUNKS
     begin = part % parts * steps
     first = part // parts * images
-    sums, total = _products(
+    sums = _products(
         g_ptr, x_ptr, gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches,
-        images, chunk, D, WIDTH, K, WB or MB, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES, True, ACC,
+        images, chunk, 0, D, WIDTH, K, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES, True, ACC,
     )  # fmt: skip
     lanes = tl.arange(0, TAPS * WIDTH)
-    if tl.sum(tl.sum(sums * 0.0, 1), 0) != 0.0:
-        sums, _ = _products(
-            g_ptr, x_ptr, gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first, batches,
-            images, chunk, D, WIDTH, K, False, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES, False, ACC,
-        )  # fmt: skip
-        met = _met(
-            g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images, chunk,
-            D, WIDTH, K, LG, AG, WIDE, TAPS, BLOCK, LOOP, IMAGES, ACC,
-        )  # fmt: skip
-        sums = tl.where(((met >> (lanes // WIDTH)[:, None]) & 1) == 1, float("nan"), sums)
     tap = chunk * TAPS + lanes // WIDTH
     channel = lanes % WIDTH
     cols = tl.arange(0, WIDTH)
     s_ptr += (part.to(tl.int64) * groups + group) * ((K * K * D + (1 if WB or MB else 0)) * D)
     at = (tap * D + channel)[:, None] * D + cols[None, :]
-    tl.store(s_ptr + at, sums, mask=((tap < K * K) & (channel < D))[:, None] & (cols < D)[None, :])
-    if WB or MB:
-        tl.store(s_ptr + K * K * D * D + cols, tl.sum(total, 0), mask=(cols < D) & (chunk == 0))
+    used = ((tap < K * K) & (channel < D))[:, None] & (cols < D)[None, :]
+    tl.store(s_ptr + at, sums, mask=used)
+    if tl.sum(tl.sum(sums * 0.0, 1), 0) != 0.0:
+        for only in range(chunk * TAPS, tl.minimum(chunk * TAPS + TAPS, K * K)):
+            of_tap = _products(
+                g_ptr, x_ptr, gsb, gsh, gsd, gsy, gsx, xsb, xsh, xsd, xsy, xsx, group, H, W, begin, steps, first,
+                batches, images, chunk, only, D, WIDTH, K, LG, AG, LX, AX, WIDE, PRECISION, TAPS, BLOCK, LOOP, IMAGES,
+                False, ACC,
+            )  # fmt: skip
+            tl.store(s_ptr + at, of_tap, mask=used & (tap == only)[:, None])
+    if (WB or MB) and chunk == 0:
+        total = _total(
+            g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images,
+            D, WIDTH, LG, AG, WIDE, BLOCK, LOOP, IMAGES, ACC,
+        )  # fmt: skip
+        tl.store(s_ptr + K * K * D * D + cols, total, mask=cols < D)
 
 
 # One program, one group and one tap: its column of the depthwise weight's gradient; or, after the last tap, all else.
