@@ -239,6 +239,16 @@ def test_nan_and_inf_stay_in_their_group(size):
 
 
 @interpreter
+@pytest.mark.parametrize("size", [(4, 6), (7, 8), (10, 9), (18, 16)], ids=["packed", "unit", "blocks", "large"])
+def test_an_infinite_value_gives_what_the_formula_gives(size):
+    maps, grad = draw((1, 1, 8, *size), 8)
+    maps[2][0, 0, 3, 1, 1] = float("inf")
+    exact = gradients([m.double() for m in maps], grad.double(), torch.float64, (1, 1), 0.4)
+    for name, ours, wanted in zip(("out", "dq", "dk", "dv"), run(maps, grad, (1, 1), 0.4), exact, strict=True):
+        assert torch.equal(ours.isnan(), wanted.isnan()) and torch.equal(ours.isinf(), wanted.isinf()), name
+
+
+@interpreter
 @pytest.mark.parametrize("size", [(4, 6), (7, 8), (18, 16)], ids=["packed", "unit", "large"])
 def test_nan_of_a_query_stays_in_its_row_and_a_row_of_minus_infinity_is_nan(size):
     tokens = math.prod(size)

@@ -132,7 +132,8 @@ def _queries(
     share = 1.0 / total
     rest *= share
     store_rows(rows_ptr + (mx if LINEAR else my * group[4] + mx), area, keep_m, top, share, base + rest, rest, peak)
-    share = (share * scale)[:, None]
+    # An infinite dP makes every dS of the row infinite or NaN, and dQ NaN; the two sums may be infinite alone.
+    share = (share * scale + rest * 0.0)[:, None]
     dq0 = (dq0 - rest[:, None] * pk0) * share
     if D1 > 0:
         dq1 = (dq1 - rest[:, None] * pk1) * share
