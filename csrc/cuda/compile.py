@@ -34,7 +34,7 @@ TARGETS = {
     "sm_100": ("-cubin", "-arch=sm_100"),
     "compute_80": ("-ptx", "-arch=compute_80"),
 }
-MOST_BYTES = 4 << 20
+MOST_BYTES = 4_000_000
 _LZMA = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
 PACKED = {"-cubin": _LZMA | {"lc": 0, "lp": 4, "pb": 4}, "-ptx": _LZMA | {"pb": 0}}
 """How files are compressed: an instruction is 16 bytes, and text has no such steps."""
@@ -109,6 +109,12 @@ def compiled(source: Path, target: str, *more: str) -> bytes:
         return to.read_bytes()
 
 
+def _bare(ptx: bytes) -> bytes:
+    """Without comments, indentation and empty lines, which the driver has no use for."""
+    lines = (line.strip() for line in ptx.splitlines())
+    return b"\n".join(line for line in lines if line and not line.startswith(b"//")) + b"\n"
+
+
 def build(data: Path, jobs: int) -> dict[str, int]:
     """Compile everything to a folder; bytes of each file. Raises NoCompiler or RuntimeError."""
     version = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
@@ -125,7 +131,8 @@ def build(data: Path, jobs: int) -> dict[str, int]:
     def one(job: tuple[Path, str]) -> tuple[str, int]:
         source, target = job
         name = f"{module_of(source).replace('/', '.')}.{target}.xz"
-        packed = lzma.compress(compiled(source, target, *STRICT), filters=[PACKED[TARGETS[target][0]]])
+        code, form = compiled(source, target, *STRICT), TARGETS[target][0]
+        packed = lzma.compress(_bare(code) if form == "-ptx" else code, filters=[PACKED[form]])
         (data / name).write_bytes(packed)
         return name, len(packed)
 
@@ -149,7 +156,7 @@ def main() -> int:
             clear(options.output)
         print(f"compile.py: {error}", file=sys.stderr)
         return 1
-    print(f"{len(files)} files, {sum(files.values()) / 2**20:.2f} MiB in {options.output}")
+    print(f"{len(files)} files, {sum(files.values()) / 1e6:.2f} MB in {options.output}")
     return 0
 
 

@@ -57,7 +57,7 @@ def test_every_file_for_every_target(tree: Path) -> None:
     modules_of = {"one.first", "one.second", "two.third"}
     assert set(files) == {f"{name}.{target}.xz" for name in modules_of for target in compiler.TARGETS}
     assert lzma.decompress((data / "two.third.sm_90a.xz").read_bytes()) == b"-cubin -arch=sm_90a"
-    assert lzma.decompress((data / "one.first.compute_80.xz").read_bytes()) == b"-ptx -arch=compute_80"
+    assert lzma.decompress((data / "one.first.compute_80.xz").read_bytes()) == b"-ptx -arch=compute_80\n"
     manifest = json.loads((data / "manifest.json").read_text())
     assert manifest["nvcc"].endswith("V1.0.1") and manifest["files"] == files
     # Each target that a device may ask for is there.
@@ -88,8 +88,13 @@ def test_what_does_not_compile_is_said_and_nothing_counts_as_built(tree: Path) -
     assert not (tree / "data" / "manifest.json").exists()
 
 
+def test_ptx_is_packed_without_what_the_driver_has_no_use_for() -> None:
+    given = b"// made by nvcc\n.version 8.7\n\n{\n\t// begin inline asm\n\tmov.u32 \t%r1, 0;\n}\n"
+    assert compiler._bare(given) == b".version 8.7\n{\nmov.u32 \t%r1, 0;\n}\n"
+
+
 def test_the_package_does_not_grow_without_bound(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler.MOST_BYTES == 4 << 20
+    assert compiler.MOST_BYTES == 4_000_000
     monkeypatch.setattr(compiler, "MOST_BYTES", 100)
     with pytest.raises(RuntimeError, match="more than the package is to grow by, 100"):
         compiler.build(tree / "data", 1)
