@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from _audit_buffers import overwritten
 from _audit_loops import findings, in_loops
 from _machine_code import PROCESSORS, occupancy, taken
 from _model import sass
@@ -23,6 +24,7 @@ def nvidia(compiled: Any, target: str, warps: int) -> dict[str, Any]:
     registers, spill, stack = taken(compiled.asm["cubin"])
     matrix, count = matrix_instructions(ptx)
     loops = in_loops(sass.parse(sass.disassembled(compiled.asm["cubin"]), compiled.metadata.name))
+    loops["overwritten"] = overwritten(compiled.asm["ttgir"])
     return loops | measured(compiled, target, warps, registers, spill, stack, matrix, count, global_loads(ptx))
 
 
@@ -90,14 +92,17 @@ def measured(
 def verdict(row: dict[str, Any]) -> str:
     """The first finding against a row, or "ok".
 
-    SPILLS: registers are kept in memory. SHARED: a block has more shared memory than the device gives one. WARPS: fewer
+    OVERWRITES: a tile is copied to while a product may still read it (_audit_buffers.py). SPILLS: registers are kept in
+    memory. SHARED: a block has more shared memory than the device gives one. WARPS: fewer
     than FEWEST_WARPS fit a processor. MATRIX: a kernel has products of half types, or of float32 that may round to
     TF32, and no matrix instruction (products of exact float32 need none). LOADS: on NVIDIA, a kernel with products
     loads less than NARROWEST_LOAD bytes a thread at once, though rows are aligned to as many. The sums of partial
-    results have no products; they are held to the first three. DIVISION and NARROW, on NVIDIA: a loop divides integers,
+    results have no products; they are held to the first four. DIVISION and NARROW, on NVIDIA: a loop divides integers,
     or loads less than 4 bytes a thread though channels are contiguous (_audit_loops.py, also on what is exempt).
     """
     multiplies = row.get("multiplies")
+    if row.get("overwritten"):
+        return "OVERWRITES"
     if row["spill_bytes"]:
         return "SPILLS"
     if row["shared_bytes"] > row["shared_limit"]:

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from mvkernels.dispatch.registry import OPS  # noqa: E402
+from tests.ptx.pipelined import multiplied_and_summed  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "audit.py"
@@ -130,7 +131,7 @@ def _columns(x_ptr, out_ptr, steps, stride, STRIDED: tl.constexpr):
     tl.store(out_ptr + n, total)
 
 
-def _loops_of(kernel, signature, **constexprs):
+def _read(kernel, signature, warps=1, stages=1, **constexprs):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -139,27 +140,37 @@ def _loops_of(kernel, signature, **constexprs):
         fn=kernel,
         signature=signature | dict.fromkeys(constexprs, "constexpr"),
         constexprs=at,
-        attrs={(0,): [["tt.divisibility", 16]]},
+        attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind[0] == "*"},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     import _audit_code as code
 
-    return code.nvidia(compiled, "sm_90", 1)
+    return code.nvidia(compiled, "sm_90", warps)
 
 
 @pytest.mark.parametrize("width", ["i32", "i64"])
 @pytest.mark.parametrize("divides", [False, True])
 def test_integer_divisions_in_loops_are_found(audit, width, divides):
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "width": width, "steps": "i32"}
-    found = _loops_of(_rows_by_division, signature, DIVIDES=divides)
+    found = _read(_rows_by_division, signature, DIVIDES=divides)
     assert (found["loop_divisions"] > 0) == divides and found["loop_narrow_loads"] == 0
     assert audit.verdict(SOUND | {"loop_divisions": found["loop_divisions"]}) == ("DIVISION" if divides else "ok")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_tiles_that_are_overwritten_while_a_product_reads_them_are_found(audit, stages):
+    signature = {"a_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*fp32", "sums_ptr": "*fp32"}
+    found = _read(multiplied_and_summed, signature, 4, stages, K=256, N=64, BLOCK_M=64, BLOCK_K=32)
+    assert found["overwritten"] == stages - 1
+    assert audit.verdict(SOUND | {"overwritten": stages - 1}) == ("OVERWRITES" if stages == 2 else "ok")
 
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_narrow_loads_in_loops_are_found(audit, strided):
     signature = {"x_ptr": "*bf16", "out_ptr": "*fp32", "steps": "i32", "stride": "i32"}
-    found = _loops_of(_columns, signature, STRIDED=strided)
+    found = _read(_columns, signature, STRIDED=strided)
     assert (found["loop_narrow_loads"] > 0) == strided and found["loop_divisions"] == 0
     row = SOUND | {"layout": "last", "loop_narrow_loads": found["loop_narrow_loads"]}
     assert audit.verdict(row) == ("NARROW" if strided else "ok")

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from mvkernels.dispatch.launches import run
 from mvkernels.triton.launch import Launch
 from tests.ptx import cases, launches
+from tests.ptx.pipelined import multiplied_and_summed
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 AUDIT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "tf32"}
@@ -61,20 +60,6 @@ def test_the_worst_that_approximations_may_give_is_allowed() -> None:
             assert not cases.run(case, skewed=True).faults
 
 
-@triton.jit
-def _multiplied_and_summed(
-    a_ptr, w_ptr, out_ptr, sums_ptr, K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, N)
-    out = tl.zeros([BLOCK_M, N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(a_ptr + m[:, None] * K + k[None, :])
-        tl.store(sums_ptr + k, tl.sum(a.to(tl.float32), 0))
-        out = tl.dot(a, tl.load(w_ptr + k[:, None] * N + n[None, :]), out)
-    tl.store(out_ptr + m[:, None] * N + n[None, :], out)
-
-
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_pipeline_that_overwrites_what_a_product_reads_is_found(stages: int) -> None:
     """triton-lang/triton#6691: of a tile that registers and products of warp groups both read there is one buffer.
@@ -86,7 +71,7 @@ def test_a_pipeline_that_overwrites_what_a_product_reads_is_found(stages: int) -
     tensors |= {"w": torch.randn(256, 64, generator=generator).bfloat16()}
     tensors |= {"out": torch.zeros(64, 64), "sums": torch.zeros(256)}
     meta = {"K": 256, "N": 64, "BLOCK_M": 64, "BLOCK_K": 32}
-    launch = Launch(_multiplied_and_summed, "_multiplied_and_summed", 1, tuple(tensors), (), (), meta,
+    launch = Launch(multiplied_and_summed, "multiplied_and_summed", 1, tuple(tensors), (), (), meta,
                     {"num_warps": 4, "num_stages": stages})  # fmt: skip
     with launches.executed("sm_90") as log:
         run([launch], tensors, {})
