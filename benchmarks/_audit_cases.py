@@ -180,8 +180,8 @@ class Multiscale:
         return forward + weights + multiscale_linear_attention.map_launches(maps)
 
     def columns(self) -> dict[str, Any]:
-        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}", "patch": self.kernel,
-                "bias": "both" if self.biased else "", "layout": self.layout}  # fmt: skip
+        return {"heads": self.heads, "head_dim": self.d, "map": f"{self.size}x{self.size}",
+                "patch": f"{self.kernel} biased" if self.biased else self.kernel, "layout": self.layout}  # fmt: skip
 
 
 Every = Case | Bridge | Linear | Multiscale | Layer | Residual

@@ -36,13 +36,14 @@ def _wide(key: Mapping[str, Any]) -> int:
     return max(width(key["d"]), width(key["dv"]))
 
 
-def _narrow(key: Mapping[str, Any]) -> int:
-    return min(width(key["d"]), width(key["dv"]))
-
-
 def _clipped(key: Mapping[str, Any]) -> bool:
     # The mask of a clipped window takes registers beside a tile of the bias; without a bias they suffice.
     return bool(key["bias"] and key.get("clipped"))
+
+
+def _wide_values(key: Mapping[str, Any]) -> bool:
+    # As EfficientFormer's, beside queries and keys that leave registers for large tiles.
+    return width(key["d"]) <= 32 and 64 < width(key["dv"]) <= 128 and not _clipped(key)
 
 
 @_of_each(heuristic, "forward_packed")
@@ -125,8 +126,7 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     elif wide > 128:
         rows, keys = (16, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": rows, "K_BLOCK_N": 32, "num_warps": 8}
-    elif wide > 64 and _narrow(key) <= 32 and key["arch"] in ROOMY:
-        # Values that are wider than queries and keys, as EfficientFormer's: scores take few registers.
+    elif _wide_values(key) and key["arch"] in ROOMY:
         config |= {"Q_BLOCK_N": 32}
     elif wide > 64:
         rows, keys = (64, 16) if key["arch"].startswith("gfx") else (32, 32)
@@ -150,7 +150,7 @@ def _bias_partials(key: Mapping[str, Any]) -> Config:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     if key["dtype"] == "f32" and not key["wide"]:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    rows = 64 if _narrow(key) <= 64 and half(key) else 32
+    rows = 64 if (wide <= 64 or _wide_values(key)) and half(key) else 32
     return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
 
 
