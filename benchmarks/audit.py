@@ -188,8 +188,9 @@ def _walk(targets: list[str], dtypes: list[str], ops: list[str]) -> Iterator[tup
 
 
 def judged(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """What compiling a row gave, with its verdict."""
-    return result if "verdict" in result else result | {"verdict": verdict(row | result)}
+    """What compiling a row gave, with its verdict, in which overwritten tiles have their only column."""
+    found = result if "verdict" in result else result | {"verdict": verdict(row | result)}
+    return {name: value for name, value in found.items() if name != "overwritten"}
 
 
 def run(units: dict[Unit, dict[str, Any]], processes: int) -> list[dict[str, Any]]:
