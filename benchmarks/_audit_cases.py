@@ -250,6 +250,7 @@ def patches() -> list[Case]:
     cases += [Case(4, 36, 36, 64, 2, False, "last", both)]
     cases += [Case(4, d, d, size, 2, False, "last", half) for d, size in ((48, 32), (60, 16))]
     cases.append(Case(8, 32, 128, 7, 1, True, "per_head", every))
+    cases += [Case(4, d, dv, 28, 2, False, layout, half) for d, dv, layout in ((32, 128, "first"), (24, 96, "last"))]
     cases += [Case(heads, 32, 32, size, 1, True, "first", both) for heads, size in ((12, 14), (24, 7))]
     cases += [Case(heads, 32, 32, size, 1, True, "per_head", half) for heads, size in ((12, 14), (24, 7))]
     cases += [Case(4, 36, 36, 32, 2, False, layout, half) for layout in ("first", "odd")]

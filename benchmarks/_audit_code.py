@@ -24,7 +24,7 @@ def nvidia(compiled: Any, target: str, warps: int) -> dict[str, Any]:
     registers, spill, stack = taken(compiled.asm["cubin"])
     matrix, count = matrix_instructions(ptx)
     loops = in_loops(sass.parse(sass.disassembled(compiled.asm["cubin"]), compiled.metadata.name))
-    loops["overwritten"] = overwritten(compiled.asm["ttgir"])
+    loops["overwritten"] = overwritten(compiled.asm["ttgir"], compiled.metadata.num_stages)
     return loops | measured(compiled, target, warps, registers, spill, stack, matrix, count, global_loads(ptx))
 
 

@@ -159,12 +159,14 @@ def test_integer_divisions_in_loops_are_found(audit, width, divides):
     assert audit.verdict(SOUND | {"loop_divisions": found["loop_divisions"]}) == ("DIVISION" if divides else "ok")
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_tiles_that_are_overwritten_while_a_product_reads_them_are_found(audit, stages):
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_tiles_that_are_overwritten_while_a_product_reads_them_are_found(audit, stages, turned):
     signature = {"a_ptr": "*bf16", "w_ptr": "*bf16", "out_ptr": "*fp32", "sums_ptr": "*fp32"}
-    found = _read(multiplied_and_summed, signature, 4, stages, K=256, N=64, BLOCK_M=64, BLOCK_K=32)
-    assert found["overwritten"] == stages - 1
-    assert audit.verdict(SOUND | {"overwritten": stages - 1}) == ("OVERWRITES" if stages == 2 else "ok")
+    found = _read(multiplied_and_summed, signature, 4, stages, K=256, N=64, BLOCK_M=64, BLOCK_K=32, TURNED=turned)
+    assert found["overwritten"] == (stages > 1)
+    row = SOUND | {"overwritten": found["overwritten"]}
+    assert audit.verdict(row) == ("OVERWRITES" if stages > 1 else "ok")
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -70,7 +70,7 @@ def test_a_pipeline_that_overwrites_what_a_product_reads_is_found(stages: int) -
     tensors = {"a": torch.randn(64, 256, generator=generator).bfloat16()}
     tensors |= {"w": torch.randn(256, 64, generator=generator).bfloat16()}
     tensors |= {"out": torch.zeros(64, 64), "sums": torch.zeros(256)}
-    meta = {"K": 256, "N": 64, "BLOCK_M": 64, "BLOCK_K": 32}
+    meta = {"K": 256, "N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "TURNED": False}
     launch = Launch(multiplied_and_summed, "multiplied_and_summed", 1, tuple(tensors), (), (), meta,
                     {"num_warps": 4, "num_stages": stages})  # fmt: skip
     with launches.executed("sm_90") as log:

@@ -43,7 +43,7 @@ def _clipped(key: Mapping[str, Any]) -> bool:
 
 def _wide_values(key: Mapping[str, Any]) -> bool:
     # As EfficientFormer's, beside queries and keys that leave registers for large tiles.
-    return width(key["d"]) <= 32 and 64 < width(key["dv"]) <= 128 and not _clipped(key)
+    return bool(key["wide"] and width(key["d"]) <= 32 and 64 < width(key["dv"]) <= 128 and not _clipped(key))
 
 
 @_of_each(heuristic, "forward_packed")
