@@ -42,7 +42,7 @@ def _pointwise(key: Mapping[str, Any]) -> Config:
 def _weight(key: Mapping[str, Any]) -> Config:
     # A tile is (pixels, taps, channels), whole as an operand of a product; so are the sums. A warp waits for the loads
     # of a step: narrow heads leave room for many programs, others for the loads of two steps.
-    config = _config(key, 1024, 64)
+    config = _config(key, 1024, 32 if key["dtype"] == "tf32" else 64)
     if lanes(key["d"]) == 16:
         config["PROGRAMS"] = 16
     elif half(key):

@@ -180,9 +180,7 @@ def depthwise_backward(
 # One program: a slice of the tiles and a slice of the batch of one group, and TAPS of the K * K taps, side by side in
 # TAPS * WIDTH lanes. Images follow each other in the inner loop, so that where a tile's pixels and their neighbours
 # lie, and whether these are inside, is found once for all of them. What it adds to S goes to (slice, group, K * K * D,
-# D); with a bias there is one row more, for the sum of g. The sums stay in registers. g is read again for its own sum:
-# Triton has one buffer for a tile that is multiplied and also summed, and overwrites what a product still reads
-# (triton-lang/triton#6691).
+# D); with a bias there is one row more, for bias_sums. The sums stay in registers.
 #
 # Beyond the border x is 0 in these products. That times an infinity or NaN in g is NaN, where S has no such term. So
 # if S is not finite it is summed again tap by tap, with 0 for the pixels of g from which the tap reaches nothing.
@@ -238,28 +236,6 @@ def _products(
 
 
 @triton.jit
-def _total(
-    g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images,
-    D: tl.constexpr, WIDTH: tl.constexpr, LG: tl.constexpr, AG: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, LOOP: tl.constexpr, IMAGES: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """The sum of g, of each channel."""
-    width = divider(W)
-    total = tl.zeros([BLOCK, WIDTH], ACC)
-    for step in range(0, steps if LOOP == 0 else LOOP):
-        n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
-        keep = n < H * W
-        y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
-        for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
-            batch = first + image
-            if IMAGES > 0:
-                keep = keep & (batch < batches)
-            g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
-            total += _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE).to(ACC)
-    return tl.sum(total, 0)
-
-
-@triton.jit
 def _reached(y, x, tap, used, keep, H, W, K: tl.constexpr):
     # (pixels, taps): whether a tap reaches a pixel of the map from here.
     ty = y[:, None] + (tap // K - K // 2)[None, :]
@@ -304,12 +280,39 @@ def weight_sums(
                 False, ACC,
             )  # fmt: skip
             tl.store(s_ptr + at, of_tap, mask=used & (tap == only)[:, None])
-    if (WB or MB) and chunk == 0:
-        total = _total(
-            g_ptr, gsb, gsh, gsd, gsy, gsx, group, H, W, begin, steps, first, batches, images,
-            D, WIDTH, LG, AG, WIDE, BLOCK, LOOP, IMAGES, ACC,
-        )  # fmt: skip
-        tl.store(s_ptr + K * K * D * D + cols, total, mask=cols < D)
+
+
+# One program, one group: the sum of g over a slice of the tiles and of the batch, in the row of S that is for it.
+# weight_sums reads the same g, but Triton has one buffer for a tile that is multiplied and also summed, and overwrites
+# what a product still reads (triton-lang/triton#6691).
+@triton.jit(do_not_specialize=_G + _SIZES + ["batches", "images", "parts"])
+def bias_sums(
+    g_ptr, s_ptr, gsb, gsh, gsd, gsy, gsx, groups, H, W, tiles, slices, steps, batches, images, parts,
+    D: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
+    LG: tl.constexpr, AG: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    LOOP: tl.constexpr, IMAGES: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = s_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    group = (pid % groups).to(tl.int64)
+    part = pid // groups
+    begin = part % parts * steps
+    first = part // parts * images
+    width = divider(W)
+    total = tl.zeros([BLOCK, WIDTH], ACC)
+    for step in range(0, steps if LOOP == 0 else LOOP):
+        n = (begin + step) * BLOCK + tl.arange(0, BLOCK)
+        keep = n < H * W
+        y, x = pixel_of(n, width, 0, 0, 1, 1, False, WIDE)
+        for image in range(0, tl.minimum(images, batches - first) if IMAGES == 0 else IMAGES):
+            batch = first + image
+            if IMAGES > 0:
+                keep = keep & (batch < batches)
+            g_at = g_ptr + plane(tl.cast(batch, tl.int64), group, gsb, gsh, LG, AG)
+            total += _tile(g_at, y, x, keep, gsd, gsy, gsx, D, WIDTH, LG, AG, WIDE).to(ACC)
+    cols = tl.arange(0, WIDTH)
+    s_ptr += (part.to(tl.int64) * groups + group) * ((K * K * D + 1) * D) + K * K * D * D
+    tl.store(s_ptr + cols, tl.sum(total, 0), mask=cols < D)
 
 
 # One program, one group and one tap: its column of the depthwise weight's gradient; or, after the last tap, all else.

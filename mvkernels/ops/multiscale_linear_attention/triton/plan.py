@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mvkernels.ops.multiscale_linear_attention.triton import kernels
@@ -105,14 +105,21 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     slices = parts * batch_parts
     first, second = problem.biases
     meta = {"D": plan.d, "WIDTH": lanes(plan.d), "K": problem.kernel, "WB": first, "MB": second}
+    split, images_of = (slices, steps), (plan.batch, images, parts)
+    loops = {"LOOP": problem.loop(steps), "IMAGES": problem.loop(images)}
+    launches = [plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, split, images_of,
+                            TAPS=taps, CHUNKS=chunks, **loops)]  # fmt: skip
+    if first or second:
+        sums = plan.launch(kernels.bias_sums, "g parts", "g", plan.groups * slices, split, images_of, **loops)
+        launches.append(replace(sums, name="bias_sums"))
+    # What it has to keep for a bias does not fit the registers of four warps.
+    warps = 8 if (first or second) and plan.d > 32 else 4
     return [
-        plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, (slices, steps),
-                    (plan.batch, images, parts), TAPS=taps, CHUNKS=chunks,
-                    LOOP=problem.loop(steps), IMAGES=problem.loop(images)),
+        *launches,
         sum_slices(problem, ("parts",), ("sums",), size, slices),
         Launch(kernels.weight_gradients, "weight_gradients", plan.groups * (problem.kernel**2 + 1),
                ("sums", "taps", "m", "wb", "dw", "dm", "dwb", "dmb"), (), (plan.groups,),
-               meta | {"LOOP": problem.loop(problem.kernel**2)}, {"num_warps": 4, "num_stages": 1}),
+               meta | {"LOOP": problem.loop(problem.kernel**2)}, {"num_warps": warps, "num_stages": 1}),
     ], slices  # fmt: skip
 
 
