@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mvkernels.triton.configs import Config, candidates, half, heuristic, tiles_to_try
+from mvkernels.triton.configs import ROOMY, Config, candidates, half, heuristic, tiles_to_try
 from mvkernels.triton.maps import lanes
 
 OP = "multiscale_linear_attention"
@@ -45,7 +45,7 @@ def _weight(key: Mapping[str, Any]) -> Config:
     config = _config(key, 1024, 32 if key["dtype"] == "tf32" else 64)
     if lanes(key["d"]) == 16:
         config["PROGRAMS"] = 16
-    elif half(key):
+    elif half(key) and (key["k"] <= 5 or key["arch"] in ROOMY):
         config["num_stages"] = 2
     if lanes(key["d"]) > 32:
         config["num_warps"] = 8 if half(key) or key["dtype"] == "tf32" else 16
