@@ -93,12 +93,12 @@ def verdict(row: dict[str, Any]) -> str:
     """The first finding against a row, or "ok".
 
     OVERWRITES: a tile is copied to while a product may still read it (_audit_buffers.py). SPILLS: registers are kept in
-    memory. SHARED: a block has more shared memory than the device gives one. WARPS: fewer
-    than FEWEST_WARPS fit a processor. MATRIX: a kernel has products of half types, or of float32 that may round to
-    TF32, and no matrix instruction (products of exact float32 need none). LOADS: on NVIDIA, a kernel with products
-    loads less than NARROWEST_LOAD bytes a thread at once, though rows are aligned to as many. The sums of partial
-    results have no products; they are held to the first four. DIVISION and NARROW, on NVIDIA: a loop divides integers,
-    or loads less than 4 bytes a thread though channels are contiguous (_audit_loops.py, also on what is exempt).
+    memory. SHARED: a block has more shared memory than the device gives one. WARPS: fewer than FEWEST_WARPS fit a
+    processor. MATRIX: a kernel has products of half types, or of float32 that may round to TF32, and no matrix
+    instruction (products of exact float32 need none). LOADS: on NVIDIA, a kernel with products loads less than
+    NARROWEST_LOAD bytes a thread at once, though rows are aligned to as many. The sums of partial results have no
+    products; they are held to the first four. DIVISION and NARROW, on NVIDIA: a loop divides integers, or loads less
+    than 4 bytes a thread though channels are contiguous (_audit_loops.py, also on what is exempt).
     """
     multiplies = row.get("multiplies")
     if row.get("overwritten"):
