@@ -66,6 +66,14 @@ void move(Warp& warp, const Instruction& in, Mask active) {
   if (in.operand[0] >= 0) warp.head(in.operand[0]).written = warp.head(in.operand[1]).written;
 }
 
+// What 16 bits leave of 32 is the lower half.
+void narrow(Warp& warp, const Instruction& in, Mask active) {
+  const uint32_t* given = warp.lanes<uint32_t>(in.operand[1]);
+  uint16_t result[LANES];
+  for (int lane = 0; lane < LANES; lane++) result[lane] = static_cast<uint16_t>(given[lane]);
+  warp.put(in.operand[0], result, active, warp.halves(in.operand[1]).low);
+}
+
 template <class T>
 void add_move(const std::string& type) {
   opcodes()["mov." + type] = {move<T>, MOVE};
@@ -108,6 +116,9 @@ void add_conversions() {
   from_integers<int16_t>("s16"), from_integers<uint16_t>("u16");
   from_integers<int32_t>("s32"), from_integers<uint32_t>("u32");
   from_integers<int64_t>("s64"), from_integers<uint64_t>("u64");
+  for (const char* to : {"u16", "s16"}) {
+    for (const char* from : {".u32", ".s32"}) opcodes()[std::string("cvt.") + to + from] = {narrow, CONVERT};
+  }
   lanewise<[](Bfloat a) { return static_cast<float>(a); }>("cvt.f32.bf16", CONVERT);
   lanewise<[](Half a) { return static_cast<float>(a); }>("cvt.f32.f16", CONVERT);
   lanewise<[](float a) { return Bfloat(a); }>("cvt.rn.bf16.f32", CONVERT);
