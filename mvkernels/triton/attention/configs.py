@@ -79,7 +79,8 @@ def _forward_rows(key: Mapping[str, Any]) -> Config:
         return {**config, "BLOCK_N": n, "Q_BLOCKS": n // 64}
     if wide <= 64:
         return {**config, "num_stages": 2}
-    return {**config, "BLOCK_N": 32, "num_warps": 4 if wide <= 128 else 8, "num_stages": 2 if wide <= 128 else 1}
+    roomy = wide <= 128 and key["wide"]
+    return {**config, "BLOCK_N": 32, "num_warps": 4 if roomy else 8, "num_stages": 2 if roomy else 1}
 
 
 @_of_each(heuristic, "backward_unit")
@@ -131,7 +132,7 @@ def _backward_blocks(key: Mapping[str, Any]) -> Config:
     elif wide > 64:
         rows, keys = (64, 16) if key["arch"].startswith("gfx") else (32, 32)
         config |= {"Q_BLOCK_M": rows, "Q_BLOCK_N": keys, "K_BLOCK_M": 16, "num_warps": 8}
-        config |= {"K_BLOCK_N": 32} if key["bias"] else {}
+        config |= {"K_BLOCK_N": 32} if key["bias"] or not key["wide"] else {}
     elif key["bias"] and key["arch"] not in ROOMY and (not key["wide"] or (_clipped(key) and wide > 32)):
         config |= {"Q_BLOCK_M": 32, "Q_BLOCK_N": 32, "K_BLOCK_M": 16, "K_BLOCK_N": 32}
     elif not key["arch"].startswith("gfx"):
