@@ -101,6 +101,7 @@ HALVES = {
     ),
     "a product": "mul.bf16x2 %r8, %r7, %r7; mov.b32 {%rs1, %rs2}, %r8;",
     "a narrower number": "cvt.u16.u32 %rs1, %r7; mov.b32 {%rs3, %rs2}, %r7;",
+    "a wider register of one": "cvt.u32.u16 %r8, %r7; cvt.u16.u32 %rs1, %r8; mov.b32 {%rs3, %rs2}, %r7;",
     "a choice": "setp.lt.u32 %p1, %r0, 99; selp.b32 %r8, %r7, %r0, %p1; mov.b32 {%rs1, %rs2}, %r8;",
     "a comparison": "setp.lt.bf16x2 %p1|%p2, %r7, %r7; selp.b16 %rs1, 1, 2, %p1; selp.b16 %rs2, 1, 2, %p2;",
 }

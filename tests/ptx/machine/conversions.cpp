@@ -33,17 +33,27 @@ To integer_of(From x) {
   return static_cast<To>(x);
 }
 
+// Of 32 bits all that a conversion from or to 16 bits looks at is the lower half.
+template <class From, class To>
+void convert_lower(Warp& warp, const Instruction& in, Mask active) {
+  const uint32_t* given = warp.lanes<uint32_t>(in.operand[1]);
+  To result[LANES];
+  for (int lane = 0; lane < LANES; lane++) result[lane] = static_cast<To>(static_cast<From>(given[lane]));
+  warp.put(in.operand[0], result, active, warp.halves(in.operand[1]).low);
+}
+
 template <class From, class To>
 void between_integers(const std::string& from, const std::string& to) {
   if constexpr (std::is_same_v<From, To>) return;
   // Of a register wider than its type the low part is taken.
-  if (sizeof(From) < 4)
-    lanewise<[](uint32_t a) { return static_cast<To>(static_cast<From>(a)); }>(
-        "cvt." + to + "." + from + ".of32", CONVERT);
+  if (sizeof(From) < 4) opcodes()["cvt." + to + "." + from + ".of32"] = {convert_lower<From, To>, CONVERT};
   if (sizeof(From) < 8)
     lanewise<[](uint64_t a) { return static_cast<To>(static_cast<From>(a)); }>(
         "cvt." + to + "." + from + ".of64", CONVERT);
-  lanewise<[](From a) { return static_cast<To>(a); }>("cvt." + to + "." + from, CONVERT);
+  if (sizeof(From) == 4 && sizeof(To) == 2)
+    opcodes()["cvt." + to + "." + from] = {convert_lower<From, To>, CONVERT};
+  else
+    lanewise<[](From a) { return static_cast<To>(a); }>("cvt." + to + "." + from, CONVERT);
 }
 
 template <class From>
@@ -66,14 +76,6 @@ void move(Warp& warp, const Instruction& in, Mask active) {
   if (in.operand[0] >= 0) warp.head(in.operand[0]).written = warp.head(in.operand[1]).written;
 }
 
-// What 16 bits leave of 32 is the lower half.
-void narrow(Warp& warp, const Instruction& in, Mask active) {
-  const uint32_t* given = warp.lanes<uint32_t>(in.operand[1]);
-  uint16_t result[LANES];
-  for (int lane = 0; lane < LANES; lane++) result[lane] = static_cast<uint16_t>(given[lane]);
-  warp.put(in.operand[0], result, active, warp.halves(in.operand[1]).low);
-}
-
 template <class T>
 void add_move(const std::string& type) {
   opcodes()["mov." + type] = {move<T>, MOVE};
@@ -89,8 +91,7 @@ void unpack(Warp& warp, const Instruction& in, Mask active) {
       std::memcpy(lanes + lane * bytes, warp.lanes<uint8_t>(whole) + lane * in.a + part * bytes, bytes);
     }
     if (bytes == 4) warp.put(in.operand[part], reinterpret_cast<uint32_t*>(lanes), active, warp.defined(whole));
-    const Mask half = part ? warp.halves(whole).high : warp.halves(whole).low;
-    if (bytes == 2) warp.put(in.operand[part], reinterpret_cast<uint16_t*>(lanes), active, half);
+    if (bytes == 2) warp.put(in.operand[part], reinterpret_cast<uint16_t*>(lanes), active, warp.halves(whole).of(part));
   }
 }
 
@@ -116,9 +117,6 @@ void add_conversions() {
   from_integers<int16_t>("s16"), from_integers<uint16_t>("u16");
   from_integers<int32_t>("s32"), from_integers<uint32_t>("u32");
   from_integers<int64_t>("s64"), from_integers<uint64_t>("u64");
-  for (const char* to : {"u16", "s16"}) {
-    for (const char* from : {".u32", ".s32"}) opcodes()[std::string("cvt.") + to + from] = {narrow, CONVERT};
-  }
   lanewise<[](Bfloat a) { return static_cast<float>(a); }>("cvt.f32.bf16", CONVERT);
   lanewise<[](Half a) { return static_cast<float>(a); }>("cvt.f32.f16", CONVERT);
   lanewise<[](float a) { return Bfloat(a); }>("cvt.rn.bf16.f32", CONVERT);

@@ -85,7 +85,7 @@ void comparison(const std::string& how, const std::string& type) {
           for (int half = 0; half < 2; half++) {
             Mask result = 0;
             for (int lane = 0; lane < LANES; lane++) result |= Mask(F(a[2 * lane + half], b[2 * lane + half])) << lane;
-            warp.put_predicate(in.operand[half], result, active, half ? defined.high : defined.low);
+            warp.put_predicate(in.operand[half], result, active, defined.of(half));
           }
         },
         PREDICATE};

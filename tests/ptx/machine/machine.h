@@ -70,6 +70,7 @@ struct Defined {
   Defined(Mask both) : low(both), high(both) {}
   Defined(Mask low, Mask high) : low(low), high(high) {}
   Mask whole() const { return low & high; }
+  Mask of(int half) const { return half ? high : low; }
   Defined operator&(Defined other) const { return {low & other.low, high & other.high}; }
   Defined operator|(Defined other) const { return {low | other.low, high | other.high}; }
 };

@@ -203,7 +203,7 @@ void store_matrices(Warp& warp, const Instruction& in, Mask active) {
         const auto value = static_cast<uint16_t>(warp.lanes<uint32_t>(reg)[lane] >> 16 * half);
         write_shared(
             warp, lane, static_cast<uint32_t>(rows.address[giver]) + 2 * column, 2, &value,
-            (half ? warp.halves(reg).high : warp.halves(reg).low) >> lane & 1);
+            warp.halves(reg).of(half) >> lane & 1);
       }
     }
   }
