@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mvkernels.ops.multiscale_linear_attention.triton import kernels
@@ -39,7 +39,7 @@ def _even(items: int, wanted: int) -> tuple[int, int]:
 
 class _Plan:
     def __init__(self, problem: ScaleProblem, kernel: str, source: str):
-        self.problem, self.kernel = problem, kernel
+        self.problem = problem
         self.batch, self.groups, self.d, self.height, self.width = problem.shape
         self.vector = 16 // problem.dtype.itemsize
         self.strides = {name: needed(s, problem.shape) for name, s in problem.strides}
@@ -77,7 +77,7 @@ class _Plan:
         meta |= {"WIDE": self.wide, "PRECISION": problem.precision, "BLOCK": self.block}
         strides = tuple(stride for name in names.split() for stride in self.strides[name])
         ints = (*strides, self.groups, self.height, self.width, self.tiles, *split, *extra)
-        return Launch(kernel, self.kernel, programs, tuple(pointers.split()), (), ints, meta, self.options)
+        return Launch(kernel, kernel.__name__, programs, tuple(pointers.split()), (), ints, meta, self.options)
 
 
 @configs.memo
@@ -110,8 +110,7 @@ def weight_launches(problem: ScaleProblem) -> tuple[list[Launch], int]:
     launches = [plan.launch(kernels.weight_sums, "g x parts", "g x", programs * slices, split, images_of,
                             TAPS=taps, CHUNKS=chunks, **loops)]  # fmt: skip
     if first or second:
-        sums = plan.launch(kernels.bias_sums, "g parts", "g", plan.groups * slices, split, images_of, **loops)
-        launches.append(replace(sums, name="bias_sums"))
+        launches.append(plan.launch(kernels.bias_sums, "g parts", "g", plan.groups * slices, split, images_of, **loops))
     # What it has to keep for a bias does not fit the registers of four warps.
     warps = 8 if (first or second) and plan.d > 32 else 4
     return [
