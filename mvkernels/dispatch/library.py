@@ -8,7 +8,6 @@ backends; the C++ extension only adds its CPU implementation.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,14 +122,27 @@ def recorder(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-# torch.no_grad() costs a call some microseconds, and a backward runs without recording anyhow unless it is itself to be
-# differentiated.
-_NOTHING = contextlib.nullcontext()
+def gradients(
+    name: str,
+    kernel: Callable[..., Sequence[Tensor]],
+    arguments: Sequence[Any],
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """What an op's backward kernel gives for the inputs wanted, None for the others.
 
-
-def not_recording() -> contextlib.AbstractContextManager[None]:
-    """``torch.no_grad()``, where it would change anything."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+    ``inputs``, with the gradient that is the first of the arguments, are what the gradients depend on: where a gradient
+    is recorded, differentiating them again raises RuntimeError.
+    """
+    # A backward runs without recording unless it is itself to be differentiated; torch.no_grad() would cost it some
+    # microseconds.
+    if not torch.is_grad_enabled():
+        found = kernel(*arguments)
+        return found if all(wanted) else [g if w else None for g, w in zip(found, wanted)]
+    with torch.no_grad():
+        found = kernel(*arguments)
+    grads = [g if w else None for g, w in zip(found, wanted)]
+    return refuse_second_derivative(name, grads, (arguments[0], *inputs))
 
 
 def differentiate(

@@ -161,9 +161,6 @@ class Derivative:
             )
         else:
             *maps, bias = saved
-            with library.not_recording():
-                found = self.kernels[backend][1](grad, *maps, *chain(*groups), bias, scale, wanted[3])
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(self.name, grads, (grad, *saved))
+            arguments = (grad, *maps, *chain(*groups), bias, scale, wanted[3])
+            grads = library.gradients(self.name, self.kernels[backend][1], arguments, saved, wanted)
         return *grads[:3], *(None for _ in groups), grads[3], None, None, None

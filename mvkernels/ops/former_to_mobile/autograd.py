@@ -85,9 +85,5 @@ class FormerToMobileFunction(torch.autograd.Function):
         if backend == "reference":
             grads = library.differentiate(lambda x, k, v: reference(x, k, v, *settings), grad, saved, wanted)
         else:
-            with library.not_recording():
-                found = KERNELS[backend][1](grad, *saved, *settings)
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved))
+            grads = library.gradients(_NAME, KERNELS[backend][1], (grad, *saved, *settings), saved, wanted)
         return *grads, None, None, None, None

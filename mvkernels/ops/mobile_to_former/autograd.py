@@ -82,9 +82,5 @@ class MobileToFormerFunction(torch.autograd.Function):
         if backend == "reference":
             grads = library.differentiate(lambda q, x: reference(q, x, scale), grad, saved, wanted)
         else:
-            with library.not_recording():
-                found = KERNELS[backend][1](grad, *saved, scale)
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved))
+            grads = library.gradients(_NAME, KERNELS[backend][1], (grad, *saved, scale), saved, wanted)
         return *grads, None, None, None

@@ -228,11 +228,8 @@ class Flat(torch.autograd.Function):
                 lambda qkv, *weights: call_reference(qkv, weights, *settings), grad, inputs, wanted
             )
         else:
-            with library.not_recording():
-                found = KERNELS[backend][1](grad, inputs[0], inputs[1:], saved, *settings, any(wanted[1:]))
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(_NAME, grads, (grad, *inputs))
+            arguments = (grad, inputs[0], inputs[1:], saved, *settings, any(wanted[1:]))
+            grads = library.gradients(_NAME, KERNELS[backend][1], arguments, inputs, wanted)
         return grads[0], None, None, None, None, *grads[1:]
 
 

@@ -111,9 +111,6 @@ class PatchTransformerLayerFunction(torch.autograd.Function):
             grads = library.differentiate(lambda *t: reference(*t, *ctx.settings), grad, inputs, wanted)
         else:
             heads, (ph, pw), eps, scale, _ = ctx.settings
-            with library.not_recording():
-                found = KERNELS[ctx.backend][1](grad, *saved, *inputs, heads, ph, pw, eps, scale)
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(_NAME, grads, (grad, *inputs))
+            arguments = (grad, *saved, *inputs, heads, ph, pw, eps, scale)
+            grads = library.gradients(_NAME, KERNELS[ctx.backend][1], arguments, inputs, wanted)
         return (*grads, *[None] * (ctx.count - TENSORS))

@@ -120,9 +120,5 @@ class ReLULinearAttentionFunction(torch.autograd.Function):
         if backend == "reference":
             grads = library.differentiate(lambda q, k, v: reference(q, k, v, eps), grad, saved, wanted)
         else:
-            with library.not_recording():
-                found = KERNELS[backend][1](grad, *saved, eps)
-            grads = [g if w else None for g, w in zip(found, wanted)]
-            if torch.is_grad_enabled():
-                grads = library.refuse_second_derivative(_NAME, grads, (grad, *saved[:3]))
+            grads = library.gradients(_NAME, KERNELS[backend][1], (grad, *saved, eps), saved[:3], wanted)
         return *grads, None, None, None
