@@ -5,6 +5,7 @@
 
 #include "common/attention.h"
 #include "common/linear_attention.h"
+#include "common/map_rows.h"
 #include "common/mobile_former.h"
 #include "common/multiply_adds.h"
 #include "conv3x3/conv3x3.h"
@@ -20,6 +21,7 @@ struct InstructionSet {
   const char* name;
   bool (*supported)();
   const AttentionKernels* attention;
+  const MapRowsKernels* map_rows;
   const MobileToFormerKernels* mobile_to_former;
   const FormerToMobileKernels* former_to_mobile;
   const LinearAttentionKernels* relu_linear_attention;
@@ -32,10 +34,10 @@ struct InstructionSet {
   const MultiplyAddsKernels* multiply_adds;
 };
 
-#define MVK_KERNELS(isa)                                                                                          \
-  &isa::attention_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels,                        \
-      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels,           \
-      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels, &isa::pointwise_kernels, \
+#define MVK_KERNELS(isa)                                                                                           \
+  &isa::attention_kernels, &isa::map_rows_kernels, &isa::mobile_to_former_kernels, &isa::former_to_mobile_kernels, \
+      &isa::relu_linear_attention_kernels, &isa::multiscale_kernels, &isa::multiscale_backward_kernels,            \
+      &isa::elementwise_kernels, &isa::inverted_residual_kernels, &isa::conv3x3_kernels, &isa::pointwise_kernels,  \
       &isa::multiply_adds_kernels
 const InstructionSet kInstructionSets[] = {
 // best first

@@ -46,6 +46,7 @@ struct Attention : Groups {
   double scale;
   Map query, key, value, out;
   const void* bias;  // (heads, places, key_places) or null
+  DType bias_dtype;  // of the bias and its gradient: maps may have been copied to another one
   int64_t bias_stride[3];
   bool clipped;  // with a bias: some group lacks places
 
@@ -62,6 +63,19 @@ struct Attention : Groups {
   void* dbias;        // (heads, places, key_places), contiguous
 
   bool poison;  // fill scratch memory with NaN (tests)
+
+  // Of some items and heads.
+  MVK_SHARED Attention of(int64_t first, int64_t items, int64_t head, int64_t some) const {
+    Attention a = *this;
+    const int64_t size = size_of(dtype), bias_size = size_of(bias_dtype);
+    Map* maps[] = {&a.query, &a.key, &a.value, &a.out, &a.grad, &a.dquery, &a.dkey, &a.dvalue};
+    for (Map* map : maps)
+      if (map->data) map->data = static_cast<char*>(map->data) + (first * map->b + head * map->h) * size;
+    if (a.bias) a.bias = static_cast<const char*>(a.bias) + head * a.bias_stride[0] * bias_size;
+    if (a.dbias) a.dbias = static_cast<char*>(a.dbias) + head * places() * key_places() * bias_size;
+    a.B = items, a.heads = some;
+    return a;
+  }
 
   MVK_SHARED int64_t groups() const { return y.groups * x.groups; }
   // Pixels of the largest group.

@@ -188,7 +188,7 @@ static void backward(const Attention& a, int64_t begin, int64_t end) {
           auto scores = rows - i > W<T> ? block_of_scores<T, 2> : block_of_scores<T, 1>;
           scores(a, N, q_panel + i * a.D, go_panel + i * a.Dv, k, ldk, v, ldv, T(factor.scores), p + i, ds + i, ahead);
           if (a.dbias && !a.dbias_partial) {
-            const Lattice to = {Elements(a.dbias, a.dtype) + h * g.queries.count * N, dbias_rows, 1, N};
+            const Lattice to = {Elements(a.dbias, a.bias_dtype) + h * g.queries.count * N, dbias_rows, 1, N};
             unpack_panel<T>(to, row + i, row + stop, N, ds + i, kBlock, ones);
           }
         }
@@ -261,7 +261,7 @@ static void sum_dbias(const Attention& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < size; i += W<T>) store<T>(sum + i, load<T>(sum + i) + load<T>(other + i));
     }
     // Queries as the tokens of a lattice, keys as its dims.
-    const Lattice m = {Elements(a.dbias, a.dtype) + h * N * M, offset, 1, M};
+    const Lattice m = {Elements(a.dbias, a.bias_dtype) + h * N * M, offset, 1, M};
     for (int64_t n = 0; n < N; n += P) unpack_panel<T>(m, n, n + P < N ? n + P : N, M, sum + n, ld, ones);
   }
 }

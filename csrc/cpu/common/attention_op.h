@@ -1,8 +1,7 @@
 // Forward and backward of the ops of attention inside groups of pixels, for tensors. Included by register.cpp alone.
 #pragma once
 
-#include "common/tensor.h"
-#include "instruction_sets.h"
+#include "common/in_rows.h"
 
 namespace mvk {
 namespace {
@@ -35,10 +34,9 @@ Attention describe(
     a.clipped = !(a.y.equal() && a.x.equal());
     require(!a.clipped || a.y.window, op, "bias needs equal groups");
     a.bias = bias.data();
+    a.bias_dtype = a.dtype;
     std::copy(stride, stride + 3, a.bias_stride);
   }
-  a.slices = a.B * a.groups();
-  a.chunks = 1;
   return a;
 }
 
@@ -49,10 +47,13 @@ Tensor attention_forward(Attention a, const Tensor& query) {
   Tensor out = empty_map(query, a.Dv);
   if (!a.B) return out;
   a.out = map(out);
-  const double pair = 2.0 * double(a.D + a.Dv);
-  a.chunks = chunks(a.slices * a.heads, flops(a, pair), a.tokens() / Attention::kBlock);
-  parallel(a.units(), grain(flops(a, pair) / double(a.chunks)), [&](int64_t i, int64_t j) {
-    current->attention->forward(a, i, j);
+  const double work = flops(a, 2.0 * double(a.D + a.Dv));
+  in_rows(a, {&Attention::query, &Attention::key, &Attention::value}, {&Attention::out}, false, [&](Attention part) {
+    part.slices = part.B * part.groups();
+    part.chunks = chunks(part.slices * part.heads, work, part.tokens() / Attention::kBlock);
+    parallel(part.units(), grain(work / double(part.chunks)), [&](int64_t i, int64_t j) {
+      current->attention->forward(part, i, j);
+    });
   });
   return out;
 }
@@ -60,6 +61,30 @@ Tensor attention_forward(Attention a, const Tensor& query) {
 struct AttentionGradients {
   Tensor query, key, value, bias;
 };
+
+void backward_of(Attention a) {
+  const double work = flops(a, 2.0 * double(3 * a.D + 2 * a.Dv));
+  a.slices = a.B * a.groups(), a.chunks = 1;
+  Tensor partial;
+  if (a.dbias) {
+    a.slices = std::clamp<int64_t>((threads() + a.heads - 1) / a.heads, 1, a.slices);
+    if (a.B * a.groups() > 1 || a.clipped) {
+      partial = empty({a.slices, a.heads, a.key_places(), a.padded(a.places())}, sums_dtype(a.dtype));
+      a.dbias_partial = partial.data();
+    }
+  } else {
+    a.chunks = chunks(a.slices * a.heads, work, a.tokens() / 64);
+    if (a.chunks > 1) {
+      partial = empty({a.units(), a.partial_size()}, sums_dtype(a.dtype));
+      a.partial = partial.data();
+    }
+  }
+  const AttentionKernels& kernels = *current->attention;
+  const int64_t least = a.dbias ? 1 : grain(work / double(a.chunks));
+  parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
+  if (a.partial) parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dkeys(a, i, j); });
+  if (a.dbias_partial) parallel(a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dbias(a, i, j); });
+}
 
 AttentionGradients attention_backward(
     const char* op, Attention a, const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -73,33 +98,15 @@ AttentionGradients attention_backward(
   AttentionGradients found = {empty_map(query, a.D), empty_map(key, a.D), empty_map(value, a.Dv), Tensor()};
   a.dquery = map(found.query), a.dkey = map(found.key), a.dvalue = map(found.value);
 
-  const int64_t N = a.places(), M = a.key_places();
-  const double pair = 2.0 * double(3 * a.D + 2 * a.Dv);
-  found.bias = need_bias ? empty({a.heads, N, M}, query.dtype()) : empty({0}, query.dtype());
-  Tensor partial;
-  if (need_bias) {
-    a.slices = std::clamp<int64_t>((threads() + a.heads - 1) / a.heads, 1, std::max<int64_t>(a.slices, 1));
-    a.dbias = found.bias.data();
-    if (a.B * a.groups() > 1 || (a.B && a.clipped)) {
-      partial = empty({a.slices, a.heads, M, a.padded(N)}, sums_dtype(a.dtype));
-      a.dbias_partial = partial.data();
-    } else if (!a.B) {
-      std::memset(a.dbias, 0, size_t(a.heads * N * M) * item_size(query.dtype()));
-    }
-  } else {
-    a.chunks = chunks(a.slices * a.heads, flops(a, pair), a.tokens() / 64);
-    if (a.chunks > 1) {
-      partial = empty({a.units(), a.partial_size()}, sums_dtype(a.dtype));
-      a.partial = partial.data();
-    }
-  }
-  if (a.B) {
-    const AttentionKernels& kernels = *current->attention;
-    const int64_t least = need_bias ? 1 : grain(flops(a, pair) / double(a.chunks));
-    parallel(a.units(), least, [&](int64_t i, int64_t j) { kernels.backward(a, i, j); });
-    if (a.partial) parallel(a.slices * a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dkeys(a, i, j); });
-    if (a.dbias_partial) parallel(a.heads, 1, [&](int64_t i, int64_t j) { kernels.sum_dbias(a, i, j); });
-  }
+  found.bias = need_bias ? empty({a.heads, a.places(), a.key_places()}, query.dtype()) : empty({0}, query.dtype());
+  if (need_bias) a.dbias = found.bias.data();
+  if (need_bias && !a.B)
+    std::memset(a.dbias, 0, size_t(a.heads * a.places() * a.key_places()) * item_size(query.dtype()));
+  // The gradient of a bias is a sum over the whole batch.
+  if (a.B)
+    in_rows(
+        a, {&Attention::query, &Attention::key, &Attention::value, &Attention::grad},
+        {&Attention::dquery, &Attention::dkey, &Attention::dvalue}, need_bias, backward_of);
   return found;
 }
 

@@ -59,7 +59,7 @@ struct Bias {
   Bias(const Attention& a, const Group& g, Offsets& rows) : keys(a.key_x, g.keys) {
     if (!a.bias) return;
     const int64_t step = a.bias_stride[1];
-    const Elements head = Elements(a.bias, a.dtype) + g.h * a.bias_stride[0];
+    const Elements head = Elements(a.bias, a.bias_dtype) + g.h * a.bias_stride[0];
     scores = {
         head + Places(a.x, g.queries).first * step, rows.of(g.queries, a.x.places * step, step), a.bias_stride[2],
         step};

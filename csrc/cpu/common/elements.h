@@ -17,7 +17,7 @@ struct Elements {
 
   Elements() = default;
   Elements(const void* at, DType type) : data(static_cast<char*>(const_cast<void*>(at))), dtype(type) {}
-  int64_t size() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+  int64_t size() const { return size_of(dtype); }
   Elements operator+(int64_t n) const { return {data + n * size(), dtype}; }
   template <class S>
   S* as() const {

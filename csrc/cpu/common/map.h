@@ -10,6 +10,7 @@
 namespace mvk {
 
 enum class DType { f32, f64, f16, bf16 };
+MVK_SHARED int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // A map (B, heads, dim, H, W): strides in elements.
 struct Map {
