@@ -33,7 +33,7 @@ struct Bridge {
   MVK_SHARED int64_t backward_partial() const { return 2 * M * D; }
   // Mobile to Former: what a unit's first stage of the backward leaves for its second, with room for what an instruction set
   // rounds up; behind the M * D of every unit in `partial`.
-  MVK_SHARED int64_t weights() const { return 2 * (M + 7) * (pixels() / chunks + 64) / 4 * 4 + 4 * M; }
+  MVK_SHARED int64_t weights() const { return 2 * M * (pixels() / chunks + 64) / 4 * 4 + 4 * M; }
 };
 
 // One set for each instruction set. Ranges are over units; those of the second stages, which add chunks up in order, over

@@ -1,9 +1,8 @@
-// Few tokens against many pixels, on maps whose dims are contiguous: a pixel is a row, and nothing is ever transposed.
+// Few tokens against many pixels, on maps whose dims are contiguous: a pixel is a row, and no map is ever transposed.
 //
-// Tokens go in groups of G, the lanes of a narrow vector. Three products: scores (each element of a pixel is broadcast
-// against the tokens' column, one narrow vector of scores a pixel), sums over pixels (dims are lanes, a pixel's weight is
-// broadcast) and tokens spread over pixels (the same the other way). Scores lie pixel after pixel, G apart, so that
-// exponentials fill whole vectors whatever M is: lane i of each belongs to token i % G.
+// Three products: scores (each element of a pixel is broadcast against the tokens' column, a narrow vector of G lanes), sums over
+// pixels (dims are lanes, a pixel's weight is broadcast) and tokens spread over pixels (the same the other way). Scores are few, and
+// are transposed at once: a row of them is a token's, as where pixels are lanes, and exponentials are the same there and here.
 #pragma once
 
 #include "common/pixels.h"
@@ -11,35 +10,31 @@
 namespace mvk {
 namespace MVK_ISA {
 
-// One or two sets of tokens, each with its weights: v[m] is a row of dims, weight m of pixel n stands at s[n * G + m].
+// One or two sets of tokens, each with its weights: v[m] is a row of dims, weight m of pixel n stands at s[m * lds + n].
 template <class T>
 struct Spread {
   const T* s;
+  int64_t lds;
   const T* v;
 };
 
-// The scores of one group: s[n * G + j] = sum_d x[n][d] q[d * G + j]; lanes up to a whole vector become `tail`.
-template <class T, int G>
-void dots(int64_t D, int64_t count, const T* x, int64_t ldx, const T* q, T* s, T tail);
+// The scores of all tokens: s[m * lds + n] = sum_d x[n][d] q[m][d], q by columns; lanes up to a whole vector become `tail`. `turned`
+// has room for the scores of a group.
+template <class T>
+void row_scores(
+    int64_t M, int64_t D, int64_t count, const T* x, int64_t ldx, const T* q, T* turned, T* s, int64_t lds, T tail);
 
-// c[m][d] = c or 0, times alpha[m] or 1, + sum_n s[n * G + m] x[n * ldx + d] for one group of M tokens and all dims. c has whole
-// vectors.
-template <class T, int G>
+// c[m][d] = c or 0, times alpha[m * W] or 1, + sum_n s[m * lds + n] x[n * ldx + d] for all tokens and dims. c has whole vectors.
+template <class T>
 void weigh(
-    int64_t M, int64_t D, int64_t count, const T* s, const T* x, int64_t ldx, T* c, int64_t ldc, const T* alpha,
-    bool first);
+    int64_t M, int64_t D, int64_t count, const T* s, int64_t lds, const T* x, int64_t ldx, T* c, int64_t ldc,
+    const T* alpha, bool first);
 
-// out[n] = start's pixel n (or what is there, or 0) + sum over sets and m of s[n][m] v[m], for all pixels of a block, all dims, and one
-// group of M tokens.
-template <class T, int G>
+// out[n] = start's pixel n (or 0) + sum over sets and m of s[m][n] v[m], for all tokens, dims and pixels of a block.
+template <class T>
 void spread_rows(
     int64_t M, int64_t D, int64_t count, const Spread<T>* sets, int some, int64_t ldv, const T* start, int64_t lds,
     T* out, int64_t ldo);
-
-// Adds D dims of every pixel to what is in out. With more than one group of tokens a map's own pixels are added after all
-// of them: they may be large, and each addition to them would round as much.
-template <class T>
-void add_rows(int64_t D, int64_t count, const T* rows, int64_t ld, T* out, int64_t ldo);
 
 namespace {
 
@@ -48,26 +43,27 @@ constexpr int kMostLanes = W<T> < 8 ? W<T> : 8;
 template <class T>
 constexpr int kFewLanes = W<T> < 4 ? W<T> : 4;
 
-// f(std::integral_constant<int, G>) for the G that M tokens waste least of.
-template <class T, class F>
-MVK_INLINE void with_group(int64_t M, const F& f) {
-  if (M <= kFewLanes<T>) return f(std::integral_constant<int, kFewLanes<T>>{});
-  if constexpr (kMostLanes<T> > kFewLanes<T>) return f(std::integral_constant<int, kMostLanes<T>>{});
-  f(std::integral_constant<int, kFewLanes<T>>{});
+// Tokens of a group: as many as M tokens waste least of.
+template <class T>
+MVK_INLINE int64_t group_of(int64_t M) {
+  return M <= kFewLanes<T> ? kFewLanes<T> : kMostLanes<T>;
+}
+template <class T>
+MVK_INLINE int64_t columns_size(const Bridge& a) {
+  return round_up(a.M, group_of<T>(a.M)) * a.D;
 }
 
-// v combined with itself so that lanes whose numbers differ in the bits from .. to - 1 (powers of two) agree.
+// All lanes of v combined, in each lane.
 template <class T, int step, size_t... I>
 MVK_INLINE vec<T> swap_lanes(vec<T> v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, (int(I) ^ step)...);
 }
-template <class T, int from, int to, class Op>
+template <class T, class Op, int step = 1>
 MVK_INLINE vec<T> fold(vec<T> v, const Op& op) {
-  if constexpr (from < to) {
-    v = op(v, swap_lanes<T, from>(v, std::make_index_sequence<W<T>>{}));
-    return fold<T, from * 2, to>(v, op);
-  }
-  return v;
+  if constexpr (step < W<T>)
+    return fold<T, Op, step * 2>(op(v, swap_lanes<T, step>(v, std::make_index_sequence<W<T>>{})), op);
+  else
+    return v;
 }
 template <class T>
 struct Most {
@@ -89,13 +85,14 @@ MVK_INLINE int64_t block_of_rows(const Bridge& a) {
 }
 
 // Tokens by columns, G of them in a group: dst[(m / G * D + d) * G + m % G] = factor * token m, dim d; 0 beyond M.
-template <class T, int G>
+template <class T>
 MVK_INLINE void pack_columns(const Bridge& a, const Tokens& t, int64_t b, int64_t h, T factor, T* dst) {
+  const int64_t G = group_of<T>(a.M);
   with_type<T>(a.dtype, [&](auto type) {
     const auto* p = static_cast<const decltype(type)*>(t.data) + b * t.b + h * t.h;
     for (int64_t m0 = 0; m0 < a.M; m0 += G, dst += a.D * G)
       for (int64_t d = 0; d < a.D; ++d)
-        for (int j = 0; j < G; ++j)
+        for (int64_t j = 0; j < G; ++j)
           dst[d * G + j] = m0 + j < a.M ? factor * T(to_float(p[(m0 + j) * t.m + d * t.d])) : T(0);
   });
 }

@@ -2,9 +2,8 @@
 //
 // For each block of pixels of a (batch, head): scores, softmax over the tokens (along rows: nothing goes across lanes),
 // out = x + V^T P. The map is read once and written once, the scores never leave L1. The backward makes P again in
-// the same way, writes dx, and sums dkey and dvalue over pixels. Pixels are lanes, but on maps whose dims are contiguous they
-// are rows: lanes are then the tokens of a few pixels, and softmax goes across them. Chunks of pixels are added up in order:
-// no atomics.
+// the same way, writes dx, and sums dkey and dvalue over pixels. Pixels are lanes; on maps whose dims are contiguous they are
+// rows of the products, and lanes again in softmax. Chunks of pixels are added up in order: no atomics.
 #include "common/pixel_rows.h"
 
 namespace mvk {
@@ -51,70 +50,6 @@ static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor)
   }
 }
 
-// The same for rows of pixels: group g of G tokens at s + g * ld, `count` lanes of whole vectors; lane i is of token
-// i % G, and those beyond M are to come out 0.
-template <class T, int G>
-static void softmax_rows(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
-  const int64_t groups = (M + G - 1) / G;
-  const vec<T> f = splat(factor), none = splat(-kInfinity<T>);
-  vec<T> spare = {};  // -inf in the last group's lanes of no token
-  for (int i = 0; i < W<T>; ++i) spare[i] = (groups - 1) * G + i % G < M ? T(0) : -kInfinity<T>;
-  const auto used = spare == vec<T>{};
-  auto some = [&](auto vectors, int64_t n) __attribute__((always_inline)) {
-    constexpr int U = decltype(vectors)::value;
-    vec<T> top[U], sum[U], sum_dp[U], base[U];
-    for (int64_t g = 0; g < groups; ++g)
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        const vec<T> v = load<T>(s + g * ld + n + u * W<T>);
-        const vec<T> real = g + 1 < groups ? v : used ? v : none;
-        if (ds)
-          base[u] = g ? (real > top[u] ? load<T>(ds + g * ld + n + u * W<T>) : base[u]) : load<T>(ds + n + u * W<T>);
-        top[u] = g ? maximum<T>(top[u], real) : real;
-      }
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      const vec<T> own = top[u];
-      top[u] = fold<T, 1, G>(own, Most<T>());
-      sum[u] = sum_dp[u] = vec<T>{};
-      base[u] = ds ? finite_or_zero<T>(fold<T, 1, G>(own == top[u] ? base[u] : none, Most<T>())) : vec<T>{};
-    }
-    for (int64_t g = 0; g < groups; ++g) {
-      vec<T> p[U];
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        const vec<T> v = load<T>(s + g * ld + n + u * W<T>);
-        p[u] = ((g + 1 < groups ? v : used ? v : none) - top[u]) * f;
-      }
-      exp2_nonpositive<U>(p);
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        store<T>(s + g * ld + n + u * W<T>, p[u]);
-        sum[u] += p[u];
-        if (ds) sum_dp[u] += p[u] * (load<T>(ds + g * ld + n + u * W<T>) - base[u]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) {
-      sum[u] = splat(T(1)) / fold<T, 1, G>(sum[u], Sum<T>());
-      if (ds) sum_dp[u] = fold<T, 1, G>(sum_dp[u], Sum<T>()) * sum[u];
-    }
-    for (int64_t g = 0; g < groups; ++g)
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        const vec<T> p = load<T>(s + g * ld + n + u * W<T>) * sum[u];
-        store<T>(s + g * ld + n + u * W<T>, p);
-        if (ds) {
-          T* to = ds + g * ld + n + u * W<T>;
-          store<T>(to, p * (load<T>(to) - base[u] - sum_dp[u]));
-        }
-      }
-  };
-  int64_t n = 0;
-  for (; n + 4 * W<T> <= count; n += 4 * W<T>) some(std::integral_constant<int, 4>{}, n);
-  for (; n < count; n += W<T>) some(std::integral_constant<int, 1>{}, n);
-}
-
 template <class T>
 static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   const int64_t M = a.M, D = a.D, K = block_of_pixels<T>(a), ldk = round_up(D, W<T>);
@@ -150,26 +85,27 @@ static void forward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, int G>
+template <class T>
 static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
-  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>), groups = (M + G - 1) / G;
+  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
-      2 * Arena::bytes<int64_t>(K) + Arena::bytes<T>(groups * D * G) + Arena::bytes<T>(M * ldk) +
-          2 * Arena::bytes<T>((K + W<T>)*ldk) + Arena::bytes<T>(groups * K * G),
+      2 * Arena::bytes<int64_t>(K) + Arena::bytes<T>(columns_size<T>(a)) + Arena::bytes<T>(M * ldk) +
+          2 * Arena::bytes<T>((K + W<T>)*ldk) + Arena::bytes<T>(K * group_of<T>(M)) + Arena::bytes<T>(M * K),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* out_table = arena.take<int64_t>(K);
-  T* k = arena.take<T>(groups * D * G);
+  T* k = arena.take<T>(columns_size<T>(a));
   T* v = arena.take<T>(M * ldk);
   T* packed = arena.take<T>((K + W<T>)*ldk);
   T* out_packed = arena.take<T>((K + W<T>)*ldk);
-  T* s = arena.take<T>(groups * K * G);
+  T* turned = arena.take<T>(K * group_of<T>(M));
+  T* s = arena.take<T>(M * K);
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Rows<T> x(a, a.x, b, h, table);
     Rows<T> y(a, a.out_map, b, h, out_table);
-    pack_columns<T, G>(a, a.key, b, h, T(factor.queries), k);
+    pack_columns<T>(a, a.key, b, h, T(factor.queries), k);
     pack_tokens<T>(a, a.value, b, h, T(1), v, ldk);
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
@@ -177,14 +113,10 @@ static void forward_rows(const Bridge& a, int64_t begin, int64_t end) {
       const int64_t n = blocks.n, count = blocks.count;
       const T* rows = x.read(n, count, packed, ldk, ld);
       T* out = y.target(n, out_packed, ldk, ldo);
-      for (int64_t g = 0; g < groups; ++g) dots<T, G>(D, count, rows, ld, k + g * D * G, s + g * K * G, T(0));
-      softmax_rows<T, G>(M, count * G, s, nullptr, K * G, T(factor.scores));
-      for (int64_t g = 0; g < groups; ++g) {
-        const Spread<T> set = {s + g * K * G, v + g * G * ldk};
-        const T* start = g ? out : a.residual && groups == 1 ? rows : nullptr;
-        spread_rows<T, G>(smaller(M - g * G, G), D, count, &set, 1, ldk, start, g ? ldo : ld, out, ldo);
-      }
-      if (a.residual && groups > 1) add_rows<T>(D, count, rows, ld, out, ldo);
+      row_scores<T>(M, D, count, rows, ld, k, turned, s, K, T(0));
+      softmax<T>(M, count, s, nullptr, K, T(factor.scores));
+      const Spread<T> set = {s, K, v};
+      spread_rows<T>(M, D, count, &set, 1, ldk, a.residual ? rows : nullptr, ld, out, ldo);
       y.put(n, count, out_packed, ldk);
     }
   }
@@ -258,33 +190,34 @@ static void backward_lanes(const Bridge& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, int G>
+template <class T>
 static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
-  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>), groups = (M + G - 1) / G;
+  const int64_t M = a.M, D = a.D, K = block_of_rows<T>(a), ldk = round_up(D, W<T>);
   arena.reset(
-      3 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(groups * D * G) + 3 * Arena::bytes<T>(M * ldk) +
-          3 * Arena::bytes<T>((K + W<T>)*ldk) + 2 * Arena::bytes<T>(groups * K * G),
+      3 * Arena::bytes<int64_t>(K) + 2 * Arena::bytes<T>(columns_size<T>(a)) + 3 * Arena::bytes<T>(M * ldk) +
+          3 * Arena::bytes<T>((K + W<T>)*ldk) + Arena::bytes<T>(K * group_of<T>(M)) + 2 * Arena::bytes<T>(M * K),
       a.poison);
   int64_t* table = arena.take<int64_t>(K);
   int64_t* grad_table = arena.take<int64_t>(K);
   int64_t* dtable = arena.take<int64_t>(K);
-  T* k = arena.take<T>(groups * D * G);
-  T* v = arena.take<T>(groups * D * G);
+  T* k = arena.take<T>(columns_size<T>(a));
+  T* v = arena.take<T>(columns_size<T>(a));
   T* k_scaled = arena.take<T>(M * ldk);
   T* dk = arena.take<T>(M * ldk);
   T* dv = arena.take<T>(M * ldk);
   T* packed = arena.take<T>((K + W<T>)*ldk);
   T* grad_packed = arena.take<T>((K + W<T>)*ldk);
   T* dpacked = arena.take<T>((K + W<T>)*ldk);
-  T* s = arena.take<T>(groups * K * G);
-  T* ds = arena.take<T>(groups * K * G);
+  T* turned = arena.take<T>(K * group_of<T>(M));
+  T* s = arena.take<T>(M * K);
+  T* ds = arena.take<T>(M * K);
   const Factor factor(a.scale, false);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t item = unit / a.chunks, b = item / a.heads, h = item % a.heads;
     Rows<T> x(a, a.x, b, h, table), grad(a, a.grad_map, b, h, grad_table);
     Rows<T> dx(a, a.dx, b, h, dtable);
-    pack_columns<T, G>(a, a.key, b, h, T(factor.queries), k);
-    pack_columns<T, G>(a, a.value, b, h, T(1), v);
+    pack_columns<T>(a, a.key, b, h, T(factor.queries), k);
+    pack_columns<T>(a, a.value, b, h, T(1), v);
     pack_tokens<T>(a, a.key, b, h, T(a.scale), k_scaled, ldk);
     Blocks blocks = blocks_of_unit<T>(a, unit, K);
     while (blocks.next()) {
@@ -293,20 +226,13 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
       const T* rows = x.read(n, count, packed, ldk, ld);
       const T* grads = grad.read(n, count, grad_packed, ldk, ldg);
       T* out = dx.target(n, dpacked, ldk, ldd);
-      for (int64_t g = 0; g < groups; ++g) {
-        dots<T, G>(D, count, rows, ld, k + g * D * G, s + g * K * G, T(0));
-        dots<T, G>(D, count, grads, ldg, v + g * D * G, ds + g * K * G, T(0));
-      }
-      softmax_rows<T, G>(M, count * G, s, ds, K * G, T(factor.scores));
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t some = smaller(M - g * G, G), at = g * G * ldk;
-        const Spread<T> set = {ds + g * K * G, k_scaled + at};
-        const T* start = g ? out : a.residual && groups == 1 ? grads : nullptr;
-        spread_rows<T, G>(some, D, count, &set, 1, ldk, start, g ? ldd : ldg, out, ldd);
-        weigh<T, G>(some, D, count, ds + g * K * G, rows, ld, dk + at, ldk, nullptr, blocks.first());
-        weigh<T, G>(some, D, count, s + g * K * G, grads, ldg, dv + at, ldk, nullptr, blocks.first());
-      }
-      if (a.residual && groups > 1) add_rows<T>(D, count, grads, ldg, out, ldd);
+      row_scores<T>(M, D, count, rows, ld, k, turned, s, K, T(0));
+      row_scores<T>(M, D, count, grads, ldg, v, turned, ds, K, T(0));
+      softmax<T>(M, count, s, ds, K, T(factor.scores));
+      const Spread<T> set = {ds, K, k_scaled};
+      spread_rows<T>(M, D, count, &set, 1, ldk, a.residual ? grads : nullptr, ldg, out, ldd);
+      weigh<T>(M, D, count, ds, K, rows, ld, dk, ldk, nullptr, blocks.first());
+      weigh<T>(M, D, count, s, K, grads, ldg, dv, ldk, nullptr, blocks.first());
       dx.put(n, count, dpacked, ldk);
     }
     for (int64_t m = 0; m < M; ++m) {
@@ -321,12 +247,12 @@ static void backward_rows(const Bridge& a, int64_t begin, int64_t end) {
 template <class T>
 static void forward(const Bridge& a, int64_t begin, int64_t end) {
   if (a.x.d != 1) return forward_lanes<T>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { forward_rows<T, G.value>(a, begin, end); });
+  forward_rows<T>(a, begin, end);
 }
 template <class T>
 static void backward(const Bridge& a, int64_t begin, int64_t end) {
   if (a.x.d != 1) return backward_lanes<T>(a, begin, end);
-  with_group<T>(a.M, [&](auto G) { backward_rows<T, G.value>(a, begin, end); });
+  backward_rows<T>(a, begin, end);
 }
 
 // Over (batch, head).

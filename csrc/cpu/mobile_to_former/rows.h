@@ -7,29 +7,25 @@ namespace mvk {
 namespace MVK_ISA {
 namespace {
 
-// What lanes have in common where pixels are lanes: the token, but nothing while they are summed, unless all at once.
+// The highest and the sum of the lanes, in each of them.
 template <class T>
-struct OneToken {
-  static vec<T> running(vec<T> v, bool once) { return once ? top(v) : v; }
-  static vec<T> top(vec<T> v) { return fold<T, 1, W<T>>(v, Most<T>()); }
-  static vec<T> sum(vec<T> v) { return fold<T, 1, W<T>>(v, Sum<T>()); }
-};
-// Where lane i is of token i % G.
-template <class T, int G>
-struct TokensInTurn {
-  static vec<T> running(vec<T> v, bool) { return top(v); }
-  static vec<T> top(vec<T> v) { return fold<T, G, W<T>>(v, Most<T>()); }
-  static vec<T> sum(vec<T> v) { return fold<T, G, W<T>>(v, Sum<T>()); }
-};
+MVK_INLINE vec<T> top_of_lanes(vec<T> v) {
+  return fold<T>(v, Most<T>());
+}
+template <class T>
+MVK_INLINE vec<T> sum_of_lanes(vec<T> v) {
+  return fold<T>(v, Sum<T>());
+}
 
 // s = 2^(factor (s - top)) for a row of whole vectors, where top becomes the maximum so far of what is summed together, and
-// sum the lane's sum; alpha is what was summed before is to be multiplied with.
-template <class T, class Lanes>
-MVK_INLINE void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha, bool once = false) {
+// sum the lane's sum; alpha is what was summed before is to be multiplied with. Each lane has a maximum of its own, or if `alike`
+// all the same.
+template <class T>
+MVK_INLINE void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha, bool alike) {
   const vec<T> f = splat(factor), before = load<T>(top);
   vec<T> most = before;
   for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
-  most = Lanes::running(most, once);
+  if (alike) most = top_of_lanes<T>(most);
   store<T>(top, most);
   // A lane with nothing but -inf so far is shifted by 0: its terms are 0 then, not NaN.
   const vec<T> none = splat(-kInfinity<T>);
@@ -64,21 +60,18 @@ struct Row {
   T top, sum, base, sum_dp;
 };
 
-// e and dP of a chunk's pixels for all tokens, `columns` rows of `lanes` values a pixel: dS needs sums over all pixels before
+// e and dP of a chunk's pixels, a row for each token: dS needs sums over all pixels before
 // it can be made. Of one chunk it is scratch, of several it lies in memory until all are there.
 template <class T>
 struct Weights {
   int64_t ld;
   T *e, *dp;
   Row<T>* rows;
-  Weights(const Bridge& a, int64_t columns, int64_t lanes, T* scratch, int64_t unit)
-      : ld(leading<T>(chunk_most<T>(a) * lanes)) {
+  Weights(const Bridge& a, T* scratch, int64_t unit) : ld(leading<T>(chunk_most<T>(a))) {
     if (a.partial) scratch = static_cast<T*>(a.partial) + a.units() * a.M * a.D + unit * a.weights();
-    e = scratch, dp = e + columns * ld, rows = reinterpret_cast<Row<T>*>(dp + columns * ld);
+    e = scratch, dp = e + a.M * ld, rows = reinterpret_cast<Row<T>*>(dp + a.M * ld);
   }
-  static size_t size(const Bridge& a, int64_t columns, int64_t lanes) {
-    return a.partial ? 0 : 2 * columns * leading<T>(chunk_most<T>(a) * lanes) + 4 * a.M;
-  }
+  static size_t size(const Bridge& a) { return a.partial ? 0 : 2 * a.M * leading<T>(chunk_most<T>(a)) + 4 * a.M; }
 };
 
 // What dS = factor e (dP - base - shift) takes. All of it is made of these very e and dP: what is left where P is 1 is then 0,
@@ -105,9 +98,9 @@ MVK_INLINE Shift<T> shift_of(const Bridge& a, const Weights<T>& w, int64_t unit,
   return {weight(own) / sum, own.base, shift / sum};
 }
 
-// s becomes e, in a row of whole vectors; what is returned is alike in the lanes of a token. A sum is of chains of at most 32.
-template <class T, class Lanes>
-MVK_INLINE Row<vec<T>> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
+// s becomes e, in a row of whole vectors. A sum is of chains of at most 32.
+template <class T>
+MVK_INLINE Row<T> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
   const vec<T> f = splat(factor), none = splat(-kInfinity<T>);
   vec<T> most = none, dp_of_most = {}, sum = {}, sum_dp = {};
   for (int64_t n = 0; n < count; n += W<T>) {
@@ -115,8 +108,8 @@ MVK_INLINE Row<vec<T>> exponentials_of_row(T* s, const T* dp, int64_t count, T f
     dp_of_most = v > most ? load<T>(dp + n) : dp_of_most;
     most = maximum<T>(most, v);
   }
-  const vec<T> top = Lanes::top(most), shift = top == none ? vec<T>{} : top;
-  const vec<T> base = finite_or_zero<T>(Lanes::top(most == top ? dp_of_most : none));
+  const vec<T> top = top_of_lanes<T>(most), shift = top == none ? vec<T>{} : top;
+  const vec<T> base = finite_or_zero<T>(top_of_lanes<T>(most == top ? dp_of_most : none));
   int64_t n = 0;
   auto some = [&](auto vectors, int64_t end) __attribute__((always_inline)) {
     constexpr int U = decltype(vectors)::value;
@@ -137,13 +130,16 @@ MVK_INLINE Row<vec<T>> exponentials_of_row(T* s, const T* dp, int64_t count, T f
   };
   while (n + 3 * W<T> < count) some(std::integral_constant<int, 4>{}, smaller(count, n + 128 * W<T>));
   some(std::integral_constant<int, 1>{}, count);
-  return {top, Lanes::sum(sum), base, Lanes::sum(sum_dp)};
+  return {top[0], sum_of_lanes<T>(sum)[0], base[0], sum_of_lanes<T>(sum_dp)[0]};
 }
 
-// ds = e (dP - base - shift) over a row of whole vectors.
+// dP becomes dS = e (dP - base - shift) over `count` pixels, rounded up to whole vectors.
 template <class T>
-MVK_INLINE void derivative(const T* e, const T* dp, T* ds, int64_t count, vec<T> base, vec<T> shift) {
-  for (int64_t n = 0; n < count; n += W<T>) store<T>(ds + n, load<T>(e + n) * (load<T>(dp + n) - base - shift));
+MVK_INLINE void derivatives(int64_t M, int64_t count, const T* e, T* dp, int64_t ld, const Shift<T>* shift) {
+  for (int64_t m = 0; m < M; ++m, e += ld, dp += ld) {
+    const vec<T> base = splat(shift[m].base), less = splat(shift[m].shift);
+    for (int64_t n = 0; n < count; n += W<T>) store<T>(dp + n, load<T>(e + n) * (load<T>(dp + n) - base - less));
+  }
 }
 
 }  // namespace
