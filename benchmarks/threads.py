@@ -34,6 +34,8 @@ def main() -> int:
         for case in op.suite(options.suite):
             for batch in options.batch:
                 arguments = case.make(batch=batch)
+                if op.pack is not None:  # as callers do: once, not in each call
+                    arguments["packed"] = op.pack(arguments)
 
                 def on(threads: int, arguments: dict[str, Any] = arguments, op: Any = op) -> Callable[[], Any]:
                     def call() -> Any:

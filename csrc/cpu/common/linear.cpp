@@ -30,25 +30,28 @@ static void transposed_tokens(Head<T>& head, int64_t n, int64_t count, T* dst, i
   const bool rows = head.rows;
   const LatticeOf<S> all(head.lattice(n, count));
   vec<T> block[W<T>];
-  for (int64_t i = 0; i < count; i += W<T>) {
+  auto turn_block = [&](int64_t i, int64_t d) __attribute__((always_inline)) {
     const int some = at_most<T>(count - i);
-    for (int64_t d = 0; d < dims; d += W<T>) {
-      T* to = dst + i * ld + d;
-      if (rows && some == W<T> && d + W<T> <= dims) {
-        const S* p = all.data + d * step + i;
+    T* to = dst + i * ld + d;
+    if (rows && some == W<T> && d + W<T> <= dims) {
+      const S* p = all.data + d * step + i;
 #pragma GCC unroll 16
-        for (int j = 0; j < W<T>; ++j) block[j] = act<T, Rectified>(load<T>(p + j * step));
-        transpose<T>(block);
+      for (int j = 0; j < W<T>; ++j) block[j] = act<T, Rectified>(load<T>(p + j * step));
+      transpose<T>(block);
 #pragma GCC unroll 16
-        for (int j = 0; j < W<T>; ++j) store<T>(to + j * ld, block[j]);
-      } else {
-        load_by_dim<T>(all, i, some, d, at_most<T>(dims - d), block);
-        for (int j = 0; j < W<T>; ++j) block[j] = act<T, Rectified>(block[j]);
-        transpose<T>(block);
-        for (int j = 0; j < some; ++j) store<T>(to + j * ld, block[j]);
-      }
+      for (int j = 0; j < W<T>; ++j) store<T>(to + j * ld, block[j]);
+    } else {
+      load_by_dim<T>(all, i, some, d, at_most<T>(dims - d), block);
+      for (int j = 0; j < W<T>; ++j) block[j] = act<T, Rectified>(block[j]);
+      transpose<T>(block);
+      for (int j = 0; j < some; ++j) store<T>(to + j * ld, block[j]);
     }
-  }
+  };
+  // A whole cache line of each row before the next rows: those of a map whose sides are powers of two all fall into one set.
+  constexpr int64_t line = kVectorBytes < 64 ? 64 / kVectorBytes * W<T> : W<T>;
+  for (int64_t i = 0; i < count; i += line)
+    for (int64_t d = 0; d < dims; d += W<T>)
+      for (int64_t k = i; k < i + line && k < count; k += W<T>) turn_block(k, d);
 }
 
 template <class T, bool Rectified>

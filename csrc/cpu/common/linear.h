@@ -33,7 +33,8 @@ struct Head : HeadPixels {
   void put_panel(int64_t n, int64_t count, const T* src, int64_t ld);
   void put_tokens(int64_t n, int64_t count, const T* src, int64_t ld);
 
-  // A pixel's dims where they lie, or null.
+  // Rows of pixels, or of a pixel's dims, where they lie, or null.
+  const T* panel_in_place(int64_t n) const { return rows ? (base + at(n)).template own<T>() : nullptr; }
   const T* tokens_in_place(int64_t n) const { return last && uniform ? (base + at(n)).template own<T>() : nullptr; }
   // Where whole vectors can be written in place, or null.
   T* in_place_panel(int64_t n, int64_t count) const {

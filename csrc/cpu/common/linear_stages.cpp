@@ -48,8 +48,10 @@ void add_sums(Head<T> key, Head<T> value, const Head<T>& then, int64_t n0, int64
         next.between_tiles(4);
       }
     } else {
-      value.panel(false, n, count, s.rows[0], s.ldn);
-      product<T>(D, D, count, s.rows[0], s.ldn, s.tokens[0], ldk, sums, ldk, {Start::from}, next);
+      const T* v = value.panel_in_place(n);
+      int64_t ldv = value.map.d;
+      if (!v) value.panel(false, n, count, s.rows[0], s.ldn), v = s.rows[0], ldv = s.ldn;
+      product<T>(D, D, count, v, ldv, s.tokens[0], ldk, sums, ldk, {Start::from}, next);
     }
   }
 }

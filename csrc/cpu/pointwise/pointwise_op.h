@@ -71,7 +71,9 @@ void pointwise(StableIValue* stack, uint64_t, uint64_t) {
     if (picture || all) a.H = 1;
     constexpr int64_t kMost = 192, kLeast = 48;  // pixels
     const int64_t share = (n[0] * n[2] * n[3] + threads() - 1) / threads();
-    a.block = std::min(std::clamp(share, kLeast, kMost), a.length);
+    // As many blocks as threads, or a multiple of it: a thread less for the last block would be waited for.
+    const int64_t parts = (share + kMost - 1) / kMost;
+    a.block = std::min(std::max((share + parts - 1) / parts, kLeast), a.length);
     const double flops = 2.0 * double(a.block) * double(n[1]) * double(a.sizes.outputs);
     parallel(a.lines * a.blocks(), grain(flops), [&](int64_t i, int64_t j) { kernels.forward(a, i, j); });
   }
