@@ -23,7 +23,7 @@
 namespace mvk {
 namespace {
 
-constexpr long kInterface = 13;  // with INTERFACE in mvkernels/dispatch/extension.py
+constexpr long kInterface = 14;  // with INTERFACE in mvkernels/dispatch/extension.py
 
 PyObject* interface(PyObject*, PyObject*) { return PyLong_FromLong(kInterface); }
 PyObject* build_info(PyObject*, PyObject*) { return PyUnicode_FromString(MVK_BUILD_INFO); }
@@ -61,30 +61,43 @@ PyObject* set_poison(PyObject*, PyObject* argument) {
 
 constexpr long long kMostRounds = 1000000000;  // some seconds, in which nothing can interrupt them
 
-// Of the benchmark, which divides them by the time that they take.
-PyObject* multiply_adds(PyObject*, PyObject* args) {
-  long long rounds;
-  int doubles;
-  if (!PyArg_ParseTuple(args, "Lp", &rounds, &doubles)) return nullptr;
+// How many a call does on all threads, and the mean of their results: one that nobody took would not have to be computed.
+template <class Mean>
+PyObject* measured(const char* what, long long rounds, int64_t of_a_round, const Mean& mean_of) {
   if (rounds < 0 || rounds > kMostRounds)
-    return PyErr_Format(PyExc_ValueError, "%lld rounds of multiply-adds, want 0 to %lld", rounds, kMostRounds);
-  const MultiplyAdds& kernel = doubles ? current->multiply_adds->doubles : current->multiply_adds->singles;
+    return PyErr_Format(PyExc_ValueError, "%lld rounds of %s, want 0 to %lld", rounds, what, kMostRounds);
   PyThreadState* state = PyEval_SaveThread();
   std::vector<double> means;
   bool failed = false;
   try {
     means.resize(size_t(threads()));
     parallel(int64_t(means.size()), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) means[size_t(i)] = kernel.mean(rounds, -0.9, 1.9);
+      for (int64_t i = begin; i < end; ++i) means[size_t(i)] = mean_of(rounds);
     });
   } catch (const std::exception&) {
     failed = true;
   }
   PyEval_RestoreThread(state);
   if (failed) return PyErr_Format(PyExc_RuntimeError, "mvkernels: torch's threads cannot be used");
-  double mean = 0;  // a result that nobody took would not have to be computed
+  double mean = 0;
   for (double one : means) mean += one / double(means.size());
-  return Py_BuildValue("Ld", rounds * kernel.flops * (long long)(means.size()), mean);
+  return Py_BuildValue("Ld", rounds * of_a_round * (long long)(means.size()), mean);
+}
+
+// Of the benchmark, which divides them by the time that they take.
+PyObject* multiply_adds(PyObject*, PyObject* args) {
+  long long rounds;
+  int doubles;
+  if (!PyArg_ParseTuple(args, "Lp", &rounds, &doubles)) return nullptr;
+  const MultiplyAdds& kernel = doubles ? current->multiply_adds->doubles : current->multiply_adds->singles;
+  return measured("multiply-adds", rounds, kernel.flops, [&](int64_t n) { return kernel.mean(n, -0.9, 1.9); });
+}
+
+PyObject* exponentials(PyObject*, PyObject* args) {
+  long long rounds;
+  if (!PyArg_ParseTuple(args, "L", &rounds)) return nullptr;
+  const Exponentials& kernel = current->multiply_adds->exponentials;
+  return measured("exponentials", rounds, kernel.count, [&](int64_t n) { return kernel.mean(n); });
 }
 
 PyMethodDef kMethods[] = {
@@ -108,6 +121,9 @@ PyMethodDef kMethods[] = {
     {"multiply_adds", multiply_adds, METH_VARARGS,
      "multiply_adds(rounds, doubles) -> tuple: does rounds of multiply-adds in registers on each of torch's threads; "
      "their FLOPs, and the mean of their results, which is near 1 after some hundred rounds."},
+    {"exponentials", exponentials, METH_VARARGS,
+     "exponentials(rounds) -> tuple: the same of exponentials, as softmax takes them; their count, and a mean near "
+     "-0.64."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef kModule = {

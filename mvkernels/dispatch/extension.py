@@ -11,7 +11,7 @@ import torch
 
 # The contract between this Python code and the compiled ops (their schemas). Raised together with
 # kInterface in csrc/cpu/register.cpp, so that a stale build is refused and not misread.
-INTERFACE = 13
+INTERFACE = 14
 # The first torch whose stable C interface has parallel_for.
 MINIMUM_TORCH = (2, 10)
 

@@ -17,7 +17,7 @@ constexpr int64_t kKeys = 16384 / (kPanel<T> * int64_t(sizeof(T)));
 // P = 2^(factor (S - top)) in place over `rows` rows of V vectors; adds to the sums of each lane, 32 rows at a time, since one long
 // chain of additions would be the largest error of all.
 template <class T, int V>
-MVK_INLINE void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums) {
+MVK_APART void exponentials(T* s, int64_t rows, T factor, const T* top, T* sums) {
   const vec<T> f = splat<T>(factor);
   vec<T> m[V], sum[V];
   for (int v = 0; v < V; ++v) m[v] = load<T>(top + v * W<T>);

@@ -17,7 +17,7 @@ constexpr int64_t kSummed = 32;     // rows added in one chain, a longer one wou
 // P of 2^(factor (S - top)) over its sum, and dS = P (dP - sum P dP), over `rows` rows of V vectors of all keys' scores, `ld`
 // apart.
 template <class T, int V>
-MVK_INLINE void probabilities(T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* top) {
+MVK_APART void probabilities(T* p, T* ds, int64_t rows, int64_t ld, T factor, const T* top) {
   const vec<T> f = splat<T>(factor);
   vec<T> most[V], dl[V], sum[V] = {}, sum_dp[V] = {}, part_sum[V] = {}, part_dp[V] = {};
   for (int v = 0; v < V; ++v) most[v] = load<T>(top + v * W<T>);

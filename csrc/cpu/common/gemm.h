@@ -19,6 +19,7 @@ struct Prefetch {
 
 // What is prefetched behind the tiles of a product: between them, or in them, `K` steps long.
 struct Nothing {
+  void expect(int64_t) const {}  // panels, each with as many tiles
   void between_tiles(int) const {}
   Prefetch in_tile(int64_t) const { return {}; }
 };
@@ -153,6 +154,7 @@ template <class T, class Between = const Nothing>
 static void product(
     int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
+  between.expect((cols + kPanel<T> - 1) / kPanel<T>);
   by_panels<T>(cols, [&](int vectors, int64_t col) {
     product_rows(vectors, rows, K, a, lda, b + col, ldb, c + col, ldc, end.at(col), between);
   });

@@ -49,11 +49,12 @@ struct Head : HeadPixels {
 // does not guess them.
 struct Next : Nothing {
   struct Lines {
-    const char* base;
-    int64_t stride, bytes, count;
+    const char* at;
+    int64_t stride, bytes, left, share;
   } some[4];
   int maps = 0;
-  int64_t at = 0;
+  int64_t panels = 1;
+  bool begun = false;
   template <class T>
   void add(const Head<T>& head, int64_t n, int64_t count) {
     if (count <= 0) return;
@@ -64,15 +65,19 @@ struct Next : Nothing {
     else if (head.last && head.uniform)
       some[maps++] = {base, head.map.x * size, head.dims * size, count};
   }
-  // A share of the rows, for one of so many tiles.
+  void expect(int64_t some) { panels = some; }
+  // A share of the rows, for one of so many tiles of each panel.
   void between_tiles(int tiles) {
+    if (!begun)
+      for (int i = 0; i < maps; ++i) some[i].share = (some[i].left + tiles * panels - 1) / (tiles * panels);
+    begun = true;
     for (int i = 0; i < maps; ++i) {
-      const Lines& m = some[i];
-      const int64_t share = (m.count + tiles - 1) / tiles, from = at * share;
-      for (int64_t r = from; r < from + share && r < m.count; ++r)
-        for (int64_t b = 0; b < m.bytes; b += 64) __builtin_prefetch(m.base + r * m.stride + b, 0, 2);
+      Lines& m = some[i];
+      const int64_t share = m.share < m.left ? m.share : m.left;
+      m.left -= share;
+      for (int64_t r = 0; r < share; ++r, m.at += m.stride)
+        for (int64_t b = 0; b < m.bytes; b += 64) __builtin_prefetch(m.at + b, 0, 2);
     }
-    ++at;
   }
 };
 

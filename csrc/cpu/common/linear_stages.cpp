@@ -67,12 +67,12 @@ void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, Scratch<
 
 template <class T>
 void output_rows(const T* q, int64_t ldq, int64_t n, int64_t count, Head<T>& out, Scratch<T>& s, Next& next) {
-  if (count > W<T>)
-    reciprocals<T, 2>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
-  else
-    reciprocals<T, 1>(s.D, s.sums + s.D * s.ldk, q, ldq, s.eps, s.factor);
+  const T* keys = s.sums + s.D * s.ldk;
+  int64_t p = 0;
+  for (; p + W<T> < count; p += 2 * W<T>) reciprocals<T, 2>(s.D, keys, q + p, ldq, s.eps, s.factor + p);
+  if (p < count) reciprocals<T, 1>(s.D, keys, q + p, ldq, s.eps, s.factor + p);
   T* to = out.in_place_panel(n, count);
-  const int64_t ldo = to ? out.map.d : 2 * W<T>;
+  const int64_t ldo = to ? out.map.d : s.ldn;
   if (!to) to = s.rows[1];
   product<T>(s.D, count, s.D, s.sums, s.ldk, q, ldq, to, ldo, {Start::zero, s.factor}, next);
   if (to == s.rows[1]) out.put_panel(n, count, to, ldo);
@@ -101,12 +101,12 @@ void output_tokens(T* q, int64_t n, int64_t count, Head<T>& out, Scratch<T>& s, 
 template <class T>
 void outputs(
     Head<T> query, Head<T> out, int64_t n0, int64_t n1, Scratch<T>& s, const Head<T>* keys, const Head<T>* values) {
-  const int64_t step = out.last ? s.step(n1 - n0) : 2 * W<T>, first = s.step(n1 - n0);
+  const int64_t step = s.step(n1 - n0);
   if (out.last) turn<T>(s.D, s.D, s.sums, s.ldk, s.turned, s.ldk);
   for (int64_t n = n0; n < n1; n += step) {
     const int64_t count = n1 - n < step ? n1 - n : step, left = n1 - n - step;
     // The first block of what follows, a share with each of the steps here.
-    const int64_t i = n0 + first * (n - n0) / (n1 - n0), j = n0 + first * (n + count - n0) / (n1 - n0);
+    const int64_t i = n0 + step * (n - n0) / (n1 - n0), j = n0 + step * (n + count - n0) / (n1 - n0);
     Next next, after;
     if (left > 0) next.add(query, n + step, left < step ? left : step);
     if (keys) after.add(*keys, i, j - i), after.add(*values, i, j - i);
@@ -115,8 +115,8 @@ void outputs(
       query.tokens(true, n, count, s.tokens[0], s.ldk);
       output_tokens<T>(s.tokens[0], n, count, out, s, next);
     } else {
-      query.panel(true, n, count, s.rows[0], step);
-      output_rows<T>(s.rows[0], step, n, count, out, s, next);
+      query.panel(true, n, count, s.rows[0], s.ldn);
+      output_rows<T>(s.rows[0], s.ldn, n, count, out, s, next);
     }
   }
 }

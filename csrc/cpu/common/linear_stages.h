@@ -26,18 +26,17 @@ struct Scratch {
     const int64_t blocks = (pixels + N - 1) / N;
     return blocks ? round_up((pixels + blocks - 1) / blocks, W<T>) : N;
   }
-  int64_t wide() const { return ldn < 2 * W<T> ? 2 * W<T> : ldn; }  // as outputs() takes rows
   int64_t sums_size() const { return (D + 1) * ldk; }
-  int64_t rows_size() const { return (D + 1) * wide(); }
+  int64_t rows_size() const { return (D + 1) * ldn; }
   int64_t tokens_size() const { return round_up(N, W<T>) * ldk; }
   size_t bytes() const {
     return 4 * Arena::bytes<int64_t>(N) + 2 * Arena::bytes<T>(sums_size()) + Arena::bytes<T>(ldk * ldk) +
-           Arena::bytes<T>(wide()) + 3 * Arena::bytes<T>(rows_size()) + 3 * Arena::bytes<T>(tokens_size());
+           Arena::bytes<T>(ldn) + 3 * Arena::bytes<T>(rows_size()) + 3 * Arena::bytes<T>(tokens_size());
   }
   void take(Arena& arena) {
     for (int64_t*& table : tables) table = arena.take<int64_t>(N);
     sums = arena.take<T>(sums_size()), dsums = arena.take<T>(sums_size());
-    turned = arena.take<T>(ldk * ldk), factor = arena.take<T>(wide());
+    turned = arena.take<T>(ldk * ldk), factor = arena.take<T>(ldn);
     for (T*& one : rows) one = arena.take<T>(rows_size());
     for (T*& one : tokens) one = arena.take<T>(tokens_size());
   }
@@ -51,7 +50,7 @@ void add_sums(Head<T> key, Head<T> value, const Head<T>& then, int64_t n0, int64
 template <class T>
 void add_ready_sums(const T* k, const T* v, int64_t ldv, int64_t count, Scratch<T>& s);
 
-// out of `count` pixels from n on, at most two vectors of them, whose rectified queries are rows. Prefetches `next`.
+// out of `count` pixels from n on, at most a block, whose rectified queries are rows. Prefetches `next`.
 template <class T>
 void output_rows(const T* q, int64_t ldq, int64_t n, int64_t count, Head<T>& out, Scratch<T>& s, Next& next);
 

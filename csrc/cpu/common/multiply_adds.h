@@ -14,9 +14,16 @@ struct MultiplyAdds {
   int64_t flops;  // of a round
 };
 
+// The same of softmax's exponentials: x = -2^x, whose values come near -0.64.
+struct Exponentials {
+  double (*mean)(int64_t rounds);
+  int64_t count;  // of a round
+};
+
 // One set for each instruction set.
 struct MultiplyAddsKernels {
   MultiplyAdds singles, doubles;
+  Exponentials exponentials;
 };
 
 MVK_EACH_ISA(MultiplyAddsKernels, multiply_adds_kernels)

@@ -14,7 +14,7 @@ namespace {
 // not depend on what all of a column have in common: less that of the highest score, tokens that are alike give 0, and
 // nothing is lost where P is nearly 1.
 template <class T>
-static void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
+MVK_APART void softmax(int64_t M, int64_t count, T* s, T* ds, int64_t ld, T factor) {
   const vec<T> f = splat(factor);
   for (int64_t n = 0; n < count; n += W<T>) {
     vec<T> top = load<T>(s + n), sum = {}, sum_dp = {}, base = {};

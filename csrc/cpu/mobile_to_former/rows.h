@@ -21,7 +21,7 @@ MVK_INLINE vec<T> sum_of_lanes(vec<T> v) {
 // sum the lane's sum; alpha is what was summed before is to be multiplied with. Each lane has a maximum of its own, or if `alike`
 // all the same.
 template <class T>
-MVK_INLINE void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha, bool alike) {
+MVK_APART void exponentials(T* s, int64_t count, T factor, T* top, T* sum, T* alpha, bool alike) {
   const vec<T> f = splat(factor), before = load<T>(top);
   vec<T> most = before;
   for (int64_t n = 0; n < count; n += W<T>) most = maximum<T>(most, load<T>(s + n));
@@ -100,7 +100,7 @@ MVK_INLINE Shift<T> shift_of(const Bridge& a, const Weights<T>& w, int64_t unit,
 
 // s becomes e, in a row of whole vectors. A sum is of chains of at most 32.
 template <class T>
-MVK_INLINE Row<T> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
+MVK_APART Row<T> exponentials_of_row(T* s, const T* dp, int64_t count, T factor) {
   const vec<T> f = splat(factor), none = splat(-kInfinity<T>);
   vec<T> most = none, dp_of_most = {}, sum = {}, sum_dp = {};
   for (int64_t n = 0; n < count; n += W<T>) {
@@ -135,7 +135,7 @@ MVK_INLINE Row<T> exponentials_of_row(T* s, const T* dp, int64_t count, T factor
 
 // dP becomes dS = e (dP - base - shift) over `count` pixels, rounded up to whole vectors.
 template <class T>
-MVK_INLINE void derivatives(int64_t M, int64_t count, const T* e, T* dp, int64_t ld, const Shift<T>* shift) {
+MVK_APART void derivatives(int64_t M, int64_t count, const T* e, T* dp, int64_t ld, const Shift<T>* shift) {
   for (int64_t m = 0; m < M; ++m, e += ld, dp += ld) {
     const vec<T> base = splat(shift[m].base), less = splat(shift[m].shift);
     for (int64_t n = 0; n < count; n += W<T>) store<T>(dp + n, load<T>(e + n) * (load<T>(dp + n) - base - less));

@@ -53,7 +53,7 @@ static void forward(const Multiscale& a, int64_t begin, int64_t end) {
       if (!scale) outputs<T>(part(0), out, n0, n1, s);
       if (scale && out.last) turn<T>(D, D, s.sums, s.ldk, s.turned, s.ldk);
       for (Bands bands(a, u); scale && bands.next(y0, y1);) {
-        const int64_t n = y0 * a.W, count = (y1 - y0) * a.W, step = out.last ? s.step(count) : 2 * W<T>;
+        const int64_t n = y0 * a.W, count = (y1 - y0) * a.W, step = s.step(count);
         convolutions.depthwise(*scale, u.b, u.h, 0, y0, y1, wide);
         if (out.last)
           convolutions.mix_tokens(*scale, 0, count, wide, tokens);

@@ -1,0 +1,29 @@
+"""A processor held to fewer instructions than it has, for this library and all that it is compared with."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+HELD = {
+    "avx2": {
+        "MVKERNELS_CPU_ISA": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        # Inductor keys its cache by what the processor has: code for other vectors would be taken from it, and write
+        # beyond its arrays.
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor_avx2",
+    },
+}
+"""Environment variables by instruction set. Each library reads its own when it is loaded."""
+
+
+def hold(isa: str | None, arguments: Sequence[str]) -> None:
+    """Run ``python <arguments>`` in place of this process, held to ``isa``; returns if it is, or if that is None."""
+    if isa is None or all(os.environ.get(name) == value for name, value in HELD[isa].items()):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **HELD[isa]})
