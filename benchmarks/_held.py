@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 HELD = {
     "avx2": {
@@ -14,7 +16,7 @@ HELD = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         # Inductor keys its cache by what the processor has: code for other vectors would be taken from it, and write
         # beyond its arrays.
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor_avx2",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "torchinductor_avx2"),
     },
 }
 """Environment variables by instruction set. Each library reads its own when it is loaded."""

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from _held import HELD, hold
 from _results import folder, merge, stem
 
 from mvkernels.commands import command
@@ -36,8 +37,10 @@ def _run(op: str, description: str | None) -> int:
     parser.add_argument("--against", default="eager,sdpa,compile", help="as for `mvkernels bench`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--min-time", default="0.5")
+    parser.add_argument("--isa", choices=HELD, help="hold a CPU to this instruction set")
     parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
     options = parser.parse_args()
+    hold(options.isa, sys.argv)
     cpu = options.device == "cpu"
     status = 0
     for allocator in options.allocator if cpu else ["default"]:

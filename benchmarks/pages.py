@@ -38,11 +38,42 @@ def performance(results: Path) -> dict[str, str]:
     for folder in machines(results):
         found = _figures.summary(folder)
         parts += [f"## {folder.name}\n", *found] if found else []
+        parts += where_kernels_go(read(folder / "parts.csv"))
     links = {f"performance/{op}.md": f"`{op}`" for op, *_ in OPS}
     links |= {"performance/models.md": "whole models", "performance/calls.md": "call overhead and threads"}
     links["gpu.md"] = "on a GPU"
     parts += ["Shape by shape: " + ", ".join(f"[{text}]({link})" for link, text in links.items()) + ".", ""]
     return {"performance.md": "\n".join(parts), **pages}
+
+
+SHARES = ("products", "exponentials", "convolutions", "packing", "stores", "rest", "call")
+
+
+def where_kernels_go(rows: list[Row]) -> list[str]:
+    """The shares of a kernel's time, and how near it comes to its floor, by op and class of shapes."""
+    if not rows:
+        return []
+    rates = [float(rows[0][rate]) for rate in ("fma_gflop_s", "exp_g_s", "copy_gb_s")]
+    lines = [
+        f"Where the time of a kernel goes, without Python: {where(rows)}. Each number is a mean over shapes, batch 1, "
+        "float32. The floor is what the FLOPs and exponentials take one after the other at the rates of this run "
+        f"({rates[0]:.0f} GFLOP/s, {rates[1]:.1f} exponentials a ns), or the bytes at {rates[2]:.0f} GB/s if that is "
+        "longer. [What the parts are](benchmarks.md#parts-of-a-kernel).\n",
+        f"| op | shapes | mode | {' | '.join(SHARES)} | of the floor | worst |",
+        "| --- " * (5 + len(SHARES)) + "|",
+    ]
+    for op, _, column, classes in OPS:
+        for klass, shown in classes.items():
+            for mode in ("fwd", "bwd"):
+                of = [r for r in rows if (r["op"], r["mode"]) == (op, mode) and klass == r[column]]
+                if not of:
+                    continue
+                means = [f"{100 * sum(float(r[share]) for r in of) / len(of):.0f} %" for share in SHARES]
+                floors = [float(r["fraction_of_floor"]) for r in of]
+                cells = [f"`{op}`", f"{shown}: {len(of)}", MODE[mode], *means]
+                cells += [f"{100 * geomean(floors):.0f} %", f"{100 * min(floors):.0f} %"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) + "\n"]
 
 
 def op_page(results: Path, op: str) -> str:

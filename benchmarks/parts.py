@@ -29,7 +29,7 @@ from _operators import Recorded
 from _results import folder, keep_pages, merge
 
 from mvkernels import report, testing
-from mvkernels.bench import timing
+from mvkernels.bench import size_class, timing
 from mvkernels.commands import command
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.registry import OPS, Case, Op
@@ -42,12 +42,12 @@ ATTENTION = (
     "multiscale_linear_attention",
 )
 PARTS = {
-    "products": r"\b(tile|dots|dots_tile|weigh|weigh_tile|spread|spread_tile|spread_of|spread_rows|sums|sums_of|sums_tile"
-    r"|sums_of_few|sums_at_once|scores|product\w*|sum_over_queries|row_scores|add_keys|reciprocals)\b",
-    "exponentials": r"\b(exponentials|exponentials_of_row|probabilities|softmax|derivatives)\b",
-    "convolutions": r"\b(depthwise\w*|convolve\w*)\b",
-    "packing": r"\b(pack_\w+|take\w*|turn|panel|panel_of|tokens|tokens_of|transposed_tokens|by_tokens)\b",
-    "stores": r"\b(unpack_\w+|put\w*|add_to_dbias)\b",
+    "products": r"(tile|dots|dots_tile|weigh|weigh_tile|spread|spread_tile|spread_of|spread_rows|sums|sums_of|sums_tile"
+    r"|sums_of_few|sums_at_once|scores|product\w*|sum_over_queries|row_scores|add_keys|reciprocals)",
+    "exponentials": r"(exponentials|exponentials_of_row|probabilities|softmax|derivatives)",
+    "convolutions": r"(depthwise\w*|convolve\w*)",
+    "packing": r"(pack_\w+|take\w*|turn|panel|panel_of|tokens|tokens_of|transposed_tokens|by_tokens)",
+    "stores": r"(unpack_\w+|put\w*|add_to_dbias)",
 }
 """The functions that a part has; a kernel's other functions are its rest, and what is not a kernel the call."""
 NAMES = (*PARTS, "rest", "call")
@@ -61,7 +61,9 @@ def part_of(symbol: str, library: str) -> str:
     if not library.startswith("_C."):
         return "call"
     name = re.sub(r"\(.*", "", symbol.replace("(anonymous namespace)::", ""))
-    function = re.sub(r"<.*", "", name).rsplit("::", 1)[-1]
+    while "<" in (plain := re.sub(r"<[^<>]*>", "", name)) and plain != name:
+        name = plain
+    function = plain.rsplit("::", 1)[-1]
     return next((part for part, functions in PARTS.items() if re.fullmatch(functions, function)), "rest")
 
 
@@ -128,6 +130,7 @@ def run(names: Sequence[str], suite: str) -> None:
                         "op": name,
                         "model": case.model,
                         "label": case.label,
+                        "size_class": size_class(case),
                         "batch": 1,
                         "dtype": "float32",
                         "layout": layout,

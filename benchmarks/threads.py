@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _held import HELD, hold
 from _results import folder, keep_pages, write
 
 from mvkernels import report
@@ -27,7 +28,9 @@ def main() -> int:
     parser.add_argument("--suite", default="small", choices=("small", "full"))
     parser.add_argument("--min-time", type=float, default=0.5)
     parser.add_argument("--no-file", action="store_true", help="print only")
+    parser.add_argument("--isa", choices=HELD, help="hold the processor to this instruction set")
     options = parser.parse_args()
+    hold(options.isa, sys.argv)
     keep_pages()
     rows = []
     for op in (OPS[name] for name in report.ops_with(["cpp"])):
