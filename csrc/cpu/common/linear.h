@@ -129,8 +129,8 @@ MVK_INLINE vec<T> dots(int count, int64_t cols, const T* a, int64_t lda, const T
 template <class T>
 static void take_sums(int64_t D, const T* kv, const T* keys, T* to, int64_t ld) {
   for (int64_t j = 0; j <= D; ++j, to += ld) {
-    const T* from = j < D ? kv + j * D : keys;
-    for (int64_t i = 0; i < ld; ++i) to[i] = i < D ? from[i] : T(0);
+    memcpy(to, j < D ? kv + j * D : keys, D * sizeof(T));
+    for (int64_t i = D; i < ld; ++i) to[i] = 0;
   }
 }
 template <class T>

@@ -223,15 +223,18 @@ static void add_up(const Multiscale& a, int64_t h, bool chunks, int64_t count, v
   if (!to) return;
   constexpr int64_t most = 64;
   for (int64_t i = 0; i < count; i += most) {
-    const int64_t some = count - i < most ? count - i : most;
+    const int64_t some = count - i < most ? count - i : most, whole = some / W<T> * W<T>;
     T sum[most] = {};
     for (int64_t b = 0; b < a.B; ++b)
       for (int64_t c = 0; c < (chunks ? a.chunks : 1); ++c) {
         const T* p = from((b * a.heads + h) * a.chunks + c) + i;
-        for (int64_t n = 0; n < some; ++n) sum[n] += p[n];
+        for (int64_t n = 0; n < whole; n += W<T>) store<T>(sum + n, load<T>(sum + n) + load<T>(p + n));
+        for (int64_t n = whole; n < some; ++n) sum[n] += p[n];
       }
     with_type<T>(a.dtype, [&](auto type) {
-      for (int64_t n = 0; n < some; ++n) from_float(sum[n], static_cast<decltype(type)*>(to) + at + i + n);
+      auto* out = static_cast<decltype(type)*>(to) + at + i;
+      for (int64_t n = 0; n < whole; n += W<T>) store_as<T>(out + n, load<T>(sum + n));
+      for (int64_t n = whole; n < some; ++n) from_float(sum[n], out + n);
     });
   }
 }

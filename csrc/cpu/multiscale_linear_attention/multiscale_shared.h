@@ -62,6 +62,8 @@ static void take_weights(
 template <class T>
 struct Weights {
   T *depthwise, *depthwise_bias, *pointwise, *pointwise_bias;  // [3 D][k k], [3 D], [3 D][D], [3 D]
+  const Scale* loaded = nullptr;
+  int64_t loaded_head = -1;
   static size_t bytes(const Multiscale& a) {
     int64_t k = 0;
     for (int64_t s = 0; s < a.S; ++s) k = a.scales[s].k > k ? a.scales[s].k : k;
@@ -74,6 +76,8 @@ struct Weights {
     depthwise_bias = arena.take<T>(3 * a.D), pointwise_bias = arena.take<T>(3 * a.D);
   }
   void load_head(const Multiscale& a, const Scale& scale, int64_t h) {
+    if (loaded == &scale && loaded_head == h) return;
+    loaded = &scale, loaded_head = h;
     const int64_t rows = 3 * a.D, row = h * rows, k = scale.k;
     auto from = [&](const void* weights) { return Elements(weights, a.dtype); };
     if (scale.depthwise_y == k * scale.depthwise_x) {
