@@ -2,7 +2,7 @@
 //
 // For each block of pixels of a (batch, head): scores, exponentials, sums of p x, with the block in cache: the map is read
 // from memory once. With pixels as lanes each lane keeps a running maximum, sum and weighted sums of its own, so nothing
-// goes across lanes until the end; maps whose dims are contiguous go by rows, lanes are tokens and then dims. The backward
+// goes across lanes until the end; where the dims of a map are contiguous, a token has one maximum for all lanes. The backward
 // makes the scores of all pixels again, and once their sums are known writes dx, and sums dquery as the forward sums the
 // output. Chunks of pixels are added up in order: no atomics.
 #include "common/pixel_rows.h"
