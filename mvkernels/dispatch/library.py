@@ -147,7 +147,7 @@ def gradients(
 
 def differentiate(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> list[Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Gradients of ``function(*inputs)`` by autograd for the inputs wanted, None for the others.
 
     Where a gradient is recorded they can be differentiated again.
