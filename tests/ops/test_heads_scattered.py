@@ -1,4 +1,4 @@
-"""Channels-first maps whose groups' pixels lie apart: the C++ kernels copy them into rows, some items or heads at a time."""
+"""Channels-first maps whose groups' pixels lie apart: the C++ kernels copy them into rows, some heads at a time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mvkernels.dispatch import extension
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason=extension.reason)
 
-# batch, heads, head_dim, height and width, patch, biased: for copies in rounds of all items, of two items (the last round
-# has one), of one head of an item, and of pixels that no vector and no patch divides.
+# batch, heads, head_dim, height and width, patch, biased: for copies in rounds of all items, of two items (the last
+# round has one), of one head of an item, and of pixels that no vector and no patch divides.
 SHAPES = [
     (5, 2, 8, (16, 16), 2, False),
     (5, 1, 40, (32, 32), 4, False),
