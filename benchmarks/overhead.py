@@ -186,6 +186,38 @@ def measure(op: Op, shape: str, arguments: Arguments, state: str, compiled: bool
     ]  # fmt: skip
 
 
+class Twice(torch.autograd.Function):
+    """The least that a Function in Python does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        assert ctx.saved_tensors
+        return grad * 2
+
+
+def autograd(min_time: float) -> list[dict[str, Any]]:
+    """What a backward costs before any op of this library: PyTorch's engine, and what a Function in Python adds."""
+    x, grad = torch.randn(4, requires_grad=True), torch.randn(4)
+    calls = {
+        "PyTorch's own": lambda: torch.autograd.grad(x * 2, [x], grad),
+        "a Function in Python": lambda: torch.autograd.grad(Twice.apply(x), [x], grad),
+    }
+    return [
+        {
+            **report.machine(),
+            "what": f"a product by 2, forward and backward: {who}",
+            "median_us": round(t.median * 1e6, 2),
+            "min_us": round(t.min * 1e6, 2),
+        }
+        for who, t in timing.interleave(calls, min_time=min_time).items()
+    ]
+
+
 def import_microseconds(modules: tuple[str, ...]) -> dict[str, list[float]]:
     """Processor time of fresh interpreters that import each, interleaved."""
     found: dict[str, list[float]] = {module: [] for module in modules}
@@ -218,6 +250,7 @@ def main() -> int:
             progress.step(f"{name}, {shape}, {state}")
             rows += measure(OPS[name], shape, arguments, state, compiled, options.min_time)
     progress.close()
+    rows += autograd(options.min_time)
     if not options.no_import:
         for module, us in import_microseconds(("torch", "mvkernels")).items():
             what = f"import {module} (processor time)"
