@@ -77,6 +77,7 @@ bench: setup
 	$(BIN)/python benchmarks/swapped.py --runtimes freezing
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/threads.py
+	if command -v perf; then $(BIN)/python benchmarks/parts.py; fi
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/numerics.py

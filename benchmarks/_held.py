@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import sys
 import tempfile
@@ -14,9 +15,6 @@ HELD = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
-        # Inductor keys its cache by what the processor has: code for other vectors would be taken from it, and write
-        # beyond its arrays.
-        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "torchinductor_avx2"),
     },
 }
 """Environment variables by instruction set. Each library reads its own when it is loaded."""
@@ -28,4 +26,8 @@ def hold(isa: str | None, arguments: Sequence[str]) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **HELD[isa]})
+    # Inductor keys its cache by what the processor has: code for other vectors would be taken from it, and write beyond
+    # its arrays.
+    usual = str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{os.environ.get('TORCHINDUCTOR_CACHE_DIR', usual)}_{isa}"}
+    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **HELD[isa], **cache})

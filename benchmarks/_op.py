@@ -40,8 +40,10 @@ def _run(op: str, description: str | None) -> int:
     parser.add_argument("--isa", choices=HELD, help="hold a CPU to this instruction set")
     parser.add_argument("--allocator", nargs="+", default=["kept", "default"], choices=("kept", "default"))
     options = parser.parse_args()
-    hold(options.isa, sys.argv)
     cpu = options.device == "cpu"
+    if options.isa and not cpu:
+        parser.error("--isa is for a CPU")
+    hold(options.isa, sys.argv)
     status = 0
     for allocator in options.allocator if cpu else ["default"]:
         name = op + ("" if allocator == "kept" or not cpu else "_default_allocator")

@@ -235,7 +235,7 @@ def main() -> int:
     parser.add_argument("--op", nargs="+", choices=ours, default=ours)
     parser.add_argument("--min-time", type=float, default=0.3, help="seconds for each that is timed")
     parser.add_argument("--no-file", action="store_true", help="print only")
-    parser.add_argument("--no-import", action="store_true", help="leave the time of imports out")
+    parser.add_argument("--no-import", action="store_true", help="leave out what is of no op: imports, and autograd itself")
     parser.add_argument("--no-compile", action="store_true", help="leave compiled functions out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,8 +250,8 @@ def main() -> int:
             progress.step(f"{name}, {shape}, {state}")
             rows += measure(OPS[name], shape, arguments, state, compiled, options.min_time)
     progress.close()
-    rows += autograd(options.min_time)
     if not options.no_import:
+        rows += autograd(options.min_time)
         for module, us in import_microseconds(("torch", "mvkernels")).items():
             what = f"import {module} (processor time)"
             middle, least = round(statistics.median(us)), round(min(us))

@@ -37,8 +37,8 @@ def performance(results: Path) -> dict[str, str]:
     ]
     for folder in machines(results):
         found = _figures.summary(folder)
+        found += where_kernels_go(read(folder / "parts.csv"))
         parts += [f"## {folder.name}\n", *found] if found else []
-        parts += where_kernels_go(read(folder / "parts.csv"))
     links = {f"performance/{op}.md": f"`{op}`" for op, *_ in OPS}
     links |= {"performance/models.md": "whole models", "performance/calls.md": "call overhead and threads"}
     links["gpu.md"] = "on a GPU"
@@ -53,11 +53,15 @@ def where_kernels_go(rows: list[Row]) -> list[str]:
     """The shares of a kernel's time, and how near it comes to its floor, by op and class of shapes."""
     if not rows:
         return []
-    rates = [float(rows[0][rate]) for rate in ("fma_gflop_s", "exp_g_s", "copy_gb_s")]
+    fma, exp, copy = (
+        f"{min(found):.{digits}f} to {max(found):.{digits}f}" if len(found := {float(r[name]) for r in rows}) > 1
+        else f"{found.pop():.{digits}f}"
+        for name, digits in (("fma_gflop_s", 0), ("exp_g_s", 1), ("copy_gb_s", 0))
+    )  # fmt: skip
     lines = [
         f"Where the time of a kernel goes, without Python: {where(rows)}. Each number is a mean over shapes, batch 1, "
         "float32. The floor is what the FLOPs and exponentials take one after the other at the rates of this run "
-        f"({rates[0]:.0f} GFLOP/s, {rates[1]:.1f} exponentials a ns), or the bytes at {rates[2]:.0f} GB/s if that is "
+        f"({fma} GFLOP/s, {exp} exponentials a ns), or the bytes at {copy} GB/s if that is "
         "longer. [What the parts are](benchmarks.md#parts-of-a-kernel).\n",
         f"| op | shapes | mode | {' | '.join(SHARES)} | of the floor | worst |",
         "| --- " * (5 + len(SHARES)) + "|",

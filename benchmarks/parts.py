@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def samples(lines: Iterable[str]) -> list[tuple[float, str]]:
     """(seconds, part) of the lines of ``perf script -F time,ip,sym,dso``."""
     found = []
     for line in lines:
-        match = re.match(r"\s*(\d+\.\d+):\s+[0-9a-f]+\s+(.*) \((\S*?)\)\s*$", line)
+        match = re.match(r"\s*(\d+\.\d+):\s+[0-9a-f]+\s+(.*) \(([^()]*)\)\s*$", line)
         if match:
             found.append((float(match[1]), part_of(match[2], Path(match[3]).name)))
     return found
@@ -90,17 +91,18 @@ def calls(op: Op, case: Case, layout: str) -> dict[str, tuple[Callable[[], Any],
     arguments = case.make(batch=1, layout=layout)
     with Recorded() as recorded, torch.no_grad():
         op.function(**arguments, backend="cpp")
-    forward, given = recorded.kernels[0]
+    ((forward, given),) = recorded.kernels
     leaves = [value.requires_grad_() for value in testing.tensors_in(arguments).values()]
     with Recorded() as recorded:
         out = op.function(**arguments, backend="cpp")
-        torch.autograd.grad(out, leaves, torch.empty_like(out).copy_(torch.randn(out.shape)))
-    backward, taken = recorded.calls[1]
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        torch.autograd.grad(out, leaves, torch.empty_like(out).copy_(cotangent))
+    _, (backward, taken) = recorded.calls
     found = {}
     for mode, kernel, values in (("fwd", forward, given), ("bwd", backward, taken)):
         cost = op.cost(arguments, mode == "bwd")
-        exponentials = cost.exponentials
-        found[mode] = (lambda kernel=kernel, values=values: kernel(*values), cost.flops, exponentials, cost.bytes)
+        call = partial(kernel, *values)
+        found[mode] = (call, cost.flops, cost.exponentials, cost.bytes)
     return found
 
 
@@ -145,6 +147,14 @@ def run(names: Sequence[str], suite: str) -> None:
                     print(json.dumps({"begin": begin, "end": end, "row": row}), flush=True)
 
 
+def output_of(command: Sequence[str]) -> list[str]:
+    """The lines that a command prints. Raises UsageError if it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise report.UsageError(f"{' '.join(command[:2])} ended with status {done.returncode}")
+    return done.stdout.splitlines()
+
+
 def main() -> int:
     """Profile the ops and write parts.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,13 +176,16 @@ def main() -> int:
         data = str(Path(place) / "perf.data")
         child = [sys.executable, __file__, "--child", "--suite", options.suite, "--op", *options.op]
         record = [perf, "record", "-q", "-F", str(_HERTZ), "-e", "cpu-clock", "-k", "CLOCK_MONOTONIC", "-o", data]
-        done = subprocess.run([*record, "--", *child], stdout=subprocess.PIPE, text=True, check=True)
-        script = [perf, "script", "-i", data, "-F", "time,ip,sym,dso", "--ns"]
-        found = samples(subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines())
+        ran = output_of([*record, "--", *child])
+        found = samples(output_of([perf, "script", "-i", data, "-F", "time,ip,sym,dso", "--ns"]))
+    if not any(part in PARTS for _, part in found):
+        raise report.UsageError("perf found none of the kernels' functions by name")
     rows = []
-    for line in done.stdout.splitlines():
+    for line in ran:
         one = json.loads(line)
         divided = shares(found, one["begin"], one["end"])
+        if not divided["samples"]:
+            raise report.UsageError(f"perf has no sample of {one['row']['op']} {one['row']['label']}")
         rows.append(one["row"] | {part: round(share, 4) for part, share in divided.items()})
     shown = ("op", "label", "layout", "mode", "min_us", "fraction_of_floor", *NAMES)
     print(report.table([tuple(row[key] for key in shown) for row in rows], shown))

@@ -59,7 +59,7 @@ PyObject* set_poison(PyObject*, PyObject* argument) {
   return PyBool_FromLong(before);
 }
 
-constexpr long long kMostRounds = 1000000000;  // some seconds, in which nothing can interrupt them
+constexpr long long kMostRounds = 1000000000;  // some seconds of multiply-adds, in which nothing can interrupt them
 
 // How many a call does on all threads, and the mean of their results: one that nobody took would not have to be computed.
 template <class Mean>

@@ -79,30 +79,40 @@ needs_extension = pytest.mark.skipif(extension.module is None, reason=extension.
 
 
 @needs_extension
-@pytest.mark.parametrize("doubles", [False, True])
-def test_multiply_adds_are_counted_and_stay_numbers(doubles: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "more", "what", "mean_of_many"),
+    [
+        ("multiply_adds", (False,), "multiply-adds", 1),
+        ("multiply_adds", (True,), "multiply-adds", 1),
+        ("exponentials", (), "exponentials", -0.6411857),
+    ],
+)
+def test_what_a_processor_does_is_counted_and_stays_numbers(
+    name: str, more: tuple[bool, ...], what: str, mean_of_many: float
+) -> None:
     module, before = extension.module, torch.get_num_threads()
     assert module is not None
+    measured = getattr(module, name)
     used = module.instruction_set()
     try:
-        for name in module.instruction_sets():
-            module.set_instruction_set(name)
+        for isa in module.instruction_sets():
+            module.set_instruction_set(isa)
             torch.set_num_threads(1)
-            of_one = module.multiply_adds(1, doubles)[0]
+            of_one = measured(1, *more)[0]
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                flops, mean = module.multiply_adds(100_000, doubles)
-                assert flops == 100_000 * threads * of_one > 0 and mean == pytest.approx(1, rel=1e-6)
+                count, mean = measured(100_000, *more)
+                assert count == 100_000 * threads * of_one > 0 and mean == pytest.approx(mean_of_many, rel=1e-6)
     finally:
         module.set_instruction_set(used)
         torch.set_num_threads(before)
-    assert module.multiply_adds(0, doubles)[0] == 0
+    assert measured(0, *more)[0] == 0
     for rounds in (-1, 10**9 + 1, 2**62):
-        with pytest.raises(ValueError, match=f"{rounds} rounds of multiply-adds, want 0 to 1000000000"):
-            module.multiply_adds(rounds, doubles)
+        with pytest.raises(ValueError, match=f"{rounds} rounds of {what}, want 0 to 1000000000"):
+            measured(rounds, *more)
     for wrong in (2**70, 1.5):
         with pytest.raises((OverflowError, TypeError)):
-            module.multiply_adds(wrong, doubles)
+            measured(wrong, *more)
 
 
 def test_rates_have_the_peak_of_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

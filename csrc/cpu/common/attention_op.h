@@ -1,7 +1,7 @@
 // Forward and backward of the ops of attention inside groups of pixels, for tensors. Included by register.cpp alone.
 #pragma once
 
-#include "common/in_rows.h"
+#include "common/in_rows_op.h"
 
 namespace mvk {
 namespace {

@@ -154,7 +154,8 @@ template <class T, class Between = const Nothing>
 static void product(
     int64_t rows, int64_t cols, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
     const End<T>& end, Between& between = kNothing) {
-  between.expect((cols + kPanel<T> - 1) / kPanel<T>);
+  const int64_t whole = (cols + W<T> - 1) / W<T>;  // vectors; by_panels() takes three at once if they are odd
+  between.expect(whole < 2 ? whole : whole / 2);
   by_panels<T>(cols, [&](int vectors, int64_t col) {
     product_rows(vectors, rows, K, a, lda, b + col, ldb, c + col, ldc, end.at(col), between);
   });

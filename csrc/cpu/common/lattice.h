@@ -56,7 +56,7 @@ void pack_rows(const Lattice& m, int64_t begin, int64_t end, int64_t dims, T* ds
 template <class T>
 void pack_panel(const Lattice& m, int64_t begin, int64_t end, int64_t dims, T factor, T* dst, int64_t ldd);
 
-// Token begin + i, dim d of the map = factor[i * step] * src[i * ld + d]. src has whole vectors, and a whole vector of rows.
+// Token begin + i, dim d of the map = factor[i * step] * src[i * ld + d]. src has whole vectors.
 template <class T>
 void unpack_rows(
     const Lattice& m, int64_t begin, int64_t end, int64_t dims, const T* src, int64_t ld, const T* factor,

@@ -47,7 +47,8 @@ static void transposed_tokens(Head<T>& head, int64_t n, int64_t count, T* dst, i
       for (int j = 0; j < some; ++j) store<T>(to + j * ld, block[j]);
     }
   };
-  // A whole cache line of each row before the next rows: those of a map whose sides are powers of two all fall into one set.
+  // A whole cache line of each row (of float32, half a line of half types) before the next rows: those of a map whose sides are powers
+  // of two all fall into one set.
   constexpr int64_t line = kVectorBytes < 64 ? 64 / kVectorBytes * W<T> : W<T>;
   for (int64_t i = 0; i < count; i += line)
     for (int64_t d = 0; d < dims; d += W<T>)

@@ -224,7 +224,7 @@ void spread_rows(
     };
     int64_t n = 0;
     for (; n + R <= count; n += R) rows(std::integral_constant<int, R>{}, n);
-    if (n < count && count >= R && start != out) n = count, rows(std::integral_constant<int, R>{}, n - R);
+    if (n < count && count >= R) n = count, rows(std::integral_constant<int, R>{}, n - R);
     for (; n < count; ++n) rows(std::integral_constant<int, 1>{}, n);
   };
   const Tiles tiles((D + W<T> - 1) / W<T>, 3);

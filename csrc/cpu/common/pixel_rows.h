@@ -30,7 +30,7 @@ void weigh(
     int64_t M, int64_t D, int64_t count, const T* s, int64_t lds, const T* x, int64_t ldx, T* c, int64_t ldc,
     const T* alpha, bool first);
 
-// out[n] = start's pixel n (or 0) + sum over sets and m of s[m][n] v[m], for all tokens, dims and pixels of a block.
+// out[n] = start's pixel n (or 0) + sum over sets and m of s[m][n] v[m], for all tokens, dims and pixels of a block; start is not out.
 template <class T>
 void spread_rows(
     int64_t M, int64_t D, int64_t count, const Spread<T>* sets, int some, int64_t ldv, const T* start, int64_t lds,

@@ -20,8 +20,10 @@ bool scattered(const Attention& a, const Map& map) {
   return map.x == 1 && map.d != 1 && (a.x.step > 1 || (half && a.x.groups > 1));
 }
 
-// Pixels of all heads from which on copies cost less than they save; and how many bytes of them stay near the processor.
-constexpr int64_t kFewPixels = 128, kCopied = 1 << 21;
+// Pixels of all heads from which on copies cost less than they save.
+constexpr int64_t kFewPixels = 128;
+// How many bytes of copies stay near the processor; and of one head, how many still cost less than they save.
+constexpr int64_t kCopied = 1 << 21, kMostCopied = 1 << 24;
 
 // pass(attention) on all items and heads. If any map is scattered, on copies of the maps that have the dims of a pixel side by side, in
 // the type that is computed in: of some items, or of some heads of one, after the others. `whole` if all items are to be together.
@@ -42,7 +44,8 @@ void in_rows(
   auto ld = [&](MapOf map) { return (dims_of(a, map) + 15) / 16 * 16; };
   int64_t of_head = 0;  // elements
   for (MapOf map : maps) of_head += H * W * ld(map);
-  const int64_t fit = kCopied / (of_head * size);
+  const int64_t together = whole ? a.B : 1, fit = kCopied / (of_head * size);
+  if (together * of_head * size > kMostCopied) return pass(a);
   const int64_t items = whole ? a.B : std::clamp<int64_t>(fit / a.heads, 1, a.B);
   const int64_t heads = std::clamp<int64_t>(fit / items, 1, a.heads);
   const Tensor memory = empty({items * heads * of_head}, type);
