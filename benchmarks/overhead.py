@@ -235,7 +235,9 @@ def main() -> int:
     parser.add_argument("--op", nargs="+", choices=ours, default=ours)
     parser.add_argument("--min-time", type=float, default=0.3, help="seconds for each that is timed")
     parser.add_argument("--no-file", action="store_true", help="print only")
-    parser.add_argument("--no-import", action="store_true", help="leave out what is of no op: imports, and autograd itself")
+    parser.add_argument(
+        "--no-import", action="store_true", help="leave out what is of no op: imports, and autograd itself"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave compiled functions out")
     options = parser.parse_args()
     torch.set_num_threads(1)
