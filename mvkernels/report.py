@@ -166,6 +166,7 @@ def slug(where: dict[str, str]) -> str:
 def commit() -> str:
     """The commit of a checkout, "-dirty" after it where files differ; empty for an installed package.
 
+    What a benchmark writes into benchmarks/results is no difference: the first file would mark all later rows.
     ``MVKERNELS_COMMIT`` says it of a copy of a checkout, whose ``.git`` is not there or another commit's.
     """
     root = Path(__file__).resolve().parents[1]
@@ -173,9 +174,12 @@ def commit() -> str:
         return os.environ["MVKERNELS_COMMIT"]
     if not (root / ".git").exists():
         return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    git = ["git", "-C", str(root)]
+    describe = [*git, "describe", "--always", "--abbrev=10", "--exclude=*"]
+    compare = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        return name + ("-dirty" if subprocess.run(compare, capture_output=True, check=False).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
 

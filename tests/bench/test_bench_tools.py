@@ -8,6 +8,7 @@ import math
 import random
 import re
 import shutil
+import subprocess
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -370,3 +371,20 @@ def test_a_side_is_slower_if_it_is_in_every_pair(monkeypatch: pytest.MonkeyPatch
     assert judged(Fake(1.0, why="ArithmeticError: WRONG"), Fake(1.0)).regressed
     new = judged(Fake(1.0), Fake(1.0, why="LookupError: this checkout has no such shape"))
     assert not new.regressed and "no time there" in new.verdict
+
+
+def test_results_alone_leave_a_commit_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, result = tmp_path / "mvkernels" / "report.py", tmp_path / "benchmarks" / "results" / "rows.csv"
+    for path in (source, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("before")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.delenv("MVKERNELS_COMMIT", raising=False)
+    monkeypatch.setattr(report, "__file__", str(source))
+    clean = report.commit()
+    result.write_text("after")
+    assert len(clean) == 10 and report.commit() == clean
+    source.write_text("after")
+    assert report.commit() == f"{clean}-dirty"
