@@ -15,6 +15,14 @@ HELD = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",  # NumPy's, which Triton's interpreter computes with
+    },
+    "baseline": {
+        "MVKERNELS_CPU_ISA": "baseline",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "OPENBLAS_CORETYPE": "Prescott",
     },
 }
 """Environment variables by instruction set. Each library reads its own when it is loaded."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mvkernels import testing
+from mvkernels.dispatch.registry import Op
 
 
 class Recorded(TorchDispatchMode):
@@ -23,3 +28,18 @@ class Recorded(TorchDispatchMode):
         if func.namespace.startswith("mvkernels_"):
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
+
+
+def of_call(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """(mode, operator, arguments) of a call without gradients, and of the backward of one if there is any."""
+    with Recorded() as recorded, torch.no_grad():
+        op.function(**arguments, backend="cpp")
+    for call in recorded.kernels:  # several, if the op is made of others
+        yield ("fwd", *call)
+    if not op.has_backward("cpp"):
+        return
+    leaves = [v.requires_grad_() for v in testing.tensors_in(arguments).values()]
+    with Recorded() as recorded:
+        out = op.function(**arguments, backend="cpp")
+        torch.autograd.grad(out, leaves, torch.randn_like(out))
+    yield ("bwd", *recorded.calls[1])

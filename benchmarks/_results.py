@@ -29,6 +29,11 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     print(f"written: {path}", file=sys.stderr)
 
 
+def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Print some columns of the rows as a table."""
+    print(report.table([tuple(row[column] for column in columns) for row in rows], columns))
+
+
 def merge(rows: Sequence[Mapping[str, Any]], path: Path, same: Sequence[str]) -> None:
     """Write rows into a file in place of those with the same values in the columns ``same``; the others stay."""
     new = {tuple(str(row[key]) for key in same) for row in rows}

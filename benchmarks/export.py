@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from _models import time_columns
-from _results import folder, keep_pages, write
+from _results import folder, keep_pages, show, write
 
 from mvkernels import export, files, report, third_party
 from mvkernels.bench import timing
@@ -129,7 +129,7 @@ def main() -> int:
             "speedup_median",
             "speedup_min",
         )
-        print(report.table([[row[key] for key in shown] for row in rows], shown))
+        show(rows, shown)
         if not options.no_file:
             write(rows, folder() / "export.csv")
     return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -18,33 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _operators import Recorded
+from _operators import of_call
 
-from mvkernels import report, testing
+from mvkernels import report
 from mvkernels.bench import ab, timing
 from mvkernels.bench.rows import geomean
 from mvkernels.commands import command
 from mvkernels.dispatch import extension
-from mvkernels.dispatch.registry import OPS, Case, Op
+from mvkernels.dispatch.registry import OPS
 
 HERE, THERE = "mvkernels_cpp", "mvkernels_cpp_there"
 _libraries: list[torch.library.Library] = []  # what they define goes with them
-
-
-def operators(op: Op, case: Case, layout: str, batch: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, Any]]:
-    """(mode, operator, arguments) of a call without gradients, and of the backward of one if there is any."""
-    arguments = case.make(batch=batch, dtype=dtype, device="cpu", layout=layout)
-    with Recorded() as recorded, torch.no_grad():
-        op.function(**arguments, backend="cpp")
-    for call in recorded.kernels:  # several, if the op is made of others
-        yield ("fwd", *call)
-    if not op.has_backward("cpp"):
-        return
-    leaves = [v.requires_grad_() for v in testing.tensors_in(arguments).values()]
-    with Recorded() as recorded:
-        out = op.function(**arguments, backend="cpp")
-        torch.autograd.grad(out, leaves, torch.randn_like(out))
-    yield ("bwd", *recorded.calls[1])
 
 
 def load(path: Path) -> None:
@@ -96,7 +80,8 @@ def compare(options: argparse.Namespace, other: Callable[[str], Any]) -> list[fl
     progress = report.Progress(len(cases))
     for op, case, layout in cases:
         progress.step(f"{op.name} {case.label} {layout}")
-        for mode, here, arguments in operators(op, case, layout, options.batch, getattr(torch, options.dtype)):
+        made = case.make(batch=options.batch, dtype=getattr(torch, options.dtype), device="cpu", layout=layout)
+        for mode, here, arguments in of_call(op, made):
             there = other(here.__name__.split(".")[0])
             calls = {"here": partial(here, *arguments), "there": partial(there, *arguments)}
             with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _models import SAME, SHOWN, calls, in_mode, parse, rows
-from _results import folder, keep_pages, merge, stem, write
+from _results import folder, keep_pages, merge, show, stem, write
 from torch import nn
 
 import mvmodels
@@ -106,7 +106,7 @@ def main() -> int:
     if not found:
         parser.error(f"all of these models have more than {options.most_params} million parameters")
     shown = [key for key in ("model", "params", "macs_m", *SHOWN[1:]) if key in found[0]]
-    print(report.table([tuple(row[key] for key in shown) for row in found], shown))
+    show(found, shown)
     if options.no_latency and not options.no_file:
         write(found, folder(options.device) / "model_sizes.csv")
     return 0

@@ -14,6 +14,7 @@ import _figures
 import _gpu_page
 import _prediction_page
 from _figures import MODE, OPS, RESULTS, ROOT, Row, files_are, geomean, machines, op_table, read, where
+from parts import NAMES as SHARES
 
 from mvkernels.commands import command
 from mvkernels.dispatch import registry
@@ -44,9 +45,6 @@ def performance(results: Path) -> dict[str, str]:
     links["gpu.md"] = "on a GPU"
     parts += ["Shape by shape: " + ", ".join(f"[{text}]({link})" for link, text in links.items()) + ".", ""]
     return {"performance.md": "\n".join(parts), **pages}
-
-
-SHARES = ("products", "exponentials", "convolutions", "packing", "stores", "rest", "call")
 
 
 def where_kernels_go(rows: list[Row]) -> list[str]:

@@ -20,16 +20,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _held import HELD, hold
-from _operators import Recorded
-from _results import folder, keep_pages, merge
+from _op import SAME
+from _operators import of_call
+from _results import folder, keep_pages, merge, show
 
-from mvkernels import report, testing
+from mvkernels import report
 from mvkernels.bench import size_class, timing
 from mvkernels.commands import command
 from mvkernels.dispatch import extension
@@ -52,11 +53,11 @@ PARTS = {
 }
 """The functions that a part has; a kernel's other functions are its rest, and what is not a kernel the call."""
 NAMES = (*PARTS, "rest", "call")
-SAME = ("op", "model", "label", "batch", "dtype", "layout", "mode")
 _SECONDS, _HERTZ = 0.3, 4000
 _ROUNDS = 300_000
 
 
+@cache  # there are many samples, of few functions
 def part_of(symbol: str, library: str) -> str:
     """The part that a sample in a function of a shared library counts for."""
     if not library.startswith("_C."):
@@ -80,8 +81,8 @@ def samples(lines: Iterable[str]) -> list[tuple[float, str]]:
 
 def shares(found: Sequence[tuple[float, str]], begin: float, end: float) -> dict[str, float]:
     """How the samples of a time are divided among the parts, and how many there are."""
-    times = [when for when, _ in found]
-    taken = found[bisect.bisect_left(times, begin) : bisect.bisect_left(times, end)]
+    first, last = (bisect.bisect_left(found, when, key=lambda sample: sample[0]) for when in (begin, end))
+    taken = found[first:last]
     counts = Counter(part for _, part in taken)
     return {part: counts[part] / max(len(taken), 1) for part in NAMES} | {"samples": len(taken)}
 
@@ -89,20 +90,10 @@ def shares(found: Sequence[tuple[float, str]], begin: float, end: float) -> dict
 def calls(op: Op, case: Case, layout: str) -> dict[str, tuple[Callable[[], Any], float, float, int]]:
     """By mode: the call of the operator, and its FLOPs, exponentials and bytes."""
     arguments = case.make(batch=1, layout=layout)
-    with Recorded() as recorded, torch.no_grad():
-        op.function(**arguments, backend="cpp")
-    ((forward, given),) = recorded.kernels
-    leaves = [value.requires_grad_() for value in testing.tensors_in(arguments).values()]
-    with Recorded() as recorded:
-        out = op.function(**arguments, backend="cpp")
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-        torch.autograd.grad(out, leaves, torch.empty_like(out).copy_(cotangent))
-    _, (backward, taken) = recorded.calls
     found = {}
-    for mode, kernel, values in (("fwd", forward, given), ("bwd", backward, taken)):
+    for mode, kernel, given in of_call(op, arguments):
         cost = op.cost(arguments, mode == "bwd")
-        call = partial(kernel, *values)
-        found[mode] = (call, cost.flops, cost.exponentials, cost.bytes)
+        found[mode] = (partial(kernel, *given), cost.flops, cost.exponentials, cost.bytes)
     return found
 
 
@@ -187,8 +178,7 @@ def main() -> int:
         if not divided["samples"]:
             raise report.UsageError(f"perf has no sample of {one['row']['op']} {one['row']['label']}")
         rows.append(one["row"] | {part: round(share, 4) for part, share in divided.items()})
-    shown = ("op", "label", "layout", "mode", "min_us", "fraction_of_floor", *NAMES)
-    print(report.table([tuple(row[key] for key in shown) for row in rows], shown))
+    show(rows, ("op", "label", "layout", "mode", "min_us", "fraction_of_floor", *NAMES))
     if not options.no_file:
         merge(rows, folder() / "parts.csv", SAME)
     return 0

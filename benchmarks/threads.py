@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from _held import HELD, hold
-from _results import folder, keep_pages, write
+from _results import folder, keep_pages, show, write
 
 from mvkernels import report
 from mvkernels.bench import timing
@@ -64,7 +64,7 @@ def main() -> int:
                     }
                 )
     shown = ("op", "model", "label", "batch", "threads", "one_thread_us", "threads_us", "scaling_median", "scaling_min")
-    print(report.table([tuple(row[key] for key in shown) for row in rows], shown))
+    show(rows, shown)
     if not options.no_file:
         write(rows, folder() / "threads.csv")
     return 0

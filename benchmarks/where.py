@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from _models import Compiled, Model, forward
-from _results import folder, keep_pages, merge
+from _results import folder, keep_pages, merge, show
 from swapped import MODELS, built
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -120,7 +120,7 @@ def main() -> int:
         for layout in options.layout:
             rows = rows_of(name, formats[layout], options)
             shown = ("model", "layout", "provider", "median_us", "part", "kernels_us", "floor_us")
-            print(report.table([tuple(row[key] for key in shown) for row in rows], shown))
+            show(rows, shown)
             if not options.no_file:
                 merge(rows, folder() / "where.csv", SAME)
     return 0

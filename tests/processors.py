@@ -9,22 +9,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROCESSORS = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "OPENBLAS_CORETYPE": "Haswell",  # NumPy's, which Triton's interpreter computes with
-        "MVKERNELS_CPU_ISA": "avx2",
-    },
-    "baseline": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "OPENBLAS_CORETYPE": "Prescott",
-        "MVKERNELS_CPU_ISA": "baseline",
-    },
-}
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from _held import HELD as PROCESSORS  # noqa: E402
 
 
 def python(processor: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -128,8 +128,9 @@ def gradients(
     arguments: Sequence[Any],
     inputs: Sequence[Tensor | None],
     wanted: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """What an op's backward kernel gives for the inputs wanted, None for the others.
+) -> list[Tensor | None]:
+    """What an op's backward kernel gives for the inputs wanted, None for the others. A kernel may give more: gradients
+    of biases that are not there.
 
     ``inputs``, with the gradient that is the first of the arguments, are what the gradients depend on: where a gradient
     is recorded, differentiating them again raises RuntimeError.
@@ -137,8 +138,7 @@ def gradients(
     # A backward runs without recording unless it is itself to be differentiated; torch.no_grad() would cost it some
     # microseconds.
     if not torch.is_grad_enabled():
-        found = kernel(*arguments)[: len(wanted)]  # some give more: gradients of biases that are not there
-        return found if all(wanted) else [g if w else None for g, w in zip(found, wanted)]
+        return [g if w else None for g, w in zip(kernel(*arguments), wanted)]
     with torch.no_grad():
         found = kernel(*arguments)
     grads = [g if w else None for g, w in zip(found, wanted)]
@@ -147,7 +147,7 @@ def gradients(
 
 def differentiate(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> Sequence[Tensor | None]:
+) -> list[Tensor | None]:
     """Gradients of ``function(*inputs)`` by autograd for the inputs wanted, None for the others.
 
     Where a gradient is recorded they can be differentiated again.

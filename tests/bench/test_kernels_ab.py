@@ -33,7 +33,7 @@ def kernels_ab(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_operators_of_a_call_are_recorded(kernels_ab: Any, name: str) -> None:
     op = OPS[name]
     case = op.suite("small")[0]
-    (fwd, forward, arguments), (bwd, backward, more) = kernels_ab.operators(op, case, "channels_last", 1, torch.float32)
+    (fwd, forward, arguments), (bwd, backward, more) = kernels_ab.of_call(op, case.make(layout="channels_last"))
     assert (fwd, bwd) == ("fwd", "bwd") and backward.__name__ == f"{name}_backward.default"
     with torch.no_grad():
         found, want = forward(*arguments), op.function(**case.make(layout="channels_last"), backend="reference")
@@ -45,7 +45,7 @@ def test_the_operators_of_a_call_are_recorded(kernels_ab: Any, name: str) -> Non
 def test_of_a_kernel_without_a_backward_the_forward_is_recorded(kernels_ab: Any, name: str) -> None:
     op = OPS[name]
     case = op.suite("small")[0]
-    ((mode, forward, arguments),) = kernels_ab.operators(op, case, "channels_last", 1, torch.float32)
+    ((mode, forward, arguments),) = kernels_ab.of_call(op, case.make(layout="channels_last"))
     assert (mode, forward.__name__) == ("fwd", f"{name}.default")
     want = op.function(**case.make(layout="channels_last"), backend="reference")
     torch.testing.assert_close(forward(*arguments), want, rtol=1e-3, atol=1e-3)
@@ -53,7 +53,7 @@ def test_of_a_kernel_without_a_backward_the_forward_is_recorded(kernels_ab: Any,
 
 def test_of_an_op_that_is_made_of_others_all_operators_are_recorded(kernels_ab: Any) -> None:
     op = OPS["patch_transformer_layer"]
-    found = list(kernels_ab.operators(op, op.suite("small")[0], "channels_last", 1, torch.float32))
+    found = list(kernels_ab.of_call(op, op.suite("small")[0].make(layout="channels_last")))
     names = ["pointwise", "patch_attention_forward", "pointwise", "pointwise", "pointwise"]
     assert [(mode, forward.__name__) for mode, forward, _ in found] == [("fwd", f"{name}.default") for name in names]
 

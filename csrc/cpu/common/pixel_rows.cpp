@@ -181,7 +181,7 @@ void row_scores(
       by_tokens<T, G>(smaller(M - m, G), count, turned, s + m * lds, lds);
     }
   };
-  if (M <= kFewLanes<T>)
+  if (group_of<T>(M) == kFewLanes<T>)
     groups(std::integral_constant<int, kFewLanes<T>>{});
   else
     groups(std::integral_constant<int, kMostLanes<T>>{});
