@@ -21,7 +21,7 @@ PTX    := $(wildcard tests/ptx/machine/*)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda wheel clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda hub wheel clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -36,7 +36,7 @@ $(DEMO): pyproject.toml setup.py constraints.txt $(SOURCE)
 $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TOOLS) $(NEEDS)
-	$(PIP) --no-deps torchvision timm
+	$(PIP) --no-deps torchvision timm kernels
 	MVKERNELS_SKIP_CUDA=1 $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-build-isolation \
 		--no-deps -e .
 	touch $@
@@ -121,6 +121,10 @@ sanitize: setup
 # The kernels in CUDA C++, for the package to ship: needs nvcc, and neither a GPU nor a set-up.
 cuda:
 	$(PYTHON) csrc/cuda/compile.py
+
+# The ops in Triton and PyTorch for Hugging Face's `kernels` library, into dist/hub: needs no set-up.
+hub:
+	$(PYTHON) release/hub.py
 
 wheel: setup
 	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation

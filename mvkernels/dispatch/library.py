@@ -19,6 +19,9 @@ from mvkernels.dispatch import batching, flops
 # A Library removes its registrations when it is collected, so they live as long as the module.
 _libraries: dict[str, torch.library.Library] = {}
 
+OPERATOR = "mvkernels_{backend}::{name}"
+"""Where torch knows an operator. A copy of the package, as `release/hub.py` makes one, has another name here."""
+
 
 def define(
     backend: str,
@@ -34,7 +37,7 @@ def define(
     ``implementation`` is a Python kernel for every device; without it, the C++ extension has it.
     ``fake`` must return the kernel's exact sizes and strides, ``count`` its FLOPs (:mod:`mvkernels.dispatch.flops`).
     """
-    namespace = f"mvkernels_{backend}"
+    namespace, name = OPERATOR.format(backend=backend, name=name).split("::")
     library = _libraries.get(namespace)
     if library is None:
         library = _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
