@@ -57,7 +57,8 @@ out = mvkernels.patch_attention(query, key, value, 2)  # feature maps (B, heads,
 ```
 
 On CUDA, ROCm and XPU the kernels are written in Triton. The reference in plain PyTorch runs everywhere else, and where
-`backend="reference"` asks for it. Everything has a gradient; at inference alone, `inverted_residual` has a kernel.
+`backend="reference"` asks for it. Every op has a gradient. `inverted_residual` has a kernel for inference alone;
+`conv3x3` and `pointwise` are PyTorch here.
 
 This package is of no architecture: it contains Python and nothing compiled. The backends `cpp` and `cuda`, in C++ and
 CUDA C++, and `swap`, which puts the ops into existing models, are in the library that is installed with pip.

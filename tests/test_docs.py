@@ -59,7 +59,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-FOLDERS = "mvkernels|csrc|tests|benchmarks|docs|examples|python"
+FOLDERS = "mvkernels|csrc|tests|benchmarks|docs|examples|python|release"
 
 
 @pytest.mark.parametrize("folder", [".", *FOLDERS.split("|")])
