@@ -21,7 +21,7 @@ PTX    := $(wildcard tests/ptx/machine/*)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda hub wheel clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda hub wheel release-check clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -128,6 +128,15 @@ hub:
 
 wheel: setup
 	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation
+
+# Builds from what is committed, in a clone, and checks what would be published.
+release-check: setup
+	rm -rf build/release/source build/release/dist && git clone --quiet . build/release/source
+	test -x build/release/tools/bin/python || $(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/python -m pip --disable-pip-version-check install --quiet -r release/requirements.txt
+	cd build/release/source && MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
+		$(abspath $(BIN))/python -m build --no-isolation --outdir ../dist
+	build/release/tools/bin/python -m release.check build/release/dist/*
 
 clean:
 	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP) $(DEMO)
