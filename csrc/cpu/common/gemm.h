@@ -64,8 +64,13 @@ namespace {
 template <class T>
 constexpr int kPanel = 2 * W<T>;
 
-// Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many.
+// Rows of a tile: with 16 registers 6 x 2 accumulators, 2 vectors of B and a broadcast; with 32 twice as many. NEON has 32, but
+// GCC loads ahead of the multiplications, and spills above 8 rows; 16 chains fill four pipes.
+#if defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;
+#endif
 // Rows of a tile so many vectors wide; one vector needs as many rows to keep the multipliers busy.
 constexpr int rows_of_tile(int vectors) { return vectors == 1 ? 12 : 2 * kTileRows / vectors; }
 
