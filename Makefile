@@ -21,7 +21,7 @@ PTX    := $(wildcard tests/ptx/machine/*)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu sanitize cuda hub wheel release-check clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu neon sanitize cuda hub wheel release-check clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -105,6 +105,10 @@ candidates: setup
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py --minutes 9.5
+
+# The C++ kernels for ARM: their tests in emulation, their machine code. Needs g++-aarch64-linux-gnu and qemu-user.
+neon: setup
+	$(BIN)/python release/neon.py
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside a copy of the tests: the checkout's own
 # extension stays as it is. Leaks are Python's own and not looked for.
