@@ -69,7 +69,8 @@ def loops_of(function: str, body: list[tuple[int, str, str]]) -> list[Loop]:
 def loops(disassembly: str) -> list[Loop]:
     """The innermost loops in what ``objdump -d -C --no-show-raw-insn`` prints, those with the most sums first."""
     out: list[Loop] = []
-    function, body = "", []
+    function = ""
+    body: list[tuple[int, str, str]] = []
     for line in [*disassembly.splitlines(), "0 <>:"]:
         if name := FUNCTION.match(line) or (line == "0 <>:"):
             out += loops_of(function, body)
