@@ -163,6 +163,15 @@ def number(op: str, name: str, value: Any, default: float) -> float:
         raise ValueError(f"{op}: {name} is too large for a float") from None
 
 
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for a device type.
+
+    CPUs and CUDA have it, and are not asked whether they do: Dynamo of torch 2.9 and 2.10 cannot trace the question.
+    """
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """Inside ``torch.autocast`` cast float32 and half inputs to its dtype, as scaled_dot_product_attention does."""
     # One test for all devices, usually false. Dynamo traces the longer way.
@@ -172,7 +181,7 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if not isinstance(first, torch.Tensor):
         return values
     device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocast_on(device):
         return values
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -183,8 +192,7 @@ def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[None]:
     """A context in which autocast is off for a device type. Where it is off already nothing is added to an export."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if autocast_on(device) else contextlib.nullcontext()
 
 
 def known(condition: Any) -> bool:

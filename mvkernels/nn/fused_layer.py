@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import reason_against, requested
 from mvkernels.ops.patch_transformer_layer import OP, patch_transformer_layer
 
@@ -89,7 +90,7 @@ def fused_layer(
     if parameters is None or any(p.dtype != x.dtype or p.device != x.device for p in parameters if p is not None):
         return None
     # Under autocast the modules keep the map in float32 between them.
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if checks.autocast_on(x.device.type):
         return None
     map_ = x.permute(0, 3, 1, 2)
     eps: Any = norm1.eps

@@ -190,10 +190,8 @@ def add_attention(
     x (B, C, H, W), key and value (B, heads, M, C / heads) -> (B, C, H, W), in the memory layout of x.
     """
     heads = key.shape[1]
-    device = x.device.type
     # Under autocast the op runs in the lower precision, to which x itself must not be rounded.
-    lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    fused = drop_path is None and not lower
+    fused = drop_path is None and not checks.autocast_on(x.device.type)
     out = former_to_mobile(
         x.unflatten(1, (heads, -1)), key, value, scale=scale, residual=fused, backend=backend
     ).flatten(1, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvkernels.dispatch import checks
 from mvkernels.swap.eligibility import class_of, name_of, not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing.kinds import of_convolution
@@ -95,7 +96,7 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
         or why_not(conv, norm)
         or x.dtype not in _DTYPES
         or not (x.dtype == conv.weight.dtype == norm.running_var.dtype)
-        or (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
+        or checks.autocast_on(x.device.type)
     ):
         return None
     activation = elementwise.activation_of(after)
