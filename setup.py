@@ -120,6 +120,8 @@ class BuildExtension(build_ext):
             "-g0",
         ]
         flags += ["-ffp-contract=fast", "-fno-plt", "-Wno-psabi"]
+        # Clang does not know all of GCC's warnings; GCC says nothing of unknown ones that are off.
+        flags += ["-Wno-unknown-warning-option", "-Wno-undefined-var-template"]
         flags += shlex.split(os.environ.get("MVKERNELS_CXXFLAGS", ""))
         define = [f"-DMVK_{isa.upper()}=1" for isa in isas]
         info = {

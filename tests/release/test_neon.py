@@ -54,6 +54,25 @@ def test_a_product_takes_factors_by_element(tmp_path):
     assert not [loop for loop in found if loop.fmla >= 12 and loop.spills]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("clang++"), reason="no clang")
+def test_clang_takes_every_kernel():
+    """As macOS on ARM compiles them; its compiler is stricter than GCC about dependent names."""
+    sources = [str(path) for path in sorted((ROOT / "csrc/cpu").glob("*/*.cpp"))]
+    flags = ["-std=c++20", "-Wall", "-Werror", "-Wno-unknown-warning-option", "-Wno-undefined-var-template"]
+    gcc = ["-Wno-maybe-uninitialized", "-Wno-psabi", "-fno-plt", "-ffp-contract=fast"]
+    command = ["clang++", "--target=aarch64-linux-gnu", "-fsyntax-only", *flags, *gcc]
+    done = subprocess.run(
+        [*command, "-DMVK_ISA=neon", "-I", str(ROOT / "csrc/cpu"), *sources],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "file not found" in done.stderr:
+        pytest.skip("clang has no headers for aarch64")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_a_log_that_ends_early_is_not_complete():
     log = "test_a.py::test_b[1] PASSED [ 33%]\ntest_a.py::test_c SKIPPED (no) [ 66%]\ntest_a.py::test_d FAILED [100%]\n"
     assert outcomes(log) == {"passed": 1, "failed": 1, "skipped": 1, "complete": "no"}

@@ -78,11 +78,11 @@ struct Pixels : HeadPixels {
   const T* rows(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
       ld = map.d;
-      return (base + n).own<T>();
+      return (base + n).template own<T>();
     }
     ld = scratch_ld;
     if (in_place) {
-      const T* from = (base + n).own<T>();
+      const T* from = (base + n).template own<T>();
       for (int64_t d = 0; d < dims; ++d) take_row<T>(from + d * map.d, count, scratch + d * ld);
     } else {
       pack_panel<T>(lattice(n, count), 0, count, dims, T(1), scratch, ld);
@@ -93,7 +93,7 @@ struct Pixels : HeadPixels {
   T* target(int64_t n, int64_t count, T* scratch, int64_t scratch_ld, int64_t& ld) {
     if (in_place && count % W<T> == 0) {
       ld = map.d;
-      return (base + n).own<T>();
+      return (base + n).template own<T>();
     }
     ld = scratch_ld;
     return scratch;
