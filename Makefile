@@ -108,7 +108,7 @@ gpu: setup
 
 # The C++ kernels for ARM: their tests in emulation, their machine code. Needs g++-aarch64-linux-gnu and qemu-user.
 neon: setup
-	$(BIN)/python release/neon.py
+	$(BIN)/python -m release.neon
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside a copy of the tests: the checkout's own
 # extension stays as it is. Leaks are Python's own and not looked for.

@@ -18,10 +18,10 @@ from release import binary, contents
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def report(name: str, check: Callable[[], str]) -> bool:
+def report(name: str, check: Callable[..., str], *arguments: object) -> bool:
     """Run a check and print its line."""
     try:
-        found, ok = check(), True
+        found, ok = check(*arguments), True
     except (contents.Failed, OSError, subprocess.SubprocessError) as error:
         found, ok = str(error), False
     print(f"{'ok' if ok else 'failed':8}{name:12}{found}", flush=True)
@@ -51,19 +51,19 @@ def main() -> int:
     files = parser.parse_args().files
     line = ["git", "tag", "--points-at", "HEAD"]
     tags = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    done = [report("version", lambda: contents.version(ROOT, tags))]
-    done.append(report("metadata", lambda: tool("twine", "check", "--strict", *map(str, files))))
+    done = [report("version", contents.version, ROOT, tags)]
+    done.append(report("metadata", tool, "twine", "check", "--strict", *map(str, files)))
     for file in files:
-        done.append(report("size", lambda file=file: contents.size(file)))
+        done.append(report("size", contents.size, file))
         if file.suffix != ".whl":
-            done.append(report("contents", lambda file=file: contents.sdist_contents(file)))
+            done.append(report("contents", contents.sdist_contents, file))
             continue
-        done.append(report("contents", lambda file=file: contents.wheel_contents(file)))
-        done.append(report("licence", lambda file=file: contents.licence(file, (ROOT / "LICENSE").read_text())))
-        done.append(report("tag", lambda file=file: contents.tag(file)))
+        done.append(report("contents", contents.wheel_contents, file))
+        done.append(report("licence", contents.licence, file, (ROOT / "LICENSE").read_text()))
+        done.append(report("tag", contents.tag, file))
         if not contents.is_pure(file):
-            done.append(report("symbols", lambda file=file: extension(file)))
-            done.append(report("abi3", lambda file=file: tool("abi3audit", "--strict", str(file))))
+            done.append(report("symbols", extension, file))
+            done.append(report("abi3", tool, "abi3audit", "--strict", str(file)))
     return 0 if all(done) else 1
 
 

@@ -10,7 +10,6 @@ from email.parser import Parser
 from pathlib import Path
 
 MOST_BYTES = 12_000_000
-INSTRUCTION_SETS = {"x86_64": ("baseline", "avx2", "avx512"), "aarch64": ("neon",), "arm64": ("neon",)}
 
 # Every file of a wheel is of one of these kinds. A kind that has to be there names the wheels that it has to be in.
 EXTENSION = "the extension"

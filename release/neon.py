@@ -11,42 +11,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
+from mvkernels import files, report
+from release.neon_code import disassembled, loops
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "release")]
-
-from neon_code import disassembled, loops  # noqa: E402
-
-from mvkernels.report import commit  # noqa: E402
-
 PLACE = ROOT / "build/neon"
 RESULTS = ROOT / "benchmarks/results/neon"
 TORCH = "2.10.0"  # the oldest that the extension runs on; later wheels for aarch64 may bring CUDA with them
 DEBS = ["python3.11", "libpython3.11-dev", "libgomp1", "libstdc++6"]
 # Without dependencies, since pip would take those of the machine that it runs on.
 WHEELS = [
-    *(
-        f"torch=={TORCH}",
-        "numpy",
-        "filelock",
-        "typing_extensions",
-        "sympy",
-        "mpmath",
-        "networkx",
-        "jinja2",
-        "markupsafe",
-    ),
-    *("fsspec", "setuptools", "pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis"),
-    *("sortedcontainers", "attrs", "expecttest"),
+    f"torch=={TORCH}",
+    *("numpy", "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec"),
+    *("setuptools", "pytest", "iniconfig", "packaging", "pluggy", "pygments", "hypothesis", "sortedcontainers"),
+    *("attrs", "expecttest"),
 ]
 PYTHON = PLACE / "root/usr/bin/python3.11"
 CPU = "cortex-a76"  # PyTorch's wheel does not load on an older one: it has instructions that Armv8.0 lacks
@@ -161,10 +147,7 @@ def first_line(*command: str) -> str:
 
 def write(name: str, rows: list[dict[str, int | str]], where: dict[str, str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+    files.write_csv(RESULTS / f"{name}.csv", [*rows[0], *where], ({**row, **where} for row in rows))
 
 
 def main() -> int:
@@ -176,10 +159,11 @@ def main() -> int:
     for program in ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump", "qemu-aarch64"):
         if not shutil.which(program):
             parser.exit(2, f"no {program}: install g++-aarch64-linux-gnu and qemu-user\n")
+    here = report.machine()
     where = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": here["date"],
         "compiler": first_line("aarch64-linux-gnu-g++", "--version"),
-        "commit": commit(),
+        "commit": here["commit"],
     }
     prepare()
     build()

@@ -71,12 +71,13 @@ def loops(disassembly: str) -> list[Loop]:
     out: list[Loop] = []
     function = ""
     body: list[tuple[int, str, str]] = []
-    for line in [*disassembly.splitlines(), "0 <>:"]:
-        if name := FUNCTION.match(line) or (line == "0 <>:"):
+    for line in disassembly.splitlines():
+        if name := FUNCTION.match(line):
             out += loops_of(function, body)
-            function, body = (name[1] if isinstance(name, re.Match) else ""), []
+            function, body = name[1], []
         elif found := INSTRUCTION.match(line):
             body.append((int(found[1], 16), found[2], found[3].split("//")[0].strip()))
+    out += loops_of(function, body)
     return sorted(out, key=lambda loop: (-loop.fmla, astuple(loop)))
 
 

@@ -163,13 +163,17 @@ def number(op: str, name: str, value: Any, default: float) -> float:
         raise ValueError(f"{op}: {name} is too large for a float") from None
 
 
-def autocast_on(device: str) -> bool:
-    """Whether autocast is on for a device type.
+def has_autocast(device: str) -> bool:
+    """Whether a device type has autocast.
 
-    CPUs and CUDA have it, and are not asked whether they do: Dynamo of torch 2.9 and 2.10 cannot trace the question.
+    CPUs and CUDA do, and torch is not asked: Dynamo of torch 2.9 and 2.10 cannot trace the question.
     """
-    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return available and torch.is_autocast_enabled(device)
+    return device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+
+
+def autocast_on(device: str) -> bool:
+    """Whether autocast is on for a device type."""
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*values: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

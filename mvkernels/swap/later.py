@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+from mvkernels.dispatch import checks
 
 
 class LaterTensor:
@@ -28,7 +28,7 @@ class LaterTensor:
     def __init__(self, form: Callable[..., Tensor], *of: Tensor) -> None:
         autocast = None
         device = of[0].device.type
-        if _any_autocast() and torch.amp.is_autocast_available(device):
+        if checks.any_autocast() and checks.has_autocast(device):
             autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         # Tensors of inference mode keep no count of their changes.
         versions = [None if t.is_inference() else t._version for t in of]
@@ -49,7 +49,7 @@ class LaterTensor:
             )
         device = of[0].device.type
         dtype, enabled = autocast or (None, False)
-        cast = torch.autocast(device, dtype, enabled) if torch.amp.is_autocast_available(device) else nullcontext()
+        cast = torch.autocast(device, dtype, enabled) if checks.has_autocast(device) else nullcontext()
         with torch.set_grad_enabled(grad), cast:
             formed = form(*of)
         object.__setattr__(self, "_formed", formed)

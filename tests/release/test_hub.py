@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import runpy
 import shutil
@@ -20,22 +21,31 @@ from mvkernels.dispatch.registry import OPS
 ROOT = Path(__file__).resolve().parents[2]
 HUB = runpy.run_path(str(ROOT / "release" / "hub.py"))
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-# What every script begins with: the package, and flat lists of the tensors in arguments.
-LOAD = """
-import importlib, pkgutil, sys
-from pathlib import Path
-import torch
-from kernels import get_loaded_kernels, get_local_kernel
 
-def tensors(value):
+
+def tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for each in value for tensor in tensors(each)]
     return [value] if isinstance(value, torch.Tensor) else []
 
-def run(function, arguments):
+
+def run(function: Any, arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """The output, and a gradient of every tensor."""
     inputs = [tensor.requires_grad_() for tensor in tensors(list(arguments.values()))]
     out = function(**arguments)
     return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))]
+
+
+# What every script begins with.
+LOAD = f"""
+import importlib, pkgutil, sys
+from pathlib import Path
+from typing import Any
+import torch
+from kernels import get_loaded_kernels, get_local_kernel
+
+{inspect.getsource(tensors)}
+{inspect.getsource(run)}
 """
 # In which nothing can import mvkernels.
 ALONE = (
@@ -96,12 +106,6 @@ def python(script: str, *arguments: Path) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, (list, tuple)):
-        return [tensor for each in value for tensor in tensors(each)]
-    return [value] if isinstance(value, torch.Tensor) else []
-
-
 def compare(folder: Path, given: dict[str, dict[str, Any]], within: float) -> None:
     """Values and gradients of the package's ops, against the library's references in float64."""
     torch.save(given, folder / "given.pt")
@@ -113,9 +117,7 @@ def compare(folder: Path, given: dict[str, dict[str, Any]], within: float) -> No
             for key, value in arguments.items()
             if key != "backend"
         }
-        inputs = [tensor.requires_grad_() for tensor in tensors(list(exact.values()))]
-        out = OPS[name].function(**exact, backend="reference")
-        wanted = [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out).cumsum(-1))]
+        wanted = run(OPS[name].function, exact | {"backend": "reference"})
         assert len(found[name]) == len(wanted) > 1
         for ours, right in zip(found[name], wanted):
             error = float((ours - right).abs().max() / right.abs().max())

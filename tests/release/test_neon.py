@@ -2,16 +2,14 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "release"))
+from release.neon import outcomes
+from release.neon_code import disassembled, loops
 
-from neon import outcomes  # noqa: E402
-from neon_code import disassembled, loops  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CODE = """
 0000000000000000 <void tile<float, 2>(long)>:
