@@ -60,7 +60,7 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     tests = python("-m", "pytest", "-q", "-m", "not interpreter")
     workers = str(max(1, min(8, cores // 2)))
     where = ("--dtype", dtype, "--batch", batches[0], "--shape", *SHAPES, "--layout", "channels_last")
-    kernels = python(str(HERE / "kernels.py"), *where)
+    kernels = python(str(HERE / "gpu_kernels.py"), *where)
     compiler = python(str(HERE.parent / "csrc" / "cuda" / "compile.py"))
     found = [Step("CUDA C++", compiler, 100, needs="nvcc"), Step("info", python("-m", "mvkernels", "info"), 30)]
     for each in DTYPES:
@@ -111,7 +111,7 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     counters += ("--kernel-name", f"regex:{KERNELS}")
     for op, (layout, *shapes) in COUNTED.items():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
-        found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "kernels.py"), *line)), 30, needs="ncu"))
+        found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "gpu_kernels.py"), *line)), 30, needs="ncu"))
     for model in MODELS:
         line = ("--model", model, "--seconds", "1")
         found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))

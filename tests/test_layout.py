@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,16 @@ def test_no_file_of_code_is_long() -> None:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".c"):
                 assert len(path.read_text().splitlines()) <= 400, path.relative_to(ROOT)
+
+
+def test_no_script_hides_a_package() -> None:
+    """Tests put the benchmarks' folder first in sys.path: benchmarks/kernels.py was taken for the package kernels."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    wanted = {plain(line.partition("==")[0]) for line in lines if "==" in line}
+    modules = {name for name, of in metadata.packages_distributions().items() if wanted & set(map(plain, of))}
+    assert {"torch", "kernels"} <= modules
+    assert not modules & {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

@@ -23,7 +23,7 @@ from _model.devices import Device
 from mvkernels import testing
 
 LARGEST = 1 << 28
-"""Elements of a call's first tensor, as in kernels.py."""
+"""Elements of a call's first tensor, as in gpu_kernels.py."""
 
 
 @dataclass(frozen=True)
