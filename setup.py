@@ -1,4 +1,5 @@
-"""Builds the optional C++ extension ``mvkernels._C``; everything else is in pyproject.toml.
+"""Builds the optional C++ extension ``mvkernels._C``, and the same kernels as a library of custom ops of ONNX Runtime;
+everything else is in pyproject.toml.
 
 The extension uses only torch's stable C interface (torch >= 2.10) and Python's limited API, so one
 binary serves several versions of both. Each kernel source is compiled once per instruction set and
@@ -33,8 +34,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.h"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for of in ("cpu", "onnxruntime") for p in (ROOT / "csrc" / of).rglob("*.h"))
 REGISTER = "csrc/cpu/register.cpp"
+# The same kernels for ONNX Runtime: a library of its own, that needs neither torch nor Python.
+ONNXRUNTIME = "csrc/onnxruntime/register.cpp"
+ONNXRUNTIME_LIBRARY = "libmvkernels_onnxruntime.so"
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
 MEMORY_OF_A_COMPILER = 2 << 30
 
@@ -155,17 +159,41 @@ class BuildExtension(build_ext):
                 extra_postargs=[*flags, *define, *stable],
             )
 
+        def compile_onnxruntime(_: object) -> list[str]:
+            # It has no use for the backwards, which stand in the same headers.
+            return self.compiler.compile(
+                [ONNXRUNTIME],
+                str(build / "onnxruntime"),
+                include_dirs=["csrc/cpu"],
+                extra_postargs=[*flags, *define, "-Wno-unused-function"],
+            )
+
         with ThreadPoolExecutor(jobs()) as pool:
-            work = [pool.submit(compile_register, None), *(pool.submit(compile_kernel, u) for u in units)]
+            hosts = [pool.submit(compile_register, None), pool.submit(compile_onnxruntime, None)]
+            work = [pool.submit(compile_kernel, u) for u in units]
             objects = [name for job in work for name in job.result()]
+            register, onnxruntime = (job.result() for job in hosts)
         # By name only, no rpath: `import torch` has loaded libtorch_cpu before.
         self.compiler.link_shared_object(
-            objects,
+            [*register, *objects],
             self.get_ext_fullpath(ext.name),
             libraries=["torch_cpu"],
             library_dirs=library_paths(),
             target_lang="c++",
         )
+        self.compiler.link_shared_object([*onnxruntime, *objects], self._onnxruntime(ext), target_lang="c++")
+
+    def _onnxruntime(self, ext: Extension) -> str:
+        return str(Path(self.get_ext_fullpath(ext.name)).with_name(ONNXRUNTIME_LIBRARY))
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib) / Path(*ext.name.split(".")).with_name(ONNXRUNTIME_LIBRARY)
+            shutil.copy(built, self._onnxruntime(ext))
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *map(self._onnxruntime, self.extensions)]
 
     def _compiler_version(self) -> str:
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
@@ -214,7 +242,7 @@ class Wheel(bdist_wheel):
 
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
-    ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, *KERNELS], py_limited_api=True, depends=HEADERS)],
+    ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, ONNXRUNTIME, *KERNELS], py_limited_api=True, depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,7 @@
-// The kernels by instruction set, and which one runs. Included once, by register.cpp.
+// The kernels by instruction set, and which one runs. Included by the files that register ops.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 
 #include "common/attention.h"
@@ -71,6 +72,13 @@ const InstructionSet* find(const char* name) {
 }
 
 const InstructionSet* current = find(nullptr);
+
+// Takes the set that MVKERNELS_CPU_ISA names, if it names one; false if that is not there, or none is.
+bool take_wanted_set() {
+  const char* wanted = std::getenv("MVKERNELS_CPU_ISA");
+  if (wanted && *wanted) current = find(wanted);
+  return current;
+}
 
 }  // namespace
 }  // namespace mvk

@@ -9,6 +9,9 @@
 #include <exception>
 
 #include "build_info.h"
+#include "torch_host.h"
+
+// The ops, after their host.
 #include "common/linear_attention_op.h"
 #include "common/mobile_former_op.h"
 #include "conv3x3/conv3x3_op.h"
@@ -160,17 +163,13 @@ STABLE_TORCH_LIBRARY_IMPL(mvkernels_cpp, CPU, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  if (const char* wanted = std::getenv("MVKERNELS_CPU_ISA")) {
-    const mvk::InstructionSet* set = *wanted ? mvk::find(wanted) : mvk::current;
-    if (!set) {
-      PyErr_Format(PyExc_ImportError, "MVKERNELS_CPU_ISA=%s is not built or not on this processor", wanted);
-      return nullptr;
-    }
-    mvk::current = set;
-  }
   if (!mvk::current) {
     PyErr_SetString(PyExc_ImportError, "built for no instruction set of this processor, build it again here");
     return nullptr;
+  }
+  if (!mvk::take_wanted_set()) {
+    const char* wanted = std::getenv("MVKERNELS_CPU_ISA");
+    return PyErr_Format(PyExc_ImportError, "MVKERNELS_CPU_ISA=%s is not built or not on this processor", wanted);
   }
   return PyModule_Create(&mvk::kModule);
 }

@@ -1,4 +1,4 @@
-// Forward and backward of the ops of attention inside groups of pixels, for tensors. Included by register.cpp alone.
+// Forward and backward of the ops of attention inside groups of pixels, for tensors. Included by the files that register ops alone.
 #pragma once
 
 #include "common/in_rows_op.h"
@@ -44,7 +44,7 @@ Attention describe(
 double flops(const Attention& a, double of_a_pair) { return double(a.tokens()) * double(a.keys()) * of_a_pair; }
 
 Tensor attention_forward(Attention a, const Tensor& query) {
-  Tensor out = empty_map(query, a.Dv);
+  Tensor out = result_map(query, a.Dv);
   if (!a.B) return out;
   a.out = map(out);
   const double work = flops(a, 2.0 * double(a.D + a.Dv));
@@ -113,25 +113,24 @@ AttentionGradients attention_backward(
 // The boxed operators of an op: tensors, then `count` numbers that say what a group is, then the bias, the scale and, for
 // the backward, whether the bias's gradient is wanted. `groups(op, numbers)` makes what describe() asks for the groups.
 template <int count, class GroupsOf>
-Attention described(const char* op, StableIValue* stack, const Tensor maps[3], const GroupsOf& groups) {
+Attention described(const char* op, Value* stack, const Tensor maps[3], const GroupsOf& groups) {
   int64_t numbers[count];
-  for (int i = 0; i < count; ++i) numbers[i] = torch::stable::detail::to<int64_t>(stack[i]);
+  for (int i = 0; i < count; ++i) numbers[i] = to<int64_t>(stack[i]);
   const Tensor bias = take_optional(stack[count]);
-  return describe(
-      op, maps[0], maps[1], maps[2], groups(op, numbers), bias, torch::stable::detail::to<double>(stack[count + 1]));
+  return describe(op, maps[0], maps[1], maps[2], groups(op, numbers), bias, to<double>(stack[count + 1]));
 }
 
 template <int count, class GroupsOf>
-void boxed_forward(const char* op, StableIValue* stack, const GroupsOf& groups) {
+void boxed_forward(const char* op, Value* stack, const GroupsOf& groups) {
   const Tensor maps[] = {take(stack[0]), take(stack[1]), take(stack[2])};
   Tensor out = attention_forward(described<count>(op, stack + 3, maps, groups), maps[0]);
   give(stack, out);
 }
 
 template <int count, class GroupsOf>
-void boxed_backward(const char* op, StableIValue* stack, const GroupsOf& groups) {
+void boxed_backward(const char* op, Value* stack, const GroupsOf& groups) {
   const Tensor grad = take(stack[0]), maps[] = {take(stack[1]), take(stack[2]), take(stack[3])};
-  const bool need_bias = torch::stable::detail::to<bool>(stack[count + 6]);
+  const bool need_bias = to<bool>(stack[count + 6]);
   const Attention a = described<count>(op, stack + 4, maps, groups);
   AttentionGradients found = attention_backward(op, a, grad, maps[0], maps[1], maps[2], need_bias);
   give(stack, found.query);

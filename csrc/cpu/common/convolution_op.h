@@ -1,4 +1,4 @@
-// Maps and weights of convolutions, for the registration. Included by register.cpp alone.
+// Maps and weights of convolutions, for the registration. Included by the files that register ops alone.
 #pragma once
 
 #include "common/following_op.h"
@@ -13,20 +13,20 @@ const float* weight(const char* op, Tensor& t, int64_t count, bool optional = fa
   if (!t && optional) return nullptr;
   int64_t size = 1;
   for (int64_t i = t.dim(); i--;) size *= t.sizes()[i];
-  require(size == count && t.dtype() == aoti_torch_dtype_float32(), op, "a weight is not float32 of the size wanted");
+  require(size == count && t.dtype() == float32(), op, "a weight is not float32 of the size wanted");
   t = contiguous(std::move(t));
   return static_cast<const float*>(t.data());
 }
 
 PixelMap pixel_map(const char* op, const Tensor& x) {
-  require(x.dim() == 4 && x.dtype() == aoti_torch_dtype_float32(), op, "a float32 map of 4 axes is wanted");
+  require(x.dim() == 4 && x.dtype() == float32(), op, "a float32 map of 4 axes is wanted");
   const int64_t* s = x.strides();
   return {static_cast<float*>(x.data()), s[0], s[1], s[2], s[3]};
 }
 
 // A new channels-last map.
 Tensor empty_pixels(int64_t b, int64_t c, int64_t h, int64_t w) {
-  return empty({b, c, h, w}, {h * w * c, 1, w * c, c}, aoti_torch_dtype_float32());
+  return empty({b, c, h, w}, {h * w * c, 1, w * c, c}, float32());
 }
 
 // A map whose channels are side by side: this one, or a copy, which `room` then owns.
@@ -54,7 +54,7 @@ Stretch first_panel(const float* weights, int64_t panel, int64_t K) {
 template <class Sizes>
 const float* packed_weights(const char* op, const Tensor& packed, const Sizes& sizes) {
   require(
-      packed.dim() == 1 && packed.dtype() == aoti_torch_dtype_float32() && packed.sizes()[0] == packed_count(sizes) &&
+      packed.dim() == 1 && packed.dtype() == float32() && packed.sizes()[0] == packed_count(sizes) &&
           packed.strides()[0] == 1,
       op, "packed is not what its function makes of weights of these sizes");
   const auto* data = static_cast<const float*>(packed.data());

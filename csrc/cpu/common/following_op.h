@@ -1,5 +1,5 @@
 // Which weights a thread reads after which: as it was the last time. The layers of a model follow each other always in the same order,
-// so while one runs, the first weights of the next can be prefetched. Included by register.cpp alone.
+// so while one runs, the first weights of the next can be prefetched. Included by the files that register ops alone.
 #pragma once
 
 #include "common/packed_sizes.h"

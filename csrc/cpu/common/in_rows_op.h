@@ -1,4 +1,4 @@
-// Attention on maps that it cannot read or write by whole vectors. Included by register.cpp alone.
+// Attention on maps that it cannot read or write by whole vectors. Included by the files that register ops alone.
 #pragma once
 
 #include "common/tensor.h"

@@ -1,4 +1,4 @@
-// ReLU linear attention as boxed torch operators. Included by register.cpp alone.
+// ReLU linear attention as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/tensor.h"
@@ -50,10 +50,10 @@ LinearAttention describe(const Tensor& query, const Tensor& key, const Tensor& v
 
 // With `kept`, also what the backward needs of it.
 template <bool kept>
-void relu_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
+void relu_linear_attention_forward(Value* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]);
-  LinearAttention a = describe(query, key, value, torch::stable::detail::to<double>(stack[3]));
-  Tensor out = empty_map(query, a.D), kv, keys;
+  LinearAttention a = describe(query, key, value, to<double>(stack[3]));
+  Tensor out = result_map(query, a.D), kv, keys;
   a.out = map(out);
   if constexpr (kept) {
     kv = empty({a.B, a.heads, a.D, a.D}, sums_dtype(a.dtype));
@@ -68,10 +68,10 @@ void relu_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
-void relu_linear_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
+void relu_linear_attention_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), query = take(stack[1]), key = take(stack[2]), value = take(stack[3]);
   Tensor kv = take(stack[4]), keys = take(stack[5]);
-  LinearAttention a = describe(query, key, value, torch::stable::detail::to<double>(stack[6]));
+  LinearAttention a = describe(query, key, value, to<double>(stack[6]));
   require(
       grad.dim() == 5 && same_sizes(grad, query, {0, 1, 2, 3, 4}) && grad.dtype() == query.dtype(),
       "relu_linear_attention", "grad does not fit");

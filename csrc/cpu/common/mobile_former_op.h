@@ -1,4 +1,4 @@
-// Mobile-Former's two bridges as boxed torch operators. Included by register.cpp alone.
+// Mobile-Former's two bridges as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/tensor.h"
@@ -49,10 +49,10 @@ Tensor partial_sums(Bridge& a, int64_t size) {
   return partial;
 }
 
-void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
+void mobile_to_former_forward(Value* stack, uint64_t, uint64_t) {
   Tensor query = take(stack[0]), x = take(stack[1]);
-  Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[2]));
-  Tensor out = empty({a.B, a.heads, a.M, a.D}, query.dtype());
+  Bridge a = describe("mobile_to_former", x, query, to<double>(stack[2]));
+  Tensor out = result(dense({a.B, a.heads, a.M, a.D}), query.dtype());
   if (a.B) {
     a.query = tokens(query), a.out = tokens(out);
     const int64_t least = split(a, 2);
@@ -64,9 +64,9 @@ void mobile_to_former_forward(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, out);
 }
 
-void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
+void mobile_to_former_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), query = take(stack[1]), x = take(stack[2]);
-  Bridge a = describe("mobile_to_former", x, query, torch::stable::detail::to<double>(stack[3]));
+  Bridge a = describe("mobile_to_former", x, query, to<double>(stack[3]));
   require_like(grad, query, "mobile_to_former", "grad does not fit");
   Tensor dquery = empty({a.B, a.heads, a.M, a.D}, query.dtype()), dx = empty_map(x, a.D);
   if (a.B) {
@@ -82,12 +82,12 @@ void mobile_to_former_backward(StableIValue* stack, uint64_t, uint64_t) {
   give(stack + 1, dx);
 }
 
-void former_to_mobile_forward(StableIValue* stack, uint64_t, uint64_t) {
+void former_to_mobile_forward(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), key = take(stack[1]), value = take(stack[2]);
-  Bridge a = describe("former_to_mobile", x, key, torch::stable::detail::to<double>(stack[3]));
+  Bridge a = describe("former_to_mobile", x, key, to<double>(stack[3]));
   require_like(value, key, "former_to_mobile", "value does not fit");
-  a.residual = torch::stable::detail::to<bool>(stack[4]);
-  Tensor out = empty_map(x, a.D);
+  a.residual = to<bool>(stack[4]);
+  Tensor out = result_map(x, a.D);
   if (a.B) {
     a.key = tokens(key), a.value = tokens(value), a.out_map = map(out);
     const int64_t least = split(a, 2);
@@ -96,12 +96,12 @@ void former_to_mobile_forward(StableIValue* stack, uint64_t, uint64_t) {
   give(stack, out);
 }
 
-void former_to_mobile_backward(StableIValue* stack, uint64_t, uint64_t) {
+void former_to_mobile_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), x = take(stack[1]), key = take(stack[2]), value = take(stack[3]);
-  Bridge a = describe("former_to_mobile", x, key, torch::stable::detail::to<double>(stack[4]));
+  Bridge a = describe("former_to_mobile", x, key, to<double>(stack[4]));
   require_like(value, key, "former_to_mobile", "value does not fit");
   require_like(grad, x, "former_to_mobile", "grad does not fit");
-  a.residual = torch::stable::detail::to<bool>(stack[5]);
+  a.residual = to<bool>(stack[5]);
   Tensor dx = empty_map(x, a.D), dkey = empty({a.B, a.heads, a.M, a.D}, key.dtype());
   Tensor dvalue = empty({a.B, a.heads, a.M, a.D}, key.dtype());
   if (a.B) {

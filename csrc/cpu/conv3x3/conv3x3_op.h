@@ -1,4 +1,4 @@
-// The dense 3x3 convolution as boxed torch operators. Included by register.cpp alone.
+// The dense 3x3 convolution as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/convolution_op.h"
@@ -10,23 +10,22 @@ namespace {
 constexpr const char* kConv3x3 = "conv3x3";
 
 // (Tensor weight, Tensor? bias, int tile) -> Tensor
-void conv3x3_pack(StableIValue* stack, uint64_t, uint64_t) {
+void conv3x3_pack(Value* stack, uint64_t, uint64_t) {
   Tensor weights = take(stack[0]), bias = take_optional(stack[1]);
-  const int64_t tile = torch::stable::detail::to<int64_t>(stack[2]);
+  const int64_t tile = to<int64_t>(stack[2]);
   require(weights.dim() == 4 && (tile == 0 || tile == 2 || tile == 4), kConv3x3, "there is no such algorithm");
   const int64_t* n = weights.sizes();
   const Conv3x3Sizes sizes = {current->conv3x3->panel, n[1], n[0], tile};
   const float* w = weight(kConv3x3, weights, n[0] * n[1] * 9);
   const float* b = weight(kConv3x3, bias, n[0], true);
-  Tensor packed = empty({packed_count(sizes)}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(sizes)}, float32());
   current->conv3x3->pack(sizes, w, b, static_cast<float*>(packed.data()));
   give(stack, packed);
 }
 
 // (Tensor x, Tensor? beside, Tensor packed, int outputs, int tile, int stride, int activation, Tensor? residual) -> Tensor,
 // channels-last
-void conv3x3(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
+void conv3x3(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), beside = take_optional(stack[1]), packed = take(stack[2]), plus = take_optional(stack[7]);
   const Conv3x3Kernels& kernels = *current->conv3x3;
   Conv3x3 a{};

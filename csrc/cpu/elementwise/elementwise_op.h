@@ -1,4 +1,4 @@
-// The element-wise kernels around attention as boxed torch operators. Included by register.cpp alone.
+// The element-wise kernels around attention as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include <cmath>
@@ -24,8 +24,8 @@ bool dense(const Tensor& t, bool channels_last) {
 }
 
 Maps maps(const Tensor& x, const Tensor& out, const char* op) {
-  const bool float32 = x.dtype() == aoti_torch_dtype_float32();
-  require(x.dim() == 4 && float32, op, "a float32 map of 4 axes is wanted");
+  const bool single = x.dtype() == float32();
+  require(x.dim() == 4 && single, op, "a float32 map of 4 axes is wanted");
   const bool first = dense(x, false);
   require(first || dense(x, true), op, "a dense map is wanted");
   const int64_t* n = x.sizes();
@@ -47,17 +47,17 @@ void over(const Maps& m, double flops, const Kernel& kernel) {
 const float* per_channel(const Tensor& t, int64_t channels) {
   if (!t) return nullptr;
   const bool fits = t.dim() == 1 && t.sizes()[0] == channels && (channels == 1 || t.strides()[0] == 1);
-  require(fits && t.dtype() == aoti_torch_dtype_float32(), "norm_activation", "parameters do not fit");
+  require(fits && t.dtype() == float32(), "norm_activation", "parameters do not fit");
   return static_cast<const float*>(t.data());
 }
 
 // settings: mean, var, weight, bias, bias of the convolution, eps, activation
-void run_norm_activation(const Tensor& x, const Tensor& out, StableIValue* settings) {
+void run_norm_activation(const Tensor& x, const Tensor& out, Value* settings) {
   Tensor mean = take(settings[0]), var = take(settings[1]), weight = take_optional(settings[2]);
   Tensor bias = take_optional(settings[3]), conv_bias = take_optional(settings[4]);
-  const double eps = torch::stable::detail::to<double>(settings[5]);
+  const double eps = to<double>(settings[5]);
   NormActivation a{maps(x, out, "norm_activation"), nullptr, nullptr};
-  a.activation = Activation(torch::stable::detail::to<int64_t>(settings[6]));
+  a.activation = Activation(to<int64_t>(settings[6]));
   const int64_t C = a.maps.C;
   const float *m = per_channel(mean, C), *v = per_channel(var, C), *w = per_channel(weight, C);
   const float *b = per_channel(bias, C), *before = per_channel(conv_bias, C);
@@ -70,20 +70,20 @@ void run_norm_activation(const Tensor& x, const Tensor& out, StableIValue* setti
   over(a.maps, 16, [&](int64_t i, int64_t j) { current->elementwise->norm_activation(a, i, j); });
 }
 
-void norm_activation(StableIValue* stack, uint64_t, uint64_t) {
+void norm_activation(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]);
   Tensor out = empty_as(x);
   run_norm_activation(x, out, stack + 1);
   give(stack, out);
 }
 
-void norm_activation_(StableIValue* stack, uint64_t, uint64_t) {
+void norm_activation_(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]);
   run_norm_activation(x, x, stack + 1);
 }
 
 // (Tensor x, Tensor? factor) -> Tensor; factor (B, C) or (1, C), or what picture_norm gives
-void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
+void pooled_difference(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), factor = take_optional(stack[1]);
   Tensor out = empty_as(x);
   Pooled a{maps(x, out, "pooled_difference"), nullptr, nullptr, 0, poison};
@@ -91,7 +91,7 @@ void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
     const int64_t *n = factor.sizes(), *s = factor.strides(), axes = factor.dim(), last = axes - 1;
     require(
         (axes == 2 || (axes == 3 && n[1] == kPlanes)) && (n[0] == a.maps.B || n[0] == 1) && n[last] == a.maps.C &&
-            (s[last] == 1 || n[last] == 1) && factor.dtype() == aoti_torch_dtype_float32(),
+            (s[last] == 1 || n[last] == 1) && factor.dtype() == float32(),
         "pooled_difference", "the factors do not fit");
     a.factor = static_cast<const float*>(factor.data()), a.next = n[0] == 1 ? 0 : s[0];
     if (axes == 3) a.centre = a.factor + s[1];
@@ -101,9 +101,9 @@ void pooled_difference(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // (Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor (B, 3, C): factors, the mean, what is added then
-void picture_norm(StableIValue* stack, uint64_t, uint64_t) {
+void picture_norm(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), weight = take_optional(stack[1]), bias = take_optional(stack[2]);
-  const double eps = torch::stable::detail::to<double>(stack[3]);
+  const double eps = to<double>(stack[3]);
   const Maps m = maps(x, x, "picture_norm");
   const int64_t C = m.C, count = C * m.H * m.W;
   require(count > 0, "picture_norm", "an axis is empty");

@@ -1,4 +1,4 @@
-// The inverted residual as boxed torch operators. Included by register.cpp alone.
+// The inverted residual as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/convolution_op.h"
@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kInvertedResidual = "inverted_residual";
 
 // (Tensor? expand, Tensor? expand_bias, Tensor depthwise, Tensor? depthwise_bias, Tensor? project, Tensor? project_bias) -> Tensor
-void inverted_residual_pack(StableIValue* stack, uint64_t, uint64_t) {
+void inverted_residual_pack(Value* stack, uint64_t, uint64_t) {
   Tensor expand = take_optional(stack[0]), expand_bias = take_optional(stack[1]), depthwise = take(stack[2]);
   Tensor depthwise_bias = take_optional(stack[3]), project = take_optional(stack[4]),
          project_bias = take_optional(stack[5]);
@@ -29,7 +29,7 @@ void inverted_residual_pack(StableIValue* stack, uint64_t, uint64_t) {
   w.depthwise_bias = weight(kInvertedResidual, depthwise_bias, hidden, true);
   w.project = weight(kInvertedResidual, project, outputs * hidden, true),
   w.project_bias = weight(kInvertedResidual, project_bias, outputs, true);
-  Tensor packed = empty({packed_count(w.sizes)}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(w.sizes)}, float32());
   w.packed = static_cast<float*>(packed.data());
   kernels.pack(w);
   give(stack, packed);
@@ -45,12 +45,10 @@ const float* slopes_of(Tensor& slopes, int64_t batch, int64_t hidden) {
 
 // (Tensor x, Tensor packed, int hidden, int outputs, int kernel, bool expands, int stride, int activation, bool residual,
 // int before, Tensor? slopes_before, Tensor? slopes) -> Tensor, channels-last
-void inverted_residual(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
+void inverted_residual(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), packed = take(stack[1]);
   const InvertedResidualKernels& kernels = *current->inverted_residual;
-  require(
-      x.dim() == 4 && x.dtype() == aoti_torch_dtype_float32(), kInvertedResidual, "a float32 map of 4 axes is wanted");
+  require(x.dim() == 4 && x.dtype() == float32(), kInvertedResidual, "a float32 map of 4 axes is wanted");
   InvertedResidual a{};
   a.sizes = {kernels.panel,         x.sizes()[1],          to<int64_t>(stack[2]),
              to<int64_t>(stack[3]), to<int64_t>(stack[4]), to<bool>(stack[5])};

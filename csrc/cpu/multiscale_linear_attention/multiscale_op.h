@@ -1,4 +1,4 @@
-// Multi-scale linear attention as boxed torch operators. Included by register.cpp alone.
+// Multi-scale linear attention as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/linear_attention_op.h"
@@ -7,42 +7,20 @@
 namespace mvk {
 namespace {
 
-// The tensors of a list.
-std::vector<Tensor> take_list(StableIValue value) {
-  const auto list = torch::stable::detail::to<StableListHandle>(value);
-  std::vector<Tensor> out;
-  size_t size = 0;
-  AOTITorchError error = torch_list_size(list, &size);
-  for (size_t i = 0; !error && i < size; ++i) {
-    StableIValue item;
-    error = torch_list_get_item(list, i, &item);
-    if (!error) out.push_back(take(item));
-  }
-  torch_delete_list(list);
-  check(error);
-  return out;
-}
-void give_list(StableIValue* to, std::vector<Tensor>& tensors) {
-  StableListHandle list;
-  check(torch_new_list_reserve_size(tensors.size(), &list));
-  for (Tensor& tensor : tensors) check(torch_list_push_back(list, torch::stable::detail::from(tensor.release())));
-  *to = torch::stable::detail::from(list);
-}
-
 // A 4-D map (B, C, H, W) whose channels are heads of D.
 Map heads_map(const Tensor& t, int64_t D) {
   const int64_t* s = t.strides();
   return {t.data(), s[0], s[1] * D, s[1], s[2], s[3]};
 }
 
-// As mvkernels.dispatch.checks.empty_map for a map of 4 axes: dense, channels last if `like`'s stride over channels is 1.
-Tensor empty_channels(const Tensor& like, int64_t channels) {
+// As map_like, of a map of 4 axes: dense, channels last if `like`'s stride over channels is 1.
+Shape channels_like(const Tensor& like, int64_t channels) {
   const int64_t* n = like.sizes();
   const std::vector<int64_t> sizes{n[0], channels, n[2], n[3]};
-  if (like.strides()[1] != 1) return empty(sizes, like.dtype());
+  if (like.strides()[1] != 1) return dense(sizes);
   const int64_t x = std::max<int64_t>(channels, 1), y = x * std::max<int64_t>(n[3], 1),
                 b = y * std::max<int64_t>(n[2], 1);
-  return empty(sizes, {b, 1, y, x}, like.dtype());
+  return {sizes, {b, 1, y, x}};
 }
 
 constexpr const char* kMultiscale = "multiscale_linear_attention";
@@ -114,13 +92,11 @@ struct MultiscaleCall {
 
 // With `kept`, also what the backward needs of it.
 template <bool kept>
-void multiscale_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
+void multiscale_linear_attention_forward(Value* stack, uint64_t, uint64_t) {
   Tensor qkv = take(stack[0]);
-  MultiscaleCall call(
-      qkv, take_list(stack[1]), torch::stable::detail::to<int64_t>(stack[2]),
-      torch::stable::detail::to<double>(stack[3]));
+  MultiscaleCall call(qkv, take_list(stack[1]), to<int64_t>(stack[2]), to<double>(stack[3]));
   Multiscale& a = call.a;
-  Tensor out = empty_channels(qkv, a.groups() * a.D), partial, kv, keys;
+  Tensor out = result(channels_like(qkv, a.groups() * a.D), qkv.dtype()), partial, kv, keys;
   a.out = heads_map(out, a.D);
   if constexpr (kept) {
     kv = empty({a.B, a.groups(), a.D, a.D}, sums_dtype(a.dtype));
@@ -148,11 +124,9 @@ void multiscale_linear_attention_forward(StableIValue* stack, uint64_t, uint64_t
   }
 }
 
-void multiscale_linear_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
+void multiscale_linear_attention_backward(Value* stack, uint64_t, uint64_t) {
   Tensor grad = take(stack[0]), qkv = take(stack[1]);
-  MultiscaleCall call(
-      qkv, take_list(stack[2]), torch::stable::detail::to<int64_t>(stack[5]),
-      torch::stable::detail::to<double>(stack[6]));
+  MultiscaleCall call(qkv, take_list(stack[2]), to<int64_t>(stack[5]), to<double>(stack[6]));
   Tensor kv = take(stack[3]), keys = take(stack[4]), partial, planes, sums;
   Multiscale& a = call.a;
   const int64_t* n = grad.sizes();
@@ -162,7 +136,7 @@ void multiscale_linear_attention_backward(StableIValue* stack, uint64_t, uint64_
       "grad does not fit");
   require_sums(kMultiscale, kv, {a.B, a.groups(), a.D, a.D}, a.dtype);
   require_sums(kMultiscale, keys, {a.B, a.groups(), a.D}, a.dtype);
-  Tensor dqkv = empty_channels(qkv, 3 * a.heads * a.D);
+  Tensor dqkv = empty(channels_like(qkv, 3 * a.heads * a.D), qkv.dtype());
   a.grad = heads_map(grad, a.D), a.dqkv = heads_map(dqkv, a.D), a.kv = kv.data(), a.keys = keys.data();
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < call.weights.size(); ++i) {

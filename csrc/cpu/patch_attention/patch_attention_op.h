@@ -1,4 +1,4 @@
-// Patch attention as boxed torch operators. Included by register.cpp alone.
+// Patch attention as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/attention_op.h"
@@ -21,10 +21,10 @@ auto by_patches(const char* op, const int64_t* patch) {
   };
 }
 
-void patch_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
+void patch_attention_forward(Value* stack, uint64_t, uint64_t) {
   boxed_forward<2>("patch_attention", stack, by_patches);
 }
-void patch_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
+void patch_attention_backward(Value* stack, uint64_t, uint64_t) {
   boxed_backward<2>("patch_attention", stack, by_patches);
 }
 

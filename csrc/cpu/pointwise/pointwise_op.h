@@ -1,4 +1,4 @@
-// The 1x1 convolution as boxed torch operators. Included by register.cpp alone.
+// The 1x1 convolution as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/convolution_op.h"
@@ -10,9 +10,9 @@ namespace {
 constexpr const char* kPointwise = "pointwise";
 
 // (Tensor weight, Tensor? bias, bool normed, Tensor? norm_weight, Tensor? norm_bias) -> Tensor
-void pointwise_pack(StableIValue* stack, uint64_t, uint64_t) {
+void pointwise_pack(Value* stack, uint64_t, uint64_t) {
   Tensor weights = take(stack[0]), bias = take_optional(stack[1]);
-  const bool normed = torch::stable::detail::to<bool>(stack[2]);
+  const bool normed = to<bool>(stack[2]);
   Tensor norm_weight = take_optional(stack[3]), norm_bias = take_optional(stack[4]);
   require(weights.dim() >= 2, kPointwise, "a weight (C_out, C) is wanted");
   const int64_t outputs = weights.sizes()[0], inputs = weights.sizes()[1];
@@ -20,7 +20,7 @@ void pointwise_pack(StableIValue* stack, uint64_t, uint64_t) {
   w.weight = weight(kPointwise, weights, outputs * inputs), w.bias = weight(kPointwise, bias, outputs, true);
   w.norm_weight = weight(kPointwise, norm_weight, inputs, true);
   w.norm_bias = weight(kPointwise, norm_bias, inputs, true);
-  Tensor packed = empty({packed_count(w.sizes)}, aoti_torch_dtype_float32());
+  Tensor packed = empty({packed_count(w.sizes)}, float32());
   w.packed = static_cast<float*>(packed.data());
   current->pointwise->pack(w);
   give(stack, packed);
@@ -36,8 +36,7 @@ bool joined(const PixelMap& map, int64_t batch, int64_t height, int64_t width) {
 
 // (Tensor x, Tensor packed, int outputs, bool normed, float eps, int activation, Tensor? residual, Tensor? gate) -> Tensor,
 // channels-last
-void pointwise(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::detail::to;
+void pointwise(Value* stack, uint64_t, uint64_t) {
   Tensor x = take(stack[0]), packed = take(stack[1]), plus = take_optional(stack[6]);
   Tensor gate = take_optional(stack[7]);
   const PointwiseKernels& kernels = *current->pointwise;

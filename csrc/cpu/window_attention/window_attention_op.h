@@ -1,4 +1,4 @@
-// Window attention as boxed torch operators. Included by register.cpp alone.
+// Window attention as boxed operators. Included by the files that register them alone.
 #pragma once
 
 #include "common/attention_op.h"
@@ -20,10 +20,10 @@ auto by_windows(const char* op, const int64_t* numbers) {
   };
 }
 
-void window_attention_forward(StableIValue* stack, uint64_t, uint64_t) {
+void window_attention_forward(Value* stack, uint64_t, uint64_t) {
   boxed_forward<4>("window_attention", stack, by_windows);
 }
-void window_attention_backward(StableIValue* stack, uint64_t, uint64_t) {
+void window_attention_backward(Value* stack, uint64_t, uint64_t) {
   boxed_backward<4>("window_attention", stack, by_windows);
 }
 
