@@ -242,7 +242,9 @@ class Wheel(bdist_wheel):
 
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
-    ext_modules=[] if skip else [Extension("mvkernels._C", [REGISTER, ONNXRUNTIME, *KERNELS], py_limited_api=True, depends=HEADERS)],
+    ext_modules=[]
+    if skip
+    else [Extension("mvkernels._C", [REGISTER, ONNXRUNTIME, *KERNELS], py_limited_api=True, depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -134,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
     which = export.add_mutually_exclusive_group()
     which.add_argument("--swap", action="store_true", help="export the swapped model (the default)")
     which.add_argument("--original", action="store_true", help="export the original model")
+    export.add_argument(
+        "--fused",
+        action="store_true",
+        help="keep this library's ops as single nodes, for a runtime that loads its kernels (onnx)",
+    )
     export.add_argument("--pretrained", action="store_true", help="download weights (default: random weights)")
     export.add_argument("--threads", type=_positive, default=1, help="CPU threads of the runtime (default 1)")
 

@@ -14,7 +14,7 @@ from mvkernels import export, report, third_party
 
 def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> int:
     """Returns 1 if the outputs of the export and of the model differ, else 0."""
-    target = export.require(options.to)  # before a model is built
+    target = export.require(options.to, options.fused)  # before a model is built
     model = third_party.build(options.model, options.pretrained)
     name = options.model.partition(":")[2].replace("/", "-")
     path = Path(options.output or f"{name}{target.suffix}")
@@ -25,8 +25,9 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
         )
     image, _ = third_party.picture(None, options.size or third_party.input_size(options.model), batch)
     found = export.export_model(
-        model, image, options.to, path, dynamic=options.dynamic, swapped=not options.original, threads=options.threads
-    )
+        model, image, options.to, path, dynamic=options.dynamic, swapped=not options.original, fused=options.fused,
+        threads=options.threads,
+    )  # fmt: skip
     if json is not None:
         json({"model": options.model, **asdict(found), "ok": found.ok})
     else:
@@ -53,6 +54,9 @@ def text(model: str, found: export.Exported) -> str:
             )
         )
         rows += [("  left", f"{count} x {op}") for op, count in d["not_delegated"].items()]
+    if "fused_nodes" in found.details:
+        rows.append(("fused", f"{found.details['fused_nodes']} nodes of {found.details['domain']}, which run with"))
+        rows.append(("", found.details["library"]))
     if found.error is None:
         rows.append(("checked", f"not run: mvkernels writes {found.target} files, but cannot run them"))
     else:

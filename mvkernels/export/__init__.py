@@ -1,12 +1,14 @@
 """Export of models to other runtimes: torch.export, ONNX, ExecuTorch, OpenVINO, Core ML.
 
 During an export the ops run their reference implementations. So the exported graph has PyTorch ops only and runs where
-mvkernels is not installed. :func:`export_model` writes the file, runs it in the runtime of the target, and compares the
-result with the unswapped model in float64.
+mvkernels is not installed. For ONNX Runtime the ops can stay single nodes instead (``fused``): it runs them with a
+library of this package's kernels. :func:`export_model` writes the file, runs it in the runtime of the target, and
+compares the result with the unswapped model in float64.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,12 +20,25 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mvkernels import files
-from mvkernels.export.targets import TARGETS, Target, input_of, line_of, quiet, require
+from mvkernels.dispatch.kept import keep_in_exports
+from mvkernels.export.nodes import NODES
+from mvkernels.export.targets import TARGETS, Target, input_of, line_of, onnxruntime_library, quiet, require
 from mvkernels.report import UsageError
 from mvkernels.swap import swap
 from mvkernels.testing import max_error
 
-__all__ = ["PARITY", "TARGETS", "Exported", "Logits", "Target", "export_model", "program", "quiet", "require"]
+__all__ = [
+    "PARITY",
+    "TARGETS",
+    "Exported",
+    "Logits",
+    "Target",
+    "export_model",
+    "onnxruntime_library",
+    "program",
+    "quiet",
+    "require",
+]
 
 PARITY = 1e-4
 """Largest difference allowed between an export and the model in float64, relative to the largest output."""
@@ -108,6 +123,7 @@ def export_model(
     *,
     dynamic: bool = False,
     swapped: bool = True,
+    fused: bool = False,
     threads: int = 1,
 ) -> Exported:
     """Export a model to a file, run the file, and compare its output with the unswapped model in float64.
@@ -123,6 +139,8 @@ def export_model(
         dynamic: whether B, H and W of the input may change. For "executorch" and "coreml" they can be up to four times
             those of the example.
         swapped: True exports the swapped model, False the original.
+        fused: whether the ops of this library stay single nodes of the graph, which run only where the runtime is given
+            the library's kernels: for "onnx" by :func:`onnxruntime_library`. False writes PyTorch's ops alone.
         threads: number of threads of the runtime that runs the file.
 
     Returns:
@@ -133,8 +151,8 @@ def export_model(
     Raises:
         TypeError: ``model`` is not an ``nn.Module``.
         ValueError: ``example`` is not a float32 tensor (B, C, H, W), or its batch is too small for a dynamic export.
-        UsageError: the target is unknown, a package is missing, the model cannot be exported to the target, or the
-            path cannot be written.
+        UsageError: the target is unknown or has no fused ops, a package is missing, the model cannot be exported to
+            the target, or the path cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_model: model is a {type(model).__name__}, want a torch.nn.Module")
@@ -145,13 +163,14 @@ def export_model(
         raise ValueError(f"export_model: example is {found_example}, want (B, C, H, W) in torch.float32")
     if dynamic and example.shape[0] < 2:
         raise ValueError(f"export_model: example has batch {example.shape[0]}, want at least 2 for a dynamic export")
-    kind, path = require(target), Path(path)
+    kind, path = require(target, fused), Path(path)
     if kind.exact_suffix and path.suffix != kind.suffix:
         raise UsageError(f"{path} cannot be written: {target} needs a file name that ends in {kind.suffix}")
     original = Logits(copy.deepcopy(model)).eval()
     exporting = copy.deepcopy(model).eval()
     count = swap(exporting).count if swapped else 0
-    graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
+    with keep_in_exports(*NODES) if fused else contextlib.nullcontext():
+        graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
     with torch.no_grad(), quiet():
         if path.is_dir() and (path.suffix != kind.suffix or target != "coreml"):
             raise UsageError(f"{path} cannot be written: it is a folder")

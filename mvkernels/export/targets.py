@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,35 @@ def _write_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
     return {"opset": converted.model.opset_imports[""]}
 
 
-def _load_onnx(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+def _write_fused_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    from mvkernels.export.nodes import DOMAIN, replace_operators
+
+    fused = replace_operators(program)
+    return {**_write_onnx(program, path), "domain": DOMAIN, "fused_nodes": fused, "library": onnxruntime_library()}
+
+
+def onnxruntime_library() -> str:
+    """Path of this package's library of custom ops for ONNX Runtime, 1.17 or newer, on CPUs.
+
+    Give it to ``onnxruntime.SessionOptions.register_custom_ops_library``, or to the function of that name in another
+    language: it needs neither Python nor PyTorch. The ops in it take float32.
+
+    Raises:
+        UsageError: the package was installed without its C++ kernels.
+    """
+    path = Path(__file__).parents[1] / "libmvkernels_onnxruntime.so"
+    if not path.exists():
+        raise UsageError(f"fused ops for ONNX Runtime: there is no {path.name} in this installation, it has no kernels")
+    return str(path)
+
+
+def _load_onnx(path: Path, threads: int, library: str | None = None) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    if library is not None:
+        options.register_custom_ops_library(library)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: torch.from_numpy(session.run(None, {name: image.numpy()})[0])
@@ -147,16 +171,29 @@ TARGETS = {
     "executorch": Target(".pte", ("executorch.exir", "executorch.runtime"), _write_executorch, _load_executorch, True),
     "coreml": Target(".mlpackage", ("coremltools",), _write_coreml, None, True, exact_suffix=True),
 }
+FUSED = {
+    "onnx": replace(
+        TARGETS["onnx"],
+        write=_write_fused_onnx,
+        load=lambda path, threads: _load_onnx(path, threads, onnxruntime_library()),
+    ),
+}
+"""The targets whose runtime can be given this library's ops, and then keeps them as single nodes."""
 
 
-def require(target: str) -> Target:
+def require(target: str, fused: bool = False) -> Target:
     """The target of that name, after a check that its packages can be imported.
 
-    Raises UsageError if the target is unknown or a package is missing; the message then says what to install.
+    Raises UsageError if the target is unknown or a package is missing; the message then says what to install. With
+    ``fused`` also if the target has no ops of this library, or the library for its runtime is missing.
     """
     if target not in TARGETS:
         raise UsageError(f"unknown target {target!r}, want one of {', '.join(TARGETS)}")
-    found = TARGETS[target]
+    if fused and target not in FUSED:
+        raise UsageError(f"{target} has no ops of this library, only these have: {', '.join(FUSED)}")
+    found = (FUSED if fused else TARGETS)[target]
+    if fused:
+        onnxruntime_library()
     with quiet():
         for name in found.needs:
             try:

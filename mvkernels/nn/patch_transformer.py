@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import requested
+from mvkernels.dispatch.kept import exports_reference
 from mvkernels.nn.fused_layer import fused_layer, wanted
 from mvkernels.ops.patch_attention import patch_attention
 
@@ -238,7 +239,7 @@ class PatchTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)."""
         checks.map_of(_NAME, x, self.dim)
-        if torch.compiler.is_exporting() and all(
+        if exports_reference("patch_attention") and all(
             checks.known(size % patch == 0) for size, patch in zip(x.shape[2:], self.patch_size)
         ):
             size, x = x.shape[2:], gather_groups(x, self.patch_size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.dispatch.checks import known
+from mvkernels.dispatch.kept import exports_reference
 from mvkernels.nn import patch_transformer_layer, pointwise_to_channels_first, pointwise_to_channels_last
 from mvkernels.nn.patch_transformer import gather_groups, scatter_groups
 from mvkernels.swap.eligibility import log_once, unusual_call
@@ -48,7 +48,7 @@ def transform(
     ``layers`` are the arguments of :func:`patch_transformer_layer`. A map that the patch does not divide
     is resized before the layers and back after them (bilinear, corners not aligned), as MobileViT does.
     """
-    if torch.compiler.is_exporting():
+    if exports_reference("patch_attention"):
         return _exported(features, conv_in, layers, norm, conv_out, patch_size)
     height, width = features.shape[-2:]
     size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
