@@ -97,6 +97,7 @@ def _replace(node: fx.Node, op: str, arguments: list[str], values: Values) -> No
     with graph.inserting_before(node):
         result = graph.graph_copy(traced.graph, dict(zip(places, inputs)))
     assert isinstance(result, fx.Node)
+    values.of[result] = out
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

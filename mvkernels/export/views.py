@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 
 class Place(NamedTuple):
@@ -38,7 +39,8 @@ class Values(fx.Interpreter):
         self.of: dict[fx.Node, Any] = {}
         inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         self.mode = next(value.fake_mode for value in inputs if hasattr(value, "fake_mode"))
-        with self.mode, torch.no_grad():
+        # Without it PyTorch's own decompositions take no symbolic sizes.
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -46,11 +48,11 @@ class Values(fx.Interpreter):
         return self.of[n]
 
     def source(self, node: fx.Node) -> fx.Node:
-        """The tensor that this one is a view of; itself if none."""
+        """The tensor that this one is a view of; itself if none. Nodes that came into the graph later are no source."""
         memory = _memory(self.of[node])
         while True:
             inputs = [n for one in node.all_input_nodes for n in _unpacked(one)]
-            before = next((n for n in inputs if _memory(self.of[n]) == memory), None)
+            before = next((n for n in inputs if _memory(self.of.get(n)) == memory), None)
             if before is None:
                 return node
             node = before

@@ -46,13 +46,14 @@ def transform(
     """features (B, C, H, W) -> (B, C_out, H, W): 1×1 convolution, layers, LayerNorm, 1×1 convolution.
 
     ``layers`` are the arguments of :func:`patch_transformer_layer`. A map that the patch does not divide
-    is resized before the layers and back after them (bilinear, corners not aligned), as MobileViT does.
+    is resized before the layers and back after them (bilinear, corners not aligned), as MobileViT does. In an export a
+    map of unknown size always is: if the patch divides it, that changes nothing.
     """
     if exports_reference("patch_attention"):
         return _exported(features, conv_in, layers, norm, conv_out, patch_size)
     height, width = features.shape[-2:]
     size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
-    resized = size != (height, width)
+    resized = not (known(size[0] == height) and known(size[1] == width))
     x = pointwise_to_channels_last(features, conv_in.weight, conv_in.bias)
     if resized:
         x = _resize(x, size)
@@ -77,11 +78,7 @@ def _exported(
     conv_out: nn.Conv2d,
     patch_size: tuple[int, int],
 ) -> Tensor:
-    """:func:`transform` for an export: the pixels are gathered by group once, and scattered once.
-
-    A map of unknown size is always resized. If the patch divides it, resizing changes nothing; without it the graph
-    would be valid for some sizes only.
-    """
+    """:func:`transform` for an export of PyTorch's ops: the pixels are gathered by group once, and scattered once."""
     x = F.conv2d(features, conv_in.weight, conv_in.bias)
     height, width = x.shape[-2:]
     size = (_up(height, patch_size[0]), _up(width, patch_size[1]))
