@@ -2,12 +2,17 @@ import importlib.util
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 # pytest-xdist already gives each core a process. On a busy machine a second thread in each would wait for a time slice
 # at every barrier; the tests of threading ask for theirs.
 torch.set_num_threads(1)
+
+# A machine that is busy or emulated is slow at drawing examples too; that is no fault of a test.
+hypothesis.settings.register_profile("slow machines", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("slow machines")
 
 # On a GPU all is tested twice: with PyTorch's own products, which ours are compared with, in float32 and in tf32.
 torch.backends.cuda.matmul.allow_tf32 = os.environ.get("MVKERNELS_TEST_TF32") == "1"
