@@ -18,7 +18,7 @@
 namespace mvk {
 namespace {
 
-constexpr bool poison = false;
+bool poison = false;  // fill fresh buffers with NaN (tests)
 
 int32_t float16() { return 10; }
 int32_t bfloat16() { return 16; }
@@ -121,7 +121,9 @@ int64_t elements(const std::vector<int64_t>& sizes) {
 
 Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
   Tensor out(nullptr, sizes.data(), strides.data(), int64_t(sizes.size()), dtype);
-  out.own(call, size_t(elements(sizes)) * item_size(dtype));
+  const size_t bytes = size_t(elements(sizes)) * item_size(dtype);
+  out.own(call, bytes);
+  if (poison) std::memset(out.data(), 0xff, bytes);
   return out;
 }
 
@@ -134,6 +136,7 @@ Tensor result(const std::vector<int64_t>& sizes, const std::vector<int64_t>& str
       call->api->KernelContext_GetOutput(call->context, 0, call->returned.data(), call->returned.size(), &value));
   void* data;
   check(call->api, call->api->GetTensorMutableData(value, &data));
+  if (poison) std::memset(data, 0xff, size_t(elements(sizes)) * item_size(dtype));
   return Tensor(data, sizes.data(), strides.data(), int64_t(sizes.size()), dtype);
 }
 

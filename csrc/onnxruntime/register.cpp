@@ -322,9 +322,18 @@ ort::Status* add_ops(ort::SessionOptions* options, const ort::Api* api) {
 }  // namespace
 }  // namespace mvk
 
+#define MVK_EXPORT extern "C" __attribute__((visibility("default")))
+
+// For tests: take another instruction set, 0 if it is not there; fill fresh buffers with NaN.
+MVK_EXPORT int mvkernels_set_instruction_set(const char* name) {
+  const mvk::InstructionSet* set = mvk::find(name);
+  if (set) mvk::current = set;
+  return set != nullptr;
+}
+MVK_EXPORT void mvkernels_set_poison(int on) { mvk::poison = on; }
+
 // What ONNX Runtime looks for in a library of custom ops.
-extern "C" __attribute__((visibility("default"))) mvk::ort::Status* RegisterCustomOps(
-    mvk::ort::SessionOptions* options, const mvk::ort::ApiBase* base) {
+MVK_EXPORT mvk::ort::Status* RegisterCustomOps(mvk::ort::SessionOptions* options, const mvk::ort::ApiBase* base) {
   const mvk::ort::Api* api = base->GetApi(mvk::ort::kVersion);
   if (!api)
     return base->GetApi(1)->CreateStatus(mvk::ort::kNotImplemented, "mvkernels: needs ONNX Runtime 1.17 or newer");
