@@ -1,4 +1,4 @@
-"""Exports of swapped models against exports of the originals, each in the runtime it was made for.
+"""Exports of swapped models, plain and with fused nodes, against exports of the originals, each in its own runtime.
 
 Exporting takes minutes and no quiet machine; timing takes seconds and needs one. So the files are kept:
 ``--export-only`` makes those that are missing, and a later run times them. Every file is checked against the model in
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,18 @@ from mvkernels import export, files, report, third_party
 from mvkernels.bench import timing
 from mvkernels.commands import command
 
-MODELS = ("transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:efficientvit_b0", "mvmodels:mobile_former_26m")
-TARGETS = ("onnx", "openvino", "executorch")
+MODELS = (
+    "transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:mobilevit_s", "timm:efficientvit_b0",
+    "timm:efficientvit_b1", "timm:swin_tiny_patch4_window7_224", "mvmodels:mobile_former_26m",
+)  # fmt: skip
+TARGETS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
+"""The package of the runtime by target."""
 
 
-def kinds(model: str) -> tuple[str, ...]:
+def kinds(model: str, target: str) -> tuple[str, ...]:
     """What is exported: the models of mvmodels are on the public ops as they are."""
-    return ("original",) if model.startswith("mvmodels:") else ("original", "swapped")
+    plain = ("original",) if model.startswith("mvmodels:") else ("original", "swapped")
+    return (*plain, "fused") if target in export.FUSED else plain
 
 
 def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
@@ -39,12 +45,14 @@ def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
 def make(root: Path, model: str, target: str, size: int) -> None:
     """The exports of a model, unless they are there."""
     image, _ = third_party.picture(None, size)
-    for who in kinds(model):
+    for who in kinds(model, target):
         path = place(root, model, who, target, size)
         notes = path.with_name(f"{path.name}.json")
         if notes.exists():
             continue
-        found = export.export_model(third_party.build(model), image, target, path, swapped=who == "swapped")
+        found = export.export_model(
+            third_party.build(model), image, target, path, swapped=who != "original", fused=who == "fused"
+        )
         if not found.ok:
             raise SystemExit(f"{path} differs from the model by {found.error:.1e}, {found.allowed:.1e} allowed")
         files.write(notes, json.dumps(asdict(found)))
@@ -52,11 +60,13 @@ def make(root: Path, model: str, target: str, size: int) -> None:
 
 
 def measure(root: Path, model: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for the original's export and one for the swapped model's, timed in turn in one process."""
-    image, _ = third_party.picture(None, options.size)
-    kind, notes, calls = export.require(target), {}, {}
-    for who in kinds(model):
-        path = place(root, model, who, target, options.size)
+    """A row for the export of each kind, timed in turn in one process."""
+    size = options.size or third_party.input_size(model)
+    image, _ = third_party.picture(None, size)
+    notes, calls = {}, {}
+    for who in kinds(model, target):
+        kind = export.require(target, who == "fused")
+        path = place(root, model, who, target, size)
         notes[who] = json.loads(path.with_name(f"{path.name}.json").read_text())
         assert kind.load is not None
         with export.quiet():
@@ -67,10 +77,12 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
         {
             **report.machine(),
             "model": model,
-            "size": options.size,
+            "size": size,
             "target": target,
+            "runtime": f"{TARGETS[target]} {metadata.version(TARGETS[target])}",
             "provider": who,
             "swapped_blocks": notes[who]["swapped"],
+            "fused_nodes": notes[who]["details"].get("fused_nodes", ""),
             "bytes": notes[who]["bytes"],
             "delegated_share": notes[who]["details"].get("delegated_share", ""),
             "error": f"{notes[who]['error']:.1e}",
@@ -96,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(MODELS))
     parser.add_argument("--to", nargs="+", choices=TARGETS, help="default: all that are installed")
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--size", type=int, help="side of the picture (default: that of the model)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--min-time", type=float, default=2.0, help="seconds for each on average")
@@ -112,7 +124,7 @@ def main() -> int:
     try:
         for target in options.to or runnable():
             for model in options.model:
-                make(options.files, model, target, options.size)
+                make(options.files, model, target, options.size or third_party.input_size(model))
                 if not options.export_only:
                     rows += measure(options.files, model, target, options)
     except report.UsageError as error:
@@ -123,8 +135,8 @@ def main() -> int:
             "model",
             "target",
             "provider",
+            "fused_nodes",
             "bytes",
-            "delegated_share",
             "median_us",
             "speedup_median",
             "speedup_min",

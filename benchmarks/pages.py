@@ -168,12 +168,20 @@ def exports(rows: list[Row]) -> list[str]:
         return []
     lines = [f"## Exports, {rows[0]['device']}\n", f"{where(rows)}.\n"]
     lines += [
-        "| model | input | runtime | export of | file | nodes delegated | error | median | as fast as the original's |"
+        "| model | input | runtime | export of | file | nodes delegated or fused | error | median | as fast as the "
+        "original's |"
     ]
     lines += ["| --- " * 9 + "|"]
     for r in rows:
-        share = f"{100 * float(r['delegated_share']):.0f} %" if r["delegated_share"] else "–"
-        cells = (r["model"], f"{r['size']}²", r["target"], r["provider"], f"{int(r['bytes']) / 1e6:.2f} MB", share)
+        share = f"{100 * float(r['delegated_share']):.0f} %" if r["delegated_share"] else r.get("fused_nodes") or "–"
+        cells = (
+            r["model"],
+            f"{r['size']}²",
+            r.get("runtime") or r["target"],
+            r["provider"],
+            f"{int(r['bytes']) / 1e6:.2f} MB",
+            share,
+        )
         cells += (r["error"], f"{float(r['median_us']) / 1e3:.2f} ms", f"{float(r['speedup_median']):.2f}×")
         lines.append(f"| {' | '.join(cells)} |")
     return ["\n".join(lines) + "\n"]

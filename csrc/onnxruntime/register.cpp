@@ -2,7 +2,7 @@
 //
 // A tensor of ONNX has no strides. So a map is a tensor of four axes, (B, C, H, W) or (B, H, W, C), and a list of integers says which
 // of its channels the op reads: several maps can lie in one tensor, as queries, keys and values do after a product. The kernels read
-// them there. docs/export.md has the attributes of each op.
+// them there. docs/onnxruntime.md has the attributes of each op.
 #include <memory>
 #include <mutex>
 

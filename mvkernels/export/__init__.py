@@ -22,12 +22,13 @@ from torch.export import Dim, ExportedProgram
 from mvkernels import files
 from mvkernels.dispatch.kept import keep_in_exports
 from mvkernels.export.nodes import NODES
-from mvkernels.export.targets import TARGETS, Target, input_of, line_of, onnxruntime_library, quiet, require
+from mvkernels.export.targets import FUSED, TARGETS, Target, input_of, line_of, onnxruntime_library, quiet, require
 from mvkernels.report import UsageError
 from mvkernels.swap import swap
 from mvkernels.testing import max_error
 
 __all__ = [
+    "FUSED",
     "PARITY",
     "TARGETS",
     "Exported",
