@@ -53,6 +53,7 @@ ISA_FLAGS = {
     },
     "aarch64": {"neon": []},
 }
+MACOS = platform.system() == "Darwin"
 MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
 
 
@@ -123,7 +124,9 @@ class BuildExtension(build_ext):
             "-Wno-maybe-uninitialized",
             "-g0",
         ]
-        flags += ["-ffp-contract=fast", "-fno-plt", "-Wno-psabi"]
+        flags += ["-ffp-contract=fast", "-Wno-psabi"]
+        # Mach-O has no such table, and clang warns of a flag that it does not use.
+        flags += [] if MACOS else ["-fno-plt"]
         # Clang does not know all of GCC's warnings; GCC says nothing of unknown ones that are off.
         flags += ["-Wno-unknown-warning-option", "-Wno-undefined-var-template"]
         flags += shlex.split(os.environ.get("MVKERNELS_CXXFLAGS", ""))
@@ -173,13 +176,15 @@ class BuildExtension(build_ext):
             work = [pool.submit(compile_kernel, u) for u in units]
             objects = [name for job in work for name in job.result()]
             register, onnxruntime = (job.result() for job in hosts)
-        # By name only, no rpath: `import torch` has loaded libtorch_cpu before.
+        # By name only, no rpath: `import torch` has loaded libtorch_cpu before. On macOS not even by name, which would
+        # have a path in it: there what is undefined is looked up among all that is loaded, as Python's own functions.
+        linked = (
+            {"extra_postargs": ["-Wl,-undefined,dynamic_lookup"]}
+            if MACOS
+            else {"libraries": ["torch_cpu"], "library_dirs": library_paths()}
+        )
         self.compiler.link_shared_object(
-            [*register, *objects],
-            self.get_ext_fullpath(ext.name),
-            libraries=["torch_cpu"],
-            library_dirs=library_paths(),
-            target_lang="c++",
+            [*register, *objects], self.get_ext_fullpath(ext.name), target_lang="c++", **linked
         )
         self.compiler.link_shared_object([*onnxruntime, *objects], self._onnxruntime(ext), target_lang="c++")
 
