@@ -128,7 +128,7 @@ cuda:
 
 # The ops in Triton and PyTorch for Hugging Face's `kernels` library, into dist/hub: needs no set-up.
 hub:
-	$(PYTHON) release/hub.py
+	$(PYTHON) -m release.hub
 
 wheel: setup
 	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation

@@ -9,7 +9,21 @@ from email.message import Message
 from email.parser import Parser
 from pathlib import Path
 
+from release import common
+from release.common import Failed
+
 MOST_BYTES = 12_000_000
+OLDEST_GLIBC = 28
+"""Wheels for Linux are built in an image with glibc 2.28, and run with that and newer ones."""
+PLATFORM = r"manylinux_2_\d+_(x86_64|aarch64)|macosx_\d+_\d+_arm64"
+RELEASE = {
+    "source": r"\.tar\.gz$",
+    "pure": r"-py3-none-any\.whl$",
+    "Linux on x86-64": r"-abi3-manylinux_.*_x86_64\.whl$",
+    "Linux on ARM": r"-abi3-manylinux_.*_aarch64\.whl$",
+    "macOS on ARM": r"-abi3-macosx_.*_arm64\.whl$",
+}
+"""What a release consists of, told apart by the files' names."""
 
 # Every file of a wheel is of one of these kinds. A kind that has to be there names the wheels that it has to be in.
 EXTENSION = "the extension"
@@ -32,10 +46,6 @@ SOURCE = (
     *("setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc/cpu/register.cpp", "csrc/cuda/compile.py"),
     *("mvkernels/__init__.py", "python/mvmodels/__init__.py", "tests/conftest.py", "PKG-INFO"),
 )
-
-
-class Failed(Exception):
-    """A check did not pass; the message is the reason, one line."""
 
 
 def is_pure(wheel: Path) -> bool:
@@ -102,19 +112,59 @@ def licence(wheel: Path, text: str) -> str:
     return "MIT"
 
 
-def tag(wheel: Path) -> str:
-    """``cp310-abi3-<one platform>`` or ``py3-none-any``, and the same in the file WHEEL."""
+def platforms(wheel: Path) -> list[str]:
+    """The platforms of a wheel's name, or none."""
+    return [] if is_pure(wheel) else wheel.stem.rpartition("-")[2].split(".")
+
+
+def glibc(wheel: Path) -> int | None:
+    """The oldest glibc 2 that a wheel says it runs on; None where it says none."""
+    found = [re.match(r"manylinux_2_(\d+)_", platform) for platform in platforms(wheel)]
+    return min((int(each[1]) for each in found if each), default=None)
+
+
+def tag(wheel: Path, newest_glibc: int | None = None) -> str:
+    """``cp310-abi3-<platform>`` or ``py3-none-any``, and the same in the file WHEEL.
+
+    A platform is one that an index takes: manylinux, or macOS on ARM; a wheel that was not repaired says ``linux``.
+    """
     name = re.fullmatch(r"mvkernels-[^-]+-((?:cp310-abi3)-([a-z0-9_.]+)|py3-none-any)\.whl", wheel.name)
     if name is None:
         raise Failed(f"{wheel.name}: want cp310-abi3-<platform> or py3-none-any")
+    for platform in platforms(wheel):
+        if not re.fullmatch(PLATFORM, platform):
+            raise Failed(f"{wheel.name}: {platform} is no platform to publish for, want manylinux or macosx")
     about = headers(wheel, "WHEEL")
-    first, _, platforms = name[1].rpartition("-")
-    wanted = {f"{first}-{platform}" for platform in platforms.split(".")}
+    first, _, last = name[1].rpartition("-")
+    wanted = {f"{first}-{platform}" for platform in last.split(".")}
     if set(about.get_all("Tag") or []) != wanted:
         raise Failed(f"{wheel.name}: the file WHEEL says {about.get_all('Tag')}")
     if (about["Root-Is-Purelib"] == "true") != is_pure(wheel):
         raise Failed(f"{wheel.name}: Root-Is-Purelib: {about['Root-Is-Purelib']}")
-    return name[1]
+    needs = glibc(wheel)
+    if needs is None:
+        return name[1]
+    if newest_glibc is not None and needs > newest_glibc:
+        raise Failed(f"{wheel.name}: needs glibc 2.{needs}, want 2.{newest_glibc} or older")
+    of_here = f", that of the machine which built it; wheels to publish are built for 2.{OLDEST_GLIBC}"
+    return f"{name[1]}: glibc 2.{needs}{of_here if needs > OLDEST_GLIBC else ''}"
+
+
+def named(file: Path, version: str) -> str:
+    """The version of a file's name is the tree's."""
+    if not file.name.startswith((f"mvkernels-{version}-", f"mvkernels-{version}.tar.gz")):
+        raise Failed(f"{file.name}: want version {version}")
+    return version
+
+
+def complete(files: list[Path]) -> str:
+    """One file of each kind that a release has, and no other."""
+    found = [kind for file in files for kind, pattern in RELEASE.items() if re.search(pattern, file.name)]
+    if missing := [kind for kind in RELEASE if kind not in found]:
+        raise Failed(f"missing: {', '.join(missing)}")
+    if len(found) > len(RELEASE) or len(files) > len(RELEASE):
+        raise Failed(f"{len(files)} files, want {len(RELEASE)}")
+    return ", ".join(RELEASE)
 
 
 def version(root: Path, tags: list[str]) -> str:
@@ -126,7 +176,7 @@ def version(root: Path, tags: list[str]) -> str:
             raise Failed(f"{path} names no version")
         return found[1]
 
-    wanted = find("mvkernels/version.py", r'^__version__ = "([^"]+)"$')
+    wanted = common.version(root)
     if not re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", wanted):
         raise Failed(f"version {wanted}, want X.Y.Z")
     heading = find("CHANGELOG.md", r"^## (.+)$")

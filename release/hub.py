@@ -1,6 +1,6 @@
 """Makes a package of the ops for Hugging Face's `kernels` library out of the sources: `make hub`.
 
-    python release/hub.py [OUTPUT] [--backends NAME ...]
+    python -m release.hub [OUTPUT] [--backends NAME ...]
 
 It has what the public functions need, which is computed from the imports: Python, Triton kernels and JSON files. The
 C++ extension and the compiled CUDA kernels are not in it. OUTPUT (``dist/hub``) gets ``README.md``, ``LICENSE`` and for
@@ -25,7 +25,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from release.common import ROOT, Failed, version
+
 PACKAGE = "mvkernels"
 # The folders whose public names are those of the package: functions, without modules that hold parameters.
 PUBLIC = ("dispatch", "ops", "version")
@@ -79,10 +80,6 @@ globals().update({{each: getattr(sys.modules[_NAME], each) for each in __all__}}
 '''
 
 
-class Problem(Exception):
-    """The package cannot be made. The message is one line."""
-
-
 def module_files(root: Path = ROOT) -> dict[str, Path]:
     """Every module of the library by its dotted name."""
     found = {}
@@ -118,12 +115,12 @@ def edits(text: str, package: str, where: str) -> Iterator[tuple[ast.AST, str, s
             alias = node.names[0]
             parent, _, last = alias.name.rpartition(".")
             if len(node.names) > 1 or not parent or alias.asname is None:
-                raise Problem(f"{where}:{node.lineno}: `{ast.unparse(node)}` has no relative form")
+                raise Failed(f"{where}:{node.lineno}: `{ast.unparse(node)}` has no relative form")
             yield node, r"import\s.*", f"from {relative(parent, package)} import {last} as {alias.asname}", alias.name
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
             named = node.args[0] if node.args else None
             if isinstance(named, ast.JoinedStr) and ast.unparse(named)[2:].startswith(PACKAGE):
-                raise Problem(f"{where}:{node.lineno}: `{ast.unparse(node)}` imports a module known at run time only")
+                raise Failed(f"{where}:{node.lineno}: `{ast.unparse(node)}` imports a module known at run time only")
             if isinstance(named, ast.Constant) and isinstance(named.value, str) and ours(named.value):
                 name = named.value
                 yield named, r".*", f'"{relative(name, package)}", __package__', name
@@ -167,7 +164,7 @@ def package_files(root: Path = ROOT) -> dict[str, bytes]:
     """The files of the package by their path in it, with ID for its identifier."""
     modules, found = module_files(root), {}
     if PACKAGE not in modules:
-        raise Problem(f"{root}: no sources of {PACKAGE} here")
+        raise Failed(f"{root}: no sources of {PACKAGE} here")
     ahead = [PACKAGE]
     seen = set(ahead)
     while ahead:
@@ -183,7 +180,7 @@ def package_files(root: Path = ROOT) -> dict[str, bytes]:
             ahead += needed
     library = found["dispatch/library.py"].decode()
     if library.count(OPERATOR) != 1:
-        raise Problem(f"dispatch/library.py: want the line `{OPERATOR}`")
+        raise Failed(f"dispatch/library.py: want the line `{OPERATOR}`")
     found["dispatch/library.py"] = library.replace(OPERATOR, f'OPERATOR = "{ID}::{{backend}}_{{name}}"').encode()
     for path in sorted((root / PACKAGE).rglob("*.json")):
         inside = path.relative_to(root / PACKAGE).as_posix()
@@ -191,14 +188,6 @@ def package_files(root: Path = ROOT) -> dict[str, bytes]:
             found[inside] = path.read_bytes()
     found[f"{PACKAGE}/__init__.py"] = ALIAS.format(name=ID).encode()
     return dict(sorted(found.items()))
-
-
-def version(root: Path = ROOT) -> str:
-    """The library's version."""
-    found = re.search(r'^__version__ = "([^"]+)"', (root / PACKAGE / "version.py").read_text(), re.MULTILINE)
-    if found is None:
-        raise Problem(f"{PACKAGE}/version.py: no __version__")
-    return found.group(1)
 
 
 def variant(files: Mapping[str, bytes], backend: str, major: int) -> dict[str, bytes]:
@@ -226,12 +215,12 @@ def write(output: Path, backends: tuple[str, ...] = BACKENDS, root: Path = ROOT)
     """Write the repository to ``output``, in place of one that is there. Returns the folder of each backend."""
     unknown = sorted(set(backends) - set(BACKENDS))
     if unknown:
-        raise Problem(f"unknown backend {unknown[0]}, want some of {', '.join(BACKENDS)}")
+        raise Failed(f"unknown backend {unknown[0]}, want some of {', '.join(BACKENDS)}")
     if output.exists() and not output.is_dir():
-        raise Problem(f"{output}: is not a folder")
+        raise Failed(f"{output}: is not a folder")
     strange = {each.name for each in output.iterdir()} - {"build", "README.md", "LICENSE"} if output.exists() else ()
     if strange:
-        raise Problem(f"{output}: contains {sorted(strange)[0]}, which is not of such a package: name another folder")
+        raise Failed(f"{output}: contains {sorted(strange)[0]}, which is not of such a package: name another folder")
     files, number = package_files(root), version(root)
     major = int(number.partition(".")[0])
     shutil.rmtree(output / "build", ignore_errors=True)
@@ -252,14 +241,14 @@ def write(output: Path, backends: tuple[str, ...] = BACKENDS, root: Path = ROOT)
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="hub.py", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="release.hub", description=__doc__.partition("\n")[0])
     parser.add_argument("output", nargs="?", type=Path, default=ROOT / "dist" / "hub", help="a folder (dist/hub)")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="all, if none is named")
     options = parser.parse_args(arguments)
     try:
         folders = write(options.output, tuple(options.backends))
-    except (Problem, OSError) as error:
-        print(f"hub.py: {error}", file=sys.stderr)
+    except (Failed, OSError) as error:
+        print(f"release.hub: {error}", file=sys.stderr)
         return 1
     for folder in folders:
         print(f"{folder}: {json.loads((folder / 'metadata.json').read_text())['id']}")

@@ -20,9 +20,9 @@ from collections import Counter
 from pathlib import Path
 
 from mvkernels import files, report
+from release.common import ROOT
 from release.neon_code import disassembled, loops
 
-ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "build/neon"
 RESULTS = ROOT / "benchmarks/results/neon"
 TORCH = "2.10.0"  # the oldest that the extension runs on; later wheels for aarch64 may bring CUDA with them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,9 @@ import torch
 
 import mvkernels
 from mvkernels.dispatch.registry import OPS
+from release import hub as maker
 
 ROOT = Path(__file__).resolve().parents[2]
-HUB = runpy.run_path(str(ROOT / "release" / "hub.py"))
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -126,7 +125,7 @@ def compare(folder: Path, given: dict[str, dict[str, Any]], within: float) -> No
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    HUB["write"](tmp_path / "hub")
+    maker.write(tmp_path / "hub")
     return tmp_path / "hub"
 
 
@@ -163,7 +162,7 @@ def test_two_versions_beside_the_library(hub: Path, tmp_path: Path) -> None:
     )
     (other / "mvkernels" / "version.py").write_text('__version__ = "1.2.3"\n')
     shutil.copy(ROOT / "LICENSE", other)
-    HUB["write"](tmp_path / "second", root=other)
+    maker.write(tmp_path / "second", root=other)
     python(TOGETHER, hub, tmp_path / "second")
 
 
@@ -173,7 +172,7 @@ def test_what_kernels_reads_of_it(hub: Path) -> None:
     from kernels.variants import get_variants_local
 
     variants = {each.variant_str for each in get_variants_local(hub / "build")}
-    assert variants == {f"torch-{backend}" for backend in HUB["BACKENDS"]}
+    assert variants == {f"torch-{backend}" for backend in maker.BACKENDS}
     for folder in (hub / "build").iterdir():
         metadata = Metadata.read_from_file(folder / "metadata.json")
         assert metadata.id.isidentifier() and metadata.name.python_name == "mvkernels"
@@ -212,7 +211,7 @@ assert module.patch_attention.__module__.startswith("_mvkernels_xpu_") and "wind
 def test_the_same_every_time(hub: Path) -> None:
     before = {path: path.read_bytes() for path in hub.rglob("*") if path.is_file()}
     (hub / "build" / "torch-cpu" / "stale.py").touch()
-    HUB["write"](hub)
+    maker.write(hub)
     assert {path: path.read_bytes() for path in hub.rglob("*") if path.is_file()} == before
     assert "tags:\n- kernel\n" in (hub / "README.md").read_text()
 
@@ -230,18 +229,18 @@ def test_the_same_every_time(hub: Path) -> None:
     ],
 )
 def test_imports_become_relative(text: str, wanted: str) -> None:
-    assert HUB["portable"](text, "mvkernels.ops.one", True)[0] == wanted
+    assert maker.portable(text, "mvkernels.ops.one", True)[0] == wanted
 
 
 @pytest.mark.parametrize("text", ["import mvkernels", "import mvkernels.triton", "import_module(f'mvkernels.{x}')"])
 def test_imports_without_a_relative_form(text: str) -> None:
-    with pytest.raises(HUB["Problem"], match=r"ops.one:1: "):
-        HUB["portable"](text, "mvkernels.ops.one", True)
+    with pytest.raises(maker.Failed, match=r"ops.one:1: "):
+        maker.portable(text, "mvkernels.ops.one", True)
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
-    command = [sys.executable, str(ROOT / "release" / "hub.py"), str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "release.hub", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 1 and found.stderr.count("\n") == 1 and "mine.txt" in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
