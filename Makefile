@@ -21,7 +21,7 @@ PTX    := $(wildcard tests/ptx/machine/*)
 SANITIZERS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
 SANITIZED ?= $(filter-out %_triton.py, $(wildcard tests/ops/test_*.py)) tests/test_concurrency.py
 
-.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu neon sanitize cuda hub wheel release-check clean
+.PHONY: setup demo test check bench docs lint format audit ptx candidates gpu neon sanitize cuda hub wheel release-check matrix clean
 
 # The demo's is a part of it: no other packages, and kernels for the best instruction set of this processor alone.
 setup: $(STAMP)
@@ -133,14 +133,29 @@ hub:
 wheel: setup
 	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation
 
-# Builds from what is committed, in a clone, and checks what would be published.
+# Builds from what is committed, in a clone, and checks what would be published: the source, the wheel as auditwheel
+# names it for this machine's glibc, and the pure one, which is built from the source.
+RELEASE := $(abspath build/release)
+
 release-check: setup
-	rm -rf build/release/source build/release/dist && git clone --quiet . build/release/source
-	test -x build/release/tools/bin/python || $(PYTHON) -m venv build/release/tools
-	build/release/tools/bin/python -m pip --disable-pip-version-check install --quiet -r release/requirements.txt
-	cd build/release/source && MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
-		$(abspath $(BIN))/python -m build --no-isolation --outdir ../dist
-	build/release/tools/bin/python -m release.check build/release/dist/*
+	$(BIN)/python -m release.check
+	rm -rf $(RELEASE)/source $(RELEASE)/built $(RELEASE)/dist $(RELEASE)/unpacked
+	mkdir -p $(RELEASE)/dist $(RELEASE)/unpacked && git clone --quiet . $(RELEASE)/source
+	test -x $(RELEASE)/tools/bin/python || $(PYTHON) -m venv $(RELEASE)/tools
+	$(RELEASE)/tools/bin/python -m pip --disable-pip-version-check install --quiet -r release/requirements.txt
+	cd $(RELEASE)/source && MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
+		$(abspath $(BIN))/python -m build --no-isolation --outdir $(RELEASE)/built
+	PATH="$(RELEASE)/tools/bin:$$PATH" $(RELEASE)/tools/bin/python -m auditwheel repair --exclude libtorch_cpu.so \
+		--wheel-dir $(RELEASE)/dist $(RELEASE)/built/*.whl
+	cp $(RELEASE)/built/*.tar.gz $(RELEASE)/dist
+	tar -xzf $(RELEASE)/dist/*.tar.gz --directory $(RELEASE)/unpacked --strip-components 1
+	MVKERNELS_SKIP_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
+		$(BIN)/python -m build --no-isolation --wheel --outdir $(RELEASE)/dist $(RELEASE)/unpacked
+	$(RELEASE)/tools/bin/python -m release.check --python $(abspath $(BIN))/python --write $(RELEASE)/dist/*
+
+# Installs the wheel that was checked beside several versions of Python and torch, and runs tests on it.
+matrix:
+	$(BIN)/python -m release.matrix build/release/dist/*-abi3-*.whl $(MATRIX)
 
 clean:
 	rm -rf build dist *.egg-info mvkernels/*.so demo-output benchmarks/out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP) $(DEMO)

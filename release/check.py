@@ -42,7 +42,7 @@ def tool(module: str, *arguments: str) -> str:
     last = ((done.stdout.strip() or done.stderr.strip()).splitlines() or [""])[-1].strip()
     if done.returncode:
         raise Failed(f"{module}: {last}")
-    return last
+    return last or "no objection"
 
 
 def of_extension(wheel: Path, check: Callable[..., object], *arguments: object) -> object:

@@ -45,9 +45,9 @@ print(json.dumps({
 
 def of_this_machine(wheel: Path) -> bool:
     """Whether a wheel can be installed here; one for every platform can."""
-    system = {"linux": "manylinux", "darwin": "macosx"}.get(sys.platform, "?")
+    system = {"linux": "linux", "darwin": "macosx"}.get(sys.platform, "?")
     found = contents.platforms(wheel)
-    return not found or any(name.startswith(system) and name.endswith(platform.machine()) for name in found)
+    return not found or any(system in name and name.endswith(platform.machine()) for name in found)
 
 
 def without_network() -> list[str]:
