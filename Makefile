@@ -134,12 +134,12 @@ wheel: setup
 	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation
 
 # Builds from what is committed, in a clone, and checks what would be published: the source, the wheel as auditwheel
-# names it for this machine's glibc, and the pure one, which is built from the source.
+# names it for this machine's glibc, and the pure one, which is built from the source. The CUDA kernels are compiled once.
 RELEASE := $(abspath build/release)
 
 release-check: setup
 	$(BIN)/python -m release.check
-	rm -rf $(RELEASE)/source $(RELEASE)/built $(RELEASE)/dist $(RELEASE)/unpacked
+	rm -rf $(RELEASE)/source $(RELEASE)/built $(RELEASE)/dist $(RELEASE)/unpacked $(RELEASE)/wheel
 	mkdir -p $(RELEASE)/dist $(RELEASE)/unpacked && git clone --quiet . $(RELEASE)/source
 	test -x $(RELEASE)/tools/bin/python || $(PYTHON) -m venv $(RELEASE)/tools
 	$(RELEASE)/tools/bin/python -m pip --disable-pip-version-check install --quiet -r release/requirements.txt
@@ -149,6 +149,8 @@ release-check: setup
 		--wheel-dir $(RELEASE)/dist $(RELEASE)/built/*.whl
 	cp $(RELEASE)/built/*.tar.gz $(RELEASE)/dist
 	tar -xzf $(RELEASE)/dist/*.tar.gz --directory $(RELEASE)/unpacked --strip-components 1
+	$(BIN)/python -m zipfile --extract $(RELEASE)/built/*.whl $(RELEASE)/wheel
+	cp -r $(RELEASE)/wheel/mvkernels/cuda/data $(RELEASE)/unpacked/mvkernels/cuda
 	MVKERNELS_SKIP_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
 		$(BIN)/python -m build --no-isolation --wheel --outdir $(RELEASE)/dist $(RELEASE)/unpacked
 	$(RELEASE)/tools/bin/python -m release.check --python $(abspath $(BIN))/python --write $(RELEASE)/dist/*

@@ -21,7 +21,7 @@ from pathlib import Path
 from release import binary, common, contents, installed
 from release.common import ROOT, Failed
 
-RESULT = ROOT / "benchmarks/results/release/wheels.csv"
+RESULT = "benchmarks/results/release/wheels.csv"
 COLUMNS = ("name", "bytes", "limit", "tag", "date", "commit", "compiler", "torch")
 
 
@@ -78,7 +78,7 @@ def checked(file: Path, version: str, python: Path | None, glibc: int | None) ->
     return all(done)
 
 
-def row(file: Path) -> dict[str, str | int]:
+def row(file: Path, commit: str) -> dict[str, str | int]:
     """What is kept of a distribution."""
     wheel = file.suffix == ".whl"
     info = of_extension(file, binary.build_info) if wheel and not contents.is_pure(file) else {}
@@ -89,22 +89,22 @@ def row(file: Path) -> dict[str, str | int]:
         "limit": contents.MOST_BYTES,
         "tag": file.stem.split("-", 2)[2] if wheel else "",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": common.commit(),
+        "commit": commit,
         "compiler": info.get("compiler", ""),
         "torch": info.get("torch", ""),
     }
 
 
-def write(files: list[Path], to: Path = RESULT) -> str:
-    """The rows of a clean commit."""
-    common.clean()
-    rows = [row(file) for file in files]
+def write(files: list[Path], root: Path = ROOT) -> str:
+    """The rows of a clean commit, in place of those of another."""
+    common.clean(root)
+    rows, to = [row(file, common.commit(root)) for file in files], root / RESULT
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    return f"{len(rows)} rows in {to}"
+    return f"{len(rows)} rows in {RESULT}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--python", type=Path, help="an interpreter with torch, to use the wheels with")
     parser.add_argument("--complete", action="store_true", help="the files have to be all that a release has")
     parser.add_argument("--glibc", type=int, metavar="N", help="the newest glibc 2.N that a wheel may need")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)} if all checks pass")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT} if all checks pass")
     options = parser.parse_args(arguments)
     files = sorted(options.files)
     done = [report("tree", common.clean)]

@@ -79,6 +79,8 @@ def test_kernels_in_cuda_are_data_of_every_wheel(checkout: Path) -> None:
             return {name for name in files.namelist() if "cuda/data" in name}
 
     assert build(checkout, MVKERNELS_REQUIRE_CUDA="1", **skip) == PURE and shipped() == wanted
+    # What was compiled elsewhere of these sources is shipped without a compiler; wheels are built so.
+    assert build(checkout, **skip | {"NVCC": "/nonexistent"}) == PURE and shipped() == wanted
     # Of other sources than these nothing is left over from before.
     (checkout / "csrc" / "cuda" / "one" / "first.cu").write_text("// other")
     assert build(checkout, **skip | {"NVCC": "/nonexistent"}) == PURE and not shipped()
