@@ -1,6 +1,7 @@
 """Importing is light, touches nothing, and works without the optional parts. Each case is a fresh interpreter."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,16 @@ def test_an_older_torch_is_told_what_the_extension_needs():
     done = python("import torch\ntorch.__version__ = '2.9.1'\n" + USE)
     assert done.returncode == 0, done.stderr
     assert "needs torch 2.10" in done.stdout
+    info = "from mvkernels.commands import cli\ncli.main(['info'])"
+    done = python("import torch\ntorch.__version__ = '2.9.1'\n" + info)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("C++ extension: "))
+    used = [name for name in (ROOT / "release/torch_symbols.txt").read_text().split("\n") if name and name[0] != "#"]
+    assert line == (
+        "C++ extension: not available: the C++ extension needs torch 2.10 or newer: the C interface of torch 2.9.1 "
+        f"lacks 8 of the {len(used)} functions that it uses; "
+        "install torch>=2.10, until then the reference and Triton run"
+    )
+    assert re.search(r"^patch_attention +cpu +reference +yes$", done.stdout, re.MULTILINE)
 
 
 def test_import_is_light():

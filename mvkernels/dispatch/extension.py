@@ -12,7 +12,8 @@ import torch
 # The contract between this Python code and the compiled ops (their schemas). Raised together with
 # kInterface in csrc/cpu/register.cpp, so that a stale build is refused and not misread.
 INTERFACE = 14
-# The first torch whose stable C interface has parallel_for.
+# The first torch whose stable C interface has all functions that the extension uses. 2.9 lacks torch_library_impl,
+# torch_parallel_for, torch_get_num_threads and the five for lists, of those in release/torch_symbols.txt.
 MINIMUM_TORCH = (2, 10)
 
 
@@ -20,7 +21,10 @@ def _load() -> tuple[ModuleType | None, str]:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         wanted = ".".join(map(str, MINIMUM_TORCH))
-        return None, f"the C++ extension needs torch {wanted} or newer, but torch is {torch.__version__}"
+        return None, (
+            f"the C++ extension needs torch {wanted} or newer: the C interface of torch {torch.__version__} lacks 8 of "
+            f"the 26 functions that it uses; install torch>={wanted}, until then the reference and Triton run"
+        )
     try:
         module = importlib.import_module("mvkernels._C")
     except ModuleNotFoundError:
