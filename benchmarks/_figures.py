@@ -166,7 +166,7 @@ def means(rows: list[Row], first: str, others: list[str], skipped: int) -> list[
 
 def machines(results: Path) -> list[Path]:
     """The folders of processors; GPUs have a page of their own."""
-    others = ("audit", "digits", "neon", "ptx")
+    others = ("audit", "digits", "neon", "ptx", "release")
     found = sorted(path for path in results.glob("*") if path.is_dir() and path.name not in others)
     return [path for path in found if "-sm-" not in path.name and any(path.glob("*.csv"))]
 

@@ -1,5 +1,5 @@
-"""Writes docs/performance.md, docs/performance/, docs/gpu.md and tables of docs/numerics.md and docs/kernels.md from
-the files of benchmarks/results.
+"""Writes docs/performance.md, docs/performance/, docs/gpu.md and tables of docs/numerics.md, docs/kernels.md and
+docs/compatibility.md from the files of benchmarks/results.
 
 ``--check`` changes nothing and exits with 1 if the pages are not what the files say.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import _figures
 import _gpu_page
 import _prediction_page
+import _release_page
 from _figures import MODE, OPS, RESULTS, ROOT, Row, files_are, geomean, machines, op_table, read, where
 from parts import NAMES as SHARES
 
@@ -323,12 +324,14 @@ def block(name: str, results: Path) -> str:
 def pages(results: Path) -> dict[Path, str]:
     """Every page, and what is to stand in it."""
     docs = ROOT / "docs"
-    numerics, kernels = docs / "numerics.md", docs / "kernels.md"
+    numerics, kernels, compatibility = (docs / f"{name}.md" for name in ("numerics", "kernels", "compatibility"))
+    of_release = {"wheels": _release_page.wheels(results), "matrix": _release_page.matrix(results)}
     return {
         **{docs / name: page for name, page in performance(results).items()},
         docs / "gpu.md": _gpu_page.page(results),
         numerics: filled(numerics.read_text(), {name: block(name, results) for name in BLOCKS}),
         kernels: filled(kernels.read_text(), {"predictions": _prediction_page.block(results)}),
+        compatibility: filled(compatibility.read_text(), of_release),
     }
 
 

@@ -110,6 +110,32 @@ def test_a_page_that_is_stale_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     assert pages.main() == 1
 
 
+def test_the_tables_of_wheels_are_those_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _figures
+    import _release_page
+
+    from release import check, matrix
+
+    assert "make release-check" in _release_page.wheels(tmp_path)
+    assert "release.matrix" in _release_page.matrix(tmp_path)
+    (tmp_path / "release").mkdir()
+    lines = [",".join(check.COLUMNS), "a.whl,1250000,12000000,cp310-abi3-x,2026-01-01,abc,g++ 12,2.10.0"]
+    (tmp_path / "release/wheels.csv").write_text(
+        "\n".join([*lines, "a.tar.gz,2000000,12000000,,2026-01-01,abc,,"]) + "\n"
+    )
+    text = _release_page.wheels(tmp_path)
+    assert "2026-01-01, commit `abc`, built by g++ 12 beside torch 2.10.0. Each may have 12 MB." in text
+    assert "| `a.whl` | cp310-abi3-x | 1.25 |" in text and "| `a.tar.gz` | source | 2.00 |" in text
+    lines = [",".join(matrix.COLUMNS), "3.10.1,2.10.0,avx2,9,1,2,5,0,yes,tests fail,2026-01-01,abc,a.whl"]
+    lines.append("3.13,2.9.1,,,,,,,,not to be had: no Python 3.13,2026-01-01,abc,a.whl")
+    (tmp_path / "release/matrix.csv").write_text("\n".join(lines) + "\n")
+    text = _release_page.matrix(tmp_path)
+    assert "| 3.10.1 | 2.10.0 | avx2 | 9 | 1 | 2 | 5 passed, 0 failed | tests fail, not all ran in the time |" in text
+    assert "| 3.13 | 2.9.1 | – | – | – | – | – | not to be had: no Python 3.13 |" in text
+    assert _figures.machines(tmp_path) == []  # no processor was measured there
+
+
 def test_the_call_overhead_is_a_table_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mvkernels.bench.timing._repeats", lambda *_: 1)  # what the times are is all the same
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
