@@ -73,6 +73,19 @@ def symbols(library: Path, allowed: set[str]) -> str:
     return f"{len(of_torch)} of torch, all known of the oldest"
 
 
+def standalone(library: Path) -> str:
+    """Nothing of torch and nothing of Python: it is loaded where neither is."""
+    with library.open("rb") as file:
+        macos = macho.is_one(file.read(4))
+    libraries, found = macho.asked(library) if macos else (needed(library), undefined(library))
+    if other := sorted(name for name in found if OF_TORCH.fullmatch(name) or re.match(r"_?Py", name)):
+        raise Failed(f"{library.name} asks for torch or Python: {', '.join(other[:5])}")
+    known = OF_MACOS if macos else LIBRARIES - {"libtorch_cpu.so"}
+    if other := sorted(name for name in libraries - known if not LOADER.fullmatch(name)):
+        raise Failed(f"{library.name} needs other libraries: {', '.join(other)}")
+    return f"{library.name} asks for neither torch nor Python"
+
+
 def _symbols_of_macos(library: Path, allowed: set[str]) -> str:
     """No symbol has a version there, so of C++ only names inside torch can be told from those of its library."""
     libraries, found = macho.asked(library)

@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from release import binary, common, contents, installed
@@ -45,10 +46,13 @@ def tool(module: str, *arguments: str) -> str:
     return last or "no objection"
 
 
-def of_extension(wheel: Path, check: Callable[..., object], *arguments: object) -> object:
-    """What a check of the extension's file in a wheel finds."""
+def of_file(name: str, wheel: Path, check: Callable[..., object], *arguments: object) -> object:
+    """What a check of a file in a wheel finds."""
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as files:
-        return check(Path(files.extract("mvkernels/_C.abi3.so", folder)), *arguments)
+        return check(Path(files.extract(f"mvkernels/{name}", folder)), *arguments)
+
+
+of_extension = partial(of_file, "_C.abi3.so")
 
 
 def kernels(wheel: Path) -> str:
@@ -71,6 +75,7 @@ def checked(file: Path, version: str, python: Path | None, glibc: int | None) ->
     done.append(report("tag", contents.tag, file, glibc))
     if not contents.is_pure(file):
         done.append(report("symbols", of_extension, file, binary.symbols, binary.listed()))
+        done.append(report("onnxruntime", of_file, "libmvkernels_onnxruntime.so", file, binary.standalone))
         done.append(report("kernels", kernels, file))
         done.append(report("abi3", tool, "abi3audit", "--strict", str(file)))
     if python is not None:

@@ -38,6 +38,7 @@ KINDS = {
         "every",
     ),
     EXTENSION: (r"mvkernels/_C\.abi3\.so", "platform"),
+    "ops for ONNX Runtime": (r"mvkernels/libmvkernels_onnxruntime\.so", "platform"),
     "the licence": (r"mvkernels-[^/]+\.dist-info/licenses/LICENSE", "every"),
     "metadata": (r"mvkernels-[^/]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|top_level\.txt)", "every"),
     "bills of materials": (r"mvkernels-[^/]+\.dist-info/sboms/[^/]+\.json", "none"),

@@ -36,6 +36,8 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "python" / "mvmodels" / "__init__.py").touch()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "register.cpp").write_text(MODULE)
+    (tmp_path / "csrc" / "onnxruntime").mkdir()
+    (tmp_path / "csrc" / "onnxruntime" / "register.cpp").touch()
     return tmp_path
 
 
@@ -96,7 +98,8 @@ def test_kernels_in_cuda_are_data_of_every_wheel(checkout: Path) -> None:
 )
 def test_a_wheel_without_kernels_says_so(checkout: Path, environment: dict[str, str]) -> None:
     # What an editable install leaves in the package is no part of a wheel.
-    (checkout / "mvkernels" / "_C.abi3.so").touch()
+    for left in ("_C.abi3.so", "libmvkernels_onnxruntime.so"):
+        (checkout / "mvkernels" / left).touch()
     assert build(checkout, **environment) == PURE
     compiled, about = contents(checkout, PURE)
     assert compiled == [] and "Root-Is-Purelib: true" in about and "Tag: py3-none-any" in about
@@ -108,7 +111,10 @@ def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> 
     name = build(checkout, MVKERNELS_REQUIRE_EXT="1")
     assert name.startswith(f"mvkernels-{__version__}-cp310-abi3-linux_")
     compiled, about = contents(checkout, name)
-    assert compiled == ["mvkernels/_C.abi3.so"] and "Root-Is-Purelib: false" in about
+    assert (
+        compiled == ["mvkernels/_C.abi3.so", "mvkernels/libmvkernels_onnxruntime.so"]
+        and "Root-Is-Purelib: false" in about
+    )
     # A later build in the same folder that fails does not ship the kernels of this one.
     (checkout / "csrc" / "cpu" / "register.cpp").write_text("#error\n")
     assert build(checkout) == PURE

@@ -17,6 +17,7 @@ ABOUT = "mvkernels-1.0.0.dist-info"
 FILES = {
     "mvkernels/__init__.py": "", "mvkernels/py.typed": "", "mvmodels/py.typed": "", "mvkernels/configs/a.json": "",
     "mvkernels/cuda/predicted.json": "", "mvkernels/cuda/data/manifest.json": "", "mvkernels/_C.abi3.so": "",
+    "mvkernels/libmvkernels_onnxruntime.so": "",
     f"{ABOUT}/licenses/LICENSE": "MIT", f"{ABOUT}/METADATA": "License-Expression: MIT\nLicense-File: LICENSE\n",
     f"{ABOUT}/WHEEL": "Root-Is-Purelib: false\nTag: cp310-abi3-manylinux_2_28_x86_64\n",
 }  # fmt: skip
@@ -182,6 +183,18 @@ def mach_o(path: Path, libraries: list[str], undefined: list[str], processor: in
     header = macho.MAGIC + struct.pack("<IIIIIII", processor, 0, 6, len(libraries) + 1, len(commands), 0, 0)
     path.write_bytes(header + commands + table + strings)
     return path
+
+
+def test_a_library_that_stands_alone(tmp_path: Path) -> None:
+    system = "/usr/lib/libSystem.B.dylib"
+    assert "neither" in binary.standalone(mach_o(tmp_path / "lib.so", [system], ["memcpy"]))
+    for libraries, used, reason in (
+        ([system], ["PyList_New"], "torch or Python: PyList_New"),
+        ([system], ["torch_list_size"], "torch or Python: torch_list_size"),
+        ([system, "@rpath/libtorch_cpu.dylib"], ["memcpy"], "needs other libraries: @rpath"),
+    ):
+        with pytest.raises(common.Failed, match=reason):
+            binary.standalone(mach_o(tmp_path / "lib.so", libraries, used))
 
 
 def test_what_a_binary_for_macos_asks_for(tmp_path: Path) -> None:
