@@ -1,5 +1,5 @@
-"""Builds the optional C++ extension ``mvkernels._C``, and the same kernels as a library of custom ops of ONNX Runtime;
-everything else is in pyproject.toml.
+"""Builds the optional C++ extension ``mvkernels._C``, the same kernels as a library of custom ops of ONNX Runtime and,
+where the package executorch is installed, as a library of kernels of ExecuTorch; everything else is in pyproject.toml.
 
 The extension uses only torch's stable C interface (torch >= 2.10) and Python's limited API, so one
 binary serves several versions of both. Each kernel source is compiled once per instruction set and
@@ -17,6 +17,8 @@ and for the first, which every processor has.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -34,11 +36,17 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for of in ("cpu", "onnxruntime") for p in (ROOT / "csrc" / of).rglob("*.h"))
+HEADERS = sorted(
+    str(p.relative_to(ROOT)) for of in ("cpu", "onnxruntime", "executorch") for p in (ROOT / "csrc" / of).rglob("*.h")
+)
 REGISTER = "csrc/cpu/register.cpp"
 # The same kernels for ONNX Runtime: a library of its own, that needs neither torch nor Python.
 ONNXRUNTIME = "csrc/onnxruntime/register.cpp"
 ONNXRUNTIME_LIBRARY = "libmvkernels_onnxruntime.so"
+# And for ExecuTorch: it links to the libraries of its package, whose headers are in there too.
+EXECUTORCH = "csrc/executorch/register.cpp"
+EXECUTORCH_LIBRARY = "libmvkernels_executorch.so"
+EXECUTORCH_LINKS = ("libexecutorch.so", "libexecutorch_threadpool.so")
 TORCH_TARGET = "0x020a000000000000"  # the oldest torch the binary runs on: 2.10
 MEMORY_OF_A_COMPILER = 2 << 30
 
@@ -89,6 +97,17 @@ def chosen(isas: dict[str, list[str]], wanted: str) -> list[str]:
             f"mvkernels: MVKERNELS_BUILD_ISAS: no {unknown!r}, want 'all', 'native' or some of {', '.join(isas)}"
         )
     return [name for number, name in enumerate(isas) if name in names or number == 0]
+
+
+def executorch() -> Path | None:
+    """The installed package executorch, if it has what its kernels are built with: from 1.5 on, and on Linux."""
+    found = importlib.util.find_spec("executorch")
+    for folder in (found and found.submodule_search_locations) or []:
+        package = Path(folder)
+        needed = [package / "include/executorch", *(package / "lib" / name for name in EXECUTORCH_LINKS)]
+        if all(each.exists() for each in needed):
+            return package
+    return None
 
 
 class BuildExtension(build_ext):
@@ -186,19 +205,54 @@ class BuildExtension(build_ext):
         self.compiler.link_shared_object(
             [*register, *objects], self.get_ext_fullpath(ext.name), target_lang="c++", **linked
         )
-        self.compiler.link_shared_object([*onnxruntime, *objects], self._onnxruntime(ext), target_lang="c++")
+        self.compiler.link_shared_object(
+            [*onnxruntime, *objects], self._beside(ext, ONNXRUNTIME_LIBRARY), target_lang="c++"
+        )
+        self._build_executorch(ext, objects, [*flags, *define, "-Wno-unused-function"])
 
-    def _onnxruntime(self, ext: Extension) -> str:
-        return str(Path(self.get_ext_fullpath(ext.name)).with_name(ONNXRUNTIME_LIBRARY))
+    def _build_executorch(self, ext: Extension, objects: list[str], flags: list[str]) -> None:
+        """Left out where it cannot be built: everything else works without it."""
+        library = self._beside(ext, EXECUTORCH_LIBRARY)
+        Path(library).unlink(missing_ok=True)
+        package = executorch()
+        if package is None:
+            return
+        try:
+            # As its own cmake/executorch-config.cmake says.
+            its = ["-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_EVENT_TRACER_ENABLED"]
+            for folder in ("include", "include/executorch/runtime/core/portable_type/c10"):
+                its += ["-isystem", str(package / folder)]
+            its.append(f'-DMVK_EXECUTORCH="{importlib.metadata.version("executorch")}"')
+            found = self.compiler.compile(
+                [EXECUTORCH],
+                str(Path(self.build_temp) / "executorch"),
+                include_dirs=["csrc/cpu"],
+                extra_postargs=[*flags, *its],
+            )
+            # No rpath here either: `import executorch.runtime` has loaded what it links to before.
+            links = [f"-L{package / 'lib'}", *(f"-l:{name}" for name in EXECUTORCH_LINKS)]
+            self.compiler.link_shared_object([*found, *objects], library, extra_postargs=links, target_lang="c++")
+        except Exception as error:  # another version of its headers
+            if os.environ.get("MVKERNELS_REQUIRE_EXT") == "1":
+                raise
+            print(f"mvkernels: building without the kernels for ExecuTorch: {error}", file=sys.stderr)
+
+    def _beside(self, ext: Extension, library: str) -> str:
+        return str(Path(self.get_ext_fullpath(ext.name)).with_name(library))
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
         for ext in self.extensions:
-            built = Path(self.build_lib) / Path(*ext.name.split(".")).with_name(ONNXRUNTIME_LIBRARY)
-            shutil.copy(built, self._onnxruntime(ext))
+            for library in (ONNXRUNTIME_LIBRARY, EXECUTORCH_LIBRARY):
+                built = Path(self.build_lib) / Path(*ext.name.split(".")).with_name(library)
+                Path(self._beside(ext, library)).unlink(missing_ok=True)  # one that is not built any more
+                if built.exists():
+                    shutil.copy(built, self._beside(ext, library))
 
     def get_outputs(self) -> list[str]:
-        return [*super().get_outputs(), *map(self._onnxruntime, self.extensions)]
+        onnxruntime = [self._beside(ext, ONNXRUNTIME_LIBRARY) for ext in self.extensions]
+        executorch = [self._beside(ext, EXECUTORCH_LIBRARY) for ext in self.extensions]
+        return [*super().get_outputs(), *onnxruntime, *(path for path in executorch if Path(path).exists())]
 
     def _compiler_version(self) -> str:
         command = getattr(self.compiler, "compiler_cxx", None) or ["c++"]
@@ -245,11 +299,10 @@ class Wheel(bdist_wheel):
             self.root_is_pure = True
 
 
+sources = [REGISTER, ONNXRUNTIME, EXECUTORCH, *KERNELS]
 skip = os.environ.get("MVKERNELS_SKIP_EXT") == "1" or sys.platform == "win32"
 setup(
-    ext_modules=[]
-    if skip
-    else [Extension("mvkernels._C", [REGISTER, ONNXRUNTIME, *KERNELS], py_limited_api=True, depends=HEADERS)],
+    ext_modules=[] if skip else [Extension("mvkernels._C", sources, py_limited_api=True, depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "bdist_wheel": Wheel},
     options={} if skip else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

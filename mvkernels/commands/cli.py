@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--fused",
         action="store_true",
-        help="keep this library's ops as single nodes, for a runtime that loads its kernels (onnx)",
+        help="keep this library's ops as single nodes, for a runtime that loads its kernels (onnx, executorch)",
     )
     export.add_argument("--pretrained", action="store_true", help="download weights (default: random weights)")
     export.add_argument("--threads", type=_positive, default=1, help="CPU threads of the runtime (default 1)")

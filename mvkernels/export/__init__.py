@@ -1,9 +1,9 @@
 """Export of models to other runtimes: torch.export, ONNX, ExecuTorch, OpenVINO, Core ML.
 
 During an export the ops run their reference implementations. So the exported graph has PyTorch ops only and runs where
-mvkernels is not installed. For ONNX Runtime the ops can stay single nodes instead (``fused``): it runs them with a
-library of this package's kernels. :func:`export_model` writes the file, runs it in the runtime of the target, and
-compares the result with the unswapped model in float64.
+mvkernels is not installed. For ONNX Runtime and ExecuTorch the ops can stay single nodes instead (``fused``): these
+runtimes run them with a library of this package's kernels. :func:`export_model` writes the file, runs it in the runtime
+of the target, and compares the result with the unswapped model in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from torch.export import Dim, ExportedProgram
 from mvkernels import files
 from mvkernels.dispatch.kept import keep_in_exports
 from mvkernels.export.nodes import NODES
-from mvkernels.export.targets import FUSED, TARGETS, Target, input_of, line_of, onnxruntime_library, quiet, require
+from mvkernels.export.targets import (
+    FUSED,
+    TARGETS,
+    Target,
+    executorch_library,
+    input_of,
+    line_of,
+    onnxruntime_library,
+    quiet,
+    register_executorch,
+    require,
+)
 from mvkernels.report import UsageError
 from mvkernels.swap import swap
 from mvkernels.testing import max_error
@@ -34,10 +45,12 @@ __all__ = [
     "Exported",
     "Logits",
     "Target",
+    "executorch_library",
     "export_model",
     "onnxruntime_library",
     "program",
     "quiet",
+    "register_executorch",
     "require",
 ]
 
@@ -141,7 +154,8 @@ def export_model(
             those of the example.
         swapped: True exports the swapped model, False the original.
         fused: whether the ops of this library stay single nodes of the graph, which run only where the runtime is given
-            the library's kernels: for "onnx" by :func:`onnxruntime_library`. False writes PyTorch's ops alone.
+            the library's kernels: for "onnx" those of :func:`onnxruntime_library`, for "executorch" those of
+            :func:`executorch_library`. False writes PyTorch's ops alone.
         threads: number of threads of the runtime that runs the file.
 
     Returns:

@@ -1,16 +1,16 @@
-"""Ops as single nodes of an ONNX graph, for a runtime that has kernels of this library.
+"""Ops as single nodes of an exported graph, for a runtime that has kernels of this library.
 
 An export that keeps ops (:func:`mvkernels.dispatch.kept.keep_in_exports`) has their C++ operators in its graph. These
-take maps of any strides, which ONNX does not have. Here each of them becomes a node of the domain ``mvkernels`` that
-takes the tensors its maps are views of, and says in attributes where the maps lie in them (:class:`Place`). The kernels
-then read queries, keys and values out of a product's result where it is.
+take maps of any strides, which such runtimes do not have. Here each of them becomes a node that takes the tensors its
+maps are views of, and numbers that say where the maps lie in them (:class:`Place`). The kernels then read queries, keys
+and values out of a product's result where it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -22,73 +22,110 @@ from mvkernels.export.views import Place, Values, is_dense, numbers, place
 
 DOMAIN, VERSION = "mvkernels", 1
 
-# The arguments of each operator, as csrc/onnxruntime/register.cpp has them: for a map a tensor and a Place, for
-# `channels` a map (B, C, H, W) that is read whole, and what has neither mark is an attribute.
+# The arguments of each operator, as csrc/cpu/placed_ops.h has them: `map` is a tensor and a Place, `channels` a map
+# (B, C, H, W) that is read whole, `optional` a tensor that may be left out, `list` are tensors.
 NODES: dict[str, tuple[str, str]] = {
     "patch_attention": (
         "patch_attention_forward",
-        "query:map key:map value:map patch_height patch_width bias:tensor scale",
+        "query:map key:map value:map patch_height:int patch_width:int bias:optional scale:float",
     ),
     "window_attention": (
         "window_attention_forward",
-        "query:map key:map value:map window_height window_width shift_y shift_x bias:tensor scale",
+        "query:map key:map value:map window_height:int window_width:int shift_y:int shift_x:int bias:optional "
+        "scale:float",
     ),
-    "relu_linear_attention": ("relu_linear_attention", "query:map key:map value:map eps"),
-    "multiscale_linear_attention": ("multiscale_linear_attention", "qkv:channels weights:list head_dim eps"),
-    "mobile_to_former": ("mobile_to_former_forward", "query:tensor x:map scale"),
-    "former_to_mobile": ("former_to_mobile_forward", "x:map key:tensor value:tensor scale residual"),
+    "relu_linear_attention": ("relu_linear_attention", "query:map key:map value:map eps:float"),
+    "multiscale_linear_attention": (
+        "multiscale_linear_attention",
+        "qkv:channels weights:list head_dim:int eps:float",
+    ),
+    "mobile_to_former": ("mobile_to_former_forward", "query:tensor x:map scale:float"),
+    "former_to_mobile": ("former_to_mobile_forward", "x:map key:tensor value:tensor scale:float residual:int"),
 }
 """By op: the operator, and its arguments in order."""
 
 
-def replace_operators(program: ExportedProgram) -> int:
-    """Put nodes of ``mvkernels`` in the place of the operators in a program's graph. Returns how many there are."""
-    known = {_operator(operator): (name, arguments.split()) for name, (operator, arguments) in NODES.items()}
+class Placed(NamedTuple):
+    """A tensor with a map in it, and where."""
+
+    tensor: Tensor
+    where: list[int] | int
+    """A :class:`Place`; of a map that is read whole, whether its channels are last."""
+
+
+Node = Callable[[str, dict[str, Any], tuple[Any, ...], torch.dtype], Tensor]
+"""Makes the node of an op, from its arguments by name (a tensor, Placed, a list, None, a number), the sizes of the
+result and its type."""
+
+
+def onnx_node(op: str, arguments: dict[str, Any], sizes: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """A node of the domain ``mvkernels``: what is no tensor is an attribute."""
+    tensors: list[Tensor] = []
+    attributes: dict[str, Any] = {}
+    for name, given in arguments.items():
+        if isinstance(given, Placed):
+            tensors.append(given.tensor)
+            attributes[name] = given.where
+        elif isinstance(given, list):
+            tensors += given
+        elif isinstance(given, Tensor):
+            tensors.append(given)
+        elif given is not None:
+            attributes[name] = given
+    found = torch.onnx.ops.symbolic(f"{DOMAIN}::{op}", tensors, attributes, dtype=dtype, shape=sizes, version=VERSION)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def replace_operators(program: ExportedProgram, make: Node) -> int:
+    """Put nodes in the place of the operators in a program's graph. Returns how many there are."""
+    known = {operator_of(op): op for op in NODES}
     module = program.graph_module
     found = [node for node in module.graph.nodes if node.target in known]
     if found:
         values = Values(module)
         for node in found:
-            _replace(node, *known[node.target], values)
+            _replace(node, known[node.target], values, make)
         _join_permutations(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
     return len(found)
 
 
-def _operator(name: str) -> Any:
-    namespace, operator = library.OPERATOR.format(backend="cpp", name=name).split("::")
+def operator_of(op: str) -> Any:
+    """The C++ operator of an op."""
+    namespace, operator = library.OPERATOR.format(backend="cpp", name=NODES[op][0]).split("::")
     return getattr(getattr(torch.ops, namespace), operator).default
 
 
 Take = Callable[..., Tensor]
 
 
-def _replace(node: fx.Node, op: str, arguments: list[str], values: Values) -> None:
+def _replace(node: fx.Node, op: str, values: Values, make: Node) -> None:
     inputs: list[fx.Node] = []
-    takes: list[tuple[int, int, Take]] = []
-    attributes: dict[str, Any] = {}
+    # By name: what makes the argument of those tensors among the inputs that are its own.
+    makers: dict[str, tuple[slice, Callable[..., Any]]] = {}
     first: Place | None = None
-    for argument, given in zip(arguments, node.args):
+    for argument, given in zip(NODES[op][1].split(), node.args):
         name, _, kind = argument.partition(":")
+        used: list[fx.Node] = []
+        maker: Callable[..., Any]
         if kind in ("map", "channels"):
             used, take, where = (_map if kind == "map" else _channels)(given, values)  # type: ignore[arg-type]
-            attributes[name] = list(where) if kind == "map" else where.channels_last
+            maker = _placed(take, list(where) if kind == "map" else where.channels_last)
             first = first or where
-            takes.append((len(inputs), len(used), take))
-            inputs += used
-        elif kind:
-            for each in given if kind == "list" else [given]:  # type: ignore[union-attr]
-                if each is not None:
-                    takes.append((len(inputs), 1, _same))
-                    inputs.append(each)  # type: ignore[arg-type]
+        elif kind == "list":
+            used, maker = list(given), lambda *tensors: list(tensors)  # type: ignore[arg-type]
+        elif isinstance(given, fx.Node):
+            used, maker = [given], _same
         else:
-            attributes[name] = int(given) if isinstance(given, bool) else given
+            maker = _constant(int(given) if kind == "int" else given)  # type: ignore[arg-type]
+        makers[name] = (slice(len(inputs), len(inputs) + len(used)), maker)
+        inputs += used
     out = values.of[node]
 
     def call(*tensors: Tensor) -> Tensor:
-        given = [take(*tensors[start : start + count]) for start, count, take in takes]
-        return _node(op, given, attributes, first, out)
+        return _made(op, {name: maker(*tensors[own]) for name, (own, maker) in makers.items()}, make, first, out)
 
     with values.mode, torch.no_grad():
         traced = make_fx(call)(*[values.of[each] for each in inputs])
@@ -104,6 +141,14 @@ def _replace(node: fx.Node, op: str, arguments: list[str], values: Values) -> No
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _placed(take: Take, where: list[int] | int) -> Callable[..., Placed]:
+    return lambda *tensors: Placed(take(*tensors), where)
 
 
 def _map(node: fx.Node, values: Values) -> tuple[list[fx.Node], Take, Place]:
@@ -142,23 +187,17 @@ def _channels(node: fx.Node, values: Values) -> tuple[list[fx.Node], Take, Place
     return [node], _same, whole._replace(channels_last=0)
 
 
-def _node(op: str, inputs: list[Tensor], attributes: dict[str, Any], like: Place | None, out: Tensor) -> Tensor:
+def _made(op: str, arguments: dict[str, Any], make: Node, like: Place | None, out: Tensor) -> Tensor:
     """The op's node, and its result as the operator gives it."""
-
-    def symbolic(*shape: Any) -> Tensor:
-        name = f"{DOMAIN}::{op}"
-        found = torch.onnx.ops.symbolic(name, inputs, attributes, dtype=out.dtype, shape=shape, version=VERSION)
-        assert isinstance(found, Tensor)
-        return found
-
-    given = inputs[0]
+    given = next(iter(arguments.values()))
     if op == "mobile_to_former":
-        return symbolic(*given.shape)
+        return make(op, arguments, tuple(given.shape), out.dtype)
     assert like is not None
     last = like.channels_last and like.next == 1
-    b, height, width = (given.shape[axis] for axis in ((0, 1, 2) if like.channels_last else (0, 2, 3)))
+    b, height, width = (given.tensor.shape[axis] for axis in ((0, 1, 2) if like.channels_last else (0, 2, 3)))
     heads, dim = map(int, out.shape[1:3]) if out.dim() == 5 else (1, int(out.shape[1]))
-    found = symbolic(b, height, width, heads * dim) if last else symbolic(b, heads * dim, height, width)
+    sizes = (b, height, width, heads * dim) if last else (b, heads * dim, height, width)
+    found = make(op, arguments, sizes, out.dtype)
     if out.dim() == 4:
         return found.permute(0, 3, 1, 2) if last else found
     return found.unflatten(-1, (heads, dim)).permute(0, 3, 4, 1, 2) if last else found.unflatten(1, (heads, dim))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
+import importlib.metadata
 import io
 import logging
 import warnings
@@ -35,6 +37,8 @@ class Target:
     """Whether dynamic sizes need an upper bound."""
     exact_suffix: bool = False
     """Whether the file must have this suffix."""
+    library: Callable[[], str] | None = None
+    """Path of this package's kernels for the runtime, where the file needs them; UsageError if they are not there."""
 
 
 def _write_torch(program: ExportedProgram, path: Path) -> dict[str, Any]:
@@ -57,9 +61,9 @@ def _write_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
 
 
 def _write_fused_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
-    from mvkernels.export.nodes import DOMAIN, replace_operators
+    from mvkernels.export.nodes import DOMAIN, onnx_node, replace_operators
 
-    fused = replace_operators(program)
+    fused = replace_operators(program, onnx_node)
     return {**_write_onnx(program, path), "domain": DOMAIN, "fused_nodes": fused, "library": onnxruntime_library()}
 
 
@@ -76,6 +80,54 @@ def onnxruntime_library() -> str:
     if not path.exists():
         raise UsageError(f"fused ops for ONNX Runtime: there is no {path.name} in this installation, it has no kernels")
     return str(path)
+
+
+def executorch_library() -> str:
+    """Path of this package's kernels for ExecuTorch on CPUs. The ops in it take float32.
+
+    It links to the shared libraries of ExecuTorch's package, and is for the version of it that was there when mvkernels
+    was built. In Python :func:`register_executorch` gives it to the runtime. An application that links to it calls
+    ``extern "C" const char* mvkernels_register_executorch()`` before it loads a method: it returns null, or a text that
+    says what is wrong.
+
+    Raises:
+        UsageError: the package was built without its C++ kernels, or where ExecuTorch was not installed.
+    """
+    path = Path(__file__).parents[1] / "libmvkernels_executorch.so"
+    if not path.exists():
+        raise UsageError(
+            f"fused ops for ExecuTorch: there is no {path.name} in this installation: "
+            "build mvkernels where executorch is installed, with pip install --no-build-isolation"
+        )
+    return str(path)
+
+
+def register_executorch() -> str:
+    """Give ExecuTorch's runtime in this process the kernels of :func:`executorch_library`. Returns the library's path.
+
+    It can be called again.
+
+    Raises:
+        UsageError: there is no library, or the installed ExecuTorch is not the one that it was built for.
+    """
+    path = executorch_library()
+    importlib.import_module("executorch.runtime")  # loads the libraries that this one links to
+    try:
+        kernels = ctypes.CDLL(path)
+    except OSError as error:
+        raise UsageError(f"fused ops for ExecuTorch: the kernels cannot be loaded: {line_of(error)}") from None
+    for function in (kernels.mvkernels_executorch_version, kernels.mvkernels_register_executorch):
+        function.argtypes, function.restype = (), ctypes.c_char_p
+    built, installed = kernels.mvkernels_executorch_version().decode(), importlib.metadata.version("executorch")
+    if installed != built:
+        raise UsageError(
+            f"fused ops for ExecuTorch: the kernels are built for executorch {built}, but {installed} is installed: "
+            "build mvkernels again"
+        )
+    wrong = kernels.mvkernels_register_executorch()
+    if wrong is not None:
+        raise UsageError(wrong.decode())
+    return path
 
 
 def _load_onnx(path: Path, threads: int, library: str | None = None) -> Callable[[Tensor], Tensor]:
@@ -107,6 +159,20 @@ def _load_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda image: torch.from_numpy(next(iter(request.infer([image.numpy()]).values())).copy())
+
+
+def _write_fused_executorch(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    library = register_executorch()  # before minutes of work
+    from mvkernels.export.nodes import DOMAIN, replace_operators
+    from mvkernels.export.operators import executorch_node
+
+    fused = replace_operators(program, executorch_node)
+    return {**_write_executorch(program, path), "domain": DOMAIN, "fused_nodes": fused, "library": library}
+
+
+def _load_fused_executorch(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    register_executorch()
+    return _load_executorch(path, threads)
 
 
 def _write_executorch(program: ExportedProgram, path: Path) -> dict[str, Any]:
@@ -176,6 +242,13 @@ FUSED = {
         TARGETS["onnx"],
         write=_write_fused_onnx,
         load=lambda path, threads: _load_onnx(path, threads, onnxruntime_library()),
+        library=onnxruntime_library,
+    ),
+    "executorch": replace(
+        TARGETS["executorch"],
+        write=_write_fused_executorch,
+        load=_load_fused_executorch,
+        library=executorch_library,
     ),
 }
 """The targets whose runtime can be given this library's ops, and then keeps them as single nodes."""
@@ -192,8 +265,8 @@ def require(target: str, fused: bool = False) -> Target:
     if fused and target not in FUSED:
         raise UsageError(f"{target} has no ops of this library, only these have: {', '.join(FUSED)}")
     found = (FUSED if fused else TARGETS)[target]
-    if fused:
-        onnxruntime_library()
+    if found.library is not None:
+        found.library()
     with quiet():
         for name in found.needs:
             try:
