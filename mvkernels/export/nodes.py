@@ -87,6 +87,7 @@ def replace_operators(program: ExportedProgram, make: Node) -> int:
         for node in found:
             _replace(node, known[node.target], values, make)
         _join_permutations(module.graph)
+        _drop_undone_views(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
     return len(found)
@@ -215,3 +216,19 @@ def _join_permutations(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(before.args[0])  # type: ignore[arg-type]
             else:
                 node.args = (before.args[0], joined)
+
+
+def _drop_undone_views(graph: fx.Graph) -> None:
+    """No view of a view that has the sizes of what both are views of: heads that are divided and joined again."""
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+
+    def sizes(node: fx.Node) -> list[str]:
+        return [str(size) for size in node.meta["val"].shape]
+
+    for node in graph.nodes:
+        before = node.args[0] if node.target in views else None
+        if isinstance(before, fx.Node) and before.target in views:
+            first = before.args[0]
+            if isinstance(first, fx.Node) and sizes(node) == sizes(first):
+                node.replace_all_uses_with(first)

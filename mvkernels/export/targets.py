@@ -162,11 +162,15 @@ def _load_openvino(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 def _write_fused_executorch(program: ExportedProgram, path: Path) -> dict[str, Any]:
-    library = register_executorch()  # before minutes of work
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+
     from mvkernels.export.nodes import DOMAIN, replace_operators
     from mvkernels.export.operators import executorch_node
 
+    library = register_executorch()  # before minutes of work
     fused = replace_operators(program, executorch_node)
+    # The weights of query, key and value are concatenated in the graph. XNNPACK takes only weights that are constants.
+    program = constant_prop_pass(program)
     return {**_write_executorch(program, path), "domain": DOMAIN, "fused_nodes": fused, "library": library}
 
 
