@@ -143,7 +143,7 @@ OPS = {
                 key.transpose(1, 2),
                 2 * key.transpose(1, 2),
                 residual=False,
-            )  # fmt: skip
+            )
         ),
         (random(1, 5, 7, 10), random(1, 3, 2, 5)),
     ),
@@ -184,10 +184,12 @@ def test_another_type_is_refused(tmp_path: Path) -> None:
         method(tmp_path / "op.pte")(*inputs)
 
 
-def test_an_export_is_run_and_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_export_is_run_and_compared(dynamic: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    found = export.export_model(randomise(Small()), IMAGE, "executorch", tmp_path / "small.pte", fused=True)
-    assert found.ok and found.checked == [[2, 3, 16, 24]]
+    model = randomise(Small())
+    found = export.export_model(model, IMAGE, "executorch", tmp_path / "small.pte", fused=True, dynamic=dynamic)
+    assert found.ok and found.checked == [[2, 3, 16, 24], [3, 3, 48, 88]][: 1 + dynamic]
     assert found.details["fused_nodes"] == 3 and found.details["library"] == export.executorch_library()
     ops = ("patch_attention", "mobile_to_former", "former_to_mobile")
     assert all(found.details["not_delegated"][f"mvkernels.{op}.default"] == 1 for op in ops)
