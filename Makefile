@@ -143,7 +143,7 @@ release-check: setup
 	mkdir -p $(RELEASE)/dist $(RELEASE)/unpacked && git clone --quiet . $(RELEASE)/source
 	test -x $(RELEASE)/tools/bin/python || $(PYTHON) -m venv $(RELEASE)/tools
 	$(RELEASE)/tools/bin/python -m pip --disable-pip-version-check install --quiet -r release/requirements.txt
-	cd $(RELEASE)/source && MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_EXT=1 MVKERNELS_REQUIRE_CUDA=1 \
+	cd $(RELEASE)/source && MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_EXT=1 MVKERNELS_REQUIRE_CUDA=1 MVKERNELS_SKIP_EXECUTORCH=1 \
 		$(abspath $(BIN))/python -m build --no-isolation --outdir $(RELEASE)/built
 	PATH="$(RELEASE)/tools/bin:$$PATH" $(RELEASE)/tools/bin/python -m auditwheel repair --exclude libtorch_cpu.so \
 		--wheel-dir $(RELEASE)/dist $(RELEASE)/built/*.whl

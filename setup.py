@@ -7,9 +7,10 @@ chosen at run time, never with -march=native, so what was built for all sets run
 
 Where there is nvcc, the kernels in CUDA C++ are compiled too, and shipped as data (csrc/cuda/compile.py).
 
-Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python, ``MVKERNELS_SKIP_CUDA=1`` leaves out CUDA C++, and with
-``MVKERNELS_REQUIRE_EXT=1`` or ``MVKERNELS_REQUIRE_CUDA=1`` what cannot be built is an error; ``MAX_JOBS`` bounds
-parallel compilers (by default what cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
+Environment: ``MVKERNELS_SKIP_EXT=1`` builds in pure Python, ``MVKERNELS_SKIP_CUDA=1`` leaves out CUDA C++,
+``MVKERNELS_SKIP_EXECUTORCH=1`` the library for ExecuTorch, and with ``MVKERNELS_REQUIRE_EXT=1`` or
+``MVKERNELS_REQUIRE_CUDA=1`` what cannot be built is an error; ``MAX_JOBS`` bounds parallel compilers (by default what
+cores and free memory allow); ``MVKERNELS_CXXFLAGS`` is appended to the flags.
 ``MVKERNELS_BUILD_ISAS`` says for which instruction sets to build: by default for those that this processor has,
 ``all`` for every one, as a wheel needs it, ``native`` for the best of this processor alone, ``avx2,avx512`` for these
 and for the first, which every processor has.
@@ -101,6 +102,8 @@ def chosen(isas: dict[str, list[str]], wanted: str) -> list[str]:
 
 def executorch() -> Path | None:
     """The installed package executorch, if it has what its kernels are built with: from 1.5 on, and on Linux."""
+    if os.environ.get("MVKERNELS_SKIP_EXECUTORCH") == "1":
+        return None
     found = importlib.util.find_spec("executorch")
     for folder in (found and found.submodule_search_locations) or []:
         package = Path(folder)

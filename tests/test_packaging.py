@@ -36,8 +36,9 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "python" / "mvmodels" / "__init__.py").touch()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "register.cpp").write_text(MODULE)
-    (tmp_path / "csrc" / "onnxruntime").mkdir()
-    (tmp_path / "csrc" / "onnxruntime" / "register.cpp").touch()
+    for host in ("onnxruntime", "executorch"):
+        (tmp_path / "csrc" / host).mkdir()
+        (tmp_path / "csrc" / host / "register.cpp").touch()
     return tmp_path
 
 
@@ -98,7 +99,7 @@ def test_kernels_in_cuda_are_data_of_every_wheel(checkout: Path) -> None:
 )
 def test_a_wheel_without_kernels_says_so(checkout: Path, environment: dict[str, str]) -> None:
     # What an editable install leaves in the package is no part of a wheel.
-    for left in ("_C.abi3.so", "libmvkernels_onnxruntime.so"):
+    for left in ("_C.abi3.so", "libmvkernels_onnxruntime.so", "libmvkernels_executorch.so"):
         (checkout / "mvkernels" / left).touch()
     assert build(checkout, **environment) == PURE
     compiled, about = contents(checkout, PURE)
@@ -108,7 +109,7 @@ def test_a_wheel_without_kernels_says_so(checkout: Path, environment: dict[str, 
 @pytest.mark.core
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
 def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> None:
-    name = build(checkout, MVKERNELS_REQUIRE_EXT="1")
+    name = build(checkout, MVKERNELS_REQUIRE_EXT="1", MVKERNELS_SKIP_EXECUTORCH="1")
     assert name.startswith(f"mvkernels-{__version__}-cp310-abi3-linux_")
     compiled, about = contents(checkout, name)
     assert (
@@ -119,6 +120,35 @@ def test_a_wheel_with_kernels_says_so_and_leaves_none_behind(checkout: Path) -> 
     (checkout / "csrc" / "cpu" / "register.cpp").write_text("#error\n")
     assert build(checkout) == PURE
     assert contents(checkout, PURE)[0] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("c++"), reason="needs a compiler")
+def test_kernels_for_executorch_are_built_where_it_is(checkout: Path) -> None:
+    """With a package that has no more than a build looks for."""
+    package = checkout / "elsewhere" / "executorch"
+    (package / "include" / "executorch").mkdir(parents=True)
+    (package / "lib").mkdir()
+    for library in ("libexecutorch.so", "libexecutorch_threadpool.so"):
+        command = ["c++", "-shared", "-x", "c++", os.devnull, "-o", str(package / "lib" / library)]
+        subprocess.run(command, check=True)
+    about = package.parent / "executorch-9.8.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: executorch\nVersion: 9.8\n")
+    source = checkout / "csrc" / "executorch" / "register.cpp"
+    source.write_text('extern "C" const char* version() { return MVK_EXECUTORCH; }\n')
+    here = {"PYTHONPATH": str(package.parent)}
+    name, library = build(checkout, MVKERNELS_REQUIRE_EXT="1", **here), "mvkernels/libmvkernels_executorch.so"
+    assert library in contents(checkout, name)[0]
+    with zipfile.ZipFile(checkout / "dist" / name) as files:
+        assert b"9.8\0" in files.read(library)
+    # Headers of another version: everything else is built, and what was built before is not shipped.
+    source.write_text("#error\n")
+    assert contents(checkout, build(checkout, **here))[0] == [
+        "mvkernels/_C.abi3.so",
+        "mvkernels/libmvkernels_onnxruntime.so",
+    ]
+    with pytest.raises(subprocess.CalledProcessError):
+        build(checkout, MVKERNELS_REQUIRE_EXT="1", **here)
 
 
 def test_a_source_distribution_is_called_the_same(checkout: Path) -> None:

@@ -65,7 +65,7 @@ def call(op: str, values: Mapping[str, Any], threads: int = 1) -> Tensor:
         elif kind == "list":
             for number, each in enumerate(value):
                 add(f"{name}{number}", each)
-        elif kind:
+        elif kind in ("tensor", "optional"):
             if value is not None:
                 add(name, value)
         else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,16 @@ from tests.swap.conftest import randomise
 
 
 @pytest.fixture(autouse=True)
-def _executorch() -> None:
+def _executorch() -> Iterator[None]:
+    """Fresh buffers are full of NaN in the kernels."""
     pytest.importorskip("executorch.runtime")
     if extension.module is None or sys.platform != "linux":
         pytest.skip("needs the C++ extension, on Linux")
     # Not skipped without the library: it is built with the extension where ExecuTorch is installed before.
+    library = ctypes.CDLL(export.register_executorch())
+    library.mvkernels_set_poison(1)
+    yield
+    library.mvkernels_set_poison(0)
 
 
 class Calls(nn.Module):
