@@ -166,38 +166,30 @@ class BuildExtension(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         (build / "build_info.h").write_text(f"#define MVK_BUILD_INFO {quoted}\n")
 
-        units = [(source, isa, [*isas[isa], f"-DMVK_ISA={isa}"]) for source in KERNELS for isa in isas]
-        includes = ["csrc/cpu", str(build), *ext.include_dirs]
         stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY", "-DPy_LIMITED_API=0x030a0000"]
-
-        def compile_kernel(unit: tuple[str, str, list[str]]) -> list[str]:
-            source, isa, isa_flags = unit
-            return self.compiler.compile(
-                [source], str(build / isa), include_dirs=["csrc/cpu"], extra_postargs=[*flags, *isa_flags]
-            )
-
-        def compile_register(_: object) -> list[str]:
-            return self.compiler.compile(
-                [REGISTER],
-                str(build / "register"),
-                include_dirs=[*includes, *include_paths()],
-                extra_postargs=[*flags, *define, *stable],
-            )
-
-        def compile_onnxruntime(_: object) -> list[str]:
+        work = [
+            (REGISTER, "register", [str(build), *ext.include_dirs, *include_paths()], [*define, *stable]),
             # It has no use for the backwards, which stand in the same headers.
+            (ONNXRUNTIME, "onnxruntime", [], [*define, "-Wno-unused-function"]),
+            *((source, isa, [], [*isas[isa], f"-DMVK_ISA={isa}"]) for source in KERNELS for isa in isas),
+        ]
+
+        def compiled(unit: tuple[str, str, list[str], list[str]]) -> list[str]:
+            source, folder, includes, more = unit
             return self.compiler.compile(
-                [ONNXRUNTIME],
-                str(build / "onnxruntime"),
-                include_dirs=["csrc/cpu"],
-                extra_postargs=[*flags, *define, "-Wno-unused-function"],
+                [source],
+                str(build / folder),
+                include_dirs=["csrc/cpu", *includes],
+                extra_postargs=[*flags, *more],
             )
 
-        with ThreadPoolExecutor(jobs()) as pool:
-            hosts = [pool.submit(compile_register, None), pool.submit(compile_onnxruntime, None)]
-            work = [pool.submit(compile_kernel, u) for u in units]
-            objects = [name for job in work for name in job.result()]
-            register, onnxruntime = (job.result() for job in hosts)
+        if jobs() == 1:  # and no thread: emulated processors start no programs reliably once there was one
+            found = [compiled(unit) for unit in work]
+        else:
+            with ThreadPoolExecutor(jobs()) as pool:
+                found = list(pool.map(compiled, work))
+        register, onnxruntime, *kernels = found
+        objects = [name for names in kernels for name in names]
         # By name only, no rpath: `import torch` has loaded libtorch_cpu before. On macOS not even by name, which would
         # have a path in it: there what is undefined is looked up among all that is loaded, as Python's own functions.
         linked = (

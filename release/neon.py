@@ -97,6 +97,7 @@ def build() -> None:
         "LDSHARED": "aarch64-linux-gnu-gcc -shared",
         "LDCXXSHARED": "aarch64-linux-gnu-g++ -shared",
         "CPATH": f"{include}:{include}/python3.11",
+        "MAX_JOBS": "1",
     }
     where = [f"--build-temp={PLACE}/objects", f"--build-lib={PLACE}/lib"]
     settings.update(emulated(CPU))
