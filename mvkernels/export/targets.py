@@ -108,10 +108,13 @@ def register_executorch() -> str:
     It can be called again.
 
     Raises:
-        UsageError: there is no library, or the installed ExecuTorch is not the one that it was built for.
+        UsageError: there is no library or no ExecuTorch, or it is not the one that the library was built for.
     """
     path = executorch_library()
-    importlib.import_module("executorch.runtime")  # loads the libraries that this one links to
+    try:
+        importlib.import_module("executorch.runtime")  # loads the libraries that this one links to
+    except ModuleNotFoundError as error:
+        raise UsageError(f"fused ops for ExecuTorch: there is no {error.name}: pip install executorch") from None
     try:
         kernels = ctypes.CDLL(path)
     except OSError as error:

@@ -6,6 +6,7 @@ import copy
 import ctypes
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -124,6 +125,8 @@ def scales(last: bool, biased: bool) -> Callable[..., Tensor]:
 # A scale of 3 x 3 over two heads of 4.
 SCALE = (random(24, 1, 3, 3), random(24, 4, 1, 1), random(24))
 
+SLOPE = random(1, 30, 5, 7)
+
 OPS = {
     "patch_attention of a linear layer": (Calls(patch(packed_last)), (random(2, 7, 11, 30),)),
     "patch_attention of a convolution": (Calls(patch(packed_first)), (random(1, 30, 5, 7),)),
@@ -204,7 +207,7 @@ def test_an_export_is_run_and_compared(dynamic: bool, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nodes"),
-    [("transformers:mobilevit_xxs", 9), ("mvmodels:efficientvit_b0", 4), ("mvmodels:mobile_former_26m", 16)],
+    [("transformers:mobilevit_xxs", 9), ("mvmodels:efficientvit_b0", 4), ("mvmodels:mobile_former_26m", 17)],
 )
 def test_a_model_exported_with_its_ops(name: str, nodes: int, tmp_path: Path) -> None:
     from mvkernels import third_party
@@ -244,6 +247,46 @@ def test_several_threads_share_one_head(tmp_path: Path) -> None:
     command = [sys.executable, "-c", THREADS, str(tmp_path / "op.pte"), str(tmp_path / "values.pt")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+APPLICATION = """
+#include <executorch/extension/module/module.h>
+#include <executorch/extension/tensor/tensor.h>
+#include <cstdio>
+extern "C" const char* mvkernels_register_executorch();
+int main(int, char** arguments) {
+  if (mvkernels_register_executorch()) return 2;
+  executorch::extension::Module model(arguments[1]);
+  auto image = executorch::extension::ones({1, 30, 5, 7});
+  const auto found = model.forward(image);
+  if (!found.ok()) return 3;
+  const auto out = found->at(0).toTensor();
+  for (ssize_t i = 0; i < out.numel(); ++i) std::printf("%.9g\\n", out.const_data_ptr<float>()[i]);
+}
+"""
+
+
+def test_an_application_without_python(tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    import executorch.runtime
+
+    model = Calls(patch(lambda x: packed_first(x * SLOPE)))
+    written(model, (torch.ones(1, 30, 5, 7),), tmp_path / "op.pte")
+    (tmp_path / "main.cpp").write_text(APPLICATION)
+    package, ours = Path(executorch.runtime.__file__).parents[1], Path(export.executorch_library())
+    flags = ["-std=c++17", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-DET_EVENT_TRACER_ENABLED"]
+    flags += [f"-I{package / 'include'}", f"-I{package / 'include/executorch/runtime/core/portable_type/c10'}"]
+    libraries = ("executorch", "executorch_threadpool", "executorch_kernels_optimized", "executorch_backend_xnnpack")
+    link = ["-Wl,--no-as-needed", f"-L{package / 'lib'}", *(f"-l{name}" for name in libraries), str(ours)]
+    link += [f"-Wl,-rpath,{package / 'lib'}:{ours.parent}"]
+    line = [compiler, *flags, str(tmp_path / "main.cpp"), *link, "-o", str(tmp_path / "main")]
+    subprocess.run(line, check=True)
+    done = subprocess.run([tmp_path / "main", tmp_path / "op.pte"], capture_output=True, text=True, check=True)
+    found = torch.tensor([float(each) for each in done.stdout.split()])
+    expected = reference(model, (torch.ones(1, 30, 5, 7),)).flatten()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 def test_an_unknown_instruction_set_is_told() -> None:
