@@ -131,7 +131,7 @@ hub:
 	$(PYTHON) -m release.hub
 
 wheel: setup
-	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 $(BIN)/python -m build --no-isolation
+	MVKERNELS_BUILD_ISAS=all MVKERNELS_REQUIRE_CUDA=1 MVKERNELS_SKIP_EXECUTORCH=1 $(BIN)/python -m build --no-isolation
 
 # Builds from what is committed, in a clone, and checks what would be published: the source, the wheel as auditwheel
 # names it for this machine's glibc, and the pure one, which is built from the source. The CUDA kernels are compiled once.
