@@ -96,6 +96,11 @@ struct Api {
       const KernelInfo* info, const char* name, int64_t* out, size_t* count) const {
     return at<Status*(const KernelInfo*, const char*, int64_t*, size_t*)>(163)(info, name, out, count);
   }
+  // `constant` is 0 if the input is left out, or no initializer.
+  Status* KernelInfoGetConstantInput_tensor(
+      const KernelInfo* info, size_t index, int* constant, const Value** out) const {
+    return at<Status*(const KernelInfo*, size_t, int*, const Value**)>(249)(info, index, constant, out);
+  }
   Status* KernelContext_GetAllocator(const KernelContext* context, const MemoryInfo* info, Allocator** out) const {
     return at<Status*(const KernelContext*, const MemoryInfo*, Allocator**)>(253)(context, info, out);
   }

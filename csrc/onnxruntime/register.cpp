@@ -8,6 +8,9 @@
 // The ops, after their host.
 #include "placed_ops.h"
 
+// An op that keeps what it made of its weights.
+#include "inverted_residual.h"
+
 namespace mvk {
 namespace {
 
@@ -67,45 +70,16 @@ Kernel* create(const Op& op, const ort::Api* api, const ort::KernelInfo* info) {
   return kernel.release();
 }
 
-// The elements of an input, contiguous as ONNX Runtime has them; nothing if it is left out.
+// An input; nothing if it is left out.
 Tensor input(const Kernel& kernel, size_t index) {
   const ort::Value* value = nullptr;
-  const ort::Api& api = *kernel.api;
-  check(&api, api.KernelContext_GetInput(call->context, index, &value));
-  if (!value) return Tensor();
-  ort::TensorInfo* info;
-  check(&api, api.GetTensorTypeAndShape(value, &info));
-  size_t dim = 0;
-  int type = 0;
-  int64_t sizes[Tensor::kMostAxes], strides[Tensor::kMostAxes];
-  bool known = !api.GetDimensionsCount(info, &dim) && !api.GetTensorElementType(info, &type) && dim >= 1 &&
-               dim <= size_t(Tensor::kMostAxes) && type == ort::kFloat;
-  known = known && !api.GetDimensions(info, sizes, dim);
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  if (!known) refuse(*kernel.op->placed, "an input has a type or a number of axes that no input of the op has");
-  int64_t step = 1;
-  for (size_t i = dim; i--;) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
-  void* data;
-  check(&api, api.GetTensorMutableData(value, &data));
-  return Tensor(data, sizes, strides, int64_t(dim), float32());
+  check(kernel.api, kernel.api->KernelContext_GetInput(call->context, index, &value));
+  return tensor_of(*kernel.api, value, kernel.op->placed->name);
 }
 
 // ---- what ONNX Runtime calls ----
 
 const Op& op_of(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
-
-// Runs `body`; an exception becomes a status.
-template <class Body>
-ort::Status* guarded(const ort::Api* api, const Body& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::invalid_argument& error) {
-    return api->CreateStatus(ort::kInvalidArgument, error.what());
-  } catch (const std::exception& error) {
-    return api->CreateStatus(ort::kFail, error.what());
-  }
-}
 
 void compute(const Kernel& kernel) {
   const PlacedOp& op = *kernel.op->placed;
@@ -145,33 +119,20 @@ ort::Status* compute_kernel(void* data, ort::KernelContext* context) {
 }
 
 Op as_custom_op(const PlacedOp& placed) {
-  Op out{{}, &placed};
+  Op out{cpu_op(), &placed};
   for (size_t i = 0; i < placed.parameters.size(); ++i)
     if (is_input(placed.parameters[i].kind)) out.inputs.push_back(i);
   using Self = const ort::CustomOp*;
-  out.version = ort::kVersion;
   out.GetName = [](Self self) { return op_of(self).placed->name; };
-  out.GetExecutionProviderType = [](Self) -> const char* { return "CPUExecutionProvider"; };
   out.GetInputTypeCount = [](Self self) { return op_of(self).inputs.size(); };
-  out.GetInputType = [](Self, size_t) -> int { return ort::kFloat; };
   out.GetInputCharacteristic = [](Self self, size_t number) -> int {
     const Op& of = op_of(self);
     const Kind kind = of.placed->parameters[of.inputs[number]].kind;
     return kind == Kind::optional ? ort::kOptional : kind == Kind::list ? ort::kVariadic : ort::kRequired;
   };
-  out.GetInputMemoryType = [](Self, size_t) { return 0; };
-  out.GetVariadicInputMinArity = [](Self) { return 0; };
-  out.GetVariadicInputHomogeneity = [](Self) { return 1; };
-  out.GetOutputTypeCount = [](Self) -> size_t { return 1; };
-  out.GetOutputType = [](Self, size_t) -> int { return ort::kFloat; };
-  out.GetOutputCharacteristic = [](Self, size_t) -> int { return ort::kRequired; };
-  out.GetVariadicOutputMinArity = [](Self) { return 1; };
-  out.GetVariadicOutputHomogeneity = [](Self) { return 1; };
   out.CreateKernelV2 = create_kernel;
   out.KernelComputeV2 = compute_kernel;
   out.KernelDestroy = [](void* data) { delete static_cast<Kernel*>(data); };
-  out.GetStartVersion = [](Self) { return 1; };
-  out.GetEndVersion = [](Self) { return INT32_MAX; };
   return out;
 }
 
@@ -194,6 +155,7 @@ ort::Status* add_ops(ort::SessionOptions* options, const ort::Api* api) {
     if (ort::Status* status = api->CreateCustomOpDomain("mvkernels", &made)) return status;
     for (const Op& each : ops())
       if (ort::Status* status = api->CustomOpDomain_Add(made, &each)) return status;
+    if (ort::Status* status = api->CustomOpDomain_Add(made, &inverted_residual_op())) return status;
     domain = made;
   }
   return api->AddCustomOpDomain(options, domain);

@@ -86,7 +86,7 @@ def replace_operators(program: ExportedProgram, make: Node) -> int:
         values = Values(module)
         for node in found:
             _replace(node, known[node.target], values, make)
-        _join_permutations(module.graph)
+        join_permutations(module.graph)
         _drop_undone_views(module.graph)
         module.graph.eliminate_dead_code()
         module.recompile()
@@ -204,14 +204,15 @@ def _made(op: str, arguments: dict[str, Any], make: Node, like: Place | None, ou
     return found.unflatten(-1, (heads, dim)).permute(0, 3, 4, 1, 2) if last else found.unflatten(1, (heads, dim))
 
 
-def _join_permutations(graph: fx.Graph) -> None:
-    """One permutation for two in a row, none where they undo each other."""
-    permute = torch.ops.aten.permute.default
+def join_permutations(graph: fx.Graph) -> None:
+    """One permutation for two in a row, none where they undo each other, and those after a sum before it where this
+    leaves fewer."""
     for node in graph.nodes:
-        before = node.args[0] if node.target is permute else None
-        if isinstance(before, fx.Node) and before.target is permute:
-            inner, outer = before.args[1], node.args[1]
-            joined = [inner[axis] for axis in outer]  # type: ignore[union-attr, index]
+        _permute_before(graph, node)
+    for node in graph.nodes:
+        before = node.args[0] if node.target is _PERMUTE else None
+        if isinstance(before, fx.Node) and before.target is _PERMUTE:
+            joined = _joined(before, node.args[1])
             if joined == list(range(len(joined))):
                 node.replace_all_uses_with(before.args[0])  # type: ignore[arg-type]
             else:
@@ -232,3 +233,32 @@ def _drop_undone_views(graph: fx.Graph) -> None:
             first = before.args[0]
             if isinstance(first, fx.Node) and sizes(node) == sizes(first):
                 node.replace_all_uses_with(first)
+
+
+_PERMUTE = torch.ops.aten.permute.default
+
+
+def _joined(inner: fx.Node, outer: Any) -> list[int]:
+    return [inner.args[1][axis] for axis in outer]  # type: ignore[union-attr, index, misc]
+
+
+def _permute_before(graph: fx.Graph, node: fx.Node) -> None:
+    """Add in the order of axes that is read, where a summand had this order before it was permuted."""
+    if node.target is not torch.ops.aten.add.Tensor or node.kwargs or not node.users:
+        return
+    orders = [user.args[1] if user.target is _PERMUTE else None for user in node.users]
+    summands = [part for part in node.args if isinstance(part, fx.Node)]
+    if orders[0] is None or any(order != orders[0] for order in orders) or len(summands) != 2:
+        return
+    one, other = (part.meta["val"].shape for part in summands)
+    undone = [part.target is _PERMUTE and _joined(part, orders[0]) == list(range(len(one))) for part in summands]
+    if list(one) != list(other) or not any(undone):
+        return
+    with graph.inserting_before(node):
+        parts = [graph.call_function(_PERMUTE, (part, orders[0])) for part in summands]
+        for part, summand in zip(parts, summands):
+            part.meta["val"] = summand.meta["val"].permute(orders[0])
+        found = graph.call_function(torch.ops.aten.add.Tensor, tuple(parts))
+    found.meta["val"] = node.meta["val"].permute(orders[0])
+    for user in list(node.users):
+        user.replace_all_uses_with(found)

@@ -61,9 +61,10 @@ def _write_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
 
 
 def _write_fused_onnx(program: ExportedProgram, path: Path) -> dict[str, Any]:
+    from mvkernels.export.convolutions import replace_blocks
     from mvkernels.export.nodes import DOMAIN, onnx_node, replace_operators
 
-    fused = replace_operators(program, onnx_node)
+    fused = replace_operators(program, onnx_node) + replace_blocks(program)
     return {**_write_onnx(program, path), "domain": DOMAIN, "fused_nodes": fused, "library": onnxruntime_library()}
 
 
