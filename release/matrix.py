@@ -37,6 +37,13 @@ MARKS = "not interpreter and not slow"
 INTERPRETED = "tests/ops/test_window_attention_triton.py"
 INSTALLING = 1200
 """Seconds for pip at most."""
+PROFILE = "without_shrinking"
+"""A plugin of pytest: a failure is to be counted, and not to take minutes while Hypothesis looks for a smaller one."""
+PLUGIN = """
+from hypothesis import Phase, settings
+settings.register_profile("matrix", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("matrix")
+"""
 ABOUT = """
 import json, platform, torch, mvkernels
 from mvkernels.dispatch import extension
@@ -102,6 +109,7 @@ def tested(python: Path, folder: Path, arguments: list[str], seconds: int, **env
     """Counts of a run of pytest, which ends when the time is up."""
     log = folder / f"log-{'interpreted' if environment else 'tests'}"
     line = [str(python), "-u", "-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider", "--color=no"]
+    line += ["-p", PROFILE]
     with contextlib.suppress(subprocess.TimeoutExpired):
         run([*line, *arguments], log, seconds, COLUMNS="400", **environment)
     return outcomes(log.read_text())
@@ -120,7 +128,9 @@ def cell(wheel: Path, version: str, torch: str, folder: Path, options: argparse.
     about = json.loads(done.stdout)
     if not Path(about["file"]).is_relative_to(folder):
         raise Failed(f"imported {about['file']}, which was not installed here")
-    tests = sorted(str(path.relative_to(folder / "tree")) for path in (folder / "tree").glob("tests/ops/test_*.py"))
+    # What compiles most goes last: it is slow, and what the time does not reach should be the least.
+    tests = [path.relative_to(folder / "tree") for path in (folder / "tree").glob("tests/ops/test_*.py")]
+    tests = [str(path) for path in sorted(tests, key=lambda path: ("contract" in path.name, path))]
     found = tested(python, folder, ["-m", MARKS, *(options.tests or tests)], options.seconds)
     triton = tested(
         python, folder, ["-m", "interpreter and not slow", INTERPRETED], options.seconds, TRITON_INTERPRET="1"
@@ -153,6 +163,7 @@ def copy_tests(to: Path) -> None:
     shutil.copytree(ROOT / "tests", to / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "benchmarks", to / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", to)
+    (to / f"{PROFILE}.py").write_text(PLUGIN)
 
 
 def main(arguments: list[str] | None = None) -> int:

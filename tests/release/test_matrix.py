@@ -88,6 +88,7 @@ def test_a_run_of_tests_is_counted_and_stopped(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     script = "def test_a(): pass\ndef test_b(): assert not __import__('os').environ.get('MVKERNELS_BACKEND')\n"
     (tmp_path / "tree/test_it.py").write_text(script)
+    (tmp_path / f"tree/{matrix.PROFILE}.py").write_text(matrix.PLUGIN)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MVKERNELS_BACKEND", "cpp")  # what is set for the checkout is not for the copy
         patch.setenv("PYTHONPATH", "/nonexistent")
