@@ -9,13 +9,16 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mvkernels.dispatch import extension
 from mvkernels.version import __version__
 
 pytest.importorskip("setuptools", minversion="77")
+from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).resolve().parents[1]
 PURE = f"mvkernels-{__version__}-py3-none-any.whl"
@@ -185,3 +188,38 @@ def test_without_a_list_of_what_the_processor_has_all_are_built(monkeypatch: pyt
     monkeypatch.setattr(Path, "read_text", missing)
     for wanted in ("", "native"):
         assert names["chosen"](names["ISA_FLAGS"]["x86_64"], wanted) == ["baseline", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("system", ["Darwin", "Linux"])
+def test_flags_and_libraries_are_those_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    """On macOS clang warns of flags that it does not use, and torch is not linked by a name with a path in it."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < extension.MINIMUM_TORCH:
+        pytest.skip(extension.reason)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("platform.system", lambda: system)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.undo()
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    class Compiler:
+        compiler_cxx = (sys.executable,)
+
+        def compile(self, sources: list[str], output: str, **options: Any) -> list[str]:
+            calls.append(("compile", options))
+            return [f"{output}/{source}.o" for source in sources]
+
+        def link_shared_object(self, objects: list[str], path: str, **options: Any) -> None:
+            calls.append(("link", {"objects": objects, **options}))
+
+    command = names["BuildExtension"](Distribution())
+    command.build_temp, command.compiler = str(tmp_path), Compiler()
+    monkeypatch.setattr(command, "get_ext_fullpath", lambda name: name)
+    command.build_extension(Extension("mvkernels._C", []))
+    (linked,) = (options for what, options in calls if what == "link")
+    assert len(linked["objects"]) == len(calls) - 1 > len(names["KERNELS"])
+    plt = {"-fno-plt" in options["extra_postargs"] for what, options in calls if what == "compile"}
+    assert plt == {system != "Darwin"}
+    assert linked.get("libraries", []) == ([] if system == "Darwin" else ["torch_cpu"])
+    assert linked.get("extra_postargs", []) == (["-Wl,-undefined,dynamic_lookup"] if system == "Darwin" else [])
