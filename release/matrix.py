@@ -33,8 +33,8 @@ COLUMNS = (
 )
 PACKAGES = ("pytest", "hypothesis", "expecttest", "numpy")
 MARKS = "not interpreter and not slow"
-# Triton's interpreter takes its time: one file shows that kernels and launches fit this Triton.
-INTERPRETED = "tests/ops/test_window_attention_triton.py"
+# Triton's interpreter takes its time: a test of each file shows that kernels and launches fit this Triton.
+INTERPRETED = ("-m", "interpreter and not slow", "--one-a-file", "tests/ops")
 INSTALLING = 1200
 """Seconds for pip at most."""
 PROFILE = "without_shrinking"
