@@ -132,9 +132,7 @@ def cell(wheel: Path, version: str, torch: str, folder: Path, options: argparse.
     tests = [path.relative_to(folder / "tree") for path in (folder / "tree").glob("tests/ops/test_*.py")]
     tests = [str(path) for path in sorted(tests, key=lambda path: ("contract" in path.name, path))]
     found = tested(python, folder, ["-m", MARKS, *(options.tests or tests)], options.seconds)
-    triton = tested(
-        python, folder, ["-m", "interpreter and not slow", INTERPRETED], options.seconds, TRITON_INTERPRET="1"
-    )
+    triton = tested(python, folder, [*INTERPRETED], options.seconds, TRITON_INTERPRET="1")
     row |= {name: about[name] for name in ("python", "torch", "extension")}
     row |= {name: found[name] for name in ("passed", "failed", "skipped")}
     row |= {"triton_passed": triton["passed"], "triton_failed": triton["failed"]}

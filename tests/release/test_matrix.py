@@ -72,9 +72,13 @@ def test_what_a_pair_comes_to(
     about |= dict(zip(("extension", "reason"), extension))
     monkeypatch.setattr(matrix, "install", lambda *_: Path(sys.executable))
     monkeypatch.setattr(matrix, "ABOUT", f"import json; print(json.dumps({about!r}))")
-    monkeypatch.setattr(
-        matrix, "tested", lambda *_, **environment: COUNTS | (triton if "TRITON_INTERPRET" in environment else tests)
-    )
+
+    def tested(*given: Any, **environment: str) -> dict[str, Any]:
+        assert given[:2] == (Path(sys.executable), tmp_path) and all(isinstance(each, str) for each in given[2])
+        assert ("interpreter and not slow" in given[2]) == (environment == {"TRITON_INTERPRET": "1"})
+        return COUNTS | (triton if environment else tests)
+
+    monkeypatch.setattr(matrix, "tested", tested)
     found = matrix.cell(Path("a.whl"), "3.12", "2.10.0", tmp_path, OPTIONS)
     assert (found["status"], found["limit_reached"], found["torch"]) == (status, reached, "2.10.0+cpu")
     assert {*found} <= {*matrix.COLUMNS}
