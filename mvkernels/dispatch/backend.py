@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from mvkernels.cuda import choice
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.checks import any_autocast
-from mvkernels.dispatch.kept import exports_reference
+from mvkernels.dispatch.exporting import exports_operator, exports_reference
 from mvkernels.dispatch.registry import OPS
 
 if TYPE_CHECKING:
@@ -160,13 +160,13 @@ def choose(op: Op, backend: str | None, arguments: tuple[Any, ...], backward: bo
 
     ``arguments`` are the op's own, checked and in order; ``backward`` as for :func:`reason_against`. Raises
     BackendUnavailable if a backend was asked for and cannot run the call. During export and tracing the reference runs,
-    whatever was asked for, but for ops that an export keeps (:mod:`mvkernels.dispatch.kept`).
+    whatever was asked for, but for ops that an export keeps (:mod:`mvkernels.dispatch.exporting`).
     """
     name = requested(backend, op.name)
     # An exported or traced graph is to run where this library is not installed, unless it was asked to keep the op.
     if name == "reference" or exports_reference(op.name) or torch.jit.is_tracing():
         return "reference"
-    if torch.compiler.is_exporting():
+    if exports_operator(op.name):
         return "reference" if reason_against(op, "cpp", arguments, backward) else "cpp"
     if name != "auto":
         reason = reason_against(op, name, arguments, backward)

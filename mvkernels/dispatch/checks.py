@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from mvkernels.dispatch.exporting import exporting
+
 # A patch as large as the map makes every pixel its own group, a larger one too; and likewise with windows. With more
 # than this, kernels' integers would overflow.
 LARGEST = 2**31 - 1
@@ -204,7 +206,7 @@ def known(condition: Any) -> bool:
 
     Otherwise the exported graph would be limited to the sizes for which the condition has the same value.
     """
-    if not torch.compiler.is_exporting():
+    if not exporting():
         return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
 
@@ -238,7 +240,7 @@ def lay_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``value`` in the memory layout of ``empty_map(like)``; without a copy if it has that layout already."""
     if like.dim() == 4:
         return lay_as(value.unsqueeze(1), like.unsqueeze(1)).squeeze(1)
-    if torch.compiler.is_exporting():  # strides of axes of size 1 are not worth a node, nor a guard on the sizes
+    if exporting():  # strides of axes of size 1 are not worth a node, nor a guard on the sizes
         if channels_last(like):
             return value.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
         return value.contiguous()

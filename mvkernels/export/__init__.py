@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from mvkernels import files
-from mvkernels.dispatch.kept import keep_in_exports
+from mvkernels.dispatch.exporting import keep_in_exports
 from mvkernels.export.nodes import NODES
 from mvkernels.export.targets import (
     FUSED,

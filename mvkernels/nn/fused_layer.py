@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import reason_against, requested
+from mvkernels.dispatch.exporting import exporting
 from mvkernels.ops.patch_transformer_layer import OP, patch_transformer_layer
 
 _KINDS = (nn.LayerNorm, nn.Linear, nn.SiLU, nn.Dropout, nn.Identity)
@@ -73,7 +74,7 @@ def fused_layer(
     backend: str | None,
 ) -> Tensor | None:
     """The result of the layer on x (B, H, W, C) by one op, or None if the modules have to be called."""
-    if wanted.value is False or torch.compiler.is_exporting() or (wanted.value is None and x.is_cpu):
+    if wanted.value is False or exporting() or (wanted.value is None and x.is_cpu):
         return None
     compiling = torch.compiler.is_compiling()
     if wanted.value is None and compiling:

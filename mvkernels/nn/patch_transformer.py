@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mvkernels.dispatch import checks
 from mvkernels.dispatch.backend import requested
-from mvkernels.dispatch.kept import exports_reference
+from mvkernels.dispatch.exporting import exports_reference
 from mvkernels.nn.fused_layer import fused_layer, wanted
 from mvkernels.ops.patch_attention import patch_attention
 

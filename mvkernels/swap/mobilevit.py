@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mvkernels.dispatch.checks import known
-from mvkernels.dispatch.kept import exports_reference
+from mvkernels.dispatch.exporting import exports_reference
 from mvkernels.nn import patch_transformer_layer, pointwise_to_channels_first, pointwise_to_channels_last
 from mvkernels.nn.patch_transformer import gather_groups, scatter_groups
 from mvkernels.swap.eligibility import log_once, unusual_call

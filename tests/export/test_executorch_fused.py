@@ -20,7 +20,7 @@ import mvkernels
 from mvkernels import export
 from mvkernels.commands import cli
 from mvkernels.dispatch import extension
-from mvkernels.dispatch.kept import keep_in_exports
+from mvkernels.dispatch.exporting import keep_in_exports
 from mvkernels.export import targets
 from mvkernels.export.nodes import NODES, replace_operators
 from mvkernels.report import UsageError

@@ -19,7 +19,7 @@ import mvmodels
 from mvkernels import export, swap, testing
 from mvkernels.commands import cli
 from mvkernels.dispatch import extension
-from mvkernels.dispatch.kept import keep_in_exports
+from mvkernels.dispatch.exporting import keep_in_exports
 from mvkernels.dispatch.registry import OPS
 from mvkernels.export import nodes, targets
 from mvkernels.report import UsageError

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, extension, flops, library
 from mvkernels.dispatch.backend import prepare
+from mvkernels.dispatch.exporting import exporting
 from mvkernels.triton.problem import key_dtype, precision_of
 
 Pair = tuple[Callable[..., Any], Callable[..., Any]]
@@ -77,7 +77,7 @@ def check(
         checks.tensors(op, **dict(zip(("query", "key", "value", "bias"), given)))
     shape = tuple(query.shape)  # slicing a torch.Size costs as much as all of the other checks
     # In an export a question whether two sizes are equal would become a condition that they are, or are not.
-    open_sizes = unequal and torch.compiler.is_exporting()
+    open_sizes = unequal and exporting()
     if open_sizes or len(shape) != 5 or key.shape != shape or value.shape != shape or 0 in shape[1:]:
         for name, tensor, axes in (
             ("query", query, "(B, heads, head_dim, H, W)"),

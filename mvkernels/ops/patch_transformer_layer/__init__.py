@@ -12,7 +12,7 @@ from torch import Tensor
 from mvkernels.cuda import choice
 from mvkernels.dispatch import checks, library
 from mvkernels.dispatch.backend import choose, requested
-from mvkernels.dispatch.kept import exports_reference
+from mvkernels.dispatch.exporting import exporting, exports_operator
 from mvkernels.dispatch.registry import Composed, Op, register
 from mvkernels.ops.common import packed as weights
 from mvkernels.ops.patch_transformer_layer import cpp, suite
@@ -109,8 +109,8 @@ def patch_transformer_layer(
     chosen = choose(OP, backend, arguments)
     tensors = arguments[:TENSORS]
     if chosen == "reference":
-        compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-        if (compiling or keeps_attention()) and requested(backend) == "auto":
+        compiling = torch.compiler.is_dynamo_compiling() and not exporting()
+        if (compiling or exports_operator("patch_attention")) and requested(backend) == "auto":
             # The compiler fuses what is around attention, and takes minutes over the groups of the reference's. And an
             # export that keeps attention has it here.
             *first, eps, scale, activation, _ = arguments
@@ -160,11 +160,6 @@ def pack_patch_transformer_layer(
     checks.rank(_NAME, "qkv_weight", given["qkv_weight"], "(3C, C)")
     _check_shapes(given, given["qkv_weight"].shape[1])
     return weights.pack(_NAME, weights.why_not(given["qkv_weight"]), cpp.pack, *given.values())
-
-
-def keeps_attention() -> bool:
-    """Whether this is an export that keeps :func:`mvkernels.patch_attention`."""
-    return torch.compiler.is_exporting() and not exports_reference("patch_attention")
 
 
 def _tensors(names: tuple[str, ...], *values: Any) -> dict[str, Any]:

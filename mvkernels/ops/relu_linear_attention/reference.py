@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mvkernels.dispatch.checks import lay_as, without_autocast
+from mvkernels.dispatch.exporting import exporting
 
 _SMALLEST = 2.0**-24
 
@@ -30,7 +31,7 @@ def relu_linear_attention(
         q, k, v = (m.flatten(3).to(dtype).to(sums) for m in (query, key, value))
         q, k = q.relu(), k.relu()
         weights, keys = v @ k.transpose(-2, -1), k.sum(-1).unsqueeze(-2)
-        if torch.compiler.is_exporting():
+        if exporting():
             weights, keys, eps = _scaled(weights, keys, eps)
         out = weights @ q / (keys @ q + eps)
     return lay_as(out.to(query.dtype).unflatten(3, query.shape[3:]), query)

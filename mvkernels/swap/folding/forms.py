@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mvkernels.dispatch import checks
+from mvkernels.dispatch.exporting import exporting
 from mvkernels.swap.eligibility import class_of, name_of, not_dense, not_its_own, not_plain, replaced, unusual_call
 from mvkernels.swap.folding import elementwise
 from mvkernels.swap.packing.kinds import of_convolution
@@ -90,7 +91,7 @@ def both(caller: Any, conv: Any, norm: Any, x: Any, *after: Any) -> Tensor | Non
         torch.is_grad_enabled()
         or norm is None
         or norm.training
-        or torch.compiler.is_exporting()
+        or exporting()
         or unusual_call(x)
         or replaced(caller.mvk_original, "forward")
         or why_not(conv, norm)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from mvkernels.dispatch import extension, library
 from mvkernels.dispatch.backend import requested
+from mvkernels.dispatch.exporting import exporting
 from mvkernels.swap.eligibility import class_name, class_of
 from mvkernels.swap.packing import plans
 from mvkernels.swap.packing.kinds import ROWS, SAME, side_after, sizes_of
@@ -33,7 +34,7 @@ def call(module: Any, x: Any, *beside: Any) -> Tensor | tuple[Tensor] | None:
     """The module's result in a graph that is being made, for the input x and the tensors ``beside`` it; None if the
     module is to be traced."""
     if (
-        torch.compiler.is_exporting()
+        exporting()
         or torch.is_grad_enabled()
         or extension.module is None
         or requested(None) not in ("auto", "cpp")

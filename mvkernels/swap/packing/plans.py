@@ -19,6 +19,7 @@ from torch._ops import _get_dispatch_mode_pre_dispatch
 
 from mvkernels.dispatch import extension
 from mvkernels.dispatch.backend import requested
+from mvkernels.dispatch.exporting import exporting
 from mvkernels.swap.eligibility import class_of, log_once, not_hooked, replaced, unusual_call
 
 Run = Callable[..., Any]
@@ -207,7 +208,7 @@ def run_for_now(module: Any) -> Run | None:
 
 def not_now() -> str:
     """Why the operators of the C++ extension are not to be used, whatever the input; empty if they are."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() or exporting():
         return "the compiler fuses by itself"
     if torch.is_grad_enabled():
         return "a gradient may be needed"

@@ -1,4 +1,5 @@
-"""Which ops stay in an exported graph as what they are, for a runtime that has kernels for them."""
+"""Whether a model is being exported, and which ops stay in its graph as what they are, for a runtime that has kernels
+for them."""
 
 from __future__ import annotations
 
@@ -7,6 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+def exporting() -> bool:
+    """What ``torch.compiler.is_exporting()`` is to say.
+
+    To Dynamo of torch 2.9 and 2.10 that function is true in every trace, so under torch.compile all calls would be the
+    reference's. The flag that it returns is read as it is.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 class _Kept(threading.local):
@@ -31,11 +41,11 @@ def keep_in_exports(*names: str) -> Iterator[None]:
         _kept.names = before
 
 
-def is_kept(op: str) -> bool:
-    """Whether exports have the operator of this op."""
-    return op in _kept.names
-
-
 def exports_reference(op: str) -> bool:
     """Whether this is an export that has the reference of an op in its graph."""
-    return torch.compiler.is_exporting() and op not in _kept.names
+    return exporting() and op not in _kept.names
+
+
+def exports_operator(op: str) -> bool:
+    """Whether this is an export that keeps the operator of an op."""
+    return exporting() and op in _kept.names
