@@ -150,7 +150,7 @@ def _shapes(weight: Tensor, bias: Tensor | None, norm: Norm | None) -> tuple[int
     if weight.dim() != 4:
         checks.rank(_NAME, "weight", weight, "(C_out, C)")
     outputs, inputs, *taps = weight.shape
-    if taps not in ([], [1, 1]) or 0 in (outputs, inputs):
+    if any(tap != 1 for tap in taps) or 0 in (outputs, inputs):  # Dynamo of torch 2.10 compares no lists here
         raise ValueError(f"{_NAME}: weight is {checks.shape(weight)}, want (C_out, C) with channels of at least 1")
     named = {"bias": (bias, outputs), "norm[0]": (norm and norm[0], inputs), "norm[1]": (norm and norm[1], inputs)}
     for name, (value, size) in named.items():
