@@ -1,8 +1,8 @@
 """Ops as single nodes of an exported graph, for a runtime that has kernels of this library.
 
-An export that keeps ops (:func:`mvkernels.dispatch.exporting.keep_in_exports`) has their C++ operators in its graph. These
-take maps of any strides, which such runtimes do not have. Here each of them becomes a node that takes the tensors its
-maps are views of, and numbers that say where the maps lie in them (:class:`Place`). The kernels then read queries, keys
+An export that keeps ops (:mod:`mvkernels.dispatch.exporting`) has their C++ operators in its graph. These take maps
+of any strides, which such runtimes do not have. Here each of them becomes a node that takes the tensors its maps are
+views of, and numbers that say where the maps lie in them (:class:`Place`). The kernels then read queries, keys
 and values out of a product's result where it is.
 """
 
