@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from _models import time_columns
-from _results import folder, keep_pages, show, write
+from _results import folder, keep_pages, merge, show
 
 from mvkernels import export, files, report, third_party
 from mvkernels.bench import timing
@@ -64,6 +64,8 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
     size = options.size or third_party.input_size(model)
     image, _ = third_party.picture(None, size)
     notes, calls = {}, {}
+    if target == "executorch":
+        on_threads(options.threads)
     for who in kinds(model, target):
         kind = export.require(target, who == "fused")
         path = place(root, model, who, target, size)
@@ -90,6 +92,14 @@ def measure(root: Path, model: str, target: str, options: argparse.Namespace) ->
         }
         for who, t in times.items()
     ]
+
+
+def on_threads(count: int) -> None:
+    """Give ExecuTorch's pool, which is the process's, so many threads, while nothing is loaded that uses it."""
+    from executorch.extension.pybindings import portable_lib
+
+    if portable_lib._threadpool_get_thread_count() != count:
+        portable_lib._unsafe_reset_threadpool(count)
 
 
 def runnable() -> list[str]:
@@ -143,7 +153,7 @@ def main() -> int:
         )
         show(rows, shown)
         if not options.no_file:
-            write(rows, folder() / "export.csv")
+            merge(rows, folder() / "export.csv", ("target", "model", "size", "provider", "threads"))
     return 0
 
 

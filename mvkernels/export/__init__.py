@@ -156,7 +156,7 @@ def export_model(
         fused: whether the ops of this library stay single nodes of the graph, which run only where the runtime is given
             the library's kernels: for "onnx" those of :func:`onnxruntime_library`, for "executorch" those of
             :func:`executorch_library`. False writes PyTorch's ops alone.
-        threads: number of threads of the runtime that runs the file.
+        threads: number of threads of the runtime that runs the file; ExecuTorch's own pool stays as it is.
 
     Returns:
         :class:`Exported`. Its ``ok`` says whether the difference is within the limit: 1e-4 of the largest output, or

@@ -215,11 +215,9 @@ def _delegation(program: ExportedProgram) -> dict[str, Any]:
 
 
 def _load_executorch(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
-    if hasattr(portable_lib, "_threadpool_set_num_threads"):
-        portable_lib._threadpool_set_num_threads(threads)
+    # Its pool of threads is the process's. What has been loaded before uses it, so it stays as it is.
     method = Runtime.get().load_program(path).load_method("forward")
     # The runtime reads dense tensors in the order of their axes.
     return lambda image: method.execute([image.contiguous()])[0].clone()
