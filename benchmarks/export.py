@@ -23,10 +23,16 @@ from mvkernels import export, files, report, third_party
 from mvkernels.bench import timing
 from mvkernels.commands import command
 
-MODELS = (
-    "transformers:mobilevit_xxs", "timm:mobilevit_xxs", "timm:mobilevit_s", "timm:efficientvit_b0",
-    "timm:efficientvit_b1", "timm:swin_tiny_patch4_window7_224", "mvmodels:mobile_former_26m",
-)  # fmt: skip
+MODELS = {
+    "transformers:mobilevit_xxs": 256,
+    "timm:mobilevit_xxs": 256,
+    "timm:mobilevit_s": 256,
+    "timm:efficientvit_b0": 256,
+    "timm:efficientvit_b1": 256,
+    "timm:swin_tiny_patch4_window7_224": 224,
+    "mvmodels:mobile_former_26m": 224,
+}
+"""The side of the picture by model."""
 TARGETS = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch"}
 """The package of the runtime by target."""
 
@@ -61,7 +67,7 @@ def make(root: Path, model: str, target: str, size: int) -> None:
 
 def measure(root: Path, model: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for the export of each kind, timed in turn in one process."""
-    size = options.size or third_party.input_size(model)
+    size = options.size or MODELS.get(model) or third_party.input_size(model)
     image, _ = third_party.picture(None, size)
     notes, calls = {}, {}
     if target == "executorch":
@@ -134,7 +140,7 @@ def main() -> int:
     try:
         for target in options.to or runnable():
             for model in options.model:
-                make(options.files, model, target, options.size or third_party.input_size(model))
+                make(options.files, model, target, options.size or MODELS.get(model) or third_party.input_size(model))
                 if not options.export_only:
                     rows += measure(options.files, model, target, options)
     except report.UsageError as error:

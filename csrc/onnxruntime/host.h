@@ -1,6 +1,7 @@
 // The host of the ops inside ONNX Runtime: what torch_host.h gives inside torch. Included by register.cpp alone, before the ops.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <thread>
 
