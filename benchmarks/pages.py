@@ -326,6 +326,7 @@ def pages(results: Path) -> dict[Path, str]:
     docs = ROOT / "docs"
     numerics, kernels, compatibility = (docs / f"{name}.md" for name in ("numerics", "kernels", "compatibility"))
     of_release = {"wheels": _release_page.wheels(results), "matrix": _release_page.matrix(results)}
+    of_release |= {"arm tests": _release_page.arm_tests(results), "arm code": _release_page.arm_code(results)}
     return {
         **{docs / name: page for name, page in performance(results).items()},
         docs / "gpu.md": _gpu_page.page(results),
