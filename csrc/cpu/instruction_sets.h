@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 #include "common/attention.h"
 #include "common/linear_attention.h"
@@ -73,11 +74,16 @@ const InstructionSet* find(const char* name) {
 
 const InstructionSet* current = find(nullptr);
 
-// Takes the set that MVKERNELS_CPU_ISA names, if it names one; false if that is not there, or none is.
+// Takes the set that MVKERNELS_CPU_ISA names, if it names one; false if that is not there, or none is. Read until it succeeds once.
 bool take_wanted_set() {
+  static std::mutex mutex;
+  static bool taken = false;
+  const std::lock_guard lock(mutex);
+  if (taken) return true;
   const char* wanted = std::getenv("MVKERNELS_CPU_ISA");
-  if (wanted && *wanted) current = find(wanted);
-  return current;
+  const InstructionSet* found = wanted && *wanted ? find(wanted) : current;
+  if (found) current = found;
+  return taken = found;
 }
 
 }  // namespace

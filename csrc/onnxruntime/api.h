@@ -38,6 +38,7 @@ struct Api {
   Status* CreateStatus(ErrorCode code, const char* message) const {
     return at<Status*(ErrorCode, const char*)>(0)(code, message);
   }
+  const char* GetErrorMessage(const Status* status) const { return at<const char*(const Status*)>(2)(status); }
   Status* CreateCustomOpDomain(const char* name, CustomOpDomain** out) const {
     return at<Status*(const char*, CustomOpDomain**)>(26)(name, out);
   }

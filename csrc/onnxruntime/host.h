@@ -13,8 +13,9 @@ namespace {
 
 void check(const ort::Api* api, ort::Status* status) {
   if (!status) return;
+  const std::string message = std::string("mvkernels: ONNX Runtime: ") + api->GetErrorMessage(status);
   api->ReleaseStatus(status);
-  throw std::runtime_error("mvkernels: ONNX Runtime refused a call of its C interface");
+  throw std::runtime_error(message);
 }
 
 [[noreturn]] void refuse(const char* op, const std::string& what) {

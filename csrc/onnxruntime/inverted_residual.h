@@ -36,6 +36,7 @@ struct InvertedResidualKernel {
 
   InvertedResidualKernel(const ort::Api* api, const ort::KernelInfo* info) : api(api) {
     block.stride = attribute(info, "stride");
+    if (block.stride != 1 && block.stride != 2) refuse(kInvertedResidual, "the stride is neither 1 nor 2");
     const int64_t activation = attribute(info, "activation");
     if (activation < 0 || activation > int64_t(Activation::gelu_tanh))
       refuse(kInvertedResidual, "there is no such activation");
@@ -48,11 +49,14 @@ struct InvertedResidualKernel {
       check(api, api->KernelInfoGetConstantInput_tensor(info, i, &constant, &value));
       given[i] = constant && value;
       if (given[i]) found[i] = tensor_of(*api, value, kInvertedResidual);
+      if (std::count(found[i].sizes(), found[i].sizes() + found[i].dim(), 0))
+        refuse(kInvertedResidual, std::string(kBlockInputNames[i]) + " has no elements");
       if (!given[i] && block_needs(i)) refuse_weight(i);
     }
     BlockTensors tensors{std::move(found[1]), std::move(found[2]), std::move(found[3]),
                          std::move(found[4]), std::move(found[5]), std::move(found[6])};
     InvertedResidualWeights w = block_weights(tensors);
+    if (w.sizes.kernel != 3 && w.sizes.kernel != 5) refuse(kInvertedResidual, "the kernel is neither 3 nor 5");
     const size_t bytes = size_t(packed_count(w.sizes)) * sizeof(float);
     packed.reset(static_cast<float*>(::operator new(bytes, std::align_val_t(64))));
     block.packed = w.packed = packed.get();

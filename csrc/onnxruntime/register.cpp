@@ -173,10 +173,5 @@ MVK_EXPORT mvk::ort::Status* RegisterCustomOps(mvk::ort::SessionOptions* options
     return api->CreateStatus(
         mvk::ort::kFail,
         "mvkernels: the instruction set that MVKERNELS_CPU_ISA names, or any, is not built or not there");
-  return mvk::guarded(api, [&] {
-    if (mvk::ort::Status* status = mvk::add_ops(options, api)) {
-      api->ReleaseStatus(status);
-      throw std::runtime_error("mvkernels: ONNX Runtime refused the ops");
-    }
-  });
+  return mvk::guarded(api, [&] { mvk::check(api, mvk::add_ops(options, api)); });
 }

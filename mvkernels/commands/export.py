@@ -17,7 +17,7 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
     target = export.require(options.to, options.fused)  # before a model is built
     model = third_party.build(options.model, options.pretrained)
     name = options.model.partition(":")[2].replace("/", "-")
-    path = Path(options.output or f"{name}{target.suffix}")
+    path = Path(options.output or f"{name}{'-fused' if options.fused else ''}{target.suffix}")
     batch = options.batch or (2 if options.dynamic else 1)
     if options.dynamic and batch < 2:
         raise report.UsageError(
@@ -54,7 +54,9 @@ def text(model: str, found: export.Exported) -> str:
             )
         )
         rows += [("  left", f"{count} x {op}") for op, count in d["not_delegated"].items()]
-    if "fused_nodes" in found.details:
+    if found.details.get("fused_nodes") == 0:
+        rows.append(("fused", "nothing: no op of this library is in the model, and the file needs no library"))
+    elif "fused_nodes" in found.details:
         rows.append(("fused", f"{found.details['fused_nodes']} nodes of {found.details['domain']}, which run with"))
         rows.append(("", found.details["library"]))
     if found.error is None:

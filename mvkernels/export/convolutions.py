@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvkernels.export.nodes import DOMAIN, VERSION, join_permutations
-from mvkernels.export.views import numbers
+from mvkernels.export.views import Values, memory_of, numbers
 from mvkernels.ops.common.activations import CODES
 
 _aten = torch.ops.aten
@@ -95,10 +95,11 @@ def find_blocks(program: ExportedProgram) -> list[Block]:
     """The inverted residuals of a graph, in order; none has a part of another."""
     constants, found = _Constants(program), []
     taken: set[fx.Node] = set()
+    changes = _Changes(program.graph_module)
     for node in program.graph_module.graph.nodes:
         block = _block(node, constants)
         convolutions = {layer.convolution for layer in block.layers} if block else set()
-        if block and not taken & convolutions:
+        if block and not taken & convolutions and not changes.meet(block):
             found.append(block)
             taken |= convolutions
     return found
@@ -113,13 +114,12 @@ _PIXELS = {"silu": 2048, "relu6": 2048}
 def faster(block: Block, others: Sequence[Block] = ()) -> bool:
     """Whether a block is faster as a node, also where its input and its result have to be permuted.
 
-    ``others`` are nodes already: between one of them and this block nothing is permuted. Measured between two 1 x 1
-    convolutions, on one thread of a processor with AVX-512, ONNX Runtime 1.32, with 16 to 256 channels, 4 times as many
-    hidden ones, and maps of 128 x 128 to 8 x 8 pixels. hardswish: 1.05 to 1.5 times as fast at all sizes. gelu: 1.08 to
-    1.5. silu: 1.04 to 1.14 from 64 x 64 pixels on, below 1.01 to 1.08, and slower in two blocks of mobilevit_s. relu6:
-    1.03 to 1.14 from 64 x 64 pixels on, below 0.99 to 1.05. relu, which ONNX Runtime's products compute at the end of a
-    row: 0.93 to 1.02. Without an expansion all are slower, 0.76 to 1.01, by what the permutations cost: hardswish and
-    gelu are faster beside another node.
+    ``others`` are nodes already: between one of them and this block nothing is permuted. The rule was found on one
+    thread of a processor with AVX-512 and ONNX Runtime 1.32, between two 1 x 1 convolutions, with 16 to 256 channels, 4
+    times as many hidden ones, and maps of 128 x 128 to 8 x 8 pixels. With hardswish and gelu a node is faster at all
+    sizes; with silu and relu6 at large ones, and slower in some blocks at small ones; with relu, which ONNX Runtime's
+    products compute at the end of a row, it is about as fast. Without an expansion it is slower by what the
+    permutations cost. benchmarks/export.py measures whole models.
     """
     activation = block.depthwise.activation
     if block.expand is None:
@@ -276,19 +276,43 @@ def _adds(node: fx.Node, block: Block) -> bool:
         one, other = other, one
     if one is not block.last or other is not block.input:
         return False
-    # What changes the input in place could do so before it is added.
-    changed = any(_changes(user, block.input) for user in block.input.users)
     before, after = (value.meta["val"].shape for value in (block.input, block.last))
-    return not changed and list(before) == list(after)
+    stride = _kernel(block.depthwise, depthwise=True)
+    return list(before) == list(after) and stride is not None and stride[1] == 1
 
 
-def _changes(node: fx.Node, value: fx.Node) -> bool:
-    """Whether a call changes one of its arguments in place."""
+class _Changes:
+    """What a graph changes in place, also through views."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._values = Values(module)
+        self._place = {node: number for number, node in enumerate(module.graph.nodes)}
+        self._written = [(node, self._memory(value)) for node in module.graph.nodes for value in _written(node)]
+
+    def _memory(self, node: fx.Node) -> int | None:
+        return memory_of(self._values.of[node])
+
+    def meet(self, block: Block) -> bool:
+        """Whether anything but the block changes its weights, or between its first and its last call what it reads."""
+        own = {node for layer in block.layers for node in layer.nodes}
+        read = {each for node in own for each in node.all_input_nodes}
+        constants = {self._memory(node) for node in read if node.op == "placeholder"}
+        values = {self._memory(node) for node in read | own}
+        first, last = self._place[block.layers[-1].convolution], self._place[block.last]
+        return any(
+            node not in own and (memory in constants or (memory in values and first < self._place[node] < last))
+            for node, memory in self._written
+        )
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call changes in place."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return False
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
     given = _arguments(node)
-    return any(a.alias_info is not None and a.alias_info.is_write and given[a.name] is value for a in schema.arguments)
+    written = [given[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for value in written if isinstance(value, fx.Node)]
 
 
 # ---- a node instead ----

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from mvkernels.dispatch import extension
 from mvkernels.report import UsageError
 
 
@@ -270,6 +271,8 @@ def require(target: str, fused: bool = False) -> Target:
         raise UsageError(f"unknown target {target!r}, want one of {', '.join(TARGETS)}")
     if fused and target not in FUSED:
         raise UsageError(f"{target} has no ops of this library, only these have: {', '.join(FUSED)}")
+    if fused and extension.module is None:  # what keeps ops in an export are the operators of the extension
+        raise UsageError(f"{target} with fused ops: {extension.reason}")
     found = (FUSED if fused else TARGETS)[target]
     if found.library is not None:
         found.library()

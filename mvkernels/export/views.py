@@ -49,10 +49,10 @@ class Values(fx.Interpreter):
 
     def source(self, node: fx.Node) -> fx.Node:
         """The tensor that this one is a view of; itself if none. Nodes that came into the graph later are no source."""
-        memory = _memory(self.of[node])
+        memory = memory_of(self.of[node])
         while True:
             inputs = [n for one in node.all_input_nodes for n in _unpacked(one)]
-            before = next((n for n in inputs if _memory(self.of.get(n)) == memory), None)
+            before = next((n for n in inputs if memory_of(self.of.get(n)) == memory), None)
             if before is None:
                 return node
             node = before
@@ -63,7 +63,8 @@ def _unpacked(node: fx.Node) -> list[fx.Node]:
     return [node] if isinstance(node.meta.get("val"), Tensor) else list(node.all_input_nodes)
 
 
-def _memory(value: Any) -> int | None:
+def memory_of(value: Any) -> int | None:
+    """The memory that a tensor lies in, as a number; None of what is no tensor."""
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
@@ -86,6 +87,8 @@ def is_dense(value: Tensor) -> bool:
 def place(value: Tensor, base: Tensor) -> Place | None:
     """Where a map (B, heads, dim, H, W) lies in a dense tensor of any axes that it is a view of; None if the tensor is
     neither (B, C, H, W) nor (B, H, W, C)."""
+    if any(not isinstance(size, int) and size.node.hint == 1 for size in value.shape):
+        return None  # its strides in the example say nothing of other sizes
     b, heads, dim, height, width = numbers(value.shape)
     strides = dict(zip("bhdyx", numbers(value.stride())))
     (offset,) = numbers([value.storage_offset()])

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from mvkernels.export import nodes, onnxruntime_library
 from mvkernels.export.views import Place, is_dense, place
 
-onnx = __import__("pytest").importorskip("onnx")
-onnxruntime = __import__("pytest").importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 
 def session(model: Any, threads: int = 1) -> Any:
