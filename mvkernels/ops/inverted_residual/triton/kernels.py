@@ -49,7 +49,7 @@ def activate(x, ACT: tl.constexpr, PTX: tl.constexpr):
     elif ACT == "relu6":
         x = tl.maximum(tl.minimum(x, 6.0, propagate_nan=tl.PropagateNan.ALL), 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "silu":
-        x = _gated(x, -LOG2E * x, PTX)
+        x = _gated(x, x * -LOG2E, PTX)
     elif ACT == "hardswish":
         x = x * tl.maximum(tl.minimum(x * (1.0 / 6.0) + 0.5, 1.0), 0.0)
     elif ACT == "gelu":
