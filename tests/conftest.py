@@ -56,8 +56,28 @@ def _products_alike() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _comparisons_are_bool() -> None:
+    """Let the interpreter know what a comparison of scalars gives as bool, as the compiler does.
+
+    It keeps the type of what was compared, and makes a tile of that type if a tile is masked by the scalar. From
+    Triton 3.9 on its loads and stores refuse such a mask.
+    """
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    binary_op = interpreter.InterpreterBuilder.binary_op
+
+    def with_bool(self, lhs, rhs, op):  # type: ignore[no-untyped-def]
+        result = binary_op(self, lhs, rhs, op)
+        return interpreter.TensorHandle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
+
+    interpreter.InterpreterBuilder.binary_op = with_bool
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     _products_alike()
+    _comparisons_are_bool()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
