@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
-from tests.ops.test_contract_all import KERNELS, example, tensors_of
+from tests.ops.test_contract_all import KERNELS, example, needs, tensors_of
 
 
 def counts(name, arguments, backend, backward):
@@ -90,7 +90,11 @@ def other_settings():
     yield "pointwise", {"x": some(2, 5, 6, 7), "weight": some(18, 5, 1, 1), "activation": "gelu"}
 
 
-@pytest.mark.parametrize("case", other_settings(), ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case",
+    (pytest.param(case, marks=needs(case[0], "cpp")) for case in other_settings()),
+    ids=lambda case: case[0],
+)
 def test_the_count_with_other_settings(case):
     assert_the_references(*case, "cpp")
 

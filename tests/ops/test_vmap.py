@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mvkernels import testing
 from mvkernels.dispatch.registry import OPS
 from tests.ops.bridges import interpreter
-from tests.ops.test_contract_all import TRAINED, call_function, differentiable, example, native, tensors_of
+from tests.ops.test_contract_all import TRAINED, call_function, differentiable, example, native, needs, tensors_of
 
 SIZES = [((4, 6), "contiguous"), ((3, 4), "channels_last")]
 NATIVE = differentiable(native(torch.float64))
@@ -175,7 +175,9 @@ def test_vmap_over_any_argument_of_the_reference(name, size):
         torch.testing.assert_close(found, torch.stack([one(value) for value in stacked.unbind(1)]))
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if OPS[name].has_backward("cpp")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs(name, "cpp")) for name in TRAINED if OPS[name].has_backward("cpp")]
+)
 def test_a_further_derivative_of_many_cotangents_is_refused_too(name):
     arguments, inputs = leaves(name, batch=1)
     out = OPS[name].function(**arguments, backend="cpp")
