@@ -19,7 +19,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvkernels.export.nodes import DOMAIN, VERSION, join_permutations
-from mvkernels.export.views import Values, memory_of, numbers
+from mvkernels.export.views import Values, drop_dead_code, is_higher_order, memory_of, numbers
 from mvkernels.ops.common.activations import CODES
 
 _aten = torch.ops.aten
@@ -86,7 +86,7 @@ def replace_blocks(program: ExportedProgram) -> int:
     for number, block in enumerate(found):
         _replace(program, block, number)
     join_permutations(graph)
-    graph.eliminate_dead_code()
+    drop_dead_code(graph)
     program.graph_module.recompile()
     return len(found)
 
@@ -95,11 +95,16 @@ def find_blocks(program: ExportedProgram) -> list[Block]:
     """The inverted residuals of a graph, in order; none has a part of another."""
     constants, found = _Constants(program), []
     taken: set[fx.Node] = set()
-    changes = _Changes(program.graph_module)
+    if any(is_higher_order(node) for node in program.graph_module.graph.nodes):
+        return []  # what a graph inside this one changes is not looked for
+    changes: _Changes | None = None
     for node in program.graph_module.graph.nodes:
         block = _block(node, constants)
         convolutions = {layer.convolution for layer in block.layers} if block else set()
-        if block and not taken & convolutions and not changes.meet(block):
+        if block is None or taken & convolutions:
+            continue
+        changes = changes or _Changes(program.graph_module)
+        if not changes.meet(block):
             found.append(block)
             taken |= convolutions
     return found
@@ -312,7 +317,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
         return []
     given = _arguments(node)
     written = [given[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [value for value in written if isinstance(value, fx.Node)]
+    several = [value if isinstance(value, (list, tuple)) else [value] for value in written]
+    return [value for values in several for value in values if isinstance(value, fx.Node)]
 
 
 # ---- a node instead ----

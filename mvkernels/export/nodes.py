@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvkernels.dispatch import library
-from mvkernels.export.views import Place, Values, is_dense, numbers, place
+from mvkernels.export.views import Place, Values, drop_dead_code, is_dense, numbers, place
 
 DOMAIN, VERSION = "mvkernels", 1
 
@@ -88,7 +88,7 @@ def replace_operators(program: ExportedProgram, make: Node) -> int:
             _replace(node, known[node.target], values, make)
         join_permutations(module.graph)
         _drop_undone_views(module.graph)
-        module.graph.eliminate_dead_code()
+        drop_dead_code(module.graph)
         module.recompile()
     return len(found)
 

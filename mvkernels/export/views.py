@@ -7,11 +7,21 @@ part of it the view is.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+
+
+def is_higher_order(node: fx.Node) -> bool:
+    """Whether a node calls another graph, which may change what it is given, though fx takes it for pure."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def drop_dead_code(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(lambda node: node.is_impure() or is_higher_order(node))
 
 
 class Place(NamedTuple):
@@ -40,7 +50,9 @@ class Values(fx.Interpreter):
         inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         self.mode = next(value.fake_mode for value in inputs if hasattr(value, "fake_mode"))
         # Without it PyTorch's own decompositions take no symbolic sizes.
-        with self.mode, torch.no_grad(), enable_python_dispatcher():
+        # Sizes that depend on data become symbols of this run alone.
+        fresh = self.mode.shape_env.ignore_fresh_unbacked_symbols() if self.mode.shape_env else nullcontext()
+        with self.mode, torch.no_grad(), enable_python_dispatcher(), fresh:
             self.run(*inputs)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -129,7 +129,7 @@ def test_a_weight_that_is_no_initializer_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stride": 3}, "do not fit"),
+        ({"stride": 3}, "neither 1 nor 2"),
         ({"activation": 7}, "no such activation"),
         ({"activation": -1}, "no such activation"),
         ({"residual": None}, "residual is missing"),
@@ -137,7 +137,7 @@ def test_a_weight_that_is_no_initializer_is_refused(name: str) -> None:
         ({"expand": torch.zeros(16, 47, 1, 1)}, "do not fit"),
         ({"expand": torch.zeros(15, 48, 1, 1)}, "not float32 of the size wanted"),
         ({"expand": None, "expand_bias": None}, "do not fit"),
-        ({"depthwise": torch.zeros(16, 1, 4, 4)}, "do not fit"),
+        ({"depthwise": torch.zeros(16, 1, 4, 4)}, "neither 3 nor 5"),
         ({"project_bias": torch.zeros(47)}, "not float32 of the size wanted"),
         ({"project": torch.zeros(48, 16)}, "weights of convolutions are wanted"),
     ],

@@ -110,6 +110,20 @@ class StridedWithASum(Block):
         return super().forward(x[:, :, :1, :1]) + x[:, :, :1, :1]
 
 
+class WithASizeOfData(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x[x > 0].sum()
+
+
+class ChangedUnderAutocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        out = super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            x[:, :4].mul_(3.0)
+        return out + x
+
+
 class InputChangedBefore(Block):
     """This one is a block: what it reads is not changed while it runs."""
 
@@ -121,7 +135,15 @@ class InputChangedBefore(Block):
 
 @pytest.mark.parametrize(
     ("make", "nodes"),
-    [(Block, 1), (InputViewChanged, 0), (HiddenViewChanged, 0), (StatisticsViewChanged, 0), (InputChangedBefore, 1)],
+    [
+        (Block, 1),
+        (InputViewChanged, 0),
+        (HiddenViewChanged, 0),
+        (StatisticsViewChanged, 0),
+        (InputChangedBefore, 1),
+        (WithASizeOfData, 1),
+        (ChangedUnderAutocast, 0),
+    ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_changed_in_place_through_a_view(make: Any, nodes: int, tmp_path: Path) -> None:
