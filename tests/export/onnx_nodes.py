@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,24 @@ def session(model: Any, threads: int = 1) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def model_of(op: str, inputs: Mapping[str, np.ndarray], names: list[str], attributes: Mapping[str, Any]) -> Any:
-    """A graph with that node alone; ``names`` are its inputs in order."""
+def model_of(
+    op: str,
+    inputs: Mapping[str, np.ndarray | None],
+    names: list[str],
+    attributes: Mapping[str, Any],
+    constants: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Any:
+    """A graph with that node alone; ``names`` are its inputs in order, "" for one left out.
+
+    Each is one of ``inputs``, of any sizes where that is None, or an initializer with the value in ``constants``.
+    """
     float32 = onnx.TensorProto.FLOAT
     node = onnx.helper.make_node(op, names, ["out"], domain=nodes.DOMAIN, **attributes)
-    given = [onnx.helper.make_tensor_value_info(name, float32, list(x.shape)) for name, x in inputs.items()]
+    sizes = {name: None if x is None else list(x.shape) for name, x in inputs.items()}
+    given = [onnx.helper.make_tensor_value_info(name, float32, size) for name, size in sizes.items()]
     out = onnx.helper.make_tensor_value_info("out", float32, None)
-    graph = onnx.helper.make_graph([node], op, given, [out])
+    initializers = [onnx.numpy_helper.from_array(x, name) for name, x in constants.items()]
+    graph = onnx.helper.make_graph([node], op, given, [out], initializers)
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(nodes.DOMAIN, nodes.VERSION)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
 

@@ -26,25 +26,18 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(extension.module is None, reason="the C++ kernels are not built")
 
 if extension.module is not None:
-    from tests.export.onnx_nodes import poisoned, session
+    from tests.export.onnx_nodes import model_of, poisoned, session
 
 OP = OPS["inverted_residual"]
 NAMES = ("expand", "expand_bias", "depthwise", "depthwise_bias", "project", "project_bias")
 
 
-def model_of(weights: dict[str, Tensor | None], attributes: dict[str, int], given: tuple[str, ...] = ()) -> Any:
+def block_of(weights: dict[str, Tensor | None], attributes: dict[str, int], given: tuple[str, ...] = ()) -> Any:
     """A graph with the node alone. Weights are initializers, those named in ``given`` are inputs."""
-    float32 = onnx.TensorProto.FLOAT
-    values = {name: weight for name, weight in weights.items() if weight is not None}
+    values = {name: weight.numpy() for name, weight in weights.items() if weight is not None}
     names = ["x", *(name if name in values else "" for name in NAMES)]
-    node = onnx.helper.make_node("inverted_residual", names, ["out"], domain=nodes.DOMAIN, **attributes)
-    inputs = [onnx.helper.make_tensor_value_info("x", float32, None)]
-    inputs += [onnx.helper.make_tensor_value_info(name, float32, list(values[name].shape)) for name in given]
-    constants = [onnx.numpy_helper.from_array(w.numpy(), name) for name, w in values.items() if name not in given]
-    out = onnx.helper.make_tensor_value_info("out", float32, None)
-    graph = onnx.helper.make_graph([node], "block", inputs, [out], constants)
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid(nodes.DOMAIN, nodes.VERSION)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    inputs = {"x": None, **{name: values.pop(name) for name in given}}
+    return model_of("inverted_residual", inputs, names, attributes, values)
 
 
 def through_onnx(threads: int) -> Any:
@@ -53,7 +46,7 @@ def through_onnx(threads: int) -> Any:
     def function(backend: str, x: Tensor, stride: int, activation: str | None, residual: bool, **pairs: Any) -> Tensor:
         weights = dict(zip(NAMES, (t for name in NAMES[::2] for t in pairs[name] or (None, None))))
         attributes = {"stride": stride, "activation": CODES[activation], "residual": int(residual)}
-        run = session(model_of(weights, attributes), threads).run
+        run = session(block_of(weights, attributes), threads).run
         (out,) = run(None, {"x": x.permute(0, 2, 3, 1).contiguous().numpy()})
         return torch.from_numpy(out).permute(0, 3, 1, 2)
 
@@ -110,7 +103,7 @@ SETTINGS = {"stride": 1, "activation": CODES["silu"], "residual": 1}
 
 def test_however_many_threads_a_call_has_its_values_are_the_same() -> None:
     """A kernel stops to split a picture when it has seen that no other thread helps, and tries it again later."""
-    model = model_of(weights_of(48, 192, 48), SETTINGS)
+    model = block_of(weights_of(48, 192, 48), SETTINGS)
     results = []
     for threads in (1, 2):
         run = session(model, threads).run
@@ -123,7 +116,7 @@ def test_a_weight_that_is_no_initializer_is_refused(name: str) -> None:
     """Those that may be left out when it is run."""
     weights = weights_of(48, 16, 48)
     with pytest.raises(Exception, match=f"mvkernels: inverted_residual: {name} is not an initializer"):
-        session(model_of(weights, SETTINGS, (name,))).run(None, {"x": LARGE, name: weights[name].numpy()})
+        session(block_of(weights, SETTINGS, (name,))).run(None, {"x": LARGE, name: weights[name].numpy()})
 
 
 @pytest.mark.parametrize(
@@ -147,12 +140,12 @@ def test_a_node_that_does_not_fit_is_refused(change: dict[str, Any], message: st
     given = {**weights, **SETTINGS, **change}
     attributes = {name: given[name] for name in SETTINGS if given[name] is not None}
     with pytest.raises(Exception, match=message) as raised:
-        session(model_of({name: given[name] for name in weights}, attributes)).run(None, {"x": LARGE})
+        session(block_of({name: given[name] for name in weights}, attributes)).run(None, {"x": LARGE})
     assert "mvkernels: inverted_residual: " in str(raised.value)
 
 
 def test_a_map_of_another_rank_is_refused_and_a_batch_of_nothing_is_not() -> None:
-    run = session(model_of(weights_of(48, 16, 48), SETTINGS)).run
+    run = session(block_of(weights_of(48, 16, 48), SETTINGS)).run
     with pytest.raises(Exception, match=r"x is not a map \(B, H, W, C\)"):
         run(None, {"x": LARGE[0]})
     assert run(None, {"x": LARGE[:0]})[0].shape == (0, 24, 24, 48)

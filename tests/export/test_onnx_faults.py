@@ -18,31 +18,22 @@ from mvkernels.commands import cli
 from mvkernels.dispatch import extension
 from mvkernels.report import UsageError
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.skipif(extension.module is None, reason="the C++ kernels are not built")
 
 if extension.module is not None:
-    from tests.export.onnx_nodes import session
+    from tests.export.onnx_nodes import model_of, session
 
 SIZES = {"expand": (16, 8, 1, 1), "depthwise": (16, 1, 3, 3), "project": (8, 16, 1, 1)}
 
 
 def block_of(stride: int = 1, **sizes: tuple[int, ...]) -> Any:
     """A graph with an inverted residual alone, with weights of these sizes."""
-    weights = [
-        onnx.numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in {**SIZES, **sizes}.items()
-    ]
-    node = onnx.helper.make_node(
-        "inverted_residual", ["x", "expand", "", "depthwise", "", "project", ""], ["out"], domain="mvkernels",
-        stride=stride, activation=1, residual=0,
-    )  # fmt: skip
-    float32 = onnx.TensorProto.FLOAT
-    given = onnx.helper.make_tensor_value_info("x", float32, [1, 6, 6, 8])
-    out = onnx.helper.make_tensor_value_info("out", float32, None)
-    graph = onnx.helper.make_graph([node], "block", [given], [out], weights)
-    opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("mvkernels", 1)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    weights = {name: np.ones(shape, np.float32) for name, shape in {**SIZES, **sizes}.items()}
+    names = ["x", "expand", "", "depthwise", "", "project", ""]
+    attributes = {"stride": stride, "activation": 1, "residual": 0}
+    return model_of("inverted_residual", {"x": np.empty((1, 6, 6, 8))}, names, attributes, weights)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +180,7 @@ def test_a_wrong_instruction_set_does_no_lasting_harm() -> None:
     code = """
 import os, numpy as np, onnxruntime
 from mvkernels.export import onnxruntime_library
-from tests.export.onnx_nodes import session
+from tests.export.onnx_nodes import model_of, session
 from tests.export.test_onnx_faults import block_of
 def register():
     onnxruntime.SessionOptions().register_custom_ops_library(onnxruntime_library())
