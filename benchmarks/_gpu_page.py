@@ -193,8 +193,10 @@ def counters(rows: list[Row]) -> list[str]:
     """What each kernel waits for."""
     if not rows:
         return []
+    # The first files were made with its default.
+    clocks = "which left the clocks alone" if all(r.get("clocks") for r in rows) else "at the clock that it sets"
     lines = [
-        f"### Hardware counters\n\n{where(rows)}. By Nsight Compute, at the clock that it sets. Busy: of the peak of "
+        f"### Hardware counters\n\n{where(rows)}. By Nsight Compute, {clocks}. Busy: of the peak of "
         "the processors, of the memory. Warps: of as many as a processor holds, on average.\n",
         *header("op", "kernel", "programs", "microseconds", "processors busy", "memory busy", "warps", "registers",
                 "instructions of a warp"),

@@ -107,7 +107,16 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     search = (*tuned, "--dtype", dtype, "--filter", *SHAPES, "--layout", "channels_last", "--min-time", "0.02")
     search += ("--processes", "1") if cached else ()
     found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
-    counters = ("ncu", *(part for name in SECTIONS for part in ("--section", name)), "--csv", "--page", "details")
+    # Clocks are left as they are: the machine may be lent, and its users may not change it.
+    counters = (
+        "ncu",
+        "--clock-control",
+        "none",
+        *(part for name in SECTIONS for part in ("--section", name)),
+        "--csv",
+        "--page",
+        "details",
+    )
     counters += ("--kernel-name", f"regex:{KERNELS}")
     for op, (layout, *shapes) in COUNTED.items():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")

@@ -278,6 +278,7 @@ class Run:
                 "layout": COUNTED[op][0],
                 "batch": 128,
                 "dtype": "bfloat16",
+                "clocks": "free",
                 **row,
             }
             for op in OPS
