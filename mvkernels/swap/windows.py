@@ -22,7 +22,8 @@ from mvkernels.ops.window_attention import window_attention
 def maps_of(packed: Tensor, heads: int) -> Sequence[Tensor]:
     """query, key and value as maps (B, heads, head_dim, H, W), views of a packed qkv (B, H, W, q | k | v)."""
     # By its parts and not by view(): behind a graph break a compiled projection may have other strides.
-    return packed.unflatten(-1, (3, heads, -1)).permute(3, 0, 4, 5, 1, 2).unbind()
+    # Each is permuted by itself: a runtime joins that with what the op's reference permutes, but not across a split.
+    return [part.permute(0, 3, 4, 1, 2) for part in packed.unflatten(-1, (3, heads, -1)).unbind(-3)]
 
 
 def map_of(projected: Tensor, heads: int) -> Tensor:
@@ -46,7 +47,9 @@ def cosine(query: Tensor, key: Tensor, logit_scale: Tensor) -> tuple[Tensor, Ten
     (Swin Transformer V2, arXiv 2111.09883, equation 2: at most 100.)
     """
     factor = torch.clamp(logit_scale, max=math.log(1.0 / 0.01)).exp()
-    return normalize(query, dim=2) * factor[None, :, :, :, None], normalize(key, dim=2)
+    # With the channels last, as they lie: in an export a sum over another axis would keep the permutations apart.
+    query, key = (normalize(map_.permute(0, 3, 4, 1, 2), dim=-1) for map_ in (query, key))
+    return (query * factor[..., 0]).permute(0, 3, 4, 1, 2), key.permute(0, 3, 4, 1, 2)
 
 
 def _on_whole_windows(

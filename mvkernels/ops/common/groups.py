@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mvkernels.dispatch.registry import Cost
@@ -24,36 +25,41 @@ def attention(
     if bias is not None:
         scores = scores + bias[:, None]
     if inside is not None:
-        scores = scores.masked_fill(~inside[..., None, :], -math.inf).masked_fill(~inside[..., None], 0.0)
+        there = inside[..., None] & inside[..., None, :]
+        scores = torch.where(there, scores, torch.where(inside[..., None], -math.inf, 0.0).to(scores.dtype))
     return scores.softmax(-1) @ value
+
+
+# The channels are brought last before the axes are split and back after they are joined: exported graphs have the
+# permutations as nodes, and runtimes join two of them but not across a reshape.
 
 
 def unfold(x: Tensor, ph: int, pw: int) -> Tensor:
     """Pixels by their place in the patch: (B, h, D, H, W) -> (B, h, ph * pw, N, D)."""
     b, h, d, height, width = x.shape
-    x = x.reshape(b, h, d, height // ph, ph, width // pw, pw)
-    return x.permute(0, 1, 4, 6, 3, 5, 2).reshape(b, h, ph * pw, (height // ph) * (width // pw), d)
+    x = x.permute(0, 1, 3, 4, 2).reshape(b, h, height // ph, ph, width // pw, pw, d)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, h, ph * pw, (height // ph) * (width // pw), d)
 
 
 def fold(x: Tensor, ph: int, pw: int, height: int, width: int) -> Tensor:
     """(B, h, ph * pw, N, D) -> (B, h, D, H, W)."""
     b, h, _, _, d = x.shape
     x = x.reshape(b, h, ph, pw, height // ph, width // pw, d)
-    return x.permute(0, 1, 6, 4, 2, 5, 3).reshape(b, h, d, height, width)
+    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, height, width, d).permute(0, 1, 4, 2, 3)
 
 
 def partition(x: Tensor, wh: int, ww: int) -> Tensor:
     """Pixels by their window: (B, h, D, H, W) -> (B, h, windows, wh * ww, D)."""
     b, h, d, height, width = x.shape
-    x = x.reshape(b, h, d, height // wh, wh, width // ww, ww)
-    return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(b, h, (height // wh) * (width // ww), wh * ww, d)
+    x = x.permute(0, 1, 3, 4, 2).reshape(b, h, height // wh, wh, width // ww, ww, d)
+    return x.transpose(3, 4).reshape(b, h, (height // wh) * (width // ww), wh * ww, d)
 
 
 def reverse(x: Tensor, wh: int, ww: int, height: int, width: int) -> Tensor:
     """(B, h, windows, wh * ww, D) -> (B, h, D, H, W)."""
     b, h, _, _, d = x.shape
     x = x.reshape(b, h, height // wh, width // ww, wh, ww, d)
-    return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, h, d, height, width)
+    return x.transpose(3, 4).reshape(b, h, height, width, d).permute(0, 1, 4, 2, 3)
 
 
 def patch_pairs(sizes: Sizes, partners: Sizes, patch: Sizes) -> int:
