@@ -43,6 +43,10 @@ def kinds(model: str, target: str) -> tuple[str, ...]:
     return (*plain, "fused") if target in export.FUSED else plain
 
 
+def size_of(model: str) -> int:
+    return MODELS.get(model) or third_party.input_size(model, third_party.build(model))
+
+
 def place(root: Path, model: str, who: str, target: str, size: int) -> Path:
     """The file of an export. What was found out about it is beside it."""
     return root / f"{model.replace(':', '-').replace('/', '-')}-{size}-{who}{export.TARGETS[target].suffix}"
@@ -67,7 +71,7 @@ def make(root: Path, model: str, target: str, size: int) -> None:
 
 def measure(root: Path, model: str, target: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for the export of each kind, timed in turn in one process."""
-    size = options.size or MODELS.get(model) or third_party.input_size(model)
+    size = options.size or size_of(model)
     image, _ = third_party.picture(None, size)
     notes, calls = {}, {}
     if target == "executorch":
@@ -140,7 +144,7 @@ def main() -> int:
     try:
         for target in options.to or runnable():
             for model in options.model:
-                make(options.files, model, target, options.size or MODELS.get(model) or third_party.input_size(model))
+                make(options.files, model, target, options.size or size_of(model))
                 if not options.export_only:
                     rows += measure(options.files, model, target, options)
     except report.UsageError as error:

@@ -83,7 +83,7 @@ def main() -> int:
     )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help="of the swapped modules")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--size", nargs="+", type=int, help="default: what the model is for, 256 for unknown ones")
+    parser.add_argument("--size", nargs="+", type=int, help="default: what the model is for")
     parser.add_argument("--mode", nargs="+", default=["fwd", "full"], choices=("fwd", "full"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--channels-last", action="store_true", help="model and picture in channels-last memory")
@@ -106,11 +106,11 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     found: list[dict[str, Any]] = []
     for name in options.model:
-        for size in options.size or [MODELS.get(name, 256)]:
-            try:
+        try:
+            for size in options.size or [MODELS.get(name) or third_party.input_size(name, third_party.build(name))]:
                 found += rows_of(name, size, options)
-            except (report.UsageError, BackendUnavailable) as error:
-                parser.error(str(error))
+        except (report.UsageError, BackendUnavailable) as error:
+            parser.error(str(error))
     show(found)
     return 0
 

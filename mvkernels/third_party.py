@@ -47,6 +47,9 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
     model = FAMILIES[family](name, pretrained)
     if not pretrained:
         randomise(model)
+        if family == "timm":
+            _settle(model.eval(), picture(None, input_size(spec, model))[0])
+            model.train()  # which empties what attention keeps of its biases in eval mode
     return model.eval()
 
 
@@ -148,10 +151,14 @@ FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {
 }
 
 
-def input_size(spec: str) -> int:
-    """The side in pixels of the images that a model of :func:`build` was made for; 256 if it is not known."""
+def input_size(spec: str, model: nn.Module) -> int:
+    """The side in pixels of the images that a model of :func:`build` was made for; 256 if it does not say."""
     family, _, name = spec.partition(":")
-    return _import("mvmodels").model_info(name).input_size if family == "mvmodels" else 256
+    if family == "mvmodels":
+        return _import("mvmodels").model_info(name).input_size
+    size = getattr(model, "default_cfg", {}).get("input_size") if family == "timm" else None
+    size = size or getattr(getattr(model, "config", None), "image_size", None) or 256
+    return size if isinstance(size, int) else size[-1]
 
 
 def _import(package: str) -> Any:
@@ -234,6 +241,42 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 normal(buffer, 0.0, 0.1)
             elif name == "running_var":
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+
+
+def check_size(spec: str, model: nn.Module, image: Tensor) -> None:
+    """Raises UsageError if a model of :func:`build` cannot run on images of this size."""
+    try:
+        with torch.no_grad():
+            model(image)
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        height, width = image.shape[-2:]
+        made = input_size(spec, model)
+        raise UsageError(
+            f"{spec} cannot run on images of {height} x {width}: {_first_line(error)} (it is made for {made} x {made})"
+        ) from None
+
+
+def _settle(model: nn.Module, image: Tensor) -> None:
+    """Make the running statistics of batch norms relative to what they get for an image.
+
+    LeViT has no other norm, and adds the result of each block to its input: with statistics from nowhere activations
+    grow from block to block, until attention picks a single key and its gradient is rounding and nothing else.
+    """
+
+    def before(norm: Any, given: tuple[Tensor, ...]) -> None:
+        x = given[0].transpose(0, 1).flatten(1)
+        if x.shape[1] > 1 and norm.running_var is not None:
+            var, mean = torch.var_mean(x, 1)
+            norm.running_mean.mul_(var.sqrt()).add_(mean)
+            norm.running_var.mul_(var.clamp(min=1e-3))
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(before) for norm in norms]
+    if norms:
+        with torch.no_grad():
+            model(image)
+    for handle in handles:
+        handle.remove()
 
 
 def picture(path: str | None, size: int, batch: int = 1) -> tuple[Tensor, str]:

@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     swap.add_argument("--image", metavar="FILE",
                       help="image to run (default: a photograph of scikit-learn if installed, else noise)")  # fmt: skip
     swap.add_argument("--batch", type=_positive, default=1, help="batch size (default 1)")
-    swap.add_argument("--size", type=_positive, default=256, help="side of the image in pixels (default 256)")
+    swap.add_argument("--size", type=_positive, help="side of the image in pixels (default: that of the model)")
     swap.add_argument("--backend", choices=("auto", *BACKENDS), help="backend of the swapped blocks (default auto)")
     swap.add_argument("--device", default="cpu", help="device to run on (default cpu)")
     swap.add_argument("--threads", type=_positive, default=1, help="CPU threads (default 1)")

@@ -22,10 +22,12 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
     report.check_device(options.device)
     torch.set_num_threads(options.threads)
     model = third_party.build(options.model, options.pretrained).to(options.device)
-    image, source = third_party.picture(options.image, options.size, options.batch)
+    size = options.size or third_party.input_size(options.model, model)
+    image, source = third_party.picture(options.image, size, options.batch)
     if options.model.startswith("transformers:mobilevit"):
         image = image.flip(1)  # these checkpoints were trained on BGR
     image = image.to(options.device)
+    third_party.check_size(options.model, model, image)
     backend = None if options.backend == "auto" else options.backend
     swapped = copy.deepcopy(model)
     found = swap(swapped, backend=backend)

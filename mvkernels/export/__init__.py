@@ -92,7 +92,7 @@ class Exported:
 
 
 class Logits(nn.Module):
-    """A model with a tensor as output: the ``logits`` of a model whose output is a structure of its package."""
+    """A model with a tensor as output: ``logits`` or ``sample`` of a structure that its package has for outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class Logits(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.model(image)
-        return out if isinstance(out, Tensor) else out.logits
+        return out if isinstance(out, Tensor) else out.sample if hasattr(out, "sample") else out.logits
 
 
 def program(model: nn.Module, example: Tensor, dynamic: bool = False, largest: int | None = None) -> ExportedProgram:
     """Export a model with ``torch.export``, under no_grad. The graph has the reference implementations of the ops.
 
     Args:
-        model: takes a map (B, C, H, W); its output is a tensor or a structure with ``logits``.
+        model: takes a map (B, C, H, W); its output is a tensor or a structure with ``logits`` or ``sample``.
         example: example input (B, C, H, W).
         dynamic: whether B, H and W of the input may change. In the example none of them may be 1.
         largest: upper bound of the dynamic sizes, in multiples of the example's; None for no bound.
@@ -145,8 +145,8 @@ def export_model(
     For "coreml" the file is written, but not run.
 
     Args:
-        model: takes images (B, C, H, W); its output is a tensor or a structure with ``logits``. The model is not
-            changed: a copy in eval mode is swapped and exported.
+        model: takes images (B, C, H, W); its output is a tensor or a structure with ``logits`` or ``sample``. The model
+            is not changed: a copy in eval mode is swapped and exported.
         example: example input (B, C, H, W) in float32. A dynamic export needs a batch of at least 2.
         target: a name in :data:`TARGETS`: "torch", "onnx", "openvino", "executorch" or "coreml".
         path: file to write. OpenVINO writes a second file beside it, and Core ML writes a folder.
@@ -182,7 +182,8 @@ def export_model(
     if kind.exact_suffix and path.suffix != kind.suffix:
         raise UsageError(f"{path} cannot be written: {target} needs a file name that ends in {kind.suffix}")
     original = Logits(copy.deepcopy(model)).eval()
-    exporting = copy.deepcopy(model).eval()
+    exporting = copy.deepcopy(model)
+    exporting.eval()  # whose result timm's EfficientFormer attention lacks
     count = swap(exporting).count if swapped else 0
     with keep_in_exports(*NODES) if fused else contextlib.nullcontext():
         graph = program(exporting, example, dynamic, _LARGEST if kind.bounded else None)
