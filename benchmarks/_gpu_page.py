@@ -20,7 +20,7 @@ Each table names the commits that were measured; the kernels may have changed si
 
 def page(results: Path) -> str:
     """The page; without files it says so."""
-    parts = [HEAD]
+    parts, published = [HEAD], read(results / "published.csv")
     for folder in sorted(path for path in results.glob("*-sm-*") if path.is_dir()):
         ops = [row for op, *_ in OPS for row in read(folder / f"{op}.csv")]
         any_rows = ops or read(folder / "verify.csv") or read(folder / "kernels.csv")
@@ -34,7 +34,7 @@ def page(results: Path) -> str:
         if any_rows and not ops:
             parts.append("No op has been timed against peers on it yet.\n")
         parts += verified(read(folder / "verify.csv")) + summary(ops) + shapes(ops, predicted)
-        parts += models(read(folder / "swapped.csv")) + kernels(read(folder / "kernels.csv"))
+        parts += models(read(folder / "swapped.csv"), published) + kernels(read(folder / "kernels.csv"))
         parts += counters(read(folder / "counters.csv"))
     if len(parts) == 1:
         parts.append("No GPU has run them yet: `python benchmarks/gpu.py` does.\n")
@@ -143,8 +143,8 @@ def expected(row: Row, predicted: list[Row]) -> str:
     return f"{sum(found):.3g}" if len(found) == len(wanted) else "–"
 
 
-def models(rows: list[Row]) -> list[str]:
-    """Whole models, original and swapped."""
+def models(rows: list[Row], published: list[Row]) -> list[str]:
+    """Whole models, original and swapped, and what others publish of them."""
     if not rows:
         return []
     lines = [
@@ -158,6 +158,13 @@ def models(rows: list[Row]) -> list[str]:
             f"{float(r['images_s']):,.0f}" if r.get("images_s") else "–",
         )  # fmt: skip
         lines.append(line(*cells))
+    same = [p for p in published if any((r["model"], r["size"]) == (p["model"], p["size"]) for r in rows)]
+    if same:
+        lines += ["\nPublished by timm, compiled, under autocast to float16:\n"]
+        lines += header("model", "size", "batch", "GPU", "torch", "mode", "pictures a second")
+    for p in same:
+        cells = (p["model"], p["size"], p["batch"], p["device"], p["torch"], MODE[p["mode"]])
+        lines.append(line(*cells, f"[{float(p['images_s']):,.0f}]({p['source']})"))
     return ["\n".join(lines) + "\n"]
 
 

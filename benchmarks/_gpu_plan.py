@@ -13,7 +13,8 @@ from mvkernels import report
 from mvkernels.dispatch.registry import OPS
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("timm:mobilevit_s", "timm:efficientvit_b1")
+MODELS = {"timm:mobilevit_s": 256, "timm:efficientvit_b1": 288}
+"""Whole models, and the sides of the pictures at which others have published times: results/published.csv."""
 DTYPES = ("bfloat16", "float16", "float32")
 SHAPES = (
     "mobilevit_s@256", "xxs@256 4x16_32x32", "efficientformer", "coatnet", "294m@224 2x12_", "294m@224 2x24_",
@@ -90,11 +91,11 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     for k in range(0 if cached else cores - 4):
         found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
     for model in () if cached else MODELS:
-        line = ("--model", model, "--rounds", "1", "--no-file", "--no-compile")
+        line = ("--model", model, "--size", str(MODELS[model]), "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
     found.append(Step("times", timed(device, dtype, batches, "eager,sdpa", SHAPES), 150))
-    for model in MODELS:
-        line = ("--model", model, "--seconds", "1", "--no-compile")
+    for model, size in MODELS.items():
+        line = ("--model", model, "--size", str(size), "--seconds", "1", "--no-compile")
         found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
     found.append(Step("kernels", kernels, 80))
     in_cuda = [part for op in report.ops_with(["cuda"]) for part in ("--op", op)]
@@ -121,8 +122,8 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     for op, (layout, *shapes) in COUNTED.items():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "gpu_kernels.py"), *line)), 30, needs="ncu"))
-    for model in MODELS:
-        line = ("--model", model, "--seconds", "1")
+    for model, size in MODELS.items():
+        line = ("--model", model, "--size", str(size), "--seconds", "1")
         found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
     return [replace(step, seconds=min(step.seconds, 60)) for step in found] if rehearse else found
 
