@@ -50,7 +50,7 @@ CALL = ("device", "op", "backend", "model", "label", "batch", "dtype", "layout",
 COLUMNS = [*CALL, "kernel", "grid", "warps", "registers", "spill_bytes", "shared_bytes", "blocks_per_processor",
            "limited_by", "waves", "warp_instructions", *(f"{name}_us" for name in limits.NAMES), "decides",
            "host_us", "predicted_us", "floor_us", "ratio", "verdict", "date", "triton", "commit"]  # fmt: skip
-HEAD = ["op", "backend", "shape", "batch", "layout", "mode", "us", "floor", "times", "verdict",
+HEAD = ["device", "op", "backend", "shape", "batch", "layout", "mode", "us", "floor", "times", "verdict",
         "kernels: us (what decides)"]  # fmt: skip
 
 
@@ -121,8 +121,8 @@ def shown(found: Sequence[dict[str, Any]]) -> Iterator[list[Any]]:
         mine = [each for each in found if each["kernel"] != "all" and all(each[key] == row[key] for key in CALL)]
         parts = ", ".join(f"{each['kernel']} {float(each['predicted_us']):.3g} ({each['decides']})" for each in mine)
         layout = row["layout"].removeprefix("channels_")
-        yield [row["op"], row["backend"], f"{row['model']} {row['label']}", row["batch"], layout, row["mode"],
-               row["predicted_us"], row["floor_us"], row["ratio"], row["verdict"], parts]  # fmt: skip
+        yield [row["device"], row["op"], row["backend"], f"{row['model']} {row['label']}", row["batch"], layout,
+               row["mode"], row["predicted_us"], row["floor_us"], row["ratio"], row["verdict"], parts]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--layout", nargs="+", default=["channels_last"])
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), metavar="PART", help="only names with this in them")
-    parser.add_argument("--device", default="H100", choices=list(DEVICES))
+    parser.add_argument("--device", nargs="+", default=["H100", "H200"], choices=list(DEVICES))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: all cores")
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--out", type=Path, default=TARGET, metavar="FILE")
@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
     def predicted(call: suite.Call) -> tuple[tuple[list[dict[str, Any]], str], list[str]]:
         # Never raises: an error is a fault.
         try:
-            return ([row | same for row in rows(call, options.device, DEVICES[options.device])], ""), []
+            of = [row for device in options.device for row in rows(call, device, DEVICES[device])]
+            return ([row | same for row in of], ""), []
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return ([], text), [text]
@@ -170,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     calls = [row for row in found if row["kernel"] == "all"]
     best = list(fastest(calls))
     slow = sum(row["verdict"] == "SLOW" for row in best)
-    print(f"{len(calls)} passes of calls on {options.device}; {slow} of {len(best)} SLOW on each backend; "
-          f"{len(failed)} calls failed")  # fmt: skip
+    print(f"{len(calls)} passes of calls on {' and '.join(options.device)}; {slow} of {len(best)} SLOW on each "
+          f"backend; {len(failed)} calls failed")  # fmt: skip
     return int(bool(slow or failed))
 
 
