@@ -41,6 +41,7 @@ from _audit_targets import DTYPES, TARGETS
 from mvkernels import files
 from mvkernels.commands import command
 from mvkernels.report import Progress, table
+from mvkernels.triton.repeated import OPTIONS
 
 POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
 COLUMNS = [
@@ -122,7 +123,7 @@ def compile_unit(unit: Unit | _audit_nvcc.Unit) -> dict[str, Any]:
         attrs={(index,): [["tt.divisibility", 16]] for index in unit.divisible},
     )
     try:
-        target, options = TARGETS[unit.target][0], dict(unit.options)
+        target, options = TARGETS[unit.target][0], OPTIONS | dict(unit.options)
         warps = options["num_warps"]
         if unit.target.startswith("gfx"):
             return amd(triton.compile(source, target=target, options=options), unit.target, warps)

@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from mvkernels.dispatch.registry import OPS  # noqa: E402
+from mvkernels.triton import repeated  # noqa: E402
 from tests.ptx.pipelined import multiplied_and_summed  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,20 @@ def test_half_precision_uses_matrix_instructions_and_wide_loads(audit):
     assert row["verdict"] == "ok" and row["multiplies"] == 1 and row["matrix_instructions"] >= 2
     assert row["limited_by"] in ("registers", "shared", "warps", "blocks") and 0 < row["occupancy"] <= 1
     assert row["matrix"] == "wgmma" and row["widest_load"] == 8  # 36 channels: 72-byte runs, 8-byte aligned
+
+
+def test_a_product_and_a_sum_are_one_instruction_whatever_tritons_default(audit, monkeypatch):
+    def fused(compiled, *_):
+        return {"fused": compiled.asm["ptx"].count("fma.rn.f32"), "spill_bytes": 0, "registers": 1}
+
+    unit = next(iter(audit.plan(["sm_90"], ["bf16"], False, "aggregate", audit.OPS)))
+    launch = repeated.RepeatedLaunch(None, 1, (), {}, dict(unit.options))
+    assert launch.options == audit.OPTIONS | dict(unit.options)
+    monkeypatch.setattr(audit, "nvidia", fused)
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
+    assert audit.compile_unit(unit)["fused"] > 0
+    monkeypatch.setattr(audit, "OPTIONS", {})
+    assert audit.compile_unit(unit)["fused"] == 0
 
 
 @pytest.mark.parametrize("op", OPS)

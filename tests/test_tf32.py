@@ -18,6 +18,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from mvkernels.dispatch.registry import OPS
+from mvkernels.triton.repeated import OPTIONS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TARGET = "sm_90"
@@ -51,7 +52,7 @@ def source(unit):
 
 
 def compiled(audit, unit):
-    return triton.compile(source(unit), target=audit.TARGETS[unit.target][0], options=dict(unit.options))
+    return triton.compile(source(unit), target=audit.TARGETS[unit.target][0], options=OPTIONS | dict(unit.options))
 
 
 class Lowered(Exception):

@@ -20,6 +20,7 @@ from mvkernels.ops.patch_transformer_layer.triton import launcher as patch_trans
 from mvkernels.ops.relu_linear_attention.triton import launcher as relu_linear_attention
 from mvkernels.triton import configs
 from mvkernels.triton.launch import Launch
+from mvkernels.triton.repeated import OPTIONS
 from tests.devices import PRETENDED
 from tests.triton.fake_cuda.driver import pretend
 
@@ -139,7 +140,7 @@ def by_triton(call: Call) -> Any:
         *[floats[name] for name in each.floats],
         *each.ints,
         **each.meta,
-        **each.options,
+        **(OPTIONS | each.options),
     )
 
 
