@@ -36,6 +36,8 @@ def attention(
 
 def unfold(x: Tensor, ph: int, pw: int) -> Tensor:
     """Pixels by their place in the patch: (B, h, D, H, W) -> (B, h, ph * pw, N, D)."""
+    if ph == pw == 1:
+        return x.flatten(3).transpose(2, 3).unsqueeze(2)
     b, h, d, height, width = x.shape
     x = x.permute(0, 1, 3, 4, 2).reshape(b, h, height // ph, ph, width // pw, pw, d)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, h, ph * pw, (height // ph) * (width // pw), d)
@@ -43,6 +45,8 @@ def unfold(x: Tensor, ph: int, pw: int) -> Tensor:
 
 def fold(x: Tensor, ph: int, pw: int, height: int, width: int) -> Tensor:
     """(B, h, ph * pw, N, D) -> (B, h, D, H, W)."""
+    if ph == pw == 1:
+        return x.squeeze(2).transpose(2, 3).unflatten(3, (height, width))
     b, h, _, _, d = x.shape
     x = x.reshape(b, h, ph, pw, height // ph, width // pw, d)
     return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(b, h, height, width, d).permute(0, 1, 4, 2, 3)

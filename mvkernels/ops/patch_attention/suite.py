@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mvkernels.dispatch.checks import lay_as
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.groups import attention, attention_cost, fold, patch_pairs, unfold
 from mvkernels.ops.common.maps import qkv
@@ -117,7 +118,7 @@ def eager(
     height, width = query.shape[-2:]
     scale = query.shape[2] ** -0.5 if scale is None else scale
     q, k, v = (unfold(m, *patch_size) for m in (query, key, value))
-    return fold(attention(q, k, v, bias, scale), *patch_size, height, width)
+    return lay_as(fold(attention(q, k, v, bias, scale), *patch_size, height, width), query)
 
 
 def sdpa(
@@ -144,7 +145,7 @@ def over_groups(
     """
     q, k, v = (unfold(m, *patch_size).transpose(1, 2).flatten(0, 1) for m in (query, key, value))
     out = attend(q, k, v).unflatten(0, (query.shape[0], -1)).transpose(1, 2)
-    return fold(out, *patch_size, *query.shape[-2:])
+    return lay_as(fold(out, *patch_size, *query.shape[-2:]), query)
 
 
 PEERS = {"eager": eager, "sdpa": sdpa}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 
+from mvkernels.dispatch.checks import lay_as
 from mvkernels.dispatch.registry import Case, Cost
 from mvkernels.ops.common.groups import attention, fold, patch_pairs, unfold
 from mvkernels.ops.common.maps import Drawn
@@ -119,7 +120,7 @@ def _plain(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Callabl
         tokens = tokens + linear(out, proj_weight, proj_bias)
         hidden = silu(linear(layer_norm(tokens, (c,), norm2_weight, norm2_bias, eps), fc1_weight, fc1_bias))
         tokens = tokens + linear(hidden, fc2_weight, fc2_bias)
-        return fold(tokens.unflatten(0, (b, 1, -1)), *patch_size, height, width).squeeze(1)
+        return lay_as(fold(tokens.unflatten(0, (b, 1, -1)), *patch_size, height, width).squeeze(1), x)
 
     return layer
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mvkernels.dispatch.checks import lay_as
 from mvkernels.dispatch.registry import Case, Cost, NotOffered
 from mvkernels.ops.common.groups import attention, attention_cost, partition, reverse, window_pairs
 from mvkernels.ops.common.maps import qkv
@@ -99,7 +100,7 @@ def over_windows(
         mask = _mask(sizes, window, shift, query.dtype, query.device)
         maps = tuple(m.roll((-shift[0], -shift[1]), (3, 4)) for m in maps)  # type: ignore[assignment]
     out = reverse(attend(*(partition(m, *window) for m in maps), mask), *window, *sizes)
-    return out.roll(shift, (3, 4)) if any(shift) else out
+    return lay_as(out.roll(shift, (3, 4)) if any(shift) else out, query)
 
 
 def eager(
