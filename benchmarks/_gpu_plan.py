@@ -54,7 +54,7 @@ def python(*arguments: str) -> tuple[str, ...]:
 
 
 def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list[Step]:
-    """What is run, in this order; ``cached``: without the steps that only compile."""
+    """What is run, in this order; ``cached``: without the steps that only compile ops."""
     device, backend = ("cpu", "cpp") if rehearse else ("cuda", "triton")
     dtype = "float32" if rehearse else "bfloat16"
     batches = ("1",) if rehearse else ("128", "1")
@@ -90,8 +90,8 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     )
     for k in range(0 if cached else cores - 4):
         found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
-    for model in () if cached else MODELS:
-        line = ("--model", model, "--size", str(MODELS[model]), "--rounds", "1", "--no-file", "--no-compile")
+    for model, size in MODELS.items():  # precompile.py does not know the sizes of their maps
+        line = ("--model", model, "--size", str(size), "--rounds", "1", "--no-file", "--no-compile")
         found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
     found.append(Step("times", timed(device, dtype, batches, "eager,sdpa", SHAPES), 150))
     for model, size in MODELS.items():
@@ -108,7 +108,7 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     search = (*tuned, "--dtype", dtype, "--filter", *SHAPES, "--layout", "channels_last", "--min-time", "0.02")
     search += ("--processes", "1") if cached else ()
     found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
-    # Clocks are left as they are: the machine may be lent, and its users may not change it.
+    # Setting clocks needs rights, and times are taken without it.
     counters = (
         "ncu",
         "--clock-control",

@@ -8,6 +8,7 @@ float64 before it is timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import asdict
@@ -43,6 +44,7 @@ def kinds(model: str, target: str) -> tuple[str, ...]:
     return (*plain, "fused") if target in export.FUSED else plain
 
 
+@functools.cache
 def size_of(model: str) -> int:
     return MODELS.get(model) or third_party.input_size(model, third_party.build(model))
 

@@ -47,9 +47,8 @@ def build(spec: str, pretrained: bool = False) -> nn.Module:
     model = FAMILIES[family](name, pretrained)
     if not pretrained:
         randomise(model)
-        if family == "timm":
-            _settle(model.eval(), picture(None, input_size(spec, model))[0])
-            model.train()  # which empties what attention keeps of its biases in eval mode
+        if spec.startswith("timm:levit"):
+            _weaken_attention(model)
     return model.eval()
 
 
@@ -153,12 +152,21 @@ FAMILIES: dict[str, Callable[[str, bool], nn.Module]] = {
 
 def input_size(spec: str, model: nn.Module) -> int:
     """The side in pixels of the images that a model of :func:`build` was made for; 256 if it does not say."""
+    return _made_for(spec, model) or 256
+
+
+def _made_for(spec: str, model: nn.Module) -> int | None:
+    # None too if they are not square.
     family, _, name = spec.partition(":")
     if family == "mvmodels":
         return _import("mvmodels").model_info(name).input_size
-    size = getattr(model, "default_cfg", {}).get("input_size") if family == "timm" else None
-    size = size or getattr(getattr(model, "config", None), "image_size", None) or 256
-    return size if isinstance(size, int) else size[-1]
+    if family == "timm":
+        sizes = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    else:
+        config = getattr(model, "config", None)
+        sizes = getattr(getattr(config, "vision_config", config), "image_size", None)
+    height, width = (sizes, sizes) if isinstance(sizes, int | None) else sizes[-2:]
+    return height if height == width else None
 
 
 def _import(package: str) -> Any:
@@ -244,39 +252,33 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 
 
 def check_size(spec: str, model: nn.Module, image: Tensor) -> None:
-    """Raises UsageError if a model of :func:`build` cannot run on images of this size."""
+    """Raises UsageError if a model of :func:`build` cannot run on images of another size than it is made for."""
+    made = _made_for(spec, model)
+    if made is None or image.shape[-2:] == (made, made):
+        return
     try:
         with torch.no_grad():
             model(image)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         height, width = image.shape[-2:]
-        made = input_size(spec, model)
         raise UsageError(
             f"{spec} cannot run on images of {height} x {width}: {_first_line(error)} (it is made for {made} x {made})"
-        ) from None
+        ) from error
 
 
-def _settle(model: nn.Module, image: Tensor) -> None:
-    """Make the running statistics of batch norms relative to what they get for an image.
+@torch.no_grad()
+def _weaken_attention(model: nn.Module) -> None:
+    """Make the random queries, keys and values of timm's LeViT small.
 
-    LeViT has no other norm, and adds the result of each block to its input: with statistics from nowhere activations
-    grow from block to block, until attention picks a single key and its gradient is rounding and nothing else.
+    It has no norm before its attention, and adds the result of each block to its input. So activations grow from block
+    to block, until attention picks a single key: then its gradient is rounding and nothing else.
     """
-
-    def before(norm: Any, given: tuple[Tensor, ...]) -> None:
-        x = given[0].transpose(0, 1).flatten(1)
-        if x.shape[1] > 1 and norm.running_var is not None:
-            var, mean = torch.var_mean(x, 1)
-            norm.running_mean.mul_(var.sqrt()).add_(mean)
-            norm.running_var.mul_(var.clamp(min=1e-3))
-
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    handles = [norm.register_forward_pre_hook(before) for norm in norms]
-    if norms:
-        with torch.no_grad():
-            model(image)
-    for handle in handles:
-        handle.remove()
+    for name, module in model.named_modules():
+        if name.endswith((".qkv.bn", ".kv.bn", ".q.ln.bn")):
+            for value in module.parameters(recurse=False):
+                value.mul_(0.3)
 
 
 def picture(path: str | None, size: int, batch: int = 1) -> tuple[Tensor, str]:

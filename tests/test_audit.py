@@ -66,10 +66,11 @@ def test_a_product_and_a_sum_are_one_instruction_whatever_tritons_default(audit,
     launch = repeated.RepeatedLaunch(None, 1, (), {}, dict(unit.options))
     assert launch.options == audit.OPTIONS | dict(unit.options)
     monkeypatch.setattr(audit, "nvidia", fused)
-    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
-    assert audit.compile_unit(unit)["fused"] > 0
-    monkeypatch.setattr(audit, "OPTIONS", {})
-    assert audit.compile_unit(unit)["fused"] == 0
+    with triton.knobs.language.scope():
+        triton.knobs.language.default_fp_fusion = False
+        assert audit.compile_unit(unit)["fused"] > 0
+        monkeypatch.setattr(audit, "OPTIONS", {})
+        assert audit.compile_unit(unit)["fused"] == 0
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -278,7 +278,7 @@ def test_hardware_counters_become_rows(gpu: ModuleType, tmp_path: Path) -> None:
     assert (row["kernel"], row["grid"], row["ns"], row["sm_percent"]) == ("a_kernel", 2048, 1500.0, 1012.5)
     assert _counters.rows("ncu: no such device") == []
     (step,) = [step for step in gpu.steps() if step.name == "counters patch_attention"]
-    assert step.command[:3] == ("ncu", "--clock-control", "none")  # by default it sets those of a machine that is lent
+    assert step.command[:3] == ("ncu", "--clock-control", "none")
 
 
 @pytest.mark.skipif(not shutil.which("xz"), reason="needs xz")

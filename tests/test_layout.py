@@ -196,7 +196,8 @@ def test_what_all_instruction_sets_share_has_no_function_of_its_own() -> None:
 def test_no_file_of_code_is_long() -> None:
     for folder in ("mvkernels", "python", "csrc", "benchmarks", "release", "tests", "examples", "docs"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".cu", ".c"):
+            made = path.is_relative_to(ROOT / "benchmarks" / "out")  # by a compiler, of a run on a GPU
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".c") and not made:
                 assert len(path.read_text().splitlines()) <= 400, path.relative_to(ROOT)
 
 

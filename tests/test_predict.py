@@ -297,8 +297,9 @@ def test_the_committed_prediction_has_the_ops_floors(model) -> None:
     assert {row["batch"] for row in calls} == {"32", "128"}
     devices = collections.Counter(row["device"] for row in calls)
     assert devices["H100"] == devices["H200"] == len(calls) / 2
-    of = {(row["device"], row["op"], row["label"], row["batch"], row["mode"]): row for row in calls}
-    one, faster = (of[device, "patch_attention", "4x36_32x32_p2", "128", "fwd"] for device in ("H100", "H200"))
+    of = {(row["device"], row["op"], row["model"], row["label"], row["batch"], row["mode"]): row for row in calls}
+    call = ("patch_attention", "mobilevit_s@256", "4x36_32x32_p2", "128", "fwd")
+    one, faster = (of[(device, *call)] for device in ("H100", "H200"))
     # q, k, v, out at the peak of the memory; an exponential of every pair, where that is faster
     assert float(one["floor_us"]) == pytest.approx(4 * 128 * 4 * 36 * 1024 * 2 / 3.35e6, rel=1e-3)
     assert float(faster["floor_us"]) == pytest.approx(128 * 4 * 1024 * 256 / (16 * 132 * 1980), rel=1e-3)

@@ -23,7 +23,8 @@ def command(options: argparse.Namespace, json: Callable[[Any], None] | None) -> 
         raise report.UsageError(
             f"--batch is {batch}, want at least 2 with --dynamic: the export is traced with it, and then runs any batch"
         )
-    image, _ = third_party.picture(None, options.size or third_party.input_size(options.model, model), batch)
+    size = options.size or third_party.input_size(options.model, model)
+    image, _ = third_party.picture(None, size, batch)
     third_party.check_size(options.model, model, image)
     found = export.export_model(
         model, image, options.to, path, dynamic=options.dynamic, swapped=not options.original, fused=options.fused,

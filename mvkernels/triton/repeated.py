@@ -41,8 +41,8 @@ if _CUDA_LAUNCHER is not None:
 
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Of every kernel: float32 sums of products take an instruction each, also where Triton's default is two
-(triton-lang/triton, pull request 11270)."""
+"""Of every kernel: float32 sums of products take an instruction each, also where Triton's default is two,
+as triton-lang/triton, pull request 11270, proposes."""
 
 
 class _Kept(NamedTuple):

@@ -14,6 +14,7 @@ from mvkernels import export, swap
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 pytest.importorskip("timm")
 
 from tests.swap.timm_windows import attention2d, maxvit, multi_query, swin, swin_v2, tiny_vit  # noqa: E402
@@ -47,7 +48,7 @@ def test_channels_stay_innermost(make: Callable[[], nn.Module], tmp_path: Path) 
     assert swap(block).count == 1
     permutations = through_onnxruntime(block, x, tmp_path)
     of_maps = [axes for axes in permutations if len(axes) > 4]  # the others are TinyViT's own
-    assert len(of_maps) == 5 and all(axes[-1] == len(axes) - 1 for axes in of_maps), permutations
+    assert of_maps and all(axes[-1] == len(axes) - 1 for axes in of_maps), permutations
 
 
 @pytest.mark.parametrize("make", [attention2d, multi_query], ids=["MobileNetV4", "MobileNetV4, keys shared"])
@@ -57,4 +58,4 @@ def test_a_whole_map_is_turned_and_not_cut(make: Callable[[], nn.Module], tmp_pa
     assert swap(block).count == 1
     x = torch.randn(1, 12, 6, 8, generator=torch.Generator().manual_seed(0))
     permutations = through_onnxruntime(block, x, tmp_path)
-    assert all(len(axes) <= 5 for axes in permutations), permutations
+    assert permutations and all(len(axes) <= 5 for axes in permutations), permutations

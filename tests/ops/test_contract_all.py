@@ -357,3 +357,13 @@ def test_bad_backends(name):
     missing = next(b for b in ("cuda", "triton", "cpp") if not can_run(name, b, **example(name))[0])
     with pytest.raises(mvkernels.BackendUnavailable, match=f"{name}: backend {missing} cannot run this: "):
         OPS[name].function(**example(name), backend=missing)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("name", ["patch_attention", "window_attention", "patch_transformer_layer"])
+def test_peers_answer_in_the_layout_of_their_input(name, layout):
+    """As the ops do: else a peer would be charged with a copy that its user need not make, or spared one."""
+    arguments = OPS[name].suite("small")[0].make(batch=2, layout=layout)
+    expected = OPS[name].reference(**arguments).stride()
+    for peer in OPS[name].peers.values():
+        assert peer(**arguments).stride() == expected
