@@ -51,9 +51,9 @@ def window_attention(
     with without_autocast(query.device.type):
         q, k, v = (windows(m.to(dtype)) for m in (query, key, value))
         inside = None if whole else windows(torch.ones_like(query[:1, :1, :1]))[..., 0] > 0
-        out = attention(q, k, v, bias, scale, inside)
+        out = attention(q, k, v, bias, scale, inside).to(query.dtype)
         out = reverse(out, wh, ww, high, wide)
-    return lay_as(out[..., top : top + height, left : left + width].to(query.dtype), query)
+    return lay_as(out[..., top : top + height, left : left + width], query)
 
 
 def _fitting(size: int, window: int, shift: int) -> tuple[int, int]:
