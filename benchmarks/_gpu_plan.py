@@ -90,13 +90,12 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     )
     for k in range(0 if cached else cores - 4):
         found.append(Step(f"compile {k}", (*kernels, "--share", f"{k}/{cores - 4}"), 170, beside=True))
-    for model, size in MODELS.items():  # precompile.py does not know the sizes of their maps
-        line = ("--model", model, "--size", str(size), "--rounds", "1", "--no-file", "--no-compile")
-        found.append(Step(f"compile {model}", whole(device, dtype, *line), 120, beside=True))
+    for model in MODELS:  # precompile.py does not know the sizes of their maps
+        line = whole(model, device, dtype, "--rounds", "1", "--no-file", "--no-compile")
+        found.append(Step(f"compile {model}", line, 120, beside=True))
     found.append(Step("times", timed(device, dtype, batches, "eager,sdpa", SHAPES), 150))
-    for model, size in MODELS.items():
-        line = ("--model", model, "--size", str(size), "--seconds", "1", "--no-compile")
-        found.append(Step(f"time {model}", whole(device, dtype, *line), 60))
+    for model in MODELS:
+        found.append(Step(f"time {model}", whole(model, device, dtype, "--seconds", "1", "--no-compile"), 60))
     found.append(Step("kernels", kernels, 80))
     in_cuda = [part for op in report.ops_with(["cuda"]) for part in ("--op", op)]
     found.append(Step("kernels, CUDA C++", (*kernels, "--backend", "cuda", *in_cuda), 40))
@@ -109,29 +108,21 @@ def steps(rehearse: bool = False, cores: int = 16, cached: bool = False) -> list
     search += ("--processes", "1") if cached else ()
     found.append(Step("tune", python("-m", "mvkernels", "tune", *search), 150))
     # Setting clocks needs rights, and times are taken without it.
-    counters = (
-        "ncu",
-        "--clock-control",
-        "none",
-        *(part for name in SECTIONS for part in ("--section", name)),
-        "--csv",
-        "--page",
-        "details",
-    )
-    counters += ("--kernel-name", f"regex:{KERNELS}")
+    counters = ("ncu", "--clock-control", "none", "--csv", "--page", "details", "--kernel-name", f"regex:{KERNELS}")
+    counters += tuple(part for name in SECTIONS for part in ("--section", name))
     for op, (layout, *shapes) in COUNTED.items():
         line = ("--op", op, "--layout", layout, "--shape", *shapes, "--batch", "128", "--share", "0/1")
         found.append(Step(f"counters {op}", (*counters, *python(str(HERE / "gpu_kernels.py"), *line)), 30, needs="ncu"))
-    for model, size in MODELS.items():
-        line = ("--model", model, "--size", str(size), "--seconds", "1")
-        found.append(Step(f"time {model}, compiled", whole(device, dtype, *line), 180))
+    for model in MODELS:
+        found.append(Step(f"time {model}, compiled", whole(model, device, dtype, "--seconds", "1"), 180))
     return [replace(step, seconds=min(step.seconds, 60)) for step in found] if rehearse else found
 
 
-def whole(device: str, dtype: str, *more: str) -> tuple[str, ...]:
+def whole(model: str, device: str, dtype: str, *more: str) -> tuple[str, ...]:
     """The command that measures a whole model."""
     batch = "128" if device == "cuda" else "1"
-    line = ("--device", device, "--dtype", dtype, "--batch", batch, "--channels-last", *more)
+    line = ("--model", model, "--size", str(MODELS[model]), "--device", device, "--dtype", dtype)
+    line += ("--batch", batch, "--channels-last", *more)
     return python(str(HERE / "swapped.py"), *line)
 
 

@@ -106,19 +106,21 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     found: list[dict[str, Any]] = []
     for name in options.model:
-        try:
-            for size in options.size or [MODELS.get(name) or third_party.input_size(name, third_party.build(name))]:
+        for size in options.size or [MODELS.get(name)]:
+            try:
                 found += rows_of(name, size, options)
-        except (report.UsageError, BackendUnavailable) as error:
-            parser.error(str(error))
+            except (report.UsageError, BackendUnavailable) as error:
+                parser.error(str(error))
     show(found)
     return 0
 
 
-def rows_of(name: str, size: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(name: str, size: int | None, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """``size`` None: what the model is for."""
     dtype = getattr(torch, options.dtype)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     original = built(name).to(options.device, dtype, memory_format=layout)
+    size = size or third_party.input_size(name, original)
     swapped = copy.deepcopy(original)
     count = swap(swapped, backend=options.backend).count
     found: list[dict[str, Any]] = []

@@ -100,7 +100,9 @@ class Logits(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.model(image)
-        return out if isinstance(out, Tensor) else out.logits if hasattr(out, "logits") else out.sample
+        if isinstance(out, Tensor):
+            return out
+        return out.logits if hasattr(out, "logits") else out.sample
 
 
 def program(model: nn.Module, example: Tensor, dynamic: bool = False, largest: int | None = None) -> ExportedProgram:

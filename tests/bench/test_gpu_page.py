@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from mvkernels import files
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"date": "2026-01-02", "device": "NVIDIA H200", "capability": "sm_90", "torch": "2.11.0", "commit": "abc",
@@ -24,10 +25,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    files.write_csv(path, list(rows[0]), rows)
 
 
 def test_without_files_it_says_so(page: ModuleType, tmp_path: Path) -> None:
